@@ -1,0 +1,139 @@
+"""Statistics of the inputs of a decoder block's linears, collected while the block runs."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfplate.errors import HalfplateError
+from halfplate.models.blockwise import BlockInputs, BlockwiseModel
+from halfplate.statistics import InputStatistics, Statistic
+
+
+def collect_block(
+    blockwise: BlockwiseModel,
+    index: int,
+    inputs: list[BlockInputs],
+    names: Sequence[str],
+    statistic: Statistic,
+) -> tuple[dict[str, InputStatistics], list[BlockInputs]]:
+    """Run block `index` on every batch of `inputs`: the statistics of the linears `names`, and the block's outputs.
+
+    names: full names of modules of this block. Linears that are given one tensor (q, k and v; gate and up) share one
+    InputStatistics object, collected once. diagonal is fp32, gram fp64; `gram` comes with the diagonal.
+    The Gram matrix costs one product (d_in, tokens)·(tokens, d_in) a batch, best with some thousand tokens in each.
+    Raises HalfplateError for inputs that are not finite and for linears that never ran, naming the linear.
+    """
+    collector = _Collector(statistic)
+    modules = {name: _module_of_block(blockwise, index, name) for name in names}
+    outputs: list[BlockInputs] = []
+    with torch.no_grad(), collector.watching(modules):
+        for batch in inputs:
+            collector.next_batch()
+            outputs.append(blockwise.run_block(index, batch))
+    return collector.statistics(names), outputs
+
+
+@dataclass
+class _Sums:
+    """Sums over tokens: squares fp64 (d_in,), products fp64 (d_in, d_in)."""
+
+    tokens: int = 0
+    squares: Tensor | None = None
+    products: Tensor | None = None
+
+    def add(self, x: Tensor, statistic: Statistic) -> None:
+        """Add x fp32 (tokens, d_in)."""
+        self.tokens += len(x)
+        if statistic >= Statistic.DIAGONAL:
+            squares = x.square().sum(0, dtype=torch.float64)
+            self.squares = squares if self.squares is None else self.squares.add_(squares)
+        if statistic >= Statistic.GRAM:
+            # fp32 is 2 to 30 times faster than fp64 and exact enough within a batch. Between batches it is not: single
+            # activations are huge (29,000 in SmolLM2, squared 8e8), and in fp32 a sum that holds one of them drops what
+            # ordinary tokens add afterwards.
+            products = x.T @ x
+            self.products = products.double() if self.products is None else self.products.add_(products)
+
+    def statistics(self) -> InputStatistics:
+        diagonal = None if self.squares is None else (self.squares / self.tokens).float()
+        gram = None if self.products is None else self.products.div_(self.tokens)
+        return InputStatistics(self.tokens, diagonal, gram)
+
+
+class _Collector:
+    """Sums for every distinct input, under the name of the linear that it reaches first, its leader."""
+
+    def __init__(self, statistic: Statistic) -> None:
+        self.statistic = statistic
+        self.sums: dict[str, _Sums] = {}
+        self.leaders: dict[str, str] = {}
+        # The tensor is kept beside its leader, so that no other can have its identity while the batch runs.
+        self._seen: dict[tuple[int, int], tuple[str, Tensor]] = {}
+
+    def next_batch(self) -> None:
+        self._seen.clear()
+
+    @contextmanager
+    def watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:
+        """While inside, every call of one of `modules` adds its input."""
+        hooks = [
+            module.register_forward_pre_hook(partial(self._add, name), with_kwargs=True)
+            for name, module in modules.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._seen.clear()
+
+    def _add(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = args[0] if args else kwargs["input"]
+        # The version counts changes in place, after which it is another input.
+        key = (id(x), x._version)
+        leader = self._seen[key][0] if key in self._seen else name
+        if (before := self.leaders.setdefault(name, leader)) != leader:
+            other = before if leader == name else leader
+            raise HalfplateError(
+                f"{name} shares its input with {other} in some batches and not in others, so its statistics cannot be "
+                "collected; exclude it"
+            )
+        if key in self._seen:
+            return
+        self._seen[key] = (name, x)
+        sums = self.sums.setdefault(name, _Sums())
+        sums.add(x.reshape(-1, x.shape[-1]).float(), self.statistic)
+        if sums.squares is not None and not bool(torch.isfinite(sums.squares).all()):
+            broken = int((~torch.isfinite(sums.squares)).sum())
+            raise HalfplateError(
+                f"{name}: {broken} of its {x.shape[-1]} inputs are not finite on the calibration tokens; "
+                "check that the dense model works on this text, or pass another"
+            )
+
+    def statistics(self, names: Sequence[str]) -> dict[str, InputStatistics]:
+        for name in names:
+            if name not in self.leaders:
+                raise HalfplateError(
+                    f"{name} never ran on the calibration tokens, so nothing is known of its inputs; "
+                    "raise samples, or exclude it"
+                )
+        found = {leader: sums.statistics() for leader, sums in self.sums.items()}
+        return {name: found[self.leaders[name]] for name in names}
+
+
+def _module_of_block(blockwise: BlockwiseModel, index: int, name: str) -> nn.Module:
+    """The module of the full name `name`, which must lie in block `index`."""
+    prefix = f"{blockwise.prefix}.{index}."
+    try:
+        if not name.startswith(prefix):
+            raise AttributeError
+        return blockwise.blocks[index].get_submodule(name.removeprefix(prefix))
+    except AttributeError:
+        raise HalfplateError(
+            f"{name!r} is not a module of block {index}; expected a name such as {prefix}..."
+        ) from None

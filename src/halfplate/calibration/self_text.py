@@ -1,0 +1,148 @@
+"""Text that a model samples from itself, so that calibration needs no data set.
+
+Calibration on self-generated text: Williams, Chrysostomou and Aletras, "Self-calibration for Language Model Quantization
+and Pruning", 2024; LLM-QAT, 2023, did so for training.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from halfplate.errors import HalfplateError
+
+if TYPE_CHECKING:
+    from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# The model's own distribution: below 1 the text is more fluent but narrower than what the model was made for.
+TEMPERATURE = 1.0
+# Bounds the keys and values held, and with them the sequences sampled side by side.
+CACHE_BYTES = 2**30
+MAX_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a sequence begins.
+
+    kind: `bos` (the model's start token), `eos` (its end token, which separates documents where there is no start
+    token), or `uniform` (a token drawn uniformly from the vocabulary; token is then None).
+    ends: tokens that end a document; `token` follows each of them.
+    """
+
+    kind: str
+    token: int | None
+    ends: tuple[int, ...]
+
+
+def find_start(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Start:
+    """The start of self-sampled text, as the tokenizer, the generation config or the model config (in turn) say.
+
+    A chat model's start token may be a turn marker (SmolLM2-Instruct: `<|im_start|>`); nothing else is put before the
+    text. Of 64 sequences that SmolLM2-135M-Instruct starts so, none is the standard system prompt.
+    """
+    places = (tokenizer, model.generation_config, model.config)
+    vocabulary = _vocabulary(model)
+
+    def known(key: str) -> list[int]:
+        values = [getattr(place, key, None) for place in places]
+        tokens = [token for value in values for token in (value if isinstance(value, list) else [value])]
+        return [token for token in dict.fromkeys(tokens) if isinstance(token, int) and 0 <= token < vocabulary]
+
+    starts, ends = known("bos_token_id"), known("eos_token_id")
+    if starts:
+        return Start("bos", starts[0], tuple(ends))
+    if ends:
+        return Start("eos", ends[0], tuple(ends))
+    return Start("uniform", None, ())
+
+
+@torch.no_grad()
+def sample_text(
+    model: "PreTrainedModel",
+    start: Start,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    temperature: float = TEMPERATURE,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Sequences drawn from the model's own distribution, int64 (samples, seq_len) on the CPU.
+
+    Every sequence opens with the start token, which also follows each end token, so that none needs padding. All random
+    numbers are drawn beforehand, one for each token: how many sequences run side by side (bounded by 1 GiB of keys and
+    values) changes the text by rounding alone. The dense model runs as a whole, one token at a time.
+    progress: called with the tokens sampled so far and in all. Raises HalfplateError where logits are not finite.
+    """
+    from halfplate.calibration.cache import preallocated_cache
+
+    generator = torch.Generator().manual_seed(seed)
+    chances = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64).to(model.device)
+    ids = torch.empty(samples, seq_len, dtype=torch.int64, device=model.device)
+    batches = -(-samples // _sequences_at_once(model.config.get_text_config(), seq_len))
+    done = 0
+    # Batches of nearly one size: a small last one would cost almost as many seconds as a full one.
+    for rows, uniform in zip(ids.tensor_split(batches), chances.tensor_split(batches), strict=True):
+        cache = preallocated_cache(model.config, seq_len)
+        rows[:, 0] = _first_tokens(model, start, uniform[:, 0])
+        for position in range(1, seq_len):
+            current = rows[:, position - 1 : position]
+            drawn = _draw(_next_logits(model, current, cache) / temperature, uniform[:, position])
+            rows[:, position] = _restarted(drawn, current[:, 0], start)
+            if progress is not None:
+                progress(done + len(rows) * (position + 1), samples * seq_len)
+        done += rows.numel()
+    return ids.cpu()
+
+
+def _first_tokens(model: "PreTrainedModel", start: Start, uniform: Tensor) -> Tensor:
+    """The tokens that sequences open with, int64 (sequences,): the one rule of what precedes self-sampled text."""
+    if start.token is not None:
+        return torch.full(uniform.shape, start.token, device=uniform.device)
+    return (uniform * _vocabulary(model)).long()
+
+
+def _vocabulary(model: "PreTrainedModel") -> int:
+    """Rows of the embedding: the tokens that the model can read, and draws from."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _next_logits(model: "PreTrainedModel", current: Tensor, cache: "Cache") -> Tensor:
+    """Logits (sequences, vocabulary) of the token after `current` int64 (sequences, 1)."""
+    logits: Tensor = model(input_ids=current, past_key_values=cache, use_cache=True).logits
+    return logits[:, -1]
+
+
+def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One token a row, int64 (sequences,), by inverting the cumulative distribution at `uniform` fp64 in [0, 1).
+
+    With one random number a row this costs a tenth of `torch.multinomial`, which draws one for each token it could be.
+    """
+    cumulative = logits.float().softmax(-1).double().cumsum(-1)
+    total = cumulative[:, -1:]
+    if not bool(torch.isfinite(total).all()):
+        raise HalfplateError(
+            "calibration=self: the model gives logits that are not finite, so it cannot sample text; "
+            "check that its plain generation works, or pass a text file"
+        )
+    # right=True: a token of probability zero is never drawn.
+    drawn = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)[:, 0]
+    return drawn.clamp_max(logits.shape[-1] - 1)
+
+
+def _restarted(drawn: Tensor, previous: Tensor, start: Start) -> Tensor:
+    """`drawn`, with the start token where `previous` ended a document and is not itself the start of the next."""
+    if start.token is None or start.token in start.ends:
+        return drawn
+    ended = torch.isin(previous, torch.tensor(start.ends, dtype=torch.int64, device=previous.device))
+    return torch.where(ended, start.token, drawn)
+
+
+def _sequences_at_once(config: "PretrainedConfig", seq_len: int) -> int:
+    """How many sequences have keys and values of at most CACHE_BYTES in fp32, as far as the config tells."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each: int = 2 * config.num_hidden_layers * heads * head_dim * seq_len * torch.float32.itemsize
+    return min(MAX_BATCH, max(1, CACHE_BYTES // each))

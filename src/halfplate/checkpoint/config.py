@@ -1,0 +1,91 @@
+"""What the JSON files of a checkpoint say (docs/format.md)."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from halfplate.errors import HalfplateError
+from halfplate.formats.spec import WeightSpec
+
+METHOD = "halfplate"
+VERSION = 1  # of `quantization_config`
+RECORD_VERSION = 1  # of `halfplate.json`
+CONFIG_FILE = "config.json"
+RECORD_FILE = "halfplate.json"
+
+# transformers raises with this text where it should be the name of a weight file; HalfplateQuantizer takes it away.
+SENTENCE = "this checkpoint holds Halfplate compressed weights; run `pip install halfplate` and `import halfplate` before from_pretrained"
+
+
+def quantization_config(specs: Mapping[str, WeightSpec]) -> dict[str, Any]:
+    """The `quantization_config` of a model whose modules are compressed as `specs` says."""
+    return {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "modules": {name: spec.to_json() for name, spec in specs.items()},
+    }
+
+
+def parse_modules(version: Any, modules: Any) -> dict[str, WeightSpec]:
+    """The specifications in a `quantization_config`, by module name; raises HalfplateError on any that cannot be read."""
+    if type(version) is not int or version < 1:
+        raise HalfplateError(
+            f"quantization_config.version={version!r} must be a positive integer; the checkpoint is damaged, write it again"
+        )
+    if version > VERSION:
+        raise HalfplateError(
+            f"quantization_config.version={version} is newer than this Halfplate reads ({VERSION}); upgrade halfplate"
+        )
+    if not isinstance(modules, dict):
+        raise HalfplateError(
+            f"quantization_config.modules is of type {type(modules).__name__}, expected an object of module names; "
+            "the checkpoint is damaged, write it again"
+        )
+    return {name: WeightSpec.from_json(entry, name) for name, entry in modules.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`; raises HalfplateError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HalfplateError(f"{str(path)!r} does not exist; give the folder of a Halfplate checkpoint") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise HalfplateError(
+            f"{str(path)!r} cannot be read as JSON: {error}; copy or write the checkpoint again"
+        ) from None
+    if not isinstance(content, dict):
+        raise HalfplateError(
+            f"{str(path)!r} holds a JSON {type(content).__name__}, expected an object; copy or write the checkpoint again"
+        )
+    return content
+
+
+def read_specs(folder: Path) -> dict[str, WeightSpec]:
+    """The specifications of the compressed modules of a checkpoint; raises HalfplateError where `folder` is none."""
+    if not folder.is_dir():
+        raise HalfplateError(f"path={str(folder)!r} is not a folder; give the folder of a Halfplate checkpoint")
+    quantization = read_json(folder / CONFIG_FILE).get("quantization_config")
+    quantization = quantization if isinstance(quantization, dict) else {}
+    method = quantization.get("quant_method")
+    if method != METHOD:
+        raise HalfplateError(
+            f"path={str(folder)!r} is not a Halfplate checkpoint: quantization_config.quant_method in its config.json is {method!r}, expected {METHOD!r}"
+        )
+    return parse_modules(quantization.get("version"), quantization.get("modules"))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """`halfplate.json` of a checkpoint; raises HalfplateError where it is absent, damaged or too new."""
+    record = read_json(folder / RECORD_FILE)
+    version = record.get("format_version")
+    if type(version) is not int or version < 1:
+        raise HalfplateError(
+            f"format_version={version!r} in {str(folder / RECORD_FILE)!r} must be a positive integer; write the checkpoint again"
+        )
+    if version > RECORD_VERSION:
+        raise HalfplateError(
+            f"format_version={version} in {str(folder / RECORD_FILE)!r} is newer than {RECORD_VERSION}; upgrade halfplate"
+        )
+    return record

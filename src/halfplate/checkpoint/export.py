@@ -1,0 +1,30 @@
+"""Export to a dense model that transformers loads without Halfplate."""
+
+from pathlib import Path
+
+from halfplate.checkpoint.config import CONFIG_FILE, read_json
+from halfplate.checkpoint.folder import check_out, new_folder
+from halfplate.checkpoint.read import load, load_tokenizer, read_checked_headers
+from halfplate.checkpoint.write import write_model, write_record
+from halfplate.dtypes import STORED
+from halfplate.errors import HalfplateError
+
+
+def export_dense(path: str | Path, out: str | Path, overwrite: bool = False) -> None:
+    """Multiply out every matrix of the checkpoint `path` and write a plain Hugging Face folder to `out`.
+
+    All floating-point tensors have the `dtype` of the checkpoint's config.json; products are taken in fp32. The folder
+    appears whole or not at all. Raises HalfplateError on a damaged checkpoint and where `out` cannot be written.
+    """
+    check_out(Path(out), overwrite)
+    folder = Path(path)
+    read_checked_headers(folder)
+    named = read_json(folder / CONFIG_FILE).get("dtype")
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
+    if named not in dtypes:
+        raise HalfplateError(f"dtype={named!r} in {str(folder / CONFIG_FILE)!r} is not one of {', '.join(dtypes)}")
+    dtype = dtypes[named]
+    model = load(folder, dtype).dequantize(dtype=dtype)
+    with new_folder(Path(out), overwrite) as target:
+        write_model(model, load_tokenizer(folder), target, dtype, quantization=None)
+        write_record(target, {"exported": "dense"})

@@ -1,0 +1,113 @@
+"""Folders that appear whole or not at all."""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from halfplate.checkpoint.config import CONFIG_FILE, METHOD, RECORD_FILE, read_json
+from halfplate.errors import HalfplateError
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raise HalfplateError unless a folder may be written to `out`.
+
+    What exists is replaced only with `overwrite`, and only if Halfplate wrote it; an empty folder is no obstacle.
+    """
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not out.is_dir():
+        raise HalfplateError(f"out={str(out)!r} exists and is not a folder; choose another name")
+    if not any(out.iterdir()):
+        return
+    if not _is_ours(out):
+        raise HalfplateError(
+            f"out={str(out)!r} holds files that Halfplate did not write, which --overwrite does not delete; choose another name"
+        )
+    if not overwrite:
+        raise HalfplateError(f"out={str(out)!r} exists; choose another name, or pass --overwrite to replace it")
+
+
+def _is_ours(folder: Path) -> bool:
+    if (folder / RECORD_FILE).is_file():
+        return True
+    try:
+        quantization = read_json(folder / CONFIG_FILE).get("quantization_config")
+    except HalfplateError:
+        return False
+    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends, and vanishes when the block raises.
+
+    Its files reach the disk before the rename. Raises HalfplateError where `check_out` does or where writing fails,
+    for example on a full disk; then, and on Ctrl-C, `out` is as it was.
+    """
+    target = out.resolve()
+    check_out(target, overwrite)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _flush(partial)
+        _replace(partial, target)
+    except (OSError, SafetensorError) as error:
+        raise HalfplateError(_reason(out, error)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _reason(out: Path, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        f"os error {code}" in text for code in (errno.ENOSPC, errno.EDQUOT)
+    )
+    cure = "the disk is full, free some space" if full else "check that the place exists and can be written"
+    return f"out={str(out)!r} could not be written ({text}): {cure} or choose another place; nothing was left there"
+
+
+def _flush(folder: Path) -> None:
+    """Give every file the usual permissions (safetensors writes files that only their owner reads) and force all to disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+        _fsync(path)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(partial: Path, target: Path) -> None:
+    """Rename `partial` to `target`; what stood there goes only after the new folder stands."""
+    if not target.exists() or not any(target.iterdir()):
+        partial.rename(target)
+    else:
+        old = partial.with_suffix(".old")
+        try:
+            target.rename(old)
+            partial.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+        finally:
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+    _fsync(target.parent)

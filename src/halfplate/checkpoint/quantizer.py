@@ -1,0 +1,158 @@
+"""How transformers builds a compressed model: its quantizer interface (loading through `from_pretrained`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from halfplate.checkpoint.config import METHOD, SENTENCE, VERSION, parse_modules
+from halfplate.checkpoint.weights import check_layout, headers_of
+from halfplate.errors import HalfplateError
+from halfplate.formats import CompressedLinear, WeightSpec
+from halfplate.formats.packing import check_positions
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+OLDEST_TRANSFORMERS = (5, 18)
+
+
+class HalfplateConfig(QuantizationConfigMixin):
+    """`quantization_config` of a checkpoint; raises HalfplateError where a module's entry cannot be read.
+
+    modules: `WeightSpec.to_json()` by module name. version: of this object.
+    """
+
+    def __init__(self, modules: Any = None, version: Any = None, **_: Any) -> None:
+        parse_modules(version, modules)
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version = version
+        self.modules = modules
+
+    @classmethod
+    def from_specs(cls, specs: dict[str, WeightSpec]) -> HalfplateConfig:
+        return cls({name: spec.to_json() for name, spec in specs.items()}, VERSION)
+
+    @property
+    def specs(self) -> dict[str, WeightSpec]:
+        return parse_modules(self.version, self.modules)
+
+
+class HalfplateQuantizer(HfQuantizer):
+    """Puts a `CompressedLinear` wherever the checkpoint holds compressed tensors, and checks what was loaded."""
+
+    requires_calibration = True
+    quantization_config: HalfplateConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        installed = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+        if installed < OLDEST_TRANSFORMERS:
+            raise HalfplateError(
+                f"transformers={transformers.__version__} is too old, expected at least 5.18; run `pip install -U transformers`"
+            )
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Take away the sentence that keeps others from loading; transformers calls this before it looks for weights."""
+        if getattr(config, "transformers_weights", None) == SENTENCE:
+            config = copy.copy(config)
+            del config.transformers_weights
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        specs = self.quantization_config.specs
+        found = headers_of(map(Path, checkpoint_files)) if checkpoint_files else None
+        if found is not None:
+            check_layout(found, specs)
+        for name, spec in specs.items():
+            bias = _dense_linear(model, name, spec).bias
+            if found is not None and (bias is None) == (f"{name}.bias" in found):
+                state = "missing" if bias is not None else "stored, which the model has not"
+                raise HalfplateError(
+                    f"{name}.bias is {state}; the checkpoint does not fit its config.json, write it again"
+                )
+            module = CompressedLinear(
+                spec, bias is not None, device="meta", bias_dtype=None if bias is None else bias.dtype
+            )
+            model.set_submodule(name, module)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, tensor in _stored_tensors(model):
+            if not getattr(tensor, "_is_hf_initialized", False):
+                raise HalfplateError(f"{name} was not loaded; the checkpoint lacks it, copy or write it again")
+        for name, module in _compressed(model):
+            for part, (shape, dtype) in module.spec.layout().items():
+                tensor = getattr(module, part)
+                if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+                    raise HalfplateError(
+                        f"{name}.{part} was loaded as {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}; report this"
+                    )
+            if not module.weight_index.is_meta:  # offloaded to disk
+                kept = module.weight.shape[1]
+                check_positions(module.weight_index, kept, module.spec.pattern, f"{name}.weight_index")
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Replace every compressed module by a dense one, multiplied out in fp32 and cast to `dtype`."""
+        for name, module in list(_compressed(model)):
+            weight = module.matrix.dense().to(dtype)
+            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            if module.bias is not None:
+                linear.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+            model.set_submodule(name, linear)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients flow through compressed modules to their inputs, values and wrappers."""
+        return True
+
+
+def _dense_linear(model: nn.Module, name: str, spec: WeightSpec) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise HalfplateError(
+            f"quantization_config.modules names {name!r}, which {type(model).__name__} does not have; load the checkpoint with AutoModelForCausalLM"
+        ) from None
+    if not isinstance(module, nn.Linear):
+        raise HalfplateError(
+            f"quantization_config.modules names {name!r}, which is a {type(module).__name__}, expected a Linear; write the checkpoint again"
+        )
+    if (module.out_features, module.in_features) != (spec.d_out, spec.d_in):
+        raise HalfplateError(
+            f"quantization_config.modules[{name!r}].shape={[spec.d_out, spec.d_in]} does not fit the model, "
+            f"expected {[module.out_features, module.in_features]}; write the checkpoint again"
+        )
+    return module
+
+
+def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, CompressedLinear))
+
+
+def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the model that its files should hold; those offloaded to disk are on the meta device."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.is_meta and name not in model.all_tied_weights_keys:
+            yield name, tensor
+
+
+if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+    auto.register_quantization_config(METHOD)(HalfplateConfig)
+    auto.register_quantizer(METHOD)(HalfplateQuantizer)

@@ -1,0 +1,124 @@
+"""Loading a checkpoint, and saying what it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from halfplate.checkpoint.config import RECORD_FILE, read_record, read_specs
+from halfplate.checkpoint.weights import StoredTensor, check_layout, read_headers, read_tensors, sha256
+from halfplate.errors import HalfplateError
+from halfplate.formats import WeightSpec
+from halfplate.formats.packing import check_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+    """Load the checkpoint in the folder `path` as a transformers model in eval mode.
+
+    dtype: element type of activations and of all that is not a compressed matrix; compressed tensors keep the type they
+    are stored in. Raises HalfplateError where the files are not a whole, undamaged checkpoint that this version reads.
+    """
+    folder = Path(path)
+    read_checked_headers(folder)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise HalfplateError(f"path={str(path)!r} cannot be loaded by transformers: {reason}") from error
+    model: PreTrainedModel = loaded[0]
+    report: dict[str, Any] = loaded[1]
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            name = min(map(str, report[problem]))
+            raise HalfplateError(
+                f"path={str(path)!r} does not fit its config.json: {problem} {name}; copy or write the checkpoint again"
+            )
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    model.eval()
+    return model
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint in the folder `path`; raises HalfplateError where there is none."""
+    from transformers import AutoTokenizer
+
+    if not Path(path).is_dir():
+        raise HalfplateError(f"path={str(path)!r} is not a folder; give the folder of a Halfplate checkpoint")
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
+        raise HalfplateError(
+            f"path={str(path)!r} has no tokenizer that can be read: {' '.join(str(error).split())}"
+        ) from error
+
+
+def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]:
+    """Every compressed matrix of a checkpoint with its bytes and error, and the totals; keys as in `halfplate inspect --json`.
+
+    verify: also read every tensor and compare it with its checksum. Raises HalfplateError on a damaged checkpoint.
+    """
+    folder = Path(path)
+    specs, found = read_checked_headers(folder)
+    record = read_record(folder) if verify or (folder / RECORD_FILE).is_file() else {}
+    if verify:
+        _verify(folder, specs, found, record)
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    return {
+        "matrices": [
+            {
+                "name": name,
+                "format": spec.format,
+                "pattern": str(spec.pattern),
+                "shape": [spec.d_out, spec.d_in],
+                "nbytes": spec.nbytes,
+                "dense_nbytes": spec.dense_nbytes,
+                "relative_error": _relative_error(record, name),
+            }
+            for name, spec in specs.items()
+        ],
+        "nbytes": nbytes,
+        "dense_nbytes": sum(spec.dense_nbytes for spec in specs.values()),
+        "other_nbytes": sum(tensor.nbytes for tensor in found.values()) - nbytes,
+        "verified": verify,
+    }
+
+
+def read_checked_headers(folder: Path) -> tuple[dict[str, WeightSpec], dict[str, StoredTensor]]:
+    """The specifications and the tensors of a checkpoint; raises HalfplateError unless they fit each other."""
+    specs = read_specs(folder)
+    found = read_headers(folder)
+    check_layout(found, specs)
+    return specs, found
+
+
+def _relative_error(record: dict[str, Any], name: str) -> float | None:
+    matrices = record.get("matrices")
+    matrix = matrices.get(name) if isinstance(matrices, dict) else None
+    return matrix.get("relative_error") if isinstance(matrix, dict) else None
+
+
+def _verify(folder: Path, specs: dict[str, WeightSpec], found: dict[str, StoredTensor], record: dict[str, Any]) -> None:
+    checksums = record.get("tensors")
+    if not isinstance(checksums, dict):
+        raise HalfplateError(f"{str(folder / RECORD_FILE)!r} has no checksums (`tensors`); write the checkpoint again")
+    for name in sorted(checksums.keys() ^ found.keys()):
+        state = "has no checksum" if name in found else "is missing"
+        raise HalfplateError(f"{name} {state}; copy or write the checkpoint again")
+    for name, tensor in read_tensors(found):
+        if sha256(tensor) != checksums[name]:
+            raise HalfplateError(
+                f"{name} in {found[name].file.name} does not have the checksum in {RECORD_FILE}; copy or write the checkpoint again"
+            )
+        module, _, part = name.rpartition(".")
+        if module in specs and part == "weight_index":
+            spec = specs[module]
+            check_positions(tensor, spec.pattern.kept(spec.d_in), spec.pattern, name)

@@ -1,0 +1,146 @@
+"""Writing a compressed model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, RECORD_VERSION, SENTENCE
+from halfplate.checkpoint.folder import new_folder
+from halfplate.checkpoint.quantizer import HalfplateConfig
+from halfplate.checkpoint.weights import MAX_SHARD_NBYTES, write_tensors
+from halfplate.errors import HalfplateError
+from halfplate.formats import CompressedLinear, WeightSpec
+from halfplate.version import package_version
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: Path,
+    specs: dict[str, WeightSpec],
+    record: dict[str, Any],
+    other_dtype: torch.dtype,
+    overwrite: bool = False,
+    max_shard_nbytes: int = MAX_SHARD_NBYTES,
+) -> None:
+    """Write `model`, with a CompressedLinear under each name in `specs`, to the folder `out`, whole or not at all.
+
+    record: goes to `halfplate.json`, with versions and the checksum of each tensor added. other_dtype: element type of
+    all floating-point tensors outside compressed matrices; the model is rounded to it in place (`round_others`), so
+    that it computes what the checkpoint will. Raises HalfplateError where `out` may not or cannot be written, and
+    where `model` is not as `specs` says.
+    """
+    _check_modules(model, specs)
+    with new_folder(Path(out), overwrite) as folder:
+        round_others(model, other_dtype)
+        checksums = write_model(
+            model, tokenizer, folder, other_dtype, HalfplateConfig.from_specs(specs), max_shard_nbytes
+        )
+        write_record(folder, record | {"tensors": checksums})
+
+
+def round_others(model: PreTrainedModel, other_dtype: torch.dtype) -> None:
+    """Round all floating-point tensors outside compressed matrices to `other_dtype`, in place; their own type stays."""
+    stored = _matrix_dtypes(model)
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name not in stored and tensor.is_floating_point():
+                tensor.copy_(tensor.to(other_dtype))
+
+
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    other_dtype: torch.dtype,
+    quantization: HalfplateConfig | None,
+    max_shard_nbytes: int = MAX_SHARD_NBYTES,
+) -> dict[str, str]:
+    """Write weights, configuration and tokenizer to an existing folder; returns the SHA-256 of each tensor."""
+    tensors = _unshared(model)
+    matrices = _matrix_dtypes(model)
+    dtypes = {
+        name: matrices.get(name, other_dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+    checksums = write_tensors(tensors, dtypes, folder, max_shard_nbytes)
+
+    config = copy.deepcopy(model.config)
+    config.dtype = other_dtype
+    config.architectures = [type(model).__name__]
+    if quantization is not None:
+        config.quantization_config = quantization
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(folder)
+    if quantization is not None:
+        path = folder / CONFIG_FILE
+        content = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": SENTENCE}
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if model.generation_config is not None:
+        # save_pretrained would refuse settings that transformers itself reads with a mere warning.
+        model.generation_config.to_json_file(folder / "generation_config.json")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return checksums
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write `halfplate.json`, the mark of a folder that Halfplate wrote."""
+    versions = {"halfplate": package_version()} | {
+        name: version(name) for name in ("safetensors", "torch", "transformers")
+    }
+    content = {"format_version": RECORD_VERSION, "versions": versions} | dict(record)
+    (folder / RECORD_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_modules(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> None:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    if found.keys() != specs.keys():
+        name = min(found.keys() ^ specs.keys())
+        state = "is compressed in the model" if name in found else "is not compressed in the model"
+        raise HalfplateError(f"{name} {state}, specs say otherwise; give the specs of exactly the compressed modules")
+    for name, module in found.items():
+        if module.spec != specs[name]:
+            raise HalfplateError(
+                f"{name} is compressed as {module.spec}, specs say {specs[name]}; give the spec it was compressed with"
+            )
+        for part, (shape, dtype) in module.spec.layout().items():
+            tensor = getattr(module, part)
+            if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+                raise HalfplateError(
+                    f"{name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, its spec expects {dtype} {shape}; compress it anew"
+                )
+        # A stranger's dense layer must refuse this tensor, or it would load nonsense without a word.
+        assert tuple(module.weight.shape) != (module.out_features, module.in_features), name
+
+
+def _matrix_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """Element type of every stored tensor of every compressed matrix, by its full name."""
+    return {
+        f"{name}.{part}": dtype
+        for name, module in model.named_modules()
+        if isinstance(module, CompressedLinear)
+        for part, (_, dtype) in module.spec.layout().items()
+    }
+
+
+def _unshared(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of the model without those that transformers ties to another on loading."""
+    tensors: dict[str, Tensor] = model.state_dict()
+    tied = model.all_tied_weights_keys.items()
+    copies = {
+        name for name, source in tied if source in tensors and tensors[name].data_ptr() == tensors[source].data_ptr()
+    }
+    return {name: tensor for name, tensor in tensors.items() if name not in copies}

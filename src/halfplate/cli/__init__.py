@@ -1,0 +1,68 @@
+"""The command line: one file a verb, each with `add_arguments(parser)` and `run(args)`; nothing heavy is imported before `run`."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from halfplate.cli import compress, doctor, evaluate, export, generate, inspect, methods, plan, recipe
+from halfplate.cli.parser import Parser
+from halfplate.errors import HalfplateError
+from halfplate.version import package_version
+
+VERBS: dict[str, Any] = {
+    "plan": plan,
+    "compress": compress,
+    "eval": evaluate,
+    "generate": generate,
+    "inspect": inspect,
+    "export": export,
+    "recipe": recipe,
+    "methods": methods,
+    "doctor": doctor,
+}
+VERBS_TO_COME = ("bench", "report", "recover", "serve")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = Parser(
+        prog="halfplate",
+        description="Compress language models to 2:4 sparsity with ARMOR, in one shot and at the least loss of quality.",
+    )
+    parser.add_argument("--version", action="version", version=f"halfplate {package_version()}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, module in VERBS.items():
+        summary = module.__doc__.strip().splitlines()[0]
+        module.add_arguments(verbs.add_parser(name, help=summary, description=summary))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0 done, 2 bad usage or input, 1 anything else."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    out = None
+    try:
+        if argv and argv[0] in VERBS_TO_COME:
+            raise HalfplateError(f"verb {argv[0]!r} is not available yet; available: {', '.join(VERBS)}")
+        args = build_parser().parse_args(argv)
+        out = getattr(args, "out", None)
+        status: int = VERBS[args.verb].run(args)
+        sys.stdout.flush()
+        return status
+    except HalfplateError as error:
+        print(f"halfplate: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        left = "" if out is None else f"; nothing half-written is left in {out}"
+        print(f"halfplate: interrupted{left}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader of our output has gone; without this, Python complains once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1

@@ -1,0 +1,51 @@
+"""Compress a model and write a checkpoint."""
+
+import argparse
+from typing import Any
+
+from halfplate.cli.parser import add_output_arguments
+from halfplate.cli.recipe_options import add_recipe_arguments, recipe_from
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a local Hugging Face folder, a Hub id or a .gguf file")
+    parser.add_argument("-o", "--out", metavar="OUT", required=True, help="folder to write the checkpoint to")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds a model already")
+    add_recipe_arguments(parser)
+    add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe = recipe_from(args)
+    from halfplate.cli.console import print_json, progress, silence_libraries
+    from halfplate.execution.local import compress
+
+    silence_libraries()
+    with progress(args) as report:
+        summary = compress(args.model, args.out, recipe, overwrite=args.overwrite, report=report)
+    if args.json:
+        print_json(summary)
+    else:
+        _print(summary)
+    return 0
+
+
+def _print(summary: dict[str, Any]) -> None:
+    from halfplate.cli.console import megabytes, print_pairs
+
+    seconds = ", ".join(f"{phase} {spent:.1f}" for phase, spent in summary["seconds"].items() if phase != "total")
+    rows: list[tuple[str, Any]] = [
+        ("matrices compressed", len(summary["matrices"])),
+        ("linears, dense at 2 bytes a weight", megabytes(summary["dense_nbytes"])),
+        ("linears, compressed", f"{megabytes(summary['nbytes'])} ({summary['nbytes'] / summary['dense_nbytes']:.1%})"),
+        ("everything else", megabytes(summary["other_nbytes"])),
+        ("source weight files", megabytes(summary["source_nbytes"])),
+        (f"mean relative error ({summary['error_kind']})", summary["mean_relative_error"]),
+        ("peak memory", megabytes(summary["peak_rss_bytes"])),
+        ("seconds", f"{summary['seconds']['total']:.1f} ({seconds})"),
+    ]
+    if "held_out" in summary:
+        rows.append(("KL on held-out text, nats a token", summary["held_out"]["kl"]))
+    if summary["skipped"]:
+        rows.append(("matrices left dense", f"{len(summary['skipped'])}, e.g. {summary['skipped'][0]['reason']}"))
+    print_pairs(f"{summary['out']}: {summary['model']} by {summary['method']}", rows)

@@ -1,0 +1,146 @@
+"""What the user sees: tables and JSON on standard output, progress on standard error."""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from halfplate.execution.progress import Report, silent
+
+LOG_SECONDS = 15.0  # between two lines of one phase where there is no terminal
+PLAIN_WIDTH = 140
+
+
+def silence_libraries() -> None:
+    """Keep the notes and bars of transformers away from a user who did not call it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def print_json(value: Any) -> None:
+    """One JSON document; numbers that JSON has no words for become null."""
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on standard output; columns of numbers are set right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        numeric = all(isinstance(row[index], int | float) or row[index] is None for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    _print(table)
+
+
+def print_pairs(title: str, pairs: Sequence[tuple[str, Any]]) -> None:
+    """A table of names and values on standard output."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(name, _cell(value))
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    console = Console(file=sys.stdout, width=width, markup=False, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    lines = (line.rstrip() for line in capture.get().splitlines())
+    print("\n".join(line for line in lines if line) + "\n")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def megabytes(nbytes: int) -> str:
+    """Bytes to read: `1.23 MB`, in powers of ten."""
+    return f"{nbytes / 1e6:,.2f} MB"
+
+
+@contextmanager
+def progress(args: argparse.Namespace) -> Iterator[Report]:
+    """Report to standard error: bars with the time left on a terminal, a line a phase elsewhere, nothing with --quiet."""
+    if args.quiet:
+        yield silent
+    elif sys.stderr.isatty():
+        with _bars() as bars:
+            yield _Bars(bars)
+    else:
+        yield _Lines()
+
+
+def _bars() -> Progress:
+    columns = (
+        TextColumn("{task.description:<22}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(file=sys.stderr))
+
+
+class _Bars:
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if phase not in self._tasks:
+            self._tasks[phase] = self._bars.add_task(phase, total=total)
+        self._bars.update(self._tasks[phase], completed=done, total=total)
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._phase = ""
+        self._start = self._told = 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if phase != self._phase or done == 0:
+            self._phase, self._start, self._told = phase, now, now
+        if done >= total or now - self._told >= LOG_SECONDS:
+            self._told, spent = now, now - self._start
+            left = f", {spent / done * (total - done):.0f} s left" if 0 < done < total else ""
+            print(f"{phase}: {done}/{total} ({spent:.1f} s{left})", file=sys.stderr, flush=True)

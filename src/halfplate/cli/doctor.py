@@ -1,0 +1,81 @@
+"""Say what this machine can run: versions, threads, processor features, kernels, GPU."""
+
+import argparse
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from halfplate.cli.parser import add_output_arguments
+
+LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy")
+FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_output_arguments(parser, progress=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    from halfplate.cli.console import print_json, print_pairs
+
+    found = examine()
+    if args.json:
+        print_json(found)
+    else:
+        print_pairs("halfplate doctor", [(name.replace("_", " "), _spoken(value)) for name, value in found.items()])
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """Everything the doctor tells, by name."""
+    import torch
+
+    from halfplate.version import package_version
+
+    processor, flags = _processor()
+    return {
+        "halfplate": package_version(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in LIBRARIES},
+        "platform": platform.platform(),
+        "processor": processor,
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_features": [feature for feature in FEATURES if feature in flags],
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        **_kernels(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> tuple[str, set[str]]:
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor() or platform.machine(), set()
+    fields: dict[str, str] = {}
+    for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return fields.get("model name", platform.machine()), set(fields.get("flags", fields.get("Features", "")).split())
+
+
+def _kernels() -> dict[str, Any]:
+    from halfplate.kernels import native
+
+    if native.available():
+        return {"native_kernels": True, "native_isa": native.isa(), "native_reason": None}
+    return {"native_kernels": False, "native_isa": None, "native_reason": native.reason()}
+
+
+def _spoken(value: Any) -> Any:
+    return (" ".join(value) or "none known") if isinstance(value, list) else value

@@ -1,0 +1,75 @@
+"""Continue a prompt, greedily."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from halfplate.cli.parser import NotYet, positive
+from halfplate.errors import HalfplateError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a Halfplate checkpoint, a Hugging Face folder, a Hub id or a .gguf file"
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", default=64, help="tokens to add at most (default 64)"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="give the prompt as a user's message in the model's chat template"
+    )
+    parser.add_argument("--threads", type=positive, metavar="T", help="threads of torch")
+    parser.add_argument("--activations", action=NotYet, works=("float",))
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from halfplate.cli.console import silence_libraries
+    from halfplate.execution.loading import load_any
+
+    silence_libraries()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    model, tokenizer = load_any(args.model)
+    ids = _token_ids(args, tokenizer)
+    length = ids.shape[1]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length == 0:
+        raise HalfplateError(f"prompt={args.prompt!r} holds no token; give some text")
+    if limit is not None and length + args.max_new_tokens > limit:
+        raise HalfplateError(
+            f"max_new_tokens={args.max_new_tokens} after {length} tokens of prompt exceeds the {limit} positions of {args.model!r}; "
+            f"try {'--max-new-tokens ' + str(limit - length) if length < limit else 'a shorter prompt'}"
+        )
+    # One sequence without padding, so every token counts.
+    settings = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": _padding(tokenizer)}
+    tokens = model.generate(ids, max_new_tokens=args.max_new_tokens, **settings)
+    print(tokenizer.decode(tokens[0, length:] if args.chat else tokens[0], skip_special_tokens=True))
+    return 0
+
+
+def _token_ids(args: argparse.Namespace, tokenizer: Any) -> Tensor:
+    """The prompt as int64 (1, tokens)."""
+    import torch
+
+    if not args.chat:
+        return torch.tensor([tokenizer(args.prompt)["input_ids"]], dtype=torch.int64)
+    if not tokenizer.chat_template:
+        raise HalfplateError(
+            f"--chat needs a chat template, and the tokenizer of {args.model!r} has none; leave --chat out"
+        )
+    message = [{"role": "user", "content": args.prompt}]
+    encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+    return torch.tensor([encoded["input_ids"]], dtype=torch.int64)
+
+
+def _padding(tokenizer: Any) -> int | None:
+    """generate warns without a padding token, though one sequence needs none."""
+    number: int | None = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return number

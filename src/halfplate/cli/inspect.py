@@ -1,0 +1,47 @@
+"""List every matrix of a checkpoint: format, shape, bytes, relative error."""
+
+import argparse
+import re
+from typing import Any
+
+from halfplate.cli.parser import add_output_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="OUT", help="a Halfplate checkpoint")
+    parser.add_argument("--verify", action="store_true", help="check every checksum")
+    add_output_arguments(parser, progress=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    from halfplate.checkpoint.read import inspect_checkpoint
+    from halfplate.cli.console import megabytes, print_json, print_table, silence_libraries
+
+    silence_libraries()
+    found = inspect_checkpoint(args.path, verify=args.verify)
+    if args.json:
+        print_json(found)
+        return 0
+    print_table(
+        f"{args.path}: linears {megabytes(found['nbytes'])}, dense {megabytes(found['dense_nbytes'])}",
+        ("name", "format", "shape", "bytes", "dense bytes", "relative error"),
+        [
+            (
+                m["name"],
+                m["format"],
+                "×".join(map(str, m["shape"])),
+                m["nbytes"],
+                m["dense_nbytes"],
+                m["relative_error"],
+            )
+            for m in sorted(found["matrices"], key=_by_block)
+        ],
+    )
+    if args.verify:
+        print("every checksum holds")
+    return 0
+
+
+def _by_block(matrix: dict[str, Any]) -> list[Any]:
+    """Block 2 before block 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", matrix["name"])]

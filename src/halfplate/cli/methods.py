@@ -1,0 +1,40 @@
+"""List the compression methods and their options."""
+
+import argparse
+from dataclasses import MISSING, fields
+from typing import Any
+
+from halfplate.cli.parser import add_output_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_output_arguments(parser, progress=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    from halfplate.cli.console import print_json, print_table
+    from halfplate.methods import METHODS, create, method_class
+
+    listed: list[dict[str, Any]] = []
+    for name in METHODS:
+        found = method_class(name)
+        options = {f.name: f.default for f in fields(found) if f.default is not MISSING}
+        needs = create(name).requires.name.lower()
+        listed.append(
+            {"name": name, "summary": found.summary, "requires": needs, "wrapped": found.wrapped, "options": options}
+        )
+    if args.json:
+        print_json({"methods": listed})
+        return 0
+    rows = [
+        (
+            m["name"],
+            m["summary"],
+            m["requires"],
+            "yes" if m["wrapped"] else "",
+            ", ".join(f"{k}={v}" for k, v in m["options"].items()),
+        )
+        for m in listed
+    ]
+    print_table("methods", ("name", "what it does", "statistics", "wrappers", "options (--option KEY=VALUE)"), rows)
+    return 0

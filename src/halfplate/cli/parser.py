@@ -1,0 +1,57 @@
+"""What all verbs share of their arguments."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from halfplate.errors import HalfplateError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line and whose options cannot be abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        raise HalfplateError(f"{message}; see {self.prog} --help")
+
+
+class NotYet(argparse.Action):
+    """An option of the contract that only takes the values that already work, or none."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, works: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, help=argparse.SUPPRESS, **kwargs)
+        self.works = works
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if not self.works:
+            raise HalfplateError(f"{option_string} is not available yet; leave it out")
+        if values not in self.works:
+            raise HalfplateError(f"{option_string} {values} is not available yet; available: {', '.join(self.works)}")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, progress: bool = True) -> None:
+    """`--json` and, for verbs that take long, `--quiet`."""
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON, and nothing else, to standard output"
+    )
+    if progress:
+        parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+positive.__name__ = "whole number"  # argparse names the type so in its message

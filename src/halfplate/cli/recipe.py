@@ -1,0 +1,23 @@
+"""Show or validate a recipe file."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action", choices=("show", "validate"), help="show: every value, defaults included; validate: check it"
+    )
+    parser.add_argument("name", metavar="NAME", help="a YAML file, or `default`")
+
+
+def run(args: argparse.Namespace) -> int:
+    import yaml
+
+    from halfplate.recipe import Recipe
+
+    recipe = Recipe() if args.name == "default" else Recipe.from_yaml(args.name)
+    if args.action == "show":
+        print(yaml.safe_dump(recipe.to_json(), sort_keys=False), end="")
+    else:
+        print(f"{args.name}: a valid recipe")
+    return 0

@@ -1,0 +1,76 @@
+"""The options that `plan` and `compress` share: a recipe file and flags that override it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from halfplate.cli.parser import NotYet
+from halfplate.errors import HalfplateError
+
+if TYPE_CHECKING:
+    from halfplate.recipe import Recipe
+
+# The recipe gives values their type and checks them, so that a flag and a file are refused in the same words.
+FIELDS = (
+    ("--method", "NAME", "how each matrix is compressed (default armor; `halfplate methods` lists them)"),
+    ("--pattern", "N:M", "kept values in each group of inputs (default 2:4)"),
+    ("--block-size", "N", "blocks of the wrappers: auto (default), 0 for none, 1 for diagonal"),
+    ("--core-dtype", "TYPE", "element type of the kept values: bf16 (default), fp16 or fp32"),
+    ("--wrapper-dtype", "TYPE", "element type of the wrappers: bf16 (default), fp16 or fp32"),
+    ("--calibration", "SRC", "self (default: the model's own text), a .txt/.jsonl file, also .gz, or a Hub data set"),
+    ("--samples", "N", "calibration sequences (default 64)"),
+    ("--seq-len", "L", "tokens of each (default 512)"),
+    ("--inputs", "WHICH", "what calibration runs through: dense (default), the blocks as they were"),
+    ("--seed", "S", "seed of everything random (default 0)"),
+    ("--device", "NAME", "where to compute: cpu (default) or cuda"),
+    ("--threads", "T", "threads of torch and of the kernels"),
+    ("--max-kl", "X", "exit with 1 when the KL to the dense model on held-out text exceeds X nats a token"),
+)
+METHOD_OPTIONS = (
+    ("--objective", "WHICH", "what armor minimises"),
+    ("--solver", "WHICH", "how armor solves: exact (default) or paper"),
+    ("--iterations", "N", "iterations of the method"),
+)
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add them; a flag that is not given is None and leaves the recipe's value."""
+    parser.add_argument("--recipe", metavar="R.yaml", help="recipe file; flags override it")
+    for flag, metavar, text in FIELDS + METHOD_OPTIONS:
+        parser.add_argument(flag, metavar=metavar, help=text)
+    parser.add_argument(
+        "--option", metavar="KEY=VALUE", action="append", default=[], help="another option of the method; repeatable"
+    )
+    for flag, text in (
+        ("--include", "compress only matrices whose name matches"),
+        ("--exclude", "leave out matrices whose name matches"),
+    ):
+        parser.add_argument(flag, metavar="PATTERN", action="append", help=f"{text}, e.g. '*.q_proj'; repeatable")
+    parser.add_argument("--tune-block", action=NotYet)
+    parser.add_argument("--budget", action=NotYet)
+    parser.add_argument("--engine", action=NotYet, works=("local",))
+    parser.add_argument("--workers", action=NotYet)
+    parser.add_argument("--address", action=NotYet)
+    parser.add_argument("--resume", action=NotYet, nargs=0)
+
+
+def recipe_from(args: argparse.Namespace) -> Recipe:
+    """The recipe file, or the defaults, with the flags that were given."""
+    from halfplate.recipe import Recipe
+
+    names = [*map(_field, FIELDS), "include", "exclude"]
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in map(_field, METHOD_OPTIONS) if getattr(args, name) is not None}
+    for text in args.option:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise HalfplateError(f"--option {text!r} is not of the form KEY=VALUE; try iterations=20")
+        options[key.replace("-", "_")] = value
+    if args.recipe is None:
+        return Recipe(**changes, method_options=options)
+    return Recipe.from_yaml(args.recipe, **changes, method_options=options)
+
+
+def _field(option: tuple[str, str, str]) -> str:
+    return option[0].removeprefix("--").replace("-", "_")

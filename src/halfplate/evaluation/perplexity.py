@@ -1,0 +1,144 @@
+"""Perplexity, KL divergence and agreement with a dense model, over windows of tokens."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from halfplate.calibration.documents import token_stream
+from halfplate.calibration.text import check_seq_len
+from halfplate.errors import HalfplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Tokens in one forward: logits of 2,048 tokens over a vocabulary of 50,000 are 400 MB. A longer window runs alone.
+TOKENS_AT_ONCE = 1024
+# Rows of logits that are held in fp64 at once.
+ROWS_AT_ONCE = 128
+
+
+def token_windows(
+    tokenizer: "PreTrainedTokenizerBase", documents: list[str], seq_len: int, windows: int | None = None
+) -> Tensor:
+    """The first `windows` (None: all) non-overlapping windows of the documents' one token stream: int64 (n, seq_len).
+
+    Documents are joined by blank lines; no start token is added beyond what the tokenizer adds to the stream itself.
+    Raises HalfplateError for numbers that cannot work, and for a text with fewer windows than asked for.
+    """
+    if seq_len < 2:
+        raise HalfplateError(f"seq_len={seq_len} leaves nothing to predict, expected at least 2 tokens; try 1024")
+    if windows is not None and windows < 1:
+        raise HalfplateError(f"windows={windows} is not a number of windows; try 16, or leave it out for all")
+    stream = token_stream(tokenizer, documents)
+    count = len(stream) // seq_len
+    wanted = windows or max(1, count)
+    if count < wanted:
+        cure = f"windows={count}" if count else f"a seq_len up to {len(stream)}"
+        raise HalfplateError(
+            f"windows={wanted} of seq_len={seq_len} need {wanted * seq_len} tokens, but the text has {len(stream)} "
+            f"({count} windows); pass a longer text, or {cure}"
+        )
+    return stream[: wanted * seq_len].view(wanted, seq_len)
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    windows: Tensor,
+    against: "PreTrainedModel | None" = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Measure `model` on `windows` int64 (n, L), each of which scores L - 1 tokens, beside the dense model `against`.
+
+    Keys: perplexity (exp of the mean negative log-likelihood), tokens (scored), windows, seq_len; and with `against`:
+    kl (KL(dense ‖ model), mean nats a token over the full vocabulary), top1_agreement (share of tokens for which both
+    models have the same most likely one) and dense_perplexity. A ruined model gives inf or nan, which the command line
+    writes to JSON as null. Log-probabilities are fp64, because the KL of a nearly equal model is below the rounding of fp32.
+    progress: called with the windows done and in all.
+    Raises HalfplateError for windows that the model cannot read, and for models of two vocabularies.
+    """
+    _check_windows(model, windows)
+    sums = _Sums()
+    done = 0
+    with torch.inference_mode():
+        for batch in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
+            logits = _logits(model, batch)
+            dense = None if against is None else _logits(against, batch)
+            _add_batch(sums, logits, dense, batch[:, 1:].flatten())
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(windows))
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    result: dict[str, float] = {
+        "perplexity": _perplexity(sums.nll, tokens),
+        "tokens": tokens,
+        "windows": windows.shape[0],
+        "seq_len": windows.shape[1],
+    }
+    if against is not None:
+        result |= {
+            "kl": sums.kl / tokens,
+            "top1_agreement": sums.agreed / tokens,
+            "dense_perplexity": _perplexity(sums.dense_nll, tokens),
+        }
+    return result
+
+
+@dataclass
+class _Sums:
+    """Sums over scored tokens: negative log-likelihoods and KL in nats, and tokens agreed upon."""
+
+    nll: float = 0.0
+    dense_nll: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+
+
+def _check_windows(model: "PreTrainedModel", windows: Tensor) -> None:
+    if windows.ndim != 2 or not len(windows):
+        raise HalfplateError(f"windows of shape {tuple(windows.shape)}, expected (windows, seq_len) with at least one")
+    check_seq_len(model, windows.shape[1], least=2)
+    vocabulary = model.config.get_text_config().vocab_size
+    largest = int(windows.max())
+    if largest >= vocabulary:
+        raise HalfplateError(
+            f"windows hold token {largest}, but the model has a vocabulary of {vocabulary}; use the model's own tokenizer"
+        )
+
+
+def _logits(model: "PreTrainedModel", batch: Tensor) -> Tensor:
+    """Logits of the scored tokens of `batch` (n, L): (n * (L - 1), vocabulary)."""
+    logits: Tensor = model(input_ids=batch.to(model.device), use_cache=False).logits
+    return logits[:, :-1].flatten(0, 1)
+
+
+def _add_batch(sums: _Sums, logits: Tensor, dense: Tensor | None, targets: Tensor) -> None:
+    """Add the measures of logits and dense logits (tokens, vocabulary) for the true tokens `targets` (tokens,)."""
+    if dense is not None and dense.shape != logits.shape:
+        raise HalfplateError(
+            f"against: the dense model has a vocabulary of {dense.shape[-1]}, the model one of {logits.shape[-1]}; "
+            "pass the dense model that this one was made from"
+        )
+    targets = targets.to(logits.device)
+    for first in range(0, len(targets), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        # (rows, vocabulary)
+        log_p = logits[rows].double().log_softmax(-1)
+        truth = targets[rows, None]
+        sums.nll -= log_p.gather(1, truth).sum().item()
+        if dense is None:
+            continue
+        dense_log_p = dense[rows].to(log_p).log_softmax(-1)
+        sums.dense_nll -= dense_log_p.gather(1, truth).sum().item()
+        sums.kl += (dense_log_p.exp() * (dense_log_p - log_p)).sum().item()
+        sums.agreed += int((dense_log_p.argmax(-1) == log_p.argmax(-1)).sum())
+
+
+def _perplexity(nll: float, tokens: int) -> float:
+    try:
+        return math.exp(nll / tokens)
+    except OverflowError:
+        return math.inf

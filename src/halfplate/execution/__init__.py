@@ -1,0 +1,1 @@
+"""Executors: what carries a plan out."""

@@ -1,0 +1,19 @@
+"""Whether a result may be written where the user asks, decided before any work is done."""
+
+from pathlib import Path
+
+from halfplate.checkpoint.folder import check_out
+from halfplate.errors import HalfplateError
+
+
+def check_result_folder(out: Path, overwrite: bool, source: Path) -> None:
+    """Raise HalfplateError unless `check_out` allows `out`, folders can be made there, and `source` is not inside."""
+    target = out.resolve()
+    if target == source.resolve() or target in source.resolve().parents:
+        raise HalfplateError(f"out={str(out)!r} holds the model that is read; choose another folder")
+    above = next(parent for parent in target.parents if parent.exists())
+    if not above.is_dir():
+        raise HalfplateError(
+            f"out={str(out)!r} lies below {str(above)!r}, which is not a folder; choose another folder"
+        )
+    check_out(out, overwrite)

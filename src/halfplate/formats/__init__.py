@@ -1,0 +1,9 @@
+"""Weight formats: what a compressed matrix is made of, its bytes, its dense equivalent and its forward."""
+
+from halfplate.formats.block_diagonal import BlockDiagonal
+from halfplate.formats.chain import Chain
+from halfplate.formats.linear import CompressedLinear
+from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.spec import WeightSpec
+
+__all__ = ["BlockDiagonal", "Chain", "CompressedLinear", "NMSparse", "WeightSpec"]

@@ -1,0 +1,62 @@
+"""The module that stands in a model where an `nn.Linear` stood."""
+
+import torch
+from torch import Tensor, nn
+
+from halfplate.formats.chain import Chain
+from halfplate.formats.spec import WeightSpec
+
+
+class CompressedLinear(nn.Module):
+    """y = x (A S B)ᵀ + bias, with every stored tensor of `spec.layout()` registered under its name on disk.
+
+    spec: shape and types of the matrix. bias: whether a bias (d_out,) is added. device: where the still empty tensors
+    are made (`meta` while transformers builds a model). bias_dtype: element type of the bias.
+    """
+
+    weight: Tensor
+    weight_index: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        spec: WeightSpec,
+        bias: bool,
+        device: torch.device | str | None = None,
+        bias_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.out_features, self.in_features = spec.d_out, spec.d_in
+        for name, (shape, dtype) in spec.layout().items():
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            if dtype.is_floating_point:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
+        empty_bias = torch.empty(spec.d_out, dtype=bias_dtype, device=device) if bias else None
+        self.register_parameter("bias", None if empty_bias is None else nn.Parameter(empty_bias, requires_grad=False))
+
+    @classmethod
+    def from_weight(cls, weight: Chain, spec: WeightSpec, bias: Tensor | None) -> "CompressedLinear":
+        """Wrap a solved matrix; its tensors are shared, not copied."""
+        module = cls(spec, bias is not None, device="meta", bias_dtype=None if bias is None else bias.dtype)
+        tensors = dict(weight.tensors())
+        if bias is not None:
+            tensors["bias"] = bias.detach()
+        module.load_state_dict(tensors, assign=True)
+        return module.requires_grad_(False)
+
+    @property
+    def matrix(self) -> Chain:
+        """The matrix that this module applies, over the module's own tensors."""
+        tensors = {name: getattr(self, name) for name in self.spec.layout()}
+        return Chain.from_tensors(self.spec, tensors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d_in) to (..., d_out) in the dtype of `x`."""
+        y = self.matrix.forward(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.spec.format} {self.spec.pattern}"

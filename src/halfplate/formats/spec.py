@@ -1,0 +1,108 @@
+"""What a compressed matrix looks like in memory and on disk, known before it is computed."""
+
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from halfplate.dtypes import stored_dtype
+from halfplate.errors import HalfplateError
+from halfplate.pattern import Pattern
+
+TWO_OF_FOUR = Pattern(2, 4)
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """Shape, pattern, block sizes and element types of one compressed matrix `A · S · B`.
+
+    A block size of 0 means that the wrapper is absent, 1 that it is diagonal. This is the entry of one matrix
+    under `quantization_config.modules` in `config.json`; `layout` derives every stored tensor from it.
+    """
+
+    d_out: int
+    d_in: int
+    pattern: Pattern = TWO_OF_FOUR
+    core_dtype: str = "bf16"
+    out_block: int = 0
+    in_block: int = 0
+    wrapper_dtype: str = "bf16"
+
+    def __post_init__(self) -> None:
+        stored_dtype(self.core_dtype, "core_dtype")
+        stored_dtype(self.wrapper_dtype, "wrapper_dtype")
+        self.pattern.kept(self.d_in)
+        for side in ("d_out", "d_in"):
+            if getattr(self, side) < 1:
+                raise HalfplateError(f"{side}={getattr(self, side)} must be at least 1")
+        for side in ("out_block", "in_block"):
+            if getattr(self, side) < 0:
+                raise HalfplateError(f"{side}={getattr(self, side)} must be 0 (no wrapper) or a positive block size")
+        # Blocks of 1 are a scale per input: they commute with the mask, so no group straddles two of them.
+        if self.in_block > 1 and self.in_block % self.pattern.m:
+            down = self.in_block // self.pattern.m * self.pattern.m
+            tries = [b for b in (down, down + self.pattern.m) if b]
+            raise HalfplateError(
+                f"block_size={self.in_block} is not a multiple of M={self.pattern.m} (pattern {self.pattern}); "
+                f"try {' or '.join(map(str, tries))}"
+            )
+
+    @property
+    def format(self) -> str:
+        """`nm` for a bare sparse core, `chain` where a wrapper stands around it."""
+        return "chain" if self.out_block or self.in_block else "nm"
+
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every stored tensor, by its name below the module (`weight`, `weight_index`, ...)."""
+        core, wrapper = stored_dtype(self.core_dtype, "core_dtype"), stored_dtype(self.wrapper_dtype, "wrapper_dtype")
+        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": ((self.d_out, self.pattern.kept(self.d_in)), core),
+            "weight_index": ((self.d_out, self.pattern.index_nbytes(self.d_in)), torch.uint8),
+        }
+        for side, size, block in (("out", self.d_out, self.out_block), ("in", self.d_in, self.in_block)):
+            if block == 0:
+                continue
+            full, rest = divmod(size, block)
+            if full:
+                layout[f"weight_{side}_blocks"] = ((full, block, block), wrapper)
+            if rest:
+                layout[f"weight_{side}_tail"] = ((rest, rest), wrapper)
+        return layout
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors, positions included, bias excluded."""
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in self.layout().values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the matrix it stands for, at 2 bytes a weight."""
+        return 2 * self.d_out * self.d_in
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that `from_json` reads back."""
+        fields = asdict(self) | {"pattern": str(self.pattern), "shape": [self.d_out, self.d_in]}
+        del fields["d_out"], fields["d_in"]
+        return {"format": self.format} | fields
+
+    @classmethod
+    def from_json(cls, entry: Any, name: str) -> "WeightSpec":
+        """Read an entry written by `to_json`; raises HalfplateError naming the module `name` on anything else."""
+        try:
+            fields = dict(entry)
+            written, (d_out, d_in) = fields.pop("format"), fields.pop("shape")
+            if fields.keys() != {"pattern", "core_dtype", "out_block", "in_block", "wrapper_dtype"}:
+                raise TypeError(f"its keys are {sorted(map(str, entry))}")
+            fields["pattern"] = Pattern.parse(fields["pattern"])
+            integers = (d_out, d_in, fields["out_block"], fields["in_block"])
+            if not all(type(value) is int for value in integers):
+                raise TypeError("shape and block sizes must be integers")
+            spec = cls(d_out=d_out, d_in=d_in, **fields)
+        except (TypeError, ValueError, KeyError, HalfplateError) as error:
+            raise HalfplateError(f"quantization_config.modules[{name!r}]={entry!r} cannot be read: {error}") from None
+        if written != spec.format:
+            raise HalfplateError(
+                f"quantization_config.modules[{name!r}].format={written!r} does not fit its block sizes; expected {spec.format!r}"
+            )
+        return spec

@@ -1,0 +1,64 @@
+"""The compiled library, loaded with ctypes on first use.
+
+`HALFPLATE_ISA` (baseline, avx2, avx512) forces an instruction set that the processor has; `HALFPLATE_NATIVE=0` turns
+the library off, so that everything runs on its torch path.
+"""
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+LIBRARY = Path(__file__).with_name("libhalfplate.so")
+
+
+class Problem(ctypes.Structure):
+    """Mirror of `halfplate::Problem` in src/armor.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "out_blocks", "in_blocks", "moment", "core")] + [
+        (name, ctypes.c_int64)
+        for name in ("row_tiles", "row_tile", "col_tiles", "col_tile", "kept", "group", "threads")
+    ]
+
+
+@cache
+def _open() -> tuple[ctypes.CDLL | None, str]:
+    """The library and the name of its instruction set, or None and why there is none."""
+    if os.environ.get("HALFPLATE_NATIVE") == "0":
+        return None, "HALFPLATE_NATIVE=0 turns the native kernels off"
+    if not LIBRARY.exists():
+        return None, "the native kernels were not built; install a C++17 compiler and reinstall halfplate"
+    import torch  # noqa: F401  (its OpenMP runtime must be the one in the process before ours asks for it)
+
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return None, f"the native kernels cannot be loaded: {error}"
+    library.halfplate_isa.restype = ctypes.c_char_p
+    for name, pointers in (("output_moments", 3), ("input_moments", 3), ("sweep", 1)):
+        function = getattr(library, f"halfplate_{name}")
+        function.argtypes = [ctypes.POINTER(Problem)] + [ctypes.c_void_p] * pointers
+        function.restype = None
+    return library, library.halfplate_isa().decode()
+
+
+def available() -> bool:
+    """Whether the native kernels can be used."""
+    return _open()[0] is not None
+
+
+def reason() -> str:
+    """Why the native kernels cannot be used; empty where they can."""
+    return "" if available() else _open()[1]
+
+
+def isa() -> str:
+    """Instruction set in use: `avx512`, `avx2`, `baseline`, or `none`."""
+    return _open()[1] if available() else "none"
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library; call only where `available()`."""
+    loaded = _open()[0]
+    assert loaded is not None
+    return loaded

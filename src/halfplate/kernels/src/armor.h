@@ -1,0 +1,32 @@
+// The native half of ARMOR's exact solver: a plain C ABI over raw pointers, no Python and no torch headers.
+#pragma once
+
+#include <cstdint>
+
+namespace halfplate {
+
+// A padded problem of row_tiles x col_tiles independent tiles. All matrices are row-major and contiguous.
+struct Problem {
+    const float *weight;      // (rows, cols), rows = row_tiles * row_tile, cols = col_tiles * col_tile
+    const float *out_blocks;  // A: (row_tiles, row_tile, row_tile)
+    const float *in_blocks;   // B: (col_tiles, col_tile, col_tile)
+    const float *moment;      // d: (cols), second moment of each input
+    float *core;              // S: (rows, cols) with its zeros
+    int64_t row_tiles, row_tile, col_tiles, col_tile;
+    int64_t kept, group;      // N, M
+    int64_t threads;
+};
+
+// Every stage also writes the loss of each tile as it was on entry: double (row_tiles, col_tiles).
+using Stage = void (*)(const Problem &, double *cross, double *square, double *losses);
+
+struct Stages {
+    const char *isa;
+    Stage output_moments;  // cross, square: (row_tiles, row_tile, row_tile), R D Z' and Z D Z' with Z = S B
+    Stage input_moments;   // cross, square: (col_tiles, col_tile, col_tile), T' R and T' T with T = A S
+    Stage sweep;           // updates core; cross and square are not used
+};
+
+extern const Stages stages_baseline, stages_avx2, stages_avx512;
+
+}  // namespace halfplate

@@ -1,0 +1,101 @@
+"""The one interface of all compression methods."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from halfplate.dtypes import stored_dtype
+from halfplate.errors import HalfplateError
+from halfplate.formats.chain import Chain
+from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.spec import WeightSpec
+from halfplate.statistics import InputStatistics, Statistic
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A compressed matrix and, for iterative solvers, the objective after each iteration, relative to that of zero."""
+
+    weight: Chain
+    losses: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to compress one matrix; its fields are its typed, frozen, versioned configuration.
+
+    A method sees a weight, the statistics of its inputs and the specification of the result. It knows nothing of
+    models, files or processes, and gives the same result for the same input in whatever process it runs.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    wrapped: ClassVar[bool] = False  # whether the result has block-diagonal wrappers around its core
+    version: ClassVar[int] = 1
+
+    @property
+    @abstractmethod
+    def requires(self) -> Statistic:
+        """The statistics that `compress` needs; calibration collects no more."""
+
+    @abstractmethod
+    def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
+        """Compress `weight`, fp32 (d_out, d_in), to the format that `spec` describes."""
+
+
+def check_inputs(method: Method, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> None:
+    """Raise HalfplateError unless `weight`, `spec` and the statistics that `method` requires fit together and are finite."""
+    expected = (spec.d_out, spec.d_in)
+    if tuple(weight.shape) != expected:
+        raise HalfplateError(
+            f"weight has shape {tuple(weight.shape)}, expected {expected}; make the specification for this matrix"
+        )
+    if not method.wrapped and (spec.out_block or spec.in_block):
+        raise HalfplateError(
+            f"block_size={max(spec.out_block, spec.in_block)} asks for wrappers, which method {method.name!r} has not; use block_size=0"
+        )
+    _check_finite("weight", weight)
+    if method.requires >= Statistic.DIAGONAL:
+        diagonal = statistics.require_diagonal()
+        if tuple(diagonal.shape) != (spec.d_in,):
+            raise HalfplateError(
+                f"diagonal has shape {tuple(diagonal.shape)}, expected {(spec.d_in,)}; collect the statistics of this matrix"
+            )
+        _check_finite("diagonal", diagonal)
+        if bool((diagonal < 0).any()):
+            raise HalfplateError(
+                f"diagonal={float(diagonal.min()):.3g} at its least, expected 0 or more; a second moment is never negative, collect it again"
+            )
+    if method.requires >= Statistic.GRAM:
+        gram = statistics.require_gram()
+        if tuple(gram.shape) != (spec.d_in, spec.d_in):
+            raise HalfplateError(
+                f"gram has shape {tuple(gram.shape)}, expected {(spec.d_in, spec.d_in)}; collect the statistics of this matrix"
+            )
+        _check_finite("gram", gram)
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not bool(tensor.isfinite().all()):
+        position = (~tensor.isfinite()).nonzero()[0].tolist()
+        raise HalfplateError(
+            f"{name}{position} is {float(tensor[tuple(position)])}, expected finite numbers; repair the source of it"
+        )
+
+
+def store(weight: Tensor, mask: Tensor, spec: WeightSpec) -> Chain:
+    """Store `weight` (d_out, d_in) where `mask`, exactly N true a group, in the core dtype of `spec`, without wrappers.
+
+    Raises HalfplateError where a kept value is too large for that dtype.
+    """
+    core = NMSparse.from_dense(weight, mask, spec.pattern, stored_dtype(spec.core_dtype, "core_dtype"))
+    if not bool(core.values.isfinite().all()):
+        largest, limit = float(weight[mask].abs().max()), torch.finfo(core.values.dtype).max
+        cure = "use bf16" if spec.core_dtype == "fp16" else "scale the weight down"
+        raise HalfplateError(
+            f"core_dtype={spec.core_dtype!r} cannot hold {largest:.3g}, expected at most {limit:.3g}; {cure}"
+        )
+    return Chain(core)

@@ -1,0 +1,46 @@
+"""RIA: relative importance and activations."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfplate.errors import HalfplateError
+from halfplate.formats.spec import WeightSpec
+from halfplate.methods.base import Method, Solution, check_inputs, store
+from halfplate.solvers.selection import keep_largest
+from halfplate.statistics import InputStatistics, Statistic
+
+
+@dataclass(frozen=True)
+class RIA(Method):
+    """Keep the weights of largest (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · ‖X_j‖₂^power; values stay as they are.
+
+    power: weight of the activations, 0 or more. Source: Zhang et al., "Plug-and-Play" (ICLR 2024), equation 4, without
+    its channel permutation.
+    """
+
+    name = "ria"
+    summary = "largest |W| relative to its row and column, times a power of the norm of its input"
+    power: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.power < float("inf"):
+            raise HalfplateError(f"power={self.power} must be a finite number, 0 or more; try 0.5")
+
+    @property
+    def requires(self) -> Statistic:
+        return Statistic.DIAGONAL
+
+    def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
+        check_inputs(self, weight, statistics, spec)
+        score = relative_importance(weight) * statistics.require_diagonal().sqrt().pow(self.power)
+        return Solution(store(weight, keep_largest(score, spec.pattern), spec))
+
+
+def relative_importance(weight: Tensor) -> Tensor:
+    """|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|, (d_out, d_in); 0 in all-zero rows and columns."""
+    size = weight.abs()
+    sums = (size.sum(dim, keepdim=True, dtype=torch.float64) for dim in (0, 1))
+    column, row = (torch.where(total == 0, 1, total).to(weight.dtype) for total in sums)
+    return size / column + size / row

@@ -1,0 +1,40 @@
+"""SparseGPT: pruning with a second-order update of the kept weights."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from halfplate.errors import HalfplateError
+from halfplate.formats.spec import WeightSpec
+from halfplate.methods.base import Method, Solution, check_inputs, store
+from halfplate.solvers.obs import obs_sweep
+from halfplate.statistics import InputStatistics, Statistic
+
+
+@dataclass(frozen=True)
+class SparseGPT(Method):
+    """Prune column after column by W² / U_jj² and let the later columns make up for the error.
+
+    damping: fraction of the mean second moment added to the diagonal of the Gram matrix. column_block: columns between
+    two updates of the whole matrix; it changes the speed, not the result. Source: Frantar and Alistarh, arXiv 2301.00774.
+    """
+
+    name = "sparsegpt"
+    summary = "second-order pruning; kept weights make up for the error"
+    damping: float = 0.01
+    column_block: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping < float("inf"):
+            raise HalfplateError(f"damping={self.damping} must be a finite number, 0 or more; try 0.01")
+        if self.column_block < 1:
+            raise HalfplateError(f"column_block={self.column_block} must be at least 1; try 128")
+
+    @property
+    def requires(self) -> Statistic:
+        return Statistic.GRAM
+
+    def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
+        check_inputs(self, weight, statistics, spec)
+        gram = statistics.require_gram()
+        return Solution(store(*obs_sweep(weight, gram, spec.pattern, self.damping, self.column_block), spec))

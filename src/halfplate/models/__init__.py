@@ -1,0 +1,21 @@
+"""Reading Hugging Face decoder-only models: sources, decoder blocks and their linears, running block by block."""
+
+from halfplate.models.blockwise import BlockInputs, BlockwiseModel
+from halfplate.models.linears import FoundLinear, SkippedModule, find_blocks, find_linears, replace_linear
+from halfplate.models.sources import LoadedModel, Source, is_compressed, load_dense, open_source, skeleton
+
+__all__ = [
+    "BlockInputs",
+    "BlockwiseModel",
+    "FoundLinear",
+    "LoadedModel",
+    "SkippedModule",
+    "Source",
+    "find_blocks",
+    "find_linears",
+    "is_compressed",
+    "load_dense",
+    "open_source",
+    "replace_linear",
+    "skeleton",
+]

@@ -1,0 +1,163 @@
+"""Finding the decoder blocks of a model and the linears inside them, and putting another module in a linear's place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from halfplate.errors import HalfplateError
+
+# A linear of one of these names with one output for each expert decides where tokens go: tiny, and ruinous to prune.
+ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class FoundLinear:
+    """A linear of a decoder block: its full name, the block's index, and the shape (d_out, d_in) of its weight."""
+
+    name: str
+    block: int
+    d_out: int
+    d_in: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class SkippedModule:
+    """A module of a decoder block that stays dense, and why (with the cure, where there is one)."""
+
+    name: str
+    reason: str
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks and their name, such as `("model.layers", ...)`.
+
+    They are the outermost list of `num_hidden_layers` modules; if several are that long, the one with most parameters.
+    Raises HalfplateError when there is none.
+    """
+    expected = getattr(_text_config(model), "num_hidden_layers", None)
+    lists: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer, _ in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not nested:
+            lists.append((name, module))
+    if expected is not None:
+        lists = [(name, blocks) for name, blocks in lists if len(blocks) == expected]
+    if not lists:
+        raise HalfplateError(
+            f"model {type(model).__name__} has no list of {expected or 'decoder'} blocks; "
+            "expected a decoder-only model of the transformers library, such as LlamaForCausalLM"
+        )
+    return max(lists, key=lambda found: sum(parameter.numel() for parameter in found[1].parameters()))
+
+
+def find_linears(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[list[FoundLinear], list[SkippedModule]]:
+    """The linears to compress, in the order of the blocks, and every other matrix of the blocks with its reason.
+
+    include, exclude: fnmatch patterns on full names; without `include` every linear is taken. Works on the meta device.
+    Raises HalfplateError when a pattern matches nothing, or when no linear is left.
+    """
+    found: list[FoundLinear] = []
+    skipped: list[SkippedModule] = []
+    prefix, blocks = find_blocks(model)
+    experts = _expert_count(model)
+    for index, block in enumerate(blocks):
+        for inner, module in block.named_modules():
+            name = f"{prefix}.{index}.{inner}" if inner else f"{prefix}.{index}"
+            reason = _skip_reason(name, module, experts)
+            if reason is not None:
+                skipped.append(SkippedModule(name, reason))
+            elif isinstance(module, nn.Linear):
+                linear = FoundLinear(name, index, module.out_features, module.in_features, module.bias is not None)
+                found.append(linear)
+
+    linear_names = [linear.name for linear in found]
+    known = linear_names + [module.name for module in skipped]
+    if not found:
+        raise HalfplateError(_nothing_left(model, skipped))
+    for argument, patterns, names in (("include", include, linear_names), ("exclude", exclude, known)):
+        for pattern in patterns:
+            _check_pattern(argument, pattern, names)
+
+    kept: list[FoundLinear] = []
+    for linear in found:
+        excluding = next((pattern for pattern in exclude if fnmatchcase(linear.name, pattern)), None)
+        if excluding is not None:
+            skipped.append(SkippedModule(linear.name, f"excluded by exclude={excluding!r}"))
+        elif include and not any(fnmatchcase(linear.name, pattern) for pattern in include):
+            skipped.append(SkippedModule(linear.name, f"not among include={', '.join(include)}"))
+        else:
+            kept.append(linear)
+    if not kept:
+        raise HalfplateError(
+            f"include={', '.join(include) or 'everything'} and exclude={', '.join(exclude)} leave none of the "
+            f"{len(found)} linears; widen include or drop an exclude pattern"
+        )
+    return kept, skipped
+
+
+def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the module of the full name `name` stands; raises HalfplateError when there is none."""
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        raise HalfplateError(
+            f"model {type(model).__name__} has no module {name!r}; expected a name that find_linears gave"
+        ) from None
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _expert_count(model: nn.Module) -> int | None:
+    config = _text_config(model)
+    counts = (getattr(config, name, None) for name in EXPERT_COUNTS)
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
+def _skip_reason(name: str, module: nn.Module, experts: int | None) -> str | None:
+    """Why a module with matrices of its own stays dense; None for linears to compress and modules without matrices."""
+    matrices = {key: tuple(tensor.shape) for key, tensor in module.named_parameters(recurse=False) if tensor.ndim >= 2}
+    leaf = name.rpartition(".")[2]
+    if isinstance(module, nn.Linear):
+        router = leaf in ROUTER_NAMES and experts is not None and module.out_features in (1, experts)
+        return f"router of {experts} experts: tiny, and decides where tokens go; kept dense" if router else None
+    if not matrices:
+        return None
+    key, shape = max(matrices.items(), key=lambda item: len(item[1]))
+    if type(module).__name__ == "Conv1D":
+        return "Conv1D of GPT-2, which stores its weight as (d_in, d_out), is no nn.Linear; kept dense"
+    if len(shape) == 3 and shape[0] == experts:
+        return (
+            f"{shape[0]} experts held in 3-D tensors ({key} of shape {shape}) instead of linears; kept dense: "
+            "use a model without experts to compress its MLPs"
+        )
+    if len(shape) == 2 and shape[0] == experts:
+        return f"router of {experts} experts: tiny, and decides where tokens go; kept dense"
+    return f"{type(module).__name__} (its {key} has shape {shape}) is no nn.Linear; kept dense"
+
+
+def _nothing_left(model: nn.Module, skipped: list[SkippedModule]) -> str:
+    example = f" ({len(skipped)} modules skipped, such as {skipped[0].name}: {skipped[0].reason})" if skipped else ""
+    return f"model {type(model).__name__} has no nn.Linear to compress in its decoder blocks{example}; pass a model built of nn.Linear, such as LlamaForCausalLM"
+
+
+def _check_pattern(argument: str, pattern: str, names: list[str]) -> None:
+    if any(fnmatchcase(name, pattern) for name in names):
+        return
+    leaves = dict.fromkeys("*." + name.rpartition(".")[2] for name in names)
+    near = get_close_matches(pattern, [*leaves, *names], n=3, cutoff=0.5) or list(leaves)[:3]
+    raise HalfplateError(
+        f"{argument}={pattern!r} matches none of the {len(names)} modules; did you mean {' or '.join(map(repr, near))}?"
+    )

@@ -1,0 +1,246 @@
+"""What a compression will do to every matrix of a model, known before anything is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from halfplate.errors import HalfplateError
+from halfplate.formats.spec import WeightSpec
+from halfplate.models.linears import FoundLinear, find_linears
+from halfplate.models.sources import Source, open_source, skeleton
+from halfplate.pattern import Pattern
+from halfplate.recipe import Recipe
+from halfplate.statistics import Statistic
+from halfplate.version import package_version
+
+AUTO_BLOCKS = (128, 64, 32, 16, 8)
+AUTO_SHARE = 0.05  # of the dense parameters of the whole plan
+
+# Measured on 2 cores with AVX2; they serve the estimate alone.
+SECONDS_PER_MILLION_WEIGHTS = {"armor": 1.3, "sparsegpt": 0.3}
+OTHER_SECONDS_PER_MILLION_WEIGHTS = 0.03
+FLOPS_PER_SECOND = 3e10
+SAMPLING_SLOWDOWN = 4  # a sampled token costs so many times one that is read
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """One matrix of the model: how it will be stored, or why it stays dense.
+
+    shape: (d_out, d_in), or None where a skipped module is no single matrix. spec: None where it is skipped.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
+    block: int | None
+    method: str
+    spec: WeightSpec | None
+    reason: str | None = None
+
+    @property
+    def skipped(self) -> bool:
+        return self.spec is None
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of this matrix in `plan --json`."""
+        spec = self.spec
+        return {
+            "name": self.name,
+            "format": spec.format if spec else "dense",
+            "shape": list(self.shape) if self.shape else None,
+            "nbytes": spec.nbytes if spec else None,
+            "dense_nbytes": spec.dense_nbytes if spec else None,
+            "method": None if self.skipped else self.method,
+            "skipped": self.skipped,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every matrix, the bytes before and after, and a fingerprint of all that decides the result.
+
+    other_nbytes: bytes of all that stays dense (embeddings, norms, biases, lm_head, skipped matrices), as it will be
+    stored. source_nbytes: bytes of the weight files read. wrapper_share: wrapper parameters over dense parameters.
+    """
+
+    model: str
+    recipe: Recipe
+    matrices: tuple[MatrixPlan, ...]
+    block_size: int
+    parameters: int
+    other_nbytes: int
+    source_nbytes: int
+    fingerprint: str
+    seconds_estimate: float
+    peak_memory_estimate: int
+
+    @property
+    def specs(self) -> dict[str, WeightSpec]:
+        """The matrices that will be compressed, by name."""
+        return {matrix.name: matrix.spec for matrix in self.matrices if matrix.spec is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        return sum(spec.dense_nbytes for spec in self.specs.values())
+
+    @property
+    def wrapper_share(self) -> float:
+        return _wrapper_share(list(self.specs.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of `plan --json`."""
+        return {
+            "model": self.model,
+            "recipe": self.recipe.to_json(),
+            "fingerprint": self.fingerprint,
+            "matrices": [matrix.to_json() for matrix in self.matrices],
+            "nbytes": self.nbytes,
+            "dense_nbytes": self.dense_nbytes,
+            "other_nbytes": self.other_nbytes,
+            "source_nbytes": self.source_nbytes,
+            "parameters": self.parameters,
+            "block_size": self.block_size,
+            "wrapper_share": self.wrapper_share,
+            "seconds_estimate": round(self.seconds_estimate, 1),
+            "peak_memory_bytes_estimate": self.peak_memory_estimate,
+        }
+
+
+def make_plan(model: str, recipe: Recipe) -> Plan:
+    """Plan the compression of `model`, reading its configuration and no weight; raises HalfplateError on bad input."""
+    return plan_source(open_source(model), recipe)
+
+
+def plan_source(source: Source, recipe: Recipe) -> Plan:
+    """`make_plan` of a source that is already open."""
+    dense = skeleton(source)
+    found, passed_over = find_linears(dense, include=recipe.include, exclude=recipe.exclude)
+    method, pattern = recipe.create_method(), recipe.parsed_pattern
+    fitting = [linear for linear in found if linear.d_in % pattern.m == 0]
+    if not fitting:
+        raise HalfplateError(_nothing_fits(source.name, found, pattern))
+    block = _block_size(recipe, fitting) if method.wrapped else 0
+
+    matrices = []
+    for linear in found:
+        spec, reason = None, None
+        if linear.d_in % pattern.m:
+            reason = f"d_in={linear.d_in} is not a multiple of M={pattern.m} (pattern {pattern})"
+        else:
+            spec = _spec(linear, recipe, block)
+        matrices.append(MatrixPlan(linear.name, (linear.d_out, linear.d_in), linear.block, recipe.method, spec, reason))
+    matrices += [
+        MatrixPlan(skip.name, _shape(dense, skip.name), None, recipe.method, None, skip.reason) for skip in passed_over
+    ]
+
+    parameters = sum(parameter.numel() for parameter in dense.parameters())
+    compressed = {matrix.name for matrix in matrices if not matrix.skipped}
+    weights = sum(linear.d_out * linear.d_in for linear in found if linear.name in compressed)
+    return Plan(
+        model=source.name,
+        recipe=recipe,
+        matrices=tuple(matrices),
+        block_size=block,
+        parameters=parameters,
+        other_nbytes=_other_nbytes(dense, compressed, source.other_dtype),
+        source_nbytes=source.nbytes,
+        fingerprint=_fingerprint(source, recipe),
+        seconds_estimate=_seconds(recipe, method.requires, weights, parameters),
+        peak_memory_estimate=_peak_memory(dense, recipe, method.requires, parameters),
+    )
+
+
+def _nothing_fits(name: str, found: list[FoundLinear], pattern: Pattern) -> str:
+    if not found:
+        return f"model={name!r} has no linear left to compress; loosen --include and --exclude"
+    sizes = ", ".join(str(size) for size in sorted({linear.d_in for linear in found}))
+    return f"pattern={pattern}: M={pattern.m} divides no d_in of {name!r} ({sizes}); choose an M that divides one"
+
+
+def _spec(linear: FoundLinear, recipe: Recipe, block: int) -> WeightSpec:
+    return WeightSpec(
+        linear.d_out, linear.d_in, recipe.parsed_pattern, recipe.core_dtype, block, block, recipe.wrapper_dtype
+    )
+
+
+def _block_size(recipe: Recipe, linears: list[FoundLinear]) -> int:
+    """The block size asked for; for `auto` the largest whose wrappers stay within AUTO_SHARE, else diagonal wrappers."""
+    if recipe.block_size != "auto":
+        return recipe.block_size
+    m = recipe.parsed_pattern.m
+    for size in AUTO_BLOCKS:
+        block = size // m * m
+        if block and _wrapper_share([_spec(linear, recipe, block) for linear in linears]) <= AUTO_SHARE:
+            return block
+    return 1
+
+
+def _wrapper_share(specs: list[WeightSpec]) -> float:
+    """Wrapper parameters over dense parameters."""
+    wrappers = 0
+    for spec in specs:
+        for size, block in ((spec.d_out, spec.out_block), (spec.d_in, spec.in_block)):
+            if block:
+                wrappers += size // block * block**2 + (size % block) ** 2
+    return wrappers / sum(spec.d_out * spec.d_in for spec in specs)
+
+
+def _shape(model: PreTrainedModel, name: str) -> tuple[int, ...] | None:
+    weight = getattr(model.get_submodule(name), "weight", None)
+    return tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
+
+
+def _other_nbytes(model: nn.Module, compressed: set[str], dtype: torch.dtype) -> int:
+    """Bytes of everything but the compressed weights, tied tensors once, as it will be stored."""
+    replaced = {f"{name}.weight" for name in compressed}
+    tensors = {id(tensor): tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in replaced}
+    return sum(
+        tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in tensors.values()
+    )
+
+
+def _fingerprint(source: Source, recipe: Recipe) -> str:
+    """SHA-256 over the model's configuration, names and sizes of its weight files, the recipe and the version."""
+    identity = {
+        "config": source.config.to_dict(),
+        "weights": [[path.name, path.stat().st_size] for path in source.weight_files],
+        "recipe": recipe.fingerprint_json(),
+        "version": package_version(),
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _seconds(recipe: Recipe, requires: Statistic, weights: int, parameters: int) -> float:
+    """A rough time on 2 cores: solving, and calibration where the method needs it."""
+    seconds = weights / 1e6 * SECONDS_PER_MILLION_WEIGHTS.get(recipe.method, OTHER_SECONDS_PER_MILLION_WEIGHTS)
+    if requires > Statistic.NONE:
+        passes = 1 + (SAMPLING_SLOWDOWN if recipe.calibration == "self" else 0)
+        seconds += 2 * parameters * recipe.samples * recipe.seq_len * passes / FLOPS_PER_SECOND
+    return seconds
+
+
+def _peak_memory(model: PreTrainedModel, recipe: Recipe, requires: Statistic, parameters: int) -> int:
+    """A rough peak: torch itself, the model in fp32, hidden states before and after a block, one Gram in fp64."""
+    hidden, widest = 0, 0
+    if requires > Statistic.NONE:
+        size = model.config.get_text_config().hidden_size
+        hidden = 2 * 4 * recipe.samples * recipe.seq_len * size
+        widest = (
+            max(getattr(module, "in_features", 0) for module in model.model.modules())
+            if hasattr(model, "model")
+            else size
+        )
+    gram = 8 * widest**2 if requires == Statistic.GRAM else 0
+    return 500_000_000 + 4 * parameters + hidden + gram

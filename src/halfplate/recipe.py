@@ -1,0 +1,232 @@
+"""The typed, versioned configuration of one compression: read from YAML, overridden by flags, written to the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+
+from halfplate import methods
+from halfplate.errors import HalfplateError
+from halfplate.formats.spec import WeightSpec
+from halfplate.methods.base import Method
+from halfplate.pattern import Pattern
+
+VERSION = 1
+# Neither changes the result: they are no part of what makes two runs the same.
+WITHOUT_EFFECT = ("threads", "max_kl")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what `compress` makes of a model; every value is checked when it is made.
+
+    method_options: the fields of the method's own configuration, e.g. `{"iterations": 20}`. block_size: `auto` (planning
+    chooses), 0 for no wrappers, 1 for diagonal ones. calibration: `self`, a text file or a Hub data set. include, exclude:
+    patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats a token.
+    Raises HalfplateError naming the field, its value and what would do.
+    """
+
+    version: int = VERSION
+    method: str = "armor"
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    pattern: str = "2:4"
+    block_size: int | Literal["auto"] = "auto"
+    core_dtype: str = "bf16"
+    wrapper_dtype: str = "bf16"
+    calibration: str = "self"
+    samples: int = 64
+    seq_len: int = 512
+    seed: int = 0
+    inputs: str = "dense"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    device: str = "cpu"
+    threads: int | None = None
+    max_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for name in (f.name for f in fields(self) if f.name != "method_options"):
+            object.__setattr__(self, name, _typed(name, getattr(self, name), hints[name]))
+        if self.version != VERSION:
+            raise HalfplateError(
+                f"version={self.version} of the recipe is unknown to this Halfplate; expected {VERSION}, try a newer Halfplate"
+            )
+        if not isinstance(self.method_options, Mapping):
+            raise HalfplateError(
+                f"method_options={self.method_options!r} is not a mapping; write one `name: value` a line below it"
+            )
+        options = _typed_options(methods.method_class(self.method), self.method_options)
+        object.__setattr__(self, "method_options", options)
+        self._check_shape()
+        for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < 2**63:
+                raise HalfplateError(f"{name}={value} is out of range; expected at least {least}")
+        if self.inputs != "dense":
+            raise HalfplateError(f"inputs={self.inputs!r} is not available yet; available: dense")
+        if self.max_kl is not None and not self.max_kl > 0:
+            raise HalfplateError(f"max_kl={self.max_kl} must be above 0 nats a token; try 1.0")
+        _check_device(self.device)
+        for name in ("method", "calibration"):
+            if not getattr(self, name).strip():
+                raise HalfplateError(f"{name}={getattr(self, name)!r} is empty; leave it out for the default")
+
+    def _check_shape(self) -> None:
+        method, pattern, block = self.create_method(), self.parsed_pattern, self.block_size
+        if block == "auto":
+            block = 0
+        elif block < 0:
+            raise HalfplateError(
+                f"block_size={block} is negative; expected auto, 0 (no wrappers), 1 (diagonal) or a multiple of {pattern.m}"
+            )
+        elif block > 0 and not method.wrapped:
+            raise HalfplateError(
+                f"block_size={block} needs a method with wrappers, and {self.method!r} has none; try --method armor or --block-size 0"
+            )
+        WeightSpec(1, pattern.m, pattern, self.core_dtype, block, block, self.wrapper_dtype)
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        """The pattern as N and M."""
+        if self.pattern == "dense":
+            raise HalfplateError("pattern='dense' is not available yet; try 2:4")
+        return Pattern.parse(self.pattern)
+
+    def create_method(self) -> Method:
+        """The method with its options; where it has a seed of its own, the recipe's unless the options say otherwise."""
+        seeded = any(f.name == "seed" for f in fields(methods.method_class(self.method)))
+        return methods.create(self.method, **({"seed": self.seed} if seeded else {}) | self.method_options)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+        """Make a recipe of plain values; raises HalfplateError on a key it does not know, with the nearest one."""
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise HalfplateError(f"{source}: key {key!r} is unknown; {hint}available: {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **changes: Any) -> Recipe:
+        """Read a recipe file, with `changes` in place of what it says.
+
+        Options of the method are added to those of the file, unless the method itself changes. Raises HalfplateError where
+        the file is missing, is no YAML mapping, or holds a wrong value.
+        """
+        values = _read_yaml(path)
+        options = values.get("method_options", {})
+        if not isinstance(options, Mapping):
+            return cls.from_mapping(values)
+        kept = (
+            options
+            if changes.get("method", values.get("method", cls.method)) == values.get("method", cls.method)
+            else {}
+        )
+        merged = values | changes | {"method_options": {**kept, **changes.get("method_options", {})}}
+        return cls.from_mapping(merged, source=f"recipe {str(path)!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that `from_mapping` reads back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {
+            "method_options": dict(self.method_options),
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+        }
+
+    def fingerprint_json(self) -> dict[str, Any]:
+        """`to_json` without what cannot change the result."""
+        return {key: value for key, value in self.to_json().items() if key not in WITHOUT_EFFECT}
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HalfplateError(
+            f"recipe={str(path)!r} cannot be read: {error.strerror or error}; give the path of a YAML file"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise HalfplateError(
+            f"recipe={str(path)!r} is not valid YAML: {reason}; write one `name: value` a line"
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise HalfplateError(
+            f"recipe={str(path)!r} holds a {type(values).__name__}, expected a mapping; write one `name: value` a line"
+        )
+    return values
+
+
+def _typed_options(method: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Give each option the type of the method's field; names it does not know are left for `methods.create` to refuse."""
+    hints = get_type_hints(method)
+    known = {f.name for f in fields(method)}
+    return {
+        str(name): _typed(str(name), value, hints[name]) if name in known else value for name, value in options.items()
+    }
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`, text being read where a flag gave it; raises HalfplateError naming `name`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            raise HalfplateError(f"{name}={value!r} is not one of {', '.join(map(str, arguments))}")
+        return value
+    if origin in (Union, UnionType):
+        for choice in sorted(arguments, key=lambda choice: choice is str):
+            try:
+                return _typed(name, value, choice)
+            except HalfplateError:
+                continue
+    elif origin is tuple:
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif hint is NoneType:
+        if value is None:
+            return None
+    elif hint is bool:
+        known = {True: True, False: False, "true": True, "false": False}
+        if isinstance(value, bool | str) and value in known:
+            return known[value]
+    elif hint in (int, float):
+        # YAML 1.1 reads 1e-3 as text.
+        if not isinstance(value, bool) and isinstance(value, int | str if hint is int else int | float | str):
+            try:
+                return hint(value)
+            except ValueError:
+                pass
+    elif isinstance(value, hint):
+        return value
+    raise HalfplateError(f"{name}={value!r} is not of the right type; expected {_spoken(hint)}")
+
+
+def _spoken(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_spoken(choice) for choice in arguments if choice is not NoneType)
+    if origin is Literal:
+        return ", ".join(map(str, arguments))
+    if origin is tuple:
+        return "a list of texts"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, str(hint))
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise HalfplateError(f"device={name!r} is not a torch device; try cpu or cuda") from None

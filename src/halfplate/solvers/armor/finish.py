@@ -1,0 +1,87 @@
+"""From solved factors to stored tensors: balance, round, and let the wrappers repair the rounding."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halfplate.dtypes import stored_dtype
+from halfplate.errors import HalfplateError
+from halfplate.formats.block_diagonal import BlockDiagonal
+from halfplate.formats.chain import Chain
+from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.spec import WeightSpec
+from halfplate.solvers.armor.problem import Factors, Problem
+from halfplate.solvers.armor.stages import Stages
+from halfplate.solvers.armor.wrappers import update_in_blocks, update_out_blocks
+from halfplate.solvers.selection import keep_largest
+
+
+def finish(
+    problem: Problem, factors: Factors, row_scale: Tensor, column_scale: Tensor, spec: WeightSpec, stages: Stages
+) -> Chain:
+    """Store diag(row_scale) · A S B · diag(column_scale) in the types of `spec`.
+
+    row_scale: (d_out,), column_scale: (d_in,), the normalisation that `problem` was solved under. Once S is rounded, B is
+    solved again for it and rounded, then A for both. Raises HalfplateError where a value is too large for its type.
+    """
+    rows = _tiled(row_scale, problem.row_tiles, problem.row_tile)[:, :, None]  # scales rows of A
+    columns = _tiled(column_scale, problem.col_tiles, problem.col_tile)[:, None, :]  # scales columns of B
+    out_blocks, core, in_blocks = _balance(factors.out_blocks * rows, factors.core, factors.in_blocks * columns)
+
+    stored = core[: spec.d_out, : spec.d_in]
+    stored_core = NMSparse.from_dense(
+        stored, keep_largest(stored.abs(), spec.pattern), spec.pattern, stored_dtype(spec.core_dtype, "core_dtype")
+    )
+    _check_range(stored_core.values, stored, "core_dtype", spec.core_dtype)
+    padding = (0, core.shape[1] - spec.d_in, 0, core.shape[0] - spec.d_out)
+    rounded = Factors(out_blocks / rows, functional.pad(stored_core.dense(), padding).contiguous(), in_blocks / columns)
+
+    wrapper_dtype = stored_dtype(spec.wrapper_dtype, "wrapper_dtype")
+    if spec.in_block:
+        moments = stages.input_moments(problem, rounded)
+        in_blocks = update_in_blocks(rounded.in_blocks, moments, problem.in_wrapper) * columns
+        _check_range(in_blocks.to(wrapper_dtype), in_blocks, "wrapper_dtype", spec.wrapper_dtype)
+        in_blocks = in_blocks.to(wrapper_dtype).to(torch.float32)
+        rounded.in_blocks = in_blocks / columns
+    if spec.out_block:
+        moments = stages.output_moments(problem, rounded)
+        out_blocks = update_out_blocks(rounded.out_blocks, moments, problem.out_wrapper) * rows
+        _check_range(out_blocks.to(wrapper_dtype), out_blocks, "wrapper_dtype", spec.wrapper_dtype)
+    return Chain(
+        stored_core,
+        _wrapper(out_blocks, spec.d_out, spec.out_block, wrapper_dtype),
+        _wrapper(in_blocks, spec.d_in, spec.in_block, wrapper_dtype),
+    )
+
+
+def _tiled(scale: Tensor, tiles: int, size: int) -> Tensor:
+    """A scale a row or column as (tiles, size), 1 in the padding."""
+    return functional.pad(scale.to(torch.float32), (0, tiles * size - scale.shape[0]), value=1.0).reshape(tiles, size)
+
+
+def _balance(out_blocks: Tensor, core: Tensor, in_blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Use the free diagonal scales between A, S and B to give columns of A and rows of B unit length.
+
+    The core then has the range of the weight itself, and no stored type overflows for want of balance.
+    """
+    out_norms, in_norms = out_blocks.norm(dim=1), in_blocks.norm(dim=2)  # (row_tiles, r), (col_tiles, c)
+    out_norms = torch.where(out_norms > 0, out_norms, 1.0)
+    in_norms = torch.where(in_norms > 0, in_norms, 1.0)
+    scaled = core * out_norms.reshape(-1, 1) * in_norms.reshape(1, -1)
+    return out_blocks / out_norms[:, None, :], scaled, in_blocks / in_norms[:, :, None]
+
+
+def _wrapper(blocks: Tensor, size: int, block: int, dtype: torch.dtype) -> BlockDiagonal | None:
+    if block == 0:
+        return None
+    if block == 1:  # solved in larger tiles, of which only the diagonal is not 0
+        blocks = blocks.diagonal(dim1=1, dim2=2).reshape(-1, 1, 1)
+    return BlockDiagonal.from_padded(blocks, size, block, dtype)
+
+
+def _check_range(rounded: Tensor, exact: Tensor, argument: str, name: str) -> None:
+    if not bool(rounded.isfinite().all()):
+        limit = torch.finfo(rounded.dtype).max
+        raise HalfplateError(
+            f"{argument}={name!r} cannot hold {float(exact.abs().max()):.3g}, expected at most {limit:.3g}; use bf16"
+        )

@@ -1,0 +1,105 @@
+"""The sweep over the core in torch: the reference of the native one, and the path on a GPU."""
+
+from itertools import combinations
+from math import comb
+
+import torch
+from torch import Tensor
+
+from halfplate.pattern import Pattern
+
+MAX_MASKS = 256  # above this many masks a group tries its own mask and all single swaps
+RIDGE = 1e-6  # relative to the mean diagonal; the gain is measured without it
+
+
+def sweep_tiles(core: Tensor, error: Tensor, out_gram: Tensor, in_gram: Tensor, pattern: Pattern) -> Tensor:
+    """Exact coordinate descent over all groups of S in each of T independent tiles, row by row.
+
+    core: S, (T, r, c). error: E = Aᵀ R D Bᵀ, (T, r, c). out_gram: G = AᵀA, (T, r, r). in_gram: C = B D Bᵀ, (T, c, c).
+    Returns the new core. A group takes the mask with the largest gain 2 qᵀv − vᵀCv, q = E/G_rr + S C, and keeps what it
+    has where nothing gains more (section 3 of the mathematics in docs/armor.md).
+    """
+    core, error = core.clone(), error.clone()
+    rows, width, m = core.shape[1], core.shape[2], pattern.m
+    for r in range(rows):
+        scale = out_gram[:, r, r]
+        alive = scale > 0
+        inverse = torch.where(alive, 1 / scale, 0)[:, None]
+        before = error[:, r].clone()
+        for start in range(0, width, m):
+            group = slice(start, start + m)
+            local = in_gram[:, group, group]
+            old = core[:, r, group]
+            new = best_group(old, error[:, r, group] * inverse, local, pattern)
+            new = torch.where(alive[:, None], new, old)
+            change = (new - old) * scale[:, None]
+            error[:, r] -= (change[:, None, :] @ in_gram[:, group, :])[:, 0]
+            core[:, r, group] = new
+        moved = (before - error[:, r]) * inverse
+        error[:, r + 1 :] -= out_gram[:, r + 1 :, r, None] * moved[:, None, :]
+    return core
+
+
+def best_group(old: Tensor, pull: Tensor, local: Tensor, pattern: Pattern) -> Tensor:
+    """The best group of each tile: old, pull (E/G_rr) are (T, m), local (C of the group) is (T, m, m)."""
+    # Sums are written out in the order of the native code, so that equal gains break the same way.
+    linear = pull + sum(old[:, k, None] * local[:, k] for k in range(pattern.m))
+    stay = sum(old[:, k] * (linear[:, k] + pull[:, k]) for k in range(pattern.m))
+    masks = _masks(old, pattern)  # (T or 1, masks, n)
+    masks = masks.expand(old.shape[0], -1, -1)
+    values, gains = (_pairs if pattern == Pattern(2, 4) else _solve)(linear, local, masks)
+    best = gains.argmax(1)
+    take = torch.arange(old.shape[0], device=old.device)
+    new = torch.zeros_like(old).scatter(1, masks[take, best], values[take, best].to(old.dtype))
+    return torch.where((gains[take, best] > stay)[:, None], new, old)
+
+
+def _masks(old: Tensor, pattern: Pattern) -> Tensor:
+    """Candidate masks as sorted positions, (1 or T, masks, n), in the order that breaks ties."""
+    n, m = pattern.n, pattern.m
+    if comb(m, n) <= MAX_MASKS:
+        return torch.tensor(list(combinations(range(m), n)), device=old.device)[None]
+    # Non-zeros first, then zeros from the left, fill the group's own mask.
+    own = (old == 0).to(torch.int8).argsort(dim=1, stable=True)[:, :n].sort(1).values  # (T, n)
+    free_mask = torch.ones_like(old, dtype=torch.bool).scatter(1, own, False)
+    free = free_mask.nonzero()[:, 1].reshape(old.shape[0], m - n)
+    swaps = own[:, None, None, :].repeat(1, n, m - n, 1)  # (T, kept, free, n)
+    for k in range(n):
+        swaps[:, k, :, k] = free
+    return torch.cat([own[:, None], swaps.flatten(1, 2).sort(2).values], 1)
+
+
+def _pairs(linear: Tensor, local: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (T, 6, 2) and gains (T, 6) of the six masks of 2:4, in closed form."""
+    a, b = masks[0, :, 0], masks[0, :, 1]
+    c_aa, c_ab, c_bb = local[:, a, a], local[:, a, b], local[:, b, b]
+    aa, ab, bb = c_aa.double(), c_ab.double(), c_bb.double()
+    ridge = RIDGE * 0.5 * (aa + bb)
+    determinant = (aa + ridge) * (bb + ridge) - ab * ab
+    usable = determinant > 0
+    divisor = torch.where(usable, determinant, 1)
+    inverse_aa, inverse_ab, inverse_bb = (
+        torch.where(usable, entry / divisor, 0).to(local.dtype) for entry in (bb + ridge, -ab, aa + ridge)
+    )
+    q_a, q_b = linear[:, a], linear[:, b]
+    v_a, v_b = inverse_aa * q_a + inverse_ab * q_b, inverse_ab * q_a + inverse_bb * q_b
+    w_a, w_b = c_aa * v_a + c_ab * v_b, c_ab * v_a + c_bb * v_b
+    gains = v_a * ((q_a + q_a) - w_a) + v_b * ((q_b + q_b) - w_b)
+    return torch.stack([v_a, v_b], -1), gains
+
+
+def _solve(linear: Tensor, local: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (T, masks, n) and gains (T, masks) of any masks, in fp64."""
+    tiles, count, n = masks.shape
+    take = torch.arange(tiles, device=local.device)[:, None, None]
+    square = local.double()[take[..., None], masks[..., :, None], masks[..., None, :]]  # (T, masks, n, n)
+    right = linear.double()[take, masks]
+    trace = square.diagonal(dim1=-2, dim2=-1).mean(-1)
+    usable = trace > 0
+    ridge = torch.where(usable, RIDGE * trace, 1)
+    regular = square + ridge[..., None, None] * torch.eye(n, dtype=torch.float64, device=local.device)
+    factor, failed = torch.linalg.cholesky_ex(regular)
+    values = torch.cholesky_solve(right[..., None], factor)[..., 0]
+    values = torch.where((usable & (failed == 0))[..., None], values, 0)
+    gains = (values * (2 * right - (square @ values[..., None])[..., 0])).sum(-1)
+    return values, gains

@@ -1,0 +1,35 @@
+"""Exact updates of the wrappers from their normal equations."""
+
+import torch
+from torch import Tensor
+
+from halfplate.solvers.armor.problem import Wrapper
+from halfplate.solvers.armor.stages import Moments
+
+RIDGE = 1e-6  # pull towards the previous wrapper, relative to the mean diagonal
+
+
+def update_out_blocks(blocks: Tensor, moments: Moments, kind: Wrapper) -> Tensor:
+    """A + (R D Zᵀ)(Z D Zᵀ + λI)⁻¹ for each block: the minimiser over A, proximal so that dead inputs leave it alone."""
+    if kind is Wrapper.IDENTITY:
+        return blocks
+    return blocks + _correction(moments.cross.mT, moments.square, kind).mT.to(blocks.dtype)
+
+
+def update_in_blocks(blocks: Tensor, moments: Moments, kind: Wrapper) -> Tensor:
+    """B + (TᵀT + λI)⁻¹ Tᵀ R for each block: the minimiser over B, in which the second moments cancel."""
+    if kind is Wrapper.IDENTITY:
+        return blocks
+    return blocks + _correction(moments.cross, moments.square, kind).to(blocks.dtype)
+
+
+def _correction(cross: Tensor, square: Tensor, kind: Wrapper) -> Tensor:
+    """(square + λI)⁻¹ cross, fp64 (tiles, b, b); only its diagonal, solved on its own, for a diagonal wrapper."""
+    diagonal = square.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    ridge = torch.where(mean > 0, RIDGE * mean, 1.0)  # a block without any input stays as it is: cross is 0 there
+    if kind is Wrapper.DIAGONAL:
+        return torch.diag_embed(cross.diagonal(dim1=1, dim2=2) / (diagonal + ridge))
+    factor, failed = torch.linalg.cholesky_ex(square + torch.diag_embed(ridge.expand_as(diagonal)))
+    correction = torch.cholesky_solve(cross, factor)
+    return torch.where((failed == 0)[:, None, None] & correction.isfinite().all(), correction, 0.0)

@@ -1,0 +1,101 @@
+import subprocess
+import sys
+
+import pytest
+
+VERBS = ["plan", "compress", "eval", "generate", "inspect", "export", "recipe", "methods", "doctor"]
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"], ["eval", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = f"""
+import sys
+from halfplate.cli import main
+try:
+    main({arguments!r})
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+heavy = {{"torch", "transformers", "numpy", "rich", "yaml"}} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb, capsys):
+    from halfplate.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert verb in capsys.readouterr().out
+
+
+def test_bad_usage_is_one_line(halfplate, tmp_path):
+    halfplate("compres", "x").refused("invalid choice: 'compres'", "compress")
+    halfplate().refused("VERB")
+    halfplate("compress", "x").refused("-o/--out", "halfplate compress --help")
+    halfplate("compress", "x", "-o", tmp_path / "out", "--sample", "3").refused("--sample")
+    halfplate("eval", "x", "--windows", "0").refused("--windows", "at least 1")
+    halfplate("eval", "x", "--windows", "many").refused("--windows", "whole number", "many")
+    halfplate("eval", "x", "--seq-len", "1").refused("--seq-len 1")
+
+
+@pytest.mark.parametrize("verb", ["bench", "report", "recover", "serve"])
+def test_verbs_to_come_say_so(halfplate, verb):
+    halfplate(verb, "x").refused(f"verb {verb!r} is not available yet")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--engine", "ray"], ["--engine ray", "available: local"]),
+        (["--tune-block", "3"], ["--tune-block is not available yet"]),
+        (["--budget", "0.5"], ["--budget"]),
+        (["--workers", "3"], ["--workers"]),
+        (["--resume"], ["--resume"]),
+        (["--address", "x"], ["--address"]),
+        (["--inputs", "compressed"], ["inputs='compressed'", "available: dense"]),
+        (["--core-dtype", "int8"], ["core_dtype='int8'", "bf16"]),
+        (["--wrapper-dtype", "int8"], ["wrapper_dtype='int8'", "bf16"]),
+        (["--pattern", "dense"], ["pattern='dense'", "2:4"]),
+    ],
+)
+def test_options_to_come_say_so(halfplate, tiny_folder, tmp_path, options, parts):
+    out = tmp_path / "out"
+    halfplate("compress", tiny_folder, "-o", out, "--method", "magnitude", *options).refused(*parts)
+    assert not out.exists()
+
+
+def test_eval_and_generate_options_to_come(halfplate, tiny_folder):
+    halfplate("eval", tiny_folder, "--tasks", "arc_easy").refused("--tasks is not available yet")
+    halfplate("eval", tiny_folder, "--activations", "int8").refused("--activations int8", "available: float")
+    halfplate("generate", tiny_folder, "x", "--activations", "int8").refused("available: float")
+
+
+def test_engine_local_is_taken(halfplate, tiny_folder):
+    assert halfplate("plan", tiny_folder, "--method", "magnitude", "--engine", "local").status == 0
+
+
+def test_a_bug_shows_its_traceback(halfplate, monkeypatch):
+    from halfplate.cli import recipe
+
+    def broken(args):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(recipe, "run", broken)
+    outcome = halfplate("recipe", "show", "default")
+    assert outcome.status == 1
+    assert "Traceback" in outcome.err
+
+
+def test_python_m_halfplate():
+    done = subprocess.run([sys.executable, "-m", "halfplate", "nonsense"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,128 @@
+"""Fixtures that tests of several folders share: tiny random-weight models, a tiny model folder, stories260K."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+# What differs from SIZES; sliding windows are shorter than the sequences of the tests, so that they matter.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 8},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "bos_token_id": None,
+    },
+    "qwen3": {"head_dim": 8},
+    "mistral": {"head_dim": 8, "sliding_window": 5},
+    "gemma2": {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        "head_dim": 8,
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 8,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi": {"num_key_value_heads": 4},
+    "phi3": {"sliding_window": 5},
+}
+
+TEXT = (
+    "One day a small bird sat in a big tree. The bird saw a red ball near the house, and it wanted to play. "
+    "Tom and Mia came out of the house. They saw the bird and the ball, and they were happy. "
+    "In 2024 they played all day; then it was dark, and they went home to sleep. "
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Matrices this small run faster on one thread, and equally on every machine."""
+    torch.set_num_threads(1)
+
+
+def build_model(architecture: str = "llama", seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
+    """A model of `architecture` (a model_type of transformers) with seeded random weights, norms and biases included."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(architecture, **(SIZES | ARCHITECTURES.get(architecture, {}) | config_overrides))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval().requires_grad_(False)
+
+
+def build_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer trained on TEXT: pad 0, <s> 1 (written before every text), </s> 2; no text is unknown to it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=128
+    )
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """The factory `tiny_model(architecture="llama", seed=0, **config_overrides)`."""
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer of 320 tokens, as in `tiny_folder`."""
+    return build_tokenizer()
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A Hugging Face folder with a tiny Llama (vocabulary 320, 2 blocks, hidden 32, ffn 48, fp32) and its tokenizer."""
+    folder = tmp_path / "tiny_llama"
+    build_model("llama", vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """The folder of the real trained model stories260K; skips where it is absent."""
+    folder = ROOT.parent / "shared" / "models" / "stories260K"
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"the model stories260K is not at {folder}")
+    return folder

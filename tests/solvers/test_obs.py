@@ -1,0 +1,149 @@
+"""obs_sweep against textbook OBS with an explicit inverse Hessian for every column."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from halfplate.pattern import Pattern
+from halfplate.solvers.obs import obs_sweep
+from halfplate.solvers.selection import keep_largest
+
+PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8), Pattern(2, 5), Pattern(1, 3)]
+
+
+def correlated_gram(d_in: int, seed: int, tokens: int | None = None) -> Tensor:
+    """The Gram, fp64 (d_in, d_in), of inputs with unequal scales that share a few directions."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = tokens or 4 * d_in
+    shared = torch.randn(tokens, 3, generator=generator) @ torch.randn(3, d_in, generator=generator)
+    inputs = shared + torch.randn(tokens, d_in, generator=generator)
+    inputs = (inputs * torch.rand(d_in, generator=generator).add(0.1)).double()
+    return inputs.T @ inputs / tokens
+
+
+def random_weight(d_out: int, d_in: int, seed: int) -> Tensor:
+    return torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def output_error(weight: Tensor, other: Tensor, gram: Tensor) -> float:
+    gap = (weight - other).double()
+    return float(((gap @ gram.double()) * gap).sum())
+
+
+def naive_obs(weight: Tensor, gram: Tensor, pattern: Pattern, damping: float) -> tuple[Tensor, Tensor]:
+    """Row by row; the inverse Hessian of the columns that are left is downdated after each column."""
+    d_out, d_in = weight.shape
+    hessian = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(d_in, dtype=torch.float64)
+    inverses = []  # of the columns from j on
+    inverse = torch.linalg.inv(hessian)
+    for _ in range(d_in):
+        inverses.append(inverse)
+        inverse = (inverse - torch.outer(inverse[:, 0], inverse[0]) / inverse[0, 0])[1:, 1:]
+    result, mask = weight.double().clone(), torch.ones(d_out, d_in, dtype=torch.bool)
+    for row in range(d_out):
+        for j in range(d_in):
+            if j % pattern.m == 0:
+                cost = {k: float(result[row, k] ** 2 / inverses[k][0, 0]) for k in range(j, j + pattern.m)}
+                for k in sorted(cost, key=lambda k: cost[k])[: pattern.m - pattern.n]:
+                    mask[row, k] = False
+            if not mask[row, j]:
+                result[row, j:] -= result[row, j] / inverses[j][0, 0] * inverses[j][0]
+                result[row, j] = 0
+    return result, mask
+
+
+@given(
+    st.sampled_from(PATTERNS),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(0, 2**16),
+    st.sampled_from([1, 8, 12, 128]),
+)
+@settings(max_examples=30, deadline=None)
+def test_equals_textbook_obs(pattern: Pattern, d_out: int, groups: int, seed: int, column_block: int) -> None:
+    d_in = groups * pattern.m
+    weight, gram = random_weight(d_out, d_in, seed), correlated_gram(d_in, seed)
+    found, mask = obs_sweep(weight, gram, pattern, 0.01, column_block)
+    expected, expected_mask = naive_obs(weight, gram, pattern, 0.01)
+    assert torch.equal(mask, expected_mask)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_fp32_stays_near_fp64() -> None:
+    weight, gram = random_weight(16, 48, 0), correlated_gram(48, 1)
+    exact, exact_mask = obs_sweep(weight, gram, Pattern(2, 4), 0.01)
+    found, mask = obs_sweep(weight.float(), gram.float(), Pattern(2, 4), 0.01)
+    assert torch.equal(mask, exact_mask)
+    torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_are_left_as_they_are() -> None:
+    for shape in [(1, 8), (3, 8)]:
+        weight, gram = random_weight(*shape, 0), correlated_gram(8, 0)
+        before = weight.clone(), gram.clone()
+        obs_sweep(weight, gram, Pattern(2, 4), 0.0)
+        assert torch.equal(weight, before[0])
+        assert torch.equal(gram, before[1])
+
+
+def test_uncorrelated_inputs_need_no_update() -> None:
+    weight = random_weight(6, 16, 0)
+    diagonal = torch.rand(16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.1
+    found, mask = obs_sweep(weight, diagonal.diag(), Pattern(2, 4), 0.0)
+    assert torch.equal(mask, keep_largest(weight.abs() * diagonal.sqrt(), Pattern(2, 4)))
+    torch.testing.assert_close(found, torch.where(mask, weight, 0))
+
+
+def test_output_error_is_below_that_of_wandas_mask() -> None:
+    pattern, ratios = Pattern(2, 4), []
+    for seed in range(12):
+        weight, gram = random_weight(24, 32, seed), correlated_gram(32, seed + 100)
+        found, _ = obs_sweep(weight, gram, pattern, 0.01)
+        wanda = torch.where(keep_largest(weight.abs() * gram.diagonal().sqrt(), pattern), weight, 0)
+        ratios.append(output_error(weight, found, gram) / output_error(weight, wanda, gram))
+    assert max(ratios) < 1
+    assert sum(ratios) / len(ratios) < 0.75
+
+
+@pytest.mark.parametrize("dead", [[0], [3, 4, 5], [8, 9, 10, 11], list(range(16))])
+def test_dead_inputs_get_zero_and_change_nothing_else(dead: list[int]) -> None:
+    gram = correlated_gram(16, 0)
+    gram[dead] = 0
+    gram[:, dead] = 0
+    weight = random_weight(5, 16, 0)
+    found, mask = obs_sweep(weight, gram, Pattern(2, 4), 0.01)
+    assert (found[:, dead] == 0).all()
+    assert (mask.reshape(5, 4, 4).sum(-1) == 2).all()
+    # What a dead input carried must not matter to the living.
+    other = weight.clone()
+    other[:, dead] = 1e3
+    again, again_mask = obs_sweep(other, gram, Pattern(2, 4), 0.01)
+    assert torch.equal(found, again)
+    assert torch.equal(mask, again_mask)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-15, 0.01])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_singular_gram_gives_finite_values(tokens: int, damping: float) -> None:
+    gram = correlated_gram(32, 0, tokens).float()
+    found, mask = obs_sweep(random_weight(8, 32, 0).float(), gram, Pattern(2, 4), damping)
+    assert found.isfinite().all()
+    assert (mask.reshape(8, 8, 4).sum(-1) == 2).all()
+
+
+def test_indefinite_gram_gives_finite_values() -> None:
+    gram = correlated_gram(16, 0)
+    gram[0, 1] = gram[1, 0] = 50 * gram.diagonal().mean()
+    found, _ = obs_sweep(random_weight(8, 16, 0), gram, Pattern(2, 4), 0.01)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_scales_of_weight_and_gram_do_not_matter(scale: float) -> None:
+    weight, gram = random_weight(6, 16, 0).float(), correlated_gram(16, 0).float()
+    found, mask = obs_sweep(weight, gram, Pattern(2, 4), 0.01)
+    scaled, scaled_mask = obs_sweep(weight * scale, gram * scale, Pattern(2, 4), 0.01)
+    assert torch.equal(scaled_mask, mask)
+    torch.testing.assert_close(scaled / scale, found, rtol=1e-4, atol=1e-5)

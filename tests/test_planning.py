@@ -1,0 +1,117 @@
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+from halfplate import methods
+from halfplate.errors import HalfplateError
+from halfplate.methods.magnitude import Magnitude
+from halfplate.planning import make_plan
+from halfplate.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Wrapped(Magnitude):
+    name: ClassVar[str] = "wrapped"
+    wrapped: ClassVar[bool] = True
+
+
+@pytest.fixture
+def wrapped(monkeypatch):
+    monkeypatch.setattr(methods, "METHODS", methods.METHODS | {"wrapped": f"{__name__}:Wrapped"})
+    monkeypatch.setattr(methods, "method_class", lambda name: Wrapped)
+    return "wrapped"
+
+
+def test_every_linear_of_the_blocks_is_planned(tiny_folder):
+    plan = make_plan(str(tiny_folder), Recipe(method="magnitude"))
+    assert len(plan.matrices) == 2 * 7
+    assert all(not matrix.skipped for matrix in plan.matrices)
+    # Of 4 bytes for two weights, 2:4 keeps one bf16 value and half of a 4-bit index.
+    assert plan.nbytes == sum(
+        d_out * d_in + d_out * d_in // 8 for d_out, d_in in (matrix.shape for matrix in plan.matrices)
+    )
+    assert plan.dense_nbytes == sum(2 * matrix.shape[0] * matrix.shape[1] for matrix in plan.matrices)
+    assert plan.source_nbytes == (tiny_folder / "model.safetensors").stat().st_size
+
+
+def test_json_keys(tiny_folder):
+    plan = json.loads(json.dumps(make_plan(str(tiny_folder), Recipe(method="magnitude")).to_json()))
+    assert {"matrices", "nbytes", "dense_nbytes", "other_nbytes", "source_nbytes", "fingerprint"} <= plan.keys()
+    expected = {"name", "format", "shape", "nbytes", "dense_nbytes", "method", "skipped", "reason"}
+    assert all(matrix.keys() == expected for matrix in plan["matrices"])
+
+
+def test_other_bytes_count_tied_tensors_once(tiny_folder, tmp_path, tiny_model):
+    untied = make_plan(str(tiny_folder), Recipe(method="magnitude"))
+    folder = tmp_path / "tied"
+    tiny_model(vocab_size=320, tie_word_embeddings=True).save_pretrained(folder)
+    tied = make_plan(str(folder), Recipe(method="magnitude"))
+    assert untied.other_nbytes - tied.other_nbytes == 320 * 32 * 4
+
+
+def test_matrices_that_do_not_fit_are_skipped_with_a_reason(tiny_folder):
+    # hidden 32 is no multiple of 24, ffn 48 is.
+    plan = make_plan(str(tiny_folder), Recipe(method="magnitude", pattern="12:24"))
+    assert {matrix.name.rpartition(".")[2] for matrix in plan.matrices if not matrix.skipped} == {"down_proj"}
+    reasons = {matrix.reason for matrix in plan.matrices if matrix.skipped}
+    assert reasons == {"d_in=32 is not a multiple of M=24 (pattern 12:24)"}
+    with pytest.raises(HalfplateError, match="M=5 divides no d_in"):
+        make_plan(str(tiny_folder), Recipe(method="magnitude", pattern="2:5"))
+
+
+def test_excluded_matrices_stay_dense_and_count_elsewhere(tiny_folder):
+    whole = make_plan(str(tiny_folder), Recipe(method="magnitude"))
+    part = make_plan(str(tiny_folder), Recipe(method="magnitude", exclude=("*.q_proj",)))
+    skipped = [matrix for matrix in part.matrices if matrix.skipped]
+    assert [matrix.shape for matrix in skipped] == [(32, 32)] * 2
+    assert part.other_nbytes - whole.other_nbytes == 2 * 32 * 32 * 4
+
+
+@pytest.mark.parametrize(("sizes", "block"), [((32, 48), 1), ((640, 640), 16), ((1280, 1280), 32)])
+def test_auto_block_stays_within_five_percent(tmp_path, tiny_model, wrapped, sizes, block):
+    hidden, ffn = sizes
+    folder = tmp_path / "model"
+    tiny_model(
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_key_value_heads=4,
+        num_hidden_layers=1,
+        head_dim=hidden // 4,
+        vocab_size=8,
+    ).save_pretrained(folder)
+    plan = make_plan(str(folder), Recipe(method=wrapped))
+    assert plan.block_size == block
+    # Each square matrix (d, d) has two wrappers of d·b.
+    if hidden == ffn:
+        assert plan.wrapper_share == pytest.approx(2 * block / hidden)
+    assert plan.wrapper_share <= 0.05 or block == 1
+
+
+@pytest.mark.parametrize("block", [0, 1, 16])
+def test_block_size_that_is_given(tiny_folder, wrapped, block):
+    plan = make_plan(str(tiny_folder), Recipe(method=wrapped, block_size=block))
+    assert {(spec.out_block, spec.in_block) for spec in plan.specs.values()} == {(block, block)}
+
+
+def test_auto_blocks_are_multiples_of_m(tmp_path, tiny_model, wrapped):
+    folder = tmp_path / "model"
+    tiny_model(
+        hidden_size=768, intermediate_size=768, num_key_value_heads=4, num_hidden_layers=1, head_dim=192, vocab_size=8
+    ).save_pretrained(folder)
+    assert make_plan(str(folder), Recipe(method=wrapped, pattern="1:3")).block_size == 15
+
+
+def test_block_that_straddles_groups_is_refused(wrapped):
+    with pytest.raises(HalfplateError, match=r"block_size=6 is not a multiple of M=4 \(pattern 2:4\); try 4 or 8"):
+        Recipe(method=wrapped, block_size=6)
+
+
+def test_fingerprint_tells_recipes_and_models_apart(tiny_folder, tmp_path, tiny_model):
+    first = make_plan(str(tiny_folder), Recipe(method="magnitude"))
+    assert make_plan(str(tiny_folder), Recipe(method="magnitude", threads=1)).fingerprint == first.fingerprint
+    assert make_plan(str(tiny_folder), Recipe(method="magnitude", seed=1)).fingerprint != first.fingerprint
+    folder = tmp_path / "other"
+    tiny_model(vocab_size=320, intermediate_size=64).save_pretrained(folder)
+    assert make_plan(str(folder), Recipe(method="magnitude")).fingerprint != first.fingerprint

@@ -1,0 +1,102 @@
+import json
+
+import pytest
+
+from halfplate.errors import HalfplateError
+from halfplate.recipe import Recipe
+
+
+def test_json_round_trip():
+    recipe = Recipe(method="wanda", include=("*.q_proj",), threads=1)
+    assert Recipe.from_mapping(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_text_from_flags_gets_the_type_of_the_field():
+    recipe = Recipe(method="wanda", samples="3", max_kl="0.5", block_size="0", threads="2")  # type: ignore[arg-type]
+    assert (recipe.samples, recipe.max_kl, recipe.block_size, recipe.threads) == (3, 0.5, 0, 2)
+
+
+def test_method_options_get_the_type_of_the_method():
+    recipe = Recipe(method="sparsegpt", method_options={"damping": "0.1"})
+    assert recipe.method_options == {"damping": 0.1}
+    assert recipe.create_method().damping == 0.1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"version": 2}, "version=2"),
+        ({"method": "wnda"}, "did you mean 'wanda'"),
+        ({"samples": "many"}, "samples='many' is not of the right type; expected a whole number"),
+        ({"samples": 0}, "samples=0 is out of range; expected at least 1"),
+        ({"samples": True}, "samples=True"),
+        ({"seq_len": 1}, "seq_len=1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"threads": 0}, "threads=0"),
+        ({"pattern": "2-4"}, "pattern='2-4' is not of the form N:M"),
+        ({"pattern": "4:4"}, "pattern=4:4"),
+        ({"pattern": "dense"}, "not available yet; try 2:4"),
+        ({"block_size": 16}, "needs a method with wrappers, and 'wanda' has none"),
+        ({"block_size": -1}, "block_size=-1"),
+        ({"block_size": "big"}, "block_size='big' is not of the right type; expected a whole number or auto"),
+        ({"core_dtype": "int4"}, "core_dtype='int4' is not one of fp32, bf16, fp16"),
+        ({"wrapper_dtype": "int8"}, "wrapper_dtype='int8'"),
+        ({"inputs": "compressed"}, "inputs='compressed' is not available yet; available: dense"),
+        ({"include": "*.q_proj"}, "include='*.q_proj' is not of the right type; expected a list of texts"),
+        ({"device": "gpu"}, "device='gpu'"),
+        ({"max_kl": 0}, "max_kl=0.0"),
+        ({"calibration": ""}, "calibration=''"),
+        ({"method_options": {"iterations": 3}}, "iterations=3 is not an option of method 'wanda'"),
+        ({"method_options": 3}, "method_options=3"),
+        ({"metod": "wanda"}, "key 'metod' is unknown; did you mean 'method'?"),
+    ],
+)
+def test_wrong_values_are_named_with_their_cure(values, message):
+    with pytest.raises(HalfplateError) as caught:
+        Recipe.from_mapping({"method": "wanda"} | values)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_and_changes(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: sparsegpt\nmethod_options:\n  damping: 1e-1\nsamples: 8\nexclude: ['*.q_proj']\n")
+    recipe = Recipe.from_yaml(path)
+    assert recipe.method_options == {"damping": 0.1}
+    assert recipe.exclude == ("*.q_proj",)
+    assert Recipe.from_yaml(path, samples=4).samples == 4
+    assert Recipe.from_yaml(path, method_options={"damping": 0.2}).method_options == {"damping": 0.2}
+    # Options belong to a method: another one does not inherit them.
+    assert Recipe.from_yaml(path, method="wanda").method_options == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- 1\n", "expected a mapping"),
+        ("a: [\n", "not valid YAML"),
+        ("samples: x\n", "samples='x'"),
+        ("smples: 1\n", "did you mean 'samples'"),
+    ],
+)
+def test_wrong_yaml(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(HalfplateError, match=message):
+        Recipe.from_yaml(path, method="wanda")
+
+
+def test_missing_yaml(tmp_path):
+    with pytest.raises(HalfplateError, match="cannot be read"):
+        Recipe.from_yaml(tmp_path / "none.yaml")
+
+
+def test_empty_yaml_is_the_default(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("")
+    assert Recipe.from_yaml(path, method="wanda") == Recipe(method="wanda")
+
+
+def test_threads_and_max_kl_leave_the_fingerprint_alone():
+    assert Recipe(method="wanda", threads=1, max_kl=1.0).fingerprint_json() == Recipe(method="wanda").fingerprint_json()
+    assert Recipe(method="wanda", seed=1).fingerprint_json() != Recipe(method="wanda").fingerprint_json()
