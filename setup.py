@@ -45,7 +45,15 @@ class BuildNative(build_ext):
         try:
             jobs = []
             for name, flags in object_files().items():
-                command = [*compiler, *COMMON, *flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(scratch / f"{name}.o")]
+                command = [
+                    *compiler,
+                    *COMMON,
+                    *flags,
+                    "-c",
+                    str(SOURCES / f"{name}.cpp"),
+                    "-o",
+                    str(scratch / f"{name}.o"),
+                ]
                 jobs.append((command, subprocess.Popen(command)))
             for command, job in jobs:
                 if job.wait():
@@ -54,7 +62,10 @@ class BuildNative(build_ext):
             subprocess.run([*compiler, "-shared", "-fopenmp", *objects, "-o", str(target)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             target.unlink(missing_ok=True)
-            print(f"halfplate: the native kernels were not built ({error}); the slow torch path will be used", file=sys.stderr)
+            print(
+                f"halfplate: the native kernels were not built ({error}); the slow torch path will be used",
+                file=sys.stderr,
+            )
 
     def copy_extensions_to_source(self) -> None:
         for extension in self.extensions:

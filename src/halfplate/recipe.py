@@ -103,7 +103,7 @@ class Recipe:
     def create_method(self) -> Method:
         """The method with its options; where it has a seed of its own, the recipe's unless the options say otherwise."""
         seeded = any(f.name == "seed" for f in fields(methods.method_class(self.method)))
-        return methods.create(self.method, **({"seed": self.seed} if seeded else {}) | self.method_options)
+        return methods.create(self.method, **{**({"seed": self.seed} if seeded else {}), **self.method_options})
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "recipe") -> Recipe:

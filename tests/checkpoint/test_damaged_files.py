@@ -208,9 +208,7 @@ def test_a_file_cut_short_is_named(written: Any, cut: int) -> None:
     file = one.folder / "model-00002-of-00004.safetensors"
     assert file.is_file()
     file.write_bytes(file.read_bytes()[:-cut])
-    refused(
-        one.folder, r"model-00002-of-00004\.safetensors' is damaged or cut short", both
-    )
+    refused(one.folder, r"model-00002-of-00004\.safetensors' is damaged or cut short", both)
     file.write_bytes(b"")
     refused(one.folder, r"model-00002-of-00004\.safetensors' is damaged or cut short", both)
     file.unlink()

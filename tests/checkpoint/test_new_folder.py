@@ -118,6 +118,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
 FULL = [
     OSError(errno.ENOSPC, "No space left on device"),
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    Exception("No space left on device (os error 28)"),
 ]
 
 

@@ -36,7 +36,7 @@ def stored_dtypes(model: Any) -> dict[str, torch.dtype]:
     }
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "phi3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi", "phi3"])
 def test_loaded_and_in_memory_models_compute_the_same_bits(written: Any, logits_of: Logits, architecture: str) -> None:
     one = written(architecture)
     for loaded in (halfplate.load(one.folder), AutoModelForCausalLM.from_pretrained(one.folder, dtype=torch.float32)):

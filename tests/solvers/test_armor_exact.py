@@ -1,5 +1,7 @@
 """The exact solver: monotone, never above NoWag-P, stationary, and sound on hostile input."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,13 +34,17 @@ def correlated(d_out, d_in, seed):
 def assert_monotone(problem, losses, factors):
     error = problem.weight.double() - factors.product().double()
     stored = float((error.square() * problem.moment.double()).sum()) / problem.zero_loss()
-    assert all(later <= earlier * (1 + 1e-6) for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(losses))
     assert stored == pytest.approx(losses[-1], rel=1e-4)
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(1, 40), st.integers(1, 10), st.sampled_from([0, 1, 4, 8, 16, 64]), st.integers(0, 10_000), st.integers(0, 8)
+    st.integers(1, 40),
+    st.integers(1, 10),
+    st.sampled_from([0, 1, 4, 8, 16, 64]),
+    st.integers(0, 10_000),
+    st.integers(0, 8),
 )
 def test_loss_never_rises(d_out, groups, block, seed, dead):
     weight, moment = correlated(d_out, 4 * groups, seed)
@@ -93,7 +99,9 @@ def test_wrapper_updates_are_stationary():
     assert float(after.cross.abs().max()) < 1e-4 * float(before.cross.abs().max())
 
 
-@pytest.mark.parametrize("case", ["zero weight", "zero moment", "one input", "constant", "tiny", "huge", "massive channel"])
+@pytest.mark.parametrize(
+    "case", ["zero weight", "zero moment", "one input", "constant", "tiny", "huge", "massive channel"]
+)
 def test_hostile_input_stays_finite(case):
     weight, moment = correlated(24, 32, seed=4)
     if case == "zero weight":
@@ -115,7 +123,7 @@ def test_hostile_input_stays_finite(case):
     factors, losses = solve_exact(problem, 5, stages_for(CPU))
     for tensor in (factors.out_blocks, factors.core, factors.in_blocks):
         assert bool(tensor.isfinite().all())
-    assert all(later <= earlier * (1 + 1e-6) for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(losses))
 
 
 def test_every_matrix_of_a_trained_model(stories260k):

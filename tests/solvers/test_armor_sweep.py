@@ -100,7 +100,10 @@ def test_torch_sweep_matches_scalar_reference(pattern, block):
 
 
 shapes = st.tuples(
-    st.integers(1, 40), st.integers(1, 12), st.sampled_from([0, 1, 4, 7, 16, 64]), st.sampled_from([0, 1, 4, 12, 16, 64])
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.sampled_from([0, 1, 4, 7, 16, 64]),
+    st.sampled_from([0, 1, 4, 12, 16, 64]),
 )
 
 

@@ -58,8 +58,11 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         yield partial
         _flush(partial)
         _replace(partial, target)
-    except (OSError, SafetensorError) as error:
-        raise HalfplateError(_reason(out, error)) from error
+    except Exception as error:
+        # tokenizers reports what the system refused as a bare Exception.
+        if isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error):
+            raise HalfplateError(_reason(out, error)) from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

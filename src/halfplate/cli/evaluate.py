@@ -130,11 +130,11 @@ def _names(sources: list[str]) -> dict[str, str]:
 
 def _together(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Measures over several texts as if over one: every scored token counts the same."""
-    tokens = [result["tokens"] for result in results]
+    tokens: list[int] = [result["tokens"] for result in results]
 
     def mean(values: list[float]) -> float:
-        weighted: float = sum(value * count for value, count in zip(values, tokens, strict=True))
-        return weighted / sum(tokens)
+        weighted = [value * count for value, count in zip(values, tokens, strict=True)]
+        return math.fsum(weighted) / sum(tokens)
 
     first = results[0]
     whole: dict[str, Any] = {

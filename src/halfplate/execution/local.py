@@ -187,9 +187,9 @@ def _compress_matrix(
     weight = linear.weight.detach().float()
     try:
         solution = method.compress(weight, statistics, spec)
-    except HalfplateError as error:
+    except HalfplateError as refusal:
         # A method does not know which matrix it works on.
-        raise HalfplateError(f"{name}: {error}") from None
+        raise HalfplateError(f"{name}: {refusal}") from None
     dense = solution.weight.dense()
     if not bool(dense.isfinite().all()):
         raise HalfplateError(

@@ -115,7 +115,8 @@ class NativeStages:
 def _native_problem(problem: Problem, factors: Factors) -> native.Problem:
     tensors = (problem.weight, factors.out_blocks, factors.in_blocks, problem.moment, factors.core)
     for tensor in tensors:
-        assert tensor.dtype == torch.float32 and tensor.is_contiguous(), "native stages take contiguous fp32 tensors"
+        assert tensor.dtype == torch.float32, "native stages take fp32 tensors"
+        assert tensor.is_contiguous(), "native stages take contiguous tensors"
     return native.Problem(
         *(tensor.data_ptr() for tensor in tensors),
         problem.row_tiles,

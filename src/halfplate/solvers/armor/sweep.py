@@ -90,7 +90,7 @@ def _pairs(linear: Tensor, local: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
 
 def _solve(linear: Tensor, local: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Values (T, masks, n) and gains (T, masks) of any masks, in fp64."""
-    tiles, count, n = masks.shape
+    tiles, _, n = masks.shape
     take = torch.arange(tiles, device=local.device)[:, None, None]
     square = local.double()[take[..., None], masks[..., :, None], masks[..., None, :]]  # (T, masks, n, n)
     right = linear.double()[take, masks]

