@@ -24,7 +24,11 @@ def smollm2_gguf() -> Path:
 def machine() -> str:
     """Processor, cores in use and load, for the line above a table."""
     model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         "unknown processor",
     )
     flags = Path("/proc/cpuinfo").read_text()

@@ -67,7 +67,9 @@ class Bench:
         documents = read_text(str(DATA / "wikitext2" / "test.jsonl.gz"))
         self.windows = token_windows(self.dense.tokenizer, documents, seq_len=1024, windows=16)
 
-    def row(self, name: str, block: int, options: dict[str, Any], statistics: dict[str, InputStatistics]) -> dict[str, Any]:
+    def row(
+        self, name: str, block: int, options: dict[str, Any], statistics: dict[str, InputStatistics]
+    ) -> dict[str, Any]:
         """Compress every linear with one method and judge the result."""
         method = create(name, **options)
         errors, nbytes, rises, above, seconds = [], 0, 0, 0, 0.0
@@ -79,9 +81,14 @@ class Bench:
             seconds += time.perf_counter() - start
             errors.append(relative_error(weight, solution.weight.dense(), statistics[linear.name])[0])
             nbytes += solution.weight.nbytes
-            rises += any(later > earlier * (1 + 1e-6) for earlier, later in zip(solution.losses, solution.losses[1:], strict=False))
+            rises += any(
+                later > earlier * (1 + 1e-6)
+                for earlier, later in zip(solution.losses, solution.losses[1:], strict=False)
+            )
             above += bool(solution.losses) and solution.losses[-1] > solution.losses[0]
-            replace_linear(self.compressed.model, linear.name, CompressedLinear.from_weight(solution.weight, spec, None))
+            replace_linear(
+                self.compressed.model, linear.name, CompressedLinear.from_weight(solution.weight, spec, None)
+            )
         dense_nbytes = sum(2 * linear.d_out * linear.d_in for linear in self.linears)
         measures = evaluate(self.compressed.model, self.windows, self.dense.model)
         return measures | {

@@ -174,7 +174,14 @@ def report(results: dict[str, dict[str, Any]], where: str) -> str:
         rows.append([name.removeprefix("model.layers."), *losses, f"{r['ms_an_iteration']:.1f}", *speed])
     middle = [f"{median(column):.0f}×" for column in zip(*ratios, strict=True)]
     rows.append(["**median**", "", "", "", "", "", *(f"**{value}**" for value in middle)])
-    header = ["matrix", "start = NoWag-P", f"paper, {EARLY:,}", "paper, full run", "exact, 400", "paper, ms an iteration"]
+    header = [
+        "matrix",
+        "start = NoWag-P",
+        f"paper, {EARLY:,}",
+        "paper, full run",
+        "exact, 400",
+        "paper, ms an iteration",
+    ]
     header += ["exact sooner at loss of 3,000", "of the full run", f"than Adam's best rate at loss of {EARLY:,}"]
     cost = table(["size", "sweep, ns a weight", "whole iteration, ns a weight"], sweep_cost())
     return (

@@ -69,7 +69,7 @@ def test_excluded_matrices_stay_dense_and_count_elsewhere(tiny_folder):
     assert part.other_nbytes - whole.other_nbytes == 2 * 32 * 32 * 4
 
 
-@pytest.mark.parametrize(("sizes", "block"), [((32, 48), 1), ((640, 640), 16), ((1280, 1280), 32)])
+@pytest.mark.parametrize(("sizes", "block"), [((32, 48), 8), ((640, 640), 16), ((1280, 1280), 32)])
 def test_auto_block_stays_within_five_percent(tmp_path, tiny_model, wrapped, sizes, block):
     hidden, ffn = sizes
     folder = tmp_path / "model"
@@ -86,7 +86,7 @@ def test_auto_block_stays_within_five_percent(tmp_path, tiny_model, wrapped, siz
     # Each square matrix (d, d) has two wrappers of d·b.
     if hidden == ffn:
         assert plan.wrapper_share == pytest.approx(2 * block / hidden)
-    assert plan.wrapper_share <= 0.05 or block == 1
+    assert plan.wrapper_share <= 0.05 or block == 8
 
 
 @pytest.mark.parametrize("block", [0, 1, 16])

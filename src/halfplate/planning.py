@@ -23,11 +23,11 @@ from halfplate.version import package_version
 AUTO_BLOCKS = (128, 64, 32, 16, 8)
 AUTO_SHARE = 0.05  # of the dense parameters of the whole plan
 
-# Measured on 2 cores with AVX2; they serve the estimate alone.
+# Rough figures for 2 quiet cores; they serve the estimate alone.
 SECONDS_PER_MILLION_WEIGHTS = {"armor": 1.3, "sparsegpt": 0.3}
 OTHER_SECONDS_PER_MILLION_WEIGHTS = 0.03
-FLOPS_PER_SECOND = 3e10
-SAMPLING_SLOWDOWN = 4  # a sampled token costs so many times one that is read
+FLOPS_PER_SECOND = 1e11
+SAMPLING_SLOWDOWN = 2  # a sampled token costs so many times one that is read
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ def plan_source(source: Source, recipe: Recipe) -> Plan:
     parameters = sum(parameter.numel() for parameter in dense.parameters())
     compressed = {matrix.name for matrix in matrices if not matrix.skipped}
     weights = sum(linear.d_out * linear.d_in for linear in found if linear.name in compressed)
+    hidden_size = dense.config.get_text_config().hidden_size
     return Plan(
         model=source.name,
         recipe=recipe,
@@ -158,7 +159,9 @@ def plan_source(source: Source, recipe: Recipe) -> Plan:
         source_nbytes=source.nbytes,
         fingerprint=_fingerprint(source, recipe),
         seconds_estimate=_seconds(recipe, method.requires, weights, parameters),
-        peak_memory_estimate=_peak_memory(dense, recipe, method.requires, parameters),
+        peak_memory_estimate=_peak_memory(
+            recipe, method.requires, parameters, hidden_size, max(linear.d_in for linear in fitting)
+        ),
     )
 
 
@@ -176,15 +179,16 @@ def _spec(linear: FoundLinear, recipe: Recipe, block: int) -> WeightSpec:
 
 
 def _block_size(recipe: Recipe, linears: list[FoundLinear]) -> int:
-    """The block size asked for; for `auto` the largest whose wrappers stay within AUTO_SHARE, else diagonal wrappers."""
+    """The block size asked for; for `auto` the largest whose wrappers stay within AUTO_SHARE, else the smallest."""
     if recipe.block_size != "auto":
         return recipe.block_size
     m = recipe.parsed_pattern.m
-    for size in AUTO_BLOCKS:
-        block = size // m * m
-        if block and _wrapper_share([_spec(linear, recipe, block) for linear in linears]) <= AUTO_SHARE:
+    blocks = [max(size // m, 1) * m for size in AUTO_BLOCKS]
+    for block in blocks:
+        if _wrapper_share([_spec(linear, recipe, block) for linear in linears]) <= AUTO_SHARE:
             return block
-    return 1
+    # A model so small that no block is cheap gains more from wrappers than it pays.
+    return blocks[-1]
 
 
 def _wrapper_share(specs: list[WeightSpec]) -> float:
@@ -231,16 +235,8 @@ def _seconds(recipe: Recipe, requires: Statistic, weights: int, parameters: int)
     return seconds
 
 
-def _peak_memory(model: PreTrainedModel, recipe: Recipe, requires: Statistic, parameters: int) -> int:
-    """A rough peak: torch itself, the model in fp32, hidden states before and after a block, one Gram in fp64."""
-    hidden, widest = 0, 0
-    if requires > Statistic.NONE:
-        size = model.config.get_text_config().hidden_size
-        hidden = 2 * 4 * recipe.samples * recipe.seq_len * size
-        widest = (
-            max(getattr(module, "in_features", 0) for module in model.model.modules())
-            if hasattr(model, "model")
-            else size
-        )
+def _peak_memory(recipe: Recipe, requires: Statistic, parameters: int, hidden_size: int, widest: int) -> int:
+    """A rough peak: torch itself, the model in fp32, hidden states before and after a block, one Gram (widest²) in fp64."""
+    hidden = 2 * 4 * recipe.samples * recipe.seq_len * hidden_size if requires > Statistic.NONE else 0
     gram = 8 * widest**2 if requires == Statistic.GRAM else 0
     return 500_000_000 + 4 * parameters + hidden + gram

@@ -143,7 +143,7 @@ def test_a_real_model_reads_its_own_text_best(stories260k: Any) -> None:
     from halfplate.calibration.self_text import Start, sample_text
 
     model = AutoModelForCausalLM.from_pretrained(stories260k).eval()
-    windows = sample_text(model, Start("bos", 1, (2,)), samples=4, seq_len=64, seed=1)
+    windows = sample_text(model, Start("bos", 1), samples=4, seq_len=64, seed=1)
     ruined = AutoModelForCausalLM.from_pretrained(stories260k).eval().requires_grad_(False)
     ruined.model.layers[2].mlp.down_proj.weight.mul_(0.5)
     result = evaluate(ruined, windows, model)

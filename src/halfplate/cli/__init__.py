@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0 done, 2 bad usage or input, 1 anything else."""
     argv = list(sys.argv[1:] if argv is None else argv)
     out = None
+    # The bar that transformers shows for GGUF files listens to nothing else; it is read when torch imports tqdm.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         if argv and argv[0] in VERBS_TO_COME:
             raise HalfplateError(f"verb {argv[0]!r} is not available yet; available: {', '.join(VERBS)}")

@@ -32,7 +32,6 @@ PLAIN_WIDTH = 140
 def silence_libraries() -> None:
     """Keep the notes and bars of transformers away from a user who did not call it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the bar of GGUF loading listens to nothing else, and reads it on import
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -78,7 +78,7 @@ def compress(
 
     with clock("reading"):
         report("reading", 0, 1)
-        loaded = load_dense(model, recipe.device)
+        loaded = load_dense(source, recipe.device)
         report("reading", 1, 1)
     method = recipe.create_method()
     needed = max(statistics, method.requires)

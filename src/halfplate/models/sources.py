@@ -88,26 +88,27 @@ def skeleton(source: Source) -> "PreTrainedModel":
     return empty
 
 
-def load_dense(name: str, device: str = "cpu") -> LoadedModel:
-    """Load `name` in fp32, in eval mode and without gradients, with its tokenizer.
+def load_dense(model: str | Source, device: str = "cpu") -> LoadedModel:
+    """Load a model, by its name or as it was opened, in fp32, in eval mode and without gradients, with its tokenizer.
 
     Raises HalfplateError for what `open_source` refuses, for tensors missing from the files, and for NaN or inf.
     """
-    source = open_source(name)
+    source = open_source(model) if isinstance(model, str) else model
+    name = source.name
     if source.gguf_header is not None:
-        model, report = gguf.load_model(source.path, name, source.config)
+        loaded, report = gguf.load_model(source.path, name, source.config)
         tokenizer = gguf.load_tokenizer(source.path, name, source.gguf_header)
     else:
-        model, report = _load_folder(source)
+        loaded, report = _load_folder(source)
         tokenizer = _load_tokenizer(source)
     _check_complete(name, report)
-    _check_finite(name, model)
+    _check_finite(name, loaded)
     try:
-        torch.nn.Module.to(model, device)
+        torch.nn.Module.to(loaded, device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise HalfplateError(f"device={device!r} cannot hold the model: {reason}; try device='cpu'") from None
-    return LoadedModel(model.eval().requires_grad_(False), tokenizer, source)
+    return LoadedModel(loaded.eval().requires_grad_(False), tokenizer, source)
 
 
 def is_compressed(path: str | Path) -> bool:

