@@ -33,7 +33,7 @@ from halfplate.statistics import Statistic
 
 BLOCKS, LINEARS = (0, 10, 29), ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")
 EARLY, FULL = 3_000, 20_000
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 3e-4, 1e-2)
 CPU = torch.device("cpu")
 
 
@@ -62,8 +62,10 @@ def problems() -> dict[str, Problem]:
     return found
 
 
-def paper_trajectory(problem: Problem, iterations: int, rate: float, until: float = 0.0) -> list[tuple[float, float]]:
-    """(seconds, loss) after each iteration of the published algorithm, stopping below the loss `until`."""
+def paper_trajectory(
+    problem: Problem, iterations: int, rate: float, until: float = 0.0, limit: float = float("inf")
+) -> list[tuple[float, float]]:
+    """(seconds, loss) after each iteration of the published algorithm, ending at the loss `until` or after `limit` seconds."""
     total = problem.zero_loss()
     run = PaperRun(problem, PaperSchedule(learning_rate=rate))
     points = [(0.0, run.loss / total)]
@@ -73,7 +75,7 @@ def paper_trajectory(problem: Problem, iterations: int, rate: float, until: floa
         loss = run.step() / total
         points.append((points[-1][0] + time.perf_counter() - start, loss))
         best, waited = (loss, 0) if loss < best * (1 - PaperSchedule.tolerance) else (best, waited + 1)
-        if loss < until or waited >= PaperSchedule.patience:
+        if loss <= until or points[-1][0] > limit or waited >= PaperSchedule.patience:
             break
     return points
 
@@ -97,9 +99,10 @@ def measure(problem: Problem, iterations: int) -> dict[str, Any]:
     paper = paper_trajectory(problem, iterations, 1e-4)
     early, full = paper[min(EARLY, len(paper) - 1)], min(paper, key=lambda point: point[1])
     _, losses = solve_exact(problem, 400, stages_for(CPU))
-    adam = {}
+    adam: dict[str, float] = {}
     for rate in RATES:
-        end = paper_trajectory(problem, EARLY, rate, until=early[1])[-1]
+        # A rate that has not arrived when a better one had is of no interest.
+        end = paper_trajectory(problem, EARLY, rate, early[1], min(adam.values(), default=early[0]))[-1]
         if end[1] <= early[1]:
             adam[str(rate)] = end[0]
     return {

@@ -120,9 +120,10 @@ class PaperRun:
         # |gradient| of group g of row r in tile (i, j): (row_tiles, row_tile, col_tiles, groups)
         size = self.error.abs().view(problem.row_tiles, row_tile, problem.col_tiles, groups, m).sum(-1)
         size = size.transpose(1, 2).reshape(-1, row_tile * groups)  # (tiles, groups of the tile)
-        # The smallest of independent exponentials of these rates is a draw with these probabilities.
-        draws = torch.empty_like(size).exponential_(generator=self.generator).div_(size.clamp_min(1e-30))
-        chosen = draws.argmin(1)  # (tiles,)
+        # Inverting the cumulative distribution takes one random number a tile.
+        cumulative = size.cumsum(1)
+        draws = torch.rand(size.shape[0], 1, generator=self.generator, device=size.device) * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, draws, right=True)[:, 0].clamp_max(size.shape[1] - 1)  # (tiles,)
         tile = torch.arange(chosen.shape[0], device=chosen.device)
         tile_row, tile_col = tile // problem.col_tiles, tile % problem.col_tiles
         local_row, start = chosen // groups, chosen % groups * m
