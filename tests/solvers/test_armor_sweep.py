@@ -112,7 +112,9 @@ shapes = st.tuples(
 @given(shapes, st.integers(0, 2**20), st.booleans())
 def test_native_sweep_equals_torch_on_2_4(shape, seed, integer):
     d_out, groups, out_block, in_block = shape
-    problem = make_problem(d_out, 4 * groups, out_block, in_block, "2:4", seed, integer, dead=min(3, groups))
+    # Two live inputs in a group make all its masks equally good, and which rounding error decides is nobody's business.
+    dead = min(3, groups) if integer else 0
+    problem = make_problem(d_out, 4 * groups, out_block, in_block, "2:4", seed, integer, dead)
     first = problem.start() if integer else disturbed(problem, seed + 1)
     second = copied(first)
     before = loss_of(problem, first)
@@ -123,6 +125,20 @@ def test_native_sweep_equals_torch_on_2_4(shape, seed, integer):
     assert loss_of(problem, first) <= before * (1 + 1e-6) + 1e-7 * total
     if integer:
         assert torch.equal(first.core != 0, second.core != 0)
+
+
+@pytest.mark.parametrize("stages", [pytest.param(NativeStages(), marks=needs_native), TorchStages()])
+@pytest.mark.parametrize("dead", [1, 2, 3, 4, 9, 32])
+def test_dead_inputs_never_raise_the_loss(stages, dead):
+    problem = make_problem(20, 32, 8, 8, "2:4", seed=dead, dead=dead)
+    factors = disturbed(problem, seed=1)
+    before = loss_of(problem, factors)
+    for _ in range(3):
+        stages.sweep(problem, factors)
+        after = loss_of(problem, factors)
+        assert after <= before * (1 + 1e-6)
+        before = after
+    assert bool(factors.core.isfinite().all())
 
 
 @needs_native
