@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,3 +127,14 @@ def stories260k() -> Path:
     if not (folder / "config.json").is_file():
         pytest.skip(f"the model stories260K is not at {folder}")
     return folder
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """In CI, fail where more than a tenth of the tests skip: a skipped test shows nothing."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not os.environ.get("CI") or exitstatus != pytest.ExitCode.OK:
+        return
+    skipped, passed = (len(reporter.stats.get(outcome, [])) for outcome in ("skipped", "passed"))
+    if skipped > 0.1 * (skipped + passed):
+        reporter.write_line(f"{skipped} of {skipped + passed} tests skipped, expected at most a tenth")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
