@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from halfplate.calibration.documents import check_source
+from halfplate.calibration.text import check_seq_len
 from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
 from halfplate.models.linears import FoundLinear, find_linears
@@ -125,9 +127,12 @@ def make_plan(model: str, recipe: Recipe) -> Plan:
 
 def plan_source(source: Source, recipe: Recipe) -> Plan:
     """`make_plan` of a source that is already open."""
-    dense = skeleton(source)
+    dense, method = skeleton(source), recipe.create_method()
+    if method.requires > Statistic.NONE:
+        check_source(recipe.calibration)
+        check_seq_len(dense, recipe.seq_len, least=2)
     found, passed_over = find_linears(dense, include=recipe.include, exclude=recipe.exclude)
-    method, pattern = recipe.create_method(), recipe.parsed_pattern
+    pattern = recipe.parsed_pattern
     fitting = [linear for linear in found if linear.d_in % pattern.m == 0]
     if not fitting:
         raise HalfplateError(_nothing_fits(source.name, found, pattern))
@@ -140,6 +145,7 @@ def plan_source(source: Source, recipe: Recipe) -> Plan:
             reason = f"d_in={linear.d_in} is not a multiple of M={pattern.m} (pattern {pattern})"
         else:
             spec = _spec(linear, recipe, block)
+            method.check_spec(spec)
         matrices.append(MatrixPlan(linear.name, (linear.d_out, linear.d_in), linear.block, recipe.method, spec, reason))
     matrices += [
         MatrixPlan(skip.name, _shape(dense, skip.name), None, recipe.method, None, skip.reason) for skip in passed_over

@@ -26,6 +26,33 @@ SEPARATOR = "\n\n"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
+def check_source(source: str, argument: str = "calibration") -> None:
+    """Raise HalfplateError where `source` names a file that is not there; `self` and Hub names are taken on trust."""
+    path = Path(source).expanduser()
+    if source.lower().endswith(SUFFIXES):
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise HalfplateError(f"{argument}={source!r} {what}, expected a text file; check the path")
+    elif path.exists() and source != "self":
+        raise HalfplateError(
+            f"{argument}={source!r} is not a text file that Halfplate reads; expected a name ending in {', '.join(SUFFIXES)}"
+        )
+    elif not HUB_NAME.fullmatch(source):
+        raise HalfplateError(
+            f"{argument}={source!r} does not exist; expected a {', '.join(SUFFIXES)} file or a Hub data set such as org/name:config"
+        )
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Raise HalfplateError where `text` holds half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise HalfplateError(
+            f"{where} holds {text[error.start]!r} at character {error.start}, which is no Unicode text; remove it"
+        ) from None
+
+
 def read_text(source: str, argument: str = "calibration") -> list[str]:
     """The documents of `source`: a file, or the field `text` of the train split of a Hub data set.
 
@@ -35,17 +62,9 @@ def read_text(source: str, argument: str = "calibration") -> list[str]:
     Raises HalfplateError for a file that is missing, damaged, not UTF-8 or beyond 256 MiB, for lines without text
     (naming the line), and for data sets that cannot be read.
     """
-    path = Path(source).expanduser()
+    check_source(source, argument)
     if source.lower().endswith(SUFFIXES):
-        return _read_file(source, path, argument)
-    if path.exists():
-        raise HalfplateError(
-            f"{argument}={source!r} is not a text file that Halfplate reads; expected a name ending in {', '.join(SUFFIXES)}"
-        )
-    if not HUB_NAME.fullmatch(source):
-        raise HalfplateError(
-            f"{argument}={source!r} does not exist; expected a {', '.join(SUFFIXES)} file or a Hub data set such as org/name:config"
-        )
+        return _read_file(source, Path(source).expanduser(), argument)
     return _read_hub(source, argument)
 
 
@@ -59,9 +78,6 @@ def token_stream(tokenizer: "PreTrainedTokenizerBase", documents: list[str]) -> 
 
 
 def _read_file(source: str, path: Path, argument: str) -> list[str]:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise HalfplateError(f"{argument}={source!r} {what}, expected a text file; check the path")
     content = _read_bytes(source, path, argument)
     if path.name.lower().endswith((".jsonl", ".jsonl.gz")):
         # Lines end in \n alone: JSON strings may hold the other characters that Python takes for line ends.
@@ -107,6 +123,7 @@ def _row_text(source: str, number: int, row: bytes, argument: str) -> str:
         known = ", ".join(map(repr, list(entry)[:8])) or "none"
         raise HalfplateError(f"{where} has no string in field 'text' (fields: {known}); rename the field to 'text'")
     text: str = entry["text"]
+    check_unicode(text, where)
     return text
 
 

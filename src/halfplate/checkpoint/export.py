@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from halfplate.checkpoint.config import CONFIG_FILE, read_json
+from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, read_json
 from halfplate.checkpoint.folder import check_out, new_folder
-from halfplate.checkpoint.read import load, load_tokenizer, read_checked_headers
+from halfplate.checkpoint.read import inspect_checkpoint, load, load_tokenizer
 from halfplate.checkpoint.write import write_model, write_record
 from halfplate.dtypes import STORED
 from halfplate.errors import HalfplateError
@@ -18,7 +18,8 @@ def export_dense(path: str | Path, out: str | Path, overwrite: bool = False) -> 
     """
     check_out(Path(out), overwrite)
     folder = Path(path)
-    read_checked_headers(folder)
+    # A dense copy carries no checksums of its own, so damage must not pass from here unseen.
+    inspect_checkpoint(folder, verify=(folder / RECORD_FILE).is_file())
     named = read_json(folder / CONFIG_FILE).get("dtype")
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
     if named not in dtypes:

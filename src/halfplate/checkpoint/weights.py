@@ -113,6 +113,10 @@ def check_layout(found: Mapping[str, StoredTensor], specs: Mapping[str, WeightSp
         module, _, name = full.rpartition(".")
         if module in below:
             below[module][name] = tensor
+        elif name == "weight_index":
+            raise HalfplateError(
+                f"{full} belongs to a compressed matrix that quantization_config.modules does not name; copy or write the checkpoint again"
+            )
     for module, spec in specs.items():
         layout, stored = spec.layout(), below[module]
         for name, (shape, dtype) in layout.items():

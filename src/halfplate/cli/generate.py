@@ -58,6 +58,10 @@ def _token_ids(args: argparse.Namespace, tokenizer: Any) -> Tensor:
     """The prompt as int64 (1, tokens)."""
     import torch
 
+    from halfplate.calibration.documents import check_unicode
+
+    check_unicode(args.prompt, "prompt")
+
     if not args.chat:
         return torch.tensor([tokenizer(args.prompt)["input_ids"]], dtype=torch.int64)
     if not tokenizer.chat_template:

@@ -120,6 +120,8 @@ class Clock:
 
 
 def _check_device(name: str) -> None:
+    if torch.device(name).type == "meta":
+        raise HalfplateError(f"device={name!r} holds no values to compute with; try --device cpu")
     if torch.device(name).type == "cuda" and not torch.cuda.is_available():
         raise HalfplateError(f"device={name!r} is not there (torch finds no CUDA GPU); try --device cpu")
 
@@ -216,6 +218,9 @@ def relative_error(weight: Tensor, dense: Tensor, statistics: InputStatistics) -
             squares = squares * statistics.diagonal
         return float(squares.sum(dtype=torch.float64))
 
+    # Squares of large weights would leave the range of fp32; the ratio does not know their scale.
+    largest = weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
+    weight, dense = weight / largest, dense / largest
     kind = "gram" if statistics.gram is not None else "diagonal" if statistics.diagonal is not None else "weight"
     # Round-off can take the trace of a near-singular Gram just below zero.
     error, whole = max(weighted(weight - dense), 0.0), weighted(weight)
@@ -225,7 +230,7 @@ def relative_error(weight: Tensor, dense: Tensor, statistics: InputStatistics) -
 def _checkpoint_record(plan: Plan, tokens: CalibrationTokens | None, records: list[MatrixRecord]) -> dict[str, Any]:
     return {
         "model": plan.model,
-        "recipe": plan.recipe.to_json(),
+        "recipe": plan.recipe.fingerprint_json(),
         "fingerprint": plan.fingerprint,
         "calibration": tokens.protocol() if tokens is not None else None,
         "matrices": {record.name: record.to_json() for record in records},

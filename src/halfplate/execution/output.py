@@ -8,7 +8,15 @@ from halfplate.errors import HalfplateError
 
 def check_result_folder(out: Path, overwrite: bool, source: Path) -> None:
     """Raise HalfplateError unless `check_out` allows `out`, folders can be made there, and `source` is not inside."""
-    target = out.resolve()
+    try:
+        target, here = out.resolve(), Path.cwd()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise HalfplateError(
+            f"out={str(out)[:80]!r} is no place to write to ({reason}); choose another folder"
+        ) from None
+    if target == here or target in here.parents:
+        raise HalfplateError(f"out={str(out)!r} is the current folder or holds it; choose another folder")
     if target == source.resolve() or target in source.resolve().parents:
         raise HalfplateError(f"out={str(out)!r} holds the model that is read; choose another folder")
     above = next(parent for parent in target.parents if parent.exists())

@@ -1,5 +1,6 @@
 """ARMOR: a sparse core between block-diagonal wrappers."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from halfplate.solvers.armor.stages import stages_for
 from halfplate.solvers.normalise import normalise
 from halfplate.statistics import InputStatistics, Statistic
 
-EXACT_ITERATIONS = 20
+EXACT_ITERATIONS = 60
 LARGEST_N = 16
 
 
@@ -25,7 +26,7 @@ class Armor(Method):
     """W ≈ A · S · B: an N:M core between two block-diagonal wrappers that repair what pruning breaks.
 
     solver: `exact` minimises over A, B and every group of S in turn; `paper` is the published Adam with sampled groups.
-    objective: `diag` weights the error of each input by its second moment. iterations: None takes the solver's own, 20
+    objective: `diag` weights the error of each input by its second moment. iterations: None takes the solver's own, 60
     exact ones or the published 20,000. learning_rate, patience and seed steer `paper` only. Source: arXiv 2510.05528;
     the exact updates are our own (docs/armor.md).
     """
@@ -52,15 +53,23 @@ class Armor(Method):
         if self.patience < 1:
             raise HalfplateError(f"patience={self.patience} must be at least 1; try 100")
 
+    def check_spec(self, spec: WeightSpec) -> None:
+        super().check_spec(spec)
+        if spec.pattern.n > LARGEST_N:
+            raise HalfplateError(
+                f"pattern={spec.pattern} keeps more than {LARGEST_N} of a group, which method 'armor' does not solve; try 2:4 or 16:32"
+            )
+
     @property
     def requires(self) -> Statistic:
         return Statistic.DIAGONAL
 
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
-        if spec.pattern.n > LARGEST_N:
-            raise HalfplateError(f"pattern={spec.pattern} keeps more than {LARGEST_N} of a group; try 2:4")
-        normalised = normalise(weight.to(torch.float32))
+        # A power of two brings the weight near 1 and back without rounding, so that no square leaves the range of fp32.
+        largest = float(weight.abs().max())
+        scale = 2.0 ** math.floor(math.log2(largest)) if largest else 1.0
+        normalised = normalise(weight.to(torch.float32) / scale)
         moment = _unit_mean(statistics.require_diagonal().to(weight.device))
         problem = Problem.from_weight(normalised.weight, moment, spec)
         stages = stages_for(weight.device)
@@ -69,7 +78,7 @@ class Armor(Method):
             factors, losses = solve_exact(problem, iterations, stages)
         else:
             factors, losses = solve_paper(problem, self._schedule())
-        chain = finish(problem, factors, normalised.rows, normalised.columns, spec, stages)
+        chain = finish(problem, factors, normalised, scale, spec, stages)
         return Solution(chain, tuple(losses))
 
     def _schedule(self) -> PaperSchedule:

@@ -41,6 +41,13 @@ class Method(ABC):
     def requires(self) -> Statistic:
         """The statistics that `compress` needs; calibration collects no more."""
 
+    def check_spec(self, spec: WeightSpec) -> None:
+        """Raise HalfplateError where this method cannot make what `spec` describes; planning asks before any work."""
+        if not self.wrapped and (spec.out_block or spec.in_block):
+            raise HalfplateError(
+                f"block_size={max(spec.out_block, spec.in_block)} asks for wrappers, which method {self.name!r} has not; use block_size=0"
+            )
+
     @abstractmethod
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         """Compress `weight`, fp32 (d_out, d_in), to the format that `spec` describes."""
@@ -53,10 +60,7 @@ def check_inputs(method: Method, weight: Tensor, statistics: InputStatistics, sp
         raise HalfplateError(
             f"weight has shape {tuple(weight.shape)}, expected {expected}; make the specification for this matrix"
         )
-    if not method.wrapped and (spec.out_block or spec.in_block):
-        raise HalfplateError(
-            f"block_size={max(spec.out_block, spec.in_block)} asks for wrappers, which method {method.name!r} has not; use block_size=0"
-        )
+    method.check_spec(spec)
     _check_finite("weight", weight)
     if method.requires >= Statistic.DIAGONAL:
         diagonal = statistics.require_diagonal()

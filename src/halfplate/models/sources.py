@@ -65,6 +65,8 @@ def open_source(name: str) -> Source:
 
     Raises HalfplateError for anything but a dense decoder-only language model in whole safetensors or GGUF files.
     """
+    if not name.strip():
+        raise HalfplateError(f"model={name!r} is empty; pass a local folder, a .gguf file, or a Hub id")
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -116,7 +118,7 @@ def is_compressed(path: str | Path) -> bool:
     config = Path(path) / "config.json"
     try:
         entry = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
     return isinstance(entry, dict) and entry.get("quant_method") == "halfplate"
 
@@ -168,7 +170,7 @@ def _read_config_json(name: str, path: Path) -> dict[str, Any]:
         raise HalfplateError(f"model={name!r} has no config.json; {cure}")
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HalfplateError(f"model={name!r}: config.json is not valid JSON ({error}); download it again") from None
     if not isinstance(entries, dict):
         raise HalfplateError(

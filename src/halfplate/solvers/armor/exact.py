@@ -1,33 +1,42 @@
-"""Exact block coordinate descent with extrapolation (`solver: exact`)."""
+"""Exact block coordinate descent with momentum (`solver: exact`)."""
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from halfplate.solvers.armor.problem import Factors, Problem
 from halfplate.solvers.armor.stages import Moments, Stages
 from halfplate.solvers.armor.wrappers import update_in_blocks, update_out_blocks
 
-FIRST_STEP, LEAST_STEP, LARGEST_STEP = 0.5, 0.3, 5.0
-GROWTH, SHRINKAGE = 1.2, 0.5
+# A momentum of 1 that is damped only where the loss would rise. More was seen to end higher: the mask settles too early.
+LARGEST, LEAST = 1.0, 0.3
+GROWTH, SHRINKAGE = 1.1, 0.8
 
 
 @dataclass(eq=False)
-class _Extrapolation:
-    """Steps beyond the last exact update of the wrappers, longer while they pay."""
+class _Momentum:
+    """Steps beyond the last exact update, as long as the loss bears them."""
 
-    step: float = FIRST_STEP
-    last: tuple[Tensor, Tensor] | None = None
+    factor: float = LARGEST
+    last: Factors | None = None
 
-    def propose(self, out_blocks: Tensor, in_blocks: Tensor) -> tuple[Tensor, Tensor]:
-        last, self.last = self.last, (out_blocks, in_blocks)
+    def propose(self, exact: Factors) -> Factors | None:
+        """The factors continued past `exact` by `factor` of the way they came, or None where they came from nowhere.
+
+        The core is continued where both masks keep a value, so that its mask stays one.
+        """
+        last, self.last = self.last, exact
         if last is None:
-            return out_blocks, in_blocks
-        return torch.lerp(last[0], out_blocks, 1 + self.step), torch.lerp(last[1], in_blocks, 1 + self.step)
+            return None
+        both = (exact.core != 0) & (last.core != 0)
+        return Factors(
+            torch.lerp(last.out_blocks, exact.out_blocks, 1 + self.factor),
+            torch.where(both, torch.lerp(last.core, exact.core, 1 + self.factor), exact.core),
+            torch.lerp(last.in_blocks, exact.in_blocks, 1 + self.factor),
+        )
 
     def judge(self, success: bool) -> None:
-        self.step = min(self.step * GROWTH, LARGEST_STEP) if success else max(self.step * SHRINKAGE, LEAST_STEP)
+        self.factor = min(self.factor * GROWTH, LARGEST) if success else max(self.factor * SHRINKAGE, LEAST)
 
 
 def solve_exact(problem: Problem, iterations: int, stages: Stages) -> tuple[Factors, list[float]]:
@@ -40,28 +49,33 @@ def solve_exact(problem: Problem, iterations: int, stages: Stages) -> tuple[Fact
     factors = problem.start()
     moments = stages.output_moments(problem, factors)
     losses = [moments.loss / total if total else 0.0]
-    extrapolation = _Extrapolation()
+    momentum = _Momentum()
     for _ in range(iterations if moments.loss > 0 else 0):
-        kept = Factors(factors.out_blocks, factors.core.clone(), factors.in_blocks)
-        out_blocks = update_out_blocks(factors.out_blocks, moments, problem.out_wrapper)
-        mid = Factors(out_blocks, factors.core, factors.in_blocks)
-        in_moments = stages.input_moments(problem, mid)
-        in_blocks = update_in_blocks(factors.in_blocks, in_moments, problem.in_wrapper)
-        proposal = extrapolation.propose(out_blocks, in_blocks)
-        factors, moments_after = _swept(problem, kept.core, proposal, stages)
-        if proposal[0] is not out_blocks:
-            extrapolation.judge(moments_after.loss < moments.loss)
-        if not moments_after.loss < moments.loss and proposal[0] is not out_blocks:
-            factors, moments_after = _swept(problem, kept.core, (out_blocks, in_blocks), stages)
-        if not moments_after.loss < moments.loss:
-            return kept, losses
-        moments = moments_after
+        exact = _updated_wrappers(problem, factors, moments, stages)
+        proposal = momentum.propose(exact)
+        after: tuple[Factors, Moments] | None = None
+        if proposal is not None:
+            after = _swept(problem, proposal, stages)
+            momentum.judge(after[1].loss < moments.loss)
+        if after is None or not after[1].loss < moments.loss:
+            after = _swept(problem, exact, stages)
+        if not after[1].loss < moments.loss:
+            break
+        factors, moments = after
         losses.append(moments.loss / total)
     return factors, losses
 
 
-def _swept(problem: Problem, core: Tensor, wrappers: tuple[Tensor, Tensor], stages: Stages) -> tuple[Factors, Moments]:
-    """Sweep a copy of `core` between the given wrappers, and measure what came of it."""
-    factors = Factors(wrappers[0], core.clone(), wrappers[1])
-    stages.sweep(problem, factors)
-    return factors, stages.output_moments(problem, factors)
+def _updated_wrappers(problem: Problem, factors: Factors, moments: Moments, stages: Stages) -> Factors:
+    """The minimiser over A, given its moments, and then over B; the core stays."""
+    out_blocks = update_out_blocks(factors.out_blocks, moments, problem.out_wrapper)
+    between = Factors(out_blocks, factors.core, factors.in_blocks)
+    in_moments = stages.input_moments(problem, between)
+    return Factors(out_blocks, factors.core, update_in_blocks(factors.in_blocks, in_moments, problem.in_wrapper))
+
+
+def _swept(problem: Problem, factors: Factors, stages: Stages) -> tuple[Factors, Moments]:
+    """Sweep a copy of the core, and measure what came of it."""
+    swept = Factors(factors.out_blocks, factors.core.clone(), factors.in_blocks)
+    stages.sweep(problem, swept)
+    return swept, stages.output_moments(problem, swept)

@@ -13,28 +13,32 @@ from halfplate.formats.spec import WeightSpec
 from halfplate.solvers.armor.problem import Factors, Problem
 from halfplate.solvers.armor.stages import Stages
 from halfplate.solvers.armor.wrappers import update_in_blocks, update_out_blocks
+from halfplate.solvers.normalise import Normalised
 from halfplate.solvers.selection import keep_largest
 
 
 def finish(
-    problem: Problem, factors: Factors, row_scale: Tensor, column_scale: Tensor, spec: WeightSpec, stages: Stages
+    problem: Problem, factors: Factors, normalised: Normalised, scale: float, spec: WeightSpec, stages: Stages
 ) -> Chain:
-    """Store diag(row_scale) · A S B · diag(column_scale) in the types of `spec`.
+    """Store scale · diag(rows) · A S B · diag(columns) in the types of `spec`.
 
-    row_scale: (d_out,), column_scale: (d_in,), the normalisation that `problem` was solved under. Once S is rounded, B is
-    solved again for it and rounded, then A for both. Raises HalfplateError where a value is too large for its type.
+    normalised: the rows and columns that `problem` was solved without. scale: a power of two, which goes into the core.
+    Once S is rounded, B is solved again for it and rounded, then A for both. Raises HalfplateError where a value is too
+    large for its type.
     """
-    rows = _tiled(row_scale, problem.row_tiles, problem.row_tile)[:, :, None]  # scales rows of A
-    columns = _tiled(column_scale, problem.col_tiles, problem.col_tile)[:, None, :]  # scales columns of B
+    rows = _tiled(normalised.rows, problem.row_tiles, problem.row_tile)[:, :, None]  # scales rows of A
+    columns = _tiled(normalised.columns, problem.col_tiles, problem.col_tile)[:, None, :]  # scales columns of B
     out_blocks, core, in_blocks = _balance(factors.out_blocks * rows, factors.core, factors.in_blocks * columns)
 
-    stored = core[: spec.d_out, : spec.d_in]
+    stored = core[: spec.d_out, : spec.d_in] * scale
     stored_core = NMSparse.from_dense(
         stored, keep_largest(stored.abs(), spec.pattern), spec.pattern, stored_dtype(spec.core_dtype, "core_dtype")
     )
     _check_range(stored_core.values, stored, "core_dtype", spec.core_dtype)
     padding = (0, core.shape[1] - spec.d_in, 0, core.shape[0] - spec.d_out)
-    rounded = Factors(out_blocks / rows, functional.pad(stored_core.dense(), padding).contiguous(), in_blocks / columns)
+    rounded = Factors(
+        out_blocks / rows, functional.pad(stored_core.dense() / scale, padding).contiguous(), in_blocks / columns
+    )
 
     wrapper_dtype = stored_dtype(spec.wrapper_dtype, "wrapper_dtype")
     if spec.in_block:

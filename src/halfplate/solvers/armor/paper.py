@@ -1,10 +1,12 @@
 """The published algorithm (`solver: paper`), kept for comparison: Adam and one sampled group a tile and iteration."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from halfplate.errors import HalfplateError
 from halfplate.solvers.armor.problem import Factors, Problem, Wrapper
 from halfplate.solvers.armor.sweep import best_group
 
@@ -176,6 +178,10 @@ def solve_paper(problem: Problem, schedule: PaperSchedule) -> tuple[Factors, lis
     best, waited = losses[0], 0
     for _ in range(schedule.iterations if losses[0] > 0 else 0):
         losses.append(run.step() / total)
+        if not math.isfinite(losses[-1]):
+            raise HalfplateError(
+                f"learning_rate={schedule.learning_rate} made the loss diverge at iteration {len(losses) - 1}; try 1e-4"
+            )
         if losses[-1] < best * (1 - schedule.tolerance):
             best, waited = losses[-1], 0
         else:
