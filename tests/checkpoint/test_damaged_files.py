@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from halfplate.checkpoint.export import export_dense
 from halfplate.checkpoint.read import inspect_checkpoint, load, load_tokenizer
 from halfplate.errors import HalfplateError
 
@@ -299,3 +300,35 @@ def test_a_model_type_that_transformers_does_not_know(written: Any) -> None:
     one = written()
     edit_config(one.folder, lambda config: config.update(model_type="llama9"))
     refused(one.folder, "cannot be loaded by transformers .*llama9")
+
+
+@pytest.mark.parametrize("name", [f"{NAME}.weight", f"{NAME}.weight_out_blocks", "model.norm.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(written: Any, name: str, value: float) -> None:
+    checkpoint = written().folder
+    edit_tensors(checkpoint, lambda tensors: tensors[name].view(-1)[:1].fill_(value))
+    refused(checkpoint, f"{name} holds NaN or inf")
+
+
+def test_export_compares_checksums(written: Any, tmp_path: Path) -> None:
+    checkpoint = written().folder
+    edit_tensors(checkpoint, lambda tensors: tensors[f"{NAME}.weight"].view(-1)[:1].add_(1))
+    load(checkpoint)  # a value is as good as another to a reader without checksums
+    refused(checkpoint, "does not have the checksum", (lambda folder: export_dense(folder, tmp_path / "dense"),))
+    assert not (tmp_path / "dense").exists()
+
+
+def test_compressed_tensors_that_no_module_names(written: Any) -> None:
+    checkpoint = written().folder
+    edit_config(checkpoint, lambda config: config["quantization_config"]["modules"].pop(NAME))
+    refused(checkpoint, "does not name", (load, inspect_checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_size", -1), ("hidden_size", "x"), ("rope_parameters", "x"), ("num_attention_heads", 0), ("vocab_size", 10)],
+)
+def test_configurations_that_fit_no_model(written: Any, key: str, value: Any) -> None:
+    checkpoint = written().folder
+    edit_config(checkpoint, lambda config: config.__setitem__(key, value))
+    refused(checkpoint, "path=|embed_tokens")
