@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfplate.calibration.documents import check_source
+from halfplate.calibration.self_text import CACHE_BYTES
 from halfplate.calibration.text import check_seq_len
 from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
@@ -26,10 +27,10 @@ AUTO_BLOCKS = (128, 64, 32, 16, 8)
 AUTO_SHARE = 0.05  # of the dense parameters of the whole plan
 
 # Rough figures for 2 quiet cores; they serve the estimate alone.
-SECONDS_PER_MILLION_WEIGHTS = {"armor": 1.3, "sparsegpt": 0.3}
-OTHER_SECONDS_PER_MILLION_WEIGHTS = 0.03
+SECONDS_PER_MILLION_WEIGHTS = {"armor": 0.8, "sparsegpt": 0.12}
+OTHER_SECONDS_PER_MILLION_WEIGHTS = 0.02
 FLOPS_PER_SECOND = 1e11
-SAMPLING_SLOWDOWN = 2  # a sampled token costs so many times one that is read
+SAMPLING_SLOWDOWN = 1.2  # a sampled token costs so many times one that is read
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,8 @@ def _seconds(recipe: Recipe, requires: Statistic, weights: int, parameters: int)
 
 
 def _peak_memory(recipe: Recipe, requires: Statistic, parameters: int, hidden_size: int, widest: int) -> int:
-    """A rough peak: torch itself, the model in fp32, hidden states before and after a block, one Gram (widest²) in fp64."""
+    """A rough peak: torch, the model in fp32 and as it is read, keys and values of sampled text, hidden states, one Gram."""
     hidden = 2 * 4 * recipe.samples * recipe.seq_len * hidden_size if requires > Statistic.NONE else 0
     gram = 8 * widest**2 if requires == Statistic.GRAM else 0
-    return 500_000_000 + 4 * parameters + hidden + gram
+    sampling = CACHE_BYTES if requires > Statistic.NONE and recipe.calibration == "self" else 0
+    return 500_000_000 + 6 * parameters + sampling + hidden + gram
