@@ -326,7 +326,13 @@ def test_compressed_tensors_that_no_module_names(written: Any) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hidden_size", -1), ("hidden_size", "x"), ("rope_parameters", "x"), ("num_attention_heads", 0), ("vocab_size", 10)],
+    [
+        ("hidden_size", -1),
+        ("hidden_size", "x"),
+        ("rope_parameters", "x"),
+        ("num_attention_heads", 0),
+        ("vocab_size", 10),
+    ],
 )
 def test_configurations_that_fit_no_model(written: Any, key: str, value: Any) -> None:
     checkpoint = written().folder

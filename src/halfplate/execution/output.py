@@ -10,6 +10,7 @@ def check_result_folder(out: Path, overwrite: bool, source: Path) -> None:
     """Raise HalfplateError unless `check_out` allows `out`, folders can be made there, and `source` is not inside."""
     try:
         target, here = out.resolve(), Path.cwd()
+        target.exists()  # fails for names that the system cannot look up
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise HalfplateError(
