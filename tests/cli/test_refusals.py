@@ -12,7 +12,10 @@ QUICK = ("--samples", "4", "--seq-len", "32", "--threads", "1")
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (("--pattern", "20:32", "--block-size", "32", "--seq-len", "32"), ("pattern=20:32 keeps more than 16 of a group", "16:32")),
+        (
+            ("--pattern", "20:32", "--block-size", "32", "--seq-len", "32"),
+            ("pattern=20:32 keeps more than 16 of a group", "16:32"),
+        ),
         (("--calibration", "missing.txt"), ("calibration='missing.txt' does not exist",)),
         (("--seq-len", "4000"), ("seq_len=4000 is beyond the 128 positions",)),
     ],
