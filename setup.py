@@ -17,17 +17,21 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("src/halfplate/kernels/src")
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"]
 ISA_FLAGS = {
-    "armor_avx2": ["-mavx2", "-mfma"],
-    "armor_avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mprefer-vector-width=512"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx512vnni"),
+        "-mprefer-vector-width=512",
+    ],
 }
 
 
 def object_files() -> dict[str, list[str]]:
     """Translation units of this machine's architecture with the flags of each."""
-    names = ["native", "armor_baseline"]
+    flags: dict[str, list[str]] = {"baseline": []}
     if platform.machine() in ("x86_64", "AMD64"):
-        names += list(ISA_FLAGS)
-    return {name: ISA_FLAGS.get(name, []) for name in names}
+        flags |= ISA_FLAGS
+    parts = {f"{part}_{isa}": flags[isa] for part in ("armor", "runtime") for isa in flags}
+    return {"native": [], "pack": []} | parts
 
 
 class BuildNative(build_ext):

@@ -34,11 +34,26 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return None, f"the native kernels cannot be loaded: {error}"
-    library.halfplate_isa.restype = ctypes.c_char_p
-    for name, pointers in (("output_moments", 3), ("input_moments", 3), ("sweep", 1)):
+    pointer, integer, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    problem = ctypes.POINTER(Problem)
+    for name, result, arguments in (
+        ("isa", ctypes.c_char_p, []),
+        ("output_moments", None, [problem, pointer, pointer, pointer]),
+        ("input_moments", None, [problem, pointer, pointer, pointer]),
+        ("sweep", None, [problem, pointer]),
+        ("place", None, [pointer, flag]),
+        ("pack", flag, [pointer, pointer, integer]),
+        ("unpack", None, [pointer, pointer, integer]),
+        ("apply", flag, [pointer, integer, integer, integer]),
+        ("linear", flag, [pointer, pointer, integer, pointer, integer, integer, integer]),
+        ("wrap", None, [pointer, flag, pointer, integer, pointer, integer, integer, integer]),
+        ("expand", None, [pointer, pointer, flag, integer]),
+        ("decoder_scratch", integer, [pointer, integer]),
+        ("step", None, [pointer, pointer, integer, pointer, integer]),
+        ("read", ctypes.c_float, [pointer, integer, integer]),
+    ):
         function = getattr(library, f"halfplate_{name}")
-        function.argtypes = [ctypes.POINTER(Problem)] + [ctypes.c_void_p] * pointers
-        function.restype = None
+        function.restype, function.argtypes = result, arguments
     return library, library.halfplate_isa().decode()
 
 

@@ -13,6 +13,7 @@
 
 namespace halfplate {
 namespace {
+#include "vector.inc"
 #include "tile_algebra.inc"
 // The order matters: stages use the group update, which uses the shared forms.
 #include "armor_shared.inc"

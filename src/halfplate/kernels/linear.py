@@ -1,0 +1,248 @@
+"""Compressed linears in kernel layout: packing, unpacking and multiplying, over plain tensors.
+
+A packed linear is one uint8 tensor: a header (`Packed` in src/runtime.h) and the parts that it points to (src/layout.h).
+The layout serves every instruction set, but it is no file format and changes with the kernels.
+"""
+
+import ctypes
+from collections.abc import Mapping
+from functools import cache
+from threading import local
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halfplate.errors import HalfplateError
+from halfplate.formats.spec import WeightSpec
+from halfplate.kernels import native
+
+KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
+WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
+ACTIVATIONS = ("float", "int8")
+# From so many tokens on, the core is expanded and the vendor's matrix product does the work. Measured (RESULTS.md): with
+# 512-bit vectors the sparse kernels beat its fp32 product at any size, but not the bf16 one of processors that have it.
+EXPAND_FLOATS_FROM = {"avx512": 1 << 62, "avx2": 256, "baseline": 16}
+EXPAND_HALVES_FROM = 96
+REFUSALS = {
+    1: "positions that do not rise within their group or padding that is not 0",
+    2: "NaN or inf, expected finite values",
+    3: "codes outside the range of their type",
+}
+
+
+class Header(ctypes.Structure):
+    """Mirror of `halfplate::Packed` in src/runtime.h."""
+
+    _fields_ = [
+        ("magic", ctypes.c_uint64),
+        *[(name, ctypes.c_int64) for name in ("d_out", "d_in")],
+        *[(name, ctypes.c_int32) for name in ("kind", "sparse", "activations", "wrapper_kind")],
+        *[(name, ctypes.c_int64) for name in ("out_block", "in_block", "core", "scales", "in_blocks", "in_scales")],
+        *[(name, ctypes.c_int64) for name in ("out_blocks", "out_scales", "bias", "nbytes")],
+    ]
+
+
+STORED = (
+    ("weight", "weight"),
+    ("index", "weight_index"),
+    ("scales", "weight_scales"),
+    ("out_blocks", "weight_out_blocks"),
+    ("out_tail", "weight_out_tail"),
+    ("out_scales", "weight_out_scales"),
+    ("in_blocks", "weight_in_blocks"),
+    ("in_tail", "weight_in_tail"),
+    ("in_scales", "weight_in_scales"),
+    ("bias", "bias"),
+)
+
+
+class Stored(ctypes.Structure):
+    """Mirror of `halfplate::Stored` in src/runtime.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name, _ in STORED]
+
+
+def unsupported(spec: WeightSpec, activations: str = "float") -> str | None:
+    """Why the kernels cannot run a matrix of `spec`; None where they can."""
+    if not native.available():
+        return native.reason()
+    if spec.core_dtype not in KINDS:
+        return f"no kernel for core_dtype={spec.core_dtype!r}"
+    if spec.wrapper_dtype not in WRAPPER_KINDS:
+        return f"no kernel for wrapper_dtype={spec.wrapper_dtype!r}"
+    if str(spec.pattern) not in ("2:4", "dense"):
+        return f"no kernel for pattern {spec.pattern}"
+    return None
+
+
+def header_of(spec: WeightSpec, activations: str, bias: bool) -> Header:
+    """The header of a matrix of `spec`, its offsets filled in; int8 activations are for int8 and int4 cores only."""
+    as_bytes = activations == "int8" and spec.core_dtype in ("int8", "int4")
+    header = Header(
+        d_out=spec.d_out,
+        d_in=spec.d_in,
+        kind=KINDS[spec.core_dtype],
+        sparse=int(str(spec.pattern) != "dense"),
+        activations=int(as_bytes),
+        wrapper_kind=WRAPPER_KINDS[spec.wrapper_dtype],
+        out_block=spec.out_block,
+        in_block=spec.in_block,
+    )
+    native.library().halfplate_place(ctypes.byref(header), int(bias))
+    return header
+
+
+def pack(
+    spec: WeightSpec, tensors: Mapping[str, Tensor], activations: str = "float", bias: Tensor | None = None
+) -> Tensor:
+    """Pack the stored `tensors` of a matrix, named as in `spec.layout()`, to one uint8 tensor.
+
+    activations: `float`, or `int8` for cores of int8 and int4. bias: (d_out,) of any floating type. Raises HalfplateError
+    for tensors of other shapes or types than `spec` says, and for values that no writer leaves: NaN, inf, positions that do
+    not rise within a group, codes out of range.
+    """
+    for name, (shape, dtype) in spec.layout().items():
+        found = tensors[name]
+        if tuple(found.shape) != shape or found.dtype != dtype or found.device.type != "cpu":
+            raise HalfplateError(
+                f"{name} is {found.dtype} {tuple(found.shape)} on {found.device}, expected {dtype} {shape} on cpu"
+            )
+    if bias is not None and tuple(bias.shape) != (spec.d_out,):
+        raise HalfplateError(f"bias has shape {tuple(bias.shape)}, expected {(spec.d_out,)}")
+    header = header_of(spec, activations, bias is not None)
+    packed = _aligned(header.nbytes)
+    ctypes.memmove(packed.data_ptr(), ctypes.byref(header), ctypes.sizeof(header))
+    held = {name: tensors[name].detach().contiguous() for name in spec.layout()}
+    if bias is not None:
+        held["bias"] = bias.detach().to(torch.float32).contiguous()
+    reason = native.library().halfplate_pack(packed.data_ptr(), ctypes.byref(_stored(held)), torch.get_num_threads())
+    if reason:
+        raise HalfplateError(
+            f"the matrix holds {REFUSALS.get(reason, 'values of several kinds that no writer leaves')}; the file is damaged, write it again"
+        )
+    return packed
+
+
+def unpack(spec: WeightSpec, packed: Tensor) -> dict[str, Tensor]:
+    """The stored tensors that `packed` was made of, bit for bit; a bias comes back as fp32."""
+    header = read_header(packed)
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in spec.layout().items()}
+    if header.bias:
+        tensors["bias"] = torch.empty(spec.d_out)
+    native.library().halfplate_unpack(packed.data_ptr(), ctypes.byref(_stored(tensors)), torch.get_num_threads())
+    return tensors
+
+
+def read_header(packed: Tensor) -> Header:
+    """The header at the start of a packed linear."""
+    return Header.from_address(packed.data_ptr())
+
+
+def multiply(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
+    """x (..., d_in) of fp32, bf16 or fp16 times the transpose of a packed matrix: (..., d_out) in the dtype of `x`.
+
+    Sums are in fp32, or exact integers times fp32 scales where activations are int8. NaN and inf in `x` reach every output
+    whose kept weights touch them; where the core is expanded (many tokens) or activations are int8 they reach every output
+    of their token.
+    """
+    header = read_header(packed)
+    if x.shape[-1] != header.d_in or header.d_out != d_out or header.nbytes != packed.numel():
+        raise HalfplateError(
+            f"x has {x.shape[-1]} columns for {d_out} outputs, expected {header.d_in} and {header.d_out}; pass the matrix's own input"
+        )
+    rows = x.reshape(-1, header.d_in)
+    tokens = rows.shape[0]
+    if tokens == 0:
+        return x.new_empty(*x.shape[:-1], d_out)
+    if not header.activations and tokens >= expand_from(x.dtype):
+        return _multiply_expanded(rows, packed, header).view(*x.shape[:-1], d_out)
+    rows = _floats(rows)
+    y = torch.empty(tokens, d_out)
+    failed = native.library().halfplate_linear(
+        packed.data_ptr(), rows.data_ptr(), rows.stride(0), y.data_ptr(), d_out, tokens, torch.get_num_threads()
+    )
+    if failed:
+        raise MemoryError(f"no memory for the intermediates of {tokens} tokens")
+    return (y if x.dtype == torch.float32 else y.to(x.dtype)).view(*x.shape[:-1], d_out)
+
+
+def expand_from(dtype: torch.dtype) -> int:
+    """How many tokens of `dtype` make the vendor's dense product the faster way."""
+    if dtype == torch.bfloat16 and _has_bf16_product():
+        return EXPAND_HALVES_FROM
+    return EXPAND_FLOATS_FROM[native.isa()]
+
+
+@cache
+def _has_bf16_product() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _multiply_expanded(rows: Tensor, packed: Tensor, header: Header) -> Tensor:
+    """`rows` (tokens, d_in) through the core as a dense matrix in a scratch that is kept from call to call."""
+    library, threads = native.library(), torch.get_num_threads()
+    dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 and _has_bf16_product() else torch.float32
+    core = _scratch(header.d_out * header.d_in, dtype).view(header.d_out, header.d_in)
+    library.halfplate_expand(packed.data_ptr(), core.data_ptr(), int(dtype == torch.bfloat16), threads)
+    y = _floats(rows)
+    if header.in_block:
+        y = _wrapped(packed, y, False)
+    y = functional.linear(y.to(dtype), core)
+    if header.out_block:
+        y = _wrapped(packed, _floats(y), True)
+    if header.bias:
+        start = packed.data_ptr() + header.bias
+        y = y + torch.frombuffer((ctypes.c_float * header.d_out).from_address(start), dtype=torch.float32)
+    return y.to(rows.dtype)
+
+
+def _wrapped(packed: Tensor, x: Tensor, out_side: bool) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    native.library().halfplate_wrap(
+        packed.data_ptr(),
+        int(out_side),
+        x.data_ptr(),
+        x.stride(0),
+        y.data_ptr(),
+        y.stride(0),
+        x.shape[0],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _floats(rows: Tensor) -> Tensor:
+    """`rows` (tokens, d) as fp32 with neighbouring columns adjacent."""
+    rows = rows.detach().to(torch.float32)
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+class _Kept(local):
+    """The expanded core of the last matrix of this thread: fresh pages would cost more than filling them."""
+
+    buffers: dict[torch.dtype, Tensor]
+
+    def __init__(self) -> None:
+        self.buffers = {}
+
+
+_kept = _Kept()
+
+
+def _scratch(count: int, dtype: torch.dtype) -> Tensor:
+    kept = _kept.buffers.get(dtype)
+    if kept is None or kept.numel() < count:
+        kept = _kept.buffers[dtype] = torch.empty(count, dtype=dtype)
+    return kept[:count]
+
+
+def _aligned(nbytes: int) -> Tensor:
+    """An uninitialised uint8 tensor whose data starts at a multiple of 64 bytes."""
+    room = torch.empty(nbytes + 64, dtype=torch.uint8)
+    start = -room.data_ptr() % 64
+    return room[start : start + nbytes]
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> Stored:
+    return Stored(**{field: tensors[name].data_ptr() for field, name in STORED if name in tensors})

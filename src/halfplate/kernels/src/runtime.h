@@ -1,0 +1,83 @@
+// The runtime half: compressed and dense linears in kernel layout, and a decoder step made of them. A plain C ABI over
+// raw pointers, no Python and no torch headers.
+#pragma once
+
+#include <cstdint>
+
+namespace halfplate {
+
+enum Kind : int32_t { FP32 = 0, BF16 = 1, FP16 = 2, INT8 = 3, INT4 = 4 };
+enum Activations : int32_t { FLOAT = 0, BYTES = 1 };
+
+// A core is cut into bands of 4 units; a unit is a pair of rows where the core is 2:4 sparse and one row where it is dense.
+constexpr int64_t UNITS = 4;
+constexpr int64_t TILE = 128;       // columns of a tile, and of a scale
+constexpr int64_t META = 32;        // bytes of positions of one unit and tile
+constexpr uint64_t MAGIC = 0x3174616c70666c68;  // "hlfplat1"
+
+// The packed form of one linear: this header, then the parts that it points to, each from a multiple of 64 bytes.
+struct Packed {
+    uint64_t magic;
+    int64_t d_out, d_in;
+    int32_t kind, sparse, activations, wrapper_kind;
+    int64_t out_block, in_block;           // 0 where there is no wrapper
+    int64_t core, scales, in_blocks, in_scales, out_blocks, out_scales, bias;  // byte offsets from the header, 0: absent
+    int64_t nbytes;                        // of everything, this header included
+};
+
+// The stored tensors of one linear (docs/format.md); absent ones are null.
+struct Stored {
+    void *weight, *index, *scales;
+    void *out_blocks, *out_tail, *out_scales;
+    void *in_blocks, *in_tail, *in_scales;
+    void *bias;                            // fp32 (d_out)
+};
+
+// Linears that read the same input, applied in one call: y_i (tokens, d_out_i) = x_i (A S B)^T + bias.
+struct Job {
+    const Packed *matrix;
+    const float *x;                        // (tokens, d_in), rows ldx apart
+    int64_t ldx;
+    float *y;                              // (tokens, d_out), rows ldy apart
+    int64_t ldy;
+    float *scratch;                        // scratch_floats(matrix, tokens, threads) floats, 64-byte aligned, shared by all threads
+};
+
+// The weights of a Llama-shaped decoder and the state of one sequence; see decoder.inc.
+struct DecoderBlock {
+    const float *input_norm, *post_norm;   // (hidden)
+    const Packed *q, *k, *v, *o, *gate, *up, *down;
+    float *keys, *values;                  // (kv_heads, capacity, head_dim), the static cache
+};
+
+struct Decoder {
+    int64_t hidden, heads, kv_heads, head_dim, intermediate, vocabulary, blocks, capacity;
+    float epsilon, embedding_scale, attention_scale;
+    const float *cosines, *sines;          // (capacity, head_dim), tables of the rotary embedding
+    const float *final_norm;               // (hidden)
+    const Packed *head;
+    const DecoderBlock *block;
+    float *scratch;                        // halfplate_decoder_scratch floats
+};
+
+struct Runtime {
+    const char *isa;
+    // Called by every thread of a parallel region; has barriers inside and one at its end.
+    void (*apply)(const Job *jobs, int64_t count, int64_t tokens, int64_t thread, int64_t threads);
+    int64_t (*scratch_floats)(const Packed &matrix, int64_t tokens, int64_t threads);
+    // The core with its zeros, row-major (d_out, d_in), as fp32 or (bf16 = true) bf16; called by every thread.
+    void (*expand)(const Packed &matrix, void *out, bool bf16, int64_t thread, int64_t threads);
+    // One wrapper alone, A where out_side, else B: y = x M^T for all tokens; called by every thread.
+    void (*wrap)(const Packed &matrix, bool out_side, const float *x, int64_t ldx, float *y, int64_t ldy, int64_t tokens,
+                 int64_t thread, int64_t threads);
+    // One token of one sequence; called by every thread.
+    void (*step)(const Decoder &decoder, const float *embedding, int64_t position, float *logits, int64_t thread,
+                 int64_t threads);
+    int64_t (*decoder_scratch)(const Decoder &decoder, int64_t threads);
+    // Sum of the bytes of a buffer as fast as it can be read, for measuring bandwidth.
+    float (*read)(const float *data, int64_t count);
+};
+
+extern const Runtime runtime_baseline, runtime_avx2, runtime_avx512;
+
+}  // namespace halfplate

@@ -1,0 +1,26 @@
+// The runtime for one instruction set; setup.py gives each of these files its own compiler flags.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "layout.h"
+#include "runtime.h"
+
+#define LANES 16
+
+namespace halfplate {
+namespace {
+#include "vector.inc"
+// The order matters: each uses those before it.
+#include "widen.inc"
+#include "core_float.inc"
+#include "core_bytes.inc"
+#include "wrappers.inc"
+#include "apply.inc"
+#include "expand.inc"
+#include "decoder.inc"
+}  // namespace
+const Runtime runtime_avx512{"avx512", apply, scratch_floats, expand, wrap, step, decoder_scratch, read_all};
+}  // namespace halfplate
