@@ -28,7 +28,7 @@ def random_linear(spec: Any, seed: int = 0) -> dict[str, Tensor]:
             low = 1 if spec.core_dtype == "int8" else 0
             tensors[name] = torch.randint(low, 256, shape, generator=generator).to(torch.uint8)
             if spec.core_dtype == "int4" and kept_of(spec) % 2:
-                tensors[name][:, -1] &= 15
+                tensors[name][..., -1] &= 15
         else:
             tensors[name] = torch.randn(shape, generator=generator).to(dtype)
     return tensors

@@ -1,0 +1,107 @@
+"""A cache of keys and values with room to grow, so that a token neither copies nor allocates."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+ROOM = 256  # positions; the room doubles when it is full
+
+
+class GrowingLayer(DynamicLayer):
+    """A `DynamicLayer` whose keys and values are the filled part of larger buffers (batch, heads, capacity, head_dim)."""
+
+    def __init__(self, **options: Any) -> None:
+        self.key_buffer: Tensor | None = None
+        self.value_buffer: Tensor | None = None
+        self.length = 0
+        self.moves = 0  # how often the buffers changed their place
+        super().__init__(**options)
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self.key_buffer is None else self.key_buffer.shape[2]
+
+    @property
+    def keys(self) -> Tensor | None:
+        return None if self.key_buffer is None else self.key_buffer[:, :, : self.length]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self.key_buffer = self._with_room(keys, self.capacity)
+
+    @property
+    def values(self) -> Tensor | None:
+        return None if self.value_buffer is None else self.value_buffer[:, :, : self.length]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self.value_buffer = self._with_room(values, self.capacity)
+
+    def _with_room(self, filled: Tensor | None, capacity: int) -> Tensor | None:
+        self.moves += 1
+        if filled is None:
+            return None
+        batch, heads, _, width = filled.shape
+        buffer = filled.new_empty(batch, heads, capacity, width)
+        buffer[:, :, : self.length] = filled
+        return buffer
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions in all; the layer must have been written to."""
+        if length > self.capacity:
+            capacity = max(ROOM, 2 * self.capacity, length)
+            self.key_buffer = self._with_room(self.keys, capacity)
+            self.value_buffer = self._with_room(self.values, capacity)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.key_buffer, self.value_buffer = key_states[:, :, :0], value_states[:, :, :0]
+        self.length = 0
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values (batch, heads, new, head_dim); returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self_end = self.length, self.length + key_states.shape[2]
+        self.reserve(self_end)
+        assert self.key_buffer is not None
+        assert self.value_buffer is not None
+        self.key_buffer[:, :, start:self_end] = key_states
+        self.value_buffer[:, :, start:self_end] = value_states
+        self.length = self_end
+        return self.key_buffer[:, :, :self_end], self.value_buffer[:, :, :self_end]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions; the number is negative, as in `DynamicLayer.crop`."""
+        self.length -= min(self.length, abs(tokens_to_remove))
+
+    def reset(self) -> None:
+        self.length = 0
+        super().reset()
+
+
+class GrowingCache(Cache):
+    """A cache of `GrowingLayer`s, one a decoder block."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__(layers=[GrowingLayer() for _ in range(blocks)])
+
+    @property
+    def fits_one_sequence_in_floats(self) -> bool:
+        """Whether every layer holds one sequence in fp32 on the processor, all equally long."""
+        first = self.layers[0]
+        return all(
+            isinstance(layer, GrowingLayer)
+            and layer.length == first.length
+            and layer.key_buffer is not None
+            and layer.key_buffer.shape[0] == 1
+            and layer.key_buffer.dtype == torch.float32
+            and layer.key_buffer.device.type == "cpu"
+            for layer in self.layers
+        )

@@ -1,0 +1,127 @@
+"""Putting a loaded model on its fastest path, and taking it back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfplate.errors import HalfplateError
+from halfplate.formats import CompressedLinear
+from halfplate.kernels import native
+from halfplate.kernels.linear import ACTIVATIONS, unsupported
+from halfplate.runtime import decoder, semi_structured
+from halfplate.runtime.linear import PackedLinear
+
+HEAD_DTYPES = ("fp32", "bf16", "int8")
+
+
+@dataclass(frozen=True)
+class LinearPath:
+    """How one linear runs, and why so where it is not the fastest way."""
+
+    name: str
+    path: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What `accelerate` did: the path of each linear, and what decodes (`native`, or why it is Python)."""
+
+    linears: tuple[LinearPath, ...]
+    decoder: str
+
+    def __str__(self) -> str:
+        counts = Counter((linear.path, linear.reason) for linear in self.linears)
+        lines = [
+            f"{count} linears: {path}" + (f" ({reason})" if reason else "") for (path, reason), count in counts.items()
+        ]
+        return "\n".join([*lines, f"decoding: {self.decoder}"])
+
+
+@torch.no_grad()
+def accelerate(model: Any, activations: str = "float", head_dtype: str | None = None) -> Acceleration:
+    """Replace the linears of a transformers model, compressed or dense, by the fastest that this machine has, in place.
+
+    activations: `float`, or `int8` (a scale a token and 128 inputs) where cores are int8 or int4. head_dtype: how the output
+    layer is stored for the runtime, `fp32`, `bf16` or `int8`; None takes bf16 where that is exact, else fp32. On CUDA, 2:4
+    cores go through torch's semi-structured products. What no kernel runs keeps its torch path, and the result says why.
+    Raises HalfplateError for an unknown option and for a damaged matrix.
+    """
+    if activations not in ACTIVATIONS:
+        raise HalfplateError(f"activations={activations!r} is not one of {', '.join(ACTIVATIONS)}")
+    if head_dtype is not None and head_dtype not in HEAD_DTYPES:
+        raise HalfplateError(f"head_dtype={head_dtype!r} is not one of {', '.join(HEAD_DTYPES)}")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    paths = []
+    for name, module in list(model.named_modules()):
+        if module is head and type(module) is nn.Linear:
+            paths.append(_replace_head(model, name, module, head_dtype, activations))
+        elif isinstance(module, CompressedLinear) or type(module) is nn.Linear:
+            paths.append(_replace(model, name, module, activations))
+    return Acceleration(tuple(paths), decoder.install(model))
+
+
+def restore(model: Any) -> None:
+    """Undo `accelerate`, in place: every linear becomes what it was packed from."""
+    decoder.uninstall(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            model.set_submodule(name, module.restored())
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+
+
+def _replace(model: nn.Module, name: str, module: CompressedLinear | nn.Linear, activations: str) -> LinearPath:
+    device = module.weight.device.type
+    if device == "cuda" and isinstance(module, CompressedLinear):
+        prepared = semi_structured.prepare(module)
+        if isinstance(prepared, str):
+            return LinearPath(name, "torch", prepared)
+        model.set_submodule(name, prepared)
+        return LinearPath(name, "semi-structured products of torch")
+    if device != "cpu":
+        return LinearPath(name, "torch", f"on device {device}")
+    reason = unsupported(module.spec) if isinstance(module, CompressedLinear) else _native_reason()
+    if reason is not None:
+        return LinearPath(name, "torch", reason)
+    try:
+        packed = (
+            PackedLinear.of_compressed(module, activations)
+            if isinstance(module, CompressedLinear)
+            else PackedLinear.of_dense(module)
+        )
+    except HalfplateError as refusal:
+        raise HalfplateError(f"{name}: {refusal}") from None
+    model.set_submodule(name, packed.train(module.training))
+    return LinearPath(name, _spoken(packed))
+
+
+def _replace_head(
+    model: nn.Module, name: str, module: nn.Linear, head_dtype: str | None, activations: str
+) -> LinearPath:
+    reason = f"on device {module.weight.device.type}" if module.weight.device.type != "cpu" else _native_reason()
+    if reason is not None:
+        return LinearPath(name, "torch", reason)
+    packed = PackedLinear.of_dense(module, head_dtype, activations)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    # A tied head is saved as the embedding; one that was rounded here is not what the model holds.
+    packed.saved = embedding is None or embedding.weight is not module.weight
+    model.set_submodule(name, packed)
+    return LinearPath(name, _spoken(packed))
+
+
+def _native_reason() -> str | None:
+    return None if native.available() else native.reason()
+
+
+def _spoken(packed: PackedLinear) -> str:
+    spec = packed.spec
+    kind = "dense" if str(spec.pattern) == "dense" else str(spec.pattern)
+    wrappers = f", wrappers {spec.wrapper_dtype}" if spec.format == "chain" else ""
+    inputs = ", int8 activations" if packed.takes_bytes else ""
+    return f"native {native.isa()} {kind} {spec.core_dtype}{wrappers}{inputs}"
