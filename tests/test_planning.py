@@ -40,7 +40,27 @@ def test_json_keys(tiny_folder):
     plan = json.loads(json.dumps(make_plan(str(tiny_folder), Recipe(method="magnitude")).to_json()))
     assert {"matrices", "nbytes", "dense_nbytes", "other_nbytes", "source_nbytes", "fingerprint"} <= plan.keys()
     expected = {"name", "format", "shape", "nbytes", "dense_nbytes", "method", "skipped", "reason"}
+    expected |= {"pattern", "core_dtype"}
     assert all(matrix.keys() == expected for matrix in plan["matrices"])
+
+
+@pytest.mark.parametrize(
+    ("options", "bytes_a_weight", "name"),
+    [
+        ({"method": "magnitude", "core_dtype": "int8"}, 0.5 + 0.125, "nm"),
+        ({"method": "magnitude", "core_dtype": "int4"}, 0.25 + 0.125, "nm"),
+        ({"method": "rtn", "core_dtype": "int8"}, 1.0, "dense"),
+        ({"method": "rtn", "core_dtype": "int4"}, 0.5, "dense"),
+    ],
+)
+def test_codes_are_counted_with_their_scales(tiny_folder, options, bytes_a_weight, name):
+    plan = make_plan(str(tiny_folder), Recipe(**options))
+    assert {matrix.to_json()["format"] for matrix in plan.matrices} == {name}
+    assert {matrix.to_json()["core_dtype"] for matrix in plan.matrices} == {options["core_dtype"]}
+    # No matrix is wider than 128, so each row has one scale.
+    assert plan.nbytes == sum(
+        round(d_out * d_in * bytes_a_weight) + 2 * d_out for d_out, d_in in (matrix.shape for matrix in plan.matrices)
+    )
 
 
 def test_other_bytes_count_tied_tensors_once(tiny_folder, tmp_path, tiny_model):

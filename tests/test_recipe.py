@@ -35,12 +35,15 @@ def test_method_options_get_the_type_of_the_method():
         ({"threads": 0}, "threads=0"),
         ({"pattern": "2-4"}, "pattern='2-4' is not of the form N:M"),
         ({"pattern": "4:4"}, "pattern=4:4"),
-        ({"pattern": "dense"}, "not available yet; try 2:4"),
+        ({"pattern": "dense"}, "pattern='dense' keeps every value, which method 'wanda' does not do; use pattern 2:4"),
+        ({"pattern": "2:4", "method": "rtn"}, "pattern='2:4' drops values, which method 'rtn' does not do"),
+        ({"method": "rtn"}, "core_dtype='bf16' is no grid to round to, which is all that method 'rtn' does; use int8"),
+        ({"method": "rtn", "core_dtype": "int4", "block_size": 16}, "'rtn' has none"),
         ({"block_size": 16}, "needs a method with wrappers, and 'wanda' has none"),
         ({"block_size": -1}, "block_size=-1"),
         ({"block_size": "big"}, "block_size='big' is not of the right type; expected a whole number or auto"),
-        ({"core_dtype": "int4"}, "core_dtype='int4' is not one of fp32, bf16, fp16"),
-        ({"wrapper_dtype": "int8"}, "wrapper_dtype='int8'"),
+        ({"core_dtype": "int5"}, "core_dtype='int5' is not one of fp32, bf16, fp16, int8, int4"),
+        ({"wrapper_dtype": "int4"}, "wrapper_dtype='int4' is not one of fp32, bf16, fp16, int8"),
         ({"inputs": "compressed"}, "inputs='compressed' is not available yet; available: dense"),
         ({"include": "*.q_proj"}, "include='*.q_proj' is not of the right type; expected a list of texts"),
         ({"device": "gpu"}, "device='gpu'"),
@@ -56,6 +59,14 @@ def test_wrong_values_are_named_with_their_cure(values, message):
         Recipe.from_mapping({"method": "wanda"} | values)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("method", "core_dtype", "pattern"), [("wanda", "int8", "2:4"), ("rtn", "int4", "dense")])
+def test_the_pattern_is_that_of_the_method_unless_it_is_given(method, core_dtype, pattern):
+    recipe = Recipe(method=method, core_dtype=core_dtype)
+    assert recipe.pattern == recipe.to_json()["pattern"] == pattern
+    assert recipe == Recipe(method=method, core_dtype=core_dtype, pattern=pattern)
+    assert Recipe.from_mapping(recipe.to_json()) == recipe
 
 
 def test_yaml_and_changes(tmp_path):

@@ -13,15 +13,17 @@ from halfplate.errors import HalfplateError
 if TYPE_CHECKING:
     from halfplate.checkpoint.export import export_dense as export
     from halfplate.checkpoint.read import load
+    from halfplate.evaluation.bench import bench
     from halfplate.evaluation.perplexity import evaluate
     from halfplate.execution.local import compress
     from halfplate.planning import make_plan as plan
 
     __version__: str
 
-__all__ = ["HalfplateError", "__version__", "compress", "evaluate", "export", "load", "plan"]
+__all__ = ["HalfplateError", "__version__", "bench", "compress", "evaluate", "export", "load", "plan"]
 
 _VERBS = {
+    "bench": ("halfplate.evaluation.bench", "bench"),
     "compress": ("halfplate.execution.local", "compress"),
     "evaluate": ("halfplate.evaluation.perplexity", "evaluate"),
     "export": ("halfplate.checkpoint.export", "export_dense"),

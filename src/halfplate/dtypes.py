@@ -1,14 +1,25 @@
 """Names of the element types that tensors are stored in."""
 
+from collections.abc import Iterable
+
 import torch
 
 from halfplate.errors import HalfplateError
 
 STORED: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Bits of a code; numbers on a grid are a code and a scale that they share (halfplate.formats.rounding).
+GRIDS: dict[str, int] = {"int8": 8, "int4": 4}
+CORE_DTYPES = (*STORED, *GRIDS)
+WRAPPER_DTYPES = (*STORED, "int8")
+
+
+def check_dtype(name: str, argument: str, known: Iterable[str]) -> None:
+    """Raise HalfplateError naming `argument` unless `name` is one of `known`."""
+    if name not in known:
+        raise HalfplateError(f"{argument}={name!r} is not one of {', '.join(known)}")
 
 
 def stored_dtype(name: str, argument: str) -> torch.dtype:
-    """The torch type called `name`; raises HalfplateError naming `argument` if it is none of `STORED`."""
-    if name not in STORED:
-        raise HalfplateError(f"{argument}={name!r} is not one of {', '.join(STORED)}")
+    """The floating-point type called `name`; raises HalfplateError naming `argument` if it is none of `STORED`."""
+    check_dtype(name, argument, STORED)
     return STORED[name]

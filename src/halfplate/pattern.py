@@ -1,6 +1,5 @@
 """N:M sparsity patterns along the input dimension."""
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -9,33 +8,43 @@ from halfplate.errors import HalfplateError
 
 @dataclass(frozen=True)
 class Pattern:
-    """At most `n` non-zeros in every group of `m` consecutive inputs of a row.
+    """At most `n` non-zeros in every group of `m` consecutive inputs of a row; 1 of 1, called `dense`, keeps all.
 
-    Raises HalfplateError unless 0 < n < m <= 256.
+    Raises HalfplateError unless 0 < n < m <= 256, or both are 1.
     """
 
     n: int
     m: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m <= 256:
+        if not (0 < self.n < self.m <= 256 or self.is_dense):
             raise HalfplateError(f"pattern={self} must keep fewer than M of M, with 0 < N < M <= 256; try 2:4")
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":
-        """Read `N:M`; raises HalfplateError on anything else."""
+        """Read `N:M` or `dense`; raises HalfplateError on anything else."""
+        if text == "dense":
+            return DENSE
         match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
         if match is None:
             raise HalfplateError(f"pattern={text!r} is not of the form N:M; try 2:4")
-        return cls(int(match[1]), int(match[2]))
+        pattern = cls(int(match[1]), int(match[2]))
+        if pattern.is_dense:
+            raise HalfplateError(f"pattern={text!r} keeps every value; write dense")
+        return pattern
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
+        return "dense" if self.is_dense else f"{self.n}:{self.m}"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every value is kept, so that positions need no index."""
+        return self.n == self.m == 1
 
     @property
     def index_bits(self) -> int:
         """Bits that store the position of one kept value inside its group."""
-        return math.ceil(math.log2(self.m))
+        return (self.m - 1).bit_length()
 
     def kept(self, d_in: int) -> int:
         """Kept values of a row with `d_in` inputs; raises HalfplateError unless M divides `d_in`."""
@@ -48,3 +57,6 @@ class Pattern:
     def index_nbytes(self, d_in: int) -> int:
         """Bytes of the packed positions of one row: each row starts on a byte."""
         return (self.kept(d_in) * self.index_bits + 7) // 8
+
+
+DENSE = Pattern(1, 1)

@@ -57,6 +57,8 @@ class MatrixPlan:
         return {
             "name": self.name,
             "format": spec.format if spec else "dense",
+            "pattern": str(spec.pattern) if spec else None,
+            "core_dtype": spec.core_dtype if spec else None,
             "shape": list(self.shape) if self.shape else None,
             "nbytes": spec.nbytes if spec else None,
             "dense_nbytes": spec.dense_nbytes if spec else None,

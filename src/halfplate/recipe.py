@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from halfplate import methods
+from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
@@ -27,7 +28,8 @@ WITHOUT_EFFECT = ("threads", "max_kl")
 class Recipe:
     """Everything that decides what `compress` makes of a model; every value is checked when it is made.
 
-    method_options: the fields of the method's own configuration, e.g. `{"iterations": 20}`. block_size: `auto` (planning
+    method_options: the fields of the method's own configuration, e.g. `{"iterations": 20}`. pattern: `N:M`, `dense`, or `auto`
+    for that of the method: `dense` where it drops no weights, else `2:4`. block_size: `auto` (planning
     chooses), 0 for no wrappers, 1 for diagonal ones. calibration: `self`, a text file or a Hub data set. include, exclude:
     patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats a token.
     Raises HalfplateError naming the field, its value and what would do.
@@ -36,7 +38,7 @@ class Recipe:
     version: int = VERSION
     method: str = "armor"
     method_options: Mapping[str, Any] = field(default_factory=dict)
-    pattern: str = "2:4"
+    pattern: str = "auto"
     block_size: int | Literal["auto"] = "auto"
     core_dtype: str = "bf16"
     wrapper_dtype: str = "bf16"
@@ -65,6 +67,8 @@ class Recipe:
             )
         options = _typed_options(methods.method_class(self.method), self.method_options)
         object.__setattr__(self, "method_options", options)
+        if self.pattern == "auto":
+            object.__setattr__(self, "pattern", "2:4" if methods.method_class(self.method).sparse else "dense")
         self._check_shape()
         for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0), ("threads", 1)):
             value = getattr(self, name)
@@ -91,13 +95,16 @@ class Recipe:
             raise HalfplateError(
                 f"block_size={block} needs a method with wrappers, and {self.method!r} has none; try --method armor or --block-size 0"
             )
-        WeightSpec(1, pattern.m, pattern, self.core_dtype, block, block, self.wrapper_dtype)
+        spec = WeightSpec(1, pattern.m, pattern, self.core_dtype, block, block, self.wrapper_dtype)
+        method.check_spec(spec)
+        if pattern.is_dense and self.core_dtype not in GRIDS:
+            raise HalfplateError(
+                f"core_dtype={self.core_dtype!r} makes pattern dense no smaller than the model; use {' or '.join(GRIDS)}"
+            )
 
     @property
     def parsed_pattern(self) -> Pattern:
         """The pattern as N and M."""
-        if self.pattern == "dense":
-            raise HalfplateError("pattern='dense' is not available yet; try 2:4")
         return Pattern.parse(self.pattern)
 
     def create_method(self) -> Method:

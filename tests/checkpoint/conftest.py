@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from halfplate.checkpoint.write import write_checkpoint
-from halfplate.formats import Chain, CompressedLinear, NMSparse, WeightSpec
-from halfplate.pattern import Pattern
+from halfplate.formats import BlockDiagonal, Chain, CompressedLinear, NMSparse, WeightSpec
+from halfplate.pattern import DENSE, Pattern
+from halfplate.runtime import restore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,22 +30,31 @@ VARIETY: list[dict[str, Any]] = [
     {"pattern": Pattern(1, 4), "wrapper_dtype": "fp16", "out_block": 1, "in_block": 1},
     {"pattern": Pattern(1, 2), "in_block": 4},
     {"pattern": Pattern(3, 16), "out_block": 5},
+    {"core_dtype": "int8", "out_block": 10, "in_block": 24},
+    {"core_dtype": "int4", "out_block": 10, "in_block": 24, "wrapper_dtype": "int8"},
+    {"pattern": DENSE, "core_dtype": "int8"},
+    {"pattern": DENSE, "core_dtype": "int4", "in_block": 64, "wrapper_dtype": "int8"},
+    {"pattern": Pattern(5, 16), "core_dtype": "int4", "out_block": 1, "in_block": 1, "wrapper_dtype": "int8"},
+    {"pattern": DENSE, "core_dtype": "bf16"},
+    {"pattern": Pattern(7, 16), "core_dtype": "int8"},
 ]
 
 
 def compress_linear(linear: nn.Linear, options: dict[str, Any], seed: int) -> CompressedLinear:
     """Keep the largest values of each group, between wrappers near the identity."""
     spec = WeightSpec(linear.out_features, linear.in_features, **options)
-    layout, generator = spec.layout(), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     weight = linear.weight.detach()
     groups = weight.abs().reshape(spec.d_out, -1, spec.pattern.m)
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(spec.pattern.n).indices, True)
-    tensors = NMSparse.from_dense(weight, mask.reshape(weight.shape), spec.pattern, layout["weight"][1]).tensors()
-    for name, (shape, dtype) in layout.items():
-        if name not in tensors:
-            noise = 0.05 * torch.randn(shape, generator=generator)
-            tensors[name] = (torch.eye(shape[-1]) + noise).to(dtype)
-    return CompressedLinear.from_weight(Chain.from_tensors(spec, tensors), spec, linear.bias)
+    core = NMSparse.from_dense(weight, mask.reshape(weight.shape), spec.pattern, spec.core_dtype)
+    wrappers = []
+    for size, block in ((spec.d_out, spec.out_block), (spec.d_in, spec.in_block)):
+        noise = 0.05 * torch.randn(-(-size // max(block, 1)), block, block, generator=generator)
+        wrappers.append(
+            BlockDiagonal.from_padded(torch.eye(block) + noise, size, block, spec.wrapper_dtype) if block else None
+        )
+    return CompressedLinear.from_weight(Chain(spec, core, *wrappers), spec, linear.bias)
 
 
 def compress_by_hand(model: PreTrainedModel, variety: Sequence[dict[str, Any]] = VARIETY) -> dict[str, WeightSpec]:
@@ -108,7 +118,13 @@ def written(
 
 @pytest.fixture
 def logits_of() -> Callable[[Any], Tensor]:
-    return logits
+    """Logits on the torch path, which sums in one order wherever it runs; what was packed is restored first."""
+
+    def restored_logits(model: Any) -> Tensor:
+        restore(model)
+        return logits(model)
+
+    return restored_logits
 
 
 @pytest.fixture

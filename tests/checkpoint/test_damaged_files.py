@@ -77,7 +77,15 @@ def test_config_that_is_no_json_object(written: Any, text: str) -> None:
         (lambda q: q.update(modules=[]), "modules is of type list"),
         (lambda q: q["modules"].update({NAME: 7}), rf"modules\['{NAME}'\]=7 cannot be read"),
         (lambda q: q["modules"][NAME].update(pattern="4:2"), "pattern=4:2 must keep fewer"),
-        (lambda q: q["modules"][NAME].update(core_dtype="int4"), "core_dtype='int4' is not one of"),
+        (lambda q: q["modules"][NAME].update(core_dtype="int5"), "core_dtype='int5' is not one of"),
+        (lambda q: q["modules"][NAME].update(core_dtype="int4"), rf"{NAME}\.weight in .* expected uint8 \(32, 8\)"),
+        (lambda q: q["modules"][NAME].update(wrapper_dtype="int4"), "wrapper_dtype='int4' is not one of"),
+        (lambda q: q["modules"][NAME].update(wrapper_dtype="int8"), "weight_out_blocks .* expected int8"),
+        (
+            lambda q: q["modules"][NAME].update(pattern="dense"),
+            rf"{NAME}\.weight in .* expected bfloat16 \(1, 32, 32\)",
+        ),
+        (lambda q: q["modules"][NAME].update(pattern="1:1"), "pattern='1:1' keeps every value"),
         (lambda q: q["modules"][NAME].update(in_block=10**12), "weight_in_tail .*expected bfloat16"),
         (lambda q: q["modules"][NAME].update(shape=[10**12, 32]), rf"{NAME}\.weight in model.safetensors is"),
         (lambda q: q["modules"][NAME].update(core_dtype="fp16"), rf"{NAME}\.weight in model.safetensors is bfloat16"),
@@ -201,6 +209,33 @@ def test_an_invalid_index_is_refused(written: Any) -> None:
     one = written()
     edit_tensors(one.folder, lambda tensors: tensors[f"{NAME}.weight_index"].__setitem__((3, 1), 0))
     refused(one.folder, rf"{NAME}\.weight_index holds positions that do not rise", every)
+
+
+GRID = [{"core_dtype": "int8", "out_block": 10, "in_block": 24, "wrapper_dtype": "int8"}]
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "complaint"),
+    [
+        ("weight", 0, "holds the code 0"),
+        ("weight_scales", -1.0, "holds -1, expected scales of 0 or more"),
+        ("weight_scales", float("nan"), "holds NaN or inf"),
+        ("weight_out_scales", float("inf"), "holds NaN or inf"),
+        ("weight_in_blocks", -128, "holds -128"),
+        ("weight_out_tail", -128, "holds -128"),
+    ],
+)
+def test_invalid_codes_and_scales_are_refused(written: Any, part: str, value: float, complaint: str) -> None:
+    one = written(variety=GRID)
+    edit_tensors(one.folder, lambda tensors: tensors[f"{NAME}.{part}"].view(-1)[:1].fill_(value))
+    refused(one.folder, rf"{NAME}\.{part} {complaint}", every)
+
+
+@pytest.mark.parametrize("part", ["weight_scales", "weight_out_scales", "weight_in_scales"])
+def test_missing_scales_are_named(written: Any, part: str) -> None:
+    one = written(variety=GRID)
+    edit_tensors(one.folder, lambda tensors: tensors.pop(f"{NAME}.{part}"))
+    refused(one.folder, rf"{NAME}\.{part} is missing", (*every, inspect_checkpoint))
 
 
 @pytest.mark.parametrize("cut", [1, 100, 10_000])

@@ -15,7 +15,7 @@ import torch
 
 from halfplate.checkpoint.config import quantization_config
 from halfplate.formats import NMSparse, WeightSpec
-from halfplate.pattern import Pattern
+from halfplate.pattern import DENSE, Pattern
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 
@@ -33,10 +33,33 @@ def code(language: str) -> str:
     return found[0]
 
 
+# Each has a matrix of 176 inputs or outputs, so that rows have more than one scale and the last covers 48 columns.
+WIDE: list[dict[str, Any]] = [
+    {"core_dtype": "int8", "out_block": 64, "in_block": 64},
+    {"core_dtype": "int4", "out_block": 48, "in_block": 32, "wrapper_dtype": "int8"},
+    {"pattern": DENSE, "core_dtype": "int8"},
+    {"pattern": DENSE, "core_dtype": "int4", "out_block": 1, "in_block": 1, "wrapper_dtype": "int8"},
+    {"pattern": Pattern(5, 11), "core_dtype": "int4"},
+    {"pattern": DENSE, "core_dtype": "bf16", "in_block": 7},
+]
+
+
 @pytest.mark.parametrize("max_shard_nbytes", [10**9, 20_000])
 def test_the_reader_of_the_document_reads_a_checkpoint(written: Any, tmp_path: Path, max_shard_nbytes: int) -> None:
-    # The hand-made model holds 2:4, 4:8, 1:8 and 3:16, tails, blocks wider than the matrix, and matrices without wrappers.
-    one = written("qwen2", max_shard_nbytes=max_shard_nbytes)
+    # The hand-made model holds 2:4, 4:8, 1:8 and 3:16, tails, blocks wider than the matrix, matrices without wrappers,
+    # every core and wrapper type, and dense cores.
+    reads(written("qwen2", max_shard_nbytes=max_shard_nbytes), tmp_path)
+
+
+@pytest.mark.parametrize("options", WIDE, ids=str)
+def test_the_reader_of_the_document_finds_the_scale_of_every_column(
+    written: Any, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    size = {"hidden_size": 176, "intermediate_size": 176, "num_hidden_layers": 1, "head_dim": 44}
+    reads(written("qwen3", variety=[options], **size), tmp_path)
+
+
+def reads(one: Any, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-I", "-c", code("python") + MAIN, str(one.folder), str(tmp_path / "read.npz")],
         capture_output=True,
@@ -70,7 +93,7 @@ def test_the_example_of_2_4() -> None:
     }
     row = [int(number) for number in DOCUMENT.split("S row", 1)[1].splitlines()[0].replace("|", " ").split()]
     dense = torch.tensor([row], dtype=torch.float32)
-    sparse = NMSparse.from_dense(dense, dense != 0, Pattern(2, 4), torch.float32)
+    sparse = NMSparse.from_dense(dense, dense != 0, Pattern(2, 4), "fp32")
     assert sparse.values.int().tolist() == [[int(value) for value in lines["values"]]]
     assert (sparse.columns() % 4).tolist() == [[int(position) for position in lines["positions"]]]
     assert sparse.index.tolist() == [[int(lines["index"][0], 16)]]
@@ -80,3 +103,13 @@ def test_the_example_of_2_4() -> None:
 def test_the_example_of_a_tail() -> None:
     layout = WeightSpec(8, 172, in_block=16).layout()
     assert (layout["weight_in_blocks"][0], layout["weight_in_tail"][0]) == ((10, 16, 16), (12, 12))
+
+
+def test_the_example_of_int4() -> None:
+    core = NMSparse.from_tensors(
+        WeightSpec(1, 3, DENSE, "int4"),
+        {"weight": torch.tensor([[[0x0B, 0x08]]], dtype=torch.uint8), "weight_scales": torch.tensor([[0.5]]).half()},
+    )
+    assert "`0x0B 0x08`" in DOCUMENT
+    assert core.integers().tolist() == [[3, -8, 0]]
+    assert core.dense().tolist() == [[1.5, -4, 0]]

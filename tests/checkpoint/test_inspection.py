@@ -21,6 +21,7 @@ def test_the_contract(written: Any) -> None:
             "name": matrix["name"],
             "format": spec.format,
             "pattern": str(spec.pattern),
+            "core_dtype": spec.core_dtype,
             "shape": [spec.d_out, spec.d_in],
             "nbytes": spec.nbytes,
             "dense_nbytes": 2 * spec.d_out * spec.d_in,

@@ -20,6 +20,8 @@ from halfplate.checkpoint.read import load, load_tokenizer
 from halfplate.checkpoint.write import round_others, write_checkpoint
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec
+from halfplate.pattern import DENSE, Pattern
+from halfplate.runtime.linear import PackedLinear
 
 Logits = Callable[[Any], Tensor]
 needs_accelerate = pytest.mark.skipif(
@@ -29,9 +31,9 @@ needs_accelerate = pytest.mark.skipif(
 
 def stored_dtypes(model: Any) -> dict[str, torch.dtype]:
     return {
-        f"{name}.{part}": getattr(module, part).dtype
+        f"{name}.{part}": module.stored()[part].dtype
         for name, module in model.named_modules()
-        if isinstance(module, CompressedLinear)
+        if isinstance(module, CompressedLinear) or (isinstance(module, PackedLinear) and module.dense_dtype is None)
         for part in module.spec.layout()
     }
 
@@ -45,6 +47,15 @@ def test_loaded_and_in_memory_models_compute_the_same_bits(written: Any, logits_
         assert not loaded.training
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "phi3"])
+def test_the_kernels_compute_what_the_torch_path_does(written: Any, architecture: str) -> None:
+    one = written(architecture)
+    ids = torch.arange(3, 23)[None]
+    expected = one.model(ids).logits
+    torch.testing.assert_close(load(one.folder)(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(load(one.folder, kernels=False)(ids).logits, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("other_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("tied", [False, True])
 def test_sharded_tied_and_untied(written: Any, logits_of: Logits, other_dtype: torch.dtype, tied: bool) -> None:
@@ -55,8 +66,8 @@ def test_sharded_tied_and_untied(written: Any, logits_of: Logits, other_dtype: t
     sizes = [file.stat().st_size for file in one.folder.glob("*.safetensors")]
     assert index["metadata"]["total_size"] < sum(sizes) < index["metadata"]["total_size"] + 4096 * len(sizes)
     loaded = load(one.folder)
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert torch.equal(logits_of(loaded), one.logits())
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -103,6 +114,20 @@ def test_blocks_offloaded_to_disk(written: Any, logits_of: Logits, tmp_path: Pat
         one.folder, dtype=torch.float32, device_map=places, offload_folder=tmp_path / "offload"
     )
     assert torch.equal(logits_of(loaded), one.logits())
+
+
+@pytest.mark.parametrize("core_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(5, 16), DENSE], ids=str)
+def test_codes_and_scales_come_back_exactly(written: Any, logits_of: Logits, core_dtype: str, pattern: Pattern) -> None:
+    options = {"core_dtype": core_dtype, "pattern": pattern, "out_block": 10, "in_block": 16, "wrapper_dtype": "int8"}
+    one = written("qwen2", variety=[options], max_shard_nbytes=20_000)
+    for loaded in (load(one.folder), load(one.folder, dtype=torch.bfloat16)):
+        for name, spec in one.specs.items():
+            stored, expected = loaded.get_submodule(name).stored(), one.model.get_submodule(name).stored()
+            assert stored.keys() == spec.layout().keys() | ({"bias"} & expected.keys())
+            assert all(torch.equal(stored[part], expected[part]) for part in spec.layout())
+            assert {part: (tuple(stored[part].shape), stored[part].dtype) for part in spec.layout()} == spec.layout()
+    assert torch.equal(logits_of(load(one.folder, kernels=False)), one.logits())
 
 
 def test_rounding_changes_no_types_and_no_compressed_values(written: Any) -> None:
@@ -174,7 +199,7 @@ def test_a_loaded_model_generates(written: Any) -> None:
 
 
 def test_gradients_flow_through_a_loaded_model(written: Any) -> None:
-    loaded = load(written().folder)
+    loaded = load(written().folder, kernels=False)
     loaded(torch.tensor([[1, 5, 7]])).logits.square().sum().backward()
     module = loaded.get_submodule("model.layers.0.self_attn.q_proj")
     assert bool(module.weight.grad.abs().sum() > 0)

@@ -41,10 +41,19 @@ def test_quiet_table(halfplate, tiny_folder, tmp_path):
     assert "\x1b" not in outcome.out
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "nowag", "sparsegpt", "armor"])
-def test_plan_foretells_the_bytes(halfplate, tiny_folder, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "core"),
+    [
+        *((method, []) for method in ("magnitude", "wanda", "ria", "nowag", "sparsegpt", "armor")),
+        ("wanda", ["--core-dtype", "int8"]),
+        ("armor", ["--core-dtype", "int4", "--wrapper-dtype", "int8"]),
+        ("rtn", ["--core-dtype", "int4"]),
+        ("rtn", ["--core-dtype", "int8", "--pattern", "dense"]),
+    ],
+)
+def test_plan_foretells_the_bytes(halfplate, tiny_folder, tmp_path, method, core):
     out = tmp_path / "out"
-    options = ["--method", method, "--samples", "4", "--seq-len", "32", "--exclude", "*.k_proj"]
+    options = ["--method", method, "--samples", "4", "--seq-len", "32", "--exclude", "*.k_proj", *core]
     if method == "armor":
         options += ["--block-size", "16", "--iterations", "2"]
     plan = halfplate("plan", tiny_folder, *options, "--json").json()

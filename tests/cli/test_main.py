@@ -47,7 +47,7 @@ def test_bad_usage_is_one_line(halfplate, tmp_path):
     halfplate("eval", "x", "--seq-len", "1").refused("--seq-len 1")
 
 
-@pytest.mark.parametrize("verb", ["bench", "report", "recover", "serve"])
+@pytest.mark.parametrize("verb", ["report", "recover", "serve"])
 def test_verbs_to_come_say_so(halfplate, verb):
     halfplate(verb, "x").refused(f"verb {verb!r} is not available yet")
 
@@ -62,9 +62,9 @@ def test_verbs_to_come_say_so(halfplate, verb):
         (["--resume"], ["--resume"]),
         (["--address", "x"], ["--address"]),
         (["--inputs", "compressed"], ["inputs='compressed'", "available: dense"]),
-        (["--core-dtype", "int8"], ["core_dtype='int8'", "bf16"]),
-        (["--wrapper-dtype", "int8"], ["wrapper_dtype='int8'", "bf16"]),
-        (["--pattern", "dense"], ["pattern='dense'", "2:4"]),
+        (["--core-dtype", "int3"], ["core_dtype='int3'", "int4"]),
+        (["--wrapper-dtype", "int4"], ["wrapper_dtype='int4'", "int8"]),
+        (["--pattern", "dense"], ["pattern='dense'", "2:4", "rtn"]),
     ],
 )
 def test_options_to_come_say_so(halfplate, tiny_folder, tmp_path, options, parts):

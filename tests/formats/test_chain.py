@@ -1,36 +1,42 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halfplate.dtypes import CORE_DTYPES, WRAPPER_DTYPES
 from halfplate.formats import BlockDiagonal, Chain, NMSparse, WeightSpec
 from halfplate.pattern import Pattern
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> WeightSpec:
-    pattern = Pattern(*draw(st.sampled_from([(1, 2), (2, 4), (2, 5), (4, 8)])))
+    pattern = Pattern(*draw(st.sampled_from([(1, 2), (2, 4), (2, 5), (4, 8), (1, 1)])))
     return WeightSpec(
         d_out=draw(st.integers(1, 20)),
-        d_in=pattern.m * draw(st.integers(1, 6)),
+        d_in=pattern.m * draw(st.integers(1, 40)),
         pattern=pattern,
-        core_dtype=draw(st.sampled_from(["fp32", "bf16", "fp16"])),
+        core_dtype=draw(st.sampled_from(CORE_DTYPES)),
         out_block=draw(st.integers(0, 24)),
         in_block=draw(st.sampled_from([0, 1, pattern.m, 2 * pattern.m, 8 * pattern.m])),
-        wrapper_dtype=draw(st.sampled_from(["fp32", "bf16", "fp16"])),
+        wrapper_dtype=draw(st.sampled_from(WRAPPER_DTYPES)),
     )
 
 
 def random_chain(spec: WeightSpec, seed: int = 0) -> Chain:
     generator = torch.Generator().manual_seed(seed)
-    layout = spec.layout()
     weight = torch.randn(spec.d_out, spec.d_in, generator=generator)
     groups = weight.abs().reshape(spec.d_out, -1, spec.pattern.m)
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(spec.pattern.n).indices, True)
-    tensors = NMSparse.from_dense(weight, mask.reshape(weight.shape), spec.pattern, layout["weight"][1]).tensors()
-    for name, (shape, dtype) in layout.items():
-        if name not in tensors:
-            tensors[name] = torch.randn(shape, generator=generator).to(dtype)
-    return Chain.from_tensors(spec, tensors)
+    core = NMSparse.from_dense(weight, mask.reshape(weight.shape), spec.pattern, spec.core_dtype)
+    wrappers = [
+        BlockDiagonal.from_padded(
+            torch.randn(-(-size // block), block, block, generator=generator), size, block, spec.wrapper_dtype
+        )
+        if block
+        else None
+        for size, block in ((spec.d_out, spec.out_block), (spec.d_in, spec.in_block))
+    ]
+    return Chain.from_tensors(spec, Chain(spec, core, *wrappers).tensors())
 
 
 def whole(wrapper: BlockDiagonal | None, size: int) -> torch.Tensor:
@@ -78,3 +84,13 @@ def test_gradients_reach_every_part() -> None:
     for one, other in zip(by_forward, by_dense, strict=True):
         assert bool(one.abs().sum() > 0)
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CORE_DTYPES)
+def test_a_dense_weight_as_a_chain(name: str) -> None:
+    weight = torch.randn(5, 130, generator=torch.Generator().manual_seed(0))
+    chain = Chain.of_dense(weight, name)
+    assert (chain.spec.format, str(chain.spec.pattern), chain.spec.core_dtype) == ("dense", "dense", name)
+    assert chain.nbytes == chain.spec.nbytes
+    error = float((chain.dense() - weight).norm() / weight.norm())
+    assert error <= {"int4": 0.15, "int8": 0.01}.get(name, 0.004)

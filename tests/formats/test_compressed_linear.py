@@ -5,24 +5,25 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from halfplate.formats import Chain, CompressedLinear, NMSparse, WeightSpec
-from halfplate.pattern import Pattern
+from halfplate.formats import BlockDiagonal, Chain, CompressedLinear, NMSparse, WeightSpec
+from halfplate.pattern import DENSE, Pattern
 
 
 def random_linear(spec: WeightSpec, bias: bool, seed: int = 0) -> CompressedLinear:
     generator = torch.Generator().manual_seed(seed)
-    kept = spec.pattern.kept(spec.d_in)
     mask = (torch.arange(spec.d_in) % spec.pattern.m < spec.pattern.n).expand(spec.d_out, -1)
-    core = NMSparse.from_dense(
-        torch.randn(spec.d_out, spec.d_in, generator=generator), mask, spec.pattern, spec.layout()["weight"][1]
-    )
-    assert core.values.shape == (spec.d_out, kept)
-    tensors = core.tensors()
-    for name, (shape, dtype) in spec.layout().items():
-        if name not in tensors:
-            tensors[name] = torch.randn(shape, generator=generator).to(dtype)
+    weight = torch.randn(spec.d_out, spec.d_in, generator=generator)
+    core = NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype)
+    wrappers = [
+        BlockDiagonal.from_padded(
+            torch.randn(-(-size // block), block, block, generator=generator), size, block, spec.wrapper_dtype
+        )
+        if block
+        else None
+        for size, block in ((spec.d_out, spec.out_block), (spec.d_in, spec.in_block))
+    ]
     return CompressedLinear.from_weight(
-        Chain.from_tensors(spec, tensors), spec, torch.randn(spec.d_out, generator=generator) if bias else None
+        Chain(spec, core, *wrappers), spec, torch.randn(spec.d_out, generator=generator) if bias else None
     )
 
 
@@ -32,6 +33,10 @@ SPECS = st.sampled_from(
         WeightSpec(6, 8, core_dtype="fp32"),
         WeightSpec(7, 12, out_block=3, in_block=8),
         WeightSpec(7, 12, out_block=1, in_block=1, wrapper_dtype="fp32"),
+        WeightSpec(7, 12, core_dtype="int8", out_block=3, in_block=8, wrapper_dtype="int8"),
+        WeightSpec(3, 140, core_dtype="int4", out_block=1),
+        WeightSpec(3, 130, DENSE, "int8"),
+        WeightSpec(3, 9, DENSE, "int4", out_block=2, in_block=5, wrapper_dtype="int8"),
         WeightSpec(3, 16, Pattern(1, 8), "fp16", out_block=8, in_block=0, wrapper_dtype="fp16"),
     ]
 )
@@ -58,6 +63,9 @@ def test_its_state_dict_is_the_layout_of_its_spec(spec: WeightSpec, bias: bool) 
     layout = spec.layout() | ({"bias": ((spec.d_out,), torch.float32)} if bias else {})
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in linear.state_dict().items()} == layout
     assert (linear.out_features, linear.in_features) == (spec.d_out, spec.d_in)
+    assert {name: tensor.data_ptr() for name, tensor in linear.stored().items()} == {
+        name: tensor.data_ptr() for name, tensor in linear.state_dict().items()
+    }
     assert not any(parameter.requires_grad for parameter in linear.parameters())
 
     again = CompressedLinear(spec, bias, bias_dtype=torch.float32)

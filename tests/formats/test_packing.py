@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
-from halfplate.formats.packing import check_positions, pack_positions, unpack_positions
+from halfplate.formats.packing import check_padding, check_positions, pack, packed_nbytes, unpack
 from halfplate.pattern import Pattern
 
 PATTERNS = st.sampled_from(
@@ -30,17 +30,36 @@ def naive_pack(row: list[int], width: int) -> bytes:
 def test_packing_equals_one_big_integer_a_row(nm: tuple[int, int], d_out: int, groups: int, seed: int) -> None:
     pattern = Pattern(*nm)
     positions = random_positions(d_out, groups, pattern, seed)
-    index = pack_positions(positions, pattern)
+    index = pack(positions, pattern.index_bits)
     assert index.dtype == torch.uint8
     assert index.shape == (d_out, pattern.index_nbytes(groups * pattern.m))
     assert [bytes(row.tolist()) for row in index] == [naive_pack(row, pattern.index_bits) for row in positions.tolist()]
-    assert torch.equal(unpack_positions(index, positions.shape[1], pattern).long(), positions)
+    assert torch.equal(unpack(index, positions.shape[1], pattern.index_bits).long(), positions)
     check_positions(index, positions.shape[1], pattern, "index")
 
 
 def test_the_example_of_the_format_document() -> None:
-    assert pack_positions(torch.tensor([[0, 3, 1, 2]]), Pattern(2, 4)).tolist() == [[0x9C]]
-    assert pack_positions(torch.tensor([[5, 0, 7]]), Pattern(1, 8)).tolist() == [[0xC5, 0x01]]
+    assert pack(torch.tensor([[0, 3, 1, 2]]), 2).tolist() == [[0x9C]]
+    assert pack(torch.tensor([[5, 0, 7]]), 3).tolist() == [[0xC5, 0x01]]
+
+
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 20), st.integers(0, 99))
+@settings(max_examples=80, deadline=None)
+def test_every_width_packs_as_one_big_integer_a_row(width: int, rows: int, count: int, seed: int) -> None:
+    numbers = torch.randint(1 << width, (rows, count), generator=torch.Generator().manual_seed(seed))
+    packed = pack(numbers, width)
+    assert packed.shape == (rows, packed_nbytes(count, width))
+    assert [bytes(row.tolist()) for row in packed] == [naive_pack(row, width) for row in numbers.tolist()]
+    assert torch.equal(unpack(packed, count, width).long(), numbers)
+    check_padding(packed, count, width, "weight")
+    if count * width % 8:
+        packed[-1, -1] |= 128
+        with pytest.raises(HalfplateError, match="weight has padding bits"):
+            check_padding(packed, count, width, "weight")
+
+
+def test_nibbles_are_low_first() -> None:
+    assert pack(torch.tensor([[1, 2, 3]]), 4).tolist() == [[0x21, 0x03]]
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halfplate.dtypes import CORE_DTYPES, WRAPPER_DTYPES
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
-from halfplate.pattern import Pattern
+from halfplate.pattern import DENSE, Pattern
 
 GOOD = WeightSpec(10, 12, out_block=4, in_block=8).to_json()
 
 
 @given(
-    st.sampled_from([(2, 4), (1, 8), (2, 5)]),
+    st.sampled_from([(2, 4), (1, 8), (2, 5), (1, 1)]),
     st.integers(1, 5000),
     st.integers(1, 500),
     st.integers(0, 300),
     st.integers(0, 40),
-    st.sampled_from(["fp32", "bf16", "fp16"]),
-    st.sampled_from(["fp32", "bf16", "fp16"]),
+    st.sampled_from(CORE_DTYPES),
+    st.sampled_from(WRAPPER_DTYPES),
 )
 @settings(max_examples=60, deadline=None)
 def test_json_round_trip(
@@ -57,6 +58,29 @@ def test_the_layout_of_the_contract() -> None:
     }
 
 
+def test_the_layout_of_codes() -> None:
+    assert WeightSpec(10, 172, core_dtype="int4", out_block=4, wrapper_dtype="int8").layout() == {
+        "weight": ((10, 43), torch.uint8),
+        "weight_index": ((10, 22), torch.uint8),
+        "weight_scales": ((10, 2), torch.float16),
+        "weight_out_blocks": ((2, 4, 4), torch.int8),
+        "weight_out_tail": ((2, 2), torch.int8),
+        "weight_out_scales": ((10,), torch.float16),
+    }
+    assert WeightSpec(10, 128, core_dtype="int8").layout()["weight"] == ((10, 64), torch.uint8)
+    assert WeightSpec(10, 129, DENSE, "int8").layout() == {
+        "weight": ((1, 10, 129), torch.uint8),
+        "weight_scales": ((10, 2), torch.float16),
+    }
+    assert WeightSpec(10, 1, DENSE, "int4").layout()["weight"] == ((1, 10, 1), torch.uint8)
+    assert WeightSpec(10, 7, DENSE).layout() == {"weight": ((1, 10, 7), torch.bfloat16)}
+
+
+def test_the_format_of_dense_cores() -> None:
+    assert WeightSpec(10, 7, DENSE).format == "dense"
+    assert WeightSpec(10, 7, DENSE, in_block=3).format == "chain"
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -68,7 +92,7 @@ def test_the_layout_of_the_contract() -> None:
         ({"d_in": -4}, "d_in=-4"),
         ({"d_in": 10}, "d_in=10 is not a multiple of M=4"),
         ({"core_dtype": "fp8"}, "core_dtype='fp8'"),
-        ({"wrapper_dtype": "int8"}, "wrapper_dtype='int8'"),
+        ({"wrapper_dtype": "int4"}, "wrapper_dtype='int4' is not one of fp32, bf16, fp16, int8"),
     ],
 )
 def test_specs_that_cannot_work_are_refused(change: dict[str, Any], complaint: str) -> None:

@@ -130,7 +130,12 @@ def test_activations_of_any_type_shape_and_stride(dtype):
     step = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     room = torch.randn(2, 3, 73).to(dtype)
     room[:, :, 1::2] = x  # every other column, and not at the start of a line
-    for given_x in (x, room[:, :, 1::2], x.transpose(0, 1).contiguous().transpose(0, 1), torch.cat([x, x], 2)[:, :, :36]):
+    for given_x in (
+        x,
+        room[:, :, 1::2],
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        torch.cat([x, x], 2)[:, :, :36],
+    ):
         y = linear.multiply(given_x, packed, 12)
         assert y.dtype == dtype
         assert y.shape == (2, 3, 12)
@@ -145,7 +150,8 @@ def test_an_empty_batch_gives_an_empty_result(shape):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
-    ("core_dtype", "activations"), [("fp32", "float"), ("bf16", "float"), ("int4", "float"), ("int8", "int8"), ("int4", "int8")]
+    ("core_dtype", "activations"),
+    [("fp32", "float"), ("bf16", "float"), ("int4", "float"), ("int8", "int8"), ("int4", "int8")],
 )
 def test_nan_and_inf_reach_every_output_whose_kept_weights_touch_them(bad, core_dtype, activations):
     spec = WeightSpec(40, 300, SPARSE, core_dtype)
@@ -154,7 +160,10 @@ def test_nan_and_inf_reach_every_output_whose_kept_weights_touch_them(bad, core_
     x = torch.randn(3, 300)
     x[1, 7] = bad
     y = linear.multiply(x, packed, 40)
-    touched = torch.zeros(40, 300).scatter(1, torch.arange(150).expand(40, -1) // 2 * 4 + positions_of(tensors), 1.0)[:, 7] > 0
+    touched = (
+        torch.zeros(40, 300).scatter(1, torch.arange(150).expand(40, -1) // 2 * 4 + positions_of(tensors), 1.0)[:, 7]
+        > 0
+    )
     assert touched.any()
     assert not y[1][touched].isfinite().any()
     assert y[[0, 2]].isfinite().all()
@@ -223,7 +232,19 @@ def test_every_instruction_set_passes(isa):
     if isa == native.isa():
         return
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", "not every_instruction_set"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            __file__,
+            "-k",
+            "not every_instruction_set",
+        ],
         env=os.environ | {"HALFPLATE_ISA": isa},
         capture_output=True,
         text=True,

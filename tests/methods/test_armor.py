@@ -1,10 +1,12 @@
 """ARMOR as a method: stored tensors, rounding repaired by the wrappers, block sizes and their edges."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from halfplate.errors import HalfplateError
-from halfplate.formats.spec import WeightSpec
+from halfplate.formats import BlockDiagonal, NMSparse, WeightSpec
 from halfplate.methods import create
 from halfplate.pattern import Pattern
 from halfplate.statistics import InputStatistics
@@ -54,10 +56,39 @@ def test_wrappers_repair_rounding():
     coarse = create("armor", iterations=30).compress(weight, statistics, spec_of(weight, core="bf16", wrapper="bf16"))
     naive = fine.weight.core.values.bfloat16().float()
     blunt = type(fine.weight)(
-        type(fine.weight.core)(naive, fine.weight.core.index, fine.weight.core.pattern),
+        fine.weight.spec,
+        replace(fine.weight.core, stored=naive),
         *(type(w)(w.blocks.bfloat16().float(), None) for w in (fine.weight.out_wrapper, fine.weight.in_wrapper)),
     )
     assert proxy_error(weight, statistics, coarse.weight) <= proxy_error(weight, statistics, blunt) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("core", ["int8", "int4"])
+@pytest.mark.parametrize("wrapper", ["bf16", "int8"])
+def test_wrappers_repair_the_grid_of_the_core(core, wrapper):
+    weight, statistics = case(96, 128)
+    fine = create("armor", iterations=30).compress(weight, statistics, spec_of(weight))
+    coarse = create("armor", iterations=30).compress(weight, statistics, spec_of(weight, core=core, wrapper=wrapper))
+    chain = fine.weight
+    rounded = NMSparse.from_dense(chain.core.dense(), chain.core.mask(), chain.core.pattern, core)
+    wrappers = [
+        BlockDiagonal.from_padded(kept.blocks, kept.size, 16, wrapper) for kept in (chain.out_wrapper, chain.in_wrapper)
+    ]
+    blunt = type(chain)(chain.spec, rounded, *wrappers)
+    errors = [proxy_error(weight, statistics, one) for one in (chain, coarse.weight, blunt)]
+    assert errors[0] * (1 - 1e-3) <= errors[1]
+    assert errors[1] <= errors[2] * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("block", [1, 12])
+def test_int8_wrappers_of_every_size(block):
+    weight, statistics = case(40, 60)
+    spec = spec_of(weight, block, block, "int4", "int8")
+    solution = create("armor", iterations=3).compress(weight, statistics, spec)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in solution.weight.tensors().items()} == spec.layout()
+    exact = create("armor", iterations=3).compress(weight, statistics, spec_of(weight, block, block, "int4", "fp32"))
+    errors = [proxy_error(weight, statistics, one.weight) for one in (solution, exact)]
+    assert errors[0] <= errors[1] * 1.02
 
 
 def test_larger_blocks_lose_less():

@@ -25,7 +25,7 @@ def export_dense(path: str | Path, out: str | Path, overwrite: bool = False) -> 
     if named not in dtypes:
         raise HalfplateError(f"dtype={named!r} in {str(folder / CONFIG_FILE)!r} is not one of {', '.join(dtypes)}")
     dtype = dtypes[named]
-    model = load(folder, dtype).dequantize(dtype=dtype)
+    model = load(folder, dtype, kernels=False).dequantize(dtype=dtype)
     with new_folder(Path(out), overwrite) as target:
         write_model(model, load_tokenizer(folder), target, dtype, quantization=None)
         write_record(target, {"exported": "dense"})

@@ -17,8 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from halfplate.checkpoint.config import METHOD, SENTENCE, VERSION, parse_modules
 from halfplate.checkpoint.weights import check_layout, headers_of
 from halfplate.errors import HalfplateError
-from halfplate.formats import CompressedLinear, WeightSpec
-from halfplate.formats.packing import check_positions
+from halfplate.formats import CompressedLinear, WeightSpec, check_stored
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -29,14 +28,19 @@ OLDEST_TRANSFORMERS = (5, 18)
 class HalfplateConfig(QuantizationConfigMixin):
     """`quantization_config` of a checkpoint; raises HalfplateError where a module's entry cannot be read.
 
-    modules: `WeightSpec.to_json()` by module name. version: of this object.
+    modules: `WeightSpec.to_json()` by module name. version: of this object. runtime: the arguments of
+    `halfplate.runtime.accelerate` for the loaded model, or None for the torch path; it is not written to disk.
     """
 
-    def __init__(self, modules: Any = None, version: Any = None, **_: Any) -> None:
+    def __init__(self, modules: Any = None, version: Any = None, runtime: Any = (), **_: Any) -> None:
         parse_modules(version, modules)
         self.quant_method = METHOD  # type: ignore[assignment]
         self.version = version
         self.modules = modules
+        self.runtime = runtime
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method, "version": self.version, "modules": self.modules}
 
     @classmethod
     def from_specs(cls, specs: dict[str, WeightSpec]) -> HalfplateConfig:
@@ -98,13 +102,23 @@ class HalfplateQuantizer(HfQuantizer):
                     raise HalfplateError(
                         f"{name}.{part} was loaded as {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}; report this"
                     )
-            if not module.weight_index.is_meta:  # offloaded to disk
-                kept = module.weight.shape[1]
-                check_positions(module.weight_index, kept, module.spec.pattern, f"{name}.weight_index")
+        # transformers imports this module half-way through its own import, too early for the runtime.
+        from halfplate.runtime.prepare import accelerate
+
+        runtime, found = self.quantization_config.runtime, list(_compressed(model))
+        in_memory = all(tensor.device.type == "cpu" for _, module in found for tensor in module.stored().values())
+        if runtime is not None and in_memory:
+            # Packing checks what it reads.
+            accelerate(model, **dict(runtime))
+        for name, module in _compressed(model):
+            check_stored(module.spec, module.stored(), name)  # but for what is offloaded to disk
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Replace every compressed module by a dense one, multiplied out in fp32 and cast to `dtype`."""
+        from halfplate.runtime.prepare import restore
+
+        restore(model)
         for name, module in list(_compressed(model)):
             weight = module.matrix.dense().to(dtype)
             linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
@@ -119,7 +133,7 @@ class HalfplateQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Gradients flow through compressed modules to their inputs, values and wrappers."""
+        """Gradients flow through compressed modules to their inputs; `runtime.restore` lets them reach values and wrappers."""
         return True
 
 

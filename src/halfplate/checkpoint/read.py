@@ -11,27 +11,42 @@ from halfplate.checkpoint.config import RECORD_FILE, read_record, read_specs
 from halfplate.checkpoint.weights import StoredTensor, check_layout, read_headers, read_tensors, sha256
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
-from halfplate.formats.packing import check_positions
+from halfplate.formats.checks import check_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
-    """Load the checkpoint in the folder `path` as a transformers model in eval mode.
+def load(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    activations: str = "float",
+    head_dtype: str | None = None,
+    kernels: bool = True,
+) -> PreTrainedModel:
+    """Load the checkpoint in the folder `path` as a transformers model in eval mode, on the fastest path there is.
 
     dtype: element type of activations and of all that is not a compressed matrix; compressed tensors keep the type they
-    are stored in. Raises HalfplateError where the files are not a whole checkpoint that this version reads: every header,
-    shape, type and position is checked, and values for NaN and inf. A flipped bit in a value shows only against the
+    are stored in. activations, head_dtype: as in `halfplate.runtime.accelerate`; `halfplate.runtime.explain(model)` says which
+    path each linear took. kernels: False keeps the plain torch path, whose weights can be trained. Raises HalfplateError where the files are not a whole checkpoint that this version reads: every header,
+    shape, type, position and code is checked, and values for NaN and inf. A flipped bit in a value shows only against the
     checksums (`inspect_checkpoint(path, verify=True)`).
     """
     folder = Path(path)
     read_checked_headers(folder)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from halfplate.runtime.prepare import accelerate, check_options
+
+    runtime = {"activations": activations, "head_dtype": head_dtype} if kernels else None
+    check_options(activations, head_dtype)
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.quantization_config |= {"runtime": runtime if device == "cpu" else None}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
@@ -54,11 +69,14 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cp
             raise HalfplateError(
                 f"path={str(path)!r} does not fit its config.json: {problem} {name}; copy or write the checkpoint again"
             )
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    for name, tensor in model.named_parameters():
+        if not bool(tensor.isfinite().all()):
             raise HalfplateError(f"{name} holds NaN or inf, expected finite values; copy or write the checkpoint again")
-    model.to(torch.device(device))  # type: ignore[arg-type]
     model.eval()
+    if device != "cpu":
+        model.to(torch.device(device))  # type: ignore[arg-type]
+        if runtime is not None:
+            accelerate(model, **runtime)
     return model
 
 
@@ -94,6 +112,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
                 "name": name,
                 "format": spec.format,
                 "pattern": str(spec.pattern),
+                "core_dtype": spec.core_dtype,
                 "shape": [spec.d_out, spec.d_in],
                 "nbytes": spec.nbytes,
                 "dense_nbytes": spec.dense_nbytes,
@@ -135,6 +154,5 @@ def _verify(folder: Path, specs: dict[str, WeightSpec], found: dict[str, StoredT
                 f"{name} in {found[name].file.name} does not have the checksum in {RECORD_FILE}; copy or write the checkpoint again"
             )
         module, _, part = name.rpartition(".")
-        if module in specs and part == "weight_index":
-            spec = specs[module]
-            check_positions(tensor, spec.pattern.kept(spec.d_in), spec.pattern, name)
+        if module in specs:
+            check_part(specs[module], part, tensor, name)

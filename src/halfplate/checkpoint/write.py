@@ -116,14 +116,15 @@ def _check_modules(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> N
             raise HalfplateError(
                 f"{name} is compressed as {module.spec}, specs say {specs[name]}; give the spec it was compressed with"
             )
+        stored = module.stored()
         for part, (shape, dtype) in module.spec.layout().items():
-            tensor = getattr(module, part)
+            tensor = stored[part]
             if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
                 raise HalfplateError(
                     f"{name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, its spec expects {dtype} {shape}; compress it anew"
                 )
         # A stranger's dense layer must refuse this tensor, or it would load nonsense without a word.
-        assert tuple(module.weight.shape) != (module.out_features, module.in_features), name
+        assert tuple(stored["weight"].shape) != (module.out_features, module.in_features), name
 
 
 def _matrix_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:

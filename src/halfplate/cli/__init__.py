@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from halfplate.cli import compress, doctor, evaluate, export, generate, inspect, methods, plan, recipe
+from halfplate.cli import bench, compress, doctor, evaluate, export, generate, inspect, methods, plan, recipe
 from halfplate.cli.parser import Parser
 from halfplate.errors import HalfplateError
 from halfplate.version import package_version
@@ -16,6 +16,7 @@ VERBS: dict[str, Any] = {
     "plan": plan,
     "compress": compress,
     "eval": evaluate,
+    "bench": bench,
     "generate": generate,
     "inspect": inspect,
     "export": export,
@@ -23,7 +24,7 @@ VERBS: dict[str, Any] = {
     "methods": methods,
     "doctor": doctor,
 }
-VERBS_TO_COME = ("bench", "report", "recover", "serve")
+VERBS_TO_COME = ("report", "recover", "serve")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -36,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=positive, metavar="T", help="threads of torch")
     parser.add_argument("--tasks", action=NotYet)
-    parser.add_argument("--activations", action=NotYet, works=("float",))
+    parser.add_argument(
+        "--activations",
+        choices=("float", "int8"),
+        default="float",
+        help="int8 rounds activations for int8 and int4 cores (default float)",
+    )
     add_output_arguments(parser)
 
 
@@ -75,7 +80,7 @@ def measure(args: argparse.Namespace, report: Any) -> dict[str, Any]:
     documents = {name: read_text(source, "text") for name, source in _names(args.text or []).items()}
 
     report("reading", 0, 1)
-    model, tokenizer = load_any(args.model)
+    model, tokenizer = load_any(args.model, activations=args.activations)
     against, against_tokenizer = load_any(args.against) if args.against else (None, None)
     if against is not None and against.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
         raise HalfplateError(

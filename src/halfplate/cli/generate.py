@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from halfplate.cli.parser import NotYet, positive
+from halfplate.cli.parser import positive
 from halfplate.errors import HalfplateError
 
 if TYPE_CHECKING:
@@ -24,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="give the prompt as a user's message in the model's chat template"
     )
     parser.add_argument("--threads", type=positive, metavar="T", help="threads of torch")
-    parser.add_argument("--activations", action=NotYet, works=("float",))
+    parser.add_argument(
+        "--activations",
+        choices=("float", "int8"),
+        default="float",
+        help="int8 rounds activations for int8 and int4 cores (default float)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     silence_libraries()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    model, tokenizer = load_any(args.model)
+    model, tokenizer = load_any(args.model, activations=args.activations)
     ids = _token_ids(args, tokenizer)
     length = ids.shape[1]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

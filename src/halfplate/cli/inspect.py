@@ -24,11 +24,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print_table(
         f"{args.path}: linears {megabytes(found['nbytes'])}, dense {megabytes(found['dense_nbytes'])}",
-        ("name", "format", "shape", "bytes", "dense bytes", "relative error"),
+        ("name", "format", "core", "shape", "bytes", "dense bytes", "relative error"),
         [
             (
                 m["name"],
                 m["format"],
+                f"{m['pattern']} {m['core_dtype']}",
                 "×".join(map(str, m["shape"])),
                 m["nbytes"],
                 m["dense_nbytes"],

@@ -36,11 +36,12 @@ def _print(plan: "Plan") -> None:
     entries = [matrix.to_json() for matrix in plan.matrices]
     print_table(
         f"{plan.model}: {len(plan.specs)} matrices to compress by {plan.recipe.method}",
-        ("name", "format", "shape", "dense bytes", "bytes", "why skipped"),
+        ("name", "format", "core", "shape", "dense bytes", "bytes", "why skipped"),
         [
             (
                 entry["name"],
                 entry["format"],
+                "-" if entry["skipped"] else f"{entry['pattern']} {entry['core_dtype']}",
                 "×".join(map(str, entry["shape"])) if entry["shape"] else "-",
                 entry["dense_nbytes"],
                 entry["nbytes"],

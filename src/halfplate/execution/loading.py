@@ -5,16 +5,21 @@ from typing import Any
 
 from halfplate.checkpoint.config import read_record
 from halfplate.checkpoint.read import load, load_tokenizer
+from halfplate.errors import HalfplateError
 from halfplate.models.sources import is_compressed, load_dense
 
 
-def load_any(name: str, device: str = "cpu") -> tuple[Any, Any]:
+def load_any(name: str, device: str = "cpu", activations: str = "float") -> tuple[Any, Any]:
     """The model, for computing in fp32, and the tokenizer of a checkpoint, a folder, a `.gguf` file or a Hub id.
 
-    Raises HalfplateError on bad input.
+    activations: `float`, or `int8` for a checkpoint with cores of int8 or int4. Raises HalfplateError on bad input.
     """
     if is_compressed(name):
-        return load(name, device=device), load_tokenizer(name)
+        return load(name, device=device, activations=activations), load_tokenizer(name)
+    if activations != "float":
+        raise HalfplateError(
+            f"activations={activations!r} is for Halfplate checkpoints, and {name!r} is none; leave it out"
+        )
     loaded = load_dense(name, device)
     return loaded.model, loaded.tokenizer
 

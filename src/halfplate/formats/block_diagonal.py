@@ -5,25 +5,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfplate.formats.rounding import round_rows, round_to_float
+
 
 @dataclass(frozen=True, eq=False)
 class BlockDiagonal:
     """A matrix (d, d) of equal blocks along the diagonal and, where they do not divide d, one smaller last block.
 
-    blocks: (d // b, b, b) or None where b > d; tail: (d mod b, d mod b) or None where b divides d.
+    blocks: (d // b, b, b) or None where b > d; tail: (d mod b, d mod b) or None where b divides d. scales: fp16 (d,), a
+    factor of each row, where blocks and tail are int8; None where they are floating-point numbers.
     """
 
     blocks: Tensor | None
     tail: Tensor | None
+    scales: Tensor | None = None
 
     @classmethod
-    def from_padded(cls, blocks: Tensor, size: int, block: int, dtype: torch.dtype) -> "BlockDiagonal":
-        """Cut blocks (ceil(size / block), b, b), the last of them padded, down to a matrix (size, size)."""
+    def from_padded(cls, blocks: Tensor, size: int, block: int, wrapper_dtype: str) -> "BlockDiagonal":
+        """Cut blocks (ceil(size / block), b, b), the last of them padded, down to a matrix (size, size), and round it.
+
+        Raises HalfplateError where a value is too large for `wrapper_dtype`.
+        """
         full, rest = divmod(size, block)
-        return cls(
-            blocks[:full].to(dtype).contiguous() if full else None,
-            blocks[full, :rest, :rest].to(dtype).contiguous() if rest else None,
-        )
+        whole = blocks[:full] if full else None
+        tail = blocks[full, :rest, :rest] if rest else None
+        if wrapper_dtype != "int8":
+            parts = [
+                None if part is None else round_to_float(part, wrapper_dtype, "wrapper_dtype").contiguous()
+                for part in (whole, tail)
+            ]
+            return cls(*parts)
+        rounded = [(None, None) if part is None else round_rows(part) for part in (whole, tail)]
+        scales = torch.cat([scale.reshape(-1) for _, scale in rounded if scale is not None])
+        return cls(rounded[0][0], rounded[1][0], scales)
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
@@ -31,35 +45,55 @@ class BlockDiagonal:
 
     @property
     def size(self) -> int:
-        full = self.blocks.shape[0] * self.blocks.shape[1] if self.blocks is not None else 0
-        return full + (self.tail.shape[0] if self.tail is not None else 0)
+        return self._full + (self.tail.shape[0] if self.tail is not None else 0)
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
+        return sum(part.nbytes for part in self.tensors("out").values())
 
     def tensors(self, side: str) -> dict[str, Tensor]:
         """Stored tensors by their name below the module; `side` is `out` or `in`."""
-        named = {f"weight_{side}_blocks": self.blocks, f"weight_{side}_tail": self.tail}
-        return {name: part for name, part in named.items() if part is not None}
+        named = {"blocks": self.blocks, "tail": self.tail, "scales": self.scales}
+        return {f"weight_{side}_{name}": part for name, part in named.items() if part is not None}
+
+    def floats(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Blocks and tail as the numbers they stand for, in `dtype`."""
+        blocks, tail = self.blocks, self.tail
+        if self.scales is not None:
+            scales = self.scales.float()[:, None]
+            if blocks is not None:
+                blocks = blocks * scales[: self._full].reshape(*blocks.shape[:2], 1)
+            if tail is not None:
+                tail = tail * scales[self._full :]
+        return None if blocks is None else blocks.to(dtype), None if tail is None else tail.to(dtype)
+
+    def transposed(self, dtype: torch.dtype) -> "BlockDiagonal":
+        """The transpose, in `dtype`."""
+        blocks, tail = self.floats(dtype)
+        return BlockDiagonal(None if blocks is None else blocks.mT, None if tail is None else tail.T)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix with its zeros: (d, d)."""
-        singles = [*self.blocks] if self.blocks is not None else []
-        singles += [self.tail] if self.tail is not None else []
-        dense: Tensor = torch.block_diag(*(single.to(dtype) for single in singles))
+        blocks, tail = self.floats(dtype)
+        singles = [*blocks] if blocks is not None else []
+        singles += [tail] if tail is not None else []
+        dense: Tensor = torch.block_diag(*singles)
         return dense
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d) to x Mᵀ (..., d), in the dtype of `x`."""
+        blocks, tail = self.floats(x.dtype)
         outputs = []
-        full = 0
-        if self.blocks is not None:
-            count, width = self.blocks.shape[:2]
-            full = count * width
-            grouped = x[..., :full].reshape(-1, count, width).transpose(0, 1)  # (count, tokens, b)
-            product = grouped @ self.blocks.to(x.dtype).transpose(1, 2)
-            outputs.append(product.transpose(0, 1).reshape(*x.shape[:-1], full))
-        if self.tail is not None:
-            outputs.append(x[..., full:] @ self.tail.to(x.dtype).T)
+        if blocks is not None:
+            count, width = blocks.shape[:2]
+            grouped = x[..., : self._full].reshape(-1, count, width).transpose(0, 1)  # (count, tokens, b)
+            product = grouped @ blocks.transpose(1, 2)
+            outputs.append(product.transpose(0, 1).reshape(*x.shape[:-1], self._full))
+        if tail is not None:
+            outputs.append(x[..., self._full :] @ tail.T)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    @property
+    def _full(self) -> int:
+        """Rows in equal blocks."""
+        return self.blocks.shape[0] * self.blocks.shape[1] if self.blocks is not None else 0

@@ -1,4 +1,4 @@
-"""A · S · B: a sparse core between optional block-diagonal wrappers."""
+"""A · S · B: a core between optional block-diagonal wrappers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +9,17 @@ from torch import Tensor
 from halfplate.formats.block_diagonal import BlockDiagonal
 from halfplate.formats.nm_sparse import NMSparse
 from halfplate.formats.spec import WeightSpec
+from halfplate.pattern import DENSE
 
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """The matrix `out · core · in`, applied from the right; a missing wrapper is the identity."""
+    """The matrix `out · core · in`, applied from the right; a missing wrapper is the identity.
 
+    spec: how it is stored.
+    """
+
+    spec: WeightSpec
     core: NMSparse
     out_wrapper: BlockDiagonal | None = None
     in_wrapper: BlockDiagonal | None = None
@@ -23,12 +28,18 @@ class Chain:
     def from_tensors(cls, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> "Chain":
         """Put the stored tensors of a matrix, named as in `spec.layout()`, back together."""
         wrappers = {
-            side: BlockDiagonal(tensors.get(f"weight_{side}_blocks"), tensors.get(f"weight_{side}_tail"))
+            side: BlockDiagonal(*(tensors.get(f"weight_{side}_{part}") for part in ("blocks", "tail", "scales")))
             if block
             else None
             for side, block in (("out", spec.out_block), ("in", spec.in_block))
         }
-        return cls(NMSparse(tensors["weight"], tensors["weight_index"], spec.pattern), wrappers["out"], wrappers["in"])
+        return cls(spec, NMSparse.from_tensors(spec, tensors), wrappers["out"], wrappers["in"])
+
+    @classmethod
+    def of_dense(cls, weight: Tensor, core_dtype: str) -> "Chain":
+        """A dense `weight` (d_out, d_in) in the type `core_dtype`; HalfplateError where that cannot hold a value."""
+        spec = WeightSpec(weight.shape[0], weight.shape[1], DENSE, core_dtype)
+        return cls(spec, NMSparse.from_dense(weight, None, DENSE, core_dtype))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,11 +63,8 @@ class Chain:
         if self.out_wrapper is not None:
             product = self.out_wrapper.forward(product.T).T
         if self.in_wrapper is not None:
-            # forward multiplies rows by the transpose; the blocks transposed give rows times the wrapper itself.
-            wrapper = self.in_wrapper
-            blocks = wrapper.blocks.transpose(1, 2) if wrapper.blocks is not None else None
-            tail = wrapper.tail.T if wrapper.tail is not None else None
-            product = BlockDiagonal(blocks, tail).forward(product)
+            # forward multiplies rows by the transpose; that of the transpose gives rows times the wrapper itself.
+            product = self.in_wrapper.transposed(dtype).forward(product)
         return product.contiguous()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ class CompressedLinear(nn.Module):
     """
 
     weight: Tensor
-    weight_index: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -47,11 +46,15 @@ class CompressedLinear(nn.Module):
         module.load_state_dict(tensors, assign=True)
         return module.requires_grad_(False)
 
+    def stored(self) -> dict[str, Tensor]:
+        """The module's own tensors by their name in `spec.layout()`, and `bias` where it has one."""
+        tensors: dict[str, Tensor] = {name: getattr(self, name) for name in self.spec.layout()}
+        return tensors if self.bias is None else tensors | {"bias": self.bias}
+
     @property
     def matrix(self) -> Chain:
         """The matrix that this module applies, over the module's own tensors."""
-        tensors = {name: getattr(self, name) for name in self.spec.layout()}
-        return Chain.from_tensors(self.spec, tensors)
+        return Chain.from_tensors(self.spec, self.stored())
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) to (..., d_out) in the dtype of `x`."""
@@ -59,4 +62,4 @@ class CompressedLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.spec.format} {self.spec.pattern}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.spec.format} {self.spec.pattern} {self.spec.core_dtype}"

@@ -1,65 +1,129 @@
-"""N:M sparse matrices: kept values and their positions."""
+"""Cores: N:M sparse matrices as kept values and their positions, or dense ones."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halfplate.formats.packing import pack_positions, unpack_positions
+from halfplate.dtypes import GRIDS
+from halfplate.formats.packing import pack, unpack
+from halfplate.formats.rounding import GROUP, round_to_float, round_to_grid
+from halfplate.formats.spec import WeightSpec
 from halfplate.pattern import Pattern
 
 
 @dataclass(frozen=True, eq=False)
-class NMSparse:
-    """A matrix (d_out, d_in) that keeps N of every M consecutive inputs of a row.
+class Grid:
+    """What turns codes into values: fp16 scales (d_out, ceil(d_in / 128)), bits of a code, and codes in a row."""
 
-    values: (d_out, d_in · N / M), fp32, bf16 or fp16. index: uint8, packed positions (halfplate.formats.packing).
+    scales: Tensor
+    bits: int
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class NMSparse:
+    """A matrix (d_out, d_in) that keeps N of every M consecutive inputs of a row; all of them if the pattern is dense.
+
+    stored: the kept values, fp32, bf16 or fp16 (d_out, d_in · N / M), or with a `grid` their codes, uint8, packed (d_out,
+    ceil(d_in · N / M · bits / 8)). index: uint8, packed positions (halfplate.formats.packing); None if the pattern is dense.
     """
 
-    values: Tensor
-    index: Tensor
+    stored: Tensor
+    index: Tensor | None
     pattern: Pattern
+    grid: Grid | None = None
 
     @classmethod
-    def from_dense(cls, weight: Tensor, mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> "NMSparse":
-        """Keep `weight` (d_out, d_in) where the boolean `mask` has exactly N true entries in each group."""
-        d_out = weight.shape[0]
-        # Sorting "not kept" stably moves the kept columns of each group to its front, in rising order.
-        groups = (~mask).reshape(d_out, -1, pattern.m).to(torch.uint8)
-        positions = groups.argsort(dim=-1, stable=True)[:, :, : pattern.n].contiguous()
-        values = weight.reshape(d_out, -1, pattern.m).gather(-1, positions)
-        return cls(values.reshape(d_out, -1).to(dtype), pack_positions(positions.reshape(d_out, -1), pattern), pattern)
+    def from_dense(cls, weight: Tensor, mask: Tensor | None, pattern: Pattern, core_dtype: str) -> "NMSparse":
+        """Keep `weight` (d_out, d_in) where the boolean `mask` has exactly N true entries in each group, and round it.
+
+        mask: None if the pattern is dense. Raises HalfplateError where a kept value is too large for `core_dtype`.
+        """
+        values, positions, index = weight, None, None
+        if not pattern.is_dense:
+            assert mask is not None, "a sparse pattern needs its mask"
+            # Sorting "not kept" stably moves the kept columns of each group to its front, in rising order.
+            groups = (~mask).reshape(len(weight), -1, pattern.m).to(torch.uint8)
+            positions = groups.argsort(dim=-1, stable=True)[:, :, : pattern.n].contiguous()
+            values = weight.reshape(len(weight), -1, pattern.m).gather(-1, positions).reshape(len(weight), -1)
+            index = pack(positions.reshape(len(weight), -1), pattern.index_bits)
+        if core_dtype not in GRIDS:
+            return cls(round_to_float(values, core_dtype, "core_dtype"), index, pattern)
+        bits = GRIDS[core_dtype]
+        if GROUP % pattern.m == 0:
+            integers, scales = round_to_grid(values, bits, GROUP // pattern.m * pattern.n, core_dtype)
+        else:  # groups straddle the columns of two scales; zeros change neither scale nor error
+            assert positions is not None, "a dense pattern straddles nothing"
+            assert mask is not None, "a sparse pattern needs its mask"
+            integers, scales = round_to_grid(weight.masked_fill(~mask, 0), bits, GROUP, core_dtype)
+            integers = integers.reshape(len(weight), -1, pattern.m).gather(-1, positions).reshape(len(weight), -1)
+        codes = pack(integers.to(torch.int16) + (1 << bits - 1), bits)
+        return cls(codes, index, pattern, Grid(scales, bits, values.shape[1]))
+
+    @classmethod
+    def from_tensors(cls, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> "NMSparse":
+        """Put the stored tensors of the core of a matrix, named as in `spec.layout()`, back together."""
+        stored, grid = tensors["weight"].reshape(spec.d_out, -1), None
+        if spec.core_dtype in GRIDS:
+            grid = Grid(tensors["weight_scales"], GRIDS[spec.core_dtype], spec.pattern.kept(spec.d_in))
+        return cls(stored, tensors.get("weight_index"), spec.pattern, grid)
 
     @property
     def shape(self) -> tuple[int, int]:
-        d_out, kept = self.values.shape
-        return d_out, kept // self.pattern.n * self.pattern.m
+        return self.stored.shape[0], self._kept // self.pattern.n * self.pattern.m
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.index.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """Stored tensors by their name below the module."""
-        return {"weight": self.values, "weight_index": self.index}
+        # A dense core must not have the shape of the weight of a dense layer, which would take it without a word.
+        tensors = {"weight": self.stored[None] if self.pattern.is_dense else self.stored}
+        if self.index is not None:
+            tensors["weight_index"] = self.index
+        if self.grid is not None:
+            tensors["weight_scales"] = self.grid.scales
+        return tensors
+
+    @property
+    def values(self) -> Tensor:
+        """The kept values: (d_out, kept), as stored, or exact in fp32 where they are on a grid."""
+        if self.grid is None:
+            return self.stored
+        return self.integers() * self.grid.scales.float().gather(1, self.columns() // GROUP)
+
+    def integers(self) -> Tensor:
+        """The q of each kept value on a grid: fp32 (d_out, kept)."""
+        assert self.grid is not None, "floating-point values have no q"
+        return unpack(self.stored, self.grid.count, self.grid.bits).float() - (1 << self.grid.bits - 1)
 
     def columns(self) -> Tensor:
         """The input that each kept value multiplies: int64 (d_out, kept)."""
-        kept = self.values.shape[1]
-        starts = torch.arange(kept, device=self.values.device) // self.pattern.n * self.pattern.m
-        return starts + unpack_positions(self.index, kept, self.pattern)
+        starts = torch.arange(self._kept, device=self.stored.device) // self.pattern.n * self.pattern.m
+        if self.index is None:
+            return starts.expand(len(self.stored), -1)
+        return starts + unpack(self.index, self._kept, self.pattern.index_bits)
 
     def mask(self) -> Tensor:
         """True where a value is kept: bool (d_out, d_in)."""
-        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.values.device)
+        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.stored.device)
         return mask.scatter_(1, self.columns(), True)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix with its zeros: (d_out, d_in)."""
-        zeros = torch.zeros(self.shape, dtype=dtype, device=self.values.device)
+        if self.index is None:
+            return self.values.to(dtype)
+        zeros = torch.zeros(self.shape, dtype=dtype, device=self.stored.device)
         return zeros.scatter(1, self.columns(), self.values.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) to x Sᵀ (..., d_out), in the dtype of `x`."""
         return functional.linear(x, self.dense(x.dtype))
+
+    @property
+    def _kept(self) -> int:
+        return self.stored.shape[1] if self.grid is None else self.grid.count

@@ -1,49 +1,69 @@
-"""Positions of kept values as a little-endian bit stream (docs/format.md)."""
+"""Small numbers (positions of kept values, codes) as a little-endian bit stream a row (docs/format.md)."""
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from halfplate.errors import HalfplateError
 from halfplate.pattern import Pattern
 
 
-def pack_positions(positions: Tensor, pattern: Pattern) -> Tensor:
-    """Pack positions inside their groups into `index_bits` bits each, least significant bit first.
+def packed_nbytes(count: int, width: int) -> int:
+    """Bytes of a row of `count` numbers of `width` bits: each row starts on a byte."""
+    return (count * width + 7) // 8
 
-    positions: (d_out, kept) integers in [0, M). Returns uint8 (d_out, ceil(kept · index_bits / 8)); padding bits are 0.
+
+def pack(numbers: Tensor, width: int) -> Tensor:
+    """Pack numbers into `width` bits each, least significant bit first.
+
+    numbers: (rows, count) integers in [0, 2^width), width at most 8. Returns uint8 (rows, ceil(count · width / 8));
+    padding bits are 0.
     """
-    d_out, kept = positions.shape
-    width = pattern.index_bits
-    shifts = torch.arange(width, dtype=torch.uint8, device=positions.device)
-    bits = (positions.to(torch.uint8)[:, :, None] >> shifts) & 1  # (d_out, kept, width)
-    bits = bits.reshape(d_out, kept * width)
-    bits = torch.nn.functional.pad(bits, (0, -kept * width % 8)).reshape(d_out, -1, 8)
-    return _join(bits)
+    rows, count = numbers.shape
+    numbers = numbers.to(torch.uint8)
+    if 8 % width:
+        shifts = torch.arange(width, dtype=torch.uint8, device=numbers.device)
+        numbers, width = (numbers[:, :, None] >> shifts & 1).reshape(rows, count * width), 1
+    numbers = functional.pad(numbers, (0, -numbers.shape[1] % (8 // width)))
+    return _join(numbers.reshape(rows, -1, 8 // width), width)
 
 
-def unpack_positions(index: Tensor, kept: int, pattern: Pattern) -> Tensor:
-    """Undo `pack_positions`: uint8 (d_out, kept)."""
-    width = pattern.index_bits
+def unpack(packed: Tensor, count: int, width: int) -> Tensor:
+    """Undo `pack`: uint8 (rows, count)."""
+    rows = packed.shape[0]
     if 8 % width == 0:
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=index.device)
-        fields = (index[:, :, None] >> shifts) & ((1 << width) - 1)  # (d_out, bytes, positions a byte)
-        return fields.reshape(index.shape[0], -1)[:, :kept]
-    bits = (index[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=index.device)) & 1
-    return _join(bits.reshape(index.shape[0], -1)[:, : kept * width].reshape(index.shape[0], kept, width))
+        return _split(packed, width)[:, :count]
+    bits = _split(packed, 1)[:, : count * width]
+    return _join(bits.reshape(rows, count, width), 1)
 
 
-def _join(bits: Tensor) -> Tensor:
-    """Numbers from their bits, least significant first: uint8 (..., at most 8) to uint8 (...)."""
-    weighted = bits << torch.arange(bits.shape[-1], dtype=torch.uint8, device=bits.device)
-    return weighted.sum(-1, dtype=torch.uint8)
+def _split(packed: Tensor, width: int) -> Tensor:
+    """The numbers of `width` bits, a divisor of 8, in each byte: uint8 (rows, bytes) to (rows, bytes · 8 / width)."""
+    if width == 8:
+        return packed
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+    return (packed[:, :, None] >> shifts & ((1 << width) - 1)).reshape(packed.shape[0], -1)
+
+
+def _join(numbers: Tensor, width: int) -> Tensor:
+    """Bytes from the numbers of `width` bits in them, the lowest first: uint8 (..., at most 8 / width) to uint8 (...)."""
+    shifts = width * torch.arange(numbers.shape[-1], dtype=torch.uint8, device=numbers.device)
+    return (numbers << shifts).sum(-1, dtype=torch.uint8)
+
+
+def check_padding(packed: Tensor, count: int, width: int, name: str) -> None:
+    """Raise HalfplateError, naming the tensor `name`, unless the bits after the last number of each row are 0."""
+    used = count * width % 8  # bits of the last byte of each row; 0 where they fill it
+    if used and bool((packed[:, -1] >> used).any()):
+        raise HalfplateError(f"{name} has padding bits that are not 0; the file is damaged, write it again")
 
 
 def check_positions(index: Tensor, kept: int, pattern: Pattern, name: str) -> None:
-    """Raise HalfplateError, naming the tensor `name`, unless `index` is what `pack_positions` writes.
+    """Raise HalfplateError, naming the tensor `name`, unless `index` is what `pack` makes of `kept` positions a row.
 
     Positions must be below M and rise strictly within a group, and padding bits must be 0.
     """
-    positions = unpack_positions(index, kept, pattern)
+    positions = unpack(index, kept, pattern.index_bits)
     if int(positions.max()) >= pattern.m:
         raise HalfplateError(
             f"{name} holds the position {int(positions.max())}, expected below M={pattern.m}; the file is damaged, write it again"
@@ -53,6 +73,4 @@ def check_positions(index: Tensor, kept: int, pattern: Pattern, name: str) -> No
         raise HalfplateError(
             f"{name} holds positions that do not rise within a group of {pattern}; the file is damaged, write it again"
         )
-    used = kept * pattern.index_bits % 8  # bits of the last byte of each row; 0 where they fill it
-    if used and bool((index[:, -1] >> used).any()):
-        raise HalfplateError(f"{name} has padding bits that are not 0; the file is damaged, write it again")
+    check_padding(index, kept, pattern.index_bits, name)

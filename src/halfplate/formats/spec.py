@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from halfplate.dtypes import stored_dtype
+from halfplate.dtypes import CORE_DTYPES, GRIDS, STORED, WRAPPER_DTYPES, check_dtype
 from halfplate.errors import HalfplateError
+from halfplate.formats.packing import packed_nbytes
+from halfplate.formats.rounding import GROUP
 from halfplate.pattern import Pattern
 
 TWO_OF_FOUR = Pattern(2, 4)
@@ -17,7 +19,8 @@ TWO_OF_FOUR = Pattern(2, 4)
 class WeightSpec:
     """Shape, pattern, block sizes and element types of one compressed matrix `A · S · B`.
 
-    A block size of 0 means that the wrapper is absent, 1 that it is diagonal. This is the entry of one matrix
+    A block size of 0 means that the wrapper is absent, 1 that it is diagonal. core_dtype: one of CORE_DTYPES, wrapper_dtype
+    of WRAPPER_DTYPES (halfplate.dtypes). This is the entry of one matrix
     under `quantization_config.modules` in `config.json`; `layout` derives every stored tensor from it.
     """
 
@@ -30,8 +33,8 @@ class WeightSpec:
     wrapper_dtype: str = "bf16"
 
     def __post_init__(self) -> None:
-        stored_dtype(self.core_dtype, "core_dtype")
-        stored_dtype(self.wrapper_dtype, "wrapper_dtype")
+        check_dtype(self.core_dtype, "core_dtype", CORE_DTYPES)
+        check_dtype(self.wrapper_dtype, "wrapper_dtype", WRAPPER_DTYPES)
         self.pattern.kept(self.d_in)
         for side in ("d_out", "d_in"):
             if getattr(self, side) < 1:
@@ -50,24 +53,40 @@ class WeightSpec:
 
     @property
     def format(self) -> str:
-        """`nm` for a bare sparse core, `chain` where a wrapper stands around it."""
-        return "chain" if self.out_block or self.in_block else "nm"
+        """`nm` for a bare sparse core, `dense` for a bare dense one, `chain` where a wrapper stands around it."""
+        if self.out_block or self.in_block:
+            return "chain"
+        return "dense" if self.pattern.is_dense else "nm"
 
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every stored tensor, by its name below the module (`weight`, `weight_index`, ...)."""
-        core, wrapper = stored_dtype(self.core_dtype, "core_dtype"), stored_dtype(self.wrapper_dtype, "wrapper_dtype")
-        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "weight": ((self.d_out, self.pattern.kept(self.d_in)), core),
-            "weight_index": ((self.d_out, self.pattern.index_nbytes(self.d_in)), torch.uint8),
-        }
+        layout = self._core_layout()
         for side, size, block in (("out", self.d_out, self.out_block), ("in", self.d_in, self.in_block)):
             if block == 0:
                 continue
+            dtype = STORED.get(self.wrapper_dtype, torch.int8)
             full, rest = divmod(size, block)
             if full:
-                layout[f"weight_{side}_blocks"] = ((full, block, block), wrapper)
+                layout[f"weight_{side}_blocks"] = ((full, block, block), dtype)
             if rest:
-                layout[f"weight_{side}_tail"] = ((rest, rest), wrapper)
+                layout[f"weight_{side}_tail"] = ((rest, rest), dtype)
+            if dtype == torch.int8:
+                layout[f"weight_{side}_scales"] = ((size,), torch.float16)
+        return layout
+
+    def _core_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        kept, bits = self.pattern.kept(self.d_in), GRIDS.get(self.core_dtype)
+        shape: tuple[int, ...] = (self.d_out, kept if bits is None else packed_nbytes(kept, bits))
+        # The dense layer that a stranger builds must refuse this tensor, which has the dense name, for its shape.
+        if self.pattern.is_dense:
+            shape = (1, *shape)
+        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": (shape, STORED.get(self.core_dtype, torch.uint8))
+        }
+        if not self.pattern.is_dense:
+            layout["weight_index"] = ((self.d_out, self.pattern.index_nbytes(self.d_in)), torch.uint8)
+        if bits is not None:
+            layout["weight_scales"] = ((self.d_out, -(-self.d_in // GROUP)), torch.float16)
         return layout
 
     @property
@@ -103,6 +122,6 @@ class WeightSpec:
             raise HalfplateError(f"quantization_config.modules[{name!r}]={entry!r} cannot be read: {error}") from None
         if written != spec.format:
             raise HalfplateError(
-                f"quantization_config.modules[{name!r}].format={written!r} does not fit its block sizes; expected {spec.format!r}"
+                f"quantization_config.modules[{name!r}].format={written!r} does not fit its pattern and block sizes; expected {spec.format!r}"
             )
         return spec

@@ -27,7 +27,7 @@ EXPAND_HALVES_FROM = 96
 REFUSALS = {
     1: "positions that do not rise within their group or padding that is not 0",
     2: "NaN or inf, expected finite values",
-    3: "codes outside the range of their type",
+    3: "codes outside the range of their type or scales below 0",
 }
 
 

@@ -21,6 +21,7 @@ METHODS: dict[str, str] = {
     "nowag": "halfplate.methods.nowag:NoWag",
     "sparsegpt": "halfplate.methods.sparsegpt:SparseGPT",
     "armor": "halfplate.methods.armor:Armor",
+    "rtn": "halfplate.methods.rtn:RoundToNearest",
 }
 
 

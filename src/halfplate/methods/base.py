@@ -4,10 +4,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from halfplate.dtypes import stored_dtype
 from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
 from halfplate.formats.nm_sparse import NMSparse
@@ -34,6 +32,7 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     wrapped: ClassVar[bool] = False  # whether the result has block-diagonal wrappers around its core
+    sparse: ClassVar[bool] = True  # whether the core keeps N of M values, or else all of them
     version: ClassVar[int] = 1
 
     @property
@@ -43,6 +42,14 @@ class Method(ABC):
 
     def check_spec(self, spec: WeightSpec) -> None:
         """Raise HalfplateError where this method cannot make what `spec` describes; planning asks before any work."""
+        if spec.pattern.is_dense and self.sparse:
+            raise HalfplateError(
+                f"pattern='dense' keeps every value, which method {self.name!r} does not do; use pattern 2:4, or method rtn"
+            )
+        if not (spec.pattern.is_dense or self.sparse):
+            raise HalfplateError(
+                f"pattern='{spec.pattern}' drops values, which method {self.name!r} does not do; use pattern dense, or method armor"
+            )
         if not self.wrapped and (spec.out_block or spec.in_block):
             raise HalfplateError(
                 f"block_size={max(spec.out_block, spec.in_block)} asks for wrappers, which method {self.name!r} has not; use block_size=0"
@@ -93,13 +100,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 def store(weight: Tensor, mask: Tensor, spec: WeightSpec) -> Chain:
     """Store `weight` (d_out, d_in) where `mask`, exactly N true a group, in the core dtype of `spec`, without wrappers.
 
-    Raises HalfplateError where a kept value is too large for that dtype.
+    int8 and int4 are rounded to nearest on a grid for each row and 128 columns. Raises HalfplateError where a kept value is
+    too large for that dtype.
     """
-    core = NMSparse.from_dense(weight, mask, spec.pattern, stored_dtype(spec.core_dtype, "core_dtype"))
-    if not bool(core.values.isfinite().all()):
-        largest, limit = float(weight[mask].abs().max()), torch.finfo(core.values.dtype).max
-        cure = "use bf16" if spec.core_dtype == "fp16" else "scale the weight down"
-        raise HalfplateError(
-            f"core_dtype={spec.core_dtype!r} cannot hold {largest:.3g}, expected at most {limit:.3g}; {cure}"
-        )
-    return Chain(core)
+    return Chain(spec, NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from halfplate.errors import HalfplateError
@@ -257,16 +258,44 @@ def _wants_growing_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, An
         and (setting("num_return_sequences") or 1) == 1
         and all(
             setting(name) is None
-            for name in ("past_key_values", "cache_implementation", "assistant_model", "custom_generate", "prompt_lookup_num_tokens")
+            for name in (
+                "past_key_values",
+                "cache_implementation",
+                "assistant_model",
+                "custom_generate",
+                "prompt_lookup_num_tokens",
+            )
         )
     )
 
 
+class _Told(BaseStreamer):
+    """Passes on what `generate` puts, but for the prompt, which it puts first."""
+
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self._on_token, self._prompt = on_token, True
+
+    def put(self, value: Tensor) -> None:
+        for token in [] if self._prompt else value.flatten().tolist():
+            self._on_token(token)
+        self._prompt = False
+
+    def end(self) -> None:
+        pass
+
+
 @torch.no_grad()
-def greedy(model: Any, ids: Tensor, new_tokens: int, stop_ids: Collection[int] = ()) -> Tensor:
+def greedy(
+    model: Any,
+    ids: Tensor,
+    new_tokens: int,
+    stop_ids: Collection[int] = (),
+    on_token: Callable[[int], None] | None = None,
+) -> Tensor:
     """Continue `ids`, int64 (1, L), with the most likely tokens: (1, at most L + new_tokens), less where one of `stop_ids` comes.
 
-    Natively where the model is installed, else by transformers' `generate`. Raises HalfplateError for a batch.
+    Natively where the model is installed, else by transformers' `generate`. on_token: called with each new token as soon as it
+    is known. Raises HalfplateError for a batch.
     """
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise HalfplateError(f"ids has shape {tuple(ids.shape)}, expected one sequence of at least one token: (1, L)")
@@ -275,12 +304,19 @@ def greedy(model: Any, ids: Tensor, new_tokens: int, stop_ids: Collection[int] =
     if not isinstance(model, NativeDecoding) or getattr(model, "dtype", None) != torch.float32:
         ends = {"eos_token_id": sorted(stop_ids)} if stop_ids else {"min_new_tokens": new_tokens}
         settings = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0, **ends}
+        if on_token is not None:
+            settings["streamer"] = _Told(on_token)
         continued: Tensor = model.generate(ids, max_new_tokens=new_tokens, **settings)
         return continued
     cache = GrowingCache(model.config.num_hidden_layers)  # type: ignore[attr-defined]
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]  # type: ignore[operator]
-    tokens = [int(logits.argmax())]
     decoder = model.native_decoder
-    while len(tokens) < new_tokens and tokens[-1] not in stop_ids:
-        tokens.append(int(decoder.step(tokens[-1], cache).argmax()))
+    tokens: list[int] = []
+    while True:
+        tokens.append(int(logits.argmax()))
+        if on_token is not None:
+            on_token(tokens[-1])
+        if len(tokens) == new_tokens or tokens[-1] in stop_ids:
+            break
+        logits = decoder.step(tokens[-1], cache)
     return torch.cat([ids, torch.tensor([tokens], dtype=ids.dtype)], dim=1)

@@ -22,7 +22,9 @@ class PackedLinear(nn.Module):
 
     packed: Tensor
 
-    def __init__(self, spec: WeightSpec, packed: Tensor, bias_dtype: torch.dtype | None, dense_dtype: torch.dtype | None):
+    def __init__(
+        self, spec: WeightSpec, packed: Tensor, bias_dtype: torch.dtype | None, dense_dtype: torch.dtype | None
+    ):
         super().__init__()
         self.spec = spec
         self.out_features, self.in_features = spec.d_out, spec.d_in

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from halfplate.errors import HalfplateError
-from halfplate.formats import CompressedLinear
+from halfplate.formats import CompressedLinear, check_stored
 from halfplate.kernels import native
 from halfplate.kernels.linear import ACTIVATIONS, unsupported
 from halfplate.runtime import decoder, semi_structured
@@ -43,27 +43,48 @@ class Acceleration:
         return "\n".join([*lines, f"decoding: {self.decoder}"])
 
 
-@torch.no_grad()
-def accelerate(model: Any, activations: str = "float", head_dtype: str | None = None) -> Acceleration:
-    """Replace the linears of a transformers model, compressed or dense, by the fastest that this machine has, in place.
-
-    activations: `float`, or `int8` (a scale a token and 128 inputs) where cores are int8 or int4. head_dtype: how the output
-    layer is stored for the runtime, `fp32`, `bf16` or `int8`; None takes bf16 where that is exact, else fp32. On CUDA, 2:4
-    cores go through torch's semi-structured products. What no kernel runs keeps its torch path, and the result says why.
-    Raises HalfplateError for an unknown option and for a damaged matrix.
-    """
+def check_options(activations: str, head_dtype: str | None) -> None:
+    """Raise HalfplateError for values that `accelerate` does not know."""
     if activations not in ACTIVATIONS:
         raise HalfplateError(f"activations={activations!r} is not one of {', '.join(ACTIVATIONS)}")
     if head_dtype is not None and head_dtype not in HEAD_DTYPES:
         raise HalfplateError(f"head_dtype={head_dtype!r} is not one of {', '.join(HEAD_DTYPES)}")
+
+
+@torch.no_grad()
+def accelerate(
+    model: Any, activations: str = "float", head_dtype: str | None = None, dense_dtype: str | None = None
+) -> Acceleration:
+    """Replace the linears of a transformers model, compressed or dense, by the fastest that this machine has, in place.
+
+    activations: `float`, or `int8` (a scale a token and 128 inputs) where cores are int8 or int4. head_dtype: how the output
+    layer is stored for the runtime, `fp32`, `bf16` or `int8`; None takes bf16 where that is exact, else fp32. dense_dtype: the
+    same for linears that are not compressed. On CUDA, 2:4 cores go through torch's semi-structured products. What no kernel
+    runs keeps its torch path, and the result says why. Raises HalfplateError for an unknown option and a damaged matrix.
+    """
+    check_options(activations, head_dtype)
+    check_options(activations, dense_dtype)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     paths = []
     for name, module in list(model.named_modules()):
         if module is head and type(module) is nn.Linear:
             paths.append(_replace_head(model, name, module, head_dtype, activations))
         elif isinstance(module, CompressedLinear) or type(module) is nn.Linear:
-            paths.append(_replace(model, name, module, activations))
+            paths.append(_replace(model, name, module, activations, dense_dtype))
     return Acceleration(tuple(paths), decoder.install(model))
+
+
+def explain(model: Any) -> Acceleration:
+    """Which path each linear of a loaded model takes, and what decodes."""
+    kinds = (PackedLinear, CompressedLinear, nn.Linear)
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    paths = tuple(
+        LinearPath(name, _spoken(module))
+        if isinstance(module, PackedLinear)
+        else LinearPath(name, "torch", _why(module))
+        for name, module in linears
+    )
+    return Acceleration(paths, decoder.why_not(model) or "native")
 
 
 def restore(model: Any) -> None:
@@ -76,7 +97,14 @@ def restore(model: Any) -> None:
         model.tie_weights()
 
 
-def _replace(model: nn.Module, name: str, module: CompressedLinear | nn.Linear, activations: str) -> LinearPath:
+def _why(module: nn.Module) -> str | None:
+    """What keeps a linear of torch from the kernels, if anything does."""
+    return unsupported(module.spec) if isinstance(module, CompressedLinear) else _native_reason()
+
+
+def _replace(
+    model: nn.Module, name: str, module: CompressedLinear | nn.Linear, activations: str, dense_dtype: str | None
+) -> LinearPath:
     device = module.weight.device.type
     if device == "cuda" and isinstance(module, CompressedLinear):
         prepared = semi_structured.prepare(module)
@@ -86,16 +114,18 @@ def _replace(model: nn.Module, name: str, module: CompressedLinear | nn.Linear, 
         return LinearPath(name, "semi-structured products of torch")
     if device != "cpu":
         return LinearPath(name, "torch", f"on device {device}")
-    reason = unsupported(module.spec) if isinstance(module, CompressedLinear) else _native_reason()
+    reason = _why(module)
     if reason is not None:
         return LinearPath(name, "torch", reason)
     try:
         packed = (
             PackedLinear.of_compressed(module, activations)
             if isinstance(module, CompressedLinear)
-            else PackedLinear.of_dense(module)
+            else PackedLinear.of_dense(module, dense_dtype, activations)
         )
     except HalfplateError as refusal:
+        if isinstance(module, CompressedLinear):
+            check_stored(module.spec, module.stored(), name)  # says exactly what the packer only noticed
         raise HalfplateError(f"{name}: {refusal}") from None
     model.set_submodule(name, packed.train(module.training))
     return LinearPath(name, _spoken(packed))

@@ -263,6 +263,7 @@ int32_t band_scales(const Packed &p, const Stored &stored, uint16_t *band, int64
             else {
                 packed = file;
                 if (!finite(FP16, file)) refusal = NOT_FINITE;
+                else if (file > 0x8000) refusal = CODES;
             }
         }
     return refusal;
@@ -364,6 +365,7 @@ int32_t wrapper_scales(float *packed, void *stored, int64_t size) {
         else {
             packed[i] = widen_half(halves[i]);
             if (!finite(FP16, halves[i])) refusal = NOT_FINITE;
+            else if (halves[i] > 0x8000) refusal = CODES;
         }
     }
     return refusal;

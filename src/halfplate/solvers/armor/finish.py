@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halfplate.dtypes import stored_dtype
-from halfplate.errors import HalfplateError
 from halfplate.formats.block_diagonal import BlockDiagonal
 from halfplate.formats.chain import Chain
 from halfplate.formats.nm_sparse import NMSparse
@@ -31,31 +29,24 @@ def finish(
     out_blocks, core, in_blocks = _balance(factors.out_blocks * rows, factors.core, factors.in_blocks * columns)
 
     stored = core[: spec.d_out, : spec.d_in] * scale
-    stored_core = NMSparse.from_dense(
-        stored, keep_largest(stored.abs(), spec.pattern), spec.pattern, stored_dtype(spec.core_dtype, "core_dtype")
-    )
-    _check_range(stored_core.values, stored, "core_dtype", spec.core_dtype)
+    mask = keep_largest(stored.abs(), spec.pattern)
+    stored_core = NMSparse.from_dense(stored, mask, spec.pattern, spec.core_dtype)
     padding = (0, core.shape[1] - spec.d_in, 0, core.shape[0] - spec.d_out)
     rounded = Factors(
         out_blocks / rows, functional.pad(stored_core.dense() / scale, padding).contiguous(), in_blocks / columns
     )
 
-    wrapper_dtype = stored_dtype(spec.wrapper_dtype, "wrapper_dtype")
+    in_wrapper = out_wrapper = None
     if spec.in_block:
         moments = stages.input_moments(problem, rounded)
         in_blocks = update_in_blocks(rounded.in_blocks, moments, problem.in_wrapper) * columns
-        _check_range(in_blocks.to(wrapper_dtype), in_blocks, "wrapper_dtype", spec.wrapper_dtype)
-        in_blocks = in_blocks.to(wrapper_dtype).to(torch.float32)
-        rounded.in_blocks = in_blocks / columns
+        in_wrapper = _wrapper(in_blocks, spec.d_in, spec.in_block, spec.wrapper_dtype)
+        rounded.in_blocks = _padded(in_wrapper, problem.col_tile) / columns
     if spec.out_block:
         moments = stages.output_moments(problem, rounded)
         out_blocks = update_out_blocks(rounded.out_blocks, moments, problem.out_wrapper) * rows
-        _check_range(out_blocks.to(wrapper_dtype), out_blocks, "wrapper_dtype", spec.wrapper_dtype)
-    return Chain(
-        stored_core,
-        _wrapper(out_blocks, spec.d_out, spec.out_block, wrapper_dtype),
-        _wrapper(in_blocks, spec.d_in, spec.in_block, wrapper_dtype),
-    )
+        out_wrapper = _wrapper(out_blocks, spec.d_out, spec.out_block, spec.wrapper_dtype)
+    return Chain(spec, stored_core, out_wrapper, in_wrapper)
 
 
 def _tiled(scale: Tensor, tiles: int, size: int) -> Tensor:
@@ -75,17 +66,20 @@ def _balance(out_blocks: Tensor, core: Tensor, in_blocks: Tensor) -> tuple[Tenso
     return out_blocks / out_norms[:, None, :], scaled, in_blocks / in_norms[:, :, None]
 
 
-def _wrapper(blocks: Tensor, size: int, block: int, dtype: torch.dtype) -> BlockDiagonal | None:
-    if block == 0:
-        return None
+def _wrapper(blocks: Tensor, size: int, block: int, wrapper_dtype: str) -> BlockDiagonal:
     if block == 1:  # solved in larger tiles, of which only the diagonal is not 0
         blocks = blocks.diagonal(dim1=1, dim2=2).reshape(-1, 1, 1)
-    return BlockDiagonal.from_padded(blocks, size, block, dtype)
+    return BlockDiagonal.from_padded(blocks, size, block, wrapper_dtype)
 
 
-def _check_range(rounded: Tensor, exact: Tensor, argument: str, name: str) -> None:
-    if not bool(rounded.isfinite().all()):
-        limit = torch.finfo(rounded.dtype).max
-        raise HalfplateError(
-            f"{argument}={name!r} cannot hold {float(exact.abs().max()):.3g}, expected at most {limit:.3g}; use bf16"
-        )
+def _padded(wrapper: BlockDiagonal, tile: int) -> Tensor:
+    """The numbers that a stored wrapper stands for, fp32, in the tiles (tiles, tile, tile) that it was solved in."""
+    blocks, tail = wrapper.floats(torch.float32)
+    if blocks is not None and blocks.shape[1] == 1:
+        diagonal = functional.pad(blocks.reshape(-1), (0, -wrapper.size % tile))
+        return torch.diag_embed(diagonal.reshape(-1, tile))
+    parts = [] if blocks is None else [blocks]
+    if tail is not None:
+        padding = tile - tail.shape[0]
+        parts.append(functional.pad(tail, (0, padding, 0, padding))[None])
+    return torch.cat(parts)

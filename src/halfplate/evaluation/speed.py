@@ -1,0 +1,207 @@
+"""Measuring speed on a machine that others use too: alternating rounds, medians, paired ratios, bytes and bandwidth."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from halfplate.models.linears import find_blocks
+
+Result = TypeVar("Result")
+Clock = Callable[[], float]
+# Continues ids (1, L) by a number of tokens, greedily and whatever they are, and calls the function once, as soon as the
+# first of them is known.
+Contender = Callable[[Tensor, int, Callable[[], None]], None]
+
+# Larger than any cache of last level, so that a pass over it comes from memory.
+PROBE_BYTES = 256 * 2**20
+PROBE_PASSES = 3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second of reading a prompt and of writing after it."""
+
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Resident bytes of a model's weights.
+
+    total: every parameter and buffer once. linears: those of the decoder blocks without norms. a_token: what one decoded
+    token reads, which is all but an embedding table that is not also the head.
+    """
+
+    total: int
+    linears: int
+    a_token: int
+
+
+def time_generation(contender: Contender, ids: Tensor, new_tokens: int, clock: Clock = time.perf_counter) -> Speed:
+    """Time one continuation of ids (1, L) by `new_tokens`, at least 2.
+
+    The first new token belongs to the prefill, which reads L tokens; decoding writes the others.
+    """
+    known: list[float] = []
+    start = clock()
+    contender(ids, new_tokens, lambda: known.append(clock()))
+    end = clock()
+    (first,) = known
+    return Speed(ids.shape[1] / (first - start), (new_tokens - 1) / (end - first))
+
+
+def alternate(
+    tasks: Mapping[str, Callable[[], Result]],
+    rounds: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, list[Result]]:
+    """Run every task once a round, so that all see the same machine; each round starts with another of them.
+
+    Returns the results of each task in the order of the rounds. progress: called with the runs done and in all.
+    """
+    names = list(tasks)
+    results: dict[str, list[Result]] = {name: [] for name in names}
+    done = 0
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            results[name].append(tasks[name]())
+            done += 1
+            if progress is not None:
+                progress(done, rounds * len(names))
+    return results
+
+
+def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over rounds of the ratio within a round: what disturbs a whole round cancels."""
+    return median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def random_prompt(vocabulary: int, tokens: int, seed: int = 0) -> Tensor:
+    """Token ids int64 (1, tokens): speed does not depend on what they say."""
+    return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def weight_bytes(model: nn.Module) -> WeightBytes:
+    """Bytes of the weights of `model`, a decoder-only model of transformers, as they lie in memory now."""
+    _, blocks = find_blocks(model)
+    norms = {
+        id(tensor) for module in blocks.modules() if "Norm" in type(module).__name__ for tensor in _tensors(module)
+    }
+    linears = _storages([tensor for tensor in _tensors(blocks) if id(tensor) not in norms])
+    everything = _storages(_tensors(model))
+    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+    elsewhere = _storages([t for module in _leaves(model) if module is not embedding for t in _tensors(module)])
+    # A table of its own is read one row a token; one that is shared is the head's, which is read whole.
+    row = embedding.weight.shape[-1] * embedding.weight.element_size()
+    idle = {place: size for place, size in _storages(_tensors(embedding)).items() if place not in elsewhere}
+    a_token = sum(everything.values()) - sum(idle.values()) + (row if idle else 0)
+    return WeightBytes(sum(everything.values()), sum(linears.values()), a_token)
+
+
+def _leaves(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if not list(module.children())]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _storages(tensors: Sequence[Tensor]) -> dict[int, int]:
+    """Bytes by address, each storage once: tied and sliced tensors share theirs."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def read_probe(threads: int) -> Callable[[], float]:
+    """A function that measures how fast the machine reads memory now: bytes a second, median of a few passes.
+
+    It holds `PROBE_BYTES`. Reads with the native kernels where there are any, else with the sum of torch.
+    """
+    from halfplate.kernels import native
+
+    data = torch.zeros(PROBE_BYTES // 4)
+    library = native.library() if native.available() else None
+
+    def read() -> None:
+        if library is None:
+            data.sum()
+        else:
+            library.halfplate_read(data.data_ptr(), data.numel(), threads)
+
+    def measure() -> float:
+        seconds = []
+        for _ in range(PROBE_PASSES):
+            start = time.perf_counter()
+            read()
+            seconds.append(time.perf_counter() - start)
+        return PROBE_BYTES / median(seconds)
+
+    return measure
+
+
+class PeakMemory:
+    """The largest resident size of the process while something is loaded and run, less what others hold.
+
+    Linux only: elsewhere `take` returns None.
+    """
+
+    def __init__(self) -> None:
+        self._baseline = self._before = _memory("VmRSS")
+
+    def start(self) -> None:
+        """Forget the peak so far; what is resident now counts as held by others."""
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self._baseline = None
+        self._before = _memory("VmRSS")
+
+    def take(self) -> int | None:
+        """Peak bytes since `start`, as if the process had held nothing else but what it held when this was made."""
+        peak = _memory("VmHWM")
+        if peak is None or self._baseline is None or self._before is None:
+            return None
+        return peak - self._before + self._baseline
+
+
+def _memory(field: str) -> int | None:
+    """Bytes that the kernel tells of this process under `field`."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    lines = (line.split() for line in status.read_text().splitlines())
+    return next((int(words[1]) * 1024 for words in lines if words and words[0] == f"{field}:"), None)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """Processes that ran or waited in the last minute, None where the system does not count them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def machine() -> str:
+    """Processor, instruction set, cores, threads, torch and load, for the line beside a table."""
+    info = Path("/proc/cpuinfo")
+    lines = [line.partition(":") for line in info.read_text(errors="replace").splitlines()] if info.is_file() else []
+    fields = {key.strip(): value.strip() for key, _, value in reversed(lines)}
+    name = fields.get("model name", platform.processor() or platform.machine())
+    load = load_average()
+    busy = "unknown" if load is None else f"{load:.1f}"
+    return (
+        f"{name} ({torch.backends.cpu.get_cpu_capability()}), {cores()} cores, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, load {busy}"
+    )

@@ -1,0 +1,100 @@
+"""Rounding values to the types they are stored in: floating-point numbers, and numbers on a grid.
+
+A number on a grid is q · scale. Cores share one fp16 scale in each row and GROUP input columns; wrappers one in each row.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halfplate.dtypes import stored_dtype
+from halfplate.errors import HalfplateError
+
+GROUP = 128  # columns that share a scale
+SHRINKS = [1 - 0.4 * step / 15 for step in range(16)]  # of the scale that clips nothing
+CHUNK = 1 << 17  # values rounded at once: all passes over them stay in the cache
+
+
+def grid_range(bits: int) -> tuple[int, int]:
+    """Least and greatest q of a code of `bits`; eight bits leave out -128, so that |q| fits seven."""
+    return (-127 if bits == 8 else -(1 << bits - 1)), (1 << bits - 1) - 1
+
+
+def round_to_float(values: Tensor, name: str, argument: str) -> Tensor:
+    """`values` in the type called `name`; raises HalfplateError naming `argument` where one is too large for it."""
+    rounded = values.to(stored_dtype(name, argument))
+    if not bool(rounded.isfinite().all()):
+        raise _too_large(values, torch.finfo(rounded.dtype).max, name, argument)
+    return rounded
+
+
+def round_to_grid(values: Tensor, bits: int, width: int, name: str) -> tuple[Tensor, Tensor]:
+    """Round to nearest, every `width` consecutive values of a row on a grid of their own.
+
+    values: (rows, count). Returns q, int8 (rows, count), and fp16 scales (rows, ceil(count / width)). Of the scale that
+    clips nothing and its `SHRINKS` that of least squared error is taken, as rounded to fp16. Groups of zeros have scale 0.
+    Raises HalfplateError where fp16 cannot hold a scale; `name` is the core_dtype that it blames.
+    """
+    rows, count = values.shape
+    groups = -(-count // width)
+    least, greatest = grid_range(bits)
+    integers = torch.empty(rows, count, dtype=torch.int8, device=values.device)
+    scales = torch.empty(rows, groups, dtype=torch.float16, device=values.device)
+    step = max(CHUNK // (groups * width), 1)
+    for start in range(0, rows, step):
+        chunk = functional.pad(values[start : start + step].detach().float(), (0, groups * width - count))
+        chunk = chunk.reshape(-1, groups, width)
+        scale = _best_scale(chunk, least, greatest)
+        if not bool(scale.isfinite().all()):
+            raise _too_large(values, greatest * torch.finfo(torch.float16).max, name, "core_dtype")
+        scales[start : start + step] = scale
+        nearest = _nearest(chunk, scale, least, greatest)
+        integers[start : start + step] = nearest.reshape(-1, groups * width)[:, :count].to(torch.int8)
+    return integers, scales
+
+
+def round_rows(matrix: Tensor, argument: str = "wrapper_dtype") -> tuple[Tensor, Tensor]:
+    """Round each row (last dimension) to int8 in -127..127 and an fp16 scale (...), rounded up so that nothing clips.
+
+    Raises HalfplateError naming `argument` where fp16 cannot hold a scale.
+    """
+    least, greatest = grid_range(8)
+    matrix = matrix.detach().float()
+    scale = _half_above(matrix.abs().amax(-1) / greatest)
+    if not bool(scale.isfinite().all()):
+        raise _too_large(matrix, greatest * torch.finfo(torch.float16).max, "int8", argument)
+    return _nearest(matrix, scale, least, greatest).to(torch.int8), scale
+
+
+def _best_scale(values: Tensor, least: int, greatest: int) -> Tensor:
+    """The fp16 scale of least squared error for each group of `values`, fp32 (rows, groups, width); inf where none fits."""
+    unclipped = values.abs().amax(-1) / greatest
+    best, best_error = _half_above(unclipped), torch.full_like(unclipped, torch.inf)
+    if not bool(best.isfinite().all()):
+        return best
+    for shrink in SHRINKS:
+        scale = _half_above(unclipped * shrink)
+        error = _nearest(values, scale, least, greatest).mul_(scale.float()[..., None]).sub_(values).square_().sum(-1)
+        better = error < best_error
+        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+    return best
+
+
+def _nearest(values: Tensor, scale: Tensor, least: int, greatest: int) -> Tensor:
+    """The q of each value, fp32, for one scale a group."""
+    inverse = torch.where(scale > 0, scale.float().reciprocal(), 0.0)
+    return (values * inverse[..., None]).round_().clamp_(least, greatest)
+
+
+def _half_above(values: Tensor) -> Tensor:
+    """The least fp16 number that is not below each of `values`, fp32, 0 or more."""
+    half = values.to(torch.float16)
+    # Of fp16 numbers that are not negative, the next larger one has the next larger bits.
+    above = (half.view(torch.int16) + 1).view(torch.float16)
+    return torch.where(half.float() < values, above, half)
+
+
+def _too_large(values: Tensor, limit: float, name: str, argument: str) -> HalfplateError:
+    largest = float(values.abs().max())
+    cure = "scale the weight down" if name in ("fp32", "bf16") else "use bf16"
+    return HalfplateError(f"{argument}={name!r} cannot hold {largest:.3g}, expected at most {limit:.3g}; {cure}")

@@ -1,0 +1,36 @@
+"""Round to nearest, without pruning."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from halfplate.dtypes import GRIDS
+from halfplate.errors import HalfplateError
+from halfplate.formats.chain import Chain
+from halfplate.formats.spec import WeightSpec
+from halfplate.methods.base import Method, Solution, check_inputs
+from halfplate.statistics import InputStatistics, Statistic
+
+
+@dataclass(frozen=True)
+class RoundToNearest(Method):
+    """Keep every weight, rounded to the grid of its row and 128 columns: the plain quantisation to compare with."""
+
+    name = "rtn"
+    summary = "every weight rounded to int8 or int4, none dropped; needs no calibration"
+    sparse = False
+
+    def check_spec(self, spec: WeightSpec) -> None:
+        super().check_spec(spec)
+        if spec.core_dtype not in GRIDS:
+            raise HalfplateError(
+                f"core_dtype={spec.core_dtype!r} is no grid to round to, which is all that method 'rtn' does; use {' or '.join(GRIDS)}"
+            )
+
+    @property
+    def requires(self) -> Statistic:
+        return Statistic.NONE
+
+    def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
+        check_inputs(self, weight, statistics, spec)
+        return Solution(Chain.of_dense(weight, spec.core_dtype))

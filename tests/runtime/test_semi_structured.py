@@ -1,0 +1,142 @@
+"""The CUDA path as far as a machine without a GPU can run it: packing, wrappers, refusals.
+
+torch multiplies semi-structured tensors on CUDA alone, but its conversions for CUTLASS are plain torch.
+"""
+
+import pytest
+import torch
+
+from halfplate.errors import HalfplateError
+from halfplate.formats import CompressedLinear, WeightSpec
+from halfplate.pattern import Pattern
+from halfplate.runtime import semi_structured
+from halfplate.runtime.semi_structured import SemiStructuredLinear, prepare, unsupported
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def conversions():
+    """torch's own packing, which is a private module and may go."""
+    return pytest.importorskip("torch.sparse._semi_structured_conversions")
+
+
+def random_linear(spec, bias=False, seed=0):
+    """A compressed linear of random values, positions and blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, (shape, dtype) in spec.layout().items():
+        if name == "weight_index":
+            # Two positions of two bits each to a nibble: six pairs rise.
+            pairs = torch.tensor([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], dtype=torch.uint8)
+            low, high = (pairs[torch.randint(6, shape, generator=generator)] for _ in range(2))
+            tensors[name] = low | high << 4
+        elif dtype == torch.uint8:
+            tensors[name] = torch.randint(1, 255, shape, generator=generator).to(dtype)
+        elif dtype == torch.int8:
+            tensors[name] = torch.randint(-127, 128, shape, generator=generator).to(dtype)
+        elif name.endswith("_scales"):
+            tensors[name] = (0.01 + 0.01 * torch.rand(shape, generator=generator)).to(dtype)
+        else:
+            tensors[name] = torch.randn(shape, generator=generator).to(dtype)
+    module = CompressedLinear(spec, bias, device="meta", bias_dtype=torch.float32 if bias else None)
+    if bias:
+        tensors["bias"] = torch.randn(spec.d_out, generator=generator)
+    module.load_state_dict(tensors, assign=True)
+    return module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("core_dtype", ["fp16", "bf16"])
+def test_packing_for_cutlass_loses_nothing(core_dtype):
+    conversion = conversions()
+    core = random_linear(WeightSpec(64, 128, Pattern(2, 4), core_dtype)).matrix.core
+    dense = core.dense(DTYPES[core_dtype])
+    values, meta = conversion.sparse_semi_structured_from_dense_cutlass(dense)
+    assert values.shape == (64, 64)
+    assert torch.equal(conversion.sparse_semi_structured_to_dense_cutlass(values, meta), dense)
+    # What CUTLASS keeps is what the checkpoint keeps: no value was drawn as zero.
+    assert bool((dense != 0).sum() == core.values.numel())
+    assert torch.equal(values, core.values)
+
+
+def test_packing_of_int8_codes_loses_nothing():
+    conversion = conversions()
+    core = random_linear(WeightSpec(64, 128, Pattern(2, 4), "bf16")).matrix.core
+    codes = torch.where(core.mask(), torch.randint(1, 128, core.shape), 0).to(torch.int8)
+    values, meta = conversion.sparse_semi_structured_from_dense_cutlass(codes)
+    assert torch.equal(conversion.sparse_semi_structured_to_dense_cutlass(values, meta), codes)
+
+
+def test_packing_keeps_stored_zeros_out_of_the_way():
+    conversion = conversions()
+    core = random_linear(WeightSpec(32, 64, Pattern(2, 4), "bf16")).matrix.core
+    core.stored[:, ::3] = 0
+    dense = core.dense(torch.bfloat16)
+    values, meta = conversion.sparse_semi_structured_from_dense_cutlass(dense)
+    assert torch.equal(conversion.sparse_semi_structured_to_dense_cutlass(values, meta), dense)
+
+
+@pytest.mark.parametrize(("out_block", "in_block"), [(0, 0), (16, 16), (24, 32), (0, 16), (1, 1), (128, 128)])
+@pytest.mark.parametrize(
+    ("bias", "core_dtype", "wrapper_dtype"),
+    [(False, "bf16", "bf16"), (True, "fp16", "bf16"), (True, "int8", "bf16"), (False, "int4", "int8")],
+)
+def test_module_multiplies_as_the_format_does(out_block, in_block, bias, core_dtype, wrapper_dtype):
+    module = random_linear(WeightSpec(64, 96, Pattern(2, 4), core_dtype, out_block, in_block, wrapper_dtype), bias)
+    # Without a GPU the packed core is the dense matrix itself; wrappers, bias and casts are those of the GPU.
+    prepared = SemiStructuredLinear(module, torch.bfloat16, pack=lambda dense: dense)
+    x = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(1))
+    expected = module.matrix.dense(torch.float64)
+    expected = x.double() @ expected.T + (module.bias.double() if bias else 0)
+    found = prepared(x)
+    assert found.dtype == torch.float32
+    assert float((found - expected).norm() / expected.norm()) < 0.01  # three products in bf16
+    assert prepared(x[:, :0]).shape == (3, 0, 64)
+    assert prepared(x.half()).dtype == torch.float16
+
+
+def test_module_packs_a_contiguous_2_4_matrix_of_its_type():
+    seen = []
+    module = random_linear(WeightSpec(32, 64, Pattern(2, 4), "fp16", 8, 8))
+    SemiStructuredLinear(module, torch.float16, pack=lambda dense: seen.append(dense) or dense)
+    (dense,) = seen
+    assert dense.is_contiguous()
+    assert dense.dtype == torch.float16
+    assert int((dense.view(32, 16, 4) != 0).sum(-1).max()) <= 2
+
+
+def test_a_prepared_module_is_not_saved():
+    prepared = SemiStructuredLinear(random_linear(WeightSpec(32, 64)), torch.bfloat16, pack=lambda dense: dense)
+    with pytest.raises(HalfplateError, match="kernels=False"):
+        prepared.state_dict()
+    assert "out_features=32" in repr(prepared)
+
+
+def test_reasons_to_stay():
+    assert prepare(random_linear(WeightSpec(32, 64))) == "semi-structured products need a CUDA device, not cpu"
+    assert "pattern 2:4, not 4:8" in unsupported(WeightSpec(32, 64, Pattern(4, 8)))
+    assert "fp32" in unsupported(WeightSpec(32, 64, core_dtype="fp32"))
+    assert unsupported(WeightSpec(32, 64, core_dtype="fp16")) is None
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A device that passes for a GPU, so that the choice of backend can be followed."""
+    monkeypatch.setattr(semi_structured, "_unsupported_device", lambda device: None)
+
+
+def test_backends_are_tried_in_turn(pretended_gpu, monkeypatch):
+    def refuse(dense):
+        raise RuntimeError("no cuSPARSELt\nin this build")
+
+    module = random_linear(WeightSpec(32, 64))
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", refuse)
+    monkeypatch.setattr(semi_structured, "_cutlass", lambda dense: dense)
+    prepared = prepare(module)
+    assert isinstance(prepared, SemiStructuredLinear)
+    assert prepared.dtype == torch.bfloat16
+    monkeypatch.setattr(semi_structured, "_cutlass", refuse)
+    assert prepare(module).count("no cuSPARSELt") == 2
+
+
+def test_torch_itself_refuses_the_processor(pretended_gpu):
+    assert "Only CUDA tensors" in prepare(random_linear(WeightSpec(32, 64)))
