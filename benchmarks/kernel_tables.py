@@ -103,11 +103,15 @@ def armor(results: Results, shape: Shape, threads: int, sizes: tuple[int, int] =
         if name.startswith("torch"):
             continue
         core = name if name.startswith("2:4") else f"2:4 {name.split()[2].rstrip(',')}"
-        rows.append(
-            [name, f"{one['nbytes'][name] / one['nbytes'][core]:.2f}", f"{1e3 * median(one['seconds'][name]):.3f}"]
-            + [f"{1 / times(one, name, core):.2f}", f"{times(one, name, faster_torch(one)):.2f}"]
-            + [f"{times(many, name, 'torch fp32'):.2f}", f"{1 / times(many, name, core):.2f}"]
-        )
+        cells = [
+            one["nbytes"][name] / one["nbytes"][core],
+            1e3 * median(one["seconds"][name]),
+            1 / times(one, name, core),
+            times(one, name, faster_torch(one)),
+            times(many, name, "torch fp32"),
+            1 / times(many, name, core),
+        ]
+        rows.append([name, *(f"{cell:.3f}" if index == 1 else f"{cell:.2f}" for index, cell in enumerate(cells))])
     header = ["linear", "bytes over core", "ms, one token", "time over core", f"× torch ({faster_torch(one)[6:]})"]
     header += [f"batch {sizes[1]}: × torch fp32", f"batch {sizes[1]}: time over core"]
     return f"{threads} thread{'s' * (threads > 1)}\n\n" + table(header, rows)

@@ -14,7 +14,7 @@ import os
 os.environ.setdefault(
     "GOMP_SPINCOUNT", "10000"
 )  # read when torch is imported; the command line of halfplate does the same
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")
+
 
 import argparse
 import ctypes
@@ -30,6 +30,7 @@ import peers
 import torch
 from common import CACHE, machine, write_section
 from peers import Graph, loop
+from random_weights import random_tensors
 from torch import Tensor
 
 from halfplate.evaluation.speed import alternate, read_probe
@@ -80,26 +81,6 @@ def our_contender(
         return _native_loop(packed, spec, activations)
 
     return Contender(first.numel(), make)
-
-
-def random_tensors(spec: WeightSpec) -> dict[str, Tensor]:
-    """What a compressed matrix of `spec` stores, at random."""
-    tensors = {}
-    pairs = torch.tensor([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], dtype=torch.uint8)
-    for name, (shape, dtype) in spec.layout().items():
-        if name == "weight_index":
-            low, high = (pairs[torch.randint(6, shape)] for _ in range(2))
-            tensors[name] = low | high << 4
-        elif name.endswith("_scales"):
-            tensors[name] = (0.005 + 0.005 * torch.rand(shape)).to(dtype)
-        elif dtype.is_floating_point:
-            tensors[name] = (torch.randn(shape) / 16).to(dtype)
-        elif spec.core_dtype == "int4" and name == "weight":
-            low, high = (torch.randint(1, 16, shape) for _ in range(2))
-            tensors[name] = (low | high << 4).to(dtype)
-        else:
-            tensors[name] = torch.randint(1, 128, shape).to(dtype)
-    return tensors
 
 
 def _copy(packed: Tensor) -> Tensor:

@@ -227,3 +227,45 @@ def loop(multiply: Callable[[Any, Any], Any], weights: list[Any], d_in: int, dty
         return run
 
     return for_batch
+
+
+class LlamaCpp:
+    """A GGUF model in llama.cpp, on the processor alone, decoding greedily without its sampler."""
+
+    def __init__(self, path: Path, threads: int, context: int = 512) -> None:
+        import llama_cpp
+
+        self._lib = llama_cpp
+        _ggml()  # before llama.cpp speaks
+        llama_cpp.llama_backend_init()
+        settings = llama_cpp.llama_model_default_params()
+        settings.n_gpu_layers = 0
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
+        if not self._model:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = options.n_batch = context
+        options.n_threads = options.n_threads_batch = threads
+        self._context = llama_cpp.llama_init_from_model(self._model, options)
+        self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self.nbytes = int(llama_cpp.llama_model_size(self._model))
+
+    def __call__(self, ids: Any, new_tokens: int, first: Callable[[], None]) -> None:
+        lib = self._lib
+        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+        token = self._decode(ids[0].tolist())
+        first()
+        for _ in range(new_tokens - 1):
+            token = self._decode([token])
+
+    def _decode(self, tokens: list[int]) -> int:
+        """The most likely token after `tokens`."""
+        array = (ctypes.c_int32 * len(tokens))(*tokens)
+        if self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(array, len(tokens))):
+            raise RuntimeError("llama.cpp failed to decode")
+        logits = self._lib.llama_get_logits_ith(self._context, -1)
+        return int(np.ctypeslib.as_array(logits, shape=(self._vocabulary,)).argmax())
+
+    def close(self) -> None:
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-VERBS = ["plan", "compress", "eval", "generate", "inspect", "export", "recipe", "methods", "doctor"]
+VERBS = ["plan", "compress", "eval", "bench", "generate", "inspect", "export", "recipe", "methods", "doctor"]
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -73,10 +73,13 @@ def test_options_to_come_say_so(halfplate, tiny_folder, tmp_path, options, parts
     assert not out.exists()
 
 
-def test_eval_and_generate_options_to_come(halfplate, tiny_folder):
+def test_eval_options_to_come(halfplate, tiny_folder):
     halfplate("eval", tiny_folder, "--tasks", "arc_easy").refused("--tasks is not available yet")
-    halfplate("eval", tiny_folder, "--activations", "int8").refused("--activations int8", "available: float")
-    halfplate("generate", tiny_folder, "x", "--activations", "int8").refused("available: float")
+
+
+def test_int8_activations_are_for_checkpoints(halfplate, tiny_folder):
+    for verb in (("eval", tiny_folder), ("generate", tiny_folder, "x")):
+        halfplate(*verb, "--activations", "int8").refused("activations='int8'", "none; leave it out")
 
 
 def test_engine_local_is_taken(halfplate, tiny_folder):

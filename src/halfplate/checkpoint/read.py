@@ -39,7 +39,7 @@ def load(
 
     from halfplate.runtime.prepare import accelerate, check_options
 
-    runtime = {"activations": activations, "head_dtype": head_dtype} if kernels else None
+    runtime: dict[str, Any] | None = {"activations": activations, "head_dtype": head_dtype} if kernels else None
     check_options(activations, head_dtype)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     from halfplate.cli.console import silence_libraries
     from halfplate.execution.loading import load_any
+    from halfplate.runtime import greedy
 
     silence_libraries()
     if args.threads is not None:
@@ -52,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
             f"max_new_tokens={args.max_new_tokens} after {length} tokens of prompt exceeds the {limit} positions of {args.model!r}; "
             f"try {'--max-new-tokens ' + str(limit - length) if length < limit else 'a shorter prompt'}"
         )
-    # One sequence without padding, so every token counts.
-    settings = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": _padding(tokenizer)}
-    tokens = model.generate(ids, max_new_tokens=args.max_new_tokens, **settings)
+    tokens = greedy(model, ids, args.max_new_tokens, _stop_ids(model))
     print(tokenizer.decode(tokens[0, length:] if args.chat else tokens[0], skip_special_tokens=True))
     return 0
 
@@ -78,7 +77,7 @@ def _token_ids(args: argparse.Namespace, tokenizer: Any) -> Tensor:
     return torch.tensor([encoded["input_ids"]], dtype=torch.int64)
 
 
-def _padding(tokenizer: Any) -> int | None:
-    """generate warns without a padding token, though one sequence needs none."""
-    number: int | None = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return number
+def _stop_ids(model: Any) -> list[int]:
+    """The tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -10,9 +10,11 @@ _library.define("linear(Tensor x, Tensor packed, int d_out) -> Tensor")
 _library.impl("linear", multiply, "CPU")
 
 
-@torch.library.register_fake("halfplate::linear", lib=_library)
 def _linear_shape(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], d_out)
+
+
+torch.library.register_fake("halfplate::linear", _linear_shape, lib=_library)
 
 
 def linear(x: Tensor, packed: Tensor, d_out: int) -> Tensor:

@@ -95,13 +95,12 @@ class GrowingCache(Cache):
     @property
     def fits_one_sequence_in_floats(self) -> bool:
         """Whether every layer holds one sequence in fp32 on the processor, all equally long."""
-        first = self.layers[0]
+        layers: list[Any] = self.layers
         return all(
-            isinstance(layer, GrowingLayer)
-            and layer.length == first.length
+            layer.length == layers[0].length
             and layer.key_buffer is not None
             and layer.key_buffer.shape[0] == 1
             and layer.key_buffer.dtype == torch.float32
             and layer.key_buffer.device.type == "cpu"
-            for layer in self.layers
+            for layer in layers
         )

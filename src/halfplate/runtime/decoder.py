@@ -59,7 +59,7 @@ def install(model: Any) -> str:
     """
     reason = why_not(model)
     if reason is None and not isinstance(model, NativeDecoding):
-        model.__class__ = _native_class(type(model))
+        model.__class__ = _native_class(type(model))  # type: ignore[arg-type]
     return reason or "native"
 
 
@@ -226,10 +226,10 @@ def _single_token(model: Any, kwargs: dict[str, Any]) -> int | None:
     cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
     if not isinstance(cache, GrowingCache) or ids is None or tuple(ids.shape) != (1, 1):
         return None
-    if torch.is_grad_enabled() or model.training or not cache.fits_one_sequence_in_floats or not cache.layers[0].length:  # type: ignore[attr-defined]
+    length = cache.get_seq_length()
+    if torch.is_grad_enabled() or model.training or not length or not cache.fits_one_sequence_in_floats:
         return None
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    length = cache.get_seq_length()
     if mask is not None and (tuple(mask.shape) != (1, length + 1) or not bool(mask.all())):
         return None
     if positions is not None and positions.tolist() != [[length]]:
