@@ -236,7 +236,8 @@ class LlamaCpp:
         import llama_cpp
 
         self._lib = llama_cpp
-        _ggml()  # before llama.cpp speaks
+        self._silence = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(self._silence, None)
         llama_cpp.llama_backend_init()
         settings = llama_cpp.llama_model_default_params()
         settings.n_gpu_layers = 0
