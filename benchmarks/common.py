@@ -47,12 +47,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_section(name: str, text: str) -> None:
-    """Replace the text between the markers of section `name` in RESULTS.md."""
+def write_section(name: str, text: str, file: Path = RESULTS) -> None:
+    """Replace the text between the markers of section `name` in RESULTS.md or another file."""
     start, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    content = RESULTS.read_text()
+    content = file.read_text()
     pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(content):
-        raise SystemExit(f"RESULTS.md has no section {name!r}; add the markers {start} and {end}")
-    RESULTS.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", content))
+        raise SystemExit(f"{file.name} has no section {name!r}; add the markers {start} and {end}")
+    file.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", content))
     print(text)

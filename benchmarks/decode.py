@@ -15,12 +15,15 @@ import os
 os.environ.setdefault(
     "GOMP_SPINCOUNT", "10000"
 )  # read when torch is imported; the command line of halfplate does the same
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
-import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,6 +38,7 @@ import halfplate
 from halfplate.calibration import read_text
 from halfplate.checkpoint.config import read_specs
 from halfplate.checkpoint.write import write_checkpoint
+from halfplate.cli.console import silence_libraries
 from halfplate.evaluation import bench, evaluate, speed, token_windows
 from halfplate.evaluation.bench import Entry, Rounds, greedy_contender, transformers_contender
 from halfplate.formats import CompressedLinear
@@ -109,7 +113,7 @@ def smollm2(options: argparse.Namespace) -> dict[str, Any]:
         for activations in modes:
             name = f"{Path(folder).name} ({'/'.join(dtypes)}), {activations} activations"
             model = halfplate.load(folder, activations=activations)
-            scores[name] = quality.of(name, model)
+            scores[name] = quality.of(name, Path(folder), model)
             found.ours(name, model, by_generate=activations == "float")
     result = found.time(options.new_tokens, options.rounds)
     for name, score in scores.items():
@@ -127,14 +131,16 @@ class Quality:
         self._file = CACHE / "decode_quality.json"
         self._known = json.loads(self._file.read_text()) if self._file.exists() and not fresh else {}
 
-    def of(self, name: str, model: Any) -> dict[str, float]:
-        if name not in self._known:
+    def of(self, name: str, folder: Path, model: Any) -> dict[str, float]:
+        # A folder may have been written anew under its name.
+        key = f"{name} {max(file.stat().st_mtime_ns for file in folder.glob('*.safetensors'))}"
+        if key not in self._known:
             scores = evaluate(model, self._windows, self._dense)
             kept = ("perplexity", "kl", "top1_agreement", "dense_perplexity")
-            self._known[name] = {key: scores[key] for key in kept}
+            self._known[key] = {measure: scores[measure] for measure in kept}
             self._file.write_text(json.dumps(self._known))
-            print(name, self._known[name], flush=True)
-        found: dict[str, float] = self._known[name]
+            print(name, self._known[key], flush=True)
+        found: dict[str, float] = self._known[key]
         return found
 
 
@@ -162,9 +168,10 @@ def llama(options: argparse.Namespace, threads: int, wrapper_dtype: str, head_dt
 
 
 def load_times(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds to load a checkpoint of the Llama shape, against reading its tensors and copying them once."""
-    from safetensors.torch import load_file
+    """Seconds to load a checkpoint of the Llama shape, against reading its tensors and copying them once.
 
+    Each load is the first of a fresh process, whose memory nobody has touched, with its imports done before.
+    """
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "llama"
         # fp32, because every tensor that is not compressed is rounded in place.
@@ -172,32 +179,37 @@ def load_times(options: argparse.Namespace) -> dict[str, Any]:
         specs = {name: m.spec for name, m in model.named_modules() if isinstance(m, CompressedLinear)}
         write_checkpoint(model, None, folder, specs, {}, torch.bfloat16)
         del model
-        files = sorted(folder.glob("*.safetensors"))
-
-        def read_and_copy() -> float:
-            start = time.perf_counter()
-            copies = [{name: tensor.clone() for name, tensor in load_file(file).items()} for file in files]
-            seconds = time.perf_counter() - start
-            del copies
-            return seconds
-
-        def load() -> float:
-            start = time.perf_counter()
-            loaded = halfplate.load(folder)
-            seconds = time.perf_counter() - start
-            del loaded
-            return seconds
-
-        tasks = {"load_file": read_and_copy, "halfplate": load}
-        speed.alternate(tasks, 1)  # imports, and the files into the page cache
+        tasks = {name: partial(_fresh_seconds, code, folder) for name, code in LOADS.items()}
+        speed.alternate(tasks, 1)  # the files into the page cache
         times = speed.alternate(tasks, options.rounds)
-        return {"nbytes": sum(file.stat().st_size for file in files)} | {k: median(v) for k, v in times.items()}
+        nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return {"nbytes": nbytes} | {name: median(seconds) for name, seconds in times.items()}
+
+
+LOADS = {
+    "load_file": """
+from safetensors.torch import load_file
+def load(folder):
+    return [{name: tensor.clone() for name, tensor in load_file(f).items()} for f in sorted(folder.glob("*.safetensors"))]
+""",
+    "halfplate": """
+import halfplate, halfplate.runtime
+from transformers import LlamaForCausalLM
+load = halfplate.load
+""",
+}
+
+
+def _fresh_seconds(code: str, folder: Path) -> float:
+    timed = f"{code}\nimport sys, time\nfrom pathlib import Path\nstart = time.perf_counter()\nkept = load(Path(sys.argv[1]))\nprint(time.perf_counter() - start)"
+    run = subprocess.run([sys.executable, "-c", timed, folder], capture_output=True, text=True, check=True)
+    return float(run.stdout)
 
 
 def speed_table(result: dict[str, Any], scored: bool) -> str:
     """One table of contenders."""
     header = ["", "decode, tokens/s", "× faster dense", "× dense in our loop", "prefill, tokens/s", "× faster dense"]
-    header += ["weights, MB", "linears, MB", "of dense bf16", "peak memory, MB", "GB/s", "of read bandwidth"]
+    header += ["weights, MB", "linears, MB", "of dense bf16", "GB/s", "of read bandwidth"]
     rows = []
     bf16_linears = result["rows"]["dense bf16"]["linear_bytes"]
     for name, row in result["rows"].items():
@@ -210,7 +222,6 @@ def speed_table(result: dict[str, Any], scored: bool) -> str:
             f"{row['weight_bytes'] / 1e6:.0f}",
             f"{row['linear_bytes'] / 1e6:.0f}",
             f"{row['linear_bytes'] / bf16_linears:.3f}",
-            "" if row["peak_rss_bytes"] is None else f"{row['peak_rss_bytes'] / 1e6:.0f}",
             f"{row['gb_per_s']:.1f}",
             f"{row['read_share']:.2f}",
         ]
@@ -244,6 +255,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print sections instead of writing RESULTS.md")
     options = parser.parse_args()
     CACHE.mkdir(exist_ok=True)
+    silence_libraries()
     write = (lambda name, text: print(text)) if options.dry else write_section
     settings = f"prompt of {options.prompt} tokens, {options.new_tokens} new, {options.rounds} rounds"
     with torch.inference_mode():

@@ -1,6 +1,6 @@
 """Linears of one shape, ours and those of other libraries, side by side in one process.
 
-    python benchmarks/kernels.py            all tables, about half an hour on two quiet cores
+    python benchmarks/kernels.py            all tables, about 20 minutes on two quiet cores
     python benchmarks/kernels.py --quick    a smoke run of one small shape, nothing is written
 
 Every contender has weights of more than 128 MB, one after the other, so that no cache holds the next one; contenders take
@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
     parser.add_argument("--dry", action="store_true", help="print the section instead of writing RESULTS.md")
     parser.add_argument("--quick", action="store_true", help="one small shape, two rounds, nothing is kept or written")
+    parser.add_argument("--shapes", type=int, metavar="N", default=len(SHAPES), help="only the first N shapes")
     options = parser.parse_args()
     CACHE.mkdir(exist_ok=True)
     measured = Measured(options.fresh, keep=not options.quick)
@@ -230,9 +231,9 @@ def main() -> None:
         for threads in THREADS:
             measured.measure("plain", SHAPES[0], threads, BATCHES, False)
             measured.measure("armor", SHAPES[0], threads, (1, 512), False)
-            for shape in SHAPES[1:]:
+            for shape in SHAPES[1 : options.shapes]:
                 measured.measure("plain", shape, threads, (1,), False)
-    section = kernel_tables.report(measured.results, SHAPES, BATCHES, THREADS)
+    section = kernel_tables.report(measured.results, SHAPES[: options.shapes], BATCHES, THREADS)
     print(section) if options.dry else write_section("kernels", section)
 
 

@@ -105,7 +105,7 @@ def compressed_llama(dense: Any, core_dtype: str, wrapper_dtype: str, block_size
         if spec not in made:
             made[spec] = random_tensors(spec)
         module = CompressedLinear(spec, False, device="meta")
-        module.load_state_dict(made[spec], assign=True)
+        module.load_state_dict({name: tensor.clone() for name, tensor in made[spec].items()}, assign=True)
         replace_linear(model, linear.name, module.requires_grad_(False))
     return model
 

@@ -54,11 +54,20 @@ def measured(model: Path, dense: Path, options: argparse.Namespace) -> dict[str,
     return found
 
 
+def timed(model: Path, dense: Path) -> dict[str, Any]:
+    """Speed of a checkpoint beside the dense model, in alternating rounds of one process."""
+    found: dict[str, Any] = json.loads(
+        halfplate("bench", model, "--against", dense, "--prompt", "64", "--new-tokens", "32", "--rounds", "3", "--json")
+    )
+    return found
+
+
 def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namespace) -> None:
-    """The final table: bytes and loss of quality, side by side."""
+    """The final table: bytes, loss of quality and speed, side by side."""
     first = next(iter(rows.values()))
     table = Table(title="SmolLM2-135M-Instruct to 2:4", title_justify="left")
     columns = ["", "linears", "whole model", "KL to dense", "top-1 agreement", "perplexity (self)"]
+    columns += ["decode, tokens/s", "× dense"]
     columns += [f"perplexity ({Path(options.text).name})"] if options.text else []
     for column in columns:
         table.add_column(column, justify="left" if not column else "right")
@@ -68,11 +77,13 @@ def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namesp
 
     dense = ["dense, bf16", megabytes(first["dense_nbytes"]), megabytes(first["dense_nbytes"] + first["other_nbytes"])]
     dense += ["0", "1", f"{first['dense_perplexity']:.2f}"]
+    dense += [f"{first['speed']['dense']['decode_tokens_per_s']:.1f}", "1"]
     dense += [f"{first['text_dense_perplexity']:.2f}"] if options.text else []
     table.add_row(*dense)
     for name, row in rows.items():
         cells = [name, megabytes(row["nbytes"]), megabytes(row["nbytes"] + row["other_nbytes"])]
         cells += [f"{row['kl']:.3f}", f"{row['top1_agreement']:.3f}", f"{row['perplexity']:.2f}"]
+        cells += [f"{row['speed']['decode_tokens_per_s']:.1f}", f"{row['speed']['decode_speedup']:.2f}"]
         cells += [f"{row['text_perplexity']:.2f}"] if options.text else []
         table.add_row(*cells)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
@@ -80,6 +91,8 @@ def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namesp
     print(
         f"Judged on {first['windows']} windows of {first['seq_len']} tokens that the dense model sampled (seed {protocol['seed']}; "
         "calibration used another).\n"
+        f"Speed is that of one sequence on {first['speed']['threads']} threads; dense runs through transformers in {first['speed']['dense']['dtype']},\n"
+        f"the faster of fp32 and bf16 here (load {first['speed']['load_average']}).\n"
         f"The source file is {megabytes(source.stat().st_size)}: it is a Q4_1 GGUF, already 5 bits a weight, so the bf16 bytes above are\n"
         "those of the model that it stands for, and 2:4 in bf16 is larger than it."
     )
@@ -112,6 +125,7 @@ def main() -> None:
         rows[name] = measured(out, dense, options) | {
             key: sizes[key] for key in ("nbytes", "dense_nbytes", "other_nbytes")
         }
+        rows[name]["speed"] = timed(out, dense)
     said = {"dense": halfplate("generate", dense, PROMPT, "--chat", "--max-new-tokens", "32")}
     for name, method in methods.items():
         said[name] = halfplate("generate", options.out / method[1], PROMPT, "--chat", "--max-new-tokens", "32")

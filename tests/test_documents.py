@@ -50,6 +50,17 @@ def test_python_of_the_readme_runs(workplace):
     assert (workplace / "SmolLM2-python" / "halfplate.json").exists()
 
 
+@pytest.mark.parametrize("page", ["kernels.md", "decoding.md"])
+def test_python_of_the_pages_on_speed_runs(workplace, page):
+    assert main(["compress", "SmolLM2", "-o", "SmolLM2-2of4", *QUICK]) == 0
+    codes = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    assert codes
+    for code in codes:
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        assert "decoding: " in run.stdout
+
+
 def test_make_targets_of_the_readme_exist():
     targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
     assert set(targets) == {"demo", "test"}

@@ -1,10 +1,14 @@
 import os
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 import halfplate as package
 from halfplate.evaluation import speed
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "speed.md"
 QUICK = ("--prompt", "8", "--new-tokens", "4", "--rounds", "1", "--threads", "1")
 FIGURES = {"decode_tokens_per_s", "prefill_tokens_per_s", "weight_bytes", "peak_rss_bytes"}
 
@@ -26,7 +30,6 @@ def test_bench_json(halfplate, checkpoint, tiny_folder):
 
 
 def test_bench_of_all_loops(halfplate, checkpoint, tiny_folder):
-    pytest.importorskip("halfplate.runtime")
     result = halfplate("bench", checkpoint, "--against", tiny_folder, *QUICK, "--loops", "--json").json()
     assert result["loops"].keys() == {"generate", "dense_same_loop"}
     assert result["weights_speedup"] > 0
@@ -73,3 +76,20 @@ def test_bench_refuses(halfplate, checkpoint, tiny_folder, tiny_model, tmp_path)
 
 def test_bench_is_a_verb_of_the_package():
     assert package.bench.__module__ == "halfplate.evaluation.bench"
+
+
+def test_commands_of_the_page_run(halfplate, checkpoint, tiny_folder, tmp_path, monkeypatch):
+    checkpoint.rename(tmp_path / "SmolLM2-2of4")
+    tiny_folder.rename(tmp_path / "SmolLM2")
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^\$ halfplate (.*)", PAGE.read_text(), re.MULTILINE)
+    assert len(lines) >= 4
+    for line in lines:
+        outcome = halfplate(*shlex.split(line), *QUICK)
+        assert outcome.status == 0, outcome.err
+
+
+def test_page_explains_every_key(halfplate, checkpoint, tiny_folder):
+    result = halfplate("bench", checkpoint, "--against", tiny_folder, *QUICK, "--loops", "--json").json()
+    options = {"model", "against", "prompt", "new_tokens", "rounds", "activations", "head_dtype"}
+    assert {key for key in result if f"`{key}`" not in PAGE.read_text()} <= options

@@ -8,8 +8,9 @@ from torch import nn
 
 from halfplate.errors import HalfplateError
 from halfplate.evaluation import bench, speed
-from halfplate.evaluation.bench import cast_copy, time_rounds, transformers_contender
+from halfplate.evaluation.bench import cast_copy, greedy_contender, packed_dense, time_rounds, transformers_contender
 from halfplate.evaluation.speed import PeakMemory, Speed, WeightBytes, alternate, paired_ratio, time_generation
+from halfplate.runtime import accelerate, greedy
 
 
 class Clock:
@@ -111,6 +112,31 @@ def test_generate_writes_exactly_what_is_asked_for(tiny_model):
     with torch.inference_mode():
         transformers_contender(model)(speed.random_prompt(128, 6), 9, lambda: calls.append(1))
     assert calls == [1]
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_our_loop_writes_exactly_what_is_asked_for(tiny_model, accelerated):
+    model = tiny_model()
+    if accelerated:
+        accelerate(model)
+    calls, told = [], []
+    ids = speed.random_prompt(128, 6)
+    greedy_contender(model)(ids, 9, lambda: calls.append(1))
+    assert calls == [1]
+    tokens = greedy(model, ids, 5, on_token=told.append)
+    assert tokens[0, 6:].tolist() == told
+
+
+def test_packed_dense_shares_all_but_its_linears(tiny_model):
+    model = tiny_model()
+    before = model(speed.random_prompt(128, 6)).logits
+    packed = packed_dense(model)
+    assert packed.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert isinstance(model.lm_head, nn.Linear)
+    assert torch.equal(model(speed.random_prompt(128, 6)).logits, before)
+    assert torch.allclose(packed(speed.random_prompt(128, 6)).logits, before, atol=0.5)
+    half = sum(m.weight.numel() * 2 for m in model.model.layers.modules() if isinstance(m, nn.Linear))
+    assert half < speed.weight_bytes(packed).linears < 2.5 * half  # rows of 32 and 48 are padded
 
 
 def test_rounds_of_real_models(tiny_model):

@@ -17,9 +17,10 @@ from halfplate.solvers.selection import keep_largest
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 IDS = torch.arange(3, 20)[None]
+SPARSE = Pattern(2, 4)
 
 
-def compressed(model, core_dtype="bf16", pattern=Pattern(2, 4)):
+def compressed(model, core_dtype="bf16", pattern=SPARSE):
     """Every linear of the blocks as a bare core."""
     from halfplate.methods.base import store
 
@@ -59,6 +60,23 @@ def test_packed_weights_are_the_only_ones(tiny_model):
     packed = sum(m.packed.nbytes for n, m in model.named_modules() if isinstance(m, PackedLinear) and "proj" in n)
     # Tiny matrices are padded to whole bands; a header and alignment come on top.
     assert packed <= 1.5 * linears + 14 * 1024
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_an_embedding_that_bf16_holds_is_kept_in_bf16(tiny_model, tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16().float())
+    expected, state = model(IDS).logits, model.state_dict()
+    accelerate(model)
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert model.dtype == torch.float32
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    restore(model)
+    assert torch.equal(model(IDS).logits, expected)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
 
 
 def test_int8_activations_are_for_grids_and_near(tiny_model):

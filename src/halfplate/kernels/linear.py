@@ -5,7 +5,9 @@ The layout serves every instruction set, but it is no file format and changes wi
 """
 
 import ctypes
+import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from threading import local
 
@@ -24,6 +26,7 @@ ACTIVATIONS = ("float", "int8")
 # 512-bit vectors the sparse kernels beat its fp32 product at any size, but not the bf16 one of processors that have it.
 EXPAND_FLOATS_FROM = {"avx512": 1 << 62, "avx2": 256, "baseline": 16}
 EXPAND_HALVES_FROM = 96
+LARGE = 4 * 2**20  # bytes; below, a large page would hold mostly nothing
 REFUSALS = {
     1: "positions that do not rise within their group or padding that is not 0",
     2: "NaN or inf, expected finite values",
@@ -238,7 +241,13 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _aligned(nbytes: int) -> Tensor:
-    """An uninitialised uint8 tensor whose data starts at a multiple of 64 bytes."""
+    """A uint8 tensor, not initialised, whose data starts at a multiple of 64 bytes, in large pages where they fit."""
+    if nbytes >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        # A thousand faults fewer to fill it, and no misses of the address cache at every page read.
+        pages = mmap.mmap(-1, nbytes)
+        with suppress(OSError):  # a kernel without large pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(pages, dtype=torch.uint8)
     room = torch.empty(nbytes + 64, dtype=torch.uint8)
     start = -room.data_ptr() % 64
     return room[start : start + nbytes]

@@ -10,7 +10,10 @@ ROOM = 256  # positions; the room doubles when it is full
 
 
 class GrowingLayer(DynamicLayer):
-    """A `DynamicLayer` whose keys and values are the filled part of larger buffers (batch, heads, capacity, head_dim)."""
+    """A `DynamicLayer` whose keys and values are the filled part of larger buffers (batch, heads, capacity, head_dim).
+
+    The buffers are fp32 or wider whatever the model's type is; what is read from them is of the model's type.
+    """
 
     def __init__(self, **options: Any) -> None:
         self.key_buffer: Tensor | None = None
@@ -25,15 +28,16 @@ class GrowingLayer(DynamicLayer):
 
     @property
     def keys(self) -> Tensor | None:
-        return None if self.key_buffer is None else self.key_buffer[:, :, : self.length]
+        return None if self.key_buffer is None else self.key_buffer[:, :, : self.length].to(self.dtype)
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
-        self.key_buffer = self._with_room(keys, self.capacity)
+        self.length = 0 if keys is None else keys.shape[2]
+        self.key_buffer = self._with_room(keys, max(self.capacity, self.length))
 
     @property
     def values(self) -> Tensor | None:
-        return None if self.value_buffer is None else self.value_buffer[:, :, : self.length]
+        return None if self.value_buffer is None else self.value_buffer[:, :, : self.length].to(self.dtype)
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
@@ -43,17 +47,21 @@ class GrowingLayer(DynamicLayer):
         self.moves += 1
         if filled is None:
             return None
-        batch, heads, _, width = filled.shape
-        buffer = filled.new_empty(batch, heads, capacity, width)
-        buffer[:, :, : self.length] = filled
+        batch, heads, length, width = filled.shape
+        dtype = torch.promote_types(filled.dtype, torch.float32)
+        with torch.inference_mode(False):  # else nothing could be added outside that mode
+            buffer = torch.empty(batch, heads, capacity, width, dtype=dtype, device=filled.device)
+        buffer[:, :, :length] = filled
         return buffer
 
     def reserve(self, length: int) -> None:
         """Make room for `length` positions in all; the layer must have been written to."""
         if length > self.capacity:
+            assert self.key_buffer is not None
+            assert self.value_buffer is not None
             capacity = max(ROOM, 2 * self.capacity, length)
-            self.key_buffer = self._with_room(self.keys, capacity)
-            self.value_buffer = self._with_room(self.values, capacity)
+            self.key_buffer = self._with_room(self.key_buffer[:, :, : self.length], capacity)
+            self.value_buffer = self._with_room(self.value_buffer[:, :, : self.length], capacity)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -65,21 +73,22 @@ class GrowingLayer(DynamicLayer):
         """Append keys and values (batch, heads, new, head_dim); returns all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, self_end = self.length, self.length + key_states.shape[2]
-        self.reserve(self_end)
+        start, end = self.length, self.length + key_states.shape[2]
+        self.reserve(end)
         assert self.key_buffer is not None
         assert self.value_buffer is not None
-        self.key_buffer[:, :, start:self_end] = key_states
-        self.value_buffer[:, :, start:self_end] = value_states
-        self.length = self_end
-        return self.key_buffer[:, :, :self_end], self.value_buffer[:, :, :self_end]
+        self.key_buffer[:, :, start:end] = key_states
+        self.value_buffer[:, :, start:end] = value_states
+        self.length = end
+        return self.key_buffer[:, :, :end].to(self.dtype), self.value_buffer[:, :, :end].to(self.dtype)
 
     def get_seq_length(self) -> int:
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last positions; the number is negative, as in `DynamicLayer.crop`."""
-        self.length -= min(self.length, abs(tokens_to_remove))
+        """Forget the last positions; the number is negative, as in `DynamicLayer.crop`, which refuses others."""
+        super().crop(max(tokens_to_remove, 0))
+        self.length -= min(self.length, -tokens_to_remove)
 
     def reset(self) -> None:
         self.length = 0

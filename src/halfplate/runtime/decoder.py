@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Collection
 from functools import cache, wraps
+from threading import Lock
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.linear import PackedLinear
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+# Of a model's other numbers; the native step computes in fp32 and rounds its logits.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Their tables depend on how long the sequence is.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -67,14 +71,14 @@ def uninstall(model: Any) -> None:
     """Undo `install`; a model that was not installed stays as it is."""
     if isinstance(model, NativeDecoding):
         model.__dict__.pop("_native_decoder", None)
-        model.__class__ = type(model).__mro__[2]
+        model.__class__ = _class_before(model)
 
 
 def why_not(model: Any) -> str | None:
     """Why the native step cannot decode `model`; None where it can."""
     if not native.available():
         return native.reason()
-    if type(model).__name__ not in ARCHITECTURES:
+    if type(model).__name__ not in ARCHITECTURES or not type(model).__module__.startswith("transformers."):
         return f"{type(model).__name__} is not of Llama's shape; there are native steps for {', '.join(ARCHITECTURES)}"
     config = model.config
     if config.hidden_act != "silu":
@@ -90,26 +94,32 @@ def why_not(model: Any) -> str | None:
             return f"{name} is not in kernel layout"
     if not isinstance(model.lm_head, PackedLinear):
         return "lm_head is not in kernel layout"
+    if model.dtype not in DTYPES:
+        return f"activations in {model.dtype} have no native step"
+    if any(
+        module._forward_hooks or module._forward_pre_hooks for child in model.children() for module in child.modules()
+    ):
+        return "a hook of a module inside the model would not be called"
     return None
 
 
 class NativeDecoder:
     """The weights of a model as the native step reads them, and the cache it was last called with.
 
-    Holds addresses of the model's tensors: it is made anew for a copy of the model, and after `accelerate`.
+    Holds addresses of the model's tensors and keeps these alive; weights that change later are not seen.
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
         config, inner = model.config, model.model
-        self._norms: list[Tensor] = []
+        self._rows, self._rotary = inner.embed_tokens.weight, inner.rotary_emb
+        self._held: list[Tensor] = []
         blocks = (BlockStruct * len(inner.layers))()
         for block, layer in zip(blocks, inner.layers, strict=True):
             block.input_norm = self._norm(layer.input_layernorm)
             block.post_norm = self._norm(layer.post_attention_layernorm)
             for name in LINEARS + MLP:
                 field = name.rpartition(".")[2].removesuffix("_proj")
-                setattr(block, field, layer.get_submodule(name).packed.data_ptr())
+                setattr(block, field, self._address(layer.get_submodule(name).packed))
         attention = inner.layers[0].self_attn
         self._blocks = blocks
         self._struct = DecoderStruct(
@@ -124,63 +134,73 @@ class NativeDecoder:
             embedding_scale=1.0,
             attention_scale=attention.scaling,
             final_norm=self._norm(inner.norm),
-            head=model.lm_head.packed.data_ptr(),
+            head=self._address(model.lm_head.packed),
             block=blocks,
         )
-        self._bound: tuple[Any, ...] = ()
+        self._lock = Lock()
+        self._cache: Callable[[], GrowingCache | None] = lambda: None
+        self._bound = self._sized = (0, 0)
         self._step = native.library().halfplate_step
 
-    def __deepcopy__(self, memo: Any) -> None:
-        return None  # addresses of another model's tensors; the copy makes its own
-
     def _norm(self, module: Any) -> int:
-        weight = module.weight.detach().to(torch.float32).contiguous()
-        self._norms.append(weight)
-        return int(weight.data_ptr())
+        return self._address(module.weight.detach().to(torch.float32).contiguous())
+
+    def _address(self, tensor: Tensor) -> int:
+        self._held.append(tensor)
+        return tensor.data_ptr()
 
     @torch.no_grad()
     def step(self, token: int, cache: GrowingCache) -> Tensor:
         """Logits (vocabulary,), fp32, after `token`, whose keys and values are added to `cache`.
 
-        The cache must fit (`fits_one_sequence_in_floats`) and hold at least one position.
+        The cache must hold one sequence of at least one position, with keys and values of this model's shape; raises
+        HalfplateError for another, and for a token outside the vocabulary.
         """
         layers: Any = cache.layers
-        position = layers[0].length
-        for layer in layers if position + 1 > layers[0].capacity else ():
-            layer.reserve(position + 1)
-        threads = torch.get_num_threads()
-        key = (id(cache), layers[0].moves, layers[0].capacity, layers[0].key_buffer.data_ptr(), threads)
-        if key != self._bound:
-            self._bind(cache, threads)
-            self._bound = key
         embedding = self._embedding(token)
         logits = torch.empty(self._struct.vocabulary)
-        self._step(ctypes.byref(self._struct), embedding.data_ptr(), position, logits.data_ptr(), threads)
-        for layer in layers:
-            layer.length = position + 1
+        with self._lock:
+            position, threads = layers[0].length, torch.get_num_threads()
+            for layer in layers:
+                layer.reserve(position + 1)
+            # A cache's layers count their moves, so an equal sum says that nothing moved.
+            bound = (sum(layer.moves for layer in layers), threads)
+            if bound != self._bound or self._cache() is not cache:
+                self._bind(cache, threads)
+                self._bound, self._cache = bound, ref(cache)
+            self._step(ctypes.byref(self._struct), embedding.data_ptr(), position, logits.data_ptr(), threads)
+            for layer in layers:
+                layer.length = position + 1
         return logits
 
     def _embedding(self, token: int) -> Tensor:
-        weight = self._model.model.embed_tokens.weight
-        if not 0 <= token < weight.shape[0]:
-            raise HalfplateError(f"token={token} is outside the vocabulary of {weight.shape[0]}")
-        row: Tensor = weight[token].to(torch.float32)
+        if not 0 <= token < self._rows.shape[0]:
+            raise HalfplateError(f"token={token} is outside the vocabulary of {self._rows.shape[0]}")
+        row: Tensor = self._rows[token].to(torch.float32)
         return row
 
     def _bind(self, cache: GrowingCache, threads: int) -> None:
         layers: Any = cache.layers
         struct, capacity = self._struct, layers[0].capacity
+        expected = (1, struct.kv_heads, capacity, struct.head_dim)
+        shapes = {tuple(buffer.shape) for layer in layers for buffer in (layer.key_buffer, layer.value_buffer)}
+        if not cache.fits_one_sequence_in_floats or shapes != {expected} or len(layers) != struct.blocks:
+            raise HalfplateError(
+                f"the cache has {len(layers)} layers of shapes {sorted(shapes)}, expected {struct.blocks} of fp32 {expected}; "
+                "pass one that this model filled with one sequence"
+            )
         for block, layer in zip(self._blocks, layers, strict=True):
-            assert layer.capacity == capacity
             block.keys, block.values = layer.key_buffer.data_ptr(), layer.value_buffer.data_ptr()
-        positions = torch.arange(capacity)[None]
-        tables = self._model.model.rotary_emb(torch.empty(1, dtype=torch.float32), positions)
+        if self._sized == (capacity, threads):
+            return
+        tables = self._rotary(torch.empty(1), torch.arange(capacity)[None])
         self._tables = [table[0].to(torch.float32).contiguous() for table in tables]
         struct.cosines, struct.sines = (table.data_ptr() for table in self._tables)
         struct.capacity = capacity
         floats = native.library().halfplate_decoder_scratch(ctypes.byref(struct), threads)
         self._scratch = torch.empty(floats + 16)
         struct.scratch = self._scratch.data_ptr() + -self._scratch.data_ptr() % 64
+        self._sized = (capacity, threads)
 
 
 class NativeDecoding:
@@ -190,12 +210,27 @@ class NativeDecoding:
 
     @property
     def native_decoder(self) -> NativeDecoder:
-        """The native step over the model's present tensors."""
-        if self._native_decoder is None:
-            object.__setattr__(self, "_native_decoder", NativeDecoder(self))
+        """The native step over the tensors that the model had when it last read a prompt."""
         decoder = self._native_decoder
-        assert decoder is not None
+        if decoder is None:
+            decoder = self._native_decoder = NativeDecoder(self)
         return decoder
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class cannot be found by its name, and a copy makes its own decoder, of its own tensors.
+        state = {name: value for name, value in self.__dict__.items() if name != "_native_decoder"}
+        return _revive, (_class_before(self),), state
+
+
+def _class_before(model: NativeDecoding) -> type:
+    """The class of transformers that `model` had before `install`."""
+    return type(model).__mro__[2]
+
+
+def _revive(dense: type) -> Any:
+    """An empty model of the native subclass of `dense`, for copies and pickles."""
+    native_class: Any = _native_class(dense)
+    return native_class.__new__(native_class)
 
 
 @cache
@@ -204,8 +239,11 @@ def _native_class(dense: type) -> type:
 
     @wraps(dense.forward)  # type: ignore[attr-defined]  # transformers reads its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        token = None if args or torch.compiler.is_compiling() else _single_token(self, kwargs)
-        if token is None:
+        if torch.compiler.is_compiling():
+            return dense.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        token = None if args else _single_token(self, kwargs)
+        if token is None or (self._native_decoder is None and why_not(self) is not None):
+            self._native_decoder = None  # weights may have changed since the last prompt
             return dense.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         cache = kwargs["past_key_values"]
         logits = self.native_decoder.step(token, cache)[None, None].to(self.dtype)
@@ -234,6 +272,9 @@ def _single_token(model: Any, kwargs: dict[str, Any]) -> int | None:
         return None
     if positions is not None and positions.tolist() != [[length]]:
         return None
+    config = model.config
+    if config.output_attentions or config.output_hidden_states or not (kwargs.get("return_dict") or config.return_dict):
+        return None
     known = {"past_key_values", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "cache_position"}
     for name, value in kwargs.items():
         if name not in known and (name not in HARMLESS or value not in HARMLESS[name]):
@@ -243,7 +284,8 @@ def _single_token(model: Any, kwargs: dict[str, Any]) -> int | None:
 
 def _wants_growing_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call of `generate` decodes one sequence and leaves the choice of its cache open."""
-    config = kwargs.get("generation_config") or model.generation_config
+    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    config = config or model.generation_config
 
     def setting(name: str) -> Any:
         return kwargs[name] if name in kwargs else getattr(config, name, None)
@@ -252,7 +294,7 @@ def _wants_growing_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return (
         inputs is not None
         and inputs.shape[0] == 1
-        and model.dtype == torch.float32
+        and model.dtype in DTYPES
         and setting("use_cache") is not False
         and (setting("num_beams") or 1) == 1
         and (setting("num_return_sequences") or 1) == 1
@@ -301,9 +343,14 @@ def greedy(
         raise HalfplateError(f"ids has shape {tuple(ids.shape)}, expected one sequence of at least one token: (1, L)")
     if new_tokens < 1:
         return ids
-    if not isinstance(model, NativeDecoding) or getattr(model, "dtype", None) != torch.float32:
-        ends = {"eos_token_id": sorted(stop_ids)} if stop_ids else {"min_new_tokens": new_tokens}
-        settings = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0, **ends}
+    if not isinstance(model, NativeDecoding) or why_not(model) is not None:
+        # The end of a text is a token like any other unless it is asked for.
+        settings: dict[str, Any] = {
+            "do_sample": False,
+            "repetition_penalty": 1.0,
+            "eos_token_id": sorted(stop_ids) or None,
+        }
+        settings |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
         if on_token is not None:
             settings["streamer"] = _Told(on_token)
         continued: Tensor = model.generate(ids, max_new_tokens=new_tokens, **settings)
@@ -318,5 +365,5 @@ def greedy(
             on_token(tokens[-1])
         if len(tokens) == new_tokens or tokens[-1] in stop_ids:
             break
-        logits = decoder.step(tokens[-1], cache)
+        logits = decoder.step(tokens[-1], cache).to(logits.dtype)
     return torch.cat([ids, torch.tensor([tokens], dtype=ids.dtype)], dim=1)

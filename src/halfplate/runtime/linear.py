@@ -44,10 +44,15 @@ class PackedLinear(nn.Module):
         """Pack a dense linear in `core_dtype`; None takes bf16 where that holds every weight exactly, else fp32."""
         weight = module.weight.detach()
         if core_dtype is None:
-            core_dtype = "bf16" if bool((weight.to(torch.bfloat16).to(weight.dtype) == weight).all()) else "fp32"
+            half = weight.to(torch.bfloat16)
+            core_dtype, exact = (
+                ("bf16", half) if torch.equal(half.to(weight.dtype), weight) else ("fp32", weight.float())
+            )
+            tensors = {"weight": exact[None]}
+        else:
+            tensors = NMSparse.from_dense(weight.to(torch.float32), None, DENSE, core_dtype).tensors()
         spec = WeightSpec(module.out_features, module.in_features, DENSE, core_dtype)
-        core = NMSparse.from_dense(weight.to(torch.float32), None, DENSE, core_dtype)
-        packed = pack(spec, core.tensors(), activations, module.bias)
+        packed = pack(spec, tensors, activations, module.bias)
         return cls(spec, packed, None if module.bias is None else module.bias.dtype, weight.dtype)
 
     @property

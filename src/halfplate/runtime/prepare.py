@@ -14,6 +14,7 @@ from halfplate.formats import CompressedLinear, check_stored
 from halfplate.kernels import native
 from halfplate.kernels.linear import ACTIVATIONS, unsupported
 from halfplate.runtime import decoder, semi_structured
+from halfplate.runtime.embedding import StoredEmbedding
 from halfplate.runtime.linear import PackedLinear
 
 HEAD_DTYPES = ("fp32", "bf16", "int8")
@@ -59,16 +60,23 @@ def accelerate(
 
     activations: `float`, or `int8` (a scale a token and 128 inputs) where cores are int8 or int4. head_dtype: how the output
     layer is stored for the runtime, `fp32`, `bf16` or `int8`; None takes bf16 where that is exact, else fp32. dense_dtype: the
-    same for linears that are not compressed. On CUDA, 2:4 cores go through torch's semi-structured products. What no kernel
+    same for linears that are not compressed. Embeddings are kept in bf16 where that is exact. On CUDA, 2:4 cores go through torch's semi-structured products. What no kernel
     runs keeps its torch path, and the result says why. Raises HalfplateError for an unknown option and a damaged matrix.
     """
     check_options(activations, head_dtype)
     check_options(activations, dense_dtype)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    # A tied head is saved as the embedding, and one that is rounded here is not what the model holds.
+    tied = head is not None and embedding is not None and embedding.weight is head.weight
     paths = []
     for name, module in list(model.named_modules()):
         if module is head and type(module) is nn.Linear:
-            paths.append(_replace_head(model, name, module, head_dtype, activations))
+            paths.append(_replace_head(model, name, module, head_dtype, activations, saved=not tied))
+        elif type(module) is nn.Embedding and module.weight.device.type == "cpu":
+            smaller = StoredEmbedding.of(module)
+            if smaller is not None:
+                model.set_submodule(name, smaller.train(module.training))
         elif isinstance(module, CompressedLinear) or type(module) is nn.Linear:
             paths.append(_replace(model, name, module, activations, dense_dtype))
     return Acceleration(tuple(paths), decoder.install(model))
@@ -93,6 +101,8 @@ def restore(model: Any) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             model.set_submodule(name, module.restored())
+        elif isinstance(module, StoredEmbedding):
+            model.set_submodule(name, module.restored().train(module.training))
     if hasattr(model, "tie_weights"):
         model.tie_weights()
 
@@ -132,15 +142,13 @@ def _replace(
 
 
 def _replace_head(
-    model: nn.Module, name: str, module: nn.Linear, head_dtype: str | None, activations: str
+    model: nn.Module, name: str, module: nn.Linear, head_dtype: str | None, activations: str, saved: bool
 ) -> LinearPath:
     reason = f"on device {module.weight.device.type}" if module.weight.device.type != "cpu" else _native_reason()
     if reason is not None:
         return LinearPath(name, "torch", reason)
     packed = PackedLinear.of_dense(module, head_dtype, activations)
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    # A tied head is saved as the embedding; one that was rounded here is not what the model holds.
-    packed.saved = embedding is None or embedding.weight is not module.weight
+    packed.saved = saved
     model.set_submodule(name, packed)
     return LinearPath(name, _spoken(packed))
 
