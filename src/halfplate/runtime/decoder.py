@@ -96,11 +96,18 @@ def why_not(model: Any) -> str | None:
         return "lm_head is not in kernel layout"
     if model.dtype not in DTYPES:
         return f"activations in {model.dtype} have no native step"
-    if any(
-        module._forward_hooks or module._forward_pre_hooks for child in model.children() for module in child.modules()
-    ):
+    if _hooked(model):
         return "a hook of a module inside the model would not be called"
     return None
+
+
+def _hooked(model: Any) -> bool:
+    """Whether anything listens inside `model`, but for what transformers leaves behind once states were asked for."""
+    modules = [module for child in model.children() for module in child.modules()]
+    hooks = [
+        hook for module in modules for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 
 
 class NativeDecoder:
@@ -274,6 +281,8 @@ def _single_token(model: Any, kwargs: dict[str, Any]) -> int | None:
         return None
     config = model.config
     if config.output_attentions or config.output_hidden_states or not (kwargs.get("return_dict") or config.return_dict):
+        return None
+    if not isinstance(kwargs.get("logits_to_keep", 0), int):
         return None
     known = {"past_key_values", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "cache_position"}
     for name, value in kwargs.items():
