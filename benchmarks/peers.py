@@ -196,16 +196,17 @@ def _compiled(weights: list[Any], d_in: int) -> Graph:
 
 
 def aten_graph(kind: str, d_out: int, d_in: int, copies: int) -> Graph:
-    """The operators of torch that its quantisation uses on processors: `int8` or `int4` (groups of 128), bf16 inputs."""
+    """The operators of torch that its quantisation uses on processors: `int8` or `int4` (groups of 128, or 64 where that does not divide), bf16 inputs."""
     if kind == "int8":
         weights = [torch.randint(-127, 128, (d_out, d_in), dtype=torch.int8) for _ in range(copies)]
         scales = torch.full((d_out,), 0.01, dtype=torch.bfloat16)
         return loop(lambda x, weight: torch._weight_int8pack_mm(x, weight, scales), weights, d_in, torch.bfloat16)
     codes = torch.randint(0, 16, (d_out, d_in), dtype=torch.int32)
     packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-    pairs = torch.full((-(-d_in // 128), d_out, 2), 0.01, dtype=torch.bfloat16)
+    group = 128 if d_in % 128 == 0 else 64
+    pairs = torch.full((d_in // group, d_out, 2), 0.01, dtype=torch.bfloat16)
     return loop(
-        lambda x, weight: torch._weight_int4pack_mm_for_cpu(x, weight, 128, pairs),
+        lambda x, weight: torch._weight_int4pack_mm_for_cpu(x, weight, group, pairs),
         [packed.clone() for _ in range(copies)],
         d_in,
         torch.bfloat16,
