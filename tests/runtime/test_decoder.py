@@ -27,6 +27,7 @@ MODELS = {
     "rope of llama 3": ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}}),
     "linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "mistral": ("mistral", {"sliding_window": None}),
+    "qwen3": ("qwen3", {"use_sliding_window": False, "layer_types": None}),
     "qwen2": ("qwen2", {"use_sliding_window": False, "sliding_window": None, "layer_types": None}),
 }
 IDS = torch.tensor([[1, 17, 40, 3, 99, 5, 23]])

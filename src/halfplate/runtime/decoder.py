@@ -19,7 +19,7 @@ from halfplate.kernels import native
 from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.linear import PackedLinear
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Of a model's other numbers; the native step computes in fp32 and rounds its logits.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Their tables depend on how long the sequence is.
@@ -40,7 +40,7 @@ class BlockStruct(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in ("input_norm", "post_norm", "q", "k", "v", "o", "gate", "up", "down", "keys", "values")
-    ]
+    ] + [(name, ctypes.c_void_p) for name in ("query_norm", "key_norm")]
 
 
 class DecoderStruct(ctypes.Structure):
@@ -124,6 +124,9 @@ class NativeDecoder:
         for block, layer in zip(blocks, inner.layers, strict=True):
             block.input_norm = self._norm(layer.input_layernorm)
             block.post_norm = self._norm(layer.post_attention_layernorm)
+            if hasattr(layer.self_attn, "q_norm"):
+                block.query_norm = self._norm(layer.self_attn.q_norm)
+                block.key_norm = self._norm(layer.self_attn.k_norm)
             for name in LINEARS + MLP:
                 field = name.rpartition(".")[2].removesuffix("_proj")
                 setattr(block, field, self._address(layer.get_submodule(name).packed))

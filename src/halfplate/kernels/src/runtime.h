@@ -47,7 +47,8 @@ struct Job {
 struct DecoderBlock {
     const float *input_norm, *post_norm;   // (hidden)
     const Packed *q, *k, *v, *o, *gate, *up, *down;
-    float *keys, *values;                  // (kv_heads, capacity, head_dim), the static cache
+    float *keys, *values;                  // (kv_heads, capacity, head_dim), the cache
+    const float *query_norm, *key_norm;    // (head_dim), or null: norms of each head before its rotation
 };
 
 struct Decoder {
