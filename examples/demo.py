@@ -92,7 +92,7 @@ def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namesp
         f"Judged on {first['windows']} windows of {first['seq_len']} tokens that the dense model sampled (seed {protocol['seed']}; "
         "calibration used another).\n"
         f"Speed is that of one sequence on {first['speed']['threads']} threads; dense runs through transformers in {first['speed']['dense']['dtype']},\n"
-        f"the faster of fp32 and bf16 here (load {first['speed']['load_average']}).\n"
+        f"the faster of fp32 and bf16 here (load {first['speed']['load_average'] or 0:.1f}).\n"
         f"The source file is {megabytes(source.stat().st_size)}: it is a Q4_1 GGUF, already 5 bits a weight, so the bf16 bytes above are\n"
         "those of the model that it stands for, and 2:4 in bf16 is larger than it."
     )
