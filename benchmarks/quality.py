@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from halfplate.calibration import calibration_tokens, collect_block, read_text
 from halfplate.checkpoint.write import round_others
 from halfplate.evaluation.perplexity import evaluate, token_windows
-from halfplate.execution.local import relative_error
+from halfplate.execution.matrix import relative_error
 from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.methods import create
 from halfplate.models.blockwise import BlockwiseModel

@@ -30,7 +30,9 @@ class Recipe:
 
     method_options: the fields of the method's own configuration, e.g. `{"iterations": 20}`. pattern: `N:M`, `dense`, or `auto`
     for that of the method: `dense` where it drops no weights, else `2:4`. block_size: `auto` (planning
-    chooses), 0 for no wrappers, 1 for diagonal ones. calibration: `self`, a text file or a Hub data set. include, exclude:
+    chooses), 0 for no wrappers, 1 for diagonal ones. inputs: statistics of what the dense blocks see, or of what the compressed
+    ones before them make of it; then cross_damping is that of the correction towards the dense outputs, `none` for no
+    correction. calibration: `self`, a text file or a Hub data set. include, exclude:
     patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats a token.
     Raises HalfplateError naming the field, its value and what would do.
     """
@@ -46,7 +48,8 @@ class Recipe:
     samples: int = 64
     seq_len: int = 512
     seed: int = 0
-    inputs: str = "dense"
+    inputs: Literal["dense", "compressed"] = "compressed"
+    cross_damping: float | Literal["none"] = 0.01
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     device: str = "cpu"
@@ -74,8 +77,10 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not least <= value < 2**63:
                 raise HalfplateError(f"{name}={value} is out of range; expected at least {least}")
-        if self.inputs != "dense":
-            raise HalfplateError(f"inputs={self.inputs!r} is not available yet; available: dense")
+        if self.cross_damping != "none" and not 0 <= self.cross_damping < float("inf"):
+            raise HalfplateError(
+                f"cross_damping={self.cross_damping} must be a finite number, 0 or more, or none; try 0.01"
+            )
         if self.max_kl is not None and not self.max_kl > 0:
             raise HalfplateError(f"max_kl={self.max_kl} must be above 0 nats a token; try 1.0")
         _check_device(self.device)

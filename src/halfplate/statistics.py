@@ -20,12 +20,14 @@ class Statistic(IntEnum):
 class InputStatistics:
     """Second moments of the inputs X (tokens, d_in) that reached one matrix.
 
-    tokens: rows of X. diagonal: fp32 (d_in,), mean of X². gram: fp32 or fp64 (d_in, d_in), XᵀX / tokens.
+    tokens: rows of X. diagonal: fp32 (d_in,), mean of X². gram: fp32 or fp64 (d_in, d_in), XᵀX / tokens. cross: fp64
+    (d_in, d_in), X_denseᵀ X / tokens, where X comes through a compressed prefix and X_dense is what the dense model has there.
     """
 
     tokens: int = 0
     diagonal: Tensor | None = None
     gram: Tensor | None = None
+    cross: Tensor | None = None
 
     def require_diagonal(self) -> Tensor:
         """The diagonal; raises HalfplateError where it was not collected."""

@@ -5,7 +5,8 @@ import torch
 
 import halfplate
 from halfplate.errors import HalfplateError
-from halfplate.execution.local import compress, relative_error
+from halfplate.execution.local import compress
+from halfplate.execution.matrix import relative_error
 from halfplate.execution.output import check_result_folder
 from halfplate.methods.magnitude import Magnitude
 from halfplate.models.sources import load_dense

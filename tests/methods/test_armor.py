@@ -16,7 +16,14 @@ def case(d_out=40, d_in=64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(d_in, d_in, generator=generator) / d_in**0.5 + torch.eye(d_in)
     weight = torch.randn(d_out, d_in, generator=generator) @ mix
-    return weight, InputStatistics(tokens=100, diagonal=torch.rand(d_in, generator=generator) ** 2)
+    inputs = torch.randn(4 * d_in, d_in, generator=generator) @ (torch.randn(d_in, d_in, generator=generator) / d_in**0.5)
+    inputs *= torch.rand(d_in, generator=generator)
+    gram = inputs.double().T @ inputs.double() / len(inputs)
+    return weight, InputStatistics(len(inputs), gram.diagonal().float(), gram)
+
+
+def diagonal_armor(**options):
+    return create("armor", objective="diag", **options)
 
 
 def spec_of(weight, out_block=16, in_block=16, core="fp32", wrapper="fp32", pattern="2:4"):
@@ -33,11 +40,11 @@ def proxy_error(weight, statistics, chain):
 
 
 @pytest.mark.parametrize(("out_block", "in_block"), [(16, 16), (8, 16), (0, 16), (16, 0), (1, 8), (64, 128), (12, 20)])
-@pytest.mark.parametrize("solver", ["exact", "paper"])
-def test_stored_tensors_have_the_promised_layout(out_block, in_block, solver):
+@pytest.mark.parametrize("options", [{}, {"objective": "diag"}, {"solver": "paper"}], ids=["gram", "diag", "paper"])
+def test_stored_tensors_have_the_promised_layout(out_block, in_block, options):
     weight, statistics = case()
     spec = spec_of(weight, out_block, in_block, "bf16", "bf16")
-    solution = create("armor", solver=solver, iterations=3).compress(weight, statistics, spec)
+    solution = create("armor", **options, iterations=3).compress(weight, statistics, spec)
     tensors = solution.weight.tensors()
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == spec.layout()
     assert solution.weight.nbytes == spec.nbytes
@@ -45,15 +52,15 @@ def test_stored_tensors_have_the_promised_layout(out_block, in_block, solver):
 
 def test_fp32_storage_keeps_the_loss_of_the_solver():
     weight, statistics = case()
-    solution = create("armor", iterations=10).compress(weight, statistics, spec_of(weight))
+    solution = diagonal_armor(iterations=10).compress(weight, statistics, spec_of(weight))
     # The last updates of B and A on the way to storage can only lower it.
     assert proxy_error(weight, statistics, solution.weight) <= solution.losses[-1] * (1 + 1e-5)
 
 
 def test_wrappers_repair_rounding():
     weight, statistics = case(96, 128)
-    fine = create("armor", iterations=30).compress(weight, statistics, spec_of(weight))
-    coarse = create("armor", iterations=30).compress(weight, statistics, spec_of(weight, core="bf16", wrapper="bf16"))
+    fine = diagonal_armor(iterations=30).compress(weight, statistics, spec_of(weight))
+    coarse = diagonal_armor(iterations=30).compress(weight, statistics, spec_of(weight, core="bf16", wrapper="bf16"))
     naive = fine.weight.core.values.bfloat16().float()
     blunt = type(fine.weight)(
         fine.weight.spec,
@@ -67,8 +74,8 @@ def test_wrappers_repair_rounding():
 @pytest.mark.parametrize("wrapper", ["bf16", "int8"])
 def test_wrappers_repair_the_grid_of_the_core(core, wrapper):
     weight, statistics = case(96, 128)
-    fine = create("armor", iterations=30).compress(weight, statistics, spec_of(weight))
-    coarse = create("armor", iterations=30).compress(weight, statistics, spec_of(weight, core=core, wrapper=wrapper))
+    fine = diagonal_armor(iterations=30).compress(weight, statistics, spec_of(weight))
+    coarse = diagonal_armor(iterations=30).compress(weight, statistics, spec_of(weight, core=core, wrapper=wrapper))
     chain = fine.weight
     rounded = NMSparse.from_dense(chain.core.dense(), chain.core.mask(), chain.core.pattern, core)
     wrappers = [
@@ -84,9 +91,9 @@ def test_wrappers_repair_the_grid_of_the_core(core, wrapper):
 def test_int8_wrappers_of_every_size(block):
     weight, statistics = case(40, 60)
     spec = spec_of(weight, block, block, "int4", "int8")
-    solution = create("armor", iterations=3).compress(weight, statistics, spec)
+    solution = diagonal_armor(iterations=3).compress(weight, statistics, spec)
     assert {name: (tuple(t.shape), t.dtype) for name, t in solution.weight.tensors().items()} == spec.layout()
-    exact = create("armor", iterations=3).compress(weight, statistics, spec_of(weight, block, block, "int4", "fp32"))
+    exact = diagonal_armor(iterations=3).compress(weight, statistics, spec_of(weight, block, block, "int4", "fp32"))
     errors = [proxy_error(weight, statistics, one.weight) for one in (solution, exact)]
     assert errors[0] <= errors[1] * 1.02
 
@@ -94,7 +101,7 @@ def test_int8_wrappers_of_every_size(block):
 def test_larger_blocks_lose_less():
     weight, statistics = case(64, 128)
     errors = [
-        proxy_error(weight, statistics, create("armor").compress(weight, statistics, spec_of(weight, b, b)).weight)
+        proxy_error(weight, statistics, diagonal_armor().compress(weight, statistics, spec_of(weight, b, b)).weight)
         for b in (0, 4, 8, 16, 32)
     ]
     assert errors == sorted(errors, reverse=True)
@@ -102,7 +109,7 @@ def test_larger_blocks_lose_less():
 
 def test_without_wrappers_it_is_nowag():
     weight, statistics = case()
-    bare = create("armor").compress(weight, statistics, spec_of(weight, 0, 0))
+    bare = diagonal_armor().compress(weight, statistics, spec_of(weight, 0, 0))
     nowag = create("nowag").compress(weight, statistics, spec_of(weight, 0, 0))
     assert torch.allclose(bare.weight.dense(), nowag.weight.dense(), rtol=1e-5)
 
@@ -110,17 +117,17 @@ def test_without_wrappers_it_is_nowag():
 def test_balanced_factors_survive_fp16():
     weight, statistics = case()
     scales = torch.logspace(-12, 4, weight.shape[0])[:, None]  # no balance: rows of S or A would leave fp16
-    solution = create("armor").compress(weight * 1e-2, statistics, spec_of(weight, core="fp16", wrapper="fp16"))
+    solution = diagonal_armor().compress(weight * 1e-2, statistics, spec_of(weight, core="fp16", wrapper="fp16"))
     assert solution.weight.core.values.isfinite().all()
     with pytest.raises(HalfplateError, match="core_dtype='fp16' cannot hold"):
-        create("armor").compress(weight * scales * 1e4, statistics, spec_of(weight, core="fp16", wrapper="fp16"))
+        diagonal_armor().compress(weight * scales * 1e4, statistics, spec_of(weight, core="fp16", wrapper="fp16"))
 
 
 def test_scale_of_the_weight_and_of_the_moments_is_irrelevant():
     weight, statistics = case()
     spec = spec_of(weight)
-    plain = create("armor", iterations=5).compress(weight, statistics, spec)
-    scaled = create("armor", iterations=5).compress(
+    plain = diagonal_armor(iterations=5).compress(weight, statistics, spec)
+    scaled = diagonal_armor(iterations=5).compress(
         weight * 1024, InputStatistics(100, statistics.diagonal * 4096), spec
     )
     assert torch.allclose(plain.weight.dense() * 1024, scaled.weight.dense(), rtol=1e-4, atol=1e-2)
@@ -130,7 +137,10 @@ def test_scale_of_the_weight_and_of_the_moments_is_irrelevant():
     ("options", "message"),
     [
         ({"solver": "exat"}, "solver='exat' is not one of exact, paper"),
-        ({"objective": "gram"}, "objective='gram' is not available yet"),
+        ({"objective": "full"}, "objective='full' is not one of gram, diag"),
+        ({"objective": "gram", "solver": "paper"}, "solver='paper' does not minimise objective='gram'"),
+        ({"grid_iterations": -1}, "grid_iterations=-1 must be 0 or more"),
+        ({"damping": -0.1}, "damping=-0.1 must be a finite number"),
         ({"iterations": -1}, "iterations=-1 must be 0 or more"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be a positive number"),
         ({"patience": 0}, "patience=0 must be at least 1"),

@@ -38,16 +38,43 @@ def collect_block(
     return collector.statistics(names), outputs
 
 
+def collect_against_dense(
+    blockwise: BlockwiseModel,
+    index: int,
+    inputs: list[BlockInputs],
+    dense: list[BlockInputs],
+    names: Sequence[str],
+    statistic: Statistic,
+) -> tuple[dict[str, InputStatistics], list[BlockInputs]]:
+    """`collect_block` of `inputs`, which come through a compressed prefix, with the cross moment to the `dense` ones.
+
+    Block `index` is still dense and runs on both. From Statistic.GRAM on the cross moment comes along. Returns the statistics
+    and the block's outputs for `dense`; those for `inputs` are had once the block is compressed.
+    """
+    collector = _Collector(statistic)
+    modules = {name: _module_of_block(blockwise, index, name) for name in names}
+    outputs: list[BlockInputs] = []
+    with torch.no_grad(), collector.watching(modules):
+        for batch, dense_batch in zip(inputs, dense, strict=True):
+            collector.next_batch()
+            collector.dense_inputs = {}
+            outputs.append(blockwise.run_block(index, dense_batch))
+            collector.compare()
+            blockwise.run_block(index, batch)
+    return collector.statistics(names), outputs
+
+
 @dataclass
 class _Sums:
-    """Sums over tokens: squares fp64 (d_in,), products fp64 (d_in, d_in)."""
+    """Sums over tokens: squares fp64 (d_in,), products and crosses fp64 (d_in, d_in)."""
 
     tokens: int = 0
     squares: Tensor | None = None
     products: Tensor | None = None
+    crosses: Tensor | None = None
 
-    def add(self, x: Tensor, statistic: Statistic) -> None:
-        """Add x fp32 (tokens, d_in)."""
+    def add(self, x: Tensor, statistic: Statistic, dense: Tensor | None) -> None:
+        """Add x fp32 (tokens, d_in), and its products with `dense`, what the dense model has in its place."""
         self.tokens += len(x)
         if statistic >= Statistic.DIAGONAL:
             squares = x.square().sum(0, dtype=torch.float64)
@@ -58,11 +85,15 @@ class _Sums:
             # ordinary tokens add afterwards.
             products = x.T @ x
             self.products = products.double() if self.products is None else self.products.add_(products)
+            if dense is not None:
+                crosses = dense.T @ x
+                self.crosses = crosses.double() if self.crosses is None else self.crosses.add_(crosses)
 
     def statistics(self) -> InputStatistics:
         diagonal = None if self.squares is None else (self.squares / self.tokens).float()
         gram = None if self.products is None else self.products.div_(self.tokens)
-        return InputStatistics(self.tokens, diagonal, gram)
+        cross = None if self.crosses is None else self.crosses.div_(self.tokens)
+        return InputStatistics(self.tokens, diagonal, gram, cross)
 
 
 class _Collector:
@@ -74,8 +105,16 @@ class _Collector:
         self.leaders: dict[str, str] = {}
         # The tensor is kept beside its leader, so that no other can have its identity while the batch runs.
         self._seen: dict[tuple[int, int], tuple[str, Tensor]] = {}
+        # While the dense model runs, inputs by leader are kept here; then those of the same batch are added against them.
+        self.dense_inputs: dict[str, Tensor] | None = None
+        self._dense: dict[str, Tensor] = {}
 
     def next_batch(self) -> None:
+        self._seen.clear()
+
+    def compare(self) -> None:
+        """The dense run of a batch is over; the inputs to come are added."""
+        self._dense, self.dense_inputs = self.dense_inputs or {}, None
         self._seen.clear()
 
     @contextmanager
@@ -106,8 +145,12 @@ class _Collector:
         if key in self._seen:
             return
         self._seen[key] = (name, x)
+        rows = x.reshape(-1, x.shape[-1]).float()
+        if self.dense_inputs is not None:
+            self.dense_inputs[name] = rows
+            return
         sums = self.sums.setdefault(name, _Sums())
-        sums.add(x.reshape(-1, x.shape[-1]).float(), self.statistic)
+        sums.add(rows, self.statistic, self._dense.get(name))
         if sums.squares is not None and not bool(torch.isfinite(sums.squares).all()):
             broken = int((~torch.isfinite(sums.squares)).sum())
             raise HalfplateError(

@@ -21,14 +21,15 @@ FIELDS = (
     ("--calibration", "SRC", "self (default: the model's own text), a .txt/.jsonl file, also .gz, or a Hub data set"),
     ("--samples", "N", "calibration sequences (default 64)"),
     ("--seq-len", "L", "tokens of each (default 512)"),
-    ("--inputs", "WHICH", "what calibration runs through: dense (default), the blocks as they were"),
+    ("--inputs", "WHICH", "what calibration runs through: the compressed blocks so far (compressed, default) or dense"),
+    ("--cross-damping", "X", "of the correction of each matrix for compressed inputs (default 0.01), or none"),
     ("--seed", "S", "seed of everything random (default 0)"),
     ("--device", "NAME", "where to compute: cpu (default) or cuda"),
     ("--threads", "T", "threads of torch and of the kernels"),
     ("--max-kl", "X", "exit with 1 when the KL to the dense model on held-out text exceeds X nats a token"),
 )
 METHOD_OPTIONS = (
-    ("--objective", "WHICH", "what armor minimises"),
+    ("--objective", "WHICH", "what armor minimises: gram (default), the true output error, or diag, the paper's"),
     ("--solver", "WHICH", "how armor solves: exact (default) or paper"),
     ("--iterations", "N", "iterations of the method"),
 )

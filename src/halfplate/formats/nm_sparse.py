@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfplate.dtypes import GRIDS
+from halfplate.errors import HalfplateError
 from halfplate.formats.packing import pack, unpack
-from halfplate.formats.rounding import GROUP, round_to_float, round_to_grid
+from halfplate.formats.rounding import GROUP, grid_range, round_to_float, round_to_grid
 from halfplate.formats.spec import WeightSpec
 from halfplate.pattern import Pattern
 
@@ -42,14 +43,7 @@ class NMSparse:
 
         mask: None if the pattern is dense. Raises HalfplateError where a kept value is too large for `core_dtype`.
         """
-        values, positions, index = weight, None, None
-        if not pattern.is_dense:
-            assert mask is not None, "a sparse pattern needs its mask"
-            # Sorting "not kept" stably moves the kept columns of each group to its front, in rising order.
-            groups = (~mask).reshape(len(weight), -1, pattern.m).to(torch.uint8)
-            positions = groups.argsort(dim=-1, stable=True)[:, :, : pattern.n].contiguous()
-            values = weight.reshape(len(weight), -1, pattern.m).gather(-1, positions).reshape(len(weight), -1)
-            index = pack(positions.reshape(len(weight), -1), pattern.index_bits)
+        values, positions, index = _kept(weight, mask, pattern)
         if core_dtype not in GRIDS:
             return cls(round_to_float(values, core_dtype, "core_dtype"), index, pattern)
         bits = GRIDS[core_dtype]
@@ -60,8 +54,36 @@ class NMSparse:
             assert mask is not None, "a sparse pattern needs its mask"
             integers, scales = round_to_grid(weight.masked_fill(~mask, 0), bits, GROUP, core_dtype)
             integers = integers.reshape(len(weight), -1, pattern.m).gather(-1, positions).reshape(len(weight), -1)
+        return cls._of_integers(integers, scales, index, pattern, bits)
+
+    @classmethod
+    def from_codes(
+        cls, integers: Tensor, scales: Tensor, mask: Tensor | None, pattern: Pattern, core_dtype: str
+    ) -> "NMSparse":
+        """Store numbers that already lie on a grid, as they are.
+
+        integers: q, int8 (d_out, d_in). scales: fp16 (d_out, ceil(d_in / 128)). mask: bool (d_out, d_in) with exactly N true
+        entries in each group, None if the pattern is dense. Raises HalfplateError where a q is no code of `core_dtype`, or a
+        scale is not finite.
+        """
+        bits = GRIDS[core_dtype]
+        least, greatest = grid_range(bits)
+        outside = (integers < least) | (integers > greatest)
+        if bool(outside.any()):
+            raise HalfplateError(
+                f"integers={int(integers[outside][0])} is no code of core_dtype={core_dtype!r}, expected {least} to {greatest}"
+            )
+        if not bool(scales.isfinite().all()):
+            raise HalfplateError(f"scales are not finite in fp16 for core_dtype={core_dtype!r}; use bf16")
+        values, _, index = _kept(integers, mask, pattern)
+        return cls._of_integers(values, scales, index, pattern, bits)
+
+    @classmethod
+    def _of_integers(
+        cls, integers: Tensor, scales: Tensor, index: Tensor | None, pattern: Pattern, bits: int
+    ) -> "NMSparse":
         codes = pack(integers.to(torch.int16) + (1 << bits - 1), bits)
-        return cls(codes, index, pattern, Grid(scales, bits, values.shape[1]))
+        return cls(codes, index, pattern, Grid(scales, bits, integers.shape[1]))
 
     @classmethod
     def from_tensors(cls, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> "NMSparse":
@@ -127,3 +149,15 @@ class NMSparse:
     @property
     def _kept(self) -> int:
         return self.stored.shape[1] if self.grid is None else self.grid.count
+
+
+def _kept(matrix: Tensor, mask: Tensor | None, pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Kept values (d_out, kept), their positions in each group (d_out, groups, N), and these packed; None if dense."""
+    if pattern.is_dense:
+        return matrix, None, None
+    assert mask is not None, "a sparse pattern needs its mask"
+    # Sorting "not kept" stably moves the kept columns of each group to its front, in rising order.
+    groups = (~mask).reshape(len(matrix), -1, pattern.m).to(torch.uint8)
+    positions = groups.argsort(dim=-1, stable=True)[:, :, : pattern.n].contiguous()
+    values = matrix.reshape(len(matrix), -1, pattern.m).gather(-1, positions).reshape(len(matrix), -1)
+    return values, positions, pack(positions.reshape(len(matrix), -1), pattern.index_bits)

@@ -21,6 +21,26 @@ class Problem(ctypes.Structure):
     ]
 
 
+class GramSweep(ctypes.Structure):
+    """Mirror of `halfplate::GramSweep` in src/armor.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("core", "error", "product", "out_gram", "in_gram", "steps")] + [
+        (name, ctypes.c_int64)
+        for name in (
+            "row_tiles",
+            "row_tile",
+            "cols",
+            "kept",
+            "group",
+            "least",
+            "greatest",
+            "step_width",
+            "off_grid",
+            "threads",
+        )
+    ]
+
+
 @cache
 def _open() -> tuple[ctypes.CDLL | None, str]:
     """The library and the name of its instruction set, or None and why there is none."""
@@ -41,6 +61,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         ("output_moments", None, [problem, pointer, pointer, pointer]),
         ("input_moments", None, [problem, pointer, pointer, pointer]),
         ("sweep", None, [problem, pointer]),
+        ("gram_sweep", None, [ctypes.POINTER(GramSweep)]),
         ("place", None, [pointer, flag]),
         ("pack", flag, [pointer, pointer, integer]),
         ("unpack", None, [pointer, pointer, integer]),

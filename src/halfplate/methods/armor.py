@@ -1,42 +1,50 @@
 """ARMOR: a sparse core between block-diagonal wrappers."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method, Solution, check_inputs
-from halfplate.solvers.armor.exact import solve_exact
-from halfplate.solvers.armor.finish import finish
+from halfplate.solvers.armor.exact import DiagonalObjective, solve_exact
+from halfplate.solvers.armor.finish import balanced, finish
+from halfplate.solvers.armor.full_gram import GramSchedule, solve_gram
 from halfplate.solvers.armor.paper import PaperSchedule, solve_paper
 from halfplate.solvers.armor.problem import Problem
 from halfplate.solvers.armor.stages import stages_for
 from halfplate.solvers.normalise import normalise
 from halfplate.statistics import InputStatistics, Statistic
 
-EXACT_ITERATIONS = 60
+DIAGONAL_ITERATIONS = 60
 LARGEST_N = 16
 
 
 @dataclass(frozen=True)
 class Armor(Method):
-    """W ≈ A · S · B: an N:M core between two block-diagonal wrappers that repair what pruning breaks.
+    """W ≈ A · core · B: an N:M core, or a dense one on a grid, between two block-diagonal wrappers that repair the error.
 
-    solver: `exact` minimises over A, B and every group of S in turn; `paper` is the published Adam with sampled groups.
-    objective: `diag` weights the error of each input by its second moment. iterations: None takes the solver's own, 60
-    exact ones or the published 20,000. learning_rate, patience and seed steer `paper` only. Source: arXiv 2510.05528;
-    the exact updates are our own (docs/armor.md).
+    objective: `gram` minimises the true output error, `diag` weights the error of each input by its second moment as the
+    paper does; None takes diag for solver `paper`, else gram. solver: `exact` minimises over A, B and every group of S in turn; `paper` is the published Adam with sampled
+    groups, for `diag`. iterations: None takes 24 for gram (after 20 under its diagonal), 60 for diag, the published 20,000
+    for paper. grid_iterations: of gram once the core lies on a grid. damping: added to the Gram matrix, as a fraction of the
+    second moment of each input. learning_rate, patience and seed steer `paper` only. Source: arXiv 2510.05528; the exact
+    updates are our own (docs/armor.md).
     """
 
     name = "armor"
-    summary = "sparse core between block-diagonal wrappers that repair the error"
+    summary = "core between block-diagonal wrappers that repair the error"
     wrapped = True
+    dense = True
+    version = 2
+    objective: str | None = None
     solver: str = "exact"
-    objective: str = "diag"
     iterations: int | None = None
+    grid_iterations: int = 16
+    damping: float = 0.0
     learning_rate: float = 1e-4
     patience: int = 100
     seed: int = 0
@@ -44,10 +52,19 @@ class Armor(Method):
     def __post_init__(self) -> None:
         if self.solver not in ("exact", "paper"):
             raise HalfplateError(f"solver={self.solver!r} is not one of exact, paper")
-        if self.objective != "diag":
-            raise HalfplateError(f"objective={self.objective!r} is not available yet; use diag")
-        if self.iterations is not None and self.iterations < 0:
-            raise HalfplateError(f"iterations={self.iterations} must be 0 or more; try {EXACT_ITERATIONS}")
+        if self.objective is None:
+            object.__setattr__(self, "objective", "diag" if self.solver == "paper" else "gram")
+        if self.objective not in ("gram", "diag"):
+            raise HalfplateError(f"objective={self.objective!r} is not one of gram, diag")
+        if self.solver == "paper" and self.objective != "diag":
+            raise HalfplateError(
+                f"solver='paper' does not minimise objective={self.objective!r}; add --objective diag, or use solver exact"
+            )
+        for name in ("iterations", "grid_iterations"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise HalfplateError(f"{name}={value} must be 0 or more; try {GramSchedule.gram}")
+        if not 0 <= self.damping < float("inf"):
+            raise HalfplateError(f"damping={self.damping} must be a finite number, 0 or more; try 0.01")
         if not 0 < self.learning_rate < float("inf"):
             raise HalfplateError(f"learning_rate={self.learning_rate} must be a positive number; try 1e-4")
         if self.patience < 1:
@@ -59,26 +76,40 @@ class Armor(Method):
             raise HalfplateError(
                 f"pattern={spec.pattern} keeps more than {LARGEST_N} of a group, which method 'armor' does not solve; try 2:4 or 16:32"
             )
+        if spec.pattern.is_dense and (self.objective != "gram" or spec.core_dtype not in GRIDS):
+            raise HalfplateError(
+                f"pattern='dense' with objective={self.objective!r} and core_dtype={spec.core_dtype!r} leaves method 'armor' nothing "
+                f"to solve; use objective gram and a core_dtype of {', '.join(GRIDS)}"
+            )
 
     @property
     def requires(self) -> Statistic:
-        return Statistic.DIAGONAL
+        return Statistic.GRAM if self.objective == "gram" else Statistic.DIAGONAL
 
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
+        if self.objective == "gram":
+            schedule = GramSchedule(grid=self.grid_iterations, damping=self.damping)
+            if self.iterations is not None:
+                schedule = replace(schedule, gram=self.iterations)
+            chain, losses = solve_gram(weight, statistics.require_gram().to(weight.device), spec, schedule)
+            return Solution(chain, tuple(losses))
+        return self._diagonal(weight, statistics.require_diagonal().to(weight.device), spec)
+
+    def _diagonal(self, weight: Tensor, moment: Tensor, spec: WeightSpec) -> Solution:
         # A power of two brings the weight near 1 and back without rounding, so that no square leaves the range of fp32.
         largest = float(weight.abs().max())
         scale = 2.0 ** math.floor(math.log2(largest)) if largest else 1.0
         normalised = normalise(weight.to(torch.float32) / scale)
-        moment = _unit_mean(statistics.require_diagonal().to(weight.device))
-        problem = Problem.from_weight(normalised.weight, moment, spec)
+        problem = Problem.from_weight(normalised.weight, _unit_mean(moment), spec)
         stages = stages_for(weight.device)
         if self.solver == "exact":
-            iterations = EXACT_ITERATIONS if self.iterations is None else self.iterations
+            iterations = DIAGONAL_ITERATIONS if self.iterations is None else self.iterations
             factors, losses = solve_exact(problem, iterations, stages)
         else:
             factors, losses = solve_paper(problem, self._schedule())
-        chain = finish(problem, factors, normalised, scale, spec, stages)
+        factors = balanced(problem, factors, normalised)
+        chain = finish(DiagonalObjective(problem, stages), factors, normalised, scale, spec)
         return Solution(chain, tuple(losses))
 
     def _schedule(self) -> PaperSchedule:

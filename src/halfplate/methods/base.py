@@ -32,7 +32,8 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     wrapped: ClassVar[bool] = False  # whether the result has block-diagonal wrappers around its core
-    sparse: ClassVar[bool] = True  # whether the core keeps N of M values, or else all of them
+    sparse: ClassVar[bool] = True  # whether the core may keep N of M values
+    dense: ClassVar[bool] = False  # whether it may keep all of them
     version: ClassVar[int] = 1
 
     @property
@@ -42,9 +43,9 @@ class Method(ABC):
 
     def check_spec(self, spec: WeightSpec) -> None:
         """Raise HalfplateError where this method cannot make what `spec` describes; planning asks before any work."""
-        if spec.pattern.is_dense and self.sparse:
+        if spec.pattern.is_dense and not self.dense:
             raise HalfplateError(
-                f"pattern='dense' keeps every value, which method {self.name!r} does not do; use pattern 2:4, or method rtn"
+                f"pattern='dense' keeps every value, which method {self.name!r} does not do; use pattern 2:4, or method armor or rtn"
             )
         if not (spec.pattern.is_dense or self.sparse):
             raise HalfplateError(

@@ -18,7 +18,7 @@ class RoundToNearest(Method):
 
     name = "rtn"
     summary = "every weight rounded to int8 or int4, none dropped; needs no calibration"
-    sparse = False
+    sparse, dense = False, True
 
     def check_spec(self, spec: WeightSpec) -> None:
         super().check_spec(spec)

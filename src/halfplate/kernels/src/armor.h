@@ -20,11 +20,28 @@ struct Problem {
 // Every stage also writes the loss of each tile as it was on entry: double (row_tiles, col_tiles).
 using Stage = void (*)(const Problem &, double *cross, double *square, double *losses);
 
+// The core under the full Gram objective: every row couples all its inputs. Matrices as above.
+struct GramSweep {
+    float *core;            // S: (rows, cols), updated
+    float *error;           // E = A' R H B': (rows, cols), used up
+    float *product;         // U = S C: (rows, cols), updated with S
+    const float *out_gram;  // G = A' A: (row_tiles, row_tile, row_tile)
+    const float *in_gram;   // C = B H B': (cols, cols)
+    float *steps;           // of the grid, (rows, ceil(cols / step_width)), refitted where that gains; null for any real value
+    int64_t row_tiles, row_tile, cols;
+    int64_t kept, group;              // N, M
+    int64_t least, greatest;          // codes of the grid
+    int64_t step_width;               // columns that share a step; a multiple of M
+    int64_t off_grid;                 // 1 where S is not on the grid yet, so that no group may stay as it is
+    int64_t threads;
+};
+
 struct Stages {
     const char *isa;
     Stage output_moments;  // cross, square: (row_tiles, row_tile, row_tile), R D Z' and Z D Z' with Z = S B
     Stage input_moments;   // cross, square: (col_tiles, col_tile, col_tile), T' R and T' T with T = A S
     Stage sweep;           // updates core; cross and square are not used
+    void (*gram_sweep)(const GramSweep &);
 };
 
 extern const Stages stages_baseline, stages_avx2, stages_avx512;

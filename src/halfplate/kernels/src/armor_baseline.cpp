@@ -19,6 +19,8 @@ namespace {
 #include "armor_shared.inc"
 #include "group_update.inc"
 #include "armor_stages.inc"
+#include "grid_update.inc"
+#include "gram_sweep.inc"
 }  // namespace
-const Stages stages_baseline{"baseline", output_moments, input_moments, sweep};
+const Stages stages_baseline{"baseline", output_moments, input_moments, sweep, gram_sweep};
 }  // namespace halfplate

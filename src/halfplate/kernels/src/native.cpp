@@ -81,6 +81,8 @@ EXPORT void halfplate_sweep(const halfplate::Problem *p, double *losses) {
     halfplate::stages().sweep(*p, nullptr, nullptr, losses);
 }
 
+EXPORT void halfplate_gram_sweep(const halfplate::GramSweep *p) { halfplate::stages().gram_sweep(*p); }
+
 // Sets the offsets and the size of a header whose other fields are given.
 EXPORT void halfplate_place(halfplate::Packed *header, int32_t bias) { halfplate::place(*header, bias != 0); }
 

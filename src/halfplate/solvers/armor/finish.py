@@ -7,63 +7,84 @@ from torch.nn import functional
 from halfplate.formats.block_diagonal import BlockDiagonal
 from halfplate.formats.chain import Chain
 from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.rounding import GROUP
 from halfplate.formats.spec import WeightSpec
+from halfplate.solvers.armor.exact import Refit
 from halfplate.solvers.armor.problem import Factors, Problem
-from halfplate.solvers.armor.stages import Stages
-from halfplate.solvers.armor.wrappers import update_in_blocks, update_out_blocks
 from halfplate.solvers.normalise import Normalised
 from halfplate.solvers.selection import keep_largest
 
 
-def finish(
-    problem: Problem, factors: Factors, normalised: Normalised, scale: float, spec: WeightSpec, stages: Stages
-) -> Chain:
-    """Store scale · diag(rows) · A S B · diag(columns) in the types of `spec`.
+def balanced(tiles: Problem, factors: Factors, normalised: Normalised) -> Factors:
+    """Use the free diagonal scales between A, S and B to give columns of diag(rows) A and rows of B diag(columns) unit length.
 
-    normalised: the rows and columns that `problem` was solved without. scale: a power of two, which goes into the core.
-    Once S is rounded, B is solved again for it and rounded, then A for both. Raises HalfplateError where a value is too
-    large for its type.
+    The core then has the range of the weight itself, and no stored type overflows for want of balance. normalised: the rows
+    and columns that `tiles` were cut without.
     """
-    rows = _tiled(normalised.rows, problem.row_tiles, problem.row_tile)[:, :, None]  # scales rows of A
-    columns = _tiled(normalised.columns, problem.col_tiles, problem.col_tile)[:, None, :]  # scales columns of B
-    out_blocks, core, in_blocks = _balance(factors.out_blocks * rows, factors.core, factors.in_blocks * columns)
+    rows, columns = _scales(tiles, normalised)
+    out_norms = (factors.out_blocks * rows).norm(dim=1)  # (row_tiles, r)
+    in_norms = (factors.in_blocks * columns).norm(dim=2)  # (col_tiles, c)
+    out_norms = torch.where(out_norms > 0, out_norms, 1.0)
+    in_norms = torch.where(in_norms > 0, in_norms, 1.0)
+    return Factors(
+        factors.out_blocks / out_norms[:, None, :],
+        factors.core * out_norms.reshape(-1, 1) * in_norms.reshape(1, -1),
+        factors.in_blocks / in_norms[:, :, None],
+    )
 
-    stored = core[: spec.d_out, : spec.d_in] * scale
-    mask = keep_largest(stored.abs(), spec.pattern)
-    stored_core = NMSparse.from_dense(stored, mask, spec.pattern, spec.core_dtype)
-    padding = (0, core.shape[1] - spec.d_in, 0, core.shape[0] - spec.d_out)
+
+def finish(
+    objective: Refit,
+    factors: Factors,
+    normalised: Normalised,
+    scale: float,
+    spec: WeightSpec,
+    steps: Tensor | None = None,
+) -> Chain:
+    """Store scale · diag(rows) · A S B · diag(columns), balanced factors, in the types of `spec`.
+
+    normalised: the rows and columns that the problem was solved without. scale: a power of two, which goes into the core.
+    steps: of the grid that the core lies on, (rows, ceil(cols / 128)), or None where it is to be rounded. Once S is rounded,
+    B is solved again for it and rounded, then A for both. Raises HalfplateError where a value is too large for its type.
+    """
+    tiles = objective.tiles
+    rows, columns = _scales(tiles, normalised)
+    stored_core = _stored_core(factors.core, scale, spec, steps)
+    padding = (0, factors.core.shape[1] - spec.d_in, 0, factors.core.shape[0] - spec.d_out)
     rounded = Factors(
-        out_blocks / rows, functional.pad(stored_core.dense() / scale, padding).contiguous(), in_blocks / columns
+        factors.out_blocks, functional.pad(stored_core.dense() / scale, padding).contiguous(), factors.in_blocks
     )
 
     in_wrapper = out_wrapper = None
     if spec.in_block:
-        moments = stages.input_moments(problem, rounded)
-        in_blocks = update_in_blocks(rounded.in_blocks, moments, problem.in_wrapper) * columns
+        in_blocks = objective.refitted_in(rounded) * columns
         in_wrapper = _wrapper(in_blocks, spec.d_in, spec.in_block, spec.wrapper_dtype)
-        rounded.in_blocks = _padded(in_wrapper, problem.col_tile) / columns
+        rounded.in_blocks = _padded(in_wrapper, tiles.col_tile) / columns
     if spec.out_block:
-        moments = stages.output_moments(problem, rounded)
-        out_blocks = update_out_blocks(rounded.out_blocks, moments, problem.out_wrapper) * rows
+        out_blocks = objective.refitted_out(rounded) * rows
         out_wrapper = _wrapper(out_blocks, spec.d_out, spec.out_block, spec.wrapper_dtype)
     return Chain(spec, stored_core, out_wrapper, in_wrapper)
 
 
+def _stored_core(core: Tensor, scale: float, spec: WeightSpec, steps: Tensor | None) -> NMSparse:
+    values = core[: spec.d_out, : spec.d_in]
+    mask = None if spec.pattern.is_dense else keep_largest(values.abs(), spec.pattern)
+    if steps is None:
+        return NMSparse.from_dense(values * scale, mask, spec.pattern, spec.core_dtype)
+    steps = steps[: spec.d_out, : -(-spec.d_in // GROUP)]
+    each = steps.repeat_interleave(GROUP, 1)[:, : spec.d_in]
+    integers = torch.where(each != 0, values / torch.where(each != 0, each, 1.0), 0.0).round().to(torch.int8)
+    return NMSparse.from_codes(integers, (steps * scale).half(), mask, spec.pattern, spec.core_dtype)
+
+
+def _scales(tiles: Problem, normalised: Normalised) -> tuple[Tensor, Tensor]:
+    """What the rows of A and the columns of B are multiplied by, (row_tiles, r, 1) and (col_tiles, 1, c), 1 in the padding."""
+    rows = _tiled(normalised.rows, tiles.row_tiles, tiles.row_tile)[:, :, None]
+    return rows, _tiled(normalised.columns, tiles.col_tiles, tiles.col_tile)[:, None, :]
+
+
 def _tiled(scale: Tensor, tiles: int, size: int) -> Tensor:
-    """A scale a row or column as (tiles, size), 1 in the padding."""
     return functional.pad(scale.to(torch.float32), (0, tiles * size - scale.shape[0]), value=1.0).reshape(tiles, size)
-
-
-def _balance(out_blocks: Tensor, core: Tensor, in_blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Use the free diagonal scales between A, S and B to give columns of A and rows of B unit length.
-
-    The core then has the range of the weight itself, and no stored type overflows for want of balance.
-    """
-    out_norms, in_norms = out_blocks.norm(dim=1), in_blocks.norm(dim=2)  # (row_tiles, r), (col_tiles, c)
-    out_norms = torch.where(out_norms > 0, out_norms, 1.0)
-    in_norms = torch.where(in_norms > 0, in_norms, 1.0)
-    scaled = core * out_norms.reshape(-1, 1) * in_norms.reshape(1, -1)
-    return out_blocks / out_norms[:, None, :], scaled, in_blocks / in_norms[:, :, None]
 
 
 def _wrapper(blocks: Tensor, size: int, block: int, wrapper_dtype: str) -> BlockDiagonal:

@@ -1,23 +1,48 @@
 """The sweep over the core in torch: the reference of the native one, and the path on a GPU."""
 
+from dataclasses import dataclass
 from itertools import combinations
 from math import comb
 
 import torch
 from torch import Tensor
 
+from halfplate.formats.rounding import GROUP
 from halfplate.pattern import Pattern
 
 MAX_MASKS = 256  # above this many masks a group tries its own mask and all single swaps
 RIDGE = 1e-6  # relative to the mean diagonal; the gain is measured without it
 
 
-def sweep_tiles(core: Tensor, error: Tensor, out_gram: Tensor, in_gram: Tensor, pattern: Pattern) -> Tensor:
+@dataclass(frozen=True)
+class Levels:
+    """Least and greatest whole number of a grid; values are a step times one of them."""
+
+    least: int
+    greatest: int
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Values of a core are steps · q: fp32 steps (T, r, ceil(c / 128)), refitted in place, as fp16 holds them.
+
+    off: whether the core is not on the grid yet, so that no group may stay as it is.
+    """
+
+    steps: Tensor
+    levels: Levels
+    off: bool = False
+
+
+def sweep_tiles(
+    core: Tensor, error: Tensor, out_gram: Tensor, in_gram: Tensor, pattern: Pattern, grid: Grid | None = None
+) -> Tensor:
     """Exact coordinate descent over all groups of S in each of T independent tiles, row by row.
 
     core: S, (T, r, c). error: E = Aᵀ R D Bᵀ, (T, r, c). out_gram: G = AᵀA, (T, r, r). in_gram: C = B D Bᵀ, (T, c, c).
     Returns the new core. A group takes the mask with the largest gain 2 qᵀv − vᵀCv, q = E/G_rr + S C, and keeps what it
-    has where nothing gains more (section 3 of the mathematics in docs/armor.md).
+    has where nothing gains more (section 3 of the mathematics in docs/armor.md). With a `grid` the step of each row and 128
+    columns is solved for its codes first, and then the values of a group are the best found on the grid.
     """
     core, error = core.clone(), error.clone()
     rows, width, m = core.shape[1], core.shape[2], pattern.m
@@ -27,10 +52,24 @@ def sweep_tiles(core: Tensor, error: Tensor, out_gram: Tensor, in_gram: Tensor, 
         inverse = torch.where(alive, 1 / scale, 0)[:, None]
         before = error[:, r].clone()
         for start in range(0, width, m):
+            if grid is not None and not grid.off and start % GROUP == 0:
+                columns = slice(start, min(start + GROUP, width))
+                moved = refit_steps(
+                    grid.steps[:, r, start // GROUP],
+                    core[:, r, columns],
+                    error[:, r, columns] * inverse,
+                    in_gram[:, columns, columns],
+                )
+                error[:, r] -= (scale[:, None, None] * moved[:, None, :] @ in_gram[:, columns, :])[:, 0]
             group = slice(start, start + m)
             local = in_gram[:, group, group]
             old = core[:, r, group]
-            new = best_group(old, error[:, r, group] * inverse, local, pattern)
+            pull = error[:, r, group] * inverse
+            if grid is None:
+                new = best_group(old, pull, local, pattern)
+            else:
+                steps = grid.steps[:, r, start // GROUP]
+                new = best_group_on_grid(old, pull, local, pattern, steps, grid.levels, may_stay=not grid.off)
             new = torch.where(alive[:, None], new, old)
             change = (new - old) * scale[:, None]
             error[:, r] -= (change[:, None, :] @ in_gram[:, group, :])[:, 0]
@@ -52,6 +91,65 @@ def best_group(old: Tensor, pull: Tensor, local: Tensor, pattern: Pattern) -> Te
     take = torch.arange(old.shape[0], device=old.device)
     new = torch.zeros_like(old).scatter(1, masks[take, best], values[take, best].to(old.dtype))
     return torch.where((gains[take, best] > stay)[:, None], new, old)
+
+
+def refit_steps(steps: Tensor, values: Tensor, pull: Tensor, local: Tensor) -> Tensor:
+    """Give each row the fp16 step that is best for its codes, where that gains; returns the change of `values`.
+
+    steps: (T,), in place. values: (T, c), in place. pull: E/G_rr, (T, c). local: C of these columns, (T, c, c).
+    """
+    alive = steps != 0
+    codes = torch.where(alive[:, None], values / torch.where(alive, steps, 1)[:, None], 0).round()
+    slope = (codes.double() * pull).sum(1)
+    curvature = (codes.double()[:, None, :] @ local.double() @ codes.double()[:, :, None])[:, 0, 0]
+    usable = alive & (curvature > 0)
+    wished = (steps + torch.where(usable, slope / torch.where(usable, curvature, 1), 0)).float()
+    fits = (wished.abs() >= 6.2e-5) & (wished.abs() <= 65504)  # where fp16 has all its bits
+    rounded = torch.where(fits, wished, 1).half().float()
+    change = rounded.double() - steps
+    gains = usable & fits & (2 * change * slope - change.square() * curvature > 0)
+    moved = torch.where(gains[:, None], codes * rounded[:, None] - values, 0).to(values.dtype)
+    steps.copy_(torch.where(gains, rounded, steps))
+    values += moved
+    return moved
+
+
+def best_group_on_grid(
+    old: Tensor, pull: Tensor, local: Tensor, pattern: Pattern, steps: Tensor, levels: Levels, may_stay: bool = True
+) -> Tensor:
+    """`best_group` among values steps · q, steps (T,): of a mask the values are rounded one after the other.
+
+    Those to come are solved again given those before. A pair of 2:4 is tried in both orders.
+    """
+    linear = pull + sum(old[:, k, None] * local[:, k] for k in range(pattern.m))
+    stay = sum(old[:, k] * (linear[:, k] + pull[:, k]) for k in range(pattern.m))
+    masks = _masks(old, pattern).expand(old.shape[0], -1, -1)
+    if pattern == Pattern(2, 4):
+        masks = torch.cat([masks, masks.flip(2)], 1)
+    values = _rounded(linear, local, masks, steps, levels)
+    take = torch.arange(old.shape[0], device=old.device)[:, None, None]
+    square = local.double()[take[..., None], masks[..., :, None], masks[..., None, :]]
+    right = linear.double()[take, masks]
+    gains = (values * (2 * right - (square @ values[..., None])[..., 0])).sum(-1)
+    best = gains.argmax(1)
+    take = take[:, 0, 0]
+    new = torch.zeros_like(old).scatter(1, masks[take, best], values[take, best].to(old.dtype))
+    return torch.where((gains[take, best] > stay)[:, None], new, old) if may_stay else new
+
+
+def _rounded(linear: Tensor, local: Tensor, masks: Tensor, steps: Tensor, levels: Levels) -> Tensor:
+    """Values on the grid for every mask in its order: fp64 (T, masks, n)."""
+    left = linear.double()[:, None].expand(-1, masks.shape[1], -1).clone()  # q given the values so far: (T, masks, m)
+    values = torch.zeros(masks.shape, dtype=torch.float64, device=local.device)
+    alive = steps != 0
+    inverse = torch.where(alive, 1 / torch.where(alive, steps, 1), 0).double()[:, None]
+    for k in range(masks.shape[2]):
+        solved = _solve(left, local, masks[..., k:])[0][..., 0]
+        codes = (solved * inverse).clamp(levels.least, levels.greatest).round()
+        values[..., k] = codes * steps.double()[:, None]
+        take = torch.arange(len(local), device=local.device)[:, None]
+        left -= values[..., k, None] * local.double()[take, masks[..., k]]
+    return values
 
 
 def _masks(old: Tensor, pattern: Pattern) -> Tensor:
@@ -93,7 +191,7 @@ def _solve(linear: Tensor, local: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
     tiles, _, n = masks.shape
     take = torch.arange(tiles, device=local.device)[:, None, None]
     square = local.double()[take[..., None], masks[..., :, None], masks[..., None, :]]  # (T, masks, n, n)
-    right = linear.double()[take, masks]
+    right = linear.double().reshape(tiles, -1, local.shape[1]).expand(-1, masks.shape[1], -1).gather(2, masks)
     trace = square.diagonal(dim1=-2, dim2=-1).mean(-1)
     usable = trace > 0
     ridge = torch.where(usable, RIDGE * trace, 1)

@@ -1,0 +1,82 @@
+"""The whole solve under the true output error: scaled inputs, a diagonal warm start, the full Gram, a core on a grid."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfplate.dtypes import GRIDS
+from halfplate.formats.chain import Chain
+from halfplate.formats.rounding import GROUP, grid_range, round_to_grid
+from halfplate.formats.spec import WeightSpec
+from halfplate.solvers.armor.exact import descend, solve_exact
+from halfplate.solvers.armor.finish import balanced, finish
+from halfplate.solvers.armor.gram import GramObjective, GramProblem, Point, measured, swept
+from halfplate.solvers.armor.problem import Factors, Problem
+from halfplate.solvers.armor.stages import stages_for
+from halfplate.solvers.armor.sweep import Levels
+from halfplate.solvers.normalise import Normalised
+
+
+@dataclass(frozen=True)
+class GramSchedule:
+    """Iterations under the diagonal of H, under H, and under H with the core on its grid; damping: added to H's unit diagonal."""
+
+    diagonal: int = 20
+    gram: int = 24
+    grid: int = 16
+    damping: float = 0.0
+
+
+def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSchedule) -> tuple[Chain, list[float]]:
+    """Minimise tr((W − A S B) H (W − A S B)ᵀ) and store the factors as `spec` says.
+
+    weight: fp32 (d_out, d_in). gram: H, fp32 or fp64 (d_in, d_in), any common factor. Returns the matrix and the losses of
+    each phase one after the other, relative to the zero matrix: under H, and on the grid where the core lies on one. It
+    falls within a phase. Rows are left as they are; inputs are scaled by their root mean square, which B takes up.
+    """
+    scaled, scaled_gram, normalised, scale = _scaled(weight, gram, schedule.damping)
+    tiles = Problem.from_weight(scaled, (scaled_gram.diagonal() > 0).float(), spec)
+    problem = GramProblem.from_tiles(tiles, scaled_gram)
+    objective = GramObjective(problem)
+    if spec.pattern.is_dense:
+        factors, losses = tiles.start(), list[float]()
+    else:
+        factors, _ = solve_exact(tiles, schedule.diagonal, stages_for(weight.device))
+        at, losses = descend(objective, measured(problem, factors), schedule.gram, problem.total)
+        factors = at.factors
+    factors = balanced(tiles, factors, normalised)
+    bits = GRIDS.get(spec.core_dtype)
+    # Groups that straddle the columns of two scales are rounded to nearest instead.
+    if bits is None or GROUP % spec.pattern.m:
+        return finish(objective, factors, normalised, scale, spec), losses
+    objective = GramObjective(problem, Levels(*grid_range(bits)))
+    start = _on_grid(problem, factors, bits, spec.core_dtype)
+    at, grid_losses = descend(objective, start, schedule.grid, problem.total, moves_core=False)
+    return finish(objective, at.factors, normalised, scale, spec, at.steps), losses + grid_losses
+
+
+def _scaled(weight: Tensor, gram: Tensor, damping: float) -> tuple[Tensor, Tensor, Normalised, float]:
+    """W and H in units of the root mean square of each input, with what undoes it; a dead input stays as it is.
+
+    Powers of two take W near 1 and back without rounding, so that no square leaves the range of fp32.
+    """
+    diagonal = gram.diagonal().double()
+    alive = diagonal > 0
+    inputs = torch.where(alive, diagonal, 1.0).sqrt()
+    scaled_gram = gram.double() / inputs[:, None] / inputs
+    scaled_gram += torch.diag(torch.where(alive, damping, 0.0))
+    mean = inputs[alive].mean() if bool(alive.any()) else inputs.new_ones(())
+    inputs = torch.where(alive, inputs / mean, 1.0)
+    largest = float(weight.abs().max())
+    scale = 2.0 ** math.floor(math.log2(largest)) if largest else 1.0
+    scaled = (weight.double() / scale * inputs).to(torch.float32)
+    rows = torch.ones(len(weight), device=weight.device)
+    return scaled, scaled_gram, Normalised(scaled, rows, (1 / inputs).to(torch.float32)), scale
+
+
+def _on_grid(problem: GramProblem, factors: Factors, bits: int, name: str) -> Point:
+    """The factors with their core swept onto a grid whose steps suit its values."""
+    _, steps = round_to_grid(factors.core, bits, GROUP, name)
+    return swept(problem, factors, steps.float(), Levels(*grid_range(bits)), off_grid=True)

@@ -1,0 +1,253 @@
+"""One matrix to factorise under the true output error, and the exact updates of its factors."""
+
+import ctypes
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halfplate.formats.rounding import GROUP
+from halfplate.kernels import native
+from halfplate.solvers.armor.problem import Factors, Problem, Wrapper
+from halfplate.solvers.armor.stages import Moments
+from halfplate.solvers.armor.sweep import Grid, Levels, sweep_tiles
+from halfplate.solvers.armor.wrappers import RIDGE, update_out_blocks
+
+PASSES = (
+    2  # over the blocks of B in one update: they are coupled, and a pass costs little beside the products around it
+)
+
+
+@dataclass(frozen=True, eq=False)
+class GramProblem:
+    """Minimise tr((W − A S B) H (W − A S B)ᵀ) over A, S and B, with inputs scaled so that H has a unit diagonal.
+
+    tiles: W scaled by the root mean square of its inputs, padded with zeros, and how it is cut. gram: H, fp32 (cols, cols),
+    0 where an input is dead. pulled: W H, fp32 (rows, cols). total: the loss of the zero matrix.
+    """
+
+    tiles: Problem
+    gram: Tensor
+    pulled: Tensor
+    total: float
+
+    @classmethod
+    def from_tiles(cls, tiles: Problem, gram: Tensor) -> "GramProblem":
+        """tiles: of the scaled weight. gram: the scaled H, (d_in, d_in) without padding, fp32 or fp64."""
+        padding = tiles.weight.shape[1] - gram.shape[0]
+        padded = functional.pad(gram.to(torch.float32), (0, padding, 0, padding)).contiguous()
+        pulled = tiles.weight @ padded
+        return cls(tiles, padded, pulled, _dot(pulled, tiles.weight))
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Factors and what the next update needs of them.
+
+    steps: of the grid that the core lies on, fp32 (rows, ceil(cols / 128)), or None. against: W H Bᵀ, product: S B H Bᵀ, both
+    fp32 (rows, cols). loss: absolute.
+    """
+
+    factors: Factors
+    steps: Tensor | None
+    against: Tensor
+    product: Tensor
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class GramObjective:
+    """The true output error; with `levels` the core lies on a grid."""
+
+    problem: GramProblem
+    levels: Levels | None = None
+
+    @property
+    def tiles(self) -> Problem:
+        return self.problem.tiles
+
+    def updated(self, at: Point) -> Factors:
+        between = replace(at.factors, out_blocks=updated_out(self.problem, at))
+        return replace(between, in_blocks=updated_in(self.problem, between))
+
+    def swept(self, factors: Factors, after: Point) -> Point:
+        return swept(self.problem, factors, after.steps, self.levels)
+
+    def refitted_out(self, factors: Factors) -> Tensor:
+        return updated_out(self.problem, measured(self.problem, factors))
+
+    def refitted_in(self, factors: Factors) -> Tensor:
+        return updated_in(self.problem, factors)
+
+
+def measured(problem: GramProblem, factors: Factors, steps: Tensor | None = None) -> Point:
+    """The loss of `factors` as they are."""
+    in_gram = _in_gram(problem, factors.in_blocks)
+    against = _times_blocks(problem.pulled, factors.in_blocks)
+    return _point(problem, factors, steps, against, factors.core @ in_gram)
+
+
+def swept(
+    problem: GramProblem,
+    factors: Factors,
+    steps: Tensor | None = None,
+    levels: Levels | None = None,
+    off_grid: bool = False,
+) -> Point:
+    """Every group of a copy of the core in turn gets its best mask and values; with `levels`, values on the grid of `steps`.
+
+    off_grid: whether the core is not on the grid yet.
+    """
+    tiles = problem.tiles
+    in_gram = _in_gram(problem, factors.in_blocks)  # C
+    against = _times_blocks(problem.pulled, factors.in_blocks)
+    product = factors.core @ in_gram  # U
+    out_gram = factors.out_blocks.mT @ factors.out_blocks  # G
+    error = _out_times(factors.out_blocks.mT, against) - _out_times(out_gram, product)  # E
+    core = factors.core.clone()
+    steps = None if steps is None else steps.clone()
+    if core.device.type == "cpu" and native.available():
+        _sweep_native(tiles, core, error, product, out_gram, in_gram, steps, levels, off_grid)
+    else:
+        shape = (tiles.row_tiles, tiles.row_tile, -1)
+        grid = None if steps is None or levels is None else Grid(steps.reshape(shape), levels, off_grid)
+        everywhere = in_gram.expand(len(out_gram), -1, -1)
+        swept = sweep_tiles(core.reshape(shape), error.reshape(shape), out_gram, everywhere, tiles.pattern, grid)
+        core = swept.reshape(core.shape)
+        product = core @ in_gram
+    return _point(problem, replace(factors, core=core), steps, against, product)
+
+
+def updated_out(problem: GramProblem, point: Point) -> Tensor:
+    """The minimiser over A: A + (R H Zᵀ)(Z H Zᵀ + λI)⁻¹ with Z = S B, proximal."""
+    tiles, factors = problem.tiles, point.factors
+    residual = point.against - _out_times(factors.out_blocks, point.product)  # R H Bᵀ
+    shape = (tiles.row_tiles, tiles.row_tile, -1)
+    core = factors.core.reshape(shape).mT
+    moments = Moments(
+        (residual.reshape(shape) @ core).double(), (point.product.reshape(shape) @ core).double(), torch.zeros(0)
+    )
+    return update_out_blocks(factors.out_blocks, moments, tiles.out_wrapper)
+
+
+def updated_in(problem: GramProblem, factors: Factors) -> Tensor:
+    """The minimiser over each block of B in turn: B_j + (T_jᵀT_j + λI)⁻¹ T_jᵀ R H_:j (H_jj + λI)⁻¹ with T = A S."""
+    tiles = problem.tiles
+    if tiles.in_wrapper is Wrapper.IDENTITY:
+        return factors.in_blocks
+    size, cols = tiles.col_tile, tiles.weight.shape[1]
+    left = _out_times(factors.out_blocks, factors.core)  # T
+    square = left.T @ left  # TᵀT: (cols, cols)
+    # T_jᵀ W H_:j of each block: (col_tiles, c, c)
+    wanted = _columns(left, size).mT @ _columns(problem.pulled, size)
+    blocks = factors.in_blocks.clone()
+    right = (blocks @ problem.gram.reshape(-1, size, cols)).reshape(cols, cols)  # B H
+    solve = _block_solver(_diagonal_blocks(square, size), _diagonal_blocks(problem.gram, size), tiles.in_wrapper)
+    for _ in range(PASSES):
+        for j in range(tiles.col_tiles):
+            here = slice(j * size, (j + 1) * size)
+            change = solve(j, wanted[j] - square[here] @ right[:, here])
+            blocks[j] += change
+            right[here] += change @ problem.gram[here]
+    return blocks
+
+
+class _block_solver:
+    """(Q_j + λI)⁻¹ N (H_j + μI)⁻¹ for each block j, in fp64; for diagonal wrappers the minimiser over their diagonal alone."""
+
+    def __init__(self, squares: Tensor, grams: Tensor, kind: Wrapper) -> None:
+        self.kind = kind
+        if kind is Wrapper.DIAGONAL:
+            self.left, self.right = _regular_inverse(squares * grams), None
+        else:
+            self.left, self.right = _regular_inverse(squares), _regular_inverse(grams)
+
+    def __call__(self, j: int, slope: Tensor) -> Tensor:
+        slope = slope.double()
+        if self.right is None:
+            return torch.diag(self.left[j] @ slope.diagonal()).to(torch.float32)
+        return (self.left[j] @ slope @ self.right[j]).to(torch.float32)
+
+
+def _regular_inverse(squares: Tensor) -> Tensor:
+    """Inverses of positive semidefinite blocks + λI, fp64 (tiles, b, b); of blocks of zeros, 0."""
+    squares = squares.double()
+    diagonal = squares.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    ridge = torch.where(mean > 0, RIDGE * mean, 1.0)
+    factor, failed = torch.linalg.cholesky_ex(squares + torch.diag_embed(ridge.expand_as(diagonal)))
+    inverse = torch.cholesky_inverse(factor)
+    usable = (failed == 0) & (mean[:, 0] > 0) & inverse.isfinite().all(2).all(1)
+    return torch.where(usable[:, None, None], inverse, 0.0)
+
+
+def _point(problem: GramProblem, factors: Factors, steps: Tensor | None, against: Tensor, product: Tensor) -> Point:
+    out_gram = factors.out_blocks.mT @ factors.out_blocks
+    aim = _out_times(factors.out_blocks.mT, against)  # P = Aᵀ W H Bᵀ
+    # tr(W H Wᵀ) − 2 ⟨P, S⟩ + ⟨G U, S⟩
+    loss = problem.total - _dot(aim.mul_(2).sub_(_out_times(out_gram, product)), factors.core)
+    return Point(factors, steps, against, product, loss)
+
+
+def _in_gram(problem: GramProblem, blocks: Tensor) -> Tensor:
+    """C = B H Bᵀ: (cols, cols)."""
+    size, cols = blocks.shape[1], problem.gram.shape[0]
+    right = (blocks @ problem.gram.reshape(-1, size, cols)).reshape(cols, cols)
+    return _times_blocks(right, blocks)
+
+
+def _times_blocks(matrix: Tensor, blocks: Tensor) -> Tensor:
+    """matrix (rows, cols) times the transpose of block-diagonal blocks (tiles, c, c)."""
+    return (_columns(matrix, blocks.shape[1]) @ blocks.mT).transpose(0, 1).reshape(matrix.shape)
+
+
+def _out_times(blocks: Tensor, matrix: Tensor) -> Tensor:
+    """Block-diagonal blocks (tiles, r, r) times matrix (rows, cols)."""
+    return (blocks @ matrix.reshape(len(blocks), -1, matrix.shape[1])).reshape(matrix.shape)
+
+
+def _columns(matrix: Tensor, size: int) -> Tensor:
+    """(rows, cols) as batches over column tiles, (col_tiles, rows, size), a view."""
+    return matrix.reshape(matrix.shape[0], -1, size).transpose(0, 1)
+
+
+def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """The blocks on the diagonal of a square matrix: (tiles, size, size)."""
+    tiles = matrix.shape[0] // size
+    return matrix.reshape(tiles, size, tiles, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    return float((x * y).sum(dtype=torch.float64))
+
+
+def _sweep_native(
+    tiles: Problem,
+    core: Tensor,
+    error: Tensor,
+    product: Tensor,
+    out_gram: Tensor,
+    in_gram: Tensor,
+    steps: Tensor | None,
+    levels: Levels | None,
+    off_grid: bool,
+) -> None:
+    tensors = (core, error, product, out_gram, in_gram)
+    for tensor in tensors if steps is None else (*tensors, steps):
+        assert tensor.dtype == torch.float32, "the native sweep takes fp32 tensors"
+        assert tensor.is_contiguous(), "the native sweep takes contiguous tensors"
+    arguments = native.GramSweep(
+        *(tensor.data_ptr() for tensor in tensors),
+        0 if steps is None else steps.data_ptr(),
+        tiles.row_tiles,
+        tiles.row_tile,
+        core.shape[1],
+        tiles.pattern.n,
+        tiles.pattern.m,
+        *((0, 0) if levels is None else (levels.least, levels.greatest)),
+        GROUP,
+        int(off_grid),
+        torch.get_num_threads(),
+    )
+    native.library().halfplate_gram_sweep(ctypes.byref(arguments))

@@ -1,0 +1,26 @@
+"""The weight to approximate where the inputs come through a compressed prefix."""
+
+import torch
+from torch import Tensor
+
+
+def corrected_weight(weight: Tensor, gram: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """W' = W + W (K − H)(H + λ)⁻¹, the best weight for the compressed inputs where W is that for the dense ones.
+
+    weight: fp32 (d_out, d_in). gram: H = XᵀX / n of the compressed inputs, cross: K = X_denseᵀ X / n, both (d_in, d_in).
+    damping: λ as a fraction of the second moment of each input. Up to a constant, ‖W X_dense − Ŵ X‖² is then
+    tr((W' − Ŵ) H (W' − Ŵ)ᵀ), so that every solver for one set of inputs serves two. Returns fp32; W itself where H cannot be
+    inverted.
+    """
+    gram, cross = gram.double(), cross.double()
+    diagonal = gram.diagonal()
+    alive = diagonal > 0
+    inputs = torch.where(alive, diagonal, 1.0).sqrt()
+    # In units of each input's own second moment one damping suits them all, massive channels too.
+    scaled = gram / inputs[:, None] / inputs + torch.diag(torch.where(alive, damping, 1.0))
+    shift = (weight.double() @ (cross - gram)) / inputs
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    if int(failed):
+        return weight
+    change = torch.cholesky_solve(shift.T, factor).T / inputs
+    return (weight + torch.where(alive, change, 0.0)).to(torch.float32)
