@@ -18,6 +18,8 @@ from halfplate.solvers.armor.stages import stages_for
 from halfplate.solvers.armor.sweep import Levels
 from halfplate.solvers.normalise import Normalised
 
+LEAST_DAMPING = 1e-5  # what no input tells of must not run away under momentum
+
 
 @dataclass(frozen=True)
 class GramSchedule:
@@ -66,7 +68,7 @@ def _scaled(weight: Tensor, gram: Tensor, damping: float) -> tuple[Tensor, Tenso
     alive = diagonal > 0
     inputs = torch.where(alive, diagonal, 1.0).sqrt()
     scaled_gram = gram.double() / inputs[:, None] / inputs
-    scaled_gram += torch.diag(torch.where(alive, damping, 0.0))
+    scaled_gram += torch.diag(torch.where(alive, max(damping, LEAST_DAMPING), 0.0))
     mean = inputs[alive].mean() if bool(alive.any()) else inputs.new_ones(())
     inputs = torch.where(alive, inputs / mean, 1.0)
     largest = float(weight.abs().max())

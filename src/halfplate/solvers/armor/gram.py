@@ -14,9 +14,9 @@ from halfplate.solvers.armor.stages import Moments
 from halfplate.solvers.armor.sweep import Grid, Levels, sweep_tiles
 from halfplate.solvers.armor.wrappers import RIDGE, update_out_blocks
 
-PASSES = (
-    2  # over the blocks of B in one update: they are coupled, and a pass costs little beside the products around it
-)
+# Passes over the blocks of B in one update: they are coupled, and a pass costs little beside the products around it.
+PASSES = 2
+PRECISE = 1e-3  # below this share of the zero matrix' loss its rounding error shows in a difference of large sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +187,9 @@ def _point(problem: GramProblem, factors: Factors, steps: Tensor | None, against
     aim = _out_times(factors.out_blocks.mT, against)  # P = Aᵀ W H Bᵀ
     # tr(W H Wᵀ) − 2 ⟨P, S⟩ + ⟨G U, S⟩
     loss = problem.total - _dot(aim.mul_(2).sub_(_out_times(out_gram, product)), factors.core)
+    if loss < PRECISE * problem.total:
+        residual = problem.tiles.weight - factors.product()
+        loss = _dot(residual @ problem.gram, residual)
     return Point(factors, steps, against, product, loss)
 
 
