@@ -49,7 +49,7 @@ class Recipe:
     seq_len: int = 512
     seed: int = 0
     inputs: Literal["dense", "compressed"] = "compressed"
-    cross_damping: float | Literal["none"] = 0.01
+    cross_damping: float | Literal["none"] = "none"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     device: str = "cpu"
@@ -79,7 +79,7 @@ class Recipe:
                 raise HalfplateError(f"{name}={value} is out of range; expected at least {least}")
         if self.cross_damping != "none" and not 0 <= self.cross_damping < float("inf"):
             raise HalfplateError(
-                f"cross_damping={self.cross_damping} must be a finite number, 0 or more, or none; try 0.01"
+                f"cross_damping={self.cross_damping} must be a finite number, 0 or more, or none; try 1.0"
             )
         if self.max_kl is not None and not self.max_kl > 0:
             raise HalfplateError(f"max_kl={self.max_kl} must be above 0 nats a token; try 1.0")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from halfplate.calibration import collect_block
+from halfplate.calibration import DenseRun, collect_block, collect_stage, input_stages
 from halfplate.calibration.collect import _Sums
 from halfplate.errors import HalfplateError
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
@@ -100,7 +100,7 @@ def test_sums_equal_a_whole_matrix_in_fp64(d_in: int, chunks: list[int], scale: 
     x[0, 0] *= scale
     sums = _Sums()
     for chunk in x.split(chunks):
-        sums.add(chunk, Statistic.GRAM)
+        sums.add(chunk, Statistic.GRAM, None)
     statistics = sums.statistics()
     exact = x.double()
     gram = exact.T @ exact / len(x)
@@ -188,3 +188,54 @@ def test_dead_inputs_have_zero_moments() -> None:
     found = collect_toy("shared", ["layers.0.first"], hidden)["layers.0.first"]
     assert found.require_diagonal()[1] == 0
     assert not found.require_gram()[1].any()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "phi"])
+def test_stages_are_the_linears_of_one_input_in_order(tiny_model: Any, architecture: str) -> None:
+    model = tiny_model(architecture)
+    blockwise = BlockwiseModel(model)
+    names = names_of(model, 0)
+    stages = input_stages(blockwise, 0, blockwise.embed(IDS), names[::-1])
+    assert sorted(name for stage in stages for name in stage) == sorted(names)
+    short = [sorted(name.rpartition(".")[2] for name in stage) for stage in stages]
+    if architecture != "phi":  # whose attention and feed-forward share one input
+        assert short == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_statistics_of_a_stage_are_those_of_the_whole_block(tiny_model: Any) -> None:
+    model = tiny_model()
+    blockwise = BlockwiseModel(model)
+    inputs, names = [blockwise.embed(part) for part in IDS.split(2)], names_of(model, 0)
+    whole, _ = collect_block(blockwise, 0, inputs, names, Statistic.GRAM)
+    for stage in input_stages(blockwise, 0, inputs[0], names):
+        for name, one in collect_stage(blockwise, 0, inputs, stage, Statistic.GRAM).items():
+            assert torch.equal(one.require_gram(), whole[name].require_gram())
+            assert one.cross is None
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_cross_moment_is_that_of_both_inputs(tiny_model: Any) -> None:
+    model, other = tiny_model(), tiny_model()
+    blockwise = BlockwiseModel(model)
+    dense = [blockwise.embed(part) for part in IDS.split(2)]
+    inputs = [BlockInputs(1.1 * batch.hidden + 0.01, batch.arguments) for batch in dense]
+    run = DenseRun(other.get_submodule(blockwise.prefix)[0], dense)
+    name = next(name for name in names_of(model, 0) if name.endswith("down_proj"))
+    with torch.no_grad():
+        model.get_submodule(name.replace("down", "up")).weight.mul_(0.9)
+    seen: dict[str, list[Tensor]] = {"dense": [], "now": []}
+    for key, module, batches, block in (
+        ("dense", run.block.get_submodule(name.removeprefix(f"{blockwise.prefix}.0.")), dense, run.block),
+        ("now", model.get_submodule(name), inputs, None),
+    ):
+        hook = module.register_forward_pre_hook(
+            lambda _, args, key=key: seen[key].append(args[0].flatten(0, 1).double())
+        )
+        for batch in batches:
+            blockwise.run_block(0, batch, block)
+        hook.remove()
+    found = collect_stage(blockwise, 0, inputs, [name], Statistic.GRAM, run)[name]
+    x, x_dense = torch.cat(seen["now"]), torch.cat(seen["dense"])
+    assert found.cross is not None
+    torch.testing.assert_close(found.cross, x_dense.T @ x / len(x), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.require_gram(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)

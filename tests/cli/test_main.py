@@ -61,7 +61,7 @@ def test_verbs_to_come_say_so(halfplate, verb):
         (["--workers", "3"], ["--workers"]),
         (["--resume"], ["--resume"]),
         (["--address", "x"], ["--address"]),
-        (["--inputs", "compressed"], ["inputs='compressed'", "available: dense"]),
+        (["--inputs", "compresed"], ["inputs='compresed'", "dense, compressed"]),
         (["--core-dtype", "int3"], ["core_dtype='int3'", "int4"]),
         (["--wrapper-dtype", "int4"], ["wrapper_dtype='int4'", "int8"]),
         (["--pattern", "dense"], ["pattern='dense'", "2:4", "rtn"]),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import halfplate
+from halfplate.calibration import calibration_tokens
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
 from halfplate.execution.matrix import relative_error
@@ -67,7 +68,7 @@ def test_statistics_come_from_the_dense_model(tiny_folder, tmp_path, monkeypatch
         return original(self, weight, statistics, spec)
 
     monkeypatch.setattr(Magnitude, "compress", spy)
-    recipe = Recipe(method="magnitude", **SMALL)
+    recipe = Recipe(method="magnitude", inputs="dense", **SMALL)
     compress(str(tiny_folder), tmp_path / "out", recipe, statistics=Statistic.DIAGONAL)
 
     loaded = load_dense(str(tiny_folder))
@@ -77,8 +78,6 @@ def test_statistics_come_from_the_dense_model(tiny_folder, tmp_path, monkeypatch
         loaded.model.model.get_submodule(name).register_forward_pre_hook(
             lambda module, args: inputs.append((module, args[0]))
         )
-    from halfplate.calibration import calibration_tokens
-
     tokens = calibration_tokens("self", loaded.model, loaded.tokenizer, 4, 32, 0)
     inputs.clear()
     loaded.model(input_ids=tokens.ids)
@@ -87,10 +86,50 @@ def test_statistics_come_from_the_dense_model(tiny_folder, tmp_path, monkeypatch
         torch.testing.assert_close(seen[index], expected[id(loaded.model.model.get_submodule(name))])
 
 
+@pytest.mark.parametrize("cross_damping", ["none", 0.1])
+def test_statistics_come_through_what_is_compressed_so_far(tiny_folder, tmp_path, monkeypatch, cross_damping):
+    """Each matrix is calibrated on what the finished model, cut off there, makes of the tokens."""
+    seen = {}
+    original = Magnitude.compress
+
+    def spy(self, weight, statistics, spec):
+        seen[len(seen)] = statistics.require_diagonal()
+        assert (statistics.cross is not None) == (cross_damping != "none")
+        return original(self, weight, statistics, spec)
+
+    monkeypatch.setattr(Magnitude, "compress", spy)
+    out = tmp_path / "out"
+    recipe = Recipe(method="magnitude", inputs="compressed", cross_damping=cross_damping, core_dtype="fp32", **SMALL)
+    compress(str(tiny_folder), out, recipe, statistics=Statistic.GRAM)
+
+    loaded = load_dense(str(tiny_folder))
+    tokens = calibration_tokens("self", loaded.model, loaded.tokenizer, 4, 32, 0)
+    finished = halfplate.load(out, kernels=False)
+    names = [name for name, module in loaded.model.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    inputs = {}
+    for name in names:
+        finished.model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: inputs.update({name: args[0].square().mean((0, 1))})
+        )
+    finished(input_ids=tokens.ids)
+    for index, name in enumerate(names):
+        torch.testing.assert_close(seen[index], inputs[name], rtol=2e-2, atol=1e-3)
+
+
+def test_correction_towards_the_dense_outputs_changes_the_result(tiny_folder, tmp_path):
+    results = {}
+    for cross_damping in ("none", 0.1):
+        recipe = Recipe(method="sparsegpt", cross_damping=cross_damping, **SMALL)
+        compress(str(tiny_folder), tmp_path / str(cross_damping), recipe)
+        results[cross_damping] = halfplate.load(tmp_path / str(cross_damping))(torch.arange(20)[None]).logits
+    assert bool(results[0.1].isfinite().all())
+    assert not torch.equal(results["none"], results[0.1])
+
+
 def test_the_written_model_is_what_was_solved(tiny_folder, tmp_path):
     out = tmp_path / "out"
     summary = compress(
-        str(tiny_folder), out, Recipe(method="armor", method_options={"iterations": 2}, block_size=16, **SMALL)
+        str(tiny_folder), out, Recipe(method="armor", method_options={"iterations": 2}, block_size=4, **SMALL)
     )
     model = halfplate.load(out)
     dense = load_dense(str(tiny_folder)).model

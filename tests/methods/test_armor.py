@@ -16,7 +16,9 @@ def case(d_out=40, d_in=64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(d_in, d_in, generator=generator) / d_in**0.5 + torch.eye(d_in)
     weight = torch.randn(d_out, d_in, generator=generator) @ mix
-    inputs = torch.randn(4 * d_in, d_in, generator=generator) @ (torch.randn(d_in, d_in, generator=generator) / d_in**0.5)
+    inputs = torch.randn(4 * d_in, d_in, generator=generator) @ (
+        torch.randn(d_in, d_in, generator=generator) / d_in**0.5
+    )
     inputs *= torch.rand(d_in, generator=generator)
     gram = inputs.double().T @ inputs.double() / len(inputs)
     return weight, InputStatistics(len(inputs), gram.diagonal().float(), gram)

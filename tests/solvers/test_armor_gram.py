@@ -19,7 +19,7 @@ from halfplate.solvers.armor import gram as full
 from halfplate.solvers.armor.exact import descend
 from halfplate.solvers.armor.full_gram import GramSchedule, solve_gram
 from halfplate.solvers.armor.gram import GramObjective, GramProblem, measured, swept, updated_in, updated_out
-from halfplate.solvers.armor.problem import Factors, Problem
+from halfplate.solvers.armor.problem import Problem
 from halfplate.solvers.armor.sweep import Levels
 from halfplate.statistics import InputStatistics
 
@@ -212,7 +212,9 @@ def test_grid_in_the_solver_beats_rounding_after_it(pattern, name, wrapper):
     assert {key: (tuple(t.shape), t.dtype) for key, t in chain.tensors().items()} == spec.layout()
     error = true_error(weight, chain.dense(), gram)
     if pattern == "dense":
-        blunt = create("rtn").compress(weight, InputStatistics(), WeightSpec(48, 160, Pattern(1, 1), name)).weight.dense()
+        blunt = (
+            create("rtn").compress(weight, InputStatistics(), WeightSpec(48, 160, Pattern(1, 1), name)).weight.dense()
+        )
         # The rounding of int8 wrappers outweighs that of an int8 core.
         limit = 2.0 if (name, wrapper) == ("int8", "int8") else 0.9
         assert error < limit * true_error(weight, blunt, gram)
@@ -223,7 +225,9 @@ def test_grid_in_the_solver_beats_rounding_after_it(pattern, name, wrapper):
         assert error <= true_error(weight, after.dense(), gram) * (1.02 if name == "int8" else 0.9)
 
 
-@pytest.mark.parametrize("case", ["zero weight", "zero gram", "one input", "tiny", "huge", "massive channel", "rank one"])
+@pytest.mark.parametrize(
+    "case", ["zero weight", "zero gram", "one input", "tiny", "huge", "massive channel", "rank one"]
+)
 @pytest.mark.parametrize("core", ["bf16", "int4"])
 def test_hostile_input_stays_finite(case, core):
     weight, gram = weight_of(24, 32, 9), inputs_of(32, 9)

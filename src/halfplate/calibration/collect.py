@@ -38,30 +38,84 @@ def collect_block(
     return collector.statistics(names), outputs
 
 
-def collect_against_dense(
+def input_stages(blockwise: BlockwiseModel, index: int, batch: BlockInputs, names: Sequence[str]) -> list[list[str]]:
+    """The linears `names` of block `index` by the input they share, in the order in which `batch` reaches them.
+
+    Linears that `batch` does not reach come last, each on its own.
+    """
+    collector = _Collector(Statistic.NONE)
+    with torch.no_grad(), collector.watching({name: _module_of_block(blockwise, index, name) for name in names}):
+        blockwise.run_block(index, batch)
+    stages: dict[str, list[str]] = {}
+    for name in [*collector.leaders, *(name for name in names if name not in collector.leaders)]:
+        stages.setdefault(collector.leaders.get(name, name), []).append(name)
+    return list(stages.values())
+
+
+@dataclass(frozen=True, eq=False)
+class DenseRun:
+    """A block as it was before it was compressed, and its inputs in the dense model, batch by batch."""
+
+    block: nn.Module
+    inputs: list[BlockInputs]
+
+
+def collect_stage(
     blockwise: BlockwiseModel,
     index: int,
     inputs: list[BlockInputs],
-    dense: list[BlockInputs],
     names: Sequence[str],
     statistic: Statistic,
-) -> tuple[dict[str, InputStatistics], list[BlockInputs]]:
-    """`collect_block` of `inputs`, which come through a compressed prefix, with the cross moment to the `dense` ones.
+    dense: DenseRun | None = None,
+) -> dict[str, InputStatistics]:
+    """Statistics of the linears `names`, one of `input_stages`, in block `index` as it is now; no run goes past them.
 
-    Block `index` is still dense and runs on both. From Statistic.GRAM on the cross moment comes along. Returns the statistics
-    and the block's outputs for `dense`; those for `inputs` are had once the block is compressed.
+    inputs: of the block, which come through the compressed ones before it. dense: gives the cross moments to what the dense
+    model has in the place of those inputs; they come along from Statistic.GRAM on.
     """
     collector = _Collector(statistic)
     modules = {name: _module_of_block(blockwise, index, name) for name in names}
-    outputs: list[BlockInputs] = []
-    with torch.no_grad(), collector.watching(modules):
-        for batch, dense_batch in zip(inputs, dense, strict=True):
-            collector.next_batch()
+    prefix = f"{blockwise.prefix}.{index}."
+    for number, batch in enumerate(inputs):
+        collector.next_batch()
+        if dense is not None:
             collector.dense_inputs = {}
-            outputs.append(blockwise.run_block(index, dense_batch))
+            before = {name: dense.block.get_submodule(name.removeprefix(prefix)) for name in names}
+            _run_to(blockwise, index, dense.inputs[number], collector, before, dense.block)
             collector.compare()
-            blockwise.run_block(index, batch)
-    return collector.statistics(names), outputs
+        _run_to(blockwise, index, batch, collector, modules, None)
+    return collector.statistics(names)
+
+
+class _Reached(Exception):
+    """Every linear that was asked for has had its input."""
+
+
+def _run_to(
+    blockwise: BlockwiseModel,
+    index: int,
+    batch: BlockInputs,
+    collector: "_Collector",
+    modules: dict[str, nn.Module],
+    block: nn.Module | None,
+) -> None:
+    """Run a block on `batch` until all of `modules` have been called."""
+    left = set(modules)
+
+    def reached(name: str, *_: Any) -> None:
+        left.discard(name)
+        if not left:
+            raise _Reached
+
+    with torch.no_grad(), collector.watching(modules):
+        hooks = [module.register_forward_pre_hook(partial(reached, name)) for name, module in modules.items()]
+        try:
+            blockwise.run_block(index, batch, block)
+        except _Reached:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 @dataclass

@@ -22,7 +22,7 @@ FIELDS = (
     ("--samples", "N", "calibration sequences (default 64)"),
     ("--seq-len", "L", "tokens of each (default 512)"),
     ("--inputs", "WHICH", "what calibration runs through: the compressed blocks so far (compressed, default) or dense"),
-    ("--cross-damping", "X", "of the correction of each matrix for compressed inputs (default 0.01), or none"),
+    ("--cross-damping", "X", "correct each matrix towards what the dense inputs give, damped by X; or none (default)"),
     ("--seed", "S", "seed of everything random (default 0)"),
     ("--device", "NAME", "where to compute: cpu (default) or cuda"),
     ("--threads", "T", "threads of torch and of the kernels"),

@@ -74,7 +74,9 @@ class NMSparse:
                 f"integers={int(integers[outside][0])} is no code of core_dtype={core_dtype!r}, expected {least} to {greatest}"
             )
         if not bool(scales.isfinite().all()):
-            raise HalfplateError(f"core_dtype={core_dtype!r} cannot hold a scale above {torch.finfo(torch.float16).max:.3g}; use bf16")
+            raise HalfplateError(
+                f"core_dtype={core_dtype!r} cannot hold a scale above {torch.finfo(torch.float16).max:.3g}; use bf16"
+            )
         values, _, index = _kept(integers, mask, pattern)
         return cls._of_integers(values, scales, index, pattern, bits)
 

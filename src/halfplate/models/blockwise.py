@@ -72,10 +72,13 @@ class BlockwiseModel:
             )
         return BlockInputs(first, arguments)
 
-    def run_block(self, index: int, inputs: BlockInputs) -> BlockInputs:
-        """The input of block `index + 1` from that of block `index`; hidden keeps its shape (samples, L, d)."""
+    def run_block(self, index: int, inputs: BlockInputs, block: nn.Module | None = None) -> BlockInputs:
+        """The input of block `index + 1` from that of block `index`; hidden keeps its shape (samples, L, d).
+
+        block: another module to run in its place.
+        """
         args, kwargs = inputs.arguments[index]
-        output = self.blocks[index](inputs.hidden, *args, **kwargs)
+        output = (self.blocks[index] if block is None else block)(inputs.hidden, *args, **kwargs)
         return BlockInputs(output[0] if isinstance(output, tuple) else output, inputs.arguments)
 
     @torch.no_grad()
