@@ -131,7 +131,7 @@ def make_plan(model: str, recipe: Recipe) -> Plan:
 def plan_source(source: Source, recipe: Recipe) -> Plan:
     """`make_plan` of a source that is already open."""
     dense, method = skeleton(source), recipe.create_method()
-    if method.requires > Statistic.NONE:
+    if method.requires > Statistic.NONE or recipe.tune_block:
         check_source(recipe.calibration)
         check_seq_len(dense, recipe.seq_len, least=2)
     found, passed_over = find_linears(dense, include=recipe.include, exclude=recipe.exclude)

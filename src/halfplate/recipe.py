@@ -32,7 +32,8 @@ class Recipe:
     for that of the method: `dense` where it drops no weights, else `2:4`. block_size: `auto` (planning
     chooses), 0 for no wrappers, 1 for diagonal ones. inputs: statistics of what the dense blocks see, or of what the compressed
     ones before them make of it; then cross_damping is that of the correction towards the dense outputs, `none` for no
-    correction. calibration: `self`, a text file or a Hub data set. include, exclude:
+    correction. token_limit: tokens with more energy than so many times the median count as that. tune_block: steps of tuning
+    each block against the dense one's output. calibration: `self`, a text file or a Hub data set. include, exclude:
     patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats a token.
     Raises HalfplateError naming the field, its value and what would do.
     """
@@ -50,6 +51,8 @@ class Recipe:
     seed: int = 0
     inputs: Literal["dense", "compressed"] = "compressed"
     cross_damping: float | Literal["none"] = "none"
+    token_limit: float | Literal["none"] = "none"
+    tune_block: int = 0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     device: str = "cpu"
@@ -73,10 +76,16 @@ class Recipe:
         if self.pattern == "auto":
             object.__setattr__(self, "pattern", "2:4" if methods.method_class(self.method).sparse else "dense")
         self._check_shape()
-        for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0), ("threads", 1)):
+        for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0), ("tune_block", 0), ("threads", 1)):
             value = getattr(self, name)
             if value is not None and not least <= value < 2**63:
                 raise HalfplateError(f"{name}={value} is out of range; expected at least {least}")
+        if self.token_limit != "none" and not 0 < self.token_limit < float("inf"):
+            raise HalfplateError(f"token_limit={self.token_limit} must be a positive number, or none; try 10")
+        if self.tune_block and self.inputs != "compressed":
+            raise HalfplateError(
+                f"tune_block={self.tune_block} tunes a block for what the compressed blocks before it give; use inputs compressed"
+            )
         if self.cross_damping != "none" and not 0 <= self.cross_damping < float("inf"):
             raise HalfplateError(
                 f"cross_damping={self.cross_damping} must be a finite number, 0 or more, or none; try 1.0"

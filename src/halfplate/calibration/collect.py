@@ -20,15 +20,17 @@ def collect_block(
     inputs: list[BlockInputs],
     names: Sequence[str],
     statistic: Statistic,
+    token_limit: float | None = None,
 ) -> tuple[dict[str, InputStatistics], list[BlockInputs]]:
     """Run block `index` on every batch of `inputs`: the statistics of the linears `names`, and the block's outputs.
 
     names: full names of modules of this block. Linears that are given one tensor (q, k and v; gate and up) share one
     InputStatistics object, collected once. diagonal is fp32, gram fp64; `gram` comes with the diagonal.
     The Gram matrix costs one product (d_in, tokens)·(tokens, d_in) a batch, best with some thousand tokens in each.
+    token_limit: a token with more energy than so many times the median of its batch counts as one of that energy.
     Raises HalfplateError for inputs that are not finite and for linears that never ran, naming the linear.
     """
-    collector = _Collector(statistic)
+    collector = _Collector(statistic, token_limit)
     modules = {name: _module_of_block(blockwise, index, name) for name in names}
     outputs: list[BlockInputs] = []
     with torch.no_grad(), collector.watching(modules):
@@ -67,13 +69,14 @@ def collect_stage(
     names: Sequence[str],
     statistic: Statistic,
     dense: DenseRun | None = None,
+    token_limit: float | None = None,
 ) -> dict[str, InputStatistics]:
     """Statistics of the linears `names`, one of `input_stages`, in block `index` as it is now; no run goes past them.
 
     inputs: of the block, which come through the compressed ones before it. dense: gives the cross moments to what the dense
-    model has in the place of those inputs; they come along from Statistic.GRAM on.
+    model has in the place of those inputs; they come along from Statistic.GRAM on. token_limit: as in `collect_block`.
     """
-    collector = _Collector(statistic)
+    collector = _Collector(statistic, token_limit)
     modules = {name: _module_of_block(blockwise, index, name) for name in names}
     prefix = f"{blockwise.prefix}.{index}."
     for number, batch in enumerate(inputs):
@@ -127,9 +130,18 @@ class _Sums:
     products: Tensor | None = None
     crosses: Tensor | None = None
 
-    def add(self, x: Tensor, statistic: Statistic, dense: Tensor | None) -> None:
-        """Add x fp32 (tokens, d_in), and its products with `dense`, what the dense model has in its place."""
+    def add(self, x: Tensor, statistic: Statistic, dense: Tensor | None, token_limit: float | None = None) -> None:
+        """Add x fp32 (tokens, d_in), and its products with `dense`, what the dense model has in its place.
+
+        token_limit: a token with more energy than so many times the median counts as one of that energy.
+        """
         self.tokens += len(x)
+        if token_limit is not None and statistic >= Statistic.DIAGONAL:
+            energy = x.square().sum(1, keepdim=True)
+            limit = token_limit * energy.median()
+            factor = torch.where(energy > limit, (limit / energy).sqrt(), 1.0)
+            x = x * factor
+            dense = None if dense is None else dense * factor
         if statistic >= Statistic.DIAGONAL:
             squares = x.square().sum(0, dtype=torch.float64)
             self.squares = squares if self.squares is None else self.squares.add_(squares)
@@ -153,8 +165,8 @@ class _Sums:
 class _Collector:
     """Sums for every distinct input, under the name of the linear that it reaches first, its leader."""
 
-    def __init__(self, statistic: Statistic) -> None:
-        self.statistic = statistic
+    def __init__(self, statistic: Statistic, token_limit: float | None = None) -> None:
+        self.statistic, self.token_limit = statistic, token_limit
         self.sums: dict[str, _Sums] = {}
         self.leaders: dict[str, str] = {}
         # The tensor is kept beside its leader, so that no other can have its identity while the batch runs.
@@ -204,7 +216,7 @@ class _Collector:
             self.dense_inputs[name] = rows
             return
         sums = self.sums.setdefault(name, _Sums())
-        sums.add(rows, self.statistic, self._dense.get(name))
+        sums.add(rows, self.statistic, self._dense.get(name), self.token_limit)
         if sums.squares is not None and not bool(torch.isfinite(sums.squares).all()):
             broken = int((~torch.isfinite(sums.squares)).sum())
             raise HalfplateError(

@@ -23,6 +23,12 @@ FIELDS = (
     ("--seq-len", "L", "tokens of each (default 512)"),
     ("--inputs", "WHICH", "what calibration runs through: the compressed blocks so far (compressed, default) or dense"),
     ("--cross-damping", "X", "correct each matrix towards what the dense inputs give, damped by X; or none (default)"),
+    (
+        "--token-limit",
+        "X",
+        "calibration tokens of more than X times the median energy count as that; or none (default)",
+    ),
+    ("--tune-block", "STEPS", "steps that tune each block against the dense one's output, its masks fixed (default 0)"),
     ("--seed", "S", "seed of everything random (default 0)"),
     ("--device", "NAME", "where to compute: cpu (default) or cuda"),
     ("--threads", "T", "threads of torch and of the kernels"),
@@ -48,7 +54,6 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         ("--exclude", "leave out matrices whose name matches"),
     ):
         parser.add_argument(flag, metavar="PATTERN", action="append", help=f"{text}, e.g. '*.q_proj'; repeatable")
-    parser.add_argument("--tune-block", action=NotYet)
     parser.add_argument("--budget", action=NotYet)
     parser.add_argument("--engine", action=NotYet, works=("local",))
     parser.add_argument("--workers", action=NotYet)

@@ -3,6 +3,7 @@
 import copy
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.models.sources import LoadedModel
 from halfplate.planning import Plan
 from halfplate.recipe import Recipe
+from halfplate.recovery.block import BlockTuning, TunedBlock, tune_block
 from halfplate.statistics import InputStatistics, Statistic
 
 BATCH = 8  # samples that run through a block at once
@@ -26,8 +28,11 @@ Stage = tuple[list[str], dict[str, InputStatistics]]
 class _Inputs:
     """Hidden states of the calibration tokens on their way through the blocks."""
 
-    def __init__(self, loaded: LoadedModel, tokens: CalibrationTokens, needed: Statistic, clock: Clock) -> None:
-        self.needed, self.clock = needed, clock
+    def __init__(
+        self, loaded: LoadedModel, tokens: CalibrationTokens, recipe: Recipe, needed: Statistic, clock: Clock
+    ) -> None:
+        self.recipe, self.needed, self.clock = recipe, needed, clock
+        self.token_limit = None if recipe.token_limit == "none" else recipe.token_limit
         with clock("statistics"):
             self.blockwise = BlockwiseModel(loaded.model)
             self.hidden = [self.blockwise.embed(batch) for batch in tokens.ids.to(loaded.model.device).split(BATCH)]
@@ -35,6 +40,10 @@ class _Inputs:
     def stages(self, block: int, names: list[str]) -> Iterator[Stage]:
         """Linears of a block whose statistics can be had together, with these; what is compressed in between counts."""
         raise NotImplementedError
+
+    def leave(self, block: int) -> TunedBlock | None:
+        """Every stage of the block is compressed; the hidden states go on to the next."""
+        return None
 
     def _through(self, block: int, inputs: list[BlockInputs], module: nn.Module | None = None) -> list[BlockInputs]:
         return [self.blockwise.run_block(block, batch, module) for batch in inputs]
@@ -46,41 +55,58 @@ class _DenseInputs(_Inputs):
     def stages(self, block: int, names: list[str]) -> Iterator[Stage]:
         with self.clock("statistics"):
             if names:
-                collected, self.hidden = collect_block(self.blockwise, block, self.hidden, names, self.needed)
+                collected, self.hidden = collect_block(
+                    self.blockwise, block, self.hidden, names, self.needed, self.token_limit
+                )
             else:
                 collected, self.hidden = {}, self._through(block, self.hidden)
         yield names, collected
 
 
 class _CompressedInputs(_Inputs):
-    """Statistics of what the linears compressed so far make of the tokens; with `corrected`, beside the dense model's."""
+    """Statistics of what the linears compressed so far make of the tokens; beside the dense model's where these serve."""
 
     def __init__(
-        self, loaded: LoadedModel, tokens: CalibrationTokens, needed: Statistic, clock: Clock, corrected: bool
+        self, loaded: LoadedModel, tokens: CalibrationTokens, recipe: Recipe, needed: Statistic, clock: Clock
     ) -> None:
-        super().__init__(loaded, tokens, needed, clock)
-        self.dense = list(self.hidden) if corrected else None
+        super().__init__(loaded, tokens, recipe, needed, clock)
+        self.corrected = recipe.cross_damping != "none"
+        self.dense = list(self.hidden) if self.corrected or recipe.tune_block else None
+        self.dense_block: nn.Module | None = None
 
     def stages(self, block: int, names: list[str]) -> Iterator[Stage]:
-        dense = None if self.dense is None else DenseRun(copy.deepcopy(self.blockwise.blocks[block]), self.dense)
+        dense = None
+        if self.dense is not None:
+            self.dense_block = copy.deepcopy(self.blockwise.blocks[block])
+            dense = DenseRun(self.dense_block, self.dense) if self.corrected else None
         for stage in input_stages(self.blockwise, block, self.hidden[0], names) if names else []:
             with self.clock("statistics"):
-                collected = collect_stage(self.blockwise, block, self.hidden, stage, self.needed, dense)
+                collected = collect_stage(
+                    self.blockwise, block, self.hidden, stage, self.needed, dense, self.token_limit
+                )
             yield stage, collected
+
+    def leave(self, block: int) -> TunedBlock | None:
+        tuned = None
+        if self.dense is not None:
+            with self.clock("statistics"):
+                self.dense = self._through(block, self.dense, self.dense_block)
+            if self.recipe.tune_block:
+                with self.clock("tuning"):
+                    settings = BlockTuning(self.recipe.tune_block, seed=self.recipe.seed)
+                    targets = [batch.hidden for batch in self.dense]
+                    tuned = tune_block(self.blockwise, block, self.hidden, targets, settings)
         with self.clock("statistics"):
-            if dense is not None:
-                self.dense = self._through(block, dense.inputs, dense.block)
             self.hidden = self._through(block, self.hidden)
+        return tuned
 
 
-def _inputs(
-    loaded: LoadedModel, tokens: CalibrationTokens | None, recipe: Recipe, needed: Statistic, clock: Clock
-) -> _Inputs | None:
-    if tokens is None:
-        return None
-    if recipe.inputs == "dense":
-        return _DenseInputs(loaded, tokens, needed, clock)
-    return _CompressedInputs(loaded, tokens, needed, clock, corrected=recipe.cross_damping != "none")
+@dataclass(frozen=True)
+class Outcome:
+    """What became of each matrix, in the order of the plan, and of each block that was tuned."""
+
+    records: list[MatrixRecord]
+    tuned: dict[int, TunedBlock]
 
 
 @torch.no_grad()
@@ -91,7 +117,7 @@ def compress_blocks(
     tokens: CalibrationTokens | None,
     report: Report,
     clock: Clock,
-) -> list[MatrixRecord]:
+) -> Outcome:
     """Replace every planned linear of the model in place, and say what became of each."""
     recipe, method = plan.recipe, plan.recipe.create_method()
     names: dict[int, list[str]] = defaultdict(list)
@@ -100,7 +126,11 @@ def compress_blocks(
             names[matrix.block].append(matrix.name)
     records: dict[str, MatrixRecord] = {}
     report("compressing", 0, len(plan.specs))
-    inputs = _inputs(loaded, tokens, recipe, needed, clock)
+    inputs = None
+    if tokens is not None:
+        kind = _CompressedInputs if recipe.inputs == "compressed" else _DenseInputs
+        inputs = kind(loaded, tokens, recipe, needed, clock)
+    tuned: dict[int, TunedBlock] = {}
     for block in range(max(names) + 1):
         stages: Iterator[Stage] = iter([(names[block], {})]) if inputs is None else inputs.stages(block, names[block])
         for stage, collected in stages:
@@ -111,4 +141,6 @@ def compress_blocks(
                         loaded.model, name, method, found, plan.specs[name], recipe.cross_damping
                     )
                 report("compressing", len(records), len(plan.specs))
-    return [records[name] for name in plan.specs]
+        if inputs is not None and (done := inputs.leave(block)) is not None:
+            tuned[block] = done
+    return Outcome([records[name] for name in plan.specs], tuned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ from halfplate.calibration import CalibrationTokens, calibration_tokens
 from halfplate.checkpoint.write import write_checkpoint
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate
-from halfplate.execution.blocks import compress_blocks
+from halfplate.execution.blocks import Outcome, compress_blocks
 from halfplate.execution.clock import Clock
 from halfplate.execution.held_out import held_out_tokens
-from halfplate.execution.matrix import MatrixRecord
 from halfplate.execution.output import check_result_folder
 from halfplate.execution.progress import Report, silent
 from halfplate.models.sources import LoadedModel, load_dense, open_source
@@ -56,15 +56,16 @@ def compress(
     method = recipe.create_method()
     needed = max(statistics, method.requires)
     with clock("calibration text"):
-        tokens = _calibration(loaded, recipe, report) if needed > Statistic.NONE else None
-    records = compress_blocks(loaded, plan, needed, tokens, report, clock)
+        wanted = needed > Statistic.NONE or recipe.tune_block > 0
+        tokens = _calibration(loaded, recipe, report) if wanted else None
+    outcome = compress_blocks(loaded, plan, needed, tokens, report, clock)
     with clock("writing"):
         report("writing", 0, 1)
-        record = _checkpoint_record(plan, tokens, records)
+        record = _checkpoint_record(plan, tokens, outcome)
         write_checkpoint(loaded.model.cpu(), loaded.tokenizer, out, plan.specs, record, source.other_dtype, overwrite)
         report("writing", 1, 1)
 
-    summary = _summary(plan, out, records, tokens)
+    summary = _summary(plan, out, outcome, tokens)
     if recipe.max_kl is not None:
         with clock("evaluating"):
             summary["held_out"] = _check_kl(model, loaded, recipe, out, report)
@@ -93,19 +94,24 @@ def _calibration(loaded: LoadedModel, recipe: Recipe, report: Report) -> Calibra
     )
 
 
-def _checkpoint_record(plan: Plan, tokens: CalibrationTokens | None, records: list[MatrixRecord]) -> dict[str, Any]:
+def _checkpoint_record(plan: Plan, tokens: CalibrationTokens | None, outcome: Outcome) -> dict[str, Any]:
     return {
         "model": plan.model,
         "recipe": plan.recipe.fingerprint_json(),
         "fingerprint": plan.fingerprint,
         "calibration": tokens.protocol() if tokens is not None else None,
-        "matrices": {record.name: record.to_json() for record in records},
+        "matrices": {record.name: record.to_json() for record in outcome.records},
+        "tuned_blocks": _tuned(outcome),
         "skipped": {matrix.name: matrix.reason for matrix in plan.matrices if matrix.skipped},
     }
 
 
-def _summary(plan: Plan, out: Path, records: list[MatrixRecord], tokens: CalibrationTokens | None) -> dict[str, Any]:
-    errors = [record.relative_error for record in records]
+def _tuned(outcome: Outcome) -> dict[str, Any]:
+    return {str(block): asdict(tuned) for block, tuned in outcome.tuned.items()}
+
+
+def _summary(plan: Plan, out: Path, outcome: Outcome, tokens: CalibrationTokens | None) -> dict[str, Any]:
+    errors = [record.relative_error for record in outcome.records]
     return {
         "out": str(out),
         "model": plan.model,
@@ -114,7 +120,7 @@ def _summary(plan: Plan, out: Path, records: list[MatrixRecord], tokens: Calibra
         "fingerprint": plan.fingerprint,
         "calibration": tokens.protocol() if tokens is not None else None,
         "matrices": [
-            {"name": record.name, **record.to_json(), "seconds": round(record.seconds, 3)} for record in records
+            {"name": record.name, **record.to_json(), "seconds": round(record.seconds, 3)} for record in outcome.records
         ],
         "skipped": [{"name": matrix.name, "reason": matrix.reason} for matrix in plan.matrices if matrix.skipped],
         "block_size": plan.block_size,
@@ -123,7 +129,8 @@ def _summary(plan: Plan, out: Path, records: list[MatrixRecord], tokens: Calibra
         "other_nbytes": plan.other_nbytes,
         "source_nbytes": plan.source_nbytes,
         "mean_relative_error": sum(errors) / len(errors),
-        "error_kind": records[0].error_kind,
+        "error_kind": outcome.records[0].error_kind,
+        "tuned_blocks": _tuned(outcome),
     }
 
 

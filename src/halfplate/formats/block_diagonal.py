@@ -28,14 +28,18 @@ class BlockDiagonal:
         """
         full, rest = divmod(size, block)
         whole = blocks[:full] if full else None
-        tail = blocks[full, :rest, :rest] if rest else None
+        return cls.rounded(whole, blocks[full, :rest, :rest] if rest else None, wrapper_dtype)
+
+    @classmethod
+    def rounded(cls, blocks: Tensor | None, tail: Tensor | None, wrapper_dtype: str) -> "BlockDiagonal":
+        """Round floating-point blocks and tail; raises HalfplateError where a value is too large for `wrapper_dtype`."""
         if wrapper_dtype != "int8":
             parts = [
                 None if part is None else round_to_float(part, wrapper_dtype, "wrapper_dtype").contiguous()
-                for part in (whole, tail)
+                for part in (blocks, tail)
             ]
             return cls(*parts)
-        rounded = [(None, None) if part is None else round_rows(part) for part in (whole, tail)]
+        rounded = [(None, None) if part is None else round_rows(part) for part in (blocks, tail)]
         scales = torch.cat([scale.reshape(-1) for _, scale in rounded if scale is not None])
         return cls(rounded[0][0], rounded[1][0], scales)
 

@@ -1,0 +1,1 @@
+"""Tuning what a compression left over, with every mask fixed."""

@@ -1,0 +1,81 @@
+"""Block-output tuning: one decoder block, its masks fixed, against the output of the dense block."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from halfplate.models.blockwise import BlockInputs, BlockwiseModel
+from halfplate.recovery.trainable import trainable
+
+HELD_OUT = 8  # one batch in so many judges; it is never trained on
+
+
+@dataclass(frozen=True)
+class BlockTuning:
+    """steps of Adam, each on one batch of sequences; learning_rate: at the start, it falls to 0 along a cosine."""
+
+    steps: int
+    learning_rate: float = 5e-4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TunedBlock:
+    """Error on held-out batches before and after, relative to what the block adds; equal where tuning won nothing."""
+
+    before: float
+    after: float
+
+
+def tune_block(
+    blockwise: BlockwiseModel, index: int, inputs: list[BlockInputs], dense: list[Tensor], settings: BlockTuning
+) -> TunedBlock:
+    """Tune wrappers and kept values of every compressed linear in block `index`, in place.
+
+    inputs: what reaches the block, batch by batch, through the compressed blocks before it. dense: what the dense block gives
+    for the dense inputs, hidden (samples, L, d) a batch. The error of a token counts relative to what the block adds to
+    it, so that single massive activations do not drown the rest. Where held-out batches are not better off, the block stays.
+    """
+    held_out = list(range(0, len(inputs), HELD_OUT)) if len(inputs) > 1 else [0]
+    training = [number for number in range(len(inputs)) if number not in held_out] or [0]
+    block = blockwise.blocks[index]
+
+    def judged() -> float:
+        with torch.no_grad():
+            errors = [_error(blockwise, index, inputs[number], dense[number]) for number in held_out]
+        return float(torch.stack(errors).mean())
+
+    before = judged()
+    kept = dict(block.named_modules())
+    with torch.enable_grad(), trainable(block, values_too=True) as linears:
+        originals = {name: kept[name] for name in linears}
+        parameters = [parameter for linear in linears.values() for parameter in linear.parameters()]
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, betas=(0.9, 0.95))
+        generator = torch.Generator().manual_seed(settings.seed)
+        order: list[int] = []
+        for step in range(settings.steps if parameters else 0):
+            if not order:
+                order = [training[k] for k in torch.randperm(len(training), generator=generator).tolist()]
+            number = order.pop()
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+            optimizer.zero_grad()
+            _error(blockwise, index, inputs[number], dense[number]).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+    after = judged()
+    if not after < before:
+        for name, original in originals.items():
+            block.set_submodule(name, original)
+        after = before
+    return TunedBlock(before, after)
+
+
+def _error(blockwise: BlockwiseModel, index: int, batch: BlockInputs, dense: Tensor) -> Tensor:
+    """Mean over tokens of |output − dense|² / |dense − input|², the latter at least a tenth of its median."""
+    output = blockwise.run_block(index, batch).hidden
+    added = (dense - batch.hidden).square().sum(-1)  # (samples, L)
+    return ((output - dense).square().sum(-1) / added.clamp_min(0.1 * float(added.median()))).mean()

@@ -1,0 +1,95 @@
+"""A compressed linear whose numbers can be trained while its mask stays."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from halfplate.formats import BlockDiagonal, CompressedLinear
+from halfplate.formats.chain import Chain
+from halfplate.formats.rounding import GROUP, round_to_float
+
+
+class TrainableLinear(nn.Module):
+    """y = x (A S B)ᵀ + bias with fp32 parameters in place of the stored tensors of a CompressedLinear.
+
+    out_blocks, out_tail, in_blocks, in_tail: the wrappers that there are. values: the kept values (d_out, kept), or the
+    scales (d_out, ceil(d_in / 128)) where they lie on a grid, whose codes stay. Positions are no parameters, so the mask is
+    fixed by construction. values_too: whether `values` asks for a gradient.
+    """
+
+    columns: Tensor
+    integers: Tensor | None
+
+    def __init__(self, linear: CompressedLinear, values_too: bool) -> None:
+        super().__init__()
+        self.spec, self.start = linear.spec, linear.matrix
+        core = self.start.core
+        self.values = nn.Parameter((core.stored if core.grid is None else core.grid.scales).float(), values_too)
+        self.register_buffer("columns", core.columns(), persistent=False)
+        self.register_buffer("integers", None if core.grid is None else core.integers(), persistent=False)
+        for side, wrapper in (("out", self.start.out_wrapper), ("in", self.start.in_wrapper)):
+            parts = (None, None) if wrapper is None else wrapper.floats(torch.float32)
+            for name, part in zip(("blocks", "tail"), parts, strict=True):
+                self.register_parameter(f"{side}_{name}", None if part is None else nn.Parameter(part.clone()))
+        self.bias = linear.bias
+
+    def dense(self) -> Tensor:
+        """A S B as it stands, with its graph: (d_out, d_in)."""
+        values: Tensor = self.values
+        if self.integers is not None:
+            values = self.integers * values.gather(1, self.columns // GROUP)
+        matrix = values.new_zeros(self.spec.d_out, self.spec.d_in).scatter(1, self.columns, values)
+        if (out_wrapper := self._wrapper("out")) is not None:
+            matrix = out_wrapper.forward(matrix.T).T
+        if (in_wrapper := self._wrapper("in")) is not None:
+            matrix = in_wrapper.transposed(torch.float32).forward(matrix)
+        return matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d_in) to (..., d_out). One product with the assembled matrix is cheapest for many tokens."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, self.dense().to(x.dtype), bias)
+
+    @torch.no_grad()
+    def compressed(self) -> CompressedLinear:
+        """The linear in its stored types; raises HalfplateError where a number has left the range of its type."""
+        core = self.start.core
+        if core.grid is None:
+            core = replace(core, stored=round_to_float(self.values, self.spec.core_dtype, "core_dtype"))
+        else:
+            scales = round_to_float(self.values, "fp16", "core_dtype")
+            core = replace(core, grid=replace(core.grid, scales=scales))
+        wrappers = [
+            None if wrapper is None else BlockDiagonal.rounded(wrapper.blocks, wrapper.tail, self.spec.wrapper_dtype)
+            for wrapper in (self._wrapper("out"), self._wrapper("in"))
+        ]
+        matrix = Chain(self.spec, core, *wrappers)
+        assert torch.equal(matrix.core.mask(), self.start.core.mask()), "tuning must not move the mask"
+        return CompressedLinear.from_weight(matrix, self.spec, self.bias)
+
+    def _wrapper(self, side: str) -> BlockDiagonal | None:
+        blocks, tail = getattr(self, f"{side}_blocks"), getattr(self, f"{side}_tail")
+        return None if blocks is None and tail is None else BlockDiagonal(blocks, tail)
+
+
+@contextmanager
+def trainable(module: nn.Module, values_too: bool) -> Iterator[dict[str, TrainableLinear]]:
+    """While inside, every CompressedLinear below `module` is a TrainableLinear; afterwards it is compressed again.
+
+    Yields them by name. An exception puts the linears back as they were.
+    """
+    before = {name: part for name, part in module.named_modules() if isinstance(part, CompressedLinear)}
+    inside = {name: TrainableLinear(linear, values_too) for name, linear in before.items()}
+    after: dict[str, CompressedLinear] = before
+    try:
+        for name, linear in inside.items():
+            module.set_submodule(name, linear)
+        yield inside
+        after = {name: linear.compressed() for name, linear in inside.items()}
+    finally:
+        for name, done in after.items():
+            module.set_submodule(name, done)

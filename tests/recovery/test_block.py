@@ -1,0 +1,54 @@
+"""Block-output tuning on a tiny model: never worse, deterministic, written to the checkpoint."""
+
+import json
+
+import pytest
+import torch
+
+import halfplate
+from halfplate.errors import HalfplateError
+from halfplate.execution.local import compress
+from halfplate.models.sources import load_dense
+from halfplate.recipe import Recipe
+
+SMALL = {"samples": 24, "seq_len": 32, "block_size": 4}
+
+
+def output_error(out, folder):
+    dense, model = load_dense(str(folder)).model, halfplate.load(out)
+    ids = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return float((model(ids).logits - dense(ids).logits).square().mean())
+
+
+def test_tuning_lowers_the_error_of_the_blocks(tiny_folder, tmp_path):
+    plain = compress(str(tiny_folder), tmp_path / "plain", Recipe(**SMALL))
+    tuned = compress(str(tiny_folder), tmp_path / "tuned", Recipe(**SMALL, tune_block=20))
+    assert plain["tuned_blocks"] == {}
+    record = json.loads((tmp_path / "tuned" / "halfplate.json").read_text())
+    assert record["tuned_blocks"] == tuned["tuned_blocks"]
+    assert tuned["tuned_blocks"]
+    for block in tuned["tuned_blocks"].values():
+        assert block["after"] <= block["before"]
+    assert output_error(tmp_path / "tuned", tiny_folder) < output_error(tmp_path / "plain", tiny_folder)
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny_folder, tmp_path):
+    for name in ("one", "two"):
+        compress(str(tiny_folder), tmp_path / name, Recipe(**SMALL, tune_block=5))
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_any_method_can_be_tuned(tiny_folder, tmp_path, method):
+    recipe = Recipe(method=method, samples=16, seq_len=32, tune_block=10)
+    summary = compress(str(tiny_folder), tmp_path / "out", recipe)
+    blocks = summary["tuned_blocks"].values()
+    assert all(block["after"] <= block["before"] for block in blocks)
+    assert any(block["after"] < block["before"] for block in blocks)
+
+
+def test_tuning_needs_compressed_inputs():
+    with pytest.raises(HalfplateError, match="tune_block=5 tunes a block for what"):
+        Recipe(inputs="dense", tune_block=5)
