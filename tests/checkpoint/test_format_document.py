@@ -40,6 +40,9 @@ WIDE: list[dict[str, Any]] = [
     {"pattern": DENSE, "core_dtype": "int8"},
     {"pattern": DENSE, "core_dtype": "int4", "out_block": 1, "in_block": 1, "wrapper_dtype": "int8"},
     {"pattern": Pattern(5, 11), "core_dtype": "int4"},
+    {"core_dtype": "int3", "out_block": 8, "in_block": 8},
+    {"pattern": DENSE, "core_dtype": "int2"},
+    {"pattern": Pattern(5, 11), "core_dtype": "int3"},
     {"pattern": DENSE, "core_dtype": "bf16", "in_block": 7},
 ]
 

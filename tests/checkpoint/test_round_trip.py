@@ -116,7 +116,7 @@ def test_blocks_offloaded_to_disk(written: Any, logits_of: Logits, tmp_path: Pat
     assert torch.equal(logits_of(loaded), one.logits())
 
 
-@pytest.mark.parametrize("core_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("core_dtype", ["int8", "int4", "int3", "int2"])
 @pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(5, 16), DENSE], ids=str)
 def test_codes_and_scales_come_back_exactly(written: Any, logits_of: Logits, core_dtype: str, pattern: Pattern) -> None:
     options = {"core_dtype": core_dtype, "pattern": pattern, "out_block": 10, "in_block": 16, "wrapper_dtype": "int8"}

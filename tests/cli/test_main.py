@@ -62,7 +62,7 @@ def test_verbs_to_come_say_so(halfplate, verb):
         (["--resume"], ["--resume"]),
         (["--address", "x"], ["--address"]),
         (["--inputs", "compresed"], ["inputs='compresed'", "dense, compressed"]),
-        (["--core-dtype", "int3"], ["core_dtype='int3'", "int4"]),
+        (["--core-dtype", "int5"], ["core_dtype='int5'", "int4"]),
         (["--wrapper-dtype", "int4"], ["wrapper_dtype='int4'", "int8"]),
         (["--pattern", "dense"], ["pattern='dense'", "2:4", "rtn"]),
     ],

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BITS = {"int4": 4, "int3": 3, "int2": 2}
 # Both positions of a group of 4 as its 4 bits of the index.
 PAIRS = torch.tensor([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], dtype=torch.uint8)
 
@@ -27,8 +28,9 @@ def random_linear(spec: Any, seed: int = 0) -> dict[str, Tensor]:
         elif dtype == torch.uint8:
             low = 1 if spec.core_dtype == "int8" else 0
             tensors[name] = torch.randint(low, 256, shape, generator=generator).to(torch.uint8)
-            if spec.core_dtype == "int4" and kept_of(spec) % 2:
-                tensors[name][..., -1] &= 15
+            used = kept_of(spec) * BITS.get(spec.core_dtype, 8) % 8
+            if used:
+                tensors[name][..., -1] &= (1 << used) - 1
         else:
             tensors[name] = torch.randn(shape, generator=generator).to(dtype)
     return tensors
@@ -51,8 +53,11 @@ def _core(spec: Any, tensors: dict[str, Tensor]) -> Tensor:
     kept, weight = kept_of(spec), tensors["weight"].reshape(spec.d_out, -1)
     if spec.core_dtype == "int8":
         values = weight.double() - 128
-    elif spec.core_dtype == "int4":
-        values = torch.stack([weight & 15, weight >> 4], -1).reshape(spec.d_out, -1)[:, :kept].double() - 8
+    elif spec.core_dtype in BITS:
+        width = BITS[spec.core_dtype]
+        stream = torch.stack([weight >> k & 1 for k in range(8)], -1).reshape(spec.d_out, -1)[:, : kept * width]
+        places = 2 ** torch.arange(width, dtype=torch.float64)
+        values = (stream.reshape(spec.d_out, kept, width) * places).sum(-1) - 2 ** (width - 1)
     else:
         values = weight.double()
     columns = torch.arange(kept).expand(spec.d_out, -1)

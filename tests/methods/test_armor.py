@@ -72,7 +72,7 @@ def test_wrappers_repair_rounding():
     assert proxy_error(weight, statistics, coarse.weight) <= proxy_error(weight, statistics, blunt) * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("core", ["int8", "int4"])
+@pytest.mark.parametrize("core", ["int8", "int4", "int3"])
 @pytest.mark.parametrize("wrapper", ["bf16", "int8"])
 def test_wrappers_repair_the_grid_of_the_core(core, wrapper):
     weight, statistics = case(96, 128)

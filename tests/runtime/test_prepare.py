@@ -34,7 +34,7 @@ def compressed(model, core_dtype="bf16", pattern=SPARSE):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
-@pytest.mark.parametrize("core_dtype", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("core_dtype", ["fp32", "bf16", "int8", "int4", "int3", "int2"])
 @torch.no_grad()
 def test_an_accelerated_model_computes_the_same(tiny_model, architecture, core_dtype):
     model = compressed(tiny_model(architecture), core_dtype)

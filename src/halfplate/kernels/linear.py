@@ -8,6 +8,7 @@ import ctypes
 import mmap
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from threading import local
 
@@ -15,7 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
+from halfplate.formats.packing import check_padding
+from halfplate.formats.packing import pack as pack_codes
+from halfplate.formats.packing import unpack as unpack_codes
 from halfplate.formats.spec import WeightSpec
 from halfplate.kernels import native
 
@@ -70,7 +75,7 @@ def unsupported(spec: WeightSpec, activations: str = "float") -> str | None:
     """Why the kernels cannot run a matrix of `spec`; None where they can."""
     if not native.available():
         return native.reason()
-    if spec.core_dtype not in KINDS:
+    if spec.core_dtype not in KINDS and spec.core_dtype not in GRIDS:
         return f"no kernel for core_dtype={spec.core_dtype!r}"
     if spec.wrapper_dtype not in WRAPPER_KINDS:
         return f"no kernel for wrapper_dtype={spec.wrapper_dtype!r}"
@@ -80,12 +85,12 @@ def unsupported(spec: WeightSpec, activations: str = "float") -> str | None:
 
 
 def header_of(spec: WeightSpec, activations: str, bias: bool) -> Header:
-    """The header of a matrix of `spec`, its offsets filled in; int8 activations are for int8 and int4 cores only."""
-    as_bytes = activations == "int8" and spec.core_dtype in ("int8", "int4")
+    """The header of a matrix of `spec`, its offsets filled in; int8 activations are for cores on a grid only."""
+    as_bytes = activations == "int8" and spec.core_dtype in GRIDS
     header = Header(
         d_out=spec.d_out,
         d_in=spec.d_in,
-        kind=KINDS[spec.core_dtype],
+        kind=KINDS[_kernel_spec(spec).core_dtype],
         sparse=int(str(spec.pattern) != "dense"),
         activations=int(as_bytes),
         wrapper_kind=WRAPPER_KINDS[spec.wrapper_dtype],
@@ -101,7 +106,7 @@ def pack(
 ) -> Tensor:
     """Pack the stored `tensors` of a matrix, named as in `spec.layout()`, to one uint8 tensor.
 
-    activations: `float`, or `int8` for cores of int8 and int4. bias: (d_out,) of any floating type. Raises HalfplateError
+    activations: `float`, or `int8` for cores on a grid. Codes of int3 and int2 take the four bits of int4. bias: (d_out,) of any floating type. Raises HalfplateError
     for tensors of other shapes or types than `spec` says, and for values that no writer leaves: NaN, inf, positions that do
     not rise within a group, codes out of range.
     """
@@ -117,6 +122,7 @@ def pack(
     packed = _aligned(header.nbytes)
     ctypes.memmove(packed.data_ptr(), ctypes.byref(header), ctypes.sizeof(header))
     held = {name: tensors[name].detach().contiguous() for name in spec.layout()}
+    held["weight"] = _recoded(held["weight"], spec, spec.core_dtype, _kernel_spec(spec).core_dtype)
     if bias is not None:
         held["bias"] = bias.detach().to(torch.float32).contiguous()
     reason = native.library().halfplate_pack(packed.data_ptr(), ctypes.byref(_stored(held)), torch.get_num_threads())
@@ -130,11 +136,30 @@ def pack(
 def unpack(spec: WeightSpec, packed: Tensor) -> dict[str, Tensor]:
     """The stored tensors that `packed` was made of, bit for bit; a bias comes back as fp32."""
     header = read_header(packed)
-    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in spec.layout().items()}
+    kernel_spec = _kernel_spec(spec)
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in kernel_spec.layout().items()}
     if header.bias:
         tensors["bias"] = torch.empty(spec.d_out)
     native.library().halfplate_unpack(packed.data_ptr(), ctypes.byref(_stored(tensors)), torch.get_num_threads())
+    tensors["weight"] = _recoded(tensors["weight"], spec, kernel_spec.core_dtype, spec.core_dtype)
     return tensors
+
+
+def _kernel_spec(spec: WeightSpec) -> WeightSpec:
+    """The matrix as the kernels hold it: int3 and int2 as int4."""
+    return replace(spec, core_dtype="int4") if GRIDS.get(spec.core_dtype, 4) < 4 else spec
+
+
+def _recoded(weight: Tensor, spec: WeightSpec, held: str, wanted: str) -> Tensor:
+    """The stored core of a matrix of `spec`, its codes of type `held` rewritten as those of `wanted`."""
+    if held == wanted:
+        return weight
+    bits, wanted_bits = GRIDS[held], GRIDS[wanted]
+    kept, rows = spec.pattern.kept(spec.d_in), weight.reshape(spec.d_out, -1)
+    check_padding(rows, kept, bits, "weight")
+    codes = unpack_codes(rows, kept, bits)
+    shifted = codes.to(torch.int16) + (1 << wanted_bits - 1) - (1 << bits - 1)
+    return pack_codes(shifted, wanted_bits).reshape(*weight.shape[:-1], -1)
 
 
 def read_header(packed: Tensor) -> Header:

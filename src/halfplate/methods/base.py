@@ -101,7 +101,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 def store(weight: Tensor, mask: Tensor, spec: WeightSpec) -> Chain:
     """Store `weight` (d_out, d_in) where `mask`, exactly N true a group, in the core dtype of `spec`, without wrappers.
 
-    int8 and int4 are rounded to nearest on a grid for each row and 128 columns. Raises HalfplateError where a kept value is
+    A grid rounds to nearest, a scale for each row and 128 columns. Raises HalfplateError where a kept value is
     too large for that dtype.
     """
     return Chain(spec, NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype))

@@ -17,7 +17,7 @@ class BlockTuning:
     """steps of Adam, each on one batch of sequences; learning_rate: at the start, it falls to 0 along a cosine."""
 
     steps: int
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     seed: int = 0
 
 

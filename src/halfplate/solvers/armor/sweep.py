@@ -104,7 +104,7 @@ def refit_steps(steps: Tensor, values: Tensor, pull: Tensor, local: Tensor) -> T
     curvature = (codes.double()[:, None, :] @ local.double() @ codes.double()[:, :, None])[:, 0, 0]
     usable = alive & (curvature > 0)
     wished = (steps + torch.where(usable, slope / torch.where(usable, curvature, 1), 0)).float()
-    fits = (wished.abs() >= 6.2e-5) & (wished.abs() <= 65504)  # where fp16 has all its bits
+    fits = (wished >= 6.2e-5) & (wished <= 65504)  # where fp16 has all its bits
     rounded = torch.where(fits, wished, 1).half().float()
     change = rounded.double() - steps
     gains = usable & fits & (2 * change * slope - change.square() * curvature > 0)
