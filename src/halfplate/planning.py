@@ -27,9 +27,11 @@ AUTO_BLOCKS = (128, 64, 32, 16, 8)
 AUTO_SHARE = 0.05  # of the dense parameters of the whole plan
 
 # Rough figures for 2 quiet cores; they serve the estimate alone.
-SECONDS_PER_MILLION_WEIGHTS = {"armor": 0.8, "sparsegpt": 0.12}
+SECONDS_PER_MILLION_WEIGHTS = {"armor": 1.5, "sparsegpt": 0.12}
 OTHER_SECONDS_PER_MILLION_WEIGHTS = 0.02
 FLOPS_PER_SECOND = 1e11
+PASSES = {"dense": 1.5, "compressed": 4.0}  # over the calibration text, products for the statistics among them
+TUNING_BATCH = 8
 SAMPLING_SLOWDOWN = 1.2  # a sampled token costs so many times one that is read
 
 
@@ -239,14 +241,26 @@ def _seconds(recipe: Recipe, requires: Statistic, weights: int, parameters: int)
     """A rough time on 2 cores: solving, and calibration where the method needs it."""
     seconds = weights / 1e6 * SECONDS_PER_MILLION_WEIGHTS.get(recipe.method, OTHER_SECONDS_PER_MILLION_WEIGHTS)
     if requires > Statistic.NONE:
-        passes = 1 + (SAMPLING_SLOWDOWN if recipe.calibration == "self" else 0)
-        seconds += 2 * parameters * recipe.samples * recipe.seq_len * passes / FLOPS_PER_SECOND
+        passes = SAMPLING_SLOWDOWN if recipe.calibration == "self" else 0.0
+        passes += PASSES[recipe.inputs] * (2 if _both_streams(recipe) else 1)
+        tokens = recipe.samples * recipe.seq_len
+        tuned = 3 * recipe.tune_block * min(TUNING_BATCH, recipe.samples) * recipe.seq_len
+        seconds += 2 * parameters * (tokens * passes + tuned) / FLOPS_PER_SECOND
     return seconds
 
 
+def _both_streams(recipe: Recipe) -> bool:
+    """Whether hidden states of the dense model go along with those of the compressed one."""
+    return recipe.inputs == "compressed" and (recipe.cross_damping != "none" or recipe.tune_block > 0)
+
+
 def _peak_memory(recipe: Recipe, requires: Statistic, parameters: int, hidden_size: int, widest: int) -> int:
-    """A rough peak: torch, the model in fp32 and as it is read, keys and values of sampled text, hidden states, one Gram."""
-    hidden = 2 * 4 * recipe.samples * recipe.seq_len * hidden_size if requires > Statistic.NONE else 0
-    gram = 8 * widest**2 if requires == Statistic.GRAM else 0
+    """A rough peak: torch, the model in fp32 and as it is read, keys and values of sampled text, hidden states, Gram matrices."""
+    hidden = (
+        2 * 4 * (2 if _both_streams(recipe) else 1) * recipe.samples * recipe.seq_len * hidden_size
+        if requires > Statistic.NONE
+        else 0
+    )
+    gram = 48 * widest**2 if requires == Statistic.GRAM else 0
     sampling = CACHE_BYTES if requires > Statistic.NONE and recipe.calibration == "self" else 0
     return 500_000_000 + 6 * parameters + sampling + hidden + gram

@@ -50,8 +50,8 @@ class Recipe:
     seq_len: int = 512
     seed: int = 0
     inputs: Literal["dense", "compressed"] = "compressed"
-    cross_damping: float | Literal["none"] = "none"
-    token_limit: float | Literal["none"] = "none"
+    cross_damping: float | Literal["none"] = 1.0
+    token_limit: float | Literal["none"] = 10.0
     tune_block: int = 0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

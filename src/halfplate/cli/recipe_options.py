@@ -22,11 +22,15 @@ FIELDS = (
     ("--samples", "N", "calibration sequences (default 64)"),
     ("--seq-len", "L", "tokens of each (default 512)"),
     ("--inputs", "WHICH", "what calibration runs through: the compressed blocks so far (compressed, default) or dense"),
-    ("--cross-damping", "X", "correct each matrix towards what the dense inputs give, damped by X; or none (default)"),
+    (
+        "--cross-damping",
+        "X",
+        "correct each matrix towards what the dense inputs give, damped by X (default 1); or none",
+    ),
     (
         "--token-limit",
         "X",
-        "calibration tokens of more than X times the median energy count as that; or none (default)",
+        "calibration tokens of more than X times the median energy count as that (default 10); or none",
     ),
     ("--tune-block", "STEPS", "steps that tune each block against the dense one's output, its masks fixed (default 0)"),
     ("--seed", "S", "seed of everything random (default 0)"),
