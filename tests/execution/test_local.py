@@ -68,7 +68,7 @@ def test_statistics_come_from_the_dense_model(tiny_folder, tmp_path, monkeypatch
         return original(self, weight, statistics, spec)
 
     monkeypatch.setattr(Magnitude, "compress", spy)
-    recipe = Recipe(method="magnitude", inputs="dense", **SMALL)
+    recipe = Recipe(method="magnitude", inputs="dense", token_limit="none", **SMALL)
     compress(str(tiny_folder), tmp_path / "out", recipe, statistics=Statistic.DIAGONAL)
 
     loaded = load_dense(str(tiny_folder))
@@ -99,7 +99,7 @@ def test_statistics_come_through_what_is_compressed_so_far(tiny_folder, tmp_path
 
     monkeypatch.setattr(Magnitude, "compress", spy)
     out = tmp_path / "out"
-    recipe = Recipe(method="magnitude", inputs="compressed", cross_damping=cross_damping, core_dtype="fp32", **SMALL)
+    recipe = Recipe(method="magnitude", cross_damping=cross_damping, token_limit="none", core_dtype="fp32", **SMALL)
     compress(str(tiny_folder), out, recipe, statistics=Statistic.GRAM)
 
     loaded = load_dense(str(tiny_folder))

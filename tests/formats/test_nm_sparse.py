@@ -95,7 +95,8 @@ def test_codes_and_scales_are_those_of_each_row_and_128_columns(
     assert torch.equal(sparse.dense(), dense)
     # No other choice of q does better.
     step = scales.repeat_interleave(128, 1)[:, : weight.shape[1]]
-    lowest, highest = (-127, 127) if name == "int8" else (-8, 7)
+    half = 2 ** (int(name.removeprefix("int")) - 1)
+    lowest, highest = (-127, 127) if name == "int8" else (-half, half - 1)
     best = torch.where(step > 0, weight / step, 0).round().clamp(lowest, highest) * step
     kept = torch.where(mask, weight, 0)
     assert float((dense - kept)[mask].abs().sum()) <= float((best - kept)[mask].abs().sum()) * (1 + 1e-5)

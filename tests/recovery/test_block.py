@@ -11,7 +11,8 @@ from halfplate.execution.local import compress
 from halfplate.models.sources import load_dense
 from halfplate.recipe import Recipe
 
-SMALL = {"samples": 24, "seq_len": 32, "block_size": 4}
+# What a plain mask leaves is far from the best, so that a few steps show.
+SMALL = {"method": "magnitude", "samples": 32, "seq_len": 32}
 
 
 def output_error(out, folder):
@@ -23,7 +24,7 @@ def output_error(out, folder):
 
 def test_tuning_lowers_the_error_of_the_blocks(tiny_folder, tmp_path):
     plain = compress(str(tiny_folder), tmp_path / "plain", Recipe(**SMALL))
-    tuned = compress(str(tiny_folder), tmp_path / "tuned", Recipe(**SMALL, tune_block=20))
+    tuned = compress(str(tiny_folder), tmp_path / "tuned", Recipe(**SMALL, tune_block=30))
     assert plain["tuned_blocks"] == {}
     record = json.loads((tmp_path / "tuned" / "halfplate.json").read_text())
     assert record["tuned_blocks"] == tuned["tuned_blocks"]
@@ -40,13 +41,13 @@ def test_the_same_seed_gives_the_same_bytes(tiny_folder, tmp_path):
     assert one == two
 
 
-@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
-def test_any_method_can_be_tuned(tiny_folder, tmp_path, method):
-    recipe = Recipe(method=method, samples=16, seq_len=32, tune_block=10)
+@pytest.mark.parametrize("options", [{"method": "wanda"}, {"method": "armor", "block_size": 4}], ids=str)
+def test_other_methods_are_never_worse_off(tiny_folder, tmp_path, options):
+    recipe = Recipe(**options, samples=16, seq_len=32, tune_block=10)
     summary = compress(str(tiny_folder), tmp_path / "out", recipe)
     blocks = summary["tuned_blocks"].values()
+    assert blocks
     assert all(block["after"] <= block["before"] for block in blocks)
-    assert any(block["after"] < block["before"] for block in blocks)
 
 
 def test_tuning_needs_compressed_inputs():
