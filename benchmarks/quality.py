@@ -39,11 +39,9 @@ ROWS: list[tuple[str, int, dict[str, Any]]] = [
     ("ria", 0, {}),
     ("nowag", 0, {}),
     ("sparsegpt", 0, {}),
-    ("armor", 8, {}),
-    ("armor", 16, {}),
-    ("armor", 16, {"iterations": 20}),
-    ("armor", 32, {}),
-    ("armor", 64, {}),
+    *(("armor", block, {"objective": "diag"}) for block in (8, 16, 32, 64)),
+    ("armor", 16, {"objective": "diag", "iterations": 20}),
+    *(("armor", block, {"objective": "gram"}) for block in (8, 16, 32, 64)),
 ]
 
 

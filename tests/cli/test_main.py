@@ -56,7 +56,6 @@ def test_verbs_to_come_say_so(halfplate, verb):
     ("options", "parts"),
     [
         (["--engine", "ray"], ["--engine ray", "available: local"]),
-        (["--tune-block", "3"], ["--tune-block is not available yet"]),
         (["--budget", "0.5"], ["--budget"]),
         (["--workers", "3"], ["--workers"]),
         (["--resume"], ["--resume"]),
