@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from halfplate.calibration.collect import BATCH
 from halfplate.calibration.documents import check_source
 from halfplate.calibration.self_text import CACHE_BYTES
 from halfplate.calibration.text import check_seq_len
@@ -31,7 +32,6 @@ SECONDS_PER_MILLION_WEIGHTS = {"armor": 1.5, "sparsegpt": 0.12}
 OTHER_SECONDS_PER_MILLION_WEIGHTS = 0.02
 FLOPS_PER_SECOND = 1e11
 PASSES = {"dense": 1.5, "compressed": 4.0}  # over the calibration text, products for the statistics among them
-TUNING_BATCH = 8
 SAMPLING_SLOWDOWN = 1.2  # a sampled token costs so many times one that is read
 
 
@@ -133,7 +133,7 @@ def make_plan(model: str, recipe: Recipe) -> Plan:
 def plan_source(source: Source, recipe: Recipe) -> Plan:
     """`make_plan` of a source that is already open."""
     dense, method = skeleton(source), recipe.create_method()
-    if method.requires > Statistic.NONE or recipe.tune_block:
+    if recipe.runs_text(method.requires):
         check_source(recipe.calibration)
         check_seq_len(dense, recipe.seq_len, least=2)
     found, passed_over = find_linears(dense, include=recipe.include, exclude=recipe.exclude)
@@ -240,27 +240,24 @@ def _fingerprint(source: Source, recipe: Recipe) -> str:
 def _seconds(recipe: Recipe, requires: Statistic, weights: int, parameters: int) -> float:
     """A rough time on 2 cores: solving, and calibration where the method needs it."""
     seconds = weights / 1e6 * SECONDS_PER_MILLION_WEIGHTS.get(recipe.method, OTHER_SECONDS_PER_MILLION_WEIGHTS)
-    if requires > Statistic.NONE:
+    if recipe.runs_text(requires):
         passes = SAMPLING_SLOWDOWN if recipe.calibration == "self" else 0.0
-        passes += PASSES[recipe.inputs] * (2 if _both_streams(recipe) else 1)
+        passes += PASSES[recipe.inputs] * _streams(recipe, requires)
         tokens = recipe.samples * recipe.seq_len
-        tuned = 3 * recipe.tune_block * min(TUNING_BATCH, recipe.samples) * recipe.seq_len
+        tuned = 3 * recipe.tune_block * min(BATCH, recipe.samples) * recipe.seq_len
         seconds += 2 * parameters * (tokens * passes + tuned) / FLOPS_PER_SECOND
     return seconds
 
 
-def _both_streams(recipe: Recipe) -> bool:
-    """Whether hidden states of the dense model go along with those of the compressed one."""
-    return recipe.inputs == "compressed" and (recipe.cross_damping != "none" or recipe.tune_block > 0)
+def _streams(recipe: Recipe, requires: Statistic) -> int:
+    """How many hidden states of each token are carried along: one, or the dense model's beside the compressed one's."""
+    return 2 if recipe.corrects(requires) or recipe.tune_block else 1
 
 
 def _peak_memory(recipe: Recipe, requires: Statistic, parameters: int, hidden_size: int, widest: int) -> int:
     """A rough peak: torch, the model in fp32 and as it is read, keys and values of sampled text, hidden states, Gram matrices."""
-    hidden = (
-        2 * 4 * (2 if _both_streams(recipe) else 1) * recipe.samples * recipe.seq_len * hidden_size
-        if requires > Statistic.NONE
-        else 0
-    )
+    runs = recipe.runs_text(requires)
+    hidden = 2 * 4 * _streams(recipe, requires) * recipe.samples * recipe.seq_len * hidden_size if runs else 0
     gram = 48 * widest**2 if requires == Statistic.GRAM else 0
-    sampling = CACHE_BYTES if requires > Statistic.NONE and recipe.calibration == "self" else 0
+    sampling = CACHE_BYTES if runs and recipe.calibration == "self" else 0
     return 500_000_000 + 6 * parameters + sampling + hidden + gram

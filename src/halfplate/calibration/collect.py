@@ -13,6 +13,8 @@ from halfplate.errors import HalfplateError
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.statistics import InputStatistics, Statistic
 
+BATCH = 8  # samples that run through a block at once
+
 
 def collect_block(
     blockwise: BlockwiseModel,

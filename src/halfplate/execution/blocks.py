@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from halfplate.calibration import CalibrationTokens, DenseRun, collect_block, collect_stage, input_stages
+from halfplate.calibration import BATCH, CalibrationTokens, DenseRun, collect_block, collect_stage, input_stages
 from halfplate.execution.clock import Clock
 from halfplate.execution.matrix import MatrixRecord, compress_matrix
 from halfplate.execution.progress import Report
@@ -18,9 +18,6 @@ from halfplate.planning import Plan
 from halfplate.recipe import Recipe
 from halfplate.recovery.block import BlockTuning, TunedBlock, tune_block
 from halfplate.statistics import InputStatistics, Statistic
-
-BATCH = 8  # samples that run through a block at once
-
 
 Stage = tuple[list[str], dict[str, InputStatistics]]
 
@@ -41,8 +38,8 @@ class _Inputs:
         """Linears of a block whose statistics can be had together, with these; what is compressed in between counts."""
         raise NotImplementedError
 
-    def leave(self, block: int) -> TunedBlock | None:
-        """Every stage of the block is compressed; the hidden states go on to the next."""
+    def leave(self, block: int, last: bool) -> TunedBlock | None:
+        """Every stage of the block is compressed; the hidden states go on to the next, unless it is the last."""
         return None
 
     def _through(self, block: int, inputs: list[BlockInputs], module: nn.Module | None = None) -> list[BlockInputs]:
@@ -70,7 +67,7 @@ class _CompressedInputs(_Inputs):
         self, loaded: LoadedModel, tokens: CalibrationTokens, recipe: Recipe, needed: Statistic, clock: Clock
     ) -> None:
         super().__init__(loaded, tokens, recipe, needed, clock)
-        self.corrected = recipe.cross_damping != "none"
+        self.corrected = recipe.corrects(needed)
         self.dense = list(self.hidden) if self.corrected or recipe.tune_block else None
         self.dense_block: nn.Module | None = None
 
@@ -86,9 +83,9 @@ class _CompressedInputs(_Inputs):
                 )
             yield stage, collected
 
-    def leave(self, block: int) -> TunedBlock | None:
+    def leave(self, block: int, last: bool) -> TunedBlock | None:
         tuned = None
-        if self.dense is not None:
+        if self.dense is not None and (self.recipe.tune_block or not last):
             with self.clock("statistics"):
                 self.dense = self._through(block, self.dense, self.dense_block)
             if self.recipe.tune_block:
@@ -96,8 +93,9 @@ class _CompressedInputs(_Inputs):
                     settings = BlockTuning(self.recipe.tune_block, seed=self.recipe.seed)
                     targets = [batch.hidden for batch in self.dense]
                     tuned = tune_block(self.blockwise, block, self.hidden, targets, settings)
-        with self.clock("statistics"):
-            self.hidden = self._through(block, self.hidden)
+        if not last:
+            with self.clock("statistics"):
+                self.hidden = self._through(block, self.hidden)
         return tuned
 
 
@@ -131,7 +129,8 @@ def compress_blocks(
         kind = _CompressedInputs if recipe.inputs == "compressed" else _DenseInputs
         inputs = kind(loaded, tokens, recipe, needed, clock)
     tuned: dict[int, TunedBlock] = {}
-    for block in range(max(names) + 1):
+    last = max(names)
+    for block in range(last + 1):
         stages: Iterator[Stage] = iter([(names[block], {})]) if inputs is None else inputs.stages(block, names[block])
         for stage, collected in stages:
             for name in stage:
@@ -141,6 +140,6 @@ def compress_blocks(
                         loaded.model, name, method, found, plan.specs[name], recipe.cross_damping
                     )
                 report("compressing", len(records), len(plan.specs))
-        if inputs is not None and (done := inputs.leave(block)) is not None:
+        if inputs is not None and (done := inputs.leave(block, last=block == last)) is not None:
             tuned[block] = done
     return Outcome([records[name] for name in plan.specs], tuned)

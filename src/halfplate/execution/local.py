@@ -56,8 +56,7 @@ def compress(
     method = recipe.create_method()
     needed = max(statistics, method.requires)
     with clock("calibration text"):
-        wanted = needed > Statistic.NONE or recipe.tune_block > 0
-        tokens = _calibration(loaded, recipe, report) if wanted else None
+        tokens = _calibration(loaded, recipe, report) if recipe.runs_text(needed) else None
     outcome = compress_blocks(loaded, plan, needed, tokens, report, clock)
     with clock("writing"):
         report("writing", 0, 1)

@@ -1,6 +1,5 @@
 """ARMOR: a sparse core between block-diagonal wrappers."""
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +15,7 @@ from halfplate.solvers.armor.full_gram import GramSchedule, solve_gram
 from halfplate.solvers.armor.paper import PaperSchedule, solve_paper
 from halfplate.solvers.armor.problem import Problem
 from halfplate.solvers.armor.stages import stages_for
-from halfplate.solvers.normalise import normalise
+from halfplate.solvers.normalise import normalise, power_of_two
 from halfplate.statistics import InputStatistics, Statistic
 
 DIAGONAL_ITERATIONS = 60
@@ -28,8 +27,8 @@ class Armor(Method):
     """W ≈ A · core · B: an N:M core, or a dense one on a grid, between two block-diagonal wrappers that repair the error.
 
     objective: `gram` minimises the true output error, `diag` weights the error of each input by its second moment as the
-    paper does; None takes diag for solver `paper`, else gram. solver: `exact` minimises over A, B and every group of S in turn; `paper` is the published Adam with sampled
-    groups, for `diag`. iterations: None takes 24 for gram (after 20 under its diagonal), 60 for diag, the published 20,000
+    paper does; None takes diag for solver `paper`, else gram. solver: `exact` minimises over A, B and every group of S in
+    turn; `paper` is the published Adam with sampled groups, for `diag`. iterations: None takes 24 for gram (after 20 under its diagonal), 60 for diag, the published 20,000
     for paper. grid_iterations: of gram once the core lies on a grid. damping: added to the Gram matrix, as a fraction of the
     second moment of each input. learning_rate, patience and seed steer `paper` only. Source: arXiv 2510.05528; the exact
     updates are our own (docs/armor.md).
@@ -43,8 +42,8 @@ class Armor(Method):
     objective: str | None = None
     solver: str = "exact"
     iterations: int | None = None
-    grid_iterations: int = 16
-    damping: float = 0.0
+    grid_iterations: int = GramSchedule.grid
+    damping: float = GramSchedule.damping
     learning_rate: float = 1e-4
     patience: int = 100
     seed: int = 0
@@ -97,9 +96,7 @@ class Armor(Method):
         return self._diagonal(weight, statistics.require_diagonal().to(weight.device), spec)
 
     def _diagonal(self, weight: Tensor, moment: Tensor, spec: WeightSpec) -> Solution:
-        # A power of two brings the weight near 1 and back without rounding, so that no square leaves the range of fp32.
-        largest = float(weight.abs().max())
-        scale = 2.0 ** math.floor(math.log2(largest)) if largest else 1.0
+        scale = power_of_two(weight)
         normalised = normalise(weight.to(torch.float32) / scale)
         problem = Problem.from_weight(normalised.weight, _unit_mean(moment), spec)
         stages = stages_for(weight.device)

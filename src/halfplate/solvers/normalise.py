@@ -1,5 +1,6 @@
 """Row and column normalisation of a weight before it is scored (NoWag)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,3 +34,9 @@ def normalise(weight: Tensor) -> Normalised:
 def _norms(weight: Tensor, dim: int) -> Tensor:
     norms = torch.linalg.vector_norm(weight, dim=dim, dtype=torch.float64).to(weight.dtype)
     return torch.where(norms == 0, torch.ones_like(norms), norms)
+
+
+def power_of_two(weight: Tensor) -> float:
+    """The power of two that divides `weight` to near 1 without rounding, so that no square leaves the range of fp32."""
+    largest = float(weight.abs().max())
+    return 2.0 ** math.floor(math.log2(largest)) if largest else 1.0

@@ -1,6 +1,5 @@
 """The whole solve under the true output error: scaled inputs, a diagonal warm start, the full Gram, a core on a grid."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from halfplate.solvers.armor.gram import GramObjective, GramProblem, Point, meas
 from halfplate.solvers.armor.problem import Factors, Problem
 from halfplate.solvers.armor.stages import stages_for
 from halfplate.solvers.armor.sweep import Levels
-from halfplate.solvers.normalise import Normalised
+from halfplate.solvers.normalise import Normalised, power_of_two
 
 LEAST_DAMPING = 1e-5  # what no input tells of must not run away under momentum
 
@@ -60,10 +59,7 @@ def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSch
 
 
 def _scaled(weight: Tensor, gram: Tensor, damping: float) -> tuple[Tensor, Tensor, Normalised, float]:
-    """W and H in units of the root mean square of each input, with what undoes it; a dead input stays as it is.
-
-    Powers of two take W near 1 and back without rounding, so that no square leaves the range of fp32.
-    """
+    """W and H in units of the root mean square of each input, with what undoes it; a dead input stays as it is."""
     diagonal = gram.diagonal().double()
     alive = diagonal > 0
     inputs = torch.where(alive, diagonal, 1.0).sqrt()
@@ -71,8 +67,7 @@ def _scaled(weight: Tensor, gram: Tensor, damping: float) -> tuple[Tensor, Tenso
     scaled_gram += torch.diag(torch.where(alive, max(damping, LEAST_DAMPING), 0.0))
     mean = inputs[alive].mean() if bool(alive.any()) else inputs.new_ones(())
     inputs = torch.where(alive, inputs / mean, 1.0)
-    largest = float(weight.abs().max())
-    scale = 2.0 ** math.floor(math.log2(largest)) if largest else 1.0
+    scale = power_of_two(weight)
     scaled = (weight.double() / scale * inputs).to(torch.float32)
     rows = torch.ones(len(weight), device=weight.device)
     return scaled, scaled_gram, Normalised(scaled, rows, (1 / inputs).to(torch.float32)), scale

@@ -10,9 +10,9 @@ from torch.nn import functional
 from halfplate.formats.rounding import GROUP
 from halfplate.kernels import native
 from halfplate.solvers.armor.problem import Factors, Problem, Wrapper
-from halfplate.solvers.armor.stages import Moments
+from halfplate.solvers.armor.stages import Moments, native_pointers
 from halfplate.solvers.armor.sweep import Grid, Levels, sweep_tiles
-from halfplate.solvers.armor.wrappers import RIDGE, update_out_blocks
+from halfplate.solvers.armor.wrappers import regular_inverse, update_out_blocks
 
 # Passes over the blocks of B in one update: they are coupled, and a pass costs little beside the products around it.
 PASSES = 2
@@ -143,7 +143,7 @@ def updated_in(problem: GramProblem, factors: Factors) -> Tensor:
     wanted = _columns(left, size).mT @ _columns(problem.pulled, size)
     blocks = factors.in_blocks.clone()
     right = (blocks @ problem.gram.reshape(-1, size, cols)).reshape(cols, cols)  # B H
-    solve = _block_solver(_diagonal_blocks(square, size), _diagonal_blocks(problem.gram, size), tiles.in_wrapper)
+    solve = _BlockSolver(_diagonal_blocks(square, size), _diagonal_blocks(problem.gram, size), tiles.in_wrapper)
     for _ in range(PASSES):
         for j in range(tiles.col_tiles):
             here = slice(j * size, (j + 1) * size)
@@ -153,33 +153,20 @@ def updated_in(problem: GramProblem, factors: Factors) -> Tensor:
     return blocks
 
 
-class _block_solver:
+class _BlockSolver:
     """(Q_j + λI)⁻¹ N (H_j + μI)⁻¹ for each block j, in fp64; for diagonal wrappers the minimiser over their diagonal alone."""
 
     def __init__(self, squares: Tensor, grams: Tensor, kind: Wrapper) -> None:
-        self.kind = kind
         if kind is Wrapper.DIAGONAL:
-            self.left, self.right = _regular_inverse(squares * grams), None
+            self.left, self.right = regular_inverse(squares * grams), None
         else:
-            self.left, self.right = _regular_inverse(squares), _regular_inverse(grams)
+            self.left, self.right = regular_inverse(squares), regular_inverse(grams)
 
     def __call__(self, j: int, slope: Tensor) -> Tensor:
         slope = slope.double()
         if self.right is None:
             return torch.diag(self.left[j] @ slope.diagonal()).to(torch.float32)
         return (self.left[j] @ slope @ self.right[j]).to(torch.float32)
-
-
-def _regular_inverse(squares: Tensor) -> Tensor:
-    """Inverses of positive semidefinite blocks + λI, fp64 (tiles, b, b); of blocks of zeros, 0."""
-    squares = squares.double()
-    diagonal = squares.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True)
-    ridge = torch.where(mean > 0, RIDGE * mean, 1.0)
-    factor, failed = torch.linalg.cholesky_ex(squares + torch.diag_embed(ridge.expand_as(diagonal)))
-    inverse = torch.cholesky_inverse(factor)
-    usable = (failed == 0) & (mean[:, 0] > 0) & inverse.isfinite().all(2).all(1)
-    return torch.where(usable[:, None, None], inverse, 0.0)
 
 
 def _point(problem: GramProblem, factors: Factors, steps: Tensor | None, against: Tensor, product: Tensor) -> Point:
@@ -236,13 +223,8 @@ def _sweep_native(
     levels: Levels | None,
     off_grid: bool,
 ) -> None:
-    tensors = (core, error, product, out_gram, in_gram)
-    for tensor in tensors if steps is None else (*tensors, steps):
-        assert tensor.dtype == torch.float32, "the native sweep takes fp32 tensors"
-        assert tensor.is_contiguous(), "the native sweep takes contiguous tensors"
     arguments = native.GramSweep(
-        *(tensor.data_ptr() for tensor in tensors),
-        0 if steps is None else steps.data_ptr(),
+        *native_pointers(core, error, product, out_gram, in_gram, steps),
         tiles.row_tiles,
         tiles.row_tile,
         core.shape[1],

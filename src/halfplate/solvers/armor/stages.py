@@ -112,13 +112,17 @@ class NativeStages:
         return Moments(cross, square, losses)
 
 
-def _native_problem(problem: Problem, factors: Factors) -> native.Problem:
-    tensors = (problem.weight, factors.out_blocks, factors.in_blocks, problem.moment, factors.core)
+def native_pointers(*tensors: Tensor | None) -> list[int]:
+    """Where the data of each tensor lies, 0 for None."""
     for tensor in tensors:
-        assert tensor.dtype == torch.float32, "native stages take fp32 tensors"
-        assert tensor.is_contiguous(), "native stages take contiguous tensors"
+        assert tensor is None or tensor.dtype == torch.float32, "native stages take fp32 tensors"
+        assert tensor is None or tensor.is_contiguous(), "native stages take contiguous tensors"
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _native_problem(problem: Problem, factors: Factors) -> native.Problem:
     return native.Problem(
-        *(tensor.data_ptr() for tensor in tensors),
+        *native_pointers(problem.weight, factors.out_blocks, factors.in_blocks, problem.moment, factors.core),
         problem.row_tiles,
         problem.row_tile,
         problem.col_tiles,

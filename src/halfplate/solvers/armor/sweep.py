@@ -81,16 +81,28 @@ def sweep_tiles(
 
 def best_group(old: Tensor, pull: Tensor, local: Tensor, pattern: Pattern) -> Tensor:
     """The best group of each tile: old, pull (E/G_rr) are (T, m), local (C of the group) is (T, m, m)."""
-    # Sums are written out in the order of the native code, so that equal gains break the same way.
-    linear = pull + sum(old[:, k, None] * local[:, k] for k in range(pattern.m))
-    stay = sum(old[:, k] * (linear[:, k] + pull[:, k]) for k in range(pattern.m))
-    masks = _masks(old, pattern)  # (T or 1, masks, n)
-    masks = masks.expand(old.shape[0], -1, -1)
+    linear, stay = _linear(old, pull, local)
+    masks = _masks(old, pattern).expand(old.shape[0], -1, -1)  # (T, masks, n)
     values, gains = (_pairs if pattern == Pattern(2, 4) else _solve)(linear, local, masks)
+    new, gain = _best(old, masks, values, gains)
+    return torch.where((gain > stay)[:, None], new, old)
+
+
+def _linear(old: Tensor, pull: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+    """q = E/G_rr + S C of each group, (T, m), and the gain of the group as it stands, (T,)."""
+    # Sums are written out in the order of the native code, so that equal gains break the same way.
+    members = range(old.shape[1])
+    linear: Tensor = pull + sum(old[:, k, None] * local[:, k] for k in members)
+    stay: Tensor = sum((old[:, k] * (linear[:, k] + pull[:, k]) for k in members), torch.zeros_like(old[:, 0]))
+    return linear, stay
+
+
+def _best(old: Tensor, masks: Tensor, values: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    """The group (T, m) of the mask of largest gain, and that gain (T,); of equal gains the first."""
     best = gains.argmax(1)
-    take = torch.arange(old.shape[0], device=old.device)
+    take = torch.arange(len(old), device=old.device)
     new = torch.zeros_like(old).scatter(1, masks[take, best], values[take, best].to(old.dtype))
-    return torch.where((gains[take, best] > stay)[:, None], new, old)
+    return new, gains[take, best]
 
 
 def refit_steps(steps: Tensor, values: Tensor, pull: Tensor, local: Tensor) -> Tensor:
@@ -121,20 +133,14 @@ def best_group_on_grid(
 
     Those to come are solved again given those before. A pair of 2:4 is tried in both orders.
     """
-    linear = pull + sum(old[:, k, None] * local[:, k] for k in range(pattern.m))
-    stay = sum(old[:, k] * (linear[:, k] + pull[:, k]) for k in range(pattern.m))
+    linear, stay = _linear(old, pull, local)
     masks = _masks(old, pattern).expand(old.shape[0], -1, -1)
     if pattern == Pattern(2, 4):
         masks = torch.cat([masks, masks.flip(2)], 1)
     values = _rounded(linear, local, masks, steps, levels)
-    take = torch.arange(old.shape[0], device=old.device)[:, None, None]
-    square = local.double()[take[..., None], masks[..., :, None], masks[..., None, :]]
-    right = linear.double()[take, masks]
-    gains = (values * (2 * right - (square @ values[..., None])[..., 0])).sum(-1)
-    best = gains.argmax(1)
-    take = take[:, 0, 0]
-    new = torch.zeros_like(old).scatter(1, masks[take, best], values[take, best].to(old.dtype))
-    return torch.where((gains[take, best] > stay)[:, None], new, old) if may_stay else new
+    square, right = _systems(linear, local, masks)
+    new, gain = _best(old, masks, values, _gains(values, square, right))
+    return torch.where((gain > stay)[:, None], new, old) if may_stay else new
 
 
 def _rounded(linear: Tensor, local: Tensor, masks: Tensor, steps: Tensor, levels: Levels) -> Tensor:
@@ -188,16 +194,25 @@ def _pairs(linear: Tensor, local: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
 
 def _solve(linear: Tensor, local: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Values (T, masks, n) and gains (T, masks) of any masks, in fp64."""
-    tiles, _, n = masks.shape
-    take = torch.arange(tiles, device=local.device)[:, None, None]
-    square = local.double()[take[..., None], masks[..., :, None], masks[..., None, :]]  # (T, masks, n, n)
-    right = linear.double().reshape(tiles, -1, local.shape[1]).expand(-1, masks.shape[1], -1).gather(2, masks)
+    square, right = _systems(linear, local, masks)
     trace = square.diagonal(dim1=-2, dim2=-1).mean(-1)
     usable = trace > 0
     ridge = torch.where(usable, RIDGE * trace, 1)
-    regular = square + ridge[..., None, None] * torch.eye(n, dtype=torch.float64, device=local.device)
+    regular = square + ridge[..., None, None] * torch.eye(masks.shape[2], dtype=torch.float64, device=local.device)
     factor, failed = torch.linalg.cholesky_ex(regular)
     values = torch.cholesky_solve(right[..., None], factor)[..., 0]
     values = torch.where((usable & (failed == 0))[..., None], values, 0)
-    gains = (values * (2 * right - (square @ values[..., None])[..., 0])).sum(-1)
-    return values, gains
+    return values, _gains(values, square, right)
+
+
+def _systems(linear: Tensor, local: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """C_MM (T, masks, n, n) and q_M (T, masks, n) of each mask, fp64. linear: q, (T, m), or one a mask, (T, masks, m)."""
+    take = torch.arange(len(local), device=local.device)[:, None, None]
+    square = local.double()[take[..., None], masks[..., :, None], masks[..., None, :]]
+    each = linear.double().reshape(len(local), -1, local.shape[1]).expand(-1, masks.shape[1], -1)
+    return square, each.gather(2, masks)
+
+
+def _gains(values: Tensor, square: Tensor, right: Tensor) -> Tensor:
+    """2 qᵀv − vᵀCv: (T, masks)."""
+    return (values * (2 * right - (square @ values[..., None])[..., 0])).sum(-1)

@@ -25,11 +25,25 @@ def update_in_blocks(blocks: Tensor, moments: Moments, kind: Wrapper) -> Tensor:
 
 def _correction(cross: Tensor, square: Tensor, kind: Wrapper) -> Tensor:
     """(square + λI)⁻¹ cross, fp64 (tiles, b, b); only its diagonal, solved on its own, for a diagonal wrapper."""
-    diagonal = square.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True)
-    ridge = torch.where(mean > 0, RIDGE * mean, 1.0)  # a block without any input stays as it is: cross is 0 there
+    ridge = _ridge(square)
     if kind is Wrapper.DIAGONAL:
-        return torch.diag_embed(cross.diagonal(dim1=1, dim2=2) / (diagonal + ridge))
-    factor, failed = torch.linalg.cholesky_ex(square + torch.diag_embed(ridge.expand_as(diagonal)))
+        return torch.diag_embed(cross.diagonal(dim1=1, dim2=2) / (square + ridge).diagonal(dim1=1, dim2=2))
+    factor, failed = torch.linalg.cholesky_ex(square + ridge)
     correction = torch.cholesky_solve(cross, factor)
     return torch.where((failed == 0)[:, None, None] & correction.isfinite().all(), correction, 0.0)
+
+
+def regular_inverse(square: Tensor) -> Tensor:
+    """(square + λI)⁻¹, fp64 (tiles, b, b), of positive semidefinite blocks; 0 for a block of zeros."""
+    square = square.double()
+    factor, failed = torch.linalg.cholesky_ex(square + _ridge(square))
+    inverse = torch.cholesky_inverse(factor)
+    alive = square.diagonal(dim1=1, dim2=2).mean(1) > 0
+    usable = (failed == 0) & alive & inverse.isfinite().all(2).all(1)
+    return torch.where(usable[:, None, None], inverse, 0.0)
+
+
+def _ridge(square: Tensor) -> Tensor:
+    """λI of each block (tiles, b, b); I for a block without any input, which stays as it is: its cross is 0."""
+    mean = square.diagonal(dim1=1, dim2=2).mean(1)
+    return torch.diag_embed(torch.where(mean > 0, RIDGE * mean, 1.0)[:, None].expand(square.shape[:2]))
