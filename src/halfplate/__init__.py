@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from halfplate.evaluation.bench import bench
     from halfplate.evaluation.perplexity import evaluate
     from halfplate.execution.local import compress
+    from halfplate.execution.recover import recover
     from halfplate.planning import make_plan as plan
 
     __version__: str
 
-__all__ = ["HalfplateError", "__version__", "bench", "compress", "evaluate", "export", "load", "plan"]
+__all__ = ["HalfplateError", "__version__", "bench", "compress", "evaluate", "export", "load", "plan", "recover"]
 
 _VERBS = {
     "bench": ("halfplate.evaluation.bench", "bench"),
@@ -29,6 +30,7 @@ _VERBS = {
     "export": ("halfplate.checkpoint.export", "export_dense"),
     "load": ("halfplate.checkpoint.read", "load"),
     "plan": ("halfplate.planning", "make_plan"),
+    "recover": ("halfplate.execution.recover", "recover"),
 }
 
 register_with_transformers()

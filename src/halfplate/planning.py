@@ -228,9 +228,7 @@ def _other_nbytes(model: nn.Module, compressed: set[str], dtype: torch.dtype) ->
 
 def _fingerprint(source: Source, recipe: Recipe) -> str:
     """SHA-256 over the model's configuration, names and sizes of its weight files, the recipe and the version."""
-    identity = {
-        "config": source.config.to_dict(),
-        "weights": [[path.name, path.stat().st_size] for path in source.weight_files],
+    identity = source.identity() | {
         "recipe": recipe.fingerprint_json(),
         "version": package_version(),
     }

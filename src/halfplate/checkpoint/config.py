@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from halfplate.dtypes import STORED
 from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
 
@@ -74,6 +77,15 @@ def read_specs(folder: Path) -> dict[str, WeightSpec]:
             f"path={str(folder)!r} is not a Halfplate checkpoint: quantization_config.quant_method in its config.json is {method!r}, expected {METHOD!r}"
         )
     return parse_modules(quantization.get("version"), quantization.get("modules"))
+
+
+def other_dtype(folder: Path) -> torch.dtype:
+    """The element type in which a checkpoint stores what is no compressed matrix; raises HalfplateError where it says none."""
+    named = read_json(folder / CONFIG_FILE).get("dtype")
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
+    if named not in dtypes:
+        raise HalfplateError(f"dtype={named!r} in {str(folder / CONFIG_FILE)!r} is not one of {', '.join(dtypes)}")
+    return dtypes[named]
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, read_json
+from halfplate.checkpoint.config import RECORD_FILE, other_dtype
 from halfplate.checkpoint.folder import check_out, new_folder
 from halfplate.checkpoint.read import inspect_checkpoint, load, load_tokenizer
 from halfplate.checkpoint.write import write_model, write_record
-from halfplate.dtypes import STORED
-from halfplate.errors import HalfplateError
 
 
 def export_dense(path: str | Path, out: str | Path, overwrite: bool = False) -> None:
@@ -20,11 +18,7 @@ def export_dense(path: str | Path, out: str | Path, overwrite: bool = False) -> 
     folder = Path(path)
     # A dense copy carries no checksums of its own, so damage must not pass from here unseen.
     inspect_checkpoint(folder, verify=(folder / RECORD_FILE).is_file())
-    named = read_json(folder / CONFIG_FILE).get("dtype")
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
-    if named not in dtypes:
-        raise HalfplateError(f"dtype={named!r} in {str(folder / CONFIG_FILE)!r} is not one of {', '.join(dtypes)}")
-    dtype = dtypes[named]
+    dtype = other_dtype(folder)
     model = load(folder, dtype, kernels=False).dequantize(dtype=dtype)
     with new_folder(Path(out), overwrite) as target:
         write_model(model, load_tokenizer(folder), target, dtype, quantization=None)

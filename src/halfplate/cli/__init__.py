@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from halfplate.cli import bench, compress, doctor, evaluate, export, generate, inspect, methods, plan, recipe
+from halfplate.cli import bench, compress, doctor, evaluate, export, generate, inspect, methods, plan, recipe, recover
 from halfplate.cli.parser import Parser
 from halfplate.errors import HalfplateError
 from halfplate.version import package_version
@@ -15,6 +15,7 @@ from halfplate.version import package_version
 VERBS: dict[str, Any] = {
     "plan": plan,
     "compress": compress,
+    "recover": recover,
     "eval": evaluate,
     "bench": bench,
     "generate": generate,
@@ -24,7 +25,7 @@ VERBS: dict[str, Any] = {
     "methods": methods,
     "doctor": doctor,
 }
-VERBS_TO_COME = ("report", "recover", "serve")
+VERBS_TO_COME = ("report", "serve")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -125,10 +125,11 @@ class _Bars:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
 
-    def __call__(self, phase: str, done: int, total: int) -> None:
+    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
         if phase not in self._tasks:
             self._tasks[phase] = self._bars.add_task(phase, total=total)
-        self._bars.update(self._tasks[phase], completed=done, total=total)
+        shown = f"{phase}: {note}" if note else phase
+        self._bars.update(self._tasks[phase], completed=done, total=total, description=shown)
 
 
 class _Lines:
@@ -136,11 +137,12 @@ class _Lines:
         self._phase = ""
         self._start = self._told = 0.0
 
-    def __call__(self, phase: str, done: int, total: int) -> None:
+    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
         if phase != self._phase or done == 0:
             self._phase, self._start, self._told = phase, now, now
         if done >= total or now - self._told >= LOG_SECONDS:
             self._told, spent = now, now - self._start
             left = f", {spent / done * (total - done):.0f} s left" if 0 < done < total else ""
-            print(f"{phase}: {done}/{total} ({spent:.1f} s{left})", file=sys.stderr, flush=True)
+            said = f", {note}" if note else ""
+            print(f"{phase}: {done}/{total} ({spent:.1f} s{left}){said}", file=sys.stderr, flush=True)

@@ -50,6 +50,13 @@ class Source:
     other_dtype: torch.dtype
     gguf_header: gguf.GgufHeader | None = None
 
+    def identity(self) -> dict[str, Any]:
+        """What tells two models apart without reading them: the configuration, names and sizes of the weight files."""
+        return {
+            "config": self.config.to_dict(),
+            "weights": [[path.name, path.stat().st_size] for path in self.weight_files],
+        }
+
 
 @dataclass
 class LoadedModel:

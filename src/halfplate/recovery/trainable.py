@@ -38,7 +38,11 @@ class TrainableLinear(nn.Module):
         self.bias = linear.bias
 
     def dense(self) -> Tensor:
-        """A S B as it stands, with its graph: (d_out, d_in)."""
+        """A S B as it stands, with its graph, in fp32 even under autocast: (d_out, d_in)."""
+        with torch.autocast(self.values.device.type, enabled=False):
+            return self._assembled()
+
+    def _assembled(self) -> Tensor:
         values: Tensor = self.values
         if self.integers is not None:
             values = self.integers * values.gather(1, self.columns // GROUP)

@@ -1,0 +1,237 @@
+"""Recovery as a job: read, gather text, train, write, judge; resumable, and the same under `accelerate launch`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from halfplate.calibration import calibration_tokens, read_text
+from halfplate.calibration.text import check_seq_len
+from halfplate.checkpoint.config import RECORD_FILE, other_dtype, read_record, read_specs
+from halfplate.checkpoint.read import load, load_tokenizer
+from halfplate.checkpoint.write import write_checkpoint
+from halfplate.errors import HalfplateError, RuinedResult
+from halfplate.evaluation.perplexity import evaluate, token_windows
+from halfplate.execution.clock import Clock
+from halfplate.execution.output import check_result_folder
+from halfplate.execution.progress import Report, silent
+from halfplate.models.sources import Source, is_compressed, load_dense, open_source
+from halfplate.recovery.distillation import Progress, in_training, train
+from halfplate.recovery.settings import HELD_OUT, Recovery
+from halfplate.recovery.state import State, load_state, save_state
+
+SAVE_MINUTES = 5.0
+TEXT_FILE = "text.safetensors"
+
+
+def recover(
+    model: str | Path,
+    teacher: str,
+    out: str | Path,
+    settings: Recovery,
+    overwrite: bool = False,
+    resume: bool = False,
+    report: Report = silent,
+    save_minutes: float = SAVE_MINUTES,
+    device: str = "cpu",
+) -> dict[str, Any] | None:
+    """Train the checkpoint `model` towards the dense `teacher`, write the result to `out` and return the summary.
+
+    The masks stay. The state is kept beside `out`, in a hidden folder that goes when `out` is whole, and saved about every
+    `save_minutes`; resume: go on from it. Under `accelerate launch` each process takes its share of every batch; all but the
+    main one return None. Raises HalfplateError on bad input (a teacher of another vocabulary or depth, a state of other
+    settings), RuinedResult after writing where the held-out KL did not fall.
+    """
+    base, out = Path(model), Path(out)
+    if not is_compressed(base):
+        raise HalfplateError(f"model={str(model)!r} is not a Halfplate checkpoint; give the OUT of halfplate compress")
+    specs, record = read_specs(base), read_record(base)
+    source = open_source(teacher)
+    accelerator = Accelerator(cpu=device == "cpu")
+    report = report if accelerator.is_main_process else silent
+    identity = _identity(base, source, settings)
+    finished = _finished(out, identity) if resume else None
+    if finished is not None:
+        return finished if accelerator.is_main_process else None
+    check_result_folder(out, overwrite, source.path)
+    if out.resolve() == base.resolve():
+        raise HalfplateError(f"out={str(out)!r} is the checkpoint that is read; choose another folder")
+    work = _work_folder(out, overwrite, resume, accelerator)
+
+    clock = Clock()
+    with clock("reading"):
+        report("reading", 0, 1)
+        student = load(base, kernels=False)
+        _check_teacher(source, student, settings)
+        dense = load_dense(source)
+        student.to(accelerator.device)  # type: ignore[arg-type]
+        dense.model.to(accelerator.device)  # type: ignore[arg-type]
+        report("reading", 1, 1)
+    with clock("text"):
+        windows = _text(settings, dense, work, identity, accelerator, report)
+    held_out, training = windows[: _held_out(len(windows))], windows[_held_out(len(windows)) :]
+
+    state = load_state(work, identity)
+    with clock("judging"):
+        before = _judged(student, dense.model, held_out, accelerator) if state is None else state.facts["before"]
+    with clock("training"), in_training(student, settings) as parameters:
+        count = sum(parameter.numel() for parameter in parameters.values())
+        progress = train(
+            student,
+            dense.model,
+            training,
+            parameters,
+            settings,
+            accelerator,
+            state,
+            lambda now: save_state(work, State(now.tensors, now.facts | {"identity": identity, "before": before})),
+            60 * save_minutes,
+            lambda now, done: _tell(report, settings, now, done),
+        )
+    facts = {
+        "teacher": source.name,
+        "settings": settings.to_json(),
+        "identity": identity,
+        "processes": accelerator.num_processes,
+        "trained_parameters": count,
+        "tokens": progress.tokens,
+        "steps": progress.steps,
+        "text": {"windows": len(windows), "held_out": len(held_out), "sha256": _sha256(windows)},
+    }
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        return None
+    with clock("writing"):
+        tokenizer = load_tokenizer(base)
+        write_checkpoint(
+            student.cpu(), tokenizer, out, specs, _record(record, facts), other_dtype(base), overwrite or resume
+        )
+    with clock("judging"):
+        student.to(accelerator.device)  # type: ignore[arg-type]
+        after = _judged(student, dense.model, held_out, accelerator)
+    shutil.rmtree(work, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    summary = facts | {"out": str(out), "model": str(model), "before": before, "after": after, "seconds": clock.seconds}
+    if not after["kl"] < before["kl"]:
+        raise RuinedResult(
+            f"learning_rate={settings.learning_rate}: the KL on held-out text did not fall ({before['kl']:.4g} to {after['kl']:.4g} nats a "
+            f"token); the result stays in {str(out)!r}; try a lower rate or more tokens"
+        )
+    return summary
+
+
+def _identity(base: Path, source: Source, settings: Recovery) -> dict[str, Any]:
+    """What a state must have been made with to be gone on from."""
+    teacher = json.dumps(source.identity(), sort_keys=True, default=str).encode()
+    return settings.to_json() | {
+        "model": hashlib.sha256((base / RECORD_FILE).read_bytes()).hexdigest(),
+        "teacher": hashlib.sha256(teacher).hexdigest(),
+    }
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """What `out` says of itself where it is the whole result of the same recovery."""
+    if not (out / RECORD_FILE).is_file():
+        return None
+    recoveries = read_record(out).get("recoveries")
+    last = recoveries[-1] if isinstance(recoveries, list) and recoveries else {}
+    return last | {"out": str(out)} if last.get("identity") == identity else None
+
+
+def _work_folder(out: Path, overwrite: bool, resume: bool, accelerator: Accelerator) -> Path:
+    """The folder of the state, empty unless it is gone on from."""
+    target = out.resolve()
+    work = target.with_name(f".{target.name}.recovery")
+    if work.exists() and not (resume or overwrite):
+        raise HalfplateError(
+            f"out={str(out)!r}: an interrupted recovery left its state in {str(work)!r}; pass --resume to go on from it, or --overwrite to start afresh"
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return work
+
+
+def _check_teacher(source: Source, student: Any, settings: Recovery) -> None:
+    wanted, found = student.config.get_text_config(), source.config.get_text_config()
+    for key, what in (
+        ("vocab_size", "vocabulary"),
+        ("num_hidden_layers", "number of blocks"),
+        ("hidden_size", "width"),
+    ):
+        if getattr(wanted, key) != getattr(found, key):
+            raise HalfplateError(
+                f"teacher={source.name!r} has another {what} ({getattr(found, key)}) than the compressed model ({getattr(wanted, key)}); "
+                "give the dense model that it was compressed from"
+            )
+    check_seq_len(student, settings.seq_len, least=2)
+
+
+def _text(
+    settings: Recovery, dense: Any, work: Path, identity: dict[str, Any], accelerator: Accelerator, report: Report
+) -> Tensor:
+    """The windows to train on and to judge by, int64 (windows, L), the same in every process."""
+    if settings.text != "self":
+        windows = token_windows(dense.tokenizer, read_text(settings.text, "text"), settings.seq_len)
+        if len(windows) < 2:
+            raise HalfplateError(
+                f"text={settings.text!r} has {len(windows)} window of seq_len={settings.seq_len}, expected at least 2; pass a longer text"
+            )
+        return windows
+    windows = torch.empty(settings.samples, settings.seq_len, dtype=torch.int64)
+    if accelerator.is_main_process:
+        kept = load_state(work, identity, TEXT_FILE)
+        if kept is None:
+            sampled = calibration_tokens(
+                "self",
+                dense.model,
+                dense.tokenizer,
+                settings.samples,
+                settings.seq_len,
+                settings.seed,
+                lambda done, total: report("sampling text", done, total),
+            )
+            kept = State({"ids": sampled.ids}, {"identity": identity})
+            save_state(work, kept, TEXT_FILE)
+        windows = kept.tensors["ids"]
+    if accelerator.num_processes > 1:
+        windows = broadcast(windows.to(accelerator.device)).cpu()
+    return windows
+
+
+def _held_out(windows: int) -> int:
+    return max(1, min(HELD_OUT, windows // 8))
+
+
+def _judged(student: Any, dense: Any, held_out: Tensor, accelerator: Accelerator) -> dict[str, float]:
+    return evaluate(student, held_out, dense) if accelerator.is_main_process else {}
+
+
+def _tell(report: Report, settings: Recovery, progress: Progress, done: float) -> None:
+    total = settings.tokens if settings.tokens is not None else round(60 * (settings.minutes or 0))
+    note = "" if progress.loss is None else f"loss {progress.loss:.4f}"
+    report("recovering", int(done * total), total, note)
+
+
+def _record(base: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """The record of the checkpoint that was trained, without what no longer holds, and what was done to it."""
+    kept = {key: value for key, value in base.items() if key not in ("tensors", "versions", "format_version")}
+    matrices = {
+        name: {key: value for key, value in matrix.items() if key != "relative_error"}
+        | {"relative_error_before_recovery": matrix.get("relative_error")}
+        for name, matrix in kept.get("matrices", {}).items()
+    }
+    return kept | {"matrices": matrices, "recoveries": [*kept.get("recoveries", []), facts]}
+
+
+def _sha256(windows: Tensor) -> str:
+    return hashlib.sha256(windows.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
