@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from halfplate.allocation.candidates import CHOICES, candidates
 from halfplate.calibration.collect import BATCH
 from halfplate.calibration.documents import check_source
 from halfplate.calibration.self_text import CACHE_BYTES
 from halfplate.calibration.text import check_seq_len
 from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
+from halfplate.methods.base import Method
 from halfplate.models.linears import FoundLinear, find_linears
 from halfplate.models.sources import Source, open_source, skeleton
 from halfplate.pattern import Pattern
@@ -156,6 +158,9 @@ def plan_source(source: Source, recipe: Recipe) -> Plan:
         MatrixPlan(skip.name, _shape(dense, skip.name), None, recipe.method, None, skip.reason) for skip in passed_over
     ]
 
+    if recipe.budget is not None:
+        _check_budget(recipe.budget, [m.spec for m in matrices if m.spec is not None], recipe, method)
+
     parameters = sum(parameter.numel() for parameter in dense.parameters())
     compressed = {matrix.name for matrix in matrices if not matrix.skipped}
     weights = sum(linear.d_out * linear.d_in for linear in found if linear.name in compressed)
@@ -174,6 +179,16 @@ def plan_source(source: Source, recipe: Recipe) -> Plan:
             recipe, method.requires, parameters, hidden_size, max(linear.d_in for linear in fitting)
         ),
     )
+
+
+def _check_budget(budget: float, specs: list[WeightSpec], recipe: Recipe, method: Method) -> None:
+    least = sum(candidates(spec, method, recipe.choose)[0].nbytes for spec in specs)
+    share = least / sum(spec.dense_nbytes for spec in specs)
+    if share > budget:
+        raise HalfplateError(
+            f"budget={budget:g} cannot be met: the least is {share:.4f} of the dense bytes with choose={', '.join(recipe.choose) or 'nothing'}; "
+            f"raise it, or add to --choose ({', '.join(CHOICES)})"
+        )
 
 
 def _nothing_fits(name: str, found: list[FoundLinear], pattern: Pattern) -> str:

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from halfplate import methods
+from halfplate.allocation.candidates import CHOICES
 from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
@@ -34,7 +35,8 @@ class Recipe:
     chooses), 0 for no wrappers, 1 for diagonal ones. inputs: statistics of what the dense blocks see, or of what the compressed
     ones before them make of it; then cross_damping is that of the correction towards the dense outputs, `none` for no
     correction. token_limit: tokens with more energy than so many times the median count as that. tune_block: steps of tuning
-    each block against the dense one's output. calibration: `self`, a text file or a Hub data set. include, exclude:
+    each block against the dense one's output. budget, time_budget: share of the dense bytes, or of the dense linears' decode
+    time on this machine, within which the fields `choose` (block_size, pattern, core_dtype) are chosen for each matrix. calibration: `self`, a text file or a Hub data set. include, exclude:
     patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats a token.
     Raises HalfplateError naming the field, its value and what would do.
     """
@@ -54,6 +56,9 @@ class Recipe:
     cross_damping: float | Literal["none"] = 1.0
     token_limit: float | Literal["none"] = 10.0
     tune_block: int = 0
+    budget: float | None = None
+    time_budget: float | None = None
+    choose: tuple[str, ...] = CHOICES
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     device: str = "cpu"
@@ -87,6 +92,7 @@ class Recipe:
             raise HalfplateError(
                 f"tune_block={self.tune_block} tunes a block for what the compressed blocks before it give; use inputs compressed"
             )
+        self._check_budget()
         if self.cross_damping != "none" and not 0 <= self.cross_damping < float("inf"):
             raise HalfplateError(
                 f"cross_damping={self.cross_damping} must be a finite number, 0 or more, or none; try 1.0"
@@ -97,6 +103,23 @@ class Recipe:
         for name in ("method", "calibration"):
             if not getattr(self, name).strip():
                 raise HalfplateError(f"{name}={getattr(self, name)!r} is empty; leave it out for the default")
+
+    def _check_budget(self) -> None:
+        if self.budget is not None and self.time_budget is not None:
+            raise HalfplateError(
+                f"budget={self.budget}, time_budget={self.time_budget}: only one of them can rule; leave one out"
+            )
+        for name in ("budget", "time_budget"):
+            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
+                raise HalfplateError(f"{name}={value} must be a share of the dense model, above 0 and up to 1; try 0.6")
+        for field_name in self.choose:
+            if field_name not in CHOICES:
+                raise HalfplateError(f"choose={field_name!r} is not one of {', '.join(CHOICES)}")
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether the levels of the matrices are chosen under a budget."""
+        return self.budget is not None or self.time_budget is not None
 
     def _check_shape(self) -> None:
         method, pattern, block = self.create_method(), self.parsed_pattern, self.block_size
@@ -124,7 +147,7 @@ class Recipe:
 
     def runs_text(self, statistic: Statistic) -> bool:
         """Whether calibration text runs through the model where `statistic` is needed."""
-        return statistic > Statistic.NONE or self.tune_block > 0
+        return statistic > Statistic.NONE or self.tune_block > 0 or self.budgeted
 
     def corrects(self, statistic: Statistic) -> bool:
         """Whether matrices are corrected towards the dense outputs, which takes Gram matrices and the dense model's inputs."""
@@ -170,6 +193,7 @@ class Recipe:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return values | {
             "method_options": dict(self.method_options),
+            "choose": list(self.choose),
             "include": list(self.include),
             "exclude": list(self.exclude),
         }

@@ -47,7 +47,7 @@ def test_bad_usage_is_one_line(halfplate, tmp_path):
     halfplate("eval", "x", "--seq-len", "1").refused("--seq-len 1")
 
 
-@pytest.mark.parametrize("verb", ["report", "recover", "serve"])
+@pytest.mark.parametrize("verb", ["report", "serve"])
 def test_verbs_to_come_say_so(halfplate, verb):
     halfplate(verb, "x").refused(f"verb {verb!r} is not available yet")
 
@@ -56,7 +56,6 @@ def test_verbs_to_come_say_so(halfplate, verb):
     ("options", "parts"),
     [
         (["--engine", "ray"], ["--engine ray", "available: local"]),
-        (["--budget", "0.5"], ["--budget"]),
         (["--workers", "3"], ["--workers"]),
         (["--resume"], ["--resume"]),
         (["--address", "x"], ["--address"]),

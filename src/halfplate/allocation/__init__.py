@@ -1,5 +1,6 @@
 """One budget over many matrices."""
 
+from halfplate.allocation.candidates import CHOICES, candidates
 from halfplate.allocation.knapsack import Level, allocate
 
-__all__ = ["Level", "allocate"]
+__all__ = ["CHOICES", "Level", "allocate", "candidates"]

@@ -44,6 +44,8 @@ def _print(summary: dict[str, Any]) -> None:
         ("peak memory", megabytes(summary["peak_rss_bytes"])),
         ("seconds", f"{summary['seconds']['total']:.1f} ({seconds})"),
     ]
+    if summary["levels"]:
+        rows.append(("levels chosen", "; ".join(f"{count} x {level}" for level, count in summary["levels"].items())))
     if "held_out" in summary:
         rows.append(("KL on held-out text, nats a token", summary["held_out"]["kl"]))
     if summary["skipped"]:

@@ -33,6 +33,12 @@ FIELDS = (
         "calibration tokens of more than X times the median energy count as that (default 10); or none",
     ),
     ("--tune-block", "STEPS", "steps that tune each block against the dense one's output, its masks fixed (default 0)"),
+    ("--budget", "FRACTION", "choose the level of each matrix within this share of the dense bytes"),
+    (
+        "--time-budget",
+        "FRACTION",
+        "or within this share of the time that the dense linears take to decode a token here",
+    ),
     ("--seed", "S", "seed of everything random (default 0)"),
     ("--device", "NAME", "where to compute: cpu (default) or cuda"),
     ("--threads", "T", "threads of torch and of the kernels"),
@@ -58,7 +64,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         ("--exclude", "leave out matrices whose name matches"),
     ):
         parser.add_argument(flag, metavar="PATTERN", action="append", help=f"{text}, e.g. '*.q_proj'; repeatable")
-    parser.add_argument("--budget", action=NotYet)
+    parser.add_argument(
+        "--choose",
+        metavar="FIELDS",
+        type=lambda text: [field.replace("-", "_") for field in text.split(",")],
+        help="what a budget may choose (default all: block-size,pattern,core-dtype)",
+    )
     parser.add_argument("--engine", action=NotYet, works=("local",))
     parser.add_argument("--workers", action=NotYet)
     parser.add_argument("--address", action=NotYet)
@@ -69,7 +80,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     """The recipe file, or the defaults, with the flags that were given."""
     from halfplate.recipe import Recipe
 
-    names = [*map(_field, FIELDS), "include", "exclude"]
+    names = [*map(_field, FIELDS), "include", "exclude", "choose"]
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = {name: getattr(args, name) for name in map(_field, METHOD_OPTIONS) if getattr(args, name) is not None}
     for text in args.option:

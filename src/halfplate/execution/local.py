@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from halfplate.calibration import CalibrationTokens, calibration_tokens
 from halfplate.checkpoint.write import write_checkpoint
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate
+from halfplate.execution.allocate import allocate_plan
 from halfplate.execution.blocks import Outcome, compress_blocks
 from halfplate.execution.clock import Clock
 from halfplate.execution.held_out import held_out_tokens
 from halfplate.execution.output import check_result_folder
 from halfplate.execution.progress import Report, silent
+from halfplate.formats import WeightSpec
 from halfplate.models.sources import LoadedModel, load_dense, open_source
 from halfplate.planning import Plan, plan_source
 from halfplate.recipe import Recipe
@@ -57,6 +60,9 @@ def compress(
     needed = max(statistics, method.requires)
     with clock("calibration text"):
         tokens = _calibration(loaded, recipe, report) if recipe.runs_text(needed) else None
+    if recipe.budgeted:
+        assert tokens is not None
+        plan = allocate_plan(loaded, plan, tokens, report, clock)
     outcome = compress_blocks(loaded, plan, needed, tokens, report, clock)
     with clock("writing"):
         report("writing", 0, 1)
@@ -130,7 +136,18 @@ def _summary(plan: Plan, out: Path, outcome: Outcome, tokens: CalibrationTokens 
         "mean_relative_error": sum(errors) / len(errors),
         "error_kind": outcome.records[0].error_kind,
         "tuned_blocks": _tuned(outcome),
+        "levels": _levels(plan) if plan.recipe.budgeted else None,
     }
+
+
+def _levels(plan: Plan) -> dict[str, int]:
+    """How many matrices have each level, the commonest first."""
+
+    def spoken(spec: WeightSpec) -> str:
+        wrappers = f", blocks of {spec.in_block}" if spec.in_block else ""
+        return f"{spec.pattern} {spec.core_dtype}{wrappers}"
+
+    return dict(Counter(spoken(spec) for spec in plan.specs.values()).most_common())
 
 
 def _check_kl(name: str, compressed: LoadedModel, recipe: Recipe, out: Path, report: Report) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from halfplate.solvers.normalise import normalise, power_of_two
 from halfplate.statistics import InputStatistics, Statistic
 
 DIAGONAL_ITERATIONS = 60
+QUICK_ITERATIONS = 4  # rank the levels of a matrix as the full number does
 LARGEST_N = 16
 
 
@@ -84,6 +85,11 @@ class Armor(Method):
     @property
     def requires(self) -> Statistic:
         return Statistic.GRAM if self.objective == "gram" else Statistic.DIAGONAL
+
+    def quick(self) -> "Armor":
+        if self.solver != "exact":
+            return self
+        return replace(self, iterations=QUICK_ITERATIONS, grid_iterations=QUICK_ITERATIONS)
 
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)

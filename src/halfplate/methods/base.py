@@ -56,6 +56,10 @@ class Method(ABC):
                 f"block_size={max(spec.out_block, spec.in_block)} asks for wrappers, which method {self.name!r} has not; use block_size=0"
             )
 
+    def quick(self) -> "Method":
+        """This method at a fraction of the work, for comparing specifications with each other."""
+        return self
+
     @abstractmethod
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         """Compress `weight`, fp32 (d_out, d_in), to the format that `spec` describes."""

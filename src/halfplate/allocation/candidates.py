@@ -1,0 +1,43 @@
+"""The ways to compress one matrix among which a budget chooses."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import product
+
+from halfplate.dtypes import GRIDS
+from halfplate.errors import HalfplateError
+from halfplate.formats.spec import WeightSpec
+from halfplate.methods.base import Method
+from halfplate.pattern import Pattern
+
+CHOICES = ("block_size", "pattern", "core_dtype")
+BLOCKS = (0, 8, 16, 32)
+PATTERNS = ("1:4", "2:4", "3:4", "dense")
+CORES = ("bf16", *GRIDS)
+
+
+def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[WeightSpec]:
+    """What `spec` may become where the fields `choose` (of CHOICES) are free: itself, and all that `method` makes of it smaller.
+
+    Both wrappers have one block size. Cheaper ones come first; what is no smaller than the dense matrix is left out.
+    """
+    choose = set(choose)
+    blocks = BLOCKS if "block_size" in choose and method.wrapped else (None,)
+    patterns = PATTERNS if "pattern" in choose else (None,)
+    cores = CORES if "core_dtype" in choose else (None,)
+    found = {spec}
+    for block, pattern, core in product(blocks, patterns, cores):
+        try:
+            other = replace(
+                spec,
+                out_block=spec.out_block if block is None else block,
+                in_block=spec.in_block if block is None else block,
+                pattern=spec.pattern if pattern is None else Pattern.parse(pattern),
+                core_dtype=spec.core_dtype if core is None else core,
+            )
+            method.check_spec(other)
+        except HalfplateError:
+            continue  # this method, or a matrix of this size, has no such level
+        if other.nbytes < other.dense_nbytes and not (other.pattern.is_dense and other.core_dtype not in GRIDS):
+            found.add(other)
+    return sorted(found, key=lambda level: (level.nbytes, str(level)))

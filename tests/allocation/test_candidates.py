@@ -1,0 +1,34 @@
+"""The levels among which a budget chooses."""
+
+from halfplate import methods
+from halfplate.allocation import candidates
+from halfplate.formats import WeightSpec
+from halfplate.pattern import Pattern
+
+SPEC = WeightSpec(64, 128, out_block=16, in_block=16)
+ARMOR = methods.create("armor")
+
+
+def test_nothing_free_leaves_the_matrix_as_it_is():
+    assert candidates(SPEC, ARMOR, ()) == [SPEC]
+
+
+def test_free_blocks_and_patterns():
+    found = candidates(SPEC, ARMOR, ("block_size", "pattern"))
+    assert {(str(spec.pattern), spec.in_block) for spec in found} >= {("1:4", 0), ("2:4", 8), ("2:4", 16), ("3:4", 0)}
+    assert all(spec.core_dtype == "bf16" and not spec.pattern.is_dense for spec in found)
+    assert [spec.nbytes for spec in found] == sorted(spec.nbytes for spec in found)
+    assert all(spec.nbytes < spec.dense_nbytes for spec in found)
+    assert len(set(found)) == len(found)
+
+
+def test_a_grid_may_keep_every_value():
+    found = candidates(SPEC, ARMOR, ("pattern", "core_dtype"))
+    assert any(spec.pattern.is_dense and spec.core_dtype == "int3" for spec in found)
+    assert not any(spec.pattern.is_dense and spec.core_dtype == "bf16" for spec in found)
+
+
+def test_what_the_method_cannot_make_is_left_out():
+    assert {spec.in_block for spec in candidates(WeightSpec(64, 128), methods.create("wanda"), ("block_size",))} == {0}
+    odd = WeightSpec(64, 6, Pattern(1, 2))
+    assert {str(spec.pattern) for spec in candidates(odd, methods.create("wanda"), ("pattern",))} == {"1:2"}
