@@ -48,6 +48,7 @@ def test_quiet_table(halfplate, tiny_folder, tmp_path):
         ("wanda", ["--core-dtype", "int8"]),
         ("armor", ["--core-dtype", "int4", "--wrapper-dtype", "int8"]),
         ("rtn", ["--core-dtype", "int4"]),
+        ("gptq", ["--core-dtype", "int3"]),
         ("rtn", ["--core-dtype", "int8", "--pattern", "dense"]),
     ],
 )

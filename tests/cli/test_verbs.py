@@ -142,7 +142,16 @@ def test_eval_refuses(halfplate, checkpoint, tiny_folder, tiny_model, tmp_path, 
 
 def test_methods(halfplate):
     listed = halfplate("methods", "--json").json()["methods"]
-    assert [method["name"] for method in listed] == ["magnitude", "wanda", "ria", "nowag", "sparsegpt", "armor", "rtn"]
+    assert [method["name"] for method in listed] == [
+        "magnitude",
+        "wanda",
+        "ria",
+        "nowag",
+        "sparsegpt",
+        "armor",
+        "rtn",
+        "gptq",
+    ]
     assert next(m for m in listed if m["name"] == "sparsegpt")["options"]["damping"] == 0.01
     assert next(m for m in listed if m["name"] == "armor")["wrapped"] is True
     assert "wanda" in halfplate("methods").out

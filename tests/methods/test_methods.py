@@ -54,6 +54,8 @@ METHODS_UNDER_TEST = [
     Row("armor", {"iterations": 3}, block=16, core_dtype="int4"),
     Row("rtn", core_dtype="int8"),
     Row("rtn", core_dtype="int4"),
+    Row("gptq", core_dtype="int8"),
+    Row("gptq", core_dtype="int3"),
     Row("example"),  # the walk-through of CONTRIBUTING.md
 ]
 every_row = pytest.mark.parametrize("row", METHODS_UNDER_TEST, ids=str)

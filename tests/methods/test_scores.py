@@ -122,7 +122,8 @@ def test_relative_importance_of_zero_rows_and_columns_is_zero() -> None:
 
 def test_sparsegpt_stores_what_the_sweep_finds() -> None:
     weight, inputs = random_case(6, 16, 1)
-    values, mask = obs_sweep(weight, inputs.T @ inputs / len(inputs), Pattern(2, 4), 0.05)
+    swept = obs_sweep(weight, inputs.T @ inputs / len(inputs), Pattern(2, 4), 0.05)
+    values, mask = swept.weight, swept.mask
     core = compressed("sparsegpt", weight, inputs, Pattern(2, 4), damping=0.05).core
     assert torch.equal(core.dense(), values)
     assert torch.equal(core.mask(), mask)

@@ -1,11 +1,14 @@
 """obs_sweep against textbook OBS with an explicit inverse Hessian for every column."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from halfplate.formats.rounding import grid_range, round_to_grid
 from halfplate.pattern import Pattern
 from halfplate.solvers.obs import obs_sweep
 from halfplate.solvers.selection import keep_largest
@@ -21,6 +24,11 @@ def correlated_gram(d_in: int, seed: int, tokens: int | None = None) -> Tensor:
     inputs = shared + torch.randn(tokens, d_in, generator=generator)
     inputs = (inputs * torch.rand(d_in, generator=generator).add(0.1)).double()
     return inputs.T @ inputs / tokens
+
+
+def swept(*arguments: Any) -> tuple[Tensor, Tensor]:
+    found = obs_sweep(*arguments)
+    return found.weight, found.mask
 
 
 def random_weight(d_out: int, d_in: int, seed: int) -> Tensor:
@@ -65,7 +73,7 @@ def naive_obs(weight: Tensor, gram: Tensor, pattern: Pattern, damping: float) ->
 def test_equals_textbook_obs(pattern: Pattern, d_out: int, groups: int, seed: int, column_block: int) -> None:
     d_in = groups * pattern.m
     weight, gram = random_weight(d_out, d_in, seed), correlated_gram(d_in, seed)
-    found, mask = obs_sweep(weight, gram, pattern, 0.01, column_block)
+    found, mask = swept(weight, gram, pattern, 0.01, column_block)
     expected, expected_mask = naive_obs(weight, gram, pattern, 0.01)
     assert torch.equal(mask, expected_mask)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
@@ -73,8 +81,8 @@ def test_equals_textbook_obs(pattern: Pattern, d_out: int, groups: int, seed: in
 
 def test_fp32_stays_near_fp64() -> None:
     weight, gram = random_weight(16, 48, 0), correlated_gram(48, 1)
-    exact, exact_mask = obs_sweep(weight, gram, Pattern(2, 4), 0.01)
-    found, mask = obs_sweep(weight.float(), gram.float(), Pattern(2, 4), 0.01)
+    exact, exact_mask = swept(weight, gram, Pattern(2, 4), 0.01)
+    found, mask = swept(weight.float(), gram.float(), Pattern(2, 4), 0.01)
     assert torch.equal(mask, exact_mask)
     torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-5)
 
@@ -91,7 +99,7 @@ def test_inputs_are_left_as_they_are() -> None:
 def test_uncorrelated_inputs_need_no_update() -> None:
     weight = random_weight(6, 16, 0)
     diagonal = torch.rand(16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.1
-    found, mask = obs_sweep(weight, diagonal.diag(), Pattern(2, 4), 0.0)
+    found, mask = swept(weight, diagonal.diag(), Pattern(2, 4), 0.0)
     assert torch.equal(mask, keep_largest(weight.abs() * diagonal.sqrt(), Pattern(2, 4)))
     torch.testing.assert_close(found, torch.where(mask, weight, 0))
 
@@ -100,7 +108,7 @@ def test_output_error_is_below_that_of_wandas_mask() -> None:
     pattern, ratios = Pattern(2, 4), []
     for seed in range(12):
         weight, gram = random_weight(24, 32, seed), correlated_gram(32, seed + 100)
-        found, _ = obs_sweep(weight, gram, pattern, 0.01)
+        found, _ = swept(weight, gram, pattern, 0.01)
         wanda = torch.where(keep_largest(weight.abs() * gram.diagonal().sqrt(), pattern), weight, 0)
         ratios.append(output_error(weight, found, gram) / output_error(weight, wanda, gram))
     assert max(ratios) < 1
@@ -113,13 +121,13 @@ def test_dead_inputs_get_zero_and_change_nothing_else(dead: list[int]) -> None:
     gram[dead] = 0
     gram[:, dead] = 0
     weight = random_weight(5, 16, 0)
-    found, mask = obs_sweep(weight, gram, Pattern(2, 4), 0.01)
+    found, mask = swept(weight, gram, Pattern(2, 4), 0.01)
     assert (found[:, dead] == 0).all()
     assert (mask.reshape(5, 4, 4).sum(-1) == 2).all()
     # What a dead input carried must not matter to the living.
     other = weight.clone()
     other[:, dead] = 1e3
-    again, again_mask = obs_sweep(other, gram, Pattern(2, 4), 0.01)
+    again, again_mask = swept(other, gram, Pattern(2, 4), 0.01)
     assert torch.equal(found, again)
     assert torch.equal(mask, again_mask)
 
@@ -128,7 +136,7 @@ def test_dead_inputs_get_zero_and_change_nothing_else(dead: list[int]) -> None:
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_singular_gram_gives_finite_values(tokens: int, damping: float) -> None:
     gram = correlated_gram(32, 0, tokens).float()
-    found, mask = obs_sweep(random_weight(8, 32, 0).float(), gram, Pattern(2, 4), damping)
+    found, mask = swept(random_weight(8, 32, 0).float(), gram, Pattern(2, 4), damping)
     assert found.isfinite().all()
     assert (mask.reshape(8, 8, 4).sum(-1) == 2).all()
 
@@ -136,14 +144,60 @@ def test_singular_gram_gives_finite_values(tokens: int, damping: float) -> None:
 def test_indefinite_gram_gives_finite_values() -> None:
     gram = correlated_gram(16, 0)
     gram[0, 1] = gram[1, 0] = 50 * gram.diagonal().mean()
-    found, _ = obs_sweep(random_weight(8, 16, 0), gram, Pattern(2, 4), 0.01)
+    found, _ = swept(random_weight(8, 16, 0), gram, Pattern(2, 4), 0.01)
     assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_scales_of_weight_and_gram_do_not_matter(scale: float) -> None:
     weight, gram = random_weight(6, 16, 0).float(), correlated_gram(16, 0).float()
-    found, mask = obs_sweep(weight, gram, Pattern(2, 4), 0.01)
-    scaled, scaled_mask = obs_sweep(weight * scale, gram * scale, Pattern(2, 4), 0.01)
+    found, mask = swept(weight, gram, Pattern(2, 4), 0.01)
+    scaled, scaled_mask = swept(weight * scale, gram * scale, Pattern(2, 4), 0.01)
     assert torch.equal(scaled_mask, mask)
     torch.testing.assert_close(scaled / scale, found, rtol=1e-4, atol=1e-5)
+
+
+def naive_rounding(weight: Tensor, gram: Tensor, pattern: Pattern, bits: int, mask: Tensor) -> Tensor:
+    """Row by row and column by column with an explicit inverse; the mask and the scales (one for all columns) are given."""
+    d_in = weight.shape[1]
+    hessian = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(d_in, dtype=torch.float64)
+    result = weight.double().clone()
+    scales = round_to_grid(torch.where(mask, weight, 0), bits, 128, "int8")[1].double()
+    least, greatest = grid_range(bits)
+    for j in range(d_in):
+        inverse = torch.linalg.inv(hessian[j:, j:])
+        rounded = (result[:, j] / scales[:, 0]).round().clamp(least, greatest) * scales[:, 0] * mask[:, j]
+        error = result[:, j] - rounded
+        result[:, j:] -= error[:, None] / inverse[0, 0] * inverse[0]
+        result[:, j] = rounded
+    return result
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4), ("int3", 3), ("int2", 2)])
+@pytest.mark.parametrize("pattern", [Pattern(1, 1), Pattern(2, 4)], ids=str)
+def test_rounding_in_the_sweep_is_that_of_the_definition(name: str, bits: int, pattern: Pattern) -> None:
+    weight, gram = random_weight(5, 24, bits), correlated_gram(24, bits)
+    found = obs_sweep(weight, gram, pattern, 0.01, core_dtype=name)
+    # The scales come from what stands in the columns when the sweep reaches them, which is the weight itself in the first 128.
+    inverse = torch.linalg.inv(gram + 0.01 * gram.diagonal().mean() * torch.eye(24, dtype=torch.float64))
+    pivots = torch.linalg.cholesky(inverse, upper=True).diagonal()
+    first = keep_largest(weight.abs() / pivots, pattern)
+    scales = round_to_grid(torch.where(first, weight, 0), bits, 128, name)[1]
+    assert found.scales is not None
+    assert torch.equal(found.scales, scales)
+    if pattern.is_dense:
+        torch.testing.assert_close(found.weight, naive_rounding(weight, gram, pattern, bits, found.mask))
+    torch.testing.assert_close(found.integers() * scales.double(), found.weight)
+    assert ((found.weight != 0) <= found.mask).all()
+
+
+@pytest.mark.parametrize("name", ["int4", "int3"])
+def test_rounding_in_the_sweep_beats_rounding_to_nearest(name: str) -> None:
+    bits, ratios = int(name[-1]), []
+    for seed in range(8):
+        weight, gram = random_weight(16, 160, seed), correlated_gram(160, seed + 50)
+        found = obs_sweep(weight, gram, Pattern(1, 1), 0.01, core_dtype=name)
+        codes, scales = round_to_grid(weight, bits, 128, name)
+        nearest = codes * scales.double().repeat_interleave(128, 1)[:, :160]
+        ratios.append(output_error(weight, found.weight, gram) / output_error(weight, nearest, gram))
+    assert max(ratios) < 1

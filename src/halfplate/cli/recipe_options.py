@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 # The recipe gives values their type and checks them, so that a flag and a file are refused in the same words.
 FIELDS = (
     ("--method", "NAME", "how each matrix is compressed (default armor; `halfplate methods` lists them)"),
-    ("--pattern", "N:M", "kept values in each group of inputs (default 2:4), or dense (rtn, and armor on a grid)"),
+    (
+        "--pattern",
+        "N:M",
+        "kept values in each group of inputs (default 2:4), or dense (gptq, rtn, and armor on a grid)",
+    ),
     ("--block-size", "N", "blocks of the wrappers: auto (default), 0 for none, 1 for diagonal"),
     ("--core-dtype", "TYPE", "element type of the kept values: bf16 (default), fp16, fp32, int8, int4, int3 or int2"),
     ("--wrapper-dtype", "TYPE", "element type of the wrappers: bf16 (default), fp16, fp32 or int8"),

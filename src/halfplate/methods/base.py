@@ -45,7 +45,7 @@ class Method(ABC):
         """Raise HalfplateError where this method cannot make what `spec` describes; planning asks before any work."""
         if spec.pattern.is_dense and not self.dense:
             raise HalfplateError(
-                f"pattern='dense' keeps every value, which method {self.name!r} does not do; use pattern 2:4, or method armor or rtn"
+                f"pattern='dense' keeps every value, which method {self.name!r} does not do; use pattern 2:4, or method armor, gptq or rtn"
             )
         if not (spec.pattern.is_dense or self.sparse):
             raise HalfplateError(

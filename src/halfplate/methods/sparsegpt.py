@@ -4,10 +4,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
+from halfplate.formats.chain import Chain
+from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.rounding import GROUP
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method, Solution, check_inputs, store
-from halfplate.solvers.obs import obs_sweep
+from halfplate.solvers.obs import Swept, obs_sweep
 from halfplate.statistics import InputStatistics, Statistic
 
 
@@ -16,7 +20,8 @@ class SparseGPT(Method):
     """Prune column after column by W² / U_jj² and let the later columns make up for the error.
 
     damping: fraction of the mean second moment added to the diagonal of the Gram matrix. column_block: columns between
-    two updates of the whole matrix; it changes the speed, not the result. Source: Frantar and Alistarh, arXiv 2301.00774.
+    two updates of the whole matrix; it changes the speed, not the result. On a grid, kept values are rounded inside the sweep
+    (where M divides the 128 columns of a scale; else afterwards). Source: Frantar and Alistarh, arXiv 2301.00774.
     """
 
     name = "sparsegpt"
@@ -37,4 +42,15 @@ class SparseGPT(Method):
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
         gram = statistics.require_gram()
-        return Solution(store(*obs_sweep(weight, gram, spec.pattern, self.damping, self.column_block), spec))
+        if spec.core_dtype not in GRIDS or GROUP % spec.pattern.m:
+            swept = obs_sweep(weight, gram, spec.pattern, self.damping, self.column_block)
+            return Solution(store(swept.weight, swept.mask, spec))
+        return Solution(on_grid(obs_sweep(weight, gram, spec.pattern, self.damping, core_dtype=spec.core_dtype), spec))
+
+
+def on_grid(swept: Swept, spec: WeightSpec) -> Chain:
+    """What a sweep left on the grid of `spec`, stored as it is."""
+    assert swept.scales is not None, "the sweep had no grid"
+    mask = None if spec.pattern.is_dense else swept.mask
+    core = NMSparse.from_codes(swept.integers(), swept.scales, mask, spec.pattern, spec.core_dtype)
+    return Chain(spec, core)

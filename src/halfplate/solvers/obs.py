@@ -1,8 +1,12 @@
-"""Optimal brain surgeon: prune column after column, every later column making up for the error so far."""
+"""Optimal brain surgeon: prune and round column after column, every later column making up for the error so far."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from halfplate.dtypes import GRIDS
+from halfplate.formats.rounding import GROUP, grid_range, round_to_grid
 from halfplate.pattern import Pattern
 from halfplate.solvers.selection import keep_largest
 
@@ -10,19 +14,41 @@ from halfplate.solvers.selection import keep_largest
 SMALLEST_PIVOT = 1e-12
 
 
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """weight: updated, zero where pruned, (d_out, d_in). mask: bool, likewise. scales: fp16 (d_out, ceil(d_in / 128)) of a grid."""
+
+    weight: Tensor
+    mask: Tensor
+    scales: Tensor | None = None
+
+    def integers(self) -> Tensor:
+        """The q of every weight on its grid: int8 (d_out, d_in)."""
+        assert self.scales is not None, "floating-point values have no q"
+        scales = self.scales.float().repeat_interleave(GROUP, 1)[:, : self.weight.shape[1]]
+        return torch.where(scales > 0, self.weight / scales, 0).round().to(torch.int8)
+
+
 def obs_sweep(
-    weight: Tensor, gram: Tensor, pattern: Pattern, damping: float, column_block: int = 128
-) -> tuple[Tensor, Tensor]:
+    weight: Tensor,
+    gram: Tensor,
+    pattern: Pattern,
+    damping: float,
+    column_block: int = 128,
+    core_dtype: str | None = None,
+) -> Swept:
     """Choose an N:M mask of `weight` and update the kept values against the output error tr((W − Ŵ) H (W − Ŵ)ᵀ).
 
     weight: (d_out, d_in) fp32 or fp64, left as it is. gram: (d_in, d_in), the second moment H of the inputs, any common
     factor. damping: added to the diagonal of H, as a fraction of its mean over the inputs that are not dead; raised
     tenfold until H can be factorised. column_block: columns between two updates of all later columns, rounded down to
-    groups; it changes the speed, not the result. Returns the updated weight, zero where pruned, and the bool mask, both
-    (d_out, d_in). A dead input (zero second moment) gets weight zero.
+    groups; it changes the speed, not the result. A dead input (zero second moment) gets weight zero. core_dtype: a grid on
+    which kept values are rounded as the sweep reaches them; each row has a scale for 128 columns (of which M must be a
+    divisor), the best for what stands there when the sweep arrives.
 
-    Source: SparseGPT, arXiv 2301.00774, Algorithm 1. With H⁻¹ = UᵀU, U upper triangular, a group is chosen by W² / U_jj²
-    when the sweep reaches it, and pruning w of column j subtracts w · U_j: / U_jj from the columns from j on.
+    Source: SparseGPT, arXiv 2301.00774, Algorithm 1; with a grid and all weights kept, GPTQ, arXiv 2210.17323. With
+    H⁻¹ = UᵀU, U upper triangular, a group is chosen by W² / U_jj² when the sweep reaches it, and the error e of column j
+    takes e · U_j: / U_jj from the columns from j on.
     """
     d_in = weight.shape[1]
     pattern.kept(d_in)
@@ -30,30 +56,57 @@ def obs_sweep(
     remaining = weight.T.clone(memory_format=torch.contiguous_format)  # (d_in, d_out): a column of W is contiguous
     remaining[gram.diagonal() <= 0] = 0
     mask = torch.zeros_like(remaining, dtype=torch.bool)
-    step = max(column_block // pattern.m, 1) * pattern.m
+    step = GROUP if core_dtype else max(column_block // pattern.m, 1) * pattern.m
+    scales = []
     for start in range(0, d_in, step):
         end = min(start + step, d_in)
         rows = _inverse_rows(factor, start, end)
-        pivots = rows.diagonal()
-        # What a pruned 1 takes from the columns at and after it: (columns, d_in - start).
-        spread = (rows / pivots[:, None]).to(weight.dtype)
-        pruned = _sweep_block(remaining[start:end], mask[start:end], spread, pivots.to(weight.dtype), pattern)
-        remaining[end:].addmm_(spread[:, end - start :].T, pruned, alpha=-1)
-    return torch.where(mask, remaining, 0).T.contiguous(), mask.T.contiguous()
+        pivots = rows.diagonal().to(weight.dtype)
+        # What an error of 1 takes from the columns at and after it: (columns, d_in - start).
+        spread = (rows / rows.diagonal()[:, None]).to(weight.dtype)
+        grid = None
+        if core_dtype:
+            scales.append(_scales(remaining[start:end], pivots, pattern, core_dtype))
+            grid = scales[-1][:, 0].to(weight.dtype), *grid_range(GRIDS[core_dtype])
+        error = _sweep_block(remaining[start:end], mask[start:end], spread, pivots, pattern, grid)
+        remaining[end:].addmm_(spread[:, end - start :].T, error, alpha=-1)
+    return Swept(remaining.T.contiguous(), mask.T.contiguous(), torch.cat(scales, 1) if scales else None)
 
 
-def _sweep_block(block: Tensor, mask: Tensor, spread: Tensor, pivots: Tensor, pattern: Pattern) -> Tensor:
-    """Sweep over columns of W: updates `block` and fills `mask`, both (columns, d_out); returns the pruned values."""
-    pruned = torch.zeros_like(block)
+def _sweep_block(
+    block: Tensor, mask: Tensor, spread: Tensor, pivots: Tensor, pattern: Pattern, grid: tuple[Tensor, int, int] | None
+) -> Tensor:
+    """Sweep over columns of W: updates `block` and fills `mask`, both (columns, d_out); returns what each column lost.
+
+    grid: scales (d_out,), least and greatest q.
+    """
+    lost = torch.zeros_like(block)
     width = block.shape[0]
     for group in range(0, width, pattern.m):
         columns = slice(group, group + pattern.m)
-        # |W| / U_jj orders like its square and cannot overflow where W² would.
-        mask[columns] = keep_largest((block[columns].abs() / pivots[columns, None]).T, pattern).T
+        mask[columns] = _choice(block[columns], pivots[columns], pattern)
         for j in range(group, group + pattern.m):
-            pruned[j] = block[j].masked_fill(mask[j], 0)
-            block[j + 1 :].addr_(spread[j, j + 1 : width], pruned[j], alpha=-1)
-    return pruned
+            kept = block[j]
+            if grid is not None:
+                scale, least, greatest = grid
+                kept = torch.where(scale > 0, kept / scale, 0).round().clamp(least, greatest) * scale
+            kept = kept.masked_fill(~mask[j], 0)
+            lost[j] = block[j] - kept
+            block[j] = kept
+            block[j + 1 :].addr_(spread[j, j + 1 : width], lost[j], alpha=-1)
+    return lost
+
+
+def _choice(columns: Tensor, pivots: Tensor, pattern: Pattern) -> Tensor:
+    """Which of whole groups of `columns` (columns, d_out) to keep: those of greatest W² / U_jj²."""
+    # |W| / U_jj orders like its square and cannot overflow where W² would.
+    return keep_largest((columns.abs() / pivots[:, None]).T, pattern).T
+
+
+def _scales(columns: Tensor, pivots: Tensor, pattern: Pattern, core_dtype: str) -> Tensor:
+    """fp16 scales (d_out, 1) for what would be kept of `columns` (up to 128, d_out) as they stand."""
+    kept = columns.masked_fill(~_choice(columns, pivots, pattern), 0)
+    return round_to_grid(kept.T, GRIDS[core_dtype], GROUP, core_dtype)[1]
 
 
 def _upper_factor(gram: Tensor, damping: float) -> Tensor:

@@ -1,0 +1,47 @@
+"""GPTQ: rounding with a second-order update of the weights not yet rounded."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from halfplate.dtypes import GRIDS
+from halfplate.errors import HalfplateError
+from halfplate.formats.spec import WeightSpec
+from halfplate.methods.base import Method, Solution, check_inputs
+from halfplate.methods.sparsegpt import on_grid
+from halfplate.solvers.obs import obs_sweep
+from halfplate.statistics import InputStatistics, Statistic
+
+
+@dataclass(frozen=True)
+class GPTQ(Method):
+    """Keep every weight, rounded column after column, and let the later columns make up for the error.
+
+    damping: fraction of the mean second moment added to the diagonal of the Gram matrix. Each row has a symmetric grid for 128
+    columns, chosen when the sweep reaches them; columns go in their order. Source: Frantar et al., arXiv 2210.17323.
+    """
+
+    name = "gptq"
+    summary = "every weight rounded to int8, int4, int3 or int2; later columns make up for the error"
+    sparse, dense = False, True
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping < float("inf"):
+            raise HalfplateError(f"damping={self.damping} must be a finite number, 0 or more; try 0.01")
+
+    def check_spec(self, spec: WeightSpec) -> None:
+        super().check_spec(spec)
+        if spec.core_dtype not in GRIDS:
+            raise HalfplateError(
+                f"core_dtype={spec.core_dtype!r} is no grid to round to, which is all that method 'gptq' does; use {' or '.join(GRIDS)}"
+            )
+
+    @property
+    def requires(self) -> Statistic:
+        return Statistic.GRAM
+
+    def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
+        check_inputs(self, weight, statistics, spec)
+        gram = statistics.require_gram()
+        return Solution(on_grid(obs_sweep(weight, gram, spec.pattern, self.damping, core_dtype=spec.core_dtype), spec))
