@@ -143,7 +143,7 @@ def plan_source(source: Source, recipe: Recipe) -> Plan:
     fitting = [linear for linear in found if linear.d_in % pattern.m == 0]
     if not fitting:
         raise HalfplateError(_nothing_fits(source.name, found, pattern))
-    block = _block_size(recipe, fitting) if method.wrapped else 0
+    block = _block_size(recipe, fitting) if method.wrapped or method.low_rank else 0
 
     matrices = []
     for linear in found:
@@ -151,7 +151,7 @@ def plan_source(source: Source, recipe: Recipe) -> Plan:
         if linear.d_in % pattern.m:
             reason = f"d_in={linear.d_in} is not a multiple of M={pattern.m} (pattern {pattern})"
         else:
-            spec = _spec(linear, recipe, block)
+            spec = recipe.spec(linear.d_out, linear.d_in, block)
             method.check_spec(spec)
         matrices.append(MatrixPlan(linear.name, (linear.d_out, linear.d_in), linear.block, recipe.method, spec, reason))
     matrices += [
@@ -198,12 +198,6 @@ def _nothing_fits(name: str, found: list[FoundLinear], pattern: Pattern) -> str:
     return f"pattern={pattern}: M={pattern.m} divides no d_in of {name!r} ({sizes}); choose an M that divides one"
 
 
-def _spec(linear: FoundLinear, recipe: Recipe, block: int) -> WeightSpec:
-    return WeightSpec(
-        linear.d_out, linear.d_in, recipe.parsed_pattern, recipe.core_dtype, block, block, recipe.wrapper_dtype
-    )
-
-
 def _block_size(recipe: Recipe, linears: list[FoundLinear]) -> int:
     """The block size asked for; for `auto` the largest whose wrappers stay within AUTO_SHARE, else the smallest."""
     if recipe.block_size != "auto":
@@ -211,16 +205,17 @@ def _block_size(recipe: Recipe, linears: list[FoundLinear]) -> int:
     m = recipe.parsed_pattern.m
     blocks = [max(size // m, 1) * m for size in AUTO_BLOCKS]
     for block in blocks:
-        if _wrapper_share([_spec(linear, recipe, block) for linear in linears]) <= AUTO_SHARE:
+        if _wrapper_share([recipe.spec(linear.d_out, linear.d_in, block) for linear in linears]) <= AUTO_SHARE:
             return block
     # A model so small that no block is cheap gains more from wrappers than it pays.
     return blocks[-1]
 
 
 def _wrapper_share(specs: list[WeightSpec]) -> float:
-    """Wrapper parameters over dense parameters."""
+    """Parameters of wrappers and low-rank parts over dense parameters."""
     wrappers = 0
     for spec in specs:
+        wrappers += spec.rank * (spec.d_out + spec.d_in)
         for size, block in ((spec.d_out, spec.out_block), (spec.d_in, spec.in_block)):
             if block:
                 wrappers += size // block * block**2 + (size % block) ** 2

@@ -32,7 +32,7 @@ class Recipe:
 
     method_options: the fields of the method's own configuration, e.g. `{"iterations": 20}`. pattern: `N:M`, `dense`, or `auto`
     for that of the method: `dense` where it drops no weights, else `2:4`. block_size: `auto` (planning
-    chooses), 0 for no wrappers, 1 for diagonal ones. inputs: statistics of what the dense blocks see, or of what the compressed
+    chooses), 0 for no wrappers, 1 for diagonal ones; for slim the rank. inputs: statistics of what the dense blocks see, or of what the compressed
     ones before them make of it; then cross_damping is that of the correction towards the dense outputs, `none` for no
     correction. token_limit: tokens with more energy than so many times the median count as that. tune_block: steps of tuning
     each block against the dense one's output. budget, time_budget: share of the dense bytes, or of the dense linears' decode
@@ -129,16 +129,20 @@ class Recipe:
             raise HalfplateError(
                 f"block_size={block} is negative; expected auto, 0 (no wrappers), 1 (diagonal) or a multiple of {pattern.m}"
             )
-        elif block > 0 and not method.wrapped:
+        elif block > 0 and not (method.wrapped or method.low_rank):
             raise HalfplateError(
                 f"block_size={block} needs a method with wrappers, and {self.method!r} has none; try --method armor or --block-size 0"
             )
-        spec = WeightSpec(1, pattern.m, pattern, self.core_dtype, block, block, self.wrapper_dtype)
-        method.check_spec(spec)
+        method.check_spec(self.spec(1, pattern.m, block))
         if pattern.is_dense and self.core_dtype not in GRIDS:
             raise HalfplateError(
                 f"core_dtype={self.core_dtype!r} makes pattern dense no smaller than the model; use {' or '.join(GRIDS)}"
             )
+
+    def spec(self, d_out: int, d_in: int, block: int) -> WeightSpec:
+        """How a matrix is stored: wrappers of the size `block`, or a low-rank part of as many bytes, as the method has it."""
+        wrapper, rank = (0, block) if methods.method_class(self.method).low_rank else (block, 0)
+        return WeightSpec(d_out, d_in, self.parsed_pattern, self.core_dtype, wrapper, wrapper, self.wrapper_dtype, rank)
 
     @property
     def parsed_pattern(self) -> Pattern:

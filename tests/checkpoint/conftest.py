@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from halfplate.checkpoint.write import write_checkpoint
-from halfplate.formats import BlockDiagonal, Chain, CompressedLinear, NMSparse, WeightSpec
+from halfplate.formats import BlockDiagonal, Chain, CompressedLinear, LowRank, NMSparse, WeightSpec
 from halfplate.pattern import DENSE, Pattern
 from halfplate.runtime import restore
 
@@ -26,7 +26,7 @@ VARIETY: list[dict[str, Any]] = [
     {"pattern": Pattern(2, 4), "out_block": 10, "in_block": 24},
     {"pattern": Pattern(4, 8), "out_block": 64, "in_block": 64},
     {"pattern": Pattern(1, 8), "core_dtype": "fp16", "wrapper_dtype": "fp32", "out_block": 8, "in_block": 8},
-    {"pattern": Pattern(2, 4), "core_dtype": "fp32"},
+    {"pattern": Pattern(2, 4), "core_dtype": "fp32", "rank": 6},
     {"pattern": Pattern(1, 4), "wrapper_dtype": "fp16", "out_block": 1, "in_block": 1},
     {"pattern": Pattern(1, 2), "in_block": 4},
     {"pattern": Pattern(3, 16), "out_block": 5},
@@ -54,7 +54,11 @@ def compress_linear(linear: nn.Linear, options: dict[str, Any], seed: int) -> Co
         wrappers.append(
             BlockDiagonal.from_padded(torch.eye(block) + noise, size, block, spec.wrapper_dtype) if block else None
         )
-    return CompressedLinear.from_weight(Chain(spec, core, *wrappers), spec, linear.bias)
+    added = None
+    if spec.rank:
+        factors = (torch.randn(size, generator=generator) for size in ((spec.d_out, spec.rank), (spec.rank, spec.d_in)))
+        added = LowRank.rounded(*factors, spec.wrapper_dtype)
+    return CompressedLinear.from_weight(Chain(spec, core, *wrappers, added), spec, linear.bias)
 
 
 def compress_by_hand(model: PreTrainedModel, variety: Sequence[dict[str, Any]] = VARIETY) -> dict[str, WeightSpec]:

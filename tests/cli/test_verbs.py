@@ -150,6 +150,7 @@ def test_methods(halfplate):
         "sparsegpt",
         "armor",
         "rtn",
+        "slim",
         "gptq",
     ]
     assert next(m for m in listed if m["name"] == "sparsegpt")["options"]["damping"] == 0.01

@@ -54,6 +54,8 @@ METHODS_UNDER_TEST = [
     Row("armor", {"iterations": 3}, block=16, core_dtype="int4"),
     Row("rtn", core_dtype="int8"),
     Row("rtn", core_dtype="int4"),
+    Row("slim", block=8),
+    Row("slim", core_dtype="int8"),
     Row("gptq", core_dtype="int8"),
     Row("gptq", core_dtype="int3"),
     Row("example"),  # the walk-through of CONTRIBUTING.md
@@ -82,7 +84,8 @@ def spec_for(row: Row, pattern: Pattern = TWO_FOUR, core_dtype: str | None = Non
     if not method_class(row.name).sparse:
         pattern = DENSE
     block = -(-row.block // pattern.m) * pattern.m  # wrappers of inputs hold whole groups
-    return WeightSpec(D_OUT, D_IN, pattern, core_dtype or row.core_dtype, block, block)
+    wrapper, rank = (0, block) if method_class(row.name).low_rank else (block, 0)
+    return WeightSpec(D_OUT, D_IN, pattern, core_dtype or row.core_dtype, wrapper, wrapper, rank=rank)
 
 
 def random_weight(seed: int = 0) -> Tensor:
@@ -127,7 +130,7 @@ def test_interface(row: Row) -> None:
     assert method.summary
     assert "\n" not in method.summary
     assert isinstance(method.requires, Statistic)
-    assert method.wrapped == (row.block > 0)
+    assert (method.wrapped or method.low_rank) >= (row.block > 0)
     assert method.version >= 1
     assert type(method).__doc__
     assert is_dataclass(method)
@@ -146,8 +149,9 @@ def test_exactly_n_of_every_m(row: Row, pattern: Pattern) -> None:
 @every_row
 @pytest.mark.parametrize("core_dtype", CORE_DTYPES)
 def test_every_stored_type(row: Row, core_dtype: str) -> None:
-    wrapper_dtype = core_dtype if core_dtype in WRAPPER_DTYPES else "int8"
-    spec = replace(spec_for(row, core_dtype=core_dtype), wrapper_dtype=wrapper_dtype)
+    spec = spec_for(row, core_dtype=core_dtype)
+    grid = "bf16" if spec.rank else "int8"  # low-rank parts have no grid
+    spec = replace(spec, wrapper_dtype=core_dtype if core_dtype in WRAPPER_DTYPES and core_dtype != "int8" else grid)
     if core_dtype not in GRIDS and not method_class(row.name).sparse:
         with pytest.raises(
             HalfplateError, match=rf"core_dtype='{core_dtype}' is no grid .*; use int8 or int4 or int3 or int2"

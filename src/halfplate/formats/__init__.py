@@ -4,7 +4,8 @@ from halfplate.formats.block_diagonal import BlockDiagonal
 from halfplate.formats.chain import Chain
 from halfplate.formats.checks import check_stored
 from halfplate.formats.linear import CompressedLinear
+from halfplate.formats.low_rank import LowRank
 from halfplate.formats.nm_sparse import NMSparse
 from halfplate.formats.spec import WeightSpec
 
-__all__ = ["BlockDiagonal", "Chain", "CompressedLinear", "NMSparse", "WeightSpec", "check_stored"]
+__all__ = ["BlockDiagonal", "Chain", "CompressedLinear", "LowRank", "NMSparse", "WeightSpec", "check_stored"]

@@ -1,4 +1,4 @@
-"""A · S · B: a core between optional block-diagonal wrappers."""
+"""A · S · B + L · R: a core between optional block-diagonal wrappers, and what may be added to it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from halfplate.formats.block_diagonal import BlockDiagonal
+from halfplate.formats.low_rank import LowRank
 from halfplate.formats.nm_sparse import NMSparse
 from halfplate.formats.spec import WeightSpec
 from halfplate.pattern import DENSE
@@ -14,7 +15,7 @@ from halfplate.pattern import DENSE
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """The matrix `out · core · in`, applied from the right; a missing wrapper is the identity.
+    """The matrix `out · core · in + added`, applied from the right; a missing wrapper is the identity.
 
     spec: how it is stored.
     """
@@ -23,6 +24,7 @@ class Chain:
     core: NMSparse
     out_wrapper: BlockDiagonal | None = None
     in_wrapper: BlockDiagonal | None = None
+    added: LowRank | None = None
 
     @classmethod
     def from_tensors(cls, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> "Chain":
@@ -33,7 +35,8 @@ class Chain:
             else None
             for side, block in (("out", spec.out_block), ("in", spec.in_block))
         }
-        return cls(spec, NMSparse.from_tensors(spec, tensors), wrappers["out"], wrappers["in"])
+        added = LowRank(tensors["weight_left"], tensors["weight_right"]) if spec.rank else None
+        return cls(spec, NMSparse.from_tensors(spec, tensors), wrappers["out"], wrappers["in"], added)
 
     @classmethod
     def of_dense(cls, weight: Tensor, core_dtype: str) -> "Chain":
@@ -47,7 +50,8 @@ class Chain:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.core, self.out_wrapper, self.in_wrapper) if part is not None)
+        parts = (self.core, self.out_wrapper, self.in_wrapper, self.added)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def tensors(self) -> dict[str, Tensor]:
         """Stored tensors by their name below the module."""
@@ -55,7 +59,7 @@ class Chain:
         for side, wrapper in (("out", self.out_wrapper), ("in", self.in_wrapper)):
             if wrapper is not None:
                 tensors |= wrapper.tensors(side)
-        return tensors
+        return tensors if self.added is None else tensors | self.added.tensors()
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix it stands for: (d_out, d_in)."""
@@ -65,11 +69,13 @@ class Chain:
         if self.in_wrapper is not None:
             # forward multiplies rows by the transpose; that of the transpose gives rows times the wrapper itself.
             product = self.in_wrapper.transposed(dtype).forward(product)
+        if self.added is not None:
+            product = product + self.added.dense(dtype)
         return product.contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., d_in) to x (A S B)ᵀ (..., d_out), in the dtype of `x`."""
-        if self.in_wrapper is not None:
-            x = self.in_wrapper.forward(x)
-        x = self.core.forward(x)
-        return x if self.out_wrapper is None else self.out_wrapper.forward(x)
+        """x (..., d_in) to x (A S B + L R)ᵀ (..., d_out), in the dtype of `x`."""
+        y = self.core.forward(x if self.in_wrapper is None else self.in_wrapper.forward(x))
+        if self.out_wrapper is not None:
+            y = self.out_wrapper.forward(y)
+        return y if self.added is None else y + self.added.forward(x)

@@ -17,10 +17,10 @@ TWO_OF_FOUR = Pattern(2, 4)
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """Shape, pattern, block sizes and element types of one compressed matrix `A · S · B`.
+    """Shape, pattern, block sizes, rank and element types of one compressed matrix `A · S · B + L · R`.
 
-    A block size of 0 means that the wrapper is absent, 1 that it is diagonal. core_dtype: one of CORE_DTYPES, wrapper_dtype
-    of WRAPPER_DTYPES (halfplate.dtypes). This is the entry of one matrix
+    A block size of 0 means that the wrapper is absent, 1 that it is diagonal; a rank of 0 that nothing is added. core_dtype:
+    one of CORE_DTYPES, wrapper_dtype, which is also that of L and R, of WRAPPER_DTYPES (halfplate.dtypes). This is the entry of one matrix
     under `quantization_config.modules` in `config.json`; `layout` derives every stored tensor from it.
     """
 
@@ -31,6 +31,7 @@ class WeightSpec:
     out_block: int = 0
     in_block: int = 0
     wrapper_dtype: str = "bf16"
+    rank: int = 0
 
     def __post_init__(self) -> None:
         check_dtype(self.core_dtype, "core_dtype", CORE_DTYPES)
@@ -42,6 +43,12 @@ class WeightSpec:
         for side in ("out_block", "in_block"):
             if getattr(self, side) < 0:
                 raise HalfplateError(f"{side}={getattr(self, side)} must be 0 (no wrapper) or a positive block size")
+        if self.rank < 0:
+            raise HalfplateError(f"rank={self.rank} must be 0 (nothing added) or positive")
+        if self.rank and self.wrapper_dtype not in STORED:
+            raise HalfplateError(
+                f"wrapper_dtype={self.wrapper_dtype!r} is no type for a low-rank part (rank={self.rank}); use {', '.join(STORED)}"
+            )
         # Blocks of 1 are a scale per input: they commute with the mask, so no group straddles two of them.
         if self.in_block > 1 and self.in_block % self.pattern.m:
             down = self.in_block // self.pattern.m * self.pattern.m
@@ -53,7 +60,9 @@ class WeightSpec:
 
     @property
     def format(self) -> str:
-        """`nm` for a bare sparse core, `dense` for a bare dense one, `chain` where a wrapper stands around it."""
+        """`nm` for a bare sparse core, `dense` for a bare dense one, `chain` where a wrapper stands around it, `sum` with a rank."""
+        if self.rank:
+            return "sum"
         if self.out_block or self.in_block:
             return "chain"
         return "dense" if self.pattern.is_dense else "nm"
@@ -72,6 +81,9 @@ class WeightSpec:
                 layout[f"weight_{side}_tail"] = ((rest, rest), dtype)
             if dtype == torch.int8:
                 layout[f"weight_{side}_scales"] = ((size,), torch.float16)
+        if self.rank:
+            layout["weight_left"] = ((self.d_out, self.rank), STORED[self.wrapper_dtype])
+            layout["weight_right"] = ((self.rank, self.d_in), STORED[self.wrapper_dtype])
         return layout
 
     def _core_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -103,6 +115,8 @@ class WeightSpec:
         """The JSON object that `from_json` reads back."""
         fields = asdict(self) | {"pattern": str(self.pattern), "shape": [self.d_out, self.d_in]}
         del fields["d_out"], fields["d_in"]
+        if not self.rank:
+            del fields["rank"]
         return {"format": self.format} | fields
 
     @classmethod
@@ -111,17 +125,17 @@ class WeightSpec:
         try:
             fields = dict(entry)
             written, (d_out, d_in) = fields.pop("format"), fields.pop("shape")
-            if fields.keys() != {"pattern", "core_dtype", "out_block", "in_block", "wrapper_dtype"}:
+            if fields.keys() - {"rank"} != {"pattern", "core_dtype", "out_block", "in_block", "wrapper_dtype"}:
                 raise TypeError(f"its keys are {sorted(map(str, entry))}")
             fields["pattern"] = Pattern.parse(fields["pattern"])
-            integers = (d_out, d_in, fields["out_block"], fields["in_block"])
+            integers = (d_out, d_in, fields["out_block"], fields["in_block"], fields.get("rank", 0))
             if not all(type(value) is int for value in integers):
-                raise TypeError("shape and block sizes must be integers")
+                raise TypeError("shape, block sizes and rank must be integers")
             spec = cls(d_out=d_out, d_in=d_in, **fields)
         except (TypeError, ValueError, KeyError, HalfplateError) as error:
             raise HalfplateError(f"quantization_config.modules[{name!r}]={entry!r} cannot be read: {error}") from None
         if written != spec.format:
             raise HalfplateError(
-                f"quantization_config.modules[{name!r}].format={written!r} does not fit its pattern and block sizes; expected {spec.format!r}"
+                f"quantization_config.modules[{name!r}].format={written!r} does not fit its pattern, block sizes and rank; expected {spec.format!r}"
             )
         return spec

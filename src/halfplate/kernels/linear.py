@@ -79,6 +79,8 @@ def unsupported(spec: WeightSpec, activations: str = "float") -> str | None:
         return f"no kernel for core_dtype={spec.core_dtype!r}"
     if spec.wrapper_dtype not in WRAPPER_KINDS:
         return f"no kernel for wrapper_dtype={spec.wrapper_dtype!r}"
+    if spec.rank:
+        return "no kernel for a low-rank part"
     if str(spec.pattern) not in ("2:4", "dense"):
         return f"no kernel for pattern {spec.pattern}"
     return None

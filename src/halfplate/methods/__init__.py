@@ -22,6 +22,7 @@ METHODS: dict[str, str] = {
     "sparsegpt": "halfplate.methods.sparsegpt:SparseGPT",
     "armor": "halfplate.methods.armor:Armor",
     "rtn": "halfplate.methods.rtn:RoundToNearest",
+    "slim": "halfplate.methods.slim:SLiM",
     "gptq": "halfplate.methods.gptq:GPTQ",
 }
 

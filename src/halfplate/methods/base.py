@@ -32,6 +32,7 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     wrapped: ClassVar[bool] = False  # whether the result has block-diagonal wrappers around its core
+    low_rank: ClassVar[bool] = False  # whether it is a core plus a matrix of low rank
     sparse: ClassVar[bool] = True  # whether the core may keep N of M values
     dense: ClassVar[bool] = False  # whether it may keep all of them
     version: ClassVar[int] = 1
@@ -54,6 +55,10 @@ class Method(ABC):
         if not self.wrapped and (spec.out_block or spec.in_block):
             raise HalfplateError(
                 f"block_size={max(spec.out_block, spec.in_block)} asks for wrappers, which method {self.name!r} has not; use block_size=0"
+            )
+        if not self.low_rank and spec.rank:
+            raise HalfplateError(
+                f"rank={spec.rank} asks for a low-rank part, which method {self.name!r} has not; use rank=0"
             )
 
     def quick(self) -> "Method":

@@ -8,21 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from halfplate.formats import BlockDiagonal, CompressedLinear
+from halfplate.formats import BlockDiagonal, CompressedLinear, LowRank
 from halfplate.formats.chain import Chain
 from halfplate.formats.rounding import GROUP, round_to_float
 
 
 class TrainableLinear(nn.Module):
-    """y = x (A S B)ᵀ + bias with fp32 parameters in place of the stored tensors of a CompressedLinear.
+    """y = x (A S B + L R)ᵀ + bias with fp32 parameters in place of the stored tensors of a CompressedLinear.
 
-    out_blocks, out_tail, in_blocks, in_tail: the wrappers that there are. values: the kept values (d_out, kept), or the
+    out_blocks, out_tail, in_blocks, in_tail: the wrappers that there are; left, right: the low-rank part, if any. values: the kept values (d_out, kept), or the
     scales (d_out, ceil(d_in / 128)) where they lie on a grid, whose codes stay. Positions are no parameters, so the mask is
     fixed by construction. values_too: whether `values` asks for a gradient.
     """
 
     columns: Tensor
     integers: Tensor | None
+    left: nn.Parameter | None
+    right: nn.Parameter
 
     def __init__(self, linear: CompressedLinear, values_too: bool) -> None:
         super().__init__()
@@ -35,6 +37,12 @@ class TrainableLinear(nn.Module):
             parts = (None, None) if wrapper is None else wrapper.floats(torch.float32)
             for name, part in zip(("blocks", "tail"), parts, strict=True):
                 self.register_parameter(f"{side}_{name}", None if part is None else nn.Parameter(part.clone()))
+        added = self.start.added
+        for name, part in (
+            ("left", None if added is None else added.left),
+            ("right", None if added is None else added.right),
+        ):
+            self.register_parameter(name, None if part is None else nn.Parameter(part.detach().float().clone()))
         self.bias = linear.bias
 
     def dense(self) -> Tensor:
@@ -51,7 +59,7 @@ class TrainableLinear(nn.Module):
             matrix = out_wrapper.forward(matrix.T).T
         if (in_wrapper := self._wrapper("in")) is not None:
             matrix = in_wrapper.transposed(torch.float32).forward(matrix)
-        return matrix
+        return matrix if self.left is None else matrix + self.left @ self.right
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) to (..., d_out). One product with the assembled matrix is cheapest for many tokens."""
@@ -67,11 +75,14 @@ class TrainableLinear(nn.Module):
         else:
             scales = round_to_float(self.values, "fp16", "core_dtype")
             core = replace(core, grid=replace(core.grid, scales=scales))
-        wrappers = [
+        out_wrapper, in_wrapper = (
             None if wrapper is None else BlockDiagonal.rounded(wrapper.blocks, wrapper.tail, self.spec.wrapper_dtype)
             for wrapper in (self._wrapper("out"), self._wrapper("in"))
-        ]
-        matrix = Chain(self.spec, core, *wrappers)
+        )
+        added = None
+        if self.left is not None:
+            added = LowRank.rounded(self.left, self.right, self.spec.wrapper_dtype)
+        matrix = Chain(self.spec, core, out_wrapper, in_wrapper, added)
         assert torch.equal(matrix.core.mask(), self.start.core.mask()), "tuning must not move the mask"
         return CompressedLinear.from_weight(matrix, self.spec, self.bias)
 

@@ -104,6 +104,8 @@ def unsupported(spec: WeightSpec) -> str | None:
     """Why no semi-structured product of torch can run a matrix of `spec` on any device; None where one may."""
     if str(spec.pattern) != "2:4":
         return f"semi-structured products are for pattern 2:4, not {spec.pattern}"
+    if spec.rank:
+        return "semi-structured products are not combined with a low-rank part"
     if spec.core_dtype == "fp32":
         return "semi-structured products of torch take no fp32 core of pattern 2:4; compress with core_dtype='bf16'"
     return None
