@@ -39,6 +39,8 @@ def test_every_command_of_the_readme_runs(workplace, capsys):
         words = shlex.split(line.removeprefix("$ "), comments=True)[1:]
         if words[0] in ("plan", "compress"):
             words += QUICK
+        if words[0] == "recover":
+            words += ["--tokens", "4096", "--samples", "64", "--seq-len", "32"]
         assert main(words) == 0, line + capsys.readouterr().err
         assert capsys.readouterr().out.strip() or words[0] == "export", line
 
