@@ -71,10 +71,6 @@ def test_options_to_come_say_so(halfplate, tiny_folder, tmp_path, options, parts
     assert not out.exists()
 
 
-def test_eval_options_to_come(halfplate, tiny_folder):
-    halfplate("eval", tiny_folder, "--tasks", "arc_easy").refused("--tasks is not available yet")
-
-
 def test_int8_activations_are_for_checkpoints(halfplate, tiny_folder):
     for verb in (("eval", tiny_folder), ("generate", tiny_folder, "x")):
         halfplate(*verb, "--activations", "int8").refused("activations='int8'", "none; leave it out")

@@ -32,10 +32,13 @@ PLAIN_WIDTH = 140
 def silence_libraries() -> None:
     """Keep the notes and bars of transformers away from a user who did not call it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def print_json(value: Any) -> None:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from halfplate.cli.parser import NotYet, add_output_arguments, positive
+from halfplate.cli.parser import add_output_arguments, positive
 from halfplate.errors import HalfplateError
 
 SEQ_LEN = 1024
@@ -35,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"only the first N windows (default all, {SELF_WINDOWS} of sampled text)",
     )
     parser.add_argument("--threads", type=positive, metavar="T", help="threads of torch")
-    parser.add_argument("--tasks", action=NotYet)
+    parser.add_argument(
+        "--tasks", metavar="A,B", help="tasks of lm-eval to score on (needs halfplate[tasks]); alone, no text is scored"
+    )
+    parser.add_argument("--tasks-folder", metavar="DIR", help="folder with more task definitions of lm-eval")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each task")
     parser.add_argument(
         "--activations",
         choices=("float", "int8"),
@@ -73,10 +77,14 @@ def measure(args: argparse.Namespace, report: Any) -> dict[str, Any]:
     from halfplate.models.sources import is_compressed
 
     sampler = args.against or args.model
-    if args.text is None and is_compressed(sampler):
+    if args.text is None and is_compressed(sampler) and not args.tasks:
         raise HalfplateError(
             f"text=None: {sampler!r} is compressed, so no dense model is at hand to sample held-out text from; give --text FILE or --against DENSE"
         )
+    if args.tasks is not None:
+        from halfplate.evaluation.tasks import check_available
+
+        check_available()
     documents = {name: read_text(source, "text") for name, source in _names(args.text or []).items()}
 
     report("reading", 0, 1)
@@ -87,6 +95,9 @@ def measure(args: argparse.Namespace, report: Any) -> dict[str, Any]:
             f"against={args.against!r} has another vocabulary than {args.model!r}; give the dense model that it was compressed from"
         )
     report("reading", 1, 1)
+    tasks = _tasks(args, model, tokenizer, report)
+    if tasks and args.text is None and args.against is None:
+        return tasks
     seq_len = _seq_len(args, model)
 
     def scored(windows: Any, what: str) -> dict[str, Any]:
@@ -98,12 +109,26 @@ def measure(args: argparse.Namespace, report: Any) -> dict[str, Any]:
         held_out = held_out_tokens(
             against or model, against_tokenizer or tokenizer, calibration_seed(args.model), count, seq_len, report
         )
-        return scored(held_out.ids, "evaluating") | {"protocol": held_out.protocol()}
+        return scored(held_out.ids, "evaluating") | {"protocol": held_out.protocol()} | tasks
     windows = {name: token_windows(tokenizer, texts, seq_len, args.windows) for name, texts in documents.items()}
     results = {name: scored(cut, f"evaluating {name}") for name, cut in windows.items()}
     if len(results) == 1:
-        return next(iter(results.values()))
-    return _together(list(results.values())) | {"texts": results}
+        return next(iter(results.values())) | tasks
+    return _together(list(results.values())) | {"texts": results} | tasks
+
+
+def _tasks(args: argparse.Namespace, model: Any, tokenizer: Any, report: Any) -> dict[str, Any]:
+    """The scores under `tasks`, or nothing where none were asked for."""
+    if args.tasks is None:
+        return {}
+    from halfplate.evaluation.tasks import evaluate_tasks
+
+    report("tasks", 0, 1)
+    found = evaluate_tasks(
+        model, tokenizer, [name for name in args.tasks.split(",") if name], args.tasks_folder, args.limit
+    )
+    report("tasks", 1, 1)
+    return {"tasks": found}
 
 
 def _seq_len(args: argparse.Namespace, model: Any) -> int:
@@ -155,6 +180,15 @@ def _together(results: list[dict[str, Any]]) -> dict[str, Any]:
 def _print(args: argparse.Namespace, result: dict[str, Any]) -> None:
     from halfplate.cli.console import print_table
 
+    if "tasks" in result:
+        measures = list(dict.fromkeys(key for found in result["tasks"].values() for key in found))
+        print_table(
+            f"{args.model}, by lm-eval",
+            ("task", *(key.replace("_", " ") for key in measures)),
+            [(name, *(found.get(key) for key in measures)) for name, found in result["tasks"].items()],
+        )
+    if "tokens" not in result:
+        return
     keys = [key for key in ("perplexity", "dense_perplexity", *MEANS, "tokens", "windows", "seq_len") if key in result]
     rows = [(name, *(measures[key] for key in keys)) for name, measures in result.get("texts", {}).items()]
     rows.append(

@@ -1,0 +1,101 @@
+"""Scoring on tasks: lm-eval's own figures, for dense and compressed models, and clear words where it cannot."""
+
+import builtins
+import json
+
+import pytest
+
+from halfplate.cli import main
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'halfplate[tasks]')")
+
+YAML = """
+task: birds
+dataset_path: json
+dataset_kwargs:
+  data_files: {file}
+output_type: multiple_choice
+test_split: train
+doc_to_text: "{{{{question}}}}"
+doc_to_target: answer
+doc_to_choice: choices
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+
+
+@pytest.fixture
+def tasks_folder(tmp_path):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [
+        {"question": f"The bird number {k} saw", "choices": ["a red ball", "the big old house", "two"], "answer": k % 3}
+        for k in range(12)
+    ]
+    (tmp_path / "birds.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "birds.yaml").write_text(YAML.format(file=tmp_path / "birds.jsonl"))
+    return folder
+
+
+def scores(capsys, *words):
+    capsys.readouterr()
+    status = main([*map(str, words), "--json", "--quiet"])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    return json.loads(captured.out)
+
+
+def test_a_dense_model_scores_as_by_lm_eval_itself(tiny_folder, tasks_folder, capsys):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    found = scores(capsys, "eval", tiny_folder, "--tasks", "birds", "--tasks-folder", tasks_folder)["tasks"]["birds"]
+    expected = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(tiny_folder), "device": "cpu", "dtype": "float32"},
+        tasks=["birds"],
+        task_manager=TaskManager(include_path=str(tasks_folder)),
+        batch_size=8,
+        bootstrap_iters=0,
+    )["results"]["birds"]
+    assert (found["acc"], found["acc_norm"]) == (expected["acc,none"], expected["acc_norm,none"])
+    assert found["rows"] == 12
+
+
+def test_a_checkpoint_is_scored_beside_its_other_measures(tiny_folder, tasks_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["compress", str(tiny_folder), "-o", str(out), "--method", "magnitude", "--quiet"]) == 0
+    words = ("eval", out, "--tasks", "birds", "--tasks-folder", tasks_folder, "--limit", "5")
+    alone = scores(capsys, *words)
+    assert set(alone) == {"tasks"}
+    assert alone["tasks"]["birds"]["rows"] == 5
+    both = scores(capsys, *words, "--against", tiny_folder, "--windows", "2", "--seq-len", "32")
+    assert both["tasks"] == alone["tasks"]
+    assert both["kl"] > 0
+
+
+def test_what_lm_eval_does_not_know_is_refused(tiny_folder, tasks_folder, tmp_path, capsys):
+    for words, part in (
+        (("--tasks", "birds"), "lm-eval knows no such task"),
+        (("--tasks", "birds,fish", "--tasks-folder", tasks_folder), "tasks='fish'"),
+        (("--tasks", "birds", "--tasks-folder", tmp_path / "none"), "is not a folder"),
+    ):
+        assert main(["eval", str(tiny_folder), *map(str, words)]) == 2
+        assert part in capsys.readouterr().err
+    (tmp_path / "birds.jsonl").unlink()
+    assert main(["eval", str(tiny_folder), "--tasks", "birds", "--tasks-folder", str(tasks_folder)]) == 2
+    assert "cannot be run by lm-eval" in capsys.readouterr().err
+
+
+def test_without_lm_eval_the_cure_is_named(tiny_folder, monkeypatch, capsys):
+    real = builtins.__import__
+
+    def refuse(name, *rest):
+        if name == "lm_eval":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    assert main(["eval", str(tiny_folder), "--tasks", "birds"]) == 2
+    assert "pip install 'halfplate[tasks]'" in capsys.readouterr().err
