@@ -239,3 +239,37 @@ def test_cross_moment_is_that_of_both_inputs(tiny_model: Any) -> None:
     assert found.cross is not None
     torch.testing.assert_close(found.cross, x_dense.T @ x / len(x), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.require_gram(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+
+
+def limited(x: Tensor, limit: float, dense: Tensor | None = None) -> _Sums:
+    sums = _Sums()
+    sums.add(x, Statistic.GRAM, dense, limit)
+    return sums
+
+
+def test_a_token_of_much_energy_counts_as_one_of_the_limit() -> None:
+    x = torch.randn(21, 6, generator=torch.Generator().manual_seed(0))
+    x[3] *= 1000
+    dense = x + 0.1
+    energies = x.square().sum(1)
+    expected, crosses = torch.zeros(6, 6), torch.zeros(6, 6)
+    for token, other in zip(x, dense, strict=True):
+        share = min(1.0, 10 * float(energies.median()) / float(token.square().sum()))
+        expected += share * torch.outer(token, token)
+        crosses += share * torch.outer(other, token)
+    found = limited(x, 10.0, dense)
+    assert found.products is not None
+    assert found.crosses is not None
+    torch.testing.assert_close(found.products.float(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.crosses.float(), crosses, rtol=1e-4, atol=1e-3)
+
+
+def test_tokens_without_energy_do_not_silence_the_others() -> None:
+    x = torch.zeros(20, 4)
+    x[:5] = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    found = limited(x, 10.0)
+    assert found.products is not None
+    torch.testing.assert_close(found.products.float(), x.T @ x, rtol=1e-5, atol=1e-5)
+    nothing = limited(torch.zeros(3, 4), 10.0)
+    assert nothing.products is not None
+    assert not nothing.products.any()

@@ -135,12 +135,14 @@ class _Sums:
     def add(self, x: Tensor, statistic: Statistic, dense: Tensor | None, token_limit: float | None = None) -> None:
         """Add x fp32 (tokens, d_in), and its products with `dense`, what the dense model has in its place.
 
-        token_limit: a token with more energy than so many times the median counts as one of that energy.
+        token_limit: a token with more energy than so many times the median counts as one of that energy; tokens without any
+        have no part in the median.
         """
         self.tokens += len(x)
         if token_limit is not None and statistic >= Statistic.DIAGONAL:
             energy = x.square().sum(1, keepdim=True)
-            limit = token_limit * energy.median()
+            living = energy[energy > 0]
+            limit = token_limit * living.median() if len(living) else energy.new_tensor(torch.inf)
             factor = torch.where(energy > limit, (limit / energy).sqrt(), 1.0)
             x = x * factor
             dense = None if dense is None else dense * factor
