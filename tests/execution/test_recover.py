@@ -232,3 +232,15 @@ def test_a_recovery_that_ruins_says_so(wrapped, tiny_folder, tmp_path):
 def test_settings_that_cannot_work(options, message):
     with pytest.raises(HalfplateError, match=re.escape(message)):
         Recovery(**options)
+
+
+def test_low_rank_parts_are_trained_as_wrappers_are(tiny_folder, tmp_path):
+    compress(
+        str(tiny_folder), tmp_path / "slim", Recipe(method="slim", pattern="1:4", block_size=4, samples=8, seq_len=32)
+    )
+    settings = Recovery(tokens=4096, train="wrappers", norms=False, **FAST)
+    summary = recover(tmp_path / "slim", str(tiny_folder), tmp_path / "out", settings)
+    assert summary["after"]["kl"] < summary["before"]["kl"]
+    before, after = weights(tmp_path / "slim"), weights(tmp_path / "out")
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"weight_left", "weight_right"}
