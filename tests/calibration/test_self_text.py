@@ -48,6 +48,7 @@ def test_the_batch_does_not_change_the_text(tiny_model: Any, monkeypatch: pytest
     assert torch.equal(whole, sample_text(model, Start("bos", 1), samples=7, seq_len=10, seed=0))
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_the_seed_alone_decides(tiny_model: Any) -> None:
     model, start = tiny_model("llama"), Start("bos", 1)
     torch.manual_seed(1)

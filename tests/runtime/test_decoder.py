@@ -10,6 +10,7 @@ import torch
 
 from halfplate.errors import HalfplateError
 from halfplate.kernels import native
+from halfplate.models.arguments import OLD_CACHE_ARGUMENT, cache_argument
 from halfplate.runtime import accelerate, greedy, restore
 from halfplate.runtime.cache import ROOM, GrowingCache
 from halfplate.runtime.decoder import NativeDecoder, NativeDecoding
@@ -45,12 +46,17 @@ def models(request, tiny_model):
     return plain, fast
 
 
+def cached(model, cache):
+    """The argument that gives a call of `model` its cache."""
+    return {cache_argument(model.forward): cache}
+
+
 def native_logits(model, ids, threads=1):
     """Logits of each position after the first, by the native step."""
     torch.set_num_threads(threads)
     cache = GrowingCache(model.config.num_hidden_layers)
     with torch.no_grad():
-        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :1], **cached(model, cache), use_cache=True)
         return torch.stack([model.native_decoder.step(int(token), cache) for token in ids[0, 1:]])
 
 
@@ -149,7 +155,7 @@ def test_nan_in_the_weights_is_seen_in_the_logits(fast):
         fast.model.embed_tokens.weight[9] = float("nan")
     cache = GrowingCache(2)
     with torch.no_grad():
-        fast(input_ids=IDS, past_key_values=cache, use_cache=True)
+        fast(input_ids=IDS, **cached(fast, cache), use_cache=True)
         assert fast.native_decoder.step(10, cache).isfinite().all()
         assert fast.native_decoder.step(9, cache).isnan().all()
     with pytest.raises(HalfplateError, match="token=500 is outside the vocabulary of 128"):
@@ -160,15 +166,15 @@ def test_a_cache_is_cropped_and_reset_like_transformers_own(tiny_model):
     model, cache = tiny_model(), GrowingCache(2)
     with torch.no_grad():
         expected = model(IDS).logits[:, -1]
-        model(input_ids=torch.cat([IDS, IDS], 1), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.cat([IDS, IDS], 1), **cached(model, cache), use_cache=True)
         with pytest.raises(ValueError, match="positive"):
             cache.crop(8)
         cache.crop(-8)
         assert cache.get_seq_length() == 6
-        torch.testing.assert_close(model(input_ids=IDS[:, 6:], past_key_values=cache).logits[:, -1], expected)
+        torch.testing.assert_close(model(input_ids=IDS[:, 6:], **cached(model, cache)).logits[:, -1], expected)
         cache.reset()
         assert cache.get_seq_length() == 0
-        torch.testing.assert_close(model(input_ids=IDS, past_key_values=cache).logits[:, -1], expected)
+        torch.testing.assert_close(model(input_ids=IDS, **cached(model, cache)).logits[:, -1], expected)
         cache.batch_repeat_interleave(2)
         cache.reorder_cache(torch.tensor([1, 0]))
         assert cache.layers[0].keys.shape[:3] == (2, 2, 7)
@@ -209,7 +215,7 @@ def test_restore_takes_the_native_step_away(tiny_model, fast):
 
 def prefilled(model, ids):
     cache = GrowingCache(model.config.num_hidden_layers)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, **cached(model, cache), use_cache=True)
     return cache
 
 
@@ -289,7 +295,7 @@ def test_a_model_in_halves_decodes_natively(tiny_model, monkeypatch, dtype):
     steps = counted(fast, monkeypatch)
     found = fast.generate(IDS, do_sample=False, output_logits=True, return_dict_in_generate=True, **EXACTLY)
     assert len(steps) == 29
-    assert found.past_key_values.layers[0].keys.dtype == dtype
+    assert getattr(found, cache_argument(fast.forward)).layers[0].keys.dtype == dtype
     # The step itself is in fp32: nearer to the exact model than transformers in halves.
     exact = plain.float()(found.sequences).logits[0, IDS.shape[1] - 1 : -1]
     torch.testing.assert_close(torch.cat(found.logits), exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
@@ -314,13 +320,13 @@ def test_calls_that_ask_for_more_take_the_ordinary_path(tiny_model, fast, monkey
         {"return_dict": False},
         {"logits_to_keep": torch.tensor([0])},
     ):
-        found, expected = (m(input_ids=token, past_key_values=prefilled(m, IDS), **options) for m in (fast, plain))
+        found, expected = (m(input_ids=token, **cached(m, prefilled(m, IDS)), **options) for m in (fast, plain))
         torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5, equal_nan=True)
     assert not steps
     with torch.enable_grad():
-        fast(input_ids=token, past_key_values=prefilled(fast, IDS))
+        fast(input_ids=token, **cached(fast, prefilled(fast, IDS)))
     assert not steps
-    fast(input_ids=token, past_key_values=prefilled(fast, IDS), attention_mask=torch.ones(1, 8))
+    fast(input_ids=token, **cached(fast, prefilled(fast, IDS)), attention_mask=torch.ones(1, 8))
     assert len(steps) == 1
 
 
@@ -328,8 +334,8 @@ def test_a_cache_outlives_inference_mode(fast):
     whole = greedy(fast, IDS, 6)
     with torch.inference_mode():
         found = fast.generate(IDS, do_sample=False, return_dict_in_generate=True, **(EXACTLY | {"max_new_tokens": 3}))
-    sequence, cache = found.sequences.clone(), found.past_key_values
-    longer = fast.generate(sequence, past_key_values=cache, do_sample=False, **(EXACTLY | {"max_new_tokens": 3}))
+    sequence, cache = found.sequences.clone(), getattr(found, cache_argument(fast.forward))
+    longer = fast.generate(sequence, **cached(fast, cache), do_sample=False, **(EXACTLY | {"max_new_tokens": 3}))
     assert torch.equal(longer, whole)
 
 
@@ -337,3 +343,21 @@ def test_a_cache_outlives_inference_mode(fast):
 def test_compiled_models_trace_the_ordinary_forward(fast):
     expected = fast(IDS).logits
     torch.testing.assert_close(torch.compile(fast, backend="eager")(IDS).logits, expected)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_no_name_of_an_argument_is_out_of_date(fast):
+    greedy(fast, IDS, 3)
+    fast.generate(IDS, do_sample=False, **EXACTLY)
+
+
+@torch.no_grad()
+def test_a_cache_under_its_old_name_decodes_natively_too(fast, monkeypatch):
+    steps, token = counted(fast, monkeypatch), torch.tensor([[5]])
+    expected = fast(input_ids=token, **cached(fast, prefilled(fast, IDS))).logits
+    cache = prefilled(fast, IDS)
+    found = fast(input_ids=token, **{OLD_CACHE_ARGUMENT: cache})
+    assert torch.equal(found.logits, expected)
+    assert getattr(found, cache_argument(fast.forward)) is cache
+    fast.generate(IDS, **{OLD_CACHE_ARGUMENT: GrowingCache(2)}, do_sample=False, **EXACTLY)
+    assert len(steps) == 2 + 29

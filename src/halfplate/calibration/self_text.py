@@ -6,12 +6,13 @@ and Pruning", 2024; LLM-QAT, 2023, did so for training.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
+from halfplate.models.arguments import cache_argument
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -107,7 +108,8 @@ def _vocabulary(model: "PreTrainedModel") -> int:
 
 def _next_logits(model: "PreTrainedModel", current: Tensor, cache: "Cache") -> Tensor:
     """Logits (sequences, vocabulary) of the token after `current` int64 (sequences, 1)."""
-    logits: Tensor = model(input_ids=current, past_key_values=cache, use_cache=True).logits
+    named_cache: dict[str, Any] = {cache_argument(model.forward): cache}
+    logits: Tensor = model(input_ids=current, use_cache=True, **named_cache).logits
     return logits[:, -1]
 
 

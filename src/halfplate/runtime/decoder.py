@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from halfplate.errors import HalfplateError
 from halfplate.kernels import native
+from halfplate.models.arguments import OLD_CACHE_ARGUMENT, cache_argument
 from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.linear import PackedLinear
 
@@ -246,32 +247,38 @@ def _revive(dense: type) -> Any:
 @cache
 def _native_class(dense: type) -> type:
     """A subclass of a transformers model class, of the same name, that decodes natively where it can."""
+    cache_name = cache_argument(dense.forward)  # type: ignore[attr-defined]
 
     @wraps(dense.forward)  # type: ignore[attr-defined]  # transformers reads its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return dense.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-        token = None if args else _single_token(self, kwargs)
+        token = None if args else _single_token(self, kwargs, cache_name)
         if token is None or (self._native_decoder is None and why_not(self) is not None):
             self._native_decoder = None  # weights may have changed since the last prompt
             return dense.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-        cache = kwargs["past_key_values"]
+        cache = _cache_of(kwargs, cache_name)
         logits = self.native_decoder.step(token, cache)[None, None].to(self.dtype)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits, **{cache_name: cache})
 
     @wraps(dense.generate)  # type: ignore[attr-defined]
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _wants_growing_cache(self, args, kwargs):
-            kwargs["past_key_values"] = GrowingCache(self.config.num_hidden_layers)
+            kwargs[cache_name] = GrowingCache(self.config.num_hidden_layers)
         return dense.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     body = {"forward": forward, "generate": generate, "__module__": dense.__module__, "__doc__": dense.__doc__}
     return type(dense.__name__, (NativeDecoding, dense), body)
 
 
-def _single_token(model: Any, kwargs: dict[str, Any]) -> int | None:
+def _cache_of(kwargs: dict[str, Any], cache_name: str) -> Any:
+    """The cache that a call gives under its name in this transformers, or under the old one."""
+    return kwargs.get(cache_name, kwargs.get(OLD_CACHE_ARGUMENT))
+
+
+def _single_token(model: Any, kwargs: dict[str, Any], cache_name: str) -> int | None:
     """The new token of a call that the native step answers, else None."""
-    cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+    cache, ids = _cache_of(kwargs, cache_name), kwargs.get("input_ids")
     if not isinstance(cache, GrowingCache) or ids is None or tuple(ids.shape) != (1, 1):
         return None
     length = cache.get_seq_length()
@@ -287,7 +294,8 @@ def _single_token(model: Any, kwargs: dict[str, Any]) -> int | None:
         return None
     if not isinstance(kwargs.get("logits_to_keep", 0), int):
         return None
-    known = {"past_key_values", "input_ids", "attention_mask", "position_ids", "logits_to_keep", "cache_position"}
+    known = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "cache_position"}
+    known |= {cache_name, OLD_CACHE_ARGUMENT}
     for name, value in kwargs.items():
         if name not in known and (name not in HARMLESS or value not in HARMLESS[name]):
             return None
@@ -313,7 +321,8 @@ def _wants_growing_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, An
         and all(
             setting(name) is None
             for name in (
-                "past_key_values",
+                "cache",
+                OLD_CACHE_ARGUMENT,
                 "cache_implementation",
                 "assistant_model",
                 "custom_generate",
@@ -368,7 +377,8 @@ def greedy(
         continued: Tensor = model.generate(ids, max_new_tokens=new_tokens, **settings)
         return continued
     cache = GrowingCache(model.config.num_hidden_layers)  # type: ignore[attr-defined]
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]  # type: ignore[operator]
+    settings = {cache_argument(model.forward): cache, "use_cache": True, "logits_to_keep": 1}  # type: ignore[attr-defined]
+    logits = model(input_ids=ids, **settings).logits[0, -1]  # type: ignore[operator]
     decoder = model.native_decoder
     tokens: list[int] = []
     while True:
