@@ -63,6 +63,25 @@ def test_python_of_the_pages_on_speed_runs(workplace, page):
         assert "decoding: " in run.stdout
 
 
+def test_python_of_the_page_on_logging_runs(workplace):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "logging.md").read_text(), re.DOTALL)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 14
+
+
+def test_tensorboard_example_runs(workplace):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    command = [sys.executable, ROOT / "examples" / "track_with_tensorboard.py", "SmolLM2", "out", "runs", *QUICK]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    drawn = EventAccumulator("runs").Reload()
+    assert [event.step for event in drawn.Scalars("relative error/down_proj")] == [0, 1]
+    assert len(drawn.Scalars("solver loss, last over first")) == 14
+
+
 def test_make_targets_of_the_readme_exist():
     targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
     assert set(targets) == {"demo", "test"}

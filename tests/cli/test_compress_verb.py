@@ -246,7 +246,7 @@ def test_interrupt_leaves_nothing(halfplate, tiny_folder, tmp_path, text_file, m
     outcome = halfplate("compress", tiny_folder, "-o", tmp_path / "out", *WANDA, "--calibration", text_file)
     assert outcome.status == 1
     assert outcome.err.splitlines()[-1].startswith("halfplate: interrupted; nothing half-written is left in")
-    assert not leftovers(tmp_path, *before)
+    assert leftovers(tmp_path, *before) == {"out.log.jsonl"}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -263,3 +263,16 @@ def test_ctrl_c_of_a_real_process(tiny_folder, tmp_path):
     assert (process.returncode, out) == (1, "")
     assert rest.splitlines()[-1].startswith("halfplate: interrupted")
     assert not leftovers(tmp_path, *before)
+
+
+def test_log_levels(halfplate, tiny_folder, tmp_path):
+    def said(*options):
+        outcome = halfplate("compress", tiny_folder, "-o", tmp_path / "out", *WANDA, "--overwrite", *options)
+        assert outcome.status == 0, outcome.err
+        return outcome.err
+
+    assert said("--log-level", "warning") == said("--log-level", "error") == said("--quiet") == ""
+    assert '"event": "matrix"' not in said("--log-level", "info")
+    lines = [json.loads(line) for line in said("--log-level", "debug").splitlines() if line.startswith("{")]
+    assert len([line for line in lines if line["event"] == "matrix"]) == 14
+    assert halfplate("compress", tiny_folder, "-o", tmp_path / "x", "--log-level", "loud").status == 2

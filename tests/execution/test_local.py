@@ -150,7 +150,7 @@ def test_report_tells_every_phase_to_its_end(tiny_folder, tmp_path):
         str(tiny_folder),
         tmp_path / "out",
         Recipe(method="wanda", **SMALL),
-        report=lambda phase, done, total: told.update({phase: (done, total)}),
+        report=lambda phase, done, total, *more, **named: told.update({phase: (done, total)}),
     )
     assert told["compressing"] == (14, 14)
     assert {"reading", "calibration text", "writing"} <= told.keys()

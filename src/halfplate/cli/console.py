@@ -6,24 +6,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from halfplate.execution.progress import Report, silent
+from halfplate.execution.progress import NO_FACTS, Report, TimeLeft, silent
 
 LOG_SECONDS = 15.0  # between two lines of one phase where there is no terminal
 PLAIN_WIDTH = 140
@@ -39,6 +31,13 @@ def silence_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def speaking_libraries() -> None:
+    """Let transformers say what it does, for `--log-level debug`."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_info()
 
 
 def print_json(value: Any) -> None:
@@ -101,8 +100,11 @@ def megabytes(nbytes: int) -> str:
 
 @contextmanager
 def progress(args: argparse.Namespace) -> Iterator[Report]:
-    """Report to standard error: bars with the time left on a terminal, a line a phase elsewhere, nothing with --quiet."""
-    if args.quiet:
+    """Report to standard error, as `--log-level` says: bars with the time left on a terminal, a line a phase elsewhere."""
+    if args.log_level == "debug":
+        speaking_libraries()
+        yield _Lines(every_step=True)
+    elif args.log_level != "info":
         yield silent
     elif sys.stderr.isatty():
         with _bars() as bars:
@@ -115,10 +117,9 @@ def _bars() -> Progress:
     columns = (
         TextColumn("{task.description:<22}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[steps]}", markup=False),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
     )
     return Progress(*columns, console=Console(file=sys.stderr))
 
@@ -127,25 +128,64 @@ class _Bars:
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
+        self._left = TimeLeft()
 
-    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
+    def __call__(
+        self,
+        phase: str,
+        done: int,
+        total: int,
+        note: str = "",
+        share: float | None = None,
+        facts: Mapping[str, Any] = NO_FACTS,
+    ) -> None:
+        left = self._left(phase, done, total, share)
         if phase not in self._tasks:
-            self._tasks[phase] = self._bars.add_task(phase, total=total)
-        shown = f"{phase}: {note}" if note else phase
-        self._bars.update(self._tasks[phase], completed=done, total=total, description=shown)
+            self._tasks[phase] = self._bars.add_task(phase, total=1.0, steps="", left="")
+        if share is None:
+            share = done / total if total else 1.0
+        self._bars.update(
+            self._tasks[phase],
+            completed=share if done < total else 1.0,
+            description=f"{phase}: {note}" if note else phase,
+            steps=f"{done}/{total}",
+            left=f"{duration(left)} left" if left and done < total else "",
+        )
 
 
 class _Lines:
-    def __init__(self) -> None:
+    def __init__(self, every_step: bool = False) -> None:
+        self._every_step = every_step
+        self._left = TimeLeft()
         self._phase = ""
-        self._start = self._told = 0.0
+        self._told = 0.0
+        self._ended = False
 
-    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
-        now = time.monotonic()
+    def __call__(
+        self,
+        phase: str,
+        done: int,
+        total: int,
+        note: str = "",
+        share: float | None = None,
+        facts: Mapping[str, Any] = NO_FACTS,
+    ) -> None:
+        now, seconds_left = time.monotonic(), self._left(phase, done, total, share)
         if phase != self._phase or done == 0:
-            self._phase, self._start, self._told = phase, now, now
-        if done >= total or now - self._told >= LOG_SECONDS:
-            self._told, spent = now, now - self._start
-            left = f", {spent / done * (total - done):.0f} s left" if 0 < done < total else ""
+            self._phase, self._told, self._ended = phase, now, False
+        if self._every_step and facts:
+            print(json.dumps(_finite(dict(facts))), file=sys.stderr, flush=True)
+        # What follows the last step of a phase (a block is left after its last matrix) has no line of its own.
+        if not self._ended and (done >= total or now - self._told >= LOG_SECONDS):
+            self._told, self._ended = now, done >= total
+            left = f", {duration(seconds_left)} left" if seconds_left is not None and done < total else ""
             said = f", {note}" if note else ""
-            print(f"{phase}: {done}/{total} ({spent:.1f} s{left}){said}", file=sys.stderr, flush=True)
+            print(f"{phase}: {done}/{total} ({self._left.spent:.1f} s{left}){said}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds to read: `42 s`, `7 min`, `3 h 05 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

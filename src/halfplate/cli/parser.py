@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 
 from halfplate.errors import HalfplateError
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line and whose options cannot be abbreviated."""
@@ -38,12 +40,19 @@ class NotYet(argparse.Action):
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, progress: bool = True) -> None:
-    """`--json` and, for verbs that take long, `--quiet`."""
+    """`--json` and, for verbs that take long, `--log-level` and `--quiet`."""
     parser.add_argument(
         "--json", action="store_true", help="print the result as JSON, and nothing else, to standard output"
     )
     if progress:
-        parser.add_argument("--quiet", action="store_true", help="show no progress")
+        levels = parser.add_mutually_exclusive_group()
+        levels.add_argument(
+            "--log-level",
+            choices=LOG_LEVELS,
+            default="info",
+            help="what standard error shows: progress (info, default), also every step (debug), or neither (warning, error)",
+        )
+        levels.add_argument("--quiet", action="store_const", dest="log_level", const="warning", help="show no progress")
 
 
 def positive(text: str) -> int:

@@ -156,7 +156,7 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
-        self._baseline = self._before = _memory("VmRSS")
+        self._baseline = self._before = memory("VmRSS")
 
     def start(self) -> None:
         """Forget the peak so far; what is resident now counts as held by others."""
@@ -164,18 +164,18 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
             self._baseline = None
-        self._before = _memory("VmRSS")
+        self._before = memory("VmRSS")
 
     def take(self) -> int | None:
         """Peak bytes since `start`, as if the process had held nothing else but what it held when this was made."""
-        peak = _memory("VmHWM")
+        peak = memory("VmHWM")
         if peak is None or self._baseline is None or self._before is None:
             return None
         return peak - self._before + self._baseline
 
 
-def _memory(field: str) -> int | None:
-    """Bytes that the kernel tells of this process under `field`."""
+def memory(field: str) -> int | None:
+    """Bytes that the kernel tells of this process under `field` (VmRSS, VmHWM, ...); None where it does not."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return None

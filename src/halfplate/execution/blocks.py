@@ -3,7 +3,7 @@
 import copy
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -123,7 +123,9 @@ def compress_blocks(
         if matrix.spec is not None and matrix.block is not None:
             names[matrix.block].append(matrix.name)
     records: dict[str, MatrixRecord] = {}
-    report("compressing", 0, len(plan.specs))
+    weights = {name: spec.d_out * spec.d_in for name, spec in plan.specs.items()}
+    share = 0.0
+    report("compressing", 0, len(plan.specs), share=0)
     inputs = None
     if tokens is not None:
         kind = _CompressedInputs if recipe.inputs == "compressed" else _DenseInputs
@@ -139,7 +141,11 @@ def compress_blocks(
                     records[name] = compress_matrix(
                         loaded.model, name, method, found, plan.specs[name], recipe.cross_damping
                     )
-                report("compressing", len(records), len(plan.specs))
+                share += weights[name] / sum(weights.values())
+                facts = records[name].facts() | {"block": block}
+                report("compressing", len(records), len(plan.specs), share=min(share, 1), facts=facts)
         if inputs is not None and (done := inputs.leave(block, last=block == last)) is not None:
             tuned[block] = done
+        facts = {"event": "block", "block": block} | (asdict(tuned[block]) if block in tuned else {})
+        report("compressing", len(records), len(plan.specs), share=min(share, 1), facts=facts)
     return Outcome([records[name] for name in plan.specs], tuned)

@@ -18,10 +18,11 @@ from halfplate.execution.allocate import allocate_plan
 from halfplate.execution.blocks import Outcome, compress_blocks
 from halfplate.execution.clock import Clock
 from halfplate.execution.held_out import held_out_tokens
+from halfplate.execution.log import run_log
 from halfplate.execution.output import check_result_folder
 from halfplate.execution.progress import Report, silent
 from halfplate.formats import WeightSpec
-from halfplate.models.sources import LoadedModel, load_dense, open_source
+from halfplate.models.sources import LoadedModel, Source, load_dense, open_source
 from halfplate.planning import Plan, plan_source
 from halfplate.recipe import Recipe
 from halfplate.statistics import Statistic
@@ -38,22 +39,28 @@ def compress(
     report: Report = silent,
     statistics: Statistic = Statistic.NONE,
 ) -> dict[str, Any]:
-    """Compress `model` by `recipe`, write the checkpoint `out` and return the summary.
+    """Compress `model` by `recipe`, write the checkpoint `out` with its log, and return the summary.
 
-    statistics: collect at least these, e.g. GRAM so that every method is judged by its true output error. Raises
-    HalfplateError on bad input with nothing written, RuinedResult after writing where the KL exceeds `recipe.max_kl`.
+    report: told of every step (`halfplate.execution.progress.Report`), for progress and trackers. statistics: collect at
+    least these, e.g. GRAM so that every method is judged by its true output error. Raises HalfplateError on bad input with nothing written, RuinedResult after writing where the KL exceeds `recipe.max_kl`.
     """
     recipe, out = recipe or Recipe(), Path(out)
-    clock = Clock()
     source = open_source(model)
     check_result_folder(out, overwrite, source.path)
     _check_device(recipe.device)
     plan = plan_source(source, recipe)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    with run_log(out, report) as told:
+        return _carry_out(source, plan, out, overwrite, told, statistics)
 
+
+def _carry_out(
+    source: Source, plan: Plan, out: Path, overwrite: bool, report: Report, statistics: Statistic
+) -> dict[str, Any]:
+    recipe, clock = plan.recipe, Clock()
     with clock("reading"):
-        report("reading", 0, 1)
+        report("reading", 0, 1, facts=_plan_facts(plan, out))
         loaded = load_dense(source, recipe.device)
         report("reading", 1, 1)
     method = recipe.create_method()
@@ -73,10 +80,20 @@ def compress(
     summary = _summary(plan, out, outcome, tokens)
     if recipe.max_kl is not None:
         with clock("evaluating"):
-            summary["held_out"] = _check_kl(model, loaded, recipe, out, report)
-    return summary | {
+            summary["held_out"] = _check_kl(source.name, loaded, recipe, out, report)
+    spent = {
         "seconds": clock.seconds,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    held_out = {"held_out": summary["held_out"]} if "held_out" in summary else {}
+    report("finishing", 1, 1, facts={"event": "end", **spent, **held_out})
+    return summary | spent
+
+
+def _plan_facts(plan: Plan, out: Path) -> dict[str, Any]:
+    whole = plan.to_json()
+    return {"event": "plan", "verb": "compress", "out": str(out)} | {
+        key: value for key, value in whole.items() if key != "matrices"
     }
 
 

@@ -33,6 +33,19 @@ class MatrixRecord:
         """What the checkpoint keeps; times would make equal runs unequal."""
         return {"relative_error": self.relative_error, "error_kind": self.error_kind, "losses": list(self.losses)}
 
+    def facts(self) -> dict[str, Any]:
+        """What the log and trackers are told."""
+        ends = {"first_loss": self.losses[0], "loss": self.losses[-1]} if self.losses else {}
+        return {
+            "event": "matrix",
+            "name": self.name,
+            "relative_error": self.relative_error,
+            "error_kind": self.error_kind,
+            **ends,
+            "iterations": max(len(self.losses) - 1, 0),
+            "seconds": round(self.seconds, 3),
+        }
+
 
 def compress_matrix(
     model: nn.Module,

@@ -219,7 +219,8 @@ def _judged(student: Any, dense: Any, held_out: Tensor, accelerator: Accelerator
 def _tell(report: Report, settings: Recovery, progress: Progress, done: float) -> None:
     total = settings.tokens if settings.tokens is not None else round(60 * (settings.minutes or 0))
     note = "" if progress.loss is None else f"loss {progress.loss:.4f}"
-    report("recovering", int(done * total), total, note)
+    facts = {"event": "step", "step": progress.steps, "tokens": progress.tokens, "loss": progress.loss}
+    report("recovering", int(done * total), total, note, share=done, facts=facts)
 
 
 def _record(base: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,146 @@
+"""The log of a run: one JSON object a line, `log.jsonl` in the folder of the result."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+from halfplate.evaluation.speed import machine, memory
+from halfplate.execution.progress import NO_FACTS, Report, TimeLeft, together
+from halfplate.version import package_version
+
+LOG_FILE = "log.jsonl"
+LOG_VERSION = 1
+LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
+
+
+@contextmanager
+def run_log(out: Path, report: Report, resume: bool = False) -> Iterator[Report]:
+    """A report that tells `report` and writes the log; what is raised inside is written as an `error`.
+
+    While the run lasts, and after it failed, the log lies beside `out` as `NAME.log.jsonl`; where `out` was written, it moves
+    there. The log of a run that failed before the first matrix was compressed goes: the error says all. A log that cannot be
+    written stops no run. resume: go on after what an earlier run wrote.
+    """
+    target = out.resolve()
+    log = RunLog(target.with_name(f"{target.name}.{LOG_FILE}"), resume)
+    before = _identity(target)
+    try:
+        log.write({"event": "start", "log_version": LOG_VERSION, **environment()})
+        yield together(report, log)
+    except BaseException as error:
+        log.write({"event": "error", "kind": type(error).__name__, "message": " ".join(str(error).split())})
+        raise
+    finally:
+        log.close()
+        written = target.is_dir() and _identity(target) != before
+        log.settle(target / LOG_FILE if written else None)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as a log opens with them."""
+    from halfplate.kernels import native
+
+    versions = {"halfplate": package_version()} | {name: version(name) for name in LIBRARIES}
+    return {"versions": versions, "machine": machine(), "kernels": native.isa(), "process": os.getpid()}
+
+
+class RunLog:
+    """A report that writes every step with facts, and the begin and end of every phase, as a line of `path`."""
+
+    def __init__(self, path: Path, resume: bool = False) -> None:
+        self.path = path
+        self._left = TimeLeft()
+        self._matrices = 0
+        self._file: TextIO | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a" if resume else "w", encoding="utf-8")
+        except OSError:
+            return
+
+    def __call__(
+        self,
+        phase: str,
+        done: int,
+        total: int,
+        note: str = "",
+        share: float | None = None,
+        facts: Mapping[str, Any] = NO_FACTS,
+    ) -> None:
+        left = self._left(phase, done, total, share)
+        if not facts and 0 < done < total:
+            return
+        step: dict[str, Any] = {"event": "phase", "phase": phase, "done": done, "total": total, **facts}
+        if note:
+            step["note"] = note
+        if left is not None:
+            step["seconds_left"] = round(left, 3)
+        step["phase_seconds"] = round(self._left.spent, 3)
+        self._matrices += step["event"] == "matrix"
+        self.write(step)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line, with the time and the memory of the process; numbers that JSON lacks become null."""
+        if self._file is None:
+            return
+        memories = {"rss_bytes": memory("VmRSS"), "peak_rss_bytes": memory("VmHWM")}
+        stamped = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **line, **memories}
+        try:
+            self._file.write(json.dumps(_finite(stamped), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError:
+            self.close()
+
+    def close(self) -> None:
+        """Write no more."""
+        file, self._file = self._file, None
+        if file is not None:
+            try:
+                file.close()
+            except OSError:
+                return
+
+    def settle(self, place: Path | None) -> None:
+        """Move the finished log to `place`; without one, remove it unless a matrix was compressed."""
+        try:
+            if place is not None:
+                self.path.replace(place)
+            elif not self._matrices:
+                self.path.unlink(missing_ok=True)
+        except OSError:
+            return
+
+
+def append(folder: Path, line: Mapping[str, Any]) -> None:
+    """Add a line to the log in `folder`; nothing happens where the folder cannot be written."""
+    stamped = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **line}
+    try:
+        with (folder / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(stamped), allow_nan=False) + "\n")
+    except OSError:
+        return
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Which folder stands there now: a result replaces it as a whole."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
