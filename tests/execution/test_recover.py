@@ -90,7 +90,7 @@ def interrupted_at(step):
     """A report that fails at the given step of the training."""
     seen = 0
 
-    def report(phase, done, total, note=""):
+    def report(phase, done, total, *more, **named):
         nonlocal seen
         seen += phase == "recovering"
         if seen == step:
