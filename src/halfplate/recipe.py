@@ -16,6 +16,7 @@ from halfplate import methods
 from halfplate.allocation.candidates import CHOICES
 from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
+from halfplate.formats.rounding import GROUP
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern
@@ -32,7 +33,8 @@ class Recipe:
 
     method_options: the fields of the method's own configuration, e.g. `{"iterations": 20}`. pattern: `N:M`, `dense`, or `auto`
     for that of the method: `dense` where it drops no weights, else `2:4`. block_size: `auto` (planning
-    chooses), 0 for no wrappers, 1 for diagonal ones; for slim the rank. inputs: statistics of what the dense blocks see, or of what the compressed
+    chooses), 0 for no wrappers, 1 for diagonal ones; for slim the rank. group_size: columns that share a scale where the core lies on
+    a grid. inputs: statistics of what the dense blocks see, or of what the compressed
     ones before them make of it; then cross_damping is that of the correction towards the dense outputs, `none` for no
     correction. token_limit: tokens with more energy than so many times the median count as that. tune_block: steps of tuning
     each block against the dense one's output. budget, time_budget: share of the dense bytes, or of the dense linears' decode
@@ -48,6 +50,7 @@ class Recipe:
     block_size: int | Literal["auto"] = "auto"
     core_dtype: str = "bf16"
     wrapper_dtype: str = "bf16"
+    group_size: int = GROUP
     calibration: str = "self"
     samples: int = 64
     seq_len: int = 512
@@ -134,6 +137,11 @@ class Recipe:
                 f"block_size={block} needs a method with wrappers, and {self.method!r} has none; try --method armor or --block-size 0"
             )
         method.check_spec(self.spec(1, pattern.m, block))
+        if self.group_size != GROUP and self.core_dtype not in GRIDS and not self.budgeted:
+            raise HalfplateError(
+                f"group_size={self.group_size} is for cores on a grid, and core_dtype={self.core_dtype!r} has no scales; "
+                f"leave it out or use {', '.join(GRIDS)}"
+            )
         if pattern.is_dense and self.core_dtype not in GRIDS:
             raise HalfplateError(
                 f"core_dtype={self.core_dtype!r} makes pattern dense no smaller than the model; use {' or '.join(GRIDS)}"
@@ -142,7 +150,18 @@ class Recipe:
     def spec(self, d_out: int, d_in: int, block: int) -> WeightSpec:
         """How a matrix is stored: wrappers of the size `block`, or a low-rank part of as many bytes, as the method has it."""
         wrapper, rank = (0, block) if methods.method_class(self.method).low_rank else (block, 0)
-        return WeightSpec(d_out, d_in, self.parsed_pattern, self.core_dtype, wrapper, wrapper, self.wrapper_dtype, rank)
+        return WeightSpec(
+            d_out,
+            d_in,
+            self.parsed_pattern,
+            self.core_dtype,
+            wrapper,
+            wrapper,
+            self.wrapper_dtype,
+            rank,
+            self.create_method().permutes,
+            self.group_size,
+        )
 
     @property
     def parsed_pattern(self) -> Pattern:

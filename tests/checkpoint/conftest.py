@@ -26,7 +26,7 @@ VARIETY: list[dict[str, Any]] = [
     {"pattern": Pattern(2, 4), "out_block": 10, "in_block": 24},
     {"pattern": Pattern(4, 8), "out_block": 64, "in_block": 64},
     {"pattern": Pattern(1, 8), "core_dtype": "fp16", "wrapper_dtype": "fp32", "out_block": 8, "in_block": 8},
-    {"pattern": Pattern(2, 4), "core_dtype": "fp32", "rank": 6},
+    {"pattern": Pattern(2, 4), "core_dtype": "fp32", "rank": 6, "permuted": True},
     {"pattern": Pattern(1, 4), "wrapper_dtype": "fp16", "out_block": 1, "in_block": 1},
     {"pattern": Pattern(1, 2), "in_block": 4},
     {"pattern": Pattern(3, 16), "out_block": 5},
@@ -36,7 +36,7 @@ VARIETY: list[dict[str, Any]] = [
     {"pattern": DENSE, "core_dtype": "int4", "in_block": 64, "wrapper_dtype": "int8"},
     {"pattern": Pattern(5, 16), "core_dtype": "int4", "out_block": 1, "in_block": 1, "wrapper_dtype": "int8"},
     {"pattern": DENSE, "core_dtype": "bf16"},
-    {"pattern": Pattern(7, 16), "core_dtype": "int8"},
+    {"pattern": Pattern(7, 16), "core_dtype": "int8", "permuted": True, "group": 32},
 ]
 
 
@@ -47,7 +47,7 @@ def compress_linear(linear: nn.Linear, options: dict[str, Any], seed: int) -> Co
     weight = linear.weight.detach()
     groups = weight.abs().reshape(spec.d_out, -1, spec.pattern.m)
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(spec.pattern.n).indices, True)
-    core = NMSparse.from_dense(weight, mask.reshape(weight.shape), spec.pattern, spec.core_dtype)
+    core = NMSparse.from_dense(weight, mask.reshape(weight.shape), spec.pattern, spec.core_dtype, spec.group)
     wrappers = []
     for size, block in ((spec.d_out, spec.out_block), (spec.d_in, spec.in_block)):
         noise = 0.05 * torch.randn(-(-size // max(block, 1)), block, block, generator=generator)
@@ -58,7 +58,8 @@ def compress_linear(linear: nn.Linear, options: dict[str, Any], seed: int) -> Co
     if spec.rank:
         factors = (torch.randn(size, generator=generator) for size in ((spec.d_out, spec.rank), (spec.rank, spec.d_in)))
         added = LowRank.rounded(*factors, spec.wrapper_dtype)
-    return CompressedLinear.from_weight(Chain(spec, core, *wrappers, added), spec, linear.bias)
+    order = torch.randperm(spec.d_in, generator=generator).to(torch.int16) if spec.permuted else None
+    return CompressedLinear.from_weight(Chain(spec, core, *wrappers, added, order), spec, linear.bias)
 
 
 def compress_by_hand(model: PreTrainedModel, variety: Sequence[dict[str, Any]] = VARIETY) -> dict[str, WeightSpec]:

@@ -231,6 +231,24 @@ def test_invalid_codes_and_scales_are_refused(written: Any, part: str, value: fl
     refused(one.folder, rf"{NAME}\.{part} {complaint}", every)
 
 
+def test_an_order_of_inputs_that_is_none_is_refused(written: Any) -> None:
+    one = written(variety=[{"core_dtype": "int8", "permuted": True}])
+    part, complaint = f"{NAME}.weight_permutation", rf"{NAME}\.weight_permutation"
+    good = load_file(one.folder / "model.safetensors")[part]
+    for value in (-1, 32, int(good[1])):
+        edit_tensors(one.folder, lambda tensors, value=value: tensors[part].view(-1)[:1].fill_(value))
+        refused(one.folder, rf"{complaint} is no permutation of 0 to 31", every)
+    for bad, words in (
+        (good.int(), r" in .*int32 .* expected int16"),
+        (good[:-1], r" in .*\(31,\)"),
+        (None, " is missing"),
+    ):
+        edit_tensors(one.folder, lambda tensors: tensors.pop(part, None))
+        if bad is not None:
+            edit_tensors(one.folder, lambda tensors, bad=bad: tensors.update({part: bad}))
+        refused(one.folder, complaint + words, (*every, inspect_checkpoint))
+
+
 @pytest.mark.parametrize("part", ["weight_scales", "weight_out_scales", "weight_in_scales"])
 def test_missing_scales_are_named(written: Any, part: str) -> None:
     one = written(variety=GRID)

@@ -44,6 +44,9 @@ WIDE: list[dict[str, Any]] = [
     {"pattern": DENSE, "core_dtype": "int2"},
     {"pattern": Pattern(5, 11), "core_dtype": "int3"},
     {"pattern": DENSE, "core_dtype": "bf16", "in_block": 7},
+    {"pattern": DENSE, "core_dtype": "int4", "group": 64, "permuted": True},
+    {"core_dtype": "int3", "group": 32, "in_block": 8, "permuted": True},
+    {"pattern": Pattern(5, 11), "core_dtype": "int4", "group": 64},
 ]
 
 

@@ -49,6 +49,8 @@ def test_quiet_table(halfplate, tiny_folder, tmp_path):
         ("armor", ["--core-dtype", "int4", "--wrapper-dtype", "int8"]),
         ("rtn", ["--core-dtype", "int4"]),
         ("gptq", ["--core-dtype", "int3"]),
+        ("gptq", ["--core-dtype", "int4", "--group-size", "32"]),
+        ("ria", ["--option", "permute=true"]),
         ("rtn", ["--core-dtype", "int8", "--pattern", "dense"]),
     ],
 )

@@ -14,6 +14,7 @@ INT8 = WeightSpec(5, 132, core_dtype="int8", out_block=2, in_block=8, wrapper_dt
 INT4 = WeightSpec(5, 12, core_dtype="int4", out_block=2)
 ODD = WeightSpec(5, 12, Pattern(1, 4), "int4")
 DENSE4 = WeightSpec(3, 7, DENSE, "int4")
+PERMUTED = WeightSpec(3, 40, core_dtype="int4", in_block=8, permuted=True, group=32)
 
 
 def stored(spec: WeightSpec) -> dict[str, Tensor]:
@@ -28,12 +29,14 @@ def stored(spec: WeightSpec) -> dict[str, Tensor]:
         else None
         for size, block in ((spec.d_out, spec.out_block), (spec.d_in, spec.in_block))
     ]
-    tensors = Chain(spec, NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype), *wrappers).tensors()
+    core = NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype, spec.group)
+    order = torch.randperm(spec.d_in, generator=generator).to(torch.int16) if spec.permuted else None
+    tensors = Chain(spec, core, *wrappers, permutation=order).tensors()
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
-    "spec", [INT8, INT4, ODD, DENSE4, WeightSpec(3, 8, core_dtype="fp32"), WeightSpec(3, 5, DENSE)]
+    "spec", [INT8, INT4, ODD, DENSE4, PERMUTED, WeightSpec(3, 8, core_dtype="fp32"), WeightSpec(3, 5, DENSE)]
 )
 def test_what_is_written_passes(spec: WeightSpec) -> None:
     tensors = stored(spec)
@@ -59,6 +62,9 @@ def test_what_is_written_passes(spec: WeightSpec) -> None:
         (ODD, "weight", 0x80, "has padding bits that are not 0"),
         (DENSE4, "weight", 0x10, "has padding bits that are not 0"),
         (WeightSpec(3, 8), "weight", torch.nan, "holds NaN or inf"),
+        (PERMUTED, "weight_permutation", -1, "is no permutation of 0 to 39"),
+        (PERMUTED, "weight_permutation", 40, "is no permutation of 0 to 39"),
+        (PERMUTED, "weight_permutation", 32767, "is no permutation of 0 to 39"),
     ],
 )
 def test_one_wrong_value_is_refused(spec: WeightSpec, part: str, value: float, complaint: str) -> None:
@@ -69,13 +75,20 @@ def test_one_wrong_value_is_refused(spec: WeightSpec, part: str, value: float, c
     assert "\n" not in str(raised.value)
 
 
+def test_an_input_that_is_named_twice_is_refused() -> None:
+    tensors = stored(PERMUTED)
+    tensors["weight_permutation"][3] = tensors["weight_permutation"][4]
+    with pytest.raises(HalfplateError, match=r"^up\.weight_permutation is no permutation"):
+        check_stored(PERMUTED, tensors, "up")
+
+
 def test_a_code_of_0_is_one_of_int4() -> None:
     tensors = stored(INT4)
     tensors["weight"].fill_(0)
     check_stored(INT4, tensors, "up")
 
 
-@given(st.sampled_from([ODD, DENSE4, INT4, INT8]), st.data())
+@given(st.sampled_from([ODD, DENSE4, INT4, INT8, PERMUTED]), st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_bytes_pass_or_are_refused_and_what_passes_is_finite(spec: WeightSpec, data: st.DataObject) -> None:
     tensors = stored(spec)

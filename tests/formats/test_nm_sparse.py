@@ -13,7 +13,9 @@ PATTERNS = st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (2, 5), (4, 8), (1, 
 DTYPES = st.sampled_from(["fp32", "bf16", "fp16"])
 
 
-def random_sparse(d_out: int, groups: int, pattern: Pattern, name: str, seed: int) -> tuple[Tensor, Tensor, NMSparse]:
+def random_sparse(
+    d_out: int, groups: int, pattern: Pattern, name: str, seed: int, shared: int = 128
+) -> tuple[Tensor, Tensor, NMSparse]:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(d_out, groups * pattern.m, generator=generator)
     mask = torch.zeros(d_out, groups, pattern.m, dtype=torch.bool)
@@ -21,7 +23,7 @@ def random_sparse(d_out: int, groups: int, pattern: Pattern, name: str, seed: in
         for group in range(groups):
             mask[row, group, torch.randperm(pattern.m, generator=generator)[: pattern.n]] = True
     mask = mask.reshape(d_out, -1)
-    return weight, mask, NMSparse.from_dense(weight, mask, pattern, name)
+    return weight, mask, NMSparse.from_dense(weight, mask, pattern, name, shared)
 
 
 @given(PATTERNS, st.integers(1, 5), st.integers(1, 7), DTYPES, st.integers(0, 99))
@@ -75,26 +77,33 @@ def test_gradients_reach_the_values(nm: tuple[int, int]) -> None:
 GRID_PATTERNS = st.sampled_from([(2, 4), (1, 4), (2, 5), (4, 8), (7, 16), (3, 12), (1, 1)])
 
 
-@given(GRID_PATTERNS, st.integers(1, 4), st.integers(1, 300), st.sampled_from(sorted(GRIDS)), st.integers(0, 99))
+@given(
+    GRID_PATTERNS,
+    st.integers(1, 4),
+    st.integers(1, 300),
+    st.sampled_from(sorted(GRIDS)),
+    st.integers(0, 99),
+    st.sampled_from([32, 64, 128]),
+)
 @settings(max_examples=60, deadline=None)
-def test_codes_and_scales_are_those_of_each_row_and_128_columns(
-    nm: tuple[int, int], d_out: int, d_in: int, name: str, seed: int
+def test_codes_and_scales_are_those_of_each_row_and_group_of_columns(
+    nm: tuple[int, int], d_out: int, d_in: int, name: str, seed: int, shared: int
 ) -> None:
     pattern = Pattern(*nm)
     groups = -(-d_in // pattern.m)
-    weight, mask, sparse = random_sparse(d_out, groups, pattern, name, seed)
-    spec = WeightSpec(d_out, groups * pattern.m, pattern, name)
+    weight, mask, sparse = random_sparse(d_out, groups, pattern, name, seed, shared)
+    spec = WeightSpec(d_out, groups * pattern.m, pattern, name, group=shared)
     tensors = sparse.tensors()
     assert {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in tensors.items()} == spec.layout()
     assert torch.equal(sparse.mask(), mask)
-    # By indexing alone: the value of a column is its q times the scale of its 128 columns.
+    # By indexing alone: the value of a column is its q times the scale of its columns.
     dense, scales = torch.zeros_like(weight), tensors["weight_scales"].float()
     for row in range(d_out):
         for k, column in enumerate(sparse.columns()[row].tolist()):
-            dense[row, column] = sparse.integers()[row, k] * scales[row, column // 128]
+            dense[row, column] = sparse.integers()[row, k] * scales[row, column // shared]
     assert torch.equal(sparse.dense(), dense)
     # No other choice of q does better.
-    step = scales.repeat_interleave(128, 1)[:, : weight.shape[1]]
+    step = scales.repeat_interleave(shared, 1)[:, : weight.shape[1]]
     half = 2 ** (int(name.removeprefix("int")) - 1)
     lowest, highest = (-127, 127) if name == "int8" else (-half, half - 1)
     best = torch.where(step > 0, weight / step, 0).round().clamp(lowest, highest) * step

@@ -22,12 +22,25 @@ GOOD = WeightSpec(10, 12, out_block=4, in_block=8).to_json()
     st.integers(0, 40),
     st.sampled_from(CORE_DTYPES),
     st.sampled_from(WRAPPER_DTYPES),
+    st.booleans(),
+    st.sampled_from([32, 64, 128]),
 )
 @settings(max_examples=60, deadline=None)
 def test_json_round_trip(
-    nm: tuple[int, int], d_out: int, groups: int, out_block: int, in_groups: int, core: str, wrapper: str
+    nm: tuple[int, int],
+    d_out: int,
+    groups: int,
+    out_block: int,
+    in_groups: int,
+    core: str,
+    wrapper: str,
+    permuted: bool,
+    group: int,
 ) -> None:
-    spec = WeightSpec(d_out, groups * nm[1], Pattern(*nm), core, out_block, in_groups * nm[1], wrapper)
+    d_in = groups * nm[1]
+    spec = WeightSpec(
+        d_out, d_in, Pattern(*nm), core, out_block, in_groups * nm[1], wrapper, permuted=permuted, group=group
+    )
     assert WeightSpec.from_json(json.loads(json.dumps(spec.to_json())), "m") == spec
     assert spec.nbytes == sum(
         torch.empty(shape, dtype=dtype, device="meta").nbytes for shape, dtype in spec.layout().values()
@@ -46,6 +59,8 @@ def test_the_entry_of_the_contract() -> None:
         "wrapper_dtype": "bf16",
     }
     assert WeightSpec(10, 12).to_json()["format"] == "nm"
+    more = WeightSpec(10, 12, permuted=True, group=64).to_json()
+    assert more == WeightSpec(10, 12).to_json() | {"permuted": True, "group": 64}
 
 
 def test_the_layout_of_the_contract() -> None:
@@ -72,8 +87,16 @@ def test_the_layout_of_codes() -> None:
         "weight": ((1, 10, 129), torch.uint8),
         "weight_scales": ((10, 2), torch.float16),
     }
+    assert WeightSpec(10, 172, core_dtype="int4", group=64).layout()["weight_scales"] == ((10, 3), torch.float16)
     assert WeightSpec(10, 1, DENSE, "int4").layout()["weight"] == ((1, 10, 1), torch.uint8)
     assert WeightSpec(10, 7, DENSE).layout() == {"weight": ((1, 10, 7), torch.bfloat16)}
+
+
+@pytest.mark.parametrize(("d_in", "dtype"), [(32768, torch.int16), (32772, torch.int32)])
+def test_the_layout_of_an_order_of_inputs(d_in: int, dtype: torch.dtype) -> None:
+    plain, permuted = WeightSpec(10, d_in), WeightSpec(10, d_in, permuted=True)
+    assert permuted.layout() == plain.layout() | {"weight_permutation": ((d_in,), dtype)}
+    assert permuted.nbytes == plain.nbytes + d_in * dtype.itemsize
 
 
 def test_the_format_of_dense_cores() -> None:
@@ -91,6 +114,7 @@ def test_the_format_of_dense_cores() -> None:
         ({"d_in": 0}, "d_in=0"),
         ({"d_in": -4}, "d_in=-4"),
         ({"d_in": 10}, "d_in=10 is not a multiple of M=4"),
+        ({"group": 48}, "group_size=48 is not one of 32, 64, 128"),
         ({"core_dtype": "fp8"}, "core_dtype='fp8'"),
         ({"wrapper_dtype": "int4"}, "wrapper_dtype='int4' is not one of fp32, bf16, fp16, int8"),
     ],
@@ -126,6 +150,12 @@ HOSTILE = [
     GOOD | {"format": "nm"},
     GOOD | {"format": None},
     GOOD | {"extra": 1},
+    GOOD | {"permuted": 1},
+    GOOD | {"permuted": None},
+    GOOD | {"group": True},
+    GOOD | {"group": 64.0},
+    GOOD | {"group": 0},
+    GOOD | {"group": "64"},
     {key: value for key, value in GOOD.items() if key != "core_dtype"},
     {key: value for key, value in GOOD.items() if key != "in_block"},
 ]

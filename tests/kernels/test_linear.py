@@ -222,6 +222,9 @@ def test_a_wrong_shape_is_refused():
 def test_patterns_without_kernels_say_so():
     assert "pattern 4:8" in linear.unsupported(WeightSpec(8, 16, Pattern(4, 8)))
     assert linear.unsupported(WeightSpec(8, 16)) is None
+    assert "order" in linear.unsupported(WeightSpec(8, 16, permuted=True))
+    assert "scales of 64 columns, only of 128" in linear.unsupported(WeightSpec(8, 16, core_dtype="int4", group=64))
+    assert linear.unsupported(WeightSpec(8, 16, group=64)) is None  # a core without scales
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

@@ -26,16 +26,17 @@ CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 @dataclass(frozen=True)
 class Row:
-    """A method, its options, the block size of its wrappers (0: it has none) and the type of its core."""
+    """A method, its options, the block size of its wrappers (0: it has none), the type of its core and the columns of a scale."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     block: int = 0
     core_dtype: str = "bf16"
+    group: int = 128
 
     def __str__(self) -> str:
         options = (f"{key}={value}" for key, value in self.options.items())
-        return "-".join([self.name, *options, f"block={self.block}", self.core_dtype])
+        return "-".join([self.name, *options, f"block={self.block}", self.core_dtype, f"group={self.group}"])
 
 
 METHODS_UNDER_TEST = [
@@ -43,6 +44,8 @@ METHODS_UNDER_TEST = [
     Row("wanda"),
     Row("ria"),
     Row("ria", {"power": 0.0}),
+    Row("ria", {"permute": True}),
+    Row("ria", {"permute": True}, core_dtype="int4", group=32),
     Row("nowag"),
     Row("sparsegpt"),
     Row("sparsegpt", {"damping": 0.0, "column_block": 8}),
@@ -58,6 +61,10 @@ METHODS_UNDER_TEST = [
     Row("slim", core_dtype="int8"),
     Row("gptq", core_dtype="int8"),
     Row("gptq", core_dtype="int3"),
+    Row("gptq", core_dtype="int4", group=32),
+    Row("rtn", core_dtype="int4", group=32),
+    Row("sparsegpt", core_dtype="int4", group=32),
+    Row("armor", {"iterations": 3}, block=8, core_dtype="int4", group=32),
     Row("example"),  # the walk-through of CONTRIBUTING.md
 ]
 every_row = pytest.mark.parametrize("row", METHODS_UNDER_TEST, ids=str)
@@ -85,7 +92,17 @@ def spec_for(row: Row, pattern: Pattern = TWO_FOUR, core_dtype: str | None = Non
         pattern = DENSE
     block = -(-row.block // pattern.m) * pattern.m  # wrappers of inputs hold whole groups
     wrapper, rank = (0, block) if method_class(row.name).low_rank else (block, 0)
-    return WeightSpec(D_OUT, D_IN, pattern, core_dtype or row.core_dtype, wrapper, wrapper, rank=rank)
+    return WeightSpec(
+        D_OUT,
+        D_IN,
+        pattern,
+        core_dtype or row.core_dtype,
+        wrapper,
+        wrapper,
+        rank=rank,
+        permuted=create(row.name, **row.options).permutes,
+        group=row.group,
+    )
 
 
 def random_weight(seed: int = 0) -> Tensor:
@@ -323,6 +340,11 @@ def test_what_does_not_fit_is_refused(row: Row) -> None:
     if not row.block:
         with pytest.raises(HalfplateError, match=rf"block_size=8 asks for wrappers, which method '{row.name}' has not"):
             compress(row, weight, statistics, replace(spec, in_block=8))
+    if not spec.permuted:
+        with pytest.raises(
+            HalfplateError, match=rf"permuted=True asks for an order .* method '{row.name}' as configured"
+        ):
+            compress(row, weight, statistics, replace(spec, permuted=True))
 
 
 @every_row

@@ -17,6 +17,8 @@ SPECS = [
     WeightSpec(20, 24, Pattern(2, 4), "int8", 8, 16, "int8"),
     WeightSpec(20, 24, Pattern(1, 4), "int4", 16, 0),
     WeightSpec(20, 24, Pattern(1, 1), "int4", 8, 8),
+    WeightSpec(20, 72, Pattern(2, 4), "int4", 8, 8, group=32),
+    WeightSpec(20, 72, Pattern(2, 4), "bf16", 0, 0, permuted=True),
 ]
 
 
@@ -24,7 +26,8 @@ def linear_of(spec, bias=True):
     weight = torch.randn(spec.d_out, spec.d_in, generator=torch.Generator().manual_seed(1))
     x = torch.randn(200, spec.d_in, generator=torch.Generator().manual_seed(2)).double()
     gram = x.T @ x / len(x)
-    solution = create("armor", iterations=2).compress(weight, InputStatistics(200, gram.diagonal().float(), gram), spec)
+    method = create("ria", permute=True) if spec.permuted else create("armor", iterations=2)
+    solution = method.compress(weight, InputStatistics(200, gram.diagonal().float(), gram), spec)
     return CompressedLinear.from_weight(solution.weight, spec, torch.randn(spec.d_out) if bias else None)
 
 

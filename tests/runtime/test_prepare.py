@@ -1,6 +1,7 @@
 """Accelerated models: the same numbers, the same state dictionary, traced whole, taken back bit for bit."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,15 +21,17 @@ IDS = torch.arange(3, 20)[None]
 SPARSE = Pattern(2, 4)
 
 
-def compressed(model, core_dtype="bf16", pattern=SPARSE):
+def compressed(model, core_dtype="bf16", pattern=SPARSE, **more):
     """Every linear of the blocks as a bare core."""
     from halfplate.methods.base import store
 
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and ".layers." in name:
             weight = module.weight.detach()
-            spec = WeightSpec(*weight.shape, pattern, core_dtype)
+            spec = WeightSpec(*weight.shape, pattern, core_dtype, **more)
             chain = store(weight, keep_largest(weight.abs(), pattern), spec)
+            if spec.permuted:
+                chain = replace(chain, permutation=torch.randperm(spec.d_in).to(torch.int16))
             replace_linear(model, name, CompressedLinear.from_weight(chain, spec, module.bias))
     return model
 
@@ -89,13 +92,21 @@ def test_int8_activations_are_for_grids_and_near(tiny_model):
     assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-def test_what_has_no_kernel_keeps_the_torch_path_and_says_why(tiny_model):
-    model = compressed(tiny_model(), pattern=Pattern(4, 8))
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"pattern": Pattern(4, 8)}, "pattern 4:8"),
+        ({"permuted": True}, "inputs in an order of the matrix's own"),
+        ({"core_dtype": "int4", "group": 64}, "scales of 64 columns, only of 128"),
+    ],
+)
+def test_what_has_no_kernel_keeps_the_torch_path_and_says_why(tiny_model, options, reason):
+    model = compressed(tiny_model(), **options)
     with torch.no_grad():
         expected = model(IDS).logits
         report = accelerate(model)
         torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
-    assert "14 linears: torch (no kernel for pattern 4:8)" in str(report)
+    assert f"14 linears: torch (no kernel for {reason})" in str(report)
     assert "is not in kernel layout" in report.decoder
     assert str(explain(model)) == str(report)
 

@@ -115,6 +115,7 @@ def test_reasons_to_stay():
     assert prepare(random_linear(WeightSpec(32, 64))) == "semi-structured products need a CUDA device, not cpu"
     assert "pattern 2:4, not 4:8" in unsupported(WeightSpec(32, 64, Pattern(4, 8)))
     assert "fp32" in unsupported(WeightSpec(32, 64, core_dtype="fp32"))
+    assert "order" in unsupported(WeightSpec(32, 64, permuted=True))
     assert unsupported(WeightSpec(32, 64, core_dtype="fp16")) is None
 
 

@@ -21,6 +21,7 @@ FIELDS = (
     ),
     ("--block-size", "N", "blocks of the wrappers: auto (default), 0 for none, 1 for diagonal"),
     ("--core-dtype", "TYPE", "element type of the kept values: bf16 (default), fp16, fp32, int8, int4, int3 or int2"),
+    ("--group-size", "N", "columns that share a scale where the core is int8 to int2: 128 (default), 64 or 32"),
     ("--wrapper-dtype", "TYPE", "element type of the wrappers: bf16 (default), fp16, fp32 or int8"),
     ("--calibration", "SRC", "self (default: the model's own text), a .txt/.jsonl file, also .gz, or a Hub data set"),
     ("--samples", "N", "calibration sequences (default 64)"),

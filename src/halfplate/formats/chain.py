@@ -1,4 +1,4 @@
-"""A · S · B + L · R: a core between optional block-diagonal wrappers, and what may be added to it."""
+"""A · S · B + L · R: a core between optional block-diagonal wrappers, what may be added to it, and the order of its inputs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from halfplate.formats.block_diagonal import BlockDiagonal
 from halfplate.formats.low_rank import LowRank
 from halfplate.formats.nm_sparse import NMSparse
 from halfplate.formats.spec import WeightSpec
-from halfplate.pattern import DENSE
 
 
 @dataclass(frozen=True, eq=False)
 class Chain:
     """The matrix `out · core · in + added`, applied from the right; a missing wrapper is the identity.
 
-    spec: how it is stored.
+    spec: how it is stored. permutation: int16 or int32 (d_in,), the input that each column of that matrix multiplies; None
+    where they are in order. y = W x = (W P)(Pᵀ x): inputs are put in that order before anything else.
     """
 
     spec: WeightSpec
@@ -25,6 +25,7 @@ class Chain:
     out_wrapper: BlockDiagonal | None = None
     in_wrapper: BlockDiagonal | None = None
     added: LowRank | None = None
+    permutation: Tensor | None = None
 
     @classmethod
     def from_tensors(cls, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> "Chain":
@@ -36,13 +37,8 @@ class Chain:
             for side, block in (("out", spec.out_block), ("in", spec.in_block))
         }
         added = LowRank(tensors["weight_left"], tensors["weight_right"]) if spec.rank else None
-        return cls(spec, NMSparse.from_tensors(spec, tensors), wrappers["out"], wrappers["in"], added)
-
-    @classmethod
-    def of_dense(cls, weight: Tensor, core_dtype: str) -> "Chain":
-        """A dense `weight` (d_out, d_in) in the type `core_dtype`; HalfplateError where that cannot hold a value."""
-        spec = WeightSpec(weight.shape[0], weight.shape[1], DENSE, core_dtype)
-        return cls(spec, NMSparse.from_dense(weight, None, DENSE, core_dtype))
+        permutation = tensors["weight_permutation"] if spec.permuted else None
+        return cls(spec, NMSparse.from_tensors(spec, tensors), wrappers["out"], wrappers["in"], added, permutation)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,7 +47,7 @@ class Chain:
     @property
     def nbytes(self) -> int:
         parts = (self.core, self.out_wrapper, self.in_wrapper, self.added)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(part.nbytes for part in (*parts, self.permutation) if part is not None)
 
     def tensors(self) -> dict[str, Tensor]:
         """Stored tensors by their name below the module."""
@@ -59,7 +55,9 @@ class Chain:
         for side, wrapper in (("out", self.out_wrapper), ("in", self.in_wrapper)):
             if wrapper is not None:
                 tensors |= wrapper.tensors(side)
-        return tensors if self.added is None else tensors | self.added.tensors()
+        if self.added is not None:
+            tensors |= self.added.tensors()
+        return tensors if self.permutation is None else tensors | {"weight_permutation": self.permutation}
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix it stands for: (d_out, d_in)."""
@@ -71,11 +69,18 @@ class Chain:
             product = self.in_wrapper.transposed(dtype).forward(product)
         if self.added is not None:
             product = product + self.added.dense(dtype)
-        return product.contiguous()
+        return product.contiguous() if self.permutation is None else unpermuted(product, self.permutation)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) to x (A S B + L R)ᵀ (..., d_out), in the dtype of `x`."""
+        if self.permutation is not None:
+            x = x[..., self.permutation.long()]
         y = self.core.forward(x if self.in_wrapper is None else self.in_wrapper.forward(x))
         if self.out_wrapper is not None:
             y = self.out_wrapper.forward(y)
         return y if self.added is None else y + self.added.forward(x)
+
+
+def unpermuted(matrix: Tensor, permutation: Tensor) -> Tensor:
+    """The columns of `matrix` (d_out, d_in) back in the order of the inputs that they multiply."""
+    return matrix[:, permutation.long().argsort()]

@@ -15,7 +15,7 @@ def check_stored(spec: WeightSpec, tensors: Mapping[str, Tensor], name: str) -> 
     """Raise HalfplateError unless every tensor of the matrix `name` holds values that the format allows.
 
     tensors: by name below the module, in the shapes and types of `spec.layout()`, a bias among them or not; those on the
-    meta device pass. Positions rise, codes are in range, padding is 0, scales are 0 or more, and all numbers are finite.
+    meta device pass. Positions rise, permutations are some, codes are in range, padding is 0, scales are 0 or more, and all numbers are finite.
     """
     for part, tensor in tensors.items():
         if not tensor.is_meta:
@@ -35,6 +35,11 @@ def check_part(spec: WeightSpec, part: str, tensor: Tensor, name: str) -> None:
         check_positions(tensor, spec.pattern.kept(spec.d_in), spec.pattern, name)
     elif part == "weight":
         _check_codes(spec, tensor.reshape(spec.d_out, -1), name)
+    elif part == "weight_permutation":
+        if not torch.equal(tensor.long().sort().values, torch.arange(spec.d_in, device=tensor.device)):
+            raise HalfplateError(
+                f"{name} is no permutation of 0 to {spec.d_in - 1}; the file is damaged, write it again"
+            )
     elif tensor.dtype == torch.int8 and bool((tensor == -128).any()):
         raise HalfplateError(f"{name} holds -128, expected -127 to 127; the file is damaged, write it again")
 

@@ -17,11 +17,12 @@ from halfplate.pattern import Pattern
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """What turns codes into values: fp16 scales (d_out, ceil(d_in / 128)), bits of a code, and codes in a row."""
+    """What turns codes into values: fp16 scales (d_out, ceil(d_in / group)), bits of a code, codes in a row, columns of a scale."""
 
     scales: Tensor
     bits: int
     count: int
+    group: int = GROUP
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,31 +39,40 @@ class NMSparse:
     grid: Grid | None = None
 
     @classmethod
-    def from_dense(cls, weight: Tensor, mask: Tensor | None, pattern: Pattern, core_dtype: str) -> "NMSparse":
+    def from_dense(
+        cls, weight: Tensor, mask: Tensor | None, pattern: Pattern, core_dtype: str, group: int = GROUP
+    ) -> "NMSparse":
         """Keep `weight` (d_out, d_in) where the boolean `mask` has exactly N true entries in each group, and round it.
 
-        mask: None if the pattern is dense. Raises HalfplateError where a kept value is too large for `core_dtype`.
+        mask: None if the pattern is dense. group: columns that share a scale, on a grid. Raises HalfplateError where a kept value
+        is too large for `core_dtype`.
         """
         values, positions, index = _kept(weight, mask, pattern)
         if core_dtype not in GRIDS:
             return cls(round_to_float(values, core_dtype, "core_dtype"), index, pattern)
         bits = GRIDS[core_dtype]
-        if GROUP % pattern.m == 0:
-            integers, scales = round_to_grid(values, bits, GROUP // pattern.m * pattern.n, core_dtype)
+        if group % pattern.m == 0:
+            integers, scales = round_to_grid(values, bits, group // pattern.m * pattern.n, core_dtype)
         else:  # groups straddle the columns of two scales; zeros change neither scale nor error
             assert positions is not None, "a dense pattern straddles nothing"
             assert mask is not None, "a sparse pattern needs its mask"
-            integers, scales = round_to_grid(weight.masked_fill(~mask, 0), bits, GROUP, core_dtype)
+            integers, scales = round_to_grid(weight.masked_fill(~mask, 0), bits, group, core_dtype)
             integers = integers.reshape(len(weight), -1, pattern.m).gather(-1, positions).reshape(len(weight), -1)
-        return cls._of_integers(integers, scales, index, pattern, bits)
+        return cls._of_integers(integers, scales, index, pattern, bits, group)
 
     @classmethod
     def from_codes(
-        cls, integers: Tensor, scales: Tensor, mask: Tensor | None, pattern: Pattern, core_dtype: str
+        cls,
+        integers: Tensor,
+        scales: Tensor,
+        mask: Tensor | None,
+        pattern: Pattern,
+        core_dtype: str,
+        group: int = GROUP,
     ) -> "NMSparse":
         """Store numbers that already lie on a grid, as they are.
 
-        integers: q, int8 (d_out, d_in). scales: fp16 (d_out, ceil(d_in / 128)). mask: bool (d_out, d_in) with exactly N true
+        integers: q, int8 (d_out, d_in). scales: fp16 (d_out, ceil(d_in / group)). mask: bool (d_out, d_in) with exactly N true
         entries in each group, None if the pattern is dense. Raises HalfplateError where a q is no code of `core_dtype`, or a
         scale is not finite.
         """
@@ -78,21 +88,22 @@ class NMSparse:
                 f"core_dtype={core_dtype!r} cannot hold a scale above {torch.finfo(torch.float16).max:.3g}; use bf16"
             )
         values, _, index = _kept(integers, mask, pattern)
-        return cls._of_integers(values, scales, index, pattern, bits)
+        return cls._of_integers(values, scales, index, pattern, bits, group)
 
     @classmethod
     def _of_integers(
-        cls, integers: Tensor, scales: Tensor, index: Tensor | None, pattern: Pattern, bits: int
+        cls, integers: Tensor, scales: Tensor, index: Tensor | None, pattern: Pattern, bits: int, group: int
     ) -> "NMSparse":
         codes = pack(integers.to(torch.int16) + (1 << bits - 1), bits)
-        return cls(codes, index, pattern, Grid(scales, bits, integers.shape[1]))
+        return cls(codes, index, pattern, Grid(scales, bits, integers.shape[1], group))
 
     @classmethod
     def from_tensors(cls, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> "NMSparse":
         """Put the stored tensors of the core of a matrix, named as in `spec.layout()`, back together."""
         stored, grid = tensors["weight"].reshape(spec.d_out, -1), None
         if spec.core_dtype in GRIDS:
-            grid = Grid(tensors["weight_scales"], GRIDS[spec.core_dtype], spec.pattern.kept(spec.d_in))
+            kept = spec.pattern.kept(spec.d_in)
+            grid = Grid(tensors["weight_scales"], GRIDS[spec.core_dtype], kept, spec.group)
         return cls(stored, tensors.get("weight_index"), spec.pattern, grid)
 
     @property
@@ -118,7 +129,7 @@ class NMSparse:
         """The kept values: (d_out, kept), as stored, or exact in fp32 where they are on a grid."""
         if self.grid is None:
             return self.stored
-        return self.integers() * self.grid.scales.float().gather(1, self.columns() // GROUP)
+        return self.integers() * self.grid.scales.float().gather(1, self.columns() // self.grid.group)
 
     def integers(self) -> Tensor:
         """The q of each kept value on a grid: fp32 (d_out, kept)."""

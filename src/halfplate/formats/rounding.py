@@ -1,6 +1,7 @@
 """Rounding values to the types they are stored in: floating-point numbers, and numbers on a grid.
 
-A number on a grid is q · scale. Cores share one fp16 scale in each row and GROUP input columns; wrappers one in each row.
+A number on a grid is q · scale. Cores share one fp16 scale in each row and 128 (or 64, or 32) input columns; wrappers one in
+each row.
 """
 
 import torch
@@ -10,7 +11,8 @@ from torch.nn import functional
 from halfplate.dtypes import stored_dtype
 from halfplate.errors import HalfplateError
 
-GROUP = 128  # columns that share a scale
+GROUP = 128  # columns that share a scale where nothing else is said
+GROUPS = (32, 64, 128)
 SHRINKS = [1 - 0.4 * step / 15 for step in range(16)]  # of the scale that clips nothing
 CHUNK = 1 << 17  # values rounded at once: all passes over them stay in the cache
 

@@ -9,10 +9,12 @@ import torch
 from halfplate.dtypes import CORE_DTYPES, GRIDS, STORED, WRAPPER_DTYPES, check_dtype
 from halfplate.errors import HalfplateError
 from halfplate.formats.packing import packed_nbytes
-from halfplate.formats.rounding import GROUP
+from halfplate.formats.rounding import GROUP, GROUPS
 from halfplate.pattern import Pattern
 
 TWO_OF_FOUR = Pattern(2, 4)
+# Fields that the JSON leaves out where they have these values.
+OPTIONAL: dict[str, Any] = {"rank": 0, "permuted": False, "group": GROUP}
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,10 @@ class WeightSpec:
     """Shape, pattern, block sizes, rank and element types of one compressed matrix `A · S · B + L · R`.
 
     A block size of 0 means that the wrapper is absent, 1 that it is diagonal; a rank of 0 that nothing is added. core_dtype:
-    one of CORE_DTYPES, wrapper_dtype, which is also that of L and R, of WRAPPER_DTYPES (halfplate.dtypes). This is the entry of one matrix
-    under `quantization_config.modules` in `config.json`; `layout` derives every stored tensor from it.
+    one of CORE_DTYPES, wrapper_dtype, which is also that of L and R, of WRAPPER_DTYPES (halfplate.dtypes). permuted: whether
+    the inputs are taken in an order of the matrix's own. group: columns that share a scale where the core lies on a grid, one
+    of GROUPS (halfplate.formats.rounding); it says nothing of other cores. This is the entry of one matrix under
+    `quantization_config.modules` in `config.json`; `layout` derives every stored tensor from it.
     """
 
     d_out: int
@@ -32,6 +36,8 @@ class WeightSpec:
     in_block: int = 0
     wrapper_dtype: str = "bf16"
     rank: int = 0
+    permuted: bool = False
+    group: int = GROUP
 
     def __post_init__(self) -> None:
         check_dtype(self.core_dtype, "core_dtype", CORE_DTYPES)
@@ -43,6 +49,8 @@ class WeightSpec:
         for side in ("out_block", "in_block"):
             if getattr(self, side) < 0:
                 raise HalfplateError(f"{side}={getattr(self, side)} must be 0 (no wrapper) or a positive block size")
+        if self.group not in GROUPS:
+            raise HalfplateError(f"group_size={self.group} is not one of {', '.join(map(str, GROUPS))}")
         if self.rank < 0:
             raise HalfplateError(f"rank={self.rank} must be 0 (nothing added) or positive")
         if self.rank and self.wrapper_dtype not in STORED:
@@ -84,6 +92,8 @@ class WeightSpec:
         if self.rank:
             layout["weight_left"] = ((self.d_out, self.rank), STORED[self.wrapper_dtype])
             layout["weight_right"] = ((self.rank, self.d_in), STORED[self.wrapper_dtype])
+        if self.permuted:
+            layout["weight_permutation"] = ((self.d_in,), permutation_dtype(self.d_in))
         return layout
 
     def _core_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -98,7 +108,7 @@ class WeightSpec:
         if not self.pattern.is_dense:
             layout["weight_index"] = ((self.d_out, self.pattern.index_nbytes(self.d_in)), torch.uint8)
         if bits is not None:
-            layout["weight_scales"] = ((self.d_out, -(-self.d_in // GROUP)), torch.float16)
+            layout["weight_scales"] = ((self.d_out, -(-self.d_in // self.group)), torch.float16)
         return layout
 
     @property
@@ -115,8 +125,9 @@ class WeightSpec:
         """The JSON object that `from_json` reads back."""
         fields = asdict(self) | {"pattern": str(self.pattern), "shape": [self.d_out, self.d_in]}
         del fields["d_out"], fields["d_in"]
-        if not self.rank:
-            del fields["rank"]
+        for name, usual in OPTIONAL.items():
+            if fields[name] == usual:
+                del fields[name]
         return {"format": self.format} | fields
 
     @classmethod
@@ -125,12 +136,15 @@ class WeightSpec:
         try:
             fields = dict(entry)
             written, (d_out, d_in) = fields.pop("format"), fields.pop("shape")
-            if fields.keys() - {"rank"} != {"pattern", "core_dtype", "out_block", "in_block", "wrapper_dtype"}:
+            if fields.keys() - OPTIONAL.keys() != {"pattern", "core_dtype", "out_block", "in_block", "wrapper_dtype"}:
                 raise TypeError(f"its keys are {sorted(map(str, entry))}")
             fields["pattern"] = Pattern.parse(fields["pattern"])
-            integers = (d_out, d_in, fields["out_block"], fields["in_block"], fields.get("rank", 0))
+            given = OPTIONAL | fields
+            integers = (d_out, d_in, *(given[name] for name in ("out_block", "in_block", "rank", "group")))
             if not all(type(value) is int for value in integers):
-                raise TypeError("shape, block sizes and rank must be integers")
+                raise TypeError("shape, block sizes, rank and group must be integers")
+            if type(given["permuted"]) is not bool:
+                raise TypeError("permuted must be true or false")
             spec = cls(d_out=d_out, d_in=d_in, **fields)
         except (TypeError, ValueError, KeyError, HalfplateError) as error:
             raise HalfplateError(f"quantization_config.modules[{name!r}]={entry!r} cannot be read: {error}") from None
@@ -139,3 +153,8 @@ class WeightSpec:
                 f"quantization_config.modules[{name!r}].format={written!r} does not fit its pattern, block sizes and rank; expected {spec.format!r}"
             )
         return spec
+
+
+def permutation_dtype(d_in: int) -> torch.dtype:
+    """The smallest type that can number the inputs 0 to d_in - 1."""
+    return torch.int16 if d_in <= 1 << 15 else torch.int32

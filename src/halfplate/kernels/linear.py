@@ -25,6 +25,7 @@ from halfplate.formats.spec import WeightSpec
 from halfplate.kernels import native
 
 KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
+TILE = 128  # columns of a scale: as in src/runtime.h
 WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
 ACTIVATIONS = ("float", "int8")
 # From so many tokens on, the core is expanded and the vendor's matrix product does the work. Measured (RESULTS.md): with
@@ -81,6 +82,10 @@ def unsupported(spec: WeightSpec, activations: str = "float") -> str | None:
         return f"no kernel for wrapper_dtype={spec.wrapper_dtype!r}"
     if spec.rank:
         return "no kernel for a low-rank part"
+    if spec.permuted:
+        return "no kernel for inputs in an order of the matrix's own"
+    if spec.core_dtype in GRIDS and spec.group != TILE:
+        return f"no kernel for scales of {spec.group} columns, only of {TILE}"
     if str(spec.pattern) not in ("2:4", "dense"):
         return f"no kernel for pattern {spec.pattern}"
     return None

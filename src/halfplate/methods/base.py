@@ -38,6 +38,11 @@ class Method(ABC):
     version: ClassVar[int] = 1
 
     @property
+    def permutes(self) -> bool:
+        """Whether the result takes its inputs in an order of its own."""
+        return False
+
+    @property
     @abstractmethod
     def requires(self) -> Statistic:
         """The statistics that `compress` needs; calibration collects no more."""
@@ -59,6 +64,10 @@ class Method(ABC):
         if not self.low_rank and spec.rank:
             raise HalfplateError(
                 f"rank={spec.rank} asks for a low-rank part, which method {self.name!r} has not; use rank=0"
+            )
+        if spec.permuted and not self.permutes:
+            raise HalfplateError(
+                f"permuted=True asks for an order of the inputs, which method {self.name!r} as configured has not; use permuted=False"
             )
 
     def quick(self) -> "Method":
@@ -110,7 +119,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 def store(weight: Tensor, mask: Tensor, spec: WeightSpec) -> Chain:
     """Store `weight` (d_out, d_in) where `mask`, exactly N true a group, in the core dtype of `spec`, without wrappers.
 
-    A grid rounds to nearest, a scale for each row and 128 columns. Raises HalfplateError where a kept value is
+    A grid rounds to nearest, a scale for each row and `spec.group` columns. Raises HalfplateError where a kept value is
     too large for that dtype.
     """
-    return Chain(spec, NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype))
+    return Chain(spec, NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype, spec.group))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
+from halfplate.formats.chain import Chain
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method, Solution, check_inputs
 from halfplate.methods.sparsegpt import on_grid
@@ -18,7 +19,7 @@ class GPTQ(Method):
     """Keep every weight, rounded column after column, and let the later columns make up for the error.
 
     damping: fraction of the mean second moment added to the diagonal of the Gram matrix. Each row has a symmetric grid for 128
-    columns, chosen when the sweep reaches them; columns go in their order. Source: Frantar et al., arXiv 2210.17323.
+    (or 64, or 32) columns, chosen when the sweep reaches them; columns go in their order. Source: Frantar et al., arXiv 2210.17323.
     """
 
     name = "gptq"
@@ -44,4 +45,5 @@ class GPTQ(Method):
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
         gram = statistics.require_gram()
-        return Solution(on_grid(obs_sweep(weight, gram, spec.pattern, self.damping, core_dtype=spec.core_dtype), spec))
+        swept = obs_sweep(weight, gram, spec.pattern, self.damping, core_dtype=spec.core_dtype, group=spec.group)
+        return Solution(Chain(spec, on_grid(swept, spec)))

@@ -1,13 +1,14 @@
 """RIA: relative importance and activations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
-from halfplate.formats.spec import WeightSpec
+from halfplate.formats.spec import WeightSpec, permutation_dtype
 from halfplate.methods.base import Method, Solution, check_inputs, store
+from halfplate.solvers.permutation import channel_permutation, check_available
 from halfplate.solvers.selection import keep_largest
 from halfplate.statistics import InputStatistics, Statistic
 
@@ -16,17 +17,28 @@ from halfplate.statistics import InputStatistics, Statistic
 class RIA(Method):
     """Keep the weights of largest (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · ‖X_j‖₂^power; values stay as they are.
 
-    power: weight of the activations, 0 or more. Source: Zhang et al., "Plug-and-Play" (ICLR 2024), equation 4, without
-    its channel permutation.
+    power: weight of the activations, 0 or more. permute: whether input channels are put in an order in which N:M drops less
+    (halfplate.solvers.permutation); the order is stored with the matrix, for matrices that share an input each have their own.
+    Source: Zhang et al., "Plug-and-Play" (ICLR 2024), equation 4 and its channel permutation.
     """
 
     name = "ria"
     summary = "largest |W| relative to its row and column, times a power of the norm of its input"
     power: float = 0.5
+    permute: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.power < float("inf"):
             raise HalfplateError(f"power={self.power} must be a finite number, 0 or more; try 0.5")
+
+    @property
+    def permutes(self) -> bool:
+        return self.permute
+
+    def check_spec(self, spec: WeightSpec) -> None:
+        super().check_spec(spec)
+        if spec.permuted:
+            check_available()
 
     @property
     def requires(self) -> Statistic:
@@ -35,7 +47,11 @@ class RIA(Method):
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
         score = relative_importance(weight) * statistics.require_diagonal().sqrt().pow(self.power)
-        return Solution(store(weight, keep_largest(score, spec.pattern), spec))
+        if not spec.permuted:
+            return Solution(store(weight, keep_largest(score, spec.pattern), spec))
+        order = channel_permutation(score, spec.pattern)
+        chain = store(weight[:, order], keep_largest(score[:, order], spec.pattern), spec)
+        return Solution(replace(chain, permutation=order.to(permutation_dtype(spec.d_in))))
 
 
 def relative_importance(weight: Tensor) -> Tensor:

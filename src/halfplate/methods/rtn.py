@@ -7,6 +7,7 @@ from torch import Tensor
 from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
+from halfplate.formats.nm_sparse import NMSparse
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method, Solution, check_inputs
 from halfplate.statistics import InputStatistics, Statistic
@@ -14,7 +15,7 @@ from halfplate.statistics import InputStatistics, Statistic
 
 @dataclass(frozen=True)
 class RoundToNearest(Method):
-    """Keep every weight, rounded to the grid of its row and 128 columns: the plain quantisation to compare with."""
+    """Keep every weight, rounded to the grid of its row and 128 (or 64, or 32) columns: the plain quantisation to compare with."""
 
     name = "rtn"
     summary = "every weight rounded to int8, int4, int3 or int2, none dropped; needs no calibration"
@@ -33,4 +34,4 @@ class RoundToNearest(Method):
 
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
-        return Solution(Chain.of_dense(weight, spec.core_dtype))
+        return Solution(Chain(spec, NMSparse.from_dense(weight, None, spec.pattern, spec.core_dtype, spec.group)))

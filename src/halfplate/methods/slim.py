@@ -36,11 +36,11 @@ class SLiM(Method):
         check_inputs(self, weight, statistics, spec)
         norms = statistics.require_diagonal().to(weight.device).sqrt()
         mask = keep_largest(weight.abs() * norms, spec.pattern)
-        core = NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype)
+        core = NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype, spec.group)
         if not spec.rank:
             return Solution(Chain(spec, core))
         added = LowRank.rounded(*_weighted(weight - core.dense(), norms, spec.rank), spec.wrapper_dtype)
-        core = NMSparse.from_dense(weight - added.dense(), mask, spec.pattern, spec.core_dtype)
+        core = NMSparse.from_dense(weight - added.dense(), mask, spec.pattern, spec.core_dtype, spec.group)
         return Solution(Chain(spec, core, added=added))
 
 

@@ -8,9 +8,8 @@ from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
 from halfplate.formats.nm_sparse import NMSparse
-from halfplate.formats.rounding import GROUP
 from halfplate.formats.spec import WeightSpec
-from halfplate.methods.base import Method, Solution, check_inputs, store
+from halfplate.methods.base import Method, Solution, check_inputs
 from halfplate.solvers.obs import Swept, obs_sweep
 from halfplate.statistics import InputStatistics, Statistic
 
@@ -21,7 +20,7 @@ class SparseGPT(Method):
 
     damping: fraction of the mean second moment added to the diagonal of the Gram matrix. column_block: columns between
     two updates of the whole matrix; it changes the speed, not the result. On a grid, kept values are rounded inside the sweep
-    (where M divides the 128 columns of a scale; else afterwards). Source: Frantar and Alistarh, arXiv 2301.00774.
+    (where M divides the columns of a scale; else afterwards). Source: Frantar and Alistarh, arXiv 2301.00774.
     """
 
     name = "sparsegpt"
@@ -41,16 +40,20 @@ class SparseGPT(Method):
 
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
-        gram = statistics.require_gram()
-        if spec.core_dtype not in GRIDS or GROUP % spec.pattern.m:
-            swept = obs_sweep(weight, gram, spec.pattern, self.damping, self.column_block)
-            return Solution(store(swept.weight, swept.mask, spec))
-        return Solution(on_grid(obs_sweep(weight, gram, spec.pattern, self.damping, core_dtype=spec.core_dtype), spec))
+        core = swept_core(weight, statistics.require_gram(), spec, self.damping, self.column_block)
+        return Solution(Chain(spec, core))
 
 
-def on_grid(swept: Swept, spec: WeightSpec) -> Chain:
-    """What a sweep left on the grid of `spec`, stored as it is."""
+def swept_core(weight: Tensor, gram: Tensor, spec: WeightSpec, damping: float, column_block: int = 128) -> NMSparse:
+    """The core that the sweep of SparseGPT makes of `weight` (d_out, d_in), in the core dtype of `spec`."""
+    if spec.core_dtype not in GRIDS or spec.group % spec.pattern.m:
+        swept = obs_sweep(weight, gram, spec.pattern, damping, column_block)
+        return NMSparse.from_dense(swept.weight, swept.mask, spec.pattern, spec.core_dtype, spec.group)
+    return on_grid(obs_sweep(weight, gram, spec.pattern, damping, core_dtype=spec.core_dtype, group=spec.group), spec)
+
+
+def on_grid(swept: Swept, spec: WeightSpec) -> NMSparse:
+    """The core that a sweep left on the grid of `spec`, stored as it is."""
     assert swept.scales is not None, "the sweep had no grid"
     mask = None if spec.pattern.is_dense else swept.mask
-    core = NMSparse.from_codes(swept.integers(), swept.scales, mask, spec.pattern, spec.core_dtype)
-    return Chain(spec, core)
+    return NMSparse.from_codes(swept.integers(), swept.scales, mask, spec.pattern, spec.core_dtype, spec.group)

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from halfplate.formats import BlockDiagonal, CompressedLinear, LowRank
-from halfplate.formats.chain import Chain
-from halfplate.formats.rounding import GROUP, round_to_float
+from halfplate.formats.chain import Chain, unpermuted
+from halfplate.formats.rounding import round_to_float
 
 
 class TrainableLinear(nn.Module):
     """y = x (A S B + L R)ᵀ + bias with fp32 parameters in place of the stored tensors of a CompressedLinear.
 
     out_blocks, out_tail, in_blocks, in_tail: the wrappers that there are; left, right: the low-rank part, if any. values: the kept values (d_out, kept), or the
-    scales (d_out, ceil(d_in / 128)) where they lie on a grid, whose codes stay. Positions are no parameters, so the mask is
+    scales (d_out, ceil(d_in / group)) where they lie on a grid, whose codes stay. Positions and the order of inputs are no parameters, so the mask is
     fixed by construction. values_too: whether `values` asks for a gradient.
     """
 
@@ -53,13 +53,16 @@ class TrainableLinear(nn.Module):
     def _assembled(self) -> Tensor:
         values: Tensor = self.values
         if self.integers is not None:
-            values = self.integers * values.gather(1, self.columns // GROUP)
+            values = self.integers * values.gather(1, self.columns // self.spec.group)
         matrix = values.new_zeros(self.spec.d_out, self.spec.d_in).scatter(1, self.columns, values)
         if (out_wrapper := self._wrapper("out")) is not None:
             matrix = out_wrapper.forward(matrix.T).T
         if (in_wrapper := self._wrapper("in")) is not None:
             matrix = in_wrapper.transposed(torch.float32).forward(matrix)
-        return matrix if self.left is None else matrix + self.left @ self.right
+        if self.left is not None:
+            matrix = matrix + self.left @ self.right
+        permutation = self.start.permutation
+        return matrix if permutation is None else unpermuted(matrix, permutation)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) to (..., d_out). One product with the assembled matrix is cheapest for many tokens."""
@@ -82,7 +85,7 @@ class TrainableLinear(nn.Module):
         added = None
         if self.left is not None:
             added = LowRank.rounded(self.left, self.right, self.spec.wrapper_dtype)
-        matrix = Chain(self.spec, core, out_wrapper, in_wrapper, added)
+        matrix = Chain(self.spec, core, out_wrapper, in_wrapper, added, self.start.permutation)
         assert torch.equal(matrix.core.mask(), self.start.core.mask()), "tuning must not move the mask"
         return CompressedLinear.from_weight(matrix, self.spec, self.bias)
 

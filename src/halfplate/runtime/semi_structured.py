@@ -106,6 +106,8 @@ def unsupported(spec: WeightSpec) -> str | None:
         return f"semi-structured products are for pattern 2:4, not {spec.pattern}"
     if spec.rank:
         return "semi-structured products are not combined with a low-rank part"
+    if spec.permuted:
+        return "semi-structured products are not combined with inputs in an order of the matrix's own"
     if spec.core_dtype == "fp32":
         return "semi-structured products of torch take no fp32 core of pattern 2:4; compress with core_dtype='bf16'"
     return None

@@ -16,16 +16,17 @@ SMALLEST_PIVOT = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Swept:
-    """weight: updated, zero where pruned, (d_out, d_in). mask: bool, likewise. scales: fp16 (d_out, ceil(d_in / 128)) of a grid."""
+    """weight: updated, zero where pruned, (d_out, d_in). mask: bool, likewise. scales: fp16 (d_out, ceil(d_in / group)) of a grid."""
 
     weight: Tensor
     mask: Tensor
     scales: Tensor | None = None
+    group: int = GROUP
 
     def integers(self) -> Tensor:
         """The q of every weight on its grid: int8 (d_out, d_in)."""
         assert self.scales is not None, "floating-point values have no q"
-        scales = self.scales.float().repeat_interleave(GROUP, 1)[:, : self.weight.shape[1]]
+        scales = self.scales.float().repeat_interleave(self.group, 1)[:, : self.weight.shape[1]]
         return torch.where(scales > 0, self.weight / scales, 0).round().to(torch.int8)
 
 
@@ -36,6 +37,7 @@ def obs_sweep(
     damping: float,
     column_block: int = 128,
     core_dtype: str | None = None,
+    group: int = GROUP,
 ) -> Swept:
     """Choose an N:M mask of `weight` and update the kept values against the output error tr((W − Ŵ) H (W − Ŵ)ᵀ).
 
@@ -43,8 +45,8 @@ def obs_sweep(
     factor. damping: added to the diagonal of H, as a fraction of its mean over the inputs that are not dead; raised
     tenfold until H can be factorised. column_block: columns between two updates of all later columns, rounded down to
     groups; it changes the speed, not the result. A dead input (zero second moment) gets weight zero. core_dtype: a grid on
-    which kept values are rounded as the sweep reaches them; each row has a scale for 128 columns (of which M must be a
-    divisor), the best for what stands there when the sweep arrives.
+    which kept values are rounded as the sweep reaches them; each row has a scale for `group` columns (of which M must be
+    a divisor), the best for what stands there when the sweep arrives.
 
     Source: SparseGPT, arXiv 2301.00774, Algorithm 1; with a grid and all weights kept, GPTQ, arXiv 2210.17323. With
     H⁻¹ = UᵀU, U upper triangular, a group is chosen by W² / U_jj² when the sweep reaches it, and the error e of column j
@@ -56,7 +58,7 @@ def obs_sweep(
     remaining = weight.T.clone(memory_format=torch.contiguous_format)  # (d_in, d_out): a column of W is contiguous
     remaining[gram.diagonal() <= 0] = 0
     mask = torch.zeros_like(remaining, dtype=torch.bool)
-    step = GROUP if core_dtype else max(column_block // pattern.m, 1) * pattern.m
+    step = group if core_dtype else max(column_block // pattern.m, 1) * pattern.m
     scales = []
     for start in range(0, d_in, step):
         end = min(start + step, d_in)
@@ -70,7 +72,7 @@ def obs_sweep(
             grid = scales[-1][:, 0].to(weight.dtype), *grid_range(GRIDS[core_dtype])
         error = _sweep_block(remaining[start:end], mask[start:end], spread, pivots, pattern, grid)
         remaining[end:].addmm_(spread[:, end - start :].T, error, alpha=-1)
-    return Swept(remaining.T.contiguous(), mask.T.contiguous(), torch.cat(scales, 1) if scales else None)
+    return Swept(remaining.T.contiguous(), mask.T.contiguous(), torch.cat(scales, 1) if scales else None, group)
 
 
 def _sweep_block(
@@ -104,9 +106,9 @@ def _choice(columns: Tensor, pivots: Tensor, pattern: Pattern) -> Tensor:
 
 
 def _scales(columns: Tensor, pivots: Tensor, pattern: Pattern, core_dtype: str) -> Tensor:
-    """fp16 scales (d_out, 1) for what would be kept of `columns` (up to 128, d_out) as they stand."""
+    """fp16 scales (d_out, 1) for what would be kept of `columns` (those of one scale, d_out) as they stand."""
     kept = columns.masked_fill(~_choice(columns, pivots, pattern), 0)
-    return round_to_grid(kept.T, GRIDS[core_dtype], GROUP, core_dtype)[1]
+    return round_to_grid(kept.T, GRIDS[core_dtype], len(kept), core_dtype)[1]
 
 
 def _upper_factor(gram: Tensor, damping: float) -> Tensor:

@@ -7,7 +7,6 @@ from torch.nn import functional
 from halfplate.formats.block_diagonal import BlockDiagonal
 from halfplate.formats.chain import Chain
 from halfplate.formats.nm_sparse import NMSparse
-from halfplate.formats.rounding import GROUP
 from halfplate.formats.spec import WeightSpec
 from halfplate.solvers.armor.exact import Refit
 from halfplate.solvers.armor.problem import Factors, Problem
@@ -44,7 +43,7 @@ def finish(
     """Store scale · diag(rows) · A S B · diag(columns), balanced factors, in the types of `spec`.
 
     normalised: the rows and columns that the problem was solved without. scale: a power of two, which goes into the core.
-    steps: of the grid that the core lies on, (rows, ceil(cols / 128)), or None where it is to be rounded. Once S is rounded,
+    steps: of the grid that the core lies on, (rows, ceil(cols / spec.group)), or None where it is to be rounded. Once S is rounded,
     B is solved again for it and rounded, then A for both. Raises HalfplateError where a value is too large for its type.
     """
     tiles = objective.tiles
@@ -70,11 +69,11 @@ def _stored_core(core: Tensor, scale: float, spec: WeightSpec, steps: Tensor | N
     values = core[: spec.d_out, : spec.d_in]
     mask = None if spec.pattern.is_dense else keep_largest(values.abs(), spec.pattern)
     if steps is None:
-        return NMSparse.from_dense(values * scale, mask, spec.pattern, spec.core_dtype)
-    steps = steps[: spec.d_out, : -(-spec.d_in // GROUP)]
-    each = steps.repeat_interleave(GROUP, 1)[:, : spec.d_in]
+        return NMSparse.from_dense(values * scale, mask, spec.pattern, spec.core_dtype, spec.group)
+    steps = steps[: spec.d_out, : -(-spec.d_in // spec.group)]
+    each = steps.repeat_interleave(spec.group, 1)[:, : spec.d_in]
     integers = torch.where(each != 0, values / torch.where(each != 0, each, 1.0), 0.0).round().to(torch.int8)
-    return NMSparse.from_codes(integers, (steps * scale).half(), mask, spec.pattern, spec.core_dtype)
+    return NMSparse.from_codes(integers, (steps * scale).half(), mask, spec.pattern, spec.core_dtype, spec.group)
 
 
 def _scales(tiles: Problem, normalised: Normalised) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from halfplate.dtypes import GRIDS
 from halfplate.formats.chain import Chain
-from halfplate.formats.rounding import GROUP, grid_range, round_to_grid
+from halfplate.formats.rounding import grid_range, round_to_grid
 from halfplate.formats.spec import WeightSpec
 from halfplate.solvers.armor.exact import descend, solve_exact
 from halfplate.solvers.armor.finish import balanced, finish
-from halfplate.solvers.armor.gram import GramObjective, GramProblem, Point, measured, swept
-from halfplate.solvers.armor.problem import Factors, Problem
+from halfplate.solvers.armor.gram import GramObjective, GramProblem, measured, swept
+from halfplate.solvers.armor.problem import Problem
 from halfplate.solvers.armor.stages import stages_for
 from halfplate.solvers.armor.sweep import Levels
 from halfplate.solvers.normalise import Normalised, power_of_two
@@ -50,10 +50,12 @@ def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSch
     factors = balanced(tiles, factors, normalised)
     bits = GRIDS.get(spec.core_dtype)
     # Groups that straddle the columns of two scales are rounded to nearest instead.
-    if bits is None or GROUP % spec.pattern.m:
+    if bits is None or spec.group % spec.pattern.m:
         return finish(objective, factors, normalised, scale, spec), losses
-    objective = GramObjective(problem, Levels(*grid_range(bits)))
-    start = _on_grid(problem, factors, bits, spec.core_dtype)
+    levels = Levels(*grid_range(bits), spec.group)
+    objective = GramObjective(problem, levels)
+    _, steps = round_to_grid(factors.core, bits, spec.group, spec.core_dtype)  # that suit the values of the core
+    start = swept(problem, factors, steps.float(), levels, off_grid=True)
     at, grid_losses = descend(objective, start, schedule.grid, problem.total, moves_core=False)
     return finish(objective, at.factors, normalised, scale, spec, at.steps), losses + grid_losses
 
@@ -71,9 +73,3 @@ def _scaled(weight: Tensor, gram: Tensor, damping: float) -> tuple[Tensor, Tenso
     scaled = (weight.double() / scale * inputs).to(torch.float32)
     rows = torch.ones(len(weight), device=weight.device)
     return scaled, scaled_gram, Normalised(scaled, rows, (1 / inputs).to(torch.float32)), scale
-
-
-def _on_grid(problem: GramProblem, factors: Factors, bits: int, name: str) -> Point:
-    """The factors with their core swept onto a grid whose steps suit its values."""
-    _, steps = round_to_grid(factors.core, bits, GROUP, name)
-    return swept(problem, factors, steps.float(), Levels(*grid_range(bits)), off_grid=True)

@@ -45,7 +45,7 @@ class GramProblem:
 class Point:
     """Factors and what the next update needs of them.
 
-    steps: of the grid that the core lies on, fp32 (rows, ceil(cols / 128)), or None. against: W H Bᵀ, product: S B H Bᵀ, both
+    steps: of the grid that the core lies on, fp32 (rows, ceil(cols / group)), or None. against: W H Bᵀ, product: S B H Bᵀ, both
     fp32 (rows, cols). loss: absolute.
     """
 
@@ -231,7 +231,7 @@ def _sweep_native(
         tiles.pattern.n,
         tiles.pattern.m,
         *((0, 0) if levels is None else (levels.least, levels.greatest)),
-        GROUP,
+        GROUP if levels is None else levels.group,
         int(off_grid),
         torch.get_num_threads(),
     )

@@ -16,15 +16,16 @@ RIDGE = 1e-6  # relative to the mean diagonal; the gain is measured without it
 
 @dataclass(frozen=True)
 class Levels:
-    """Least and greatest whole number of a grid; values are a step times one of them."""
+    """Least and greatest whole number of a grid, and the columns of a step; values are a step times one of the numbers."""
 
     least: int
     greatest: int
+    group: int = GROUP
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Values of a core are steps · q: fp32 steps (T, r, ceil(c / 128)), refitted in place, as fp16 holds them.
+    """Values of a core are steps · q: fp32 steps (T, r, ceil(c / levels.group)), refitted in place, as fp16 holds them.
 
     off: whether the core is not on the grid yet, so that no group may stay as it is.
     """
@@ -41,7 +42,7 @@ def sweep_tiles(
 
     core: S, (T, r, c). error: E = Aᵀ R D Bᵀ, (T, r, c). out_gram: G = AᵀA, (T, r, r). in_gram: C = B D Bᵀ, (T, c, c).
     Returns the new core. A group takes the mask with the largest gain 2 qᵀv − vᵀCv, q = E/G_rr + S C, and keeps what it
-    has where nothing gains more (section 3 of the mathematics in docs/armor.md). With a `grid` the step of each row and 128
+    has where nothing gains more (section 3 of the mathematics in docs/armor.md). With a `grid` the step of each row and its
     columns is solved for its codes first, and then the values of a group are the best found on the grid.
     """
     core, error = core.clone(), error.clone()
@@ -52,10 +53,10 @@ def sweep_tiles(
         inverse = torch.where(alive, 1 / scale, 0)[:, None]
         before = error[:, r].clone()
         for start in range(0, width, m):
-            if grid is not None and not grid.off and start % GROUP == 0:
-                columns = slice(start, min(start + GROUP, width))
+            if grid is not None and not grid.off and start % grid.levels.group == 0:
+                columns = slice(start, min(start + grid.levels.group, width))
                 moved = refit_steps(
-                    grid.steps[:, r, start // GROUP],
+                    grid.steps[:, r, start // grid.levels.group],
                     core[:, r, columns],
                     error[:, r, columns] * inverse,
                     in_gram[:, columns, columns],
@@ -68,7 +69,7 @@ def sweep_tiles(
             if grid is None:
                 new = best_group(old, pull, local, pattern)
             else:
-                steps = grid.steps[:, r, start // GROUP]
+                steps = grid.steps[:, r, start // grid.levels.group]
                 new = best_group_on_grid(old, pull, local, pattern, steps, grid.levels, may_stay=not grid.off)
             new = torch.where(alive[:, None], new, old)
             change = (new - old) * scale[:, None]
