@@ -12,8 +12,9 @@ import torch
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 ROOT = Path(__file__).resolve().parents[1]
-CACHE = ROOT / "benchmarks" / "cache"
-DATA = ROOT.parent / "shared" / "data"
+CACHE = Path(os.environ.get("HALFPLATE_BENCH_CACHE", ROOT / "benchmarks" / "cache"))
+SHARED = Path(os.environ.get("HALFPLATE_SHARED", ROOT.parent / "shared"))  # data and models that are no part of this
+DATA = SHARED / "data"
 RESULTS = ROOT / "RESULTS.md"
 
 

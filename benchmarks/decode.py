@@ -31,7 +31,7 @@ from typing import Any
 import peers
 import torch
 from common import CACHE, DATA, machine, smollm2_gguf, table, write_section
-from quality import Remembered
+from quality_measure import Remembered
 from random_weights import compressed_llama, dense_llama, write_gguf
 
 import halfplate

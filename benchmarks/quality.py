@@ -1,218 +1,138 @@
-"""Every method on SmolLM2-135M in one table: bytes, layer error, perplexity, KL and agreement.
+"""Every row of the quality tables: bytes, layer error, perplexity, KL, agreement, tasks and decoding, resumable.
 
-    python benchmarks/quality.py
+    python benchmarks/quality.py --model smollm2 --tags main                  quality of the main rows
+    python benchmarks/quality.py --model smollm2 --stage tasks --tags main    zero-shot accuracy, slow
+    python benchmarks/quality.py --model smollm2 --stage decode --tags main   tokens a second, on a quiet machine
+    python benchmarks/quality.py --list                                       what there is and what is measured
+    python benchmarks/quality.py --report                                     RESULTS.md from the files, without a model
 
-Each method sees the same statistics of the dense model, once from WikiText-2 train text and once from text that the model
-sampled itself (64 samples of 512 tokens), and is judged on the first 16 windows of 1,024 tokens of WikiText-2 test. The
-layer error is tr(D H Dᵀ) / tr(W H Wᵀ) with the Gram matrix H of the calibration tokens, whatever the method knew of it.
-Rows are kept in benchmarks/cache; `--fresh` measures them again. About 40 minutes on two quiet cores.
+Rows stand in quality_rows.py, in the order in which they are measured. What is measured is kept row by row and stage by
+stage in benchmarks/results/quality_MODEL.json; a row that is there and has not changed is left alone. Checkpoints lie in
+benchmarks/cache/checkpoints (HALFPLATE_BENCH_CACHE names another cache). Data is looked for as benchmarks/common.py says.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
+os.environ.setdefault("TQDM_DISABLE", "1")
+
 import argparse
-import json
-import math
-import time
+import sys
+import traceback
 from typing import Any
 
-import torch
-from common import CACHE, DATA, machine, smollm2_gguf, table, write_section
-from torch import Tensor
-from transformers import PreTrainedModel
+from quality_results import FOLDER, Results, without_paths
+from quality_rows import Row, described, rows, select
+from quality_subjects import SUBJECTS, Subject
 
-from halfplate.calibration import calibration_tokens, collect_block, read_text
-from halfplate.checkpoint.write import round_others
-from halfplate.evaluation.perplexity import evaluate, token_windows
-from halfplate.execution.matrix import relative_error
-from halfplate.formats import CompressedLinear, WeightSpec
-from halfplate.methods import create
-from halfplate.models.blockwise import BlockwiseModel
-from halfplate.models.linears import FoundLinear, find_linears, replace_linear
-from halfplate.models.sources import LoadedModel, load_dense
-from halfplate.pattern import Pattern
-from halfplate.statistics import InputStatistics, Statistic
-
-SOURCES = {"wikitext2 train": str(DATA / "wikitext2" / "train_1MB.txt.gz"), "self": "self"}
-PROTOTYPE_WINDOWS = 12
-ROWS: list[tuple[str, int, dict[str, Any]]] = [
-    ("magnitude", 0, {}),
-    ("wanda", 0, {}),
-    ("ria", 0, {}),
-    ("nowag", 0, {}),
-    ("sparsegpt", 0, {}),
-    *(("armor", block, {"objective": "diag"}) for block in (8, 16, 32, 64)),
-    ("armor", 16, {"objective": "diag", "iterations": 20}),
-    *(("armor", block, {"objective": "gram"}) for block in (8, 16, 32, 64)),
-]
+STAGES = ("quality", "tasks", "decode")
 
 
-def key_of(source: str, name: str, block: int, options: dict[str, Any]) -> str:
-    """Where a row is kept in the cache."""
-    return "/".join([source, name, str(block), *(f"{option}={value}" for option, value in options.items())])
+def results_of(subject: Subject) -> Results:
+    return Results(FOLDER / f"quality_{subject.name}.json")
 
 
-def collect(dense: LoadedModel, source: str, linears: list[FoundLinear]) -> dict[str, InputStatistics]:
-    """Gram matrices of the inputs of every linear, from the dense model."""
-    tokens = calibration_tokens(source, dense.model, dense.tokenizer, samples=64, seq_len=512, seed=0)
-    blockwise = BlockwiseModel(dense.model)
-    inputs = [blockwise.embed(batch) for batch in tokens.ids.split(8)]
-    found: dict[str, InputStatistics] = {}
-    for index in range(len(blockwise.blocks)):
-        names = [linear.name for linear in linears if linear.block == index]
-        statistics, inputs = collect_block(blockwise, index, inputs, names, Statistic.GRAM)
-        found |= statistics
-    return found
+def measure(subject: Subject, options: argparse.Namespace) -> int:
+    """Measure the rows that are asked for; returns how many failed, refused ones aside."""
+    import torch
+    from quality_measure import Bench
+
+    from halfplate.cli.console import silence_libraries
+
+    silence_libraries()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    table = {row.label: row for row in rows(subject.block, subject.recovery_minutes)}
+    made = {label: described(row, table) for label, row in table.items()}
+    bench = Bench(subject, table, made, results_of(subject))
+    chosen = select(list(table.values()), options.tags, options.only)
+    failed = 0
+    for number, row in enumerate(chosen):
+        print(f"{subject.name}, {row.label} ({number + 1} of {len(chosen)})", flush=True)
+        try:
+            failed += not one_row(bench, row, made[row.label], options)
+        finally:
+            if options.drop and not any(row.label in ancestors(later, table) for later in chosen[number + 1 :]):
+                bench.drop(row)
+    return failed
 
 
-class Remembered:
-    """The dense model, which answers each batch of windows once: 16 windows of logits are 3.2 GB."""
+def one_row(bench: Any, row: Row, made: dict[str, Any], options: argparse.Namespace) -> bool:
+    """Measure the stages of a row that are missing; False where one failed."""
+    from halfplate.errors import HalfplateError
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.config, self.device = model, model.config, model.device
-        self.answers: dict[bytes, Any] = {}
-
-    def __call__(self, input_ids: Tensor, use_cache: bool) -> Any:
-        key = input_ids.numpy().tobytes()
-        if key not in self.answers:
-            self.answers[key] = self.model(input_ids=input_ids, use_cache=use_cache)
-        return self.answers[key]
-
-
-class Bench:
-    """The dense model, a copy whose linears are replaced row by row, and the windows both are judged on."""
-
-    def __init__(self) -> None:
-        path = str(smollm2_gguf())
-        self.dense, self.compressed = load_dense(path), load_dense(path)
-        round_others(self.compressed.model, self.compressed.source.other_dtype)
-        self.linears, _ = find_linears(self.dense.model)
-        documents = read_text(str(DATA / "wikitext2" / "test.jsonl.gz"))
-        self.reference: Any = Remembered(self.dense.model)
-        self.windows = token_windows(self.dense.tokenizer, documents, seq_len=1024, windows=16)
-
-    def row(
-        self, name: str, block: int, options: dict[str, Any], statistics: dict[str, InputStatistics]
-    ) -> dict[str, Any]:
-        """Compress every linear with one method and judge the result."""
-        method = create(name, **options)
-        errors, nbytes, rises, above, seconds = [], 0, 0, 0, 0.0
-        for linear in self.linears:
-            weight: Tensor = self.dense.model.get_submodule(linear.name).weight
-            spec = WeightSpec(linear.d_out, linear.d_in, Pattern(2, 4), "bf16", block, block)
-            start = time.perf_counter()
-            solution = method.compress(weight, statistics[linear.name], spec)
-            seconds += time.perf_counter() - start
-            errors.append(relative_error(weight, solution.weight.dense(), statistics[linear.name])[0])
-            nbytes += solution.weight.nbytes
-            rises += any(
-                later > earlier * (1 + 1e-6)
-                for earlier, later in zip(solution.losses, solution.losses[1:], strict=False)
-            )
-            above += bool(solution.losses) and solution.losses[-1] > solution.losses[0]
-            replace_linear(
-                self.compressed.model, linear.name, CompressedLinear.from_weight(solution.weight, spec, None)
-            )
-        dense_nbytes = sum(2 * linear.d_out * linear.d_in for linear in self.linears)
-        return self.judge() | {
-            "nbytes": nbytes,
-            "share": nbytes / dense_nbytes,
-            "mean_error": sum(errors) / len(errors),
-            "seconds": seconds,
-            "rises": rises,
-            "above_start": above,
-            "matrices": len(self.linears),
-        }
-
-    def judge(self) -> dict[str, float]:
-        """Measures over the 16 windows, and the perplexity over the first 12, which the prototype was judged on."""
-        first, rest = (
-            evaluate(self.compressed.model, part, self.reference)
-            for part in (self.windows[:PROTOTYPE_WINDOWS], self.windows[PROTOTYPE_WINDOWS:])
-        )
-        share = first["tokens"] / (first["tokens"] + rest["tokens"])
-        whole = {key: share * first[key] + (1 - share) * rest[key] for key in ("kl", "top1_agreement")}
-        for key in ("perplexity", "dense_perplexity"):
-            whole[key] = math.exp(share * math.log(first[key]) + (1 - share) * math.log(rest[key]))
-            whole[f"{key}_12"] = first[key]
-        return whole
+    results = results_of(bench.subject)
+    protocols = {
+        "quality": bench.quality_protocol(),
+        "tasks": bench.tasks_protocol(options.task_limit),
+        "decode": bench.decode_protocol(),
+    }
+    missing = [
+        stage
+        for stage in options.stage
+        if options.fresh or results.stage(row.label, stage, made, protocols[stage]) is None
+    ]
+    if not missing:
+        return True
+    try:
+        path = bench.make(row)
+        for stage in missing:
+            arguments = (options.task_limit,) if stage == "tasks" else ()
+            measures = getattr(bench, stage)(row, path, *arguments)
+            results.save(row.label, stage, made, measures, protocols[stage])
+            print(f"  {stage}: {measures}", flush=True)
+    except (HalfplateError, ImportError) as refusal:
+        reason = without_paths(str(refusal))
+        results.save(row.label, "refused", made, {"reason": reason}, {"version": 1})
+        print(f"  refused: {reason}", flush=True)
+    # One row that breaks must not end a night of measuring.
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
 
 
-def report(results: dict[str, dict[str, Any]], where: str) -> str:
-    """The section of RESULTS.md."""
-    rows = []
-    for key, r in results.items():
-        source, name, block, *options = key.split("/")
-        label = ", ".join([name, f"block {block}", *options]).replace("=", " ") if name == "armor" else name
-        rows.append(
-            [
-                label,
-                source,
-                f"{r['nbytes'] / 1e6:.1f} MB",
-                f"{r['share']:.3f}",
-                f"{r['mean_error']:.4f}",
-                f"{r['perplexity']:.2f}",
-                f"{r['perplexity_12']:.2f}",
-                f"{r['kl']:.3f}",
-                f"{r['top1_agreement']:.3f}",
-                f"{r['seconds']:.0f}",
-            ]
-        )
-    first = next(iter(results.values()))
-    rows.insert(
-        0,
-        [
-            "dense",
-            "",
-            "212.3 MB",
-            "1.000",
-            "0",
-            f"{first['dense_perplexity']:.2f}",
-            f"{first['dense_perplexity_12']:.2f}",
-            "0",
-            "1",
-            "",
-        ],
-    )
-    header = ["method", "calibrated on", "linears", "of dense bf16", "mean layer error"]
-    header += ["perplexity", "first 12 windows", "KL", "top-1 agreement", "solve s"]
-    armor = [r for key, r in results.items() if "/armor/" in key]
-    return (
-        f"`python benchmarks/quality.py` · {where}\n\n{table(header, rows)}\n\n"
-        "WikiText-2 test, first 16 windows of 1,024 tokens, no start token; bf16 cores and wrappers, computed in fp32. KL is "
-        "KL(dense ‖ compressed) in nats a token. The layer error is the true output error under the Gram matrix of the "
-        "calibration tokens. SmolLM2-135M-Instruct comes from a Q4_1 file, so the dense row already lies on a 4-bit grid.\n\n"
-        f"Of {sum(r['matrices'] for r in armor)} ARMOR solves, {sum(r['rises'] for r in armor)} had a loss that rose between "
-        f"iterations and {sum(r['above_start'] for r in armor)} ended above NoWag-P's."
-    )
+def ancestors(row: Row, table: dict[str, Row]) -> list[str]:
+    """Labels of the row's parent, its parent's parent and so on."""
+    return [] if row.parent is None else [row.parent, *ancestors(table[row.parent], table)]
+
+
+def listing(subject: Subject, options: argparse.Namespace) -> None:
+    """Which stages of the chosen rows are measured."""
+    table = {row.label: row for row in rows(subject.block, subject.recovery_minutes)}
+    results = results_of(subject)
+    for row in select(list(table.values()), options.tags, options.only):
+        made = described(row, table)
+        there = [stage for stage in (*STAGES, "refused") if results.stage(row.label, stage, made) is not None]
+        print(f"{subject.name:12} {row.label:48} {', '.join(row.tags):32} {', '.join(there) or '-'}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fresh", action="store_true", help="measure again what the cache holds")
-    parser.add_argument("--dry", action="store_true", help="print the section instead of writing RESULTS.md")
+    parser.add_argument("--model", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--tags", nargs="+", default=[], metavar="TAG", help="rows with one of these; see --list")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="rows whose label fits, as in a shell")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=["quality"])
+    parser.add_argument("--task-limit", type=int, default=1000, metavar="N", help="first rows of each task")
+    parser.add_argument("--threads", type=int, metavar="T")
+    parser.add_argument(
+        "--drop", action="store_true", help="delete each checkpoint when no chosen row needs it any more"
+    )
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    parser.add_argument("--list", action="store_true", help="show the rows and what is measured")
+    parser.add_argument("--report", action="store_true", help="write RESULTS.md and the pictures from what is measured")
     options = parser.parse_args()
-    CACHE.mkdir(exist_ok=True)
-    cached = CACHE / "quality.json"
-    results: dict[str, dict[str, Any]] = {}
-    if cached.exists() and not options.fresh:
-        results = json.loads(cached.read_text())
-    where, bench = machine(), None
-    with torch.no_grad():
-        for source, text in SOURCES.items():
-            missing = [row for row in ROWS if key_of(source, *row) not in results]
-            if not missing:
-                continue
-            bench = bench or Bench()
-            statistics = collect(bench.dense, text, bench.linears)
-            for name, block, method_options in missing:
-                key = key_of(source, name, block, method_options)
-                results[key] = bench.row(name, block, method_options, statistics)
-                cached.write_text(json.dumps(results))
-                print(key, results[key], flush=True)
-    section = report(results, where)
-    if options.dry:
-        print(section)
+    subjects = [SUBJECTS[name] for name in options.model]
+    if options.list:
+        for subject in subjects:
+            listing(subject, options)
+    elif options.report:
+        import quality_report
+
+        for subject in subjects:
+            quality_report.write(subject, results_of(subject))
     else:
-        write_section("quality", section)
+        sys.exit(1 if sum(measure(subject, options) for subject in subjects) else 0)
 
 
 if __name__ == "__main__":
