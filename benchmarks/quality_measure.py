@@ -253,6 +253,7 @@ class Bench:
                 found[name] = single[id(shared)]
         return found
 
+    @torch.no_grad()
     def _layer_error(self, folder: Path) -> float:
         """Mean of tr(D H Dᵀ) / tr(W H Wᵀ) over the matrices, H of held-out text in the dense model."""
         errors = []

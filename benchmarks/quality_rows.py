@@ -5,7 +5,7 @@ the model's own field (WikiText-2 train, or TinyStories), beside `c4` and `self`
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -59,12 +59,16 @@ Making = Dense | LlamaCpp | Compressed | Recovered | Rounded | Run
 
 @dataclass(frozen=True)
 class Row:
-    """One row. tags: what it belongs to. ablations: its setting in each table of ablations that it stands in."""
+    """One row. tags: what it belongs to. ablations: its setting in each table of ablations that it stands in.
+
+    group: where it stands in the main table; rows of ablations alone have none.
+    """
 
     label: str
     making: Making
     tags: tuple[str, ...] = ("main",)
     ablations: Mapping[str, str] = field(default_factory=dict)
+    group: str = ""
 
     @property
     def parent(self) -> str | None:
@@ -74,7 +78,19 @@ class Row:
 
 def rows(block: int, recovery_minutes: float) -> list[Row]:
     """All rows of a model, parents before their children. block: of the wrappers, and the rank that is as many bytes."""
-    return [*_two_of_four(block, recovery_minutes), *_low_bit(block), *_budgets(block), *_ablations(block)]
+    return [
+        *_in_group("dense, and what llama.cpp makes of it", _dense_and_peers()),
+        *_in_group("2:4, bf16 cores", _two_of_four(block)),
+        *_in_group("recovered", _recovered(recovery_minutes)),
+        *_in_group("2:4 cores on a grid", _sparse_grids(block)),
+        *_in_group("dense on a grid", _dense_grids(block)),
+        *_in_group("the level of each matrix chosen under a budget", _budgets(block)),
+        *_ablations(block),
+    ]
+
+
+def _in_group(group: str, found: list[Row]) -> list[Row]:
+    return [replace(row, group=group) for row in found]
 
 
 def select(table: list[Row], tags: list[str], patterns: list[str]) -> list[Row]:
@@ -131,18 +147,19 @@ DEFAULT = {
 }
 
 
-def _two_of_four(block: int, minutes: float) -> list[Row]:
-    """2:4 in bf16: every method, ARMOR's variants, recovery; and what a user would take instead."""
+def _dense_and_peers() -> list[Row]:
+    tags = ("main", "low-bit", "peer")
+    return [Row("dense", Dense(), tags)] + [
+        Row(f"llama.cpp {kind}", LlamaCpp(kind), tags) for kind in ("Q8_0", "Q4_0", "Q4_K_M")
+    ]
+
+
+def _two_of_four(block: int) -> list[Row]:
+    """Every method, and ARMOR's variants."""
     as_published = {"cross_damping": "none", "token_limit": "none"}
+    of_text = ("main", "ablation", "calibration")
     return [
-        Row("dense", Dense(), ("main", "low-bit", "peer")),
-        *(Row(f"llama.cpp {kind}", LlamaCpp(kind), ("main", "low-bit", "peer")) for kind in ("Q8_0", "Q4_0", "Q4_K_M")),
-        Row(
-            "armor",
-            _armor(block),
-            ("main", "ablation", "calibration"),
-            DEFAULT | {"block size": f"{block} (of the main table)"},
-        ),
+        Row("armor", _armor(block), of_text, DEFAULT | {"block size": f"{block} (of the main table)"}),
         *(
             Row(
                 f"sparsegpt, {inputs} inputs, damping {damping}",
@@ -153,11 +170,6 @@ def _two_of_four(block: int, minutes: float) -> list[Row]:
             for damping in (0.01, 0.1)
         ),
         Row("armor, tuned", _armor(block, tune_block=40), ("main", "ablation"), {"steps of block tuning": "40"}),
-        Row(
-            f"armor, tuned, {minutes:g} minutes of recovery",
-            Recovered("armor, tuned", {"minutes": minutes, "text": "text"}),
-            ("main", "recovery"),
-        ),
         Row(
             "armor, diag, dense inputs",
             _armor(block, inputs="dense", method_options={"objective": "diag"}),
@@ -176,71 +188,67 @@ def _two_of_four(block: int, minutes: float) -> list[Row]:
         Row(f"slim, rank {block}", _one_shot("slim", block_size=block)),
         Row("denoiserotator", _one_shot("denoiserotator")),
         Row("owl", _one_shot("owl")),
-        Row(
-            "armor, self",
-            _armor(block, calibration="self"),
-            ("main", "ablation", "calibration"),
-            {"calibration text": "self"},
-        ),
-        Row(
-            "armor, C4",
-            _armor(block, calibration="c4"),
-            ("main", "ablation", "calibration"),
-            {"calibration text": "C4"},
-        ),
-        Row(
-            f"armor, {minutes:g} minutes of recovery on its own text",
-            Recovered("armor", {"minutes": minutes}),
-            ("recovery",),
-        ),
+        Row("armor, self", _armor(block, calibration="self"), of_text, {"calibration text": "self"}),
+        Row("armor, C4", _armor(block, calibration="c4"), of_text, {"calibration text": "C4"}),
     ]
 
 
-def _low_bit(block: int) -> list[Row]:
-    """Cores on a grid, 2:4 and dense, and plain quantisation."""
-    grouped = {"group_size": 64} if "group_size" in {one.name for one in fields(Recipe)} else {}
-    group = "group 64" if grouped else "group 128"
+def _recovered(minutes: float) -> list[Row]:
+    """`recover` after the best one-shot row, on the text it was calibrated on, and after `armor` without any text at hand."""
+    own = Row(
+        f"armor, {minutes:g} minutes of recovery on its own text",
+        Recovered("armor", {"minutes": minutes}),
+        ("recovery",),
+    )
+    with_text = Recovered("armor, tuned", {"minutes": minutes, "text": "text"})
+    return [Row(f"armor, tuned, {minutes:g} minutes of recovery", with_text, ("main", "recovery")), own]
+
+
+def _sparse_grids(block: int) -> list[Row]:
     tags = ("low-bit",)
-    plain = [
-        Row(f"{method} {core}, {group}", _one_shot(method, core_dtype=core, **grouped), tags)
-        for core in ("int4", "int3", "int8")
-        for method in ("gptq", "rtn")
-    ]
-    if grouped:
-        plain += [Row(f"gptq {core}, group 128", _one_shot("gptq", core_dtype=core), tags) for core in ("int3", "int2")]
     return [
         Row("armor int8", _armor(block, core_dtype="int8"), ("main", "low-bit")),
         Row("armor int4", _armor(block, core_dtype="int4"), ("main", "low-bit")),
         Row("armor int4, rounded after the fact", Rounded("armor", "int4"), tags),
         Row("armor int4, int8 wrappers", _armor(block, core_dtype="int4", wrapper_dtype="int8"), tags),
         Row(f"slim int4, rank {block}", _one_shot("slim", core_dtype="int4", block_size=block), tags),
-        *(
-            Row(
-                f"armor dense {core}, int8 wrappers",
-                _armor(block, pattern="dense", core_dtype=core, wrapper_dtype="int8"),
-                tags,
-            )
-            for core in ("int4", "int3", "int2", "int8")
-        ),
-        *plain,
-        *(
-            Row(f"armor dense {core}, no wrappers", _armor(0, pattern="dense", core_dtype=core), tags)
-            for core in ("int3", "int2")
-        ),
-        *(
-            Row(f"armor dense {core}, bf16 wrappers", _armor(block, pattern="dense", core_dtype=core), tags)
-            for core in ("int4", "int3", "int2", "int8")
-        ),
-        *(
-            Row(f"{parent}, int8 activations", Run(parent), ("low-bit", "int8 activations"))
-            for parent in (
-                "armor int8",
-                "armor int4",
-                "armor dense int4, int8 wrappers",
-                "armor dense int8, int8 wrappers",
-            )
-        ),
+        *_with_int8_activations("armor int8", "armor int4"),
     ]
+
+
+def _dense_grids(block: int) -> list[Row]:
+    """Dense cores between wrappers, and plain quantisation."""
+    tags = ("low-bit",)
+    grouped = {"group_size": 64} if "group_size" in {one.name for one in fields(Recipe)} else {}
+    group = "group 64" if grouped else "group 128"
+    found = [
+        Row(
+            f"armor dense {core}, int8 wrappers",
+            _armor(block, pattern="dense", core_dtype=core, wrapper_dtype="int8"),
+            tags,
+        )
+        for core in ("int4", "int3", "int2", "int8")
+    ]
+    found += [
+        Row(f"{method} {core}, {group}", _one_shot(method, core_dtype=core, **grouped), tags)
+        for core in ("int4", "int3", "int8")
+        for method in ("gptq", "rtn")
+    ]
+    if grouped:  # on the grid of the rows without wrappers
+        found += [Row("gptq int3, group 128", _one_shot("gptq", core_dtype="int3"), tags)]
+    found += [
+        Row(f"armor dense {core}, no wrappers", _armor(0, pattern="dense", core_dtype=core), tags)
+        for core in ("int3", "int2")
+    ]
+    found += [
+        Row(f"armor dense {core}, bf16 wrappers", _armor(block, pattern="dense", core_dtype=core), tags)
+        for core in ("int4", "int3", "int2", "int8")
+    ]
+    return found + _with_int8_activations("armor dense int4, int8 wrappers", "armor dense int8, int8 wrappers")
+
+
+def _with_int8_activations(*parents: str) -> list[Row]:
+    return [Row(f"{parent}, int8 activations", Run(parent), ("low-bit", "int8 activations")) for parent in parents]
 
 
 def _budgets(block: int) -> list[Row]:
