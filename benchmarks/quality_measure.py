@@ -34,7 +34,6 @@ from halfplate.evaluation import evaluate, speed, token_windows
 from halfplate.evaluation.tasks import evaluate_tasks
 from halfplate.execution.matrix import relative_error
 from halfplate.formats import CompressedLinear
-from halfplate.formats.chain import Chain
 from halfplate.formats.nm_sparse import NMSparse
 from halfplate.models.blockwise import BlockwiseModel
 from halfplate.models.linears import find_linears, replace_linear
@@ -333,8 +332,8 @@ def _round(parent: Path, folder: Path, core_dtype: str) -> dict[str, Any]:
             chain = module.matrix
             spec = specs[name] = replace(module.spec, core_dtype=core_dtype)
             mask = None if spec.pattern.is_dense else chain.core.mask()
-            core = NMSparse.from_dense(chain.core.dense(), mask, spec.pattern, core_dtype)
-            rounded = Chain(spec, core, chain.out_wrapper, chain.in_wrapper, chain.added)
+            core = NMSparse.from_dense(chain.core.dense(), mask, spec.pattern, core_dtype, spec.group)
+            rounded = replace(chain, spec=spec, core=core)
             replace_linear(model, name, CompressedLinear.from_weight(rounded, spec, module.bias))
     write_checkpoint(model, load_tokenizer(parent), folder, specs, {"rounded": core_dtype}, other_dtype(parent))
     return {}
@@ -359,7 +358,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _tell(phase: str, done: int, total: int, note: str = "") -> None:
+def _tell(phase: str, done: int, total: int, note: str = "", *_: Any) -> None:
     """A line at each quarter of a phase."""
     if done and done * 4 // total != (done - 1) * 4 // total:
         print(f"  {phase} {done}/{total} {note}", flush=True)

@@ -5,7 +5,7 @@ the model's own field (WikiText-2 train, or TinyStories), beside `c4` and `self`
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -219,8 +219,6 @@ def _sparse_grids(block: int) -> list[Row]:
 def _dense_grids(block: int) -> list[Row]:
     """Dense cores between wrappers, and plain quantisation."""
     tags = ("low-bit",)
-    grouped = {"group_size": 64} if "group_size" in {one.name for one in fields(Recipe)} else {}
-    group = "group 64" if grouped else "group 128"
     found = [
         Row(
             f"armor dense {core}, int8 wrappers",
@@ -230,12 +228,12 @@ def _dense_grids(block: int) -> list[Row]:
         for core in ("int4", "int3", "int2", "int8")
     ]
     found += [
-        Row(f"{method} {core}, {group}", _one_shot(method, core_dtype=core, **grouped), tags)
+        Row(f"{method} {core}, group 64", _one_shot(method, core_dtype=core, group_size=64), tags)
         for core in ("int4", "int3", "int8")
         for method in ("gptq", "rtn")
     ]
-    if grouped:  # on the grid of the rows without wrappers
-        found += [Row("gptq int3, group 128", _one_shot("gptq", core_dtype="int3"), tags)]
+    # The same grid under both: groups of 128.
+    found += [Row("gptq int3, group 128", _one_shot("gptq", core_dtype="int3"), tags)]
     found += [
         Row(f"armor dense {core}, no wrappers", _armor(0, pattern="dense", core_dtype=core), tags)
         for core in ("int3", "int2")
