@@ -52,8 +52,10 @@ def measure(subject: Subject, options: argparse.Namespace) -> int:
         try:
             failed += not one_row(bench, row, made[row.label], options)
         finally:
-            if options.drop and not any(row.label in ancestors(later, table) for later in chosen[number + 1 :]):
-                bench.drop(row)
+            if options.drop:
+                needed = {label for later in chosen[number + 1 :] for label in lineage(later, table)}
+                for label in set(lineage(row, table)) - needed:
+                    bench.drop(table[label])
     return failed
 
 
@@ -92,9 +94,9 @@ def one_row(bench: Any, row: Row, made: dict[str, Any], options: argparse.Namesp
     return True
 
 
-def ancestors(row: Row, table: dict[str, Row]) -> list[str]:
-    """Labels of the row's parent, its parent's parent and so on."""
-    return [] if row.parent is None else [row.parent, *ancestors(table[row.parent], table)]
+def lineage(row: Row, table: dict[str, Row]) -> list[str]:
+    """Labels of the row, its parent, its parent's parent and so on."""
+    return [row.label, *(lineage(table[row.parent], table) if row.parent is not None else [])]
 
 
 def listing(subject: Subject, options: argparse.Namespace) -> None:
