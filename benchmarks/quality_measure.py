@@ -90,10 +90,12 @@ class Bench:
     # Making.
 
     def make(self, row: Row) -> Path:
-        """The folder of the row's checkpoint or GGUF file, made where it is not there, with what its making cost kept.
+        """The folder of the row's checkpoint or GGUF file, made where it is not there; what its making cost is kept.
 
         Raises HalfplateError where Halfplate refuses the row.
         """
+        if isinstance(row.making, Dense):
+            return Path(self._source)
         if isinstance(row.making, Run):
             return self.make(self._table[row.making.parent])
         folder, mark, made = self._folder(row), self._mark(row), self._made[row.label]
@@ -135,9 +137,6 @@ class Bench:
             case Rounded(core_dtype=core_dtype):
                 assert parent is not None
                 return _round(parent, folder, core_dtype)
-            case Dense():
-                folder.mkdir()
-                return {}
         raise AssertionError(row.making)
 
     def _compress(self, folder: Path, stated: Mapping[str, Any]) -> dict[str, Any]:

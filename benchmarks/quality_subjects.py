@@ -25,7 +25,11 @@ class Judged:
 
 @dataclass(frozen=True)
 class Subject:
-    """A dense model. texts: judged by, by name; `valid` is for choices. seq_len: of a window. calibration: `text` and `c4`."""
+    """A dense model. texts: judged by, by name; `valid` is for choices. seq_len: of a window. calibration: `text` and `c4`.
+
+    field: what its calibration text is. block: of ARMOR's wrappers. reported: the text of the pictures and ratios.
+    on_a_grid: what is to be said of its weights.
+    """
 
     name: str
     title: str
@@ -33,9 +37,12 @@ class Subject:
     seq_len: int
     texts: Mapping[str, Judged]
     calibration: Mapping[str, Callable[[], Path]]
-    field: str  # what its calibration text is
-    block: int  # of ARMOR's wrappers
+    field: str
+    block: int
     recovery_minutes: float
+    reported: str = "test"
+    reported_text: str = "WikiText-2 test"
+    on_a_grid: str = ""
 
     def calibration_source(self, name: str) -> str:
         """What `--calibration` takes for a text by its name here."""
@@ -83,6 +90,10 @@ SUBJECTS = {
         "WikiText-2 train",
         16,
         30,
+        on_a_grid=(
+            "**SmolLM2-135M-Instruct comes from a Q4_1 file, so its weights lie on a 4-bit grid of groups of 32 already: that flatters every 4-bit row**, "
+            "above all those whose groups are of 32 (llama.cpp's) or 64; stories260K below is a clean fp32 model."
+        ),
     ),
     "stories260K": Subject(
         "stories260K",
@@ -99,5 +110,8 @@ SUBJECTS = {
         "TinyStories",
         4,  # blocks of 16 are half as large as its matrices of 64 columns
         3,
+        "stories",
+        "TinyStories",
+        "stories260K has matrices of 64 and 172 columns: wrappers weigh more in it than in any real model, and K-quants of llama.cpp fall back everywhere.",
     ),
 }

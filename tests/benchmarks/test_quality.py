@@ -17,12 +17,12 @@ def quality(monkeypatch, tmp_path):
     monkeypatch.setenv("HALFPLATE_BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setitem(sys.modules, "kernels", None)  # as benchmarks/common.py does
-    names = ["common", "quality", "quality_measure", "quality_results", "quality_rows", "quality_subjects"]
-    for name in (*names, "quality_report"):
+    names = ["common", "quality_results", "quality_rows", "quality_subjects", "quality_measure", "quality"]
+    names += ["quality_pictures", "quality_report"]
+    for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    modules = {name: __import__(name) for name in names}
-    yield SimpleNamespace(**modules)
-    for name in (*names, "quality_report"):
+    yield SimpleNamespace(**{name: __import__(name) for name in names})
+    for name in names:
         sys.modules.pop(name, None)
 
 
@@ -136,3 +136,90 @@ def test_rows_run_refuse_and_resume(quality, tiny_folder, tmp_path, monkeypatch,
     capsys.readouterr()
     assert script.measure(subject, options) == 0
     assert "quality:" not in capsys.readouterr().out
+
+
+QUALITY = {
+    "nbytes": 600_000,
+    "dense_nbytes": 1_000_000,
+    "layer_error": 0.02,
+    "test": {"perplexity": 30.0, "kl": 0.5, "top1_agreement": 0.7},
+    "valid": {"perplexity": 20.0, "kl": 0.4, "top1_agreement": 0.7},
+    "c4": {"perplexity": 50.0, "kl": 0.6, "top1_agreement": 0.6},
+}
+
+
+def saved(quality, table, path, **by_label):
+    """Results that hold a stage `quality` of some rows."""
+    results = quality.quality_results.Results(path)
+    for label, changes in by_label.items():
+        results.save(label, "quality", quality.quality_rows.described(table[label], table), QUALITY | changes, {})
+    return results
+
+
+def test_report_shows_what_is_measured_and_dashes(quality, table, tmp_path, monkeypatch, capsys):
+    rivals = {
+        "sparsegpt, compressed inputs, damping 0.01": {"valid": {"perplexity": 40.0}, "test": {"perplexity": 60.0}},
+        "sparsegpt, dense inputs, damping 0.1": {"valid": {"perplexity": 41.0}, "test": {"perplexity": 50.0}},
+    }
+    bits = {
+        "armor dense int2, no wrappers": {"nbytes": 200_000, "layer_error": 0.04},
+        "armor dense int3, no wrappers": {"nbytes": 300_000, "layer_error": 0.01},
+        "armor dense int2, int8 wrappers": {"nbytes": 250_000, "layer_error": 0.01},
+    }
+    results = saved(quality, table, tmp_path / "results.json", armor={}, **rivals, **bits)
+    made = quality.quality_rows.described(table["owl"], table)
+    results.save("owl", "refused", made, {"reason": "method='owl' is unknown; available: armor"}, {})
+    made = quality.quality_rows.described(table["armor"], table)
+    results.save("armor", "decode", made, {"decode": 250.0, "speedup": 4.5}, {})
+    page = tmp_path / "RESULTS.md"
+    page.write_text("before\n<!-- quality_smollm2: begin -->\nold\n<!-- quality_smollm2: end -->\nafter\n")
+    monkeypatch.setattr(quality.quality_report, "PICTURES", ROOT / "docs" / "pictures")
+    drawn = []
+    monkeypatch.setattr(quality.quality_pictures, "draw", lambda subject, points, folder: drawn.extend(points) or [])
+    quality.quality_report.write(quality.quality_subjects.SUBJECTS["smollm2"], results, page)
+    text = page.read_text()
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "4-bit grid" in text
+    assert [cell.strip() for cell in lines["armor"].split("|")[2:8]] == [
+        "0.600",
+        "0.600",
+        "0.0200",
+        "30.00",
+        "0.500",
+        "0.700",
+    ]
+    assert "| 250 | 4.50 |" in lines["armor"]
+    assert set(lines["wanda"].replace("wanda", "").split()) == {"|", "–"}
+    assert "owl (refused: method='owl' is unknown)" in lines
+    # The rival is chosen on valid, and judged on test.
+    chosen = next(line for name, line in lines.items() if "best SparseGPT" in name)
+    assert "compressed inputs, damping 0.01" in chosen
+    assert chosen.endswith("| 0.500 |")
+    # Half-way between 0.04 and 0.01 on a logarithmic scale lies 0.02.
+    assert lines[next(name for name in lines if "log-linear" in name)].endswith("| 0.500 |")
+    assert [(point.label, point.decode, point.kl) for point in drawn if point.label == "armor"] == [
+        ("armor", 250.0, 0.5)
+    ]
+
+
+def test_front_of_a_picture(quality):
+    point = quality.quality_pictures.Point
+    points = [(point(str(x), "armor", x, None, kl), x) for x, kl in [(1, 0.9), (2, 0.5), (3, 0.6), (4, 0.1), (2, 0.7)]]
+    assert [x for _, x in quality.quality_pictures.front(points, less_is_better=True)] == [1, 2, 4]
+    assert [x for _, x in quality.quality_pictures.front(points, less_is_better=False)] == [4]
+
+
+def test_pictures_are_drawn_of_what_there_is(quality, tmp_path):
+    pytest.importorskip("matplotlib")
+    point, draw = quality.quality_pictures.Point, quality.quality_pictures.draw
+    points = [point("armor", "ARMOR, 2:4", 10**6, None, 0.5), point("Q8_0", "llama.cpp", 9 * 10**5, 100.0, 0.001)]
+    subject = quality.quality_subjects.SUBJECTS["smollm2"]
+    made = draw(subject, points, tmp_path)
+    assert [path.name for path in made] == ["quality_smollm2_bytes.svg", "quality_smollm2_speed.svg"]
+    first = made[0].read_bytes()
+    assert b"armor" in first
+    assert draw(subject, points, tmp_path)[0].read_bytes() == first
+    assert draw(subject, [], tmp_path) == []
