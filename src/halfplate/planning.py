@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from halfplate.allocation.candidates import CHOICES, candidates
-from halfplate.calibration.collect import BATCH
+from halfplate.calibration.collect import BATCH, input_stages
 from halfplate.calibration.documents import check_source
 from halfplate.calibration.self_text import CACHE_BYTES
 from halfplate.calibration.text import check_seq_len
 from halfplate.errors import HalfplateError
+from halfplate.formats.sharing import share
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
+from halfplate.models.blockwise import BlockwiseModel
 from halfplate.models.linears import FoundLinear, find_linears
 from halfplate.models.sources import Source, open_source, skeleton
 from halfplate.pattern import Pattern
@@ -158,6 +161,8 @@ def plan_source(source: Source, recipe: Recipe) -> Plan:
         MatrixPlan(skip.name, _shape(dense, skip.name), None, recipe.method, None, skip.reason) for skip in passed_over
     ]
 
+    if recipe.share_wrappers:
+        matrices = _sharing(dense, matrices)
     if recipe.budget is not None:
         _check_budget(recipe.budget, [m.spec for m in matrices if m.spec is not None], recipe, method)
 
@@ -179,6 +184,33 @@ def plan_source(source: Source, recipe: Recipe) -> Plan:
             recipe, method.requires, parameters, hidden_size, max(linear.d_in for linear in fitting)
         ),
     )
+
+
+def _sharing(dense: PreTrainedModel, matrices: list[MatrixPlan]) -> list[MatrixPlan]:
+    """`matrices` with one input wrapper for all that the model gives one input."""
+    names: dict[int, list[str]] = {}
+    for matrix in matrices:
+        if matrix.spec is not None and matrix.block is not None:
+            names.setdefault(matrix.block, []).append(matrix.name)
+    specs = share({matrix.name: matrix.spec for matrix in matrices if matrix.spec is not None}, _groups(dense, names))
+    return [replace(matrix, spec=specs.get(matrix.name)) for matrix in matrices]
+
+
+def _groups(dense: PreTrainedModel, names: dict[int, list[str]]) -> list[list[str]]:
+    """The linears `names` of each block by the input that they share, found by a run without any numbers."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            blockwise = BlockwiseModel(dense)
+            batch = blockwise.embed(torch.zeros(1, 2, dtype=torch.int64, device="meta"))
+            stages = {block: input_stages(blockwise, block, batch, inside) for block, inside in names.items()}
+    # Each model class fails with errors of its own where it asks for values that are not there.
+    except Exception as error:
+        raise HalfplateError(
+            f"share_wrappers=True: which linears of {type(dense).__name__} share an input cannot be found without running it "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); leave it out"
+        ) from error
+    # The plan's order decides which of them stores the wrapper.
+    return [sorted(stage, key=names[block].index) for block in stages for stage in stages[block]]
 
 
 def _check_budget(budget: float, specs: list[WeightSpec], recipe: Recipe, method: Method) -> None:
@@ -216,7 +248,8 @@ def _wrapper_share(specs: list[WeightSpec]) -> float:
     wrappers = 0
     for spec in specs:
         wrappers += spec.rank * (spec.d_out + spec.d_in)
-        for size, block in ((spec.d_out, spec.out_block), (spec.d_in, spec.in_block)):
+        in_block = 0 if spec.in_shared else spec.in_block
+        for size, block in ((spec.d_out, spec.out_block), (spec.d_in, in_block)):
             if block:
                 wrappers += size // block * block**2 + (size % block) ** 2
     return wrappers / sum(spec.d_out * spec.d_in for spec in specs)

@@ -33,8 +33,9 @@ class Recipe:
 
     method_options: the fields of the method's own configuration, e.g. `{"iterations": 20}`. pattern: `N:M`, `dense`, or `auto`
     for that of the method: `dense` where it drops no weights, else `2:4`. block_size: `auto` (planning
-    chooses), 0 for no wrappers, 1 for diagonal ones; for slim the rank. group_size: columns that share a scale where the core lies on
-    a grid. inputs: statistics of what the dense blocks see, or of what the compressed
+    chooses), 0 for no wrappers, 1 for diagonal ones; for slim the rank. out_block_size: that of the wrapper of the outputs,
+    where it is to be another. share_wrappers: linears of one input have one input wrapper. group_size: columns that share a scale
+    where the core lies on a grid. inputs: statistics of what the dense blocks see, or of what the compressed
     ones before them make of it; then cross_damping is that of the correction towards the dense outputs, `none` for no
     correction. token_limit: tokens with more energy than so many times the median count as that. tune_block: steps of tuning
     each block against the dense one's output. budget, time_budget: share of the dense bytes, or of the dense linears' decode
@@ -48,6 +49,8 @@ class Recipe:
     method_options: Mapping[str, Any] = field(default_factory=dict)
     pattern: str = "auto"
     block_size: int | Literal["auto"] = "auto"
+    out_block_size: int | None = None
+    share_wrappers: bool = False
     core_dtype: str = "bf16"
     wrapper_dtype: str = "bf16"
     group_size: int = GROUP
@@ -115,6 +118,10 @@ class Recipe:
         for name in ("budget", "time_budget"):
             if (value := getattr(self, name)) is not None and not 0 < value <= 1:
                 raise HalfplateError(f"{name}={value} must be a share of the dense model, above 0 and up to 1; try 0.6")
+        if self.share_wrappers and self.budgeted:
+            raise HalfplateError(
+                "share_wrappers=True: a budget does not choose levels of matrices that share a wrapper; leave one of them out"
+            )
         for field_name in self.choose:
             if field_name not in CHOICES:
                 raise HalfplateError(f"choose={field_name!r} is not one of {', '.join(CHOICES)}")
@@ -136,6 +143,17 @@ class Recipe:
             raise HalfplateError(
                 f"block_size={block} needs a method with wrappers, and {self.method!r} has none; try --method armor or --block-size 0"
             )
+        for name in ("out_block_size", "share_wrappers"):
+            if getattr(self, name) and not method.wrapped:
+                raise HalfplateError(
+                    f"{name}={getattr(self, name)} needs a method with wrappers, and {self.method!r} has none; try --method armor, or leave it out"
+                )
+        if self.out_block_size is not None and self.out_block_size < 0:
+            raise HalfplateError(
+                f"out_block_size={self.out_block_size} is negative; expected 0 (no wrapper), 1 (diagonal) or a block size"
+            )
+        if self.share_wrappers and self.block_size == 0 and not self.budgeted:
+            raise HalfplateError("share_wrappers=True with block_size=0 has no wrapper to share; try --block-size 16")
         method.check_spec(self.spec(1, pattern.m, block))
         if self.group_size != GROUP and self.core_dtype not in GRIDS and not self.budgeted:
             raise HalfplateError(
@@ -150,12 +168,13 @@ class Recipe:
     def spec(self, d_out: int, d_in: int, block: int) -> WeightSpec:
         """How a matrix is stored: wrappers of the size `block`, or a low-rank part of as many bytes, as the method has it."""
         wrapper, rank = (0, block) if methods.method_class(self.method).low_rank else (block, 0)
+        out_wrapper = wrapper if self.out_block_size is None else self.out_block_size
         return WeightSpec(
             d_out,
             d_in,
             self.parsed_pattern,
             self.core_dtype,
-            wrapper,
+            out_wrapper,
             wrapper,
             self.wrapper_dtype,
             rank,

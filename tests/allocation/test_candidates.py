@@ -1,7 +1,7 @@
 """The levels among which a budget chooses."""
 
 from halfplate import methods
-from halfplate.allocation import candidates
+from halfplate.allocation import candidates, uneven
 from halfplate.formats import WeightSpec
 from halfplate.pattern import Pattern
 
@@ -32,3 +32,23 @@ def test_what_the_method_cannot_make_is_left_out():
     assert {spec.in_block for spec in candidates(WeightSpec(64, 128), methods.create("wanda"), ("block_size",))} == {0}
     odd = WeightSpec(64, 6, Pattern(1, 2))
     assert {str(spec.pattern) for spec in candidates(odd, methods.create("wanda"), ("pattern",))} == {"1:2"}
+
+
+def test_uneven_blocks_change_one_side():
+    found = uneven(SPEC, ARMOR, ("block_size",))
+    assert {(spec.out_block, spec.in_block) for spec in found} == {
+        (0, 16),
+        (8, 16),
+        (32, 16),
+        (16, 0),
+        (16, 8),
+        (16, 32),
+    }
+    assert [spec.nbytes for spec in found] == sorted(spec.nbytes for spec in found)
+    assert uneven(SPEC, ARMOR, ("pattern",)) == []
+    assert uneven(WeightSpec(64, 128), methods.create("wanda"), ("block_size",)) == []
+
+
+def test_four_of_eight_where_groups_of_eight_fit():
+    assert "4:8" in {str(spec.pattern) for spec in candidates(SPEC, ARMOR, ("pattern",))}
+    assert "4:8" not in {str(spec.pattern) for spec in candidates(WeightSpec(64, 12), ARMOR, ("pattern",))}

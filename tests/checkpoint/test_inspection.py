@@ -25,6 +25,7 @@ def test_the_contract(written: Any) -> None:
             "shape": [spec.d_out, spec.d_in],
             "nbytes": spec.nbytes,
             "dense_nbytes": 2 * spec.d_out * spec.d_in,
+            "in_shared": None,
             "relative_error": 0.25,
         }
     assert found["nbytes"] == sum(one.model.get_submodule(name).matrix.nbytes for name in one.specs)

@@ -1,6 +1,6 @@
 """One budget over many matrices."""
 
-from halfplate.allocation.candidates import CHOICES, candidates
+from halfplate.allocation.candidates import CHOICES, candidates, uneven
 from halfplate.allocation.knapsack import Level, allocate
 
-__all__ = ["CHOICES", "Level", "allocate", "candidates"]
+__all__ = ["CHOICES", "Level", "allocate", "candidates", "uneven"]

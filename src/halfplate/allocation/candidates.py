@@ -12,14 +12,15 @@ from halfplate.pattern import Pattern
 
 CHOICES = ("block_size", "pattern", "core_dtype")
 BLOCKS = (0, 8, 16, 32)
-PATTERNS = ("1:4", "2:4", "3:4", "dense")
+PATTERNS = ("1:4", "2:4", "4:8", "3:4", "dense")
 CORES = ("bf16", *GRIDS)
 
 
 def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[WeightSpec]:
     """What `spec` may become where the fields `choose` (of CHOICES) are free: itself, and all that `method` makes of it smaller.
 
-    Both wrappers have one block size. Cheaper ones come first; what is no smaller than the dense matrix is left out.
+    Both wrappers have one block size; `uneven` gives the rest. Cheaper ones come first; what is no smaller than the dense
+    matrix is left out.
     """
     choose = set(choose)
     blocks = BLOCKS if "block_size" in choose and method.wrapped else (None,)
@@ -38,6 +39,35 @@ def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[
             method.check_spec(other)
         except HalfplateError:
             continue  # this method, or a matrix of this size, has no such level
-        if other.nbytes < other.dense_nbytes and not (other.pattern.is_dense and other.core_dtype not in GRIDS):
+        if _is_smaller(other):
             found.add(other)
-    return sorted(found, key=lambda level: (level.nbytes, str(level)))
+    return _by_bytes(found)
+
+
+def uneven(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[WeightSpec]:
+    """`spec` with another block size on one side, cheaper ones first; none where block sizes are not free.
+
+    All pairs would be sixteen for each pattern and type; a search asks for those beside the even ones that proved themselves.
+    """
+    if "block_size" not in set(choose) or not method.wrapped:
+        return []
+    found = set()
+    for out_block, in_block in [(block, spec.in_block) for block in BLOCKS] + [
+        (spec.out_block, block) for block in BLOCKS
+    ]:
+        try:
+            other = replace(spec, out_block=out_block, in_block=in_block)
+            method.check_spec(other)
+        except HalfplateError:
+            continue
+        if other != spec and _is_smaller(other):
+            found.add(other)
+    return _by_bytes(found)
+
+
+def _is_smaller(spec: WeightSpec) -> bool:
+    return spec.nbytes < spec.dense_nbytes and not (spec.pattern.is_dense and spec.core_dtype not in GRIDS)
+
+
+def _by_bytes(specs: Iterable[WeightSpec]) -> list[WeightSpec]:
+    return sorted(specs, key=lambda level: (level.nbytes, str(level)))

@@ -9,6 +9,7 @@ import torch
 
 from halfplate.dtypes import STORED
 from halfplate.errors import HalfplateError
+from halfplate.formats.sharing import check_shared
 from halfplate.formats.spec import WeightSpec
 
 METHOD = "halfplate"
@@ -45,7 +46,9 @@ def parse_modules(version: Any, modules: Any) -> dict[str, WeightSpec]:
             f"quantization_config.modules is of type {type(modules).__name__}, expected an object of module names; "
             "the checkpoint is damaged, write it again"
         )
-    return {name: WeightSpec.from_json(entry, name) for name, entry in modules.items()}
+    specs = {name: WeightSpec.from_json(entry, name) for name, entry in modules.items()}
+    check_shared(specs)
+    return specs
 
 
 def read_json(path: Path) -> dict[str, Any]:

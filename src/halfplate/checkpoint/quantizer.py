@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from halfplate.checkpoint.config import METHOD, SENTENCE, VERSION, parse_modules
 from halfplate.checkpoint.weights import check_layout, headers_of
 from halfplate.errors import HalfplateError
-from halfplate.formats import CompressedLinear, WeightSpec, check_stored
+from halfplate.formats import CompressedLinear, WeightSpec, check_stored, connect
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -89,6 +89,7 @@ class HalfplateQuantizer(HfQuantizer):
                 spec, bias is not None, device="meta", bias_dtype=None if bias is None else bias.dtype
             )
             model.set_submodule(name, module)
+        connect(model)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

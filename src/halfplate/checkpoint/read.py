@@ -127,6 +127,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
                 "shape": [spec.d_out, spec.d_in],
                 "nbytes": spec.nbytes,
                 "dense_nbytes": spec.dense_nbytes,
+                "in_shared": spec.in_shared,
                 "relative_error": _relative_error(record, name),
             }
             for name, spec in specs.items()

@@ -17,7 +17,7 @@ from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.quantizer import HalfplateConfig
 from halfplate.checkpoint.weights import MAX_SHARD_NBYTES, write_tensors
 from halfplate.errors import HalfplateError
-from halfplate.formats import CompressedLinear, WeightSpec
+from halfplate.formats import CompressedLinear, WeightSpec, check_shared
 from halfplate.version import package_version
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def write_checkpoint(
     where `model` is not as `specs` says.
     """
     _check_modules(model, specs)
+    check_shared(specs)
     with new_folder(Path(out), overwrite) as folder:
         round_others(model, other_dtype)
         checksums = write_model(

@@ -20,6 +20,7 @@ FIELDS = (
         "kept values in each group of inputs (default 2:4), or dense (gptq, rtn, and armor on a grid)",
     ),
     ("--block-size", "N", "blocks of the wrappers: auto (default), 0 for none, 1 for diagonal"),
+    ("--out-block-size", "N", "blocks of the wrappers of the outputs, where they are to be other ones"),
     ("--core-dtype", "TYPE", "element type of the kept values: bf16 (default), fp16, fp32, int8, int4, int3 or int2"),
     ("--group-size", "N", "columns that share a scale where the core is int8 to int2: 128 (default), 64 or 32"),
     ("--wrapper-dtype", "TYPE", "element type of the wrappers: bf16 (default), fp16, fp32 or int8"),
@@ -70,6 +71,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(flag, metavar="PATTERN", action="append", help=f"{text}, e.g. '*.q_proj'; repeatable")
     parser.add_argument(
+        "--share-wrappers",
+        action="store_const",
+        const=True,
+        help="one input wrapper for all linears of one input (q, k and v; gate and up)",
+    )
+    parser.add_argument(
         "--choose",
         metavar="FIELDS",
         type=lambda text: [field.replace("-", "_") for field in text.split(",")],
@@ -85,7 +92,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     """The recipe file, or the defaults, with the flags that were given."""
     from halfplate.recipe import Recipe
 
-    names = [*map(_field, FIELDS), "include", "exclude", "choose"]
+    names = [*map(_field, FIELDS), "include", "exclude", "choose", "share_wrappers"]
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = {name: getattr(args, name) for name in map(_field, METHOD_OPTIONS) if getattr(args, name) is not None}
     for text in args.option:

@@ -10,8 +10,9 @@ from torch import nn
 
 from halfplate.calibration import BATCH, CalibrationTokens, DenseRun, collect_block, collect_stage, input_stages
 from halfplate.execution.clock import Clock
-from halfplate.execution.matrix import MatrixRecord, compress_matrix
+from halfplate.execution.matrix import MatrixRecord, compress_group
 from halfplate.execution.progress import Report
+from halfplate.formats.sharing import sharing_groups
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.models.sources import LoadedModel
 from halfplate.planning import Plan
@@ -123,9 +124,10 @@ def compress_blocks(
         if matrix.spec is not None and matrix.block is not None:
             names[matrix.block].append(matrix.name)
     records: dict[str, MatrixRecord] = {}
-    weights = {name: spec.d_out * spec.d_in for name, spec in plan.specs.items()}
+    specs = plan.specs
+    weights = {name: spec.d_out * spec.d_in for name, spec in specs.items()}
     share = 0.0
-    report("compressing", 0, len(plan.specs), share=0)
+    report("compressing", 0, len(specs), share=0)
     inputs = None
     if tokens is not None:
         kind = _CompressedInputs if recipe.inputs == "compressed" else _DenseInputs
@@ -135,17 +137,17 @@ def compress_blocks(
     for block in range(last + 1):
         stages: Iterator[Stage] = iter([(names[block], {})]) if inputs is None else inputs.stages(block, names[block])
         for stage, collected in stages:
-            for name in stage:
+            for group in sharing_groups({name: specs[name] for name in stage}):
                 with clock("solving"):
-                    found = collected.pop(name, InputStatistics())
-                    records[name] = compress_matrix(
-                        loaded.model, name, method, found, plan.specs[name], recipe.cross_damping
-                    )
-                share += weights[name] / sum(weights.values())
-                facts = records[name].facts() | {"block": block}
-                report("compressing", len(records), len(plan.specs), share=min(share, 1), facts=facts)
+                    found = [collected.pop(name, InputStatistics()) for name in group]  # one and the same
+                    solved = compress_group(loaded.model, group, method, found[0], specs, recipe.cross_damping)
+                for record in solved:
+                    records[record.name] = record
+                    share += weights[record.name] / sum(weights.values())
+                    facts = record.facts() | {"block": block}
+                    report("compressing", len(records), len(specs), share=min(share, 1), facts=facts)
         if inputs is not None and (done := inputs.leave(block, last=block == last)) is not None:
             tuned[block] = done
         facts = {"event": "block", "block": block} | (asdict(tuned[block]) if block in tuned else {})
-        report("compressing", len(records), len(plan.specs), share=min(share, 1), facts=facts)
-    return Outcome([records[name] for name in plan.specs], tuned)
+        report("compressing", len(records), len(specs), share=min(share, 1), facts=facts)
+    return Outcome([records[name] for name in specs], tuned)

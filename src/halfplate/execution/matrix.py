@@ -1,6 +1,7 @@
-"""One matrix of a model: solve it, put the result in its place, and judge it."""
+"""One matrix of a model, or several that share a wrapper: solve, put the result in its place, and judge it."""
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from halfplate.errors import HalfplateError
-from halfplate.formats import CompressedLinear, WeightSpec
+from halfplate.formats import Chain, CompressedLinear, WeightSpec
+from halfplate.formats.sharing import split, stacked, stacked_spec
 from halfplate.methods.base import Method
 from halfplate.models.linears import replace_linear
 from halfplate.solvers.target import corrected_weight
@@ -47,38 +49,59 @@ class MatrixRecord:
         }
 
 
-def compress_matrix(
+def compress_group(
     model: nn.Module,
-    name: str,
+    names: Sequence[str],
     method: Method,
     statistics: InputStatistics,
-    spec: WeightSpec,
+    specs: Mapping[str, WeightSpec],
     cross_damping: float | Literal["none"],
-) -> MatrixRecord:
-    """Replace the linear `name` of `model` by what `method` makes of it, and judge that.
+) -> list[MatrixRecord]:
+    """Replace the linears `names` of `model`, one or all that share a wrapper, by what `method` makes of them, and judge that.
 
-    cross_damping: of the correction for inputs that come through a compressed prefix (halfplate.solvers.target), or `none`.
-    Raises HalfplateError naming the matrix where the method refuses it or its values do not fit their types.
+    statistics: of their common input. Those that share are solved as one matrix, whose losses each of them has. cross_damping: of
+    the correction for inputs that come through a compressed prefix (halfplate.solvers.target), or `none`. Raises
+    HalfplateError naming the matrix where the method refuses it or its values do not fit their types.
     """
     start = time.perf_counter()
-    linear = cast(nn.Linear, model.get_submodule(name))
-    weight = linear.weight.detach().float()
+    wanted = [specs[name] for name in names]
+    linears = [cast(nn.Linear, model.get_submodule(name)) for name in names]
+    weights = [linear.weight.detach().float() for linear in linears]
     if statistics.cross is not None and cross_damping != "none" and method.requires >= Statistic.GRAM:
-        weight = corrected_weight(weight, statistics.require_gram(), statistics.cross, cross_damping)
+        gram, cross = statistics.require_gram(), statistics.cross
+        weights = [corrected_weight(weight, gram, cross, cross_damping) for weight in weights]
+    solved, losses = solve_group(weights, method, statistics, wanted, names[0])
+    seconds = (time.perf_counter() - start) / len(names)
+    records = []
+    for name, linear, weight, compressed in zip(names, linears, weights, solved, strict=True):
+        spec, dense = compressed.spec, compressed.dense()
+        if not bool(dense.isfinite().all()):
+            raise HalfplateError(
+                f"{name}: method={method.name!r} gave values that core_dtype={spec.core_dtype!r}, wrapper_dtype={spec.wrapper_dtype!r} cannot hold; "
+                "try --core-dtype fp32 --wrapper-dtype fp32, another method, or --exclude it"
+            )
+        replacement = CompressedLinear.from_weight(compressed, spec, linear.bias)
+        replace_linear(model, name, replacement)
+        if spec.in_shared is not None:
+            replacement.lend(cast(CompressedLinear, model.get_submodule(spec.in_shared)))
+        error, kind = relative_error(weight, dense, statistics)
+        records.append(MatrixRecord(name, error, kind, losses, seconds))
+    return records
+
+
+def solve_group(
+    weights: Sequence[Tensor], method: Method, statistics: InputStatistics, specs: Sequence[WeightSpec], name: str
+) -> tuple[list[Chain], tuple[float, ...]]:
+    """What `method` makes of `weights` (d_out, d_in) of one input, stacked where they are several, and its losses.
+
+    Raises HalfplateError naming the matrix `name` where the method refuses it.
+    """
     try:
-        solution = method.compress(weight, statistics, spec)
+        solution = method.compress(stacked(weights, specs), statistics, stacked_spec(specs))
     except HalfplateError as refusal:
         # A method does not know which matrix it works on.
         raise HalfplateError(f"{name}: {refusal}") from None
-    dense = solution.weight.dense()
-    if not bool(dense.isfinite().all()):
-        raise HalfplateError(
-            f"{name}: method={method.name!r} gave values that core_dtype={spec.core_dtype!r}, wrapper_dtype={spec.wrapper_dtype!r} cannot hold; "
-            "try --core-dtype fp32 --wrapper-dtype fp32, another method, or --exclude it"
-        )
-    replace_linear(model, name, CompressedLinear.from_weight(solution.weight, spec, linear.bias))
-    error, kind = relative_error(weight, dense, statistics)
-    return MatrixRecord(name, error, kind, tuple(solution.losses), time.perf_counter() - start)
+    return split(solution.weight, specs), tuple(solution.losses)
 
 
 def relative_error(weight: Tensor, dense: Tensor, statistics: InputStatistics) -> tuple[float, str]:

@@ -16,8 +16,9 @@ from halfplate.formats.spec import WeightSpec
 class Chain:
     """The matrix `out · core · in + added`, applied from the right; a missing wrapper is the identity.
 
-    spec: how it is stored. permutation: int16 or int32 (d_in,), the input that each column of that matrix multiplies; None
-    where they are in order. y = W x = (W P)(Pᵀ x): inputs are put in that order before anything else.
+    spec: how it is stored; where it shares the input wrapper of another matrix, that is no stored tensor of this one.
+    permutation: int16 or int32 (d_in,), the input that each column of that matrix multiplies; None where they are in order.
+    y = W x = (W P)(Pᵀ x): inputs are put in that order before anything else.
     """
 
     spec: WeightSpec
@@ -29,7 +30,7 @@ class Chain:
 
     @classmethod
     def from_tensors(cls, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> "Chain":
-        """Put the stored tensors of a matrix, named as in `spec.layout()`, back together."""
+        """Put the tensors of a matrix, named as in `spec.alone.layout()`, back together."""
         wrappers = {
             side: BlockDiagonal(*(tensors.get(f"weight_{side}_{part}") for part in ("blocks", "tail", "scales")))
             if block
@@ -46,14 +47,13 @@ class Chain:
 
     @property
     def nbytes(self) -> int:
-        parts = (self.core, self.out_wrapper, self.in_wrapper, self.added)
-        return sum(part.nbytes for part in (*parts, self.permutation) if part is not None)
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """Stored tensors by their name below the module."""
         tensors = self.core.tensors()
         for side, wrapper in (("out", self.out_wrapper), ("in", self.in_wrapper)):
-            if wrapper is not None:
+            if wrapper is not None and not (side == "in" and self.spec.in_shared):
                 tensors |= wrapper.tensors(side)
         if self.added is not None:
             tensors |= self.added.tensors()

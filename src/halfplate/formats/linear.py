@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
 from halfplate.formats.spec import WeightSpec
 
@@ -11,11 +12,13 @@ class CompressedLinear(nn.Module):
     """y = x (A S B)ᵀ + bias, with every stored tensor of `spec.layout()` registered under its name on disk.
 
     spec: shape and types of the matrix. bias: whether a bias (d_out,) is added. device: where the still empty tensors
-    are made (`meta` while transformers builds a model). bias_dtype: element type of the bias.
+    are made (`meta` while transformers builds a model). bias_dtype: element type of the bias. lender: the module whose input
+    wrapper this one shares, where its `spec` names one; it is no part of the state of this module.
     """
 
     weight: Tensor
     bias: Tensor | None
+    lender: "CompressedLinear | None"
 
     def __init__(
         self,
@@ -26,6 +29,7 @@ class CompressedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.lend(None)
         self.out_features, self.in_features = spec.d_out, spec.d_in
         for name, (shape, dtype) in spec.layout().items():
             tensor = torch.empty(shape, dtype=dtype, device=device)
@@ -51,10 +55,31 @@ class CompressedLinear(nn.Module):
         tensors: dict[str, Tensor] = {name: getattr(self, name) for name in self.spec.layout()}
         return tensors if self.bias is None else tensors | {"bias": self.bias}
 
+    def lend(self, lender: "CompressedLinear | None") -> None:
+        """Make `lender` the module whose input wrapper this one applies."""
+        # Not as a submodule: its tensors belong to the module that stores them.
+        object.__setattr__(self, "lender", lender)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that the module computes with, `stored()` and what it shares; HalfplateError where that is not at hand."""
+        stored = self.stored()
+        if self.spec.in_shared is None:
+            return stored
+        if self.lender is None:
+            raise HalfplateError(
+                f"in_shared={self.spec.in_shared!r}: the module that holds the input wrapper is not at hand; call halfplate.formats.connect(model)"
+            )
+        shared = {name: tensor for name, tensor in self.lender.stored().items() if name.startswith("weight_in_")}
+        if any(tensor.is_meta for tensor in shared.values()) and not self.weight.is_meta:
+            raise HalfplateError(
+                f"in_shared={self.spec.in_shared!r}: that module is offloaded while its input wrapper is needed; load the model without offloading it"
+            )
+        return stored | shared
+
     @property
     def matrix(self) -> Chain:
-        """The matrix that this module applies, over the module's own tensors."""
-        return Chain.from_tensors(self.spec, self.stored())
+        """The matrix that this module applies, over the tensors of the module and of its lender."""
+        return Chain.from_tensors(self.spec, self.tensors())
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) to (..., d_out) in the dtype of `x`."""

@@ -1,6 +1,6 @@
 """What a compressed matrix looks like in memory and on disk, known before it is computed."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -14,7 +14,7 @@ from halfplate.pattern import Pattern
 
 TWO_OF_FOUR = Pattern(2, 4)
 # Fields that the JSON leaves out where they have these values.
-OPTIONAL: dict[str, Any] = {"rank": 0, "permuted": False, "group": GROUP}
+OPTIONAL: dict[str, Any] = {"rank": 0, "permuted": False, "group": GROUP, "in_shared": None}
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class WeightSpec:
     A block size of 0 means that the wrapper is absent, 1 that it is diagonal; a rank of 0 that nothing is added. core_dtype:
     one of CORE_DTYPES, wrapper_dtype, which is also that of L and R, of WRAPPER_DTYPES (halfplate.dtypes). permuted: whether
     the inputs are taken in an order of the matrix's own. group: columns that share a scale where the core lies on a grid, one
-    of GROUPS (halfplate.formats.rounding); it says nothing of other cores. This is the entry of one matrix under
+    of GROUPS (halfplate.formats.rounding); it says nothing of other cores. in_shared: name of the module that stores B, where
+    that is another one (halfplate.formats.sharing). This is the entry of one matrix under
     `quantization_config.modules` in `config.json`; `layout` derives every stored tensor from it.
     """
 
@@ -38,6 +39,7 @@ class WeightSpec:
     rank: int = 0
     permuted: bool = False
     group: int = GROUP
+    in_shared: str | None = None
 
     def __post_init__(self) -> None:
         check_dtype(self.core_dtype, "core_dtype", CORE_DTYPES)
@@ -56,6 +58,10 @@ class WeightSpec:
         if self.rank and self.wrapper_dtype not in STORED:
             raise HalfplateError(
                 f"wrapper_dtype={self.wrapper_dtype!r} is no type for a low-rank part (rank={self.rank}); use {', '.join(STORED)}"
+            )
+        if self.in_shared is not None and not (self.in_shared and self.in_block):
+            raise HalfplateError(
+                f"in_shared={self.in_shared!r} with in_block={self.in_block} shares no wrapper; name a module and give a block size"
             )
         # Blocks of 1 are a scale per input: they commute with the mask, so no group straddles two of them.
         if self.in_block > 1 and self.in_block % self.pattern.m:
@@ -79,7 +85,7 @@ class WeightSpec:
         """Shape and dtype of every stored tensor, by its name below the module (`weight`, `weight_index`, ...)."""
         layout = self._core_layout()
         for side, size, block in (("out", self.d_out, self.out_block), ("in", self.d_in, self.in_block)):
-            if block == 0:
+            if block == 0 or (side == "in" and self.in_shared):
                 continue
             dtype = STORED.get(self.wrapper_dtype, torch.int8)
             full, rest = divmod(size, block)
@@ -112,8 +118,13 @@ class WeightSpec:
         return layout
 
     @property
+    def alone(self) -> "WeightSpec":
+        """The same matrix with all its tensors of its own."""
+        return replace(self, in_shared=None) if self.in_shared else self
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all stored tensors, positions included, bias excluded."""
+        """Bytes of all stored tensors, positions included, bias and what another module stores excluded."""
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.layout().values())
 
     @property
@@ -145,6 +156,8 @@ class WeightSpec:
                 raise TypeError("shape, block sizes, rank and group must be integers")
             if type(given["permuted"]) is not bool:
                 raise TypeError("permuted must be true or false")
+            if given["in_shared"] is not None and type(given["in_shared"]) is not str:
+                raise TypeError("in_shared must be the name of a module")
             spec = cls(d_out=d_out, d_in=d_in, **fields)
         except (TypeError, ValueError, KeyError, HalfplateError) as error:
             raise HalfplateError(f"quantization_config.modules[{name!r}]={entry!r} cannot be read: {error}") from None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from halfplate.errors import HalfplateError
 from halfplate.formats import BlockDiagonal, CompressedLinear, LowRank
 from halfplate.formats.chain import Chain, unpermuted
 from halfplate.formats.rounding import round_to_float
@@ -16,25 +17,29 @@ from halfplate.formats.rounding import round_to_float
 class TrainableLinear(nn.Module):
     """y = x (A S B + L R)ᵀ + bias with fp32 parameters in place of the stored tensors of a CompressedLinear.
 
-    out_blocks, out_tail, in_blocks, in_tail: the wrappers that there are; left, right: the low-rank part, if any. values: the kept values (d_out, kept), or the
-    scales (d_out, ceil(d_in / group)) where they lie on a grid, whose codes stay. Positions and the order of inputs are no parameters, so the mask is
-    fixed by construction. values_too: whether `values` asks for a gradient.
+        out_blocks, out_tail, in_blocks, in_tail: the wrappers that there are; left, right: the low-rank part, if any. values: the kept values (d_out, kept), or the
+        scales (d_out, ceil(d_in / group)) where they lie on a grid, whose codes stay. Positions and the order of inputs are no parameters, so the mask is
+    fixed by construction. values_too: whether `values` asks for a gradient. A shared input wrapper is a parameter of the
+    linear that stores it alone; the others find it through their `lender`.
     """
 
     columns: Tensor
     integers: Tensor | None
     left: nn.Parameter | None
     right: nn.Parameter
+    lender: "TrainableLinear | None"
 
     def __init__(self, linear: CompressedLinear, values_too: bool) -> None:
         super().__init__()
         self.spec, self.start = linear.spec, linear.matrix
+        self.lend(None)
         core = self.start.core
         self.values = nn.Parameter((core.stored if core.grid is None else core.grid.scales).float(), values_too)
         self.register_buffer("columns", core.columns(), persistent=False)
         self.register_buffer("integers", None if core.grid is None else core.integers(), persistent=False)
         for side, wrapper in (("out", self.start.out_wrapper), ("in", self.start.in_wrapper)):
-            parts = (None, None) if wrapper is None else wrapper.floats(torch.float32)
+            borrowed = side == "in" and self.spec.in_shared is not None
+            parts = (None, None) if wrapper is None or borrowed else wrapper.floats(torch.float32)
             for name, part in zip(("blocks", "tail"), parts, strict=True):
                 self.register_parameter(f"{side}_{name}", None if part is None else nn.Parameter(part.clone()))
         added = self.start.added
@@ -44,6 +49,11 @@ class TrainableLinear(nn.Module):
         ):
             self.register_parameter(name, None if part is None else nn.Parameter(part.detach().float().clone()))
         self.bias = linear.bias
+
+    def lend(self, lender: "TrainableLinear | None") -> None:
+        """Make `lender` the linear whose input wrapper this one applies."""
+        # Not as a submodule: a shared wrapper is one parameter, not one for each that applies it.
+        object.__setattr__(self, "lender", lender)
 
     def dense(self) -> Tensor:
         """A S B as it stands, with its graph, in fp32 even under autocast: (d_out, d_in)."""
@@ -90,7 +100,8 @@ class TrainableLinear(nn.Module):
         return CompressedLinear.from_weight(matrix, self.spec, self.bias)
 
     def _wrapper(self, side: str) -> BlockDiagonal | None:
-        blocks, tail = getattr(self, f"{side}_blocks"), getattr(self, f"{side}_tail")
+        owner = self if side == "out" or self.lender is None else self.lender
+        blocks, tail = getattr(owner, f"{side}_blocks"), getattr(owner, f"{side}_tail")
         return None if blocks is None and tail is None else BlockDiagonal(blocks, tail)
 
 
@@ -102,12 +113,30 @@ def trainable(module: nn.Module, values_too: bool) -> Iterator[dict[str, Trainab
     """
     before = {name: part for name, part in module.named_modules() if isinstance(part, CompressedLinear)}
     inside = {name: TrainableLinear(linear, values_too) for name, linear in before.items()}
+    lenders = _lenders(before)
+    for name, lender in lenders.items():
+        inside[name].lend(inside[lender])
     after: dict[str, CompressedLinear] = before
     try:
         for name, linear in inside.items():
             module.set_submodule(name, linear)
         yield inside
-        after = {name: linear.compressed() for name, linear in inside.items()}
+        tuned = {name: linear.compressed() for name, linear in inside.items()}
+        for name, lender in lenders.items():
+            tuned[name].lend(tuned[lender])
+        after = tuned
     finally:
         for name, done in after.items():
             module.set_submodule(name, done)
+
+
+def _lenders(linears: dict[str, CompressedLinear]) -> dict[str, str]:
+    """The name of the linear that stores the input wrapper, for each that shares it; both are among `linears`."""
+    names = {linear: name for name, linear in linears.items()}
+    lenders = {name: linear.lender for name, linear in linears.items() if linear.lender is not None}
+    for name, lender in lenders.items():
+        if lender not in names:
+            raise HalfplateError(
+                f"{name} shares the input wrapper of a module outside of what is trained; train both together"
+            )
+    return {name: names[lender] for name, lender in lenders.items()}

@@ -36,7 +36,7 @@ class PackedLinear(nn.Module):
     @classmethod
     def of_compressed(cls, module: CompressedLinear, activations: str = "float") -> "PackedLinear":
         """Pack a compressed linear; raises HalfplateError on values that no writer leaves."""
-        packed = pack(module.spec, module.stored(), activations, module.bias)
+        packed = pack(module.spec.alone, module.tensors(), activations, module.bias)
         return cls(module.spec, packed, None if module.bias is None else module.bias.dtype, None)
 
     @classmethod
@@ -62,8 +62,11 @@ class PackedLinear(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors that this linear stands for, by name: those of a CompressedLinear, or weight and bias."""
-        tensors = unpack(self.spec, self.packed)
+        tensors = unpack(self.spec.alone, self.packed)
         bias = tensors.pop("bias", None)
+        if self.spec.in_shared:
+            # The copy of B that was packed along is stored by another module.
+            tensors = {name: tensors[name] for name in self.spec.layout()}
         if self.dense_dtype is not None:
             tensors = {"weight": Chain.from_tensors(self.spec, tensors).dense().to(self.dense_dtype)}
         if bias is not None:
@@ -71,7 +74,7 @@ class PackedLinear(nn.Module):
         return tensors
 
     def restored(self) -> nn.Module:
-        """The module that this one was packed from."""
+        """The module that this one was packed from, not connected where it shares the wrapper of another."""
         tensors = self.stored()
         module: nn.Module
         if self.dense_dtype is not None:
@@ -90,7 +93,7 @@ class PackedLinear(nn.Module):
         return multiply(x, self.packed, self.out_features)
 
     def _differentiable(self, x: Tensor) -> Tensor:
-        tensors = unpack(self.spec, self.packed)
+        tensors = unpack(self.spec.alone, self.packed)
         bias = tensors.pop("bias", None)
         weight = Chain.from_tensors(self.spec, tensors).dense()
         return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

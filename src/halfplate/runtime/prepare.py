@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from halfplate.errors import HalfplateError
-from halfplate.formats import CompressedLinear, check_stored
+from halfplate.formats import CompressedLinear, check_stored, connect
 from halfplate.kernels import native
 from halfplate.kernels.linear import ACTIVATIONS, unsupported
 from halfplate.runtime import decoder, semi_structured
@@ -103,6 +103,7 @@ def restore(model: Any) -> None:
             model.set_submodule(name, module.restored())
         elif isinstance(module, StoredEmbedding):
             model.set_submodule(name, module.restored().train(module.training))
+    connect(model)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
 

@@ -1,0 +1,121 @@
+"""Matrices of one input that share their input wrapper: solved as one, stored apart, the wrapper with the first of them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from halfplate.errors import HalfplateError
+from halfplate.formats.block_diagonal import BlockDiagonal
+from halfplate.formats.chain import Chain
+from halfplate.formats.linear import CompressedLinear
+from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.spec import WeightSpec
+
+
+def check_shared(specs: Mapping[str, WeightSpec]) -> None:
+    """Raise HalfplateError unless every `in_shared` names a matrix with an input wrapper of its own that fits."""
+    for name, spec in specs.items():
+        if spec.in_shared is None:
+            continue
+        entry = f"quantization_config.modules[{name!r}].in_shared={spec.in_shared!r}"
+        lender = specs.get(spec.in_shared)
+        if lender is None:
+            raise HalfplateError(f"{entry} names no compressed module; copy or write the checkpoint again")
+        if lender.in_shared is not None:
+            raise HalfplateError(
+                f"{entry} names a module that stores no input wrapper of its own; write the checkpoint again"
+            )
+        for field in ("d_in", "in_block", "wrapper_dtype"):
+            if getattr(lender, field) != getattr(spec, field):
+                raise HalfplateError(
+                    f"{entry}: {field} is {getattr(lender, field)} there and {getattr(spec, field)} here, expected the same; write the checkpoint again"
+                )
+
+
+def connect(model: nn.Module) -> None:
+    """Let every CompressedLinear of `model` that shares the wrapper of another find it; names are relative to `model`."""
+    for module in model.modules():
+        if isinstance(module, CompressedLinear) and module.spec.in_shared is not None:
+            lender = model.get_submodule(module.spec.in_shared)
+            module.lend(lender if isinstance(lender, CompressedLinear) else None)
+
+
+def share(specs: Mapping[str, WeightSpec], groups: Iterable[Sequence[str]]) -> dict[str, WeightSpec]:
+    """`specs` with one input wrapper in each of `groups`, at the first of its names; where there is none, nothing changes."""
+    shared = dict(specs)
+    for first, *others in groups:
+        for name in others:
+            shared[name] = replace(specs[name], in_shared=first if specs[name].in_block else None)
+    return shared
+
+
+def sharing_groups(specs: Mapping[str, WeightSpec]) -> list[list[str]]:
+    """The names of `specs` that share a wrapper together, each group and each lone matrix at the place of its first."""
+    groups: dict[str, list[str]] = {name: [name] for name, spec in specs.items() if spec.in_shared is None}
+    for name, spec in specs.items():
+        if spec.in_shared is not None:
+            groups.setdefault(spec.in_shared, []).append(name)
+    return list(groups.values())
+
+
+def stacked_spec(specs: Sequence[WeightSpec]) -> WeightSpec:
+    """The one matrix that the rows of all `specs` make, each padded to whole blocks of A so that none straddles two.
+
+    Raises HalfplateError unless they differ in d_out alone.
+    """
+    first = specs[0].alone
+    for spec in specs:
+        if replace(spec.alone, d_out=first.d_out) != first:
+            raise HalfplateError(
+                f"in_shared={spec.in_shared!r}: {spec} and {first} are solved as one and must differ in d_out alone"
+            )
+    return first if len(specs) == 1 else replace(first, d_out=sum(_padded(spec) for spec in specs))
+
+
+def stacked(weights: Sequence[Tensor], specs: Sequence[WeightSpec]) -> Tensor:
+    """`weights` (d_out, d_in) each, below one another with rows of zeros between, as `stacked_spec` has it."""
+    if len(weights) == 1:
+        return weights[0]
+    padded = [
+        functional.pad(weight, (0, 0, 0, _padded(spec) - spec.d_out))
+        for weight, spec in zip(weights, specs, strict=True)
+    ]
+    return torch.cat(padded)
+
+
+def split(matrix: Chain, specs: Sequence[WeightSpec]) -> list[Chain]:
+    """The matrices of `specs` from the stacked one, exactly; all have its input wrapper."""
+    if len(specs) == 1:
+        return [matrix]
+    parts, start = [], 0
+    for spec in specs:
+        rows = slice(start, start + spec.d_out)
+        out_wrapper = None if matrix.out_wrapper is None else _cut(matrix.out_wrapper, start, spec)
+        parts.append(Chain(spec, _rows(matrix.core, rows), out_wrapper, matrix.in_wrapper))
+        start += _padded(spec)
+    return parts
+
+
+def _padded(spec: WeightSpec) -> int:
+    """Rows up to the end of the last block of A."""
+    return -(-spec.d_out // spec.out_block) * spec.out_block if spec.out_block else spec.d_out
+
+
+def _rows(core: NMSparse, rows: slice) -> NMSparse:
+    grid = None if core.grid is None else replace(core.grid, scales=core.grid.scales[rows].contiguous())
+    index = None if core.index is None else core.index[rows].contiguous()
+    return replace(core, stored=core.stored[rows].contiguous(), index=index, grid=grid)
+
+
+def _cut(wrapper: BlockDiagonal, start: int, spec: WeightSpec) -> BlockDiagonal:
+    """The wrapper of the `spec.d_out` rows from `start` on, which begin a block."""
+    blocks = cast(Tensor, wrapper.blocks)  # whole by construction: the stack is padded to blocks
+    first, (full, rest) = start // spec.out_block, divmod(spec.d_out, spec.out_block)
+    whole = blocks[first : first + full].contiguous() if full else None
+    tail = blocks[first + full, :rest, :rest].contiguous() if rest else None
+    scales = None if wrapper.scales is None else wrapper.scales[start : start + spec.d_out].contiguous()
+    return BlockDiagonal(whole, tail, scales)
