@@ -1,5 +1,7 @@
 """The levels among which a budget chooses."""
 
+from dataclasses import replace
+
 from halfplate import methods
 from halfplate.allocation import candidates, uneven
 from halfplate.formats import WeightSpec
@@ -35,7 +37,7 @@ def test_what_the_method_cannot_make_is_left_out():
 
 
 def test_uneven_blocks_change_one_side():
-    found = uneven(SPEC, ARMOR, ("block_size",))
+    found = uneven(replace(SPEC, d_out=256, d_in=512), ARMOR, ("block_size",))
     assert {(spec.out_block, spec.in_block) for spec in found} == {
         (0, 16),
         (8, 16),
