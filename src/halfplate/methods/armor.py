@@ -29,7 +29,7 @@ class Armor(Method):
 
     objective: `gram` minimises the true output error, `diag` weights the error of each input by its second moment as the
     paper does; None takes diag for solver `paper`, else gram. solver: `exact` minimises over A, B and every group of S in
-    turn; `paper` is the published Adam with sampled groups, for `diag`. iterations: None takes 24 for gram (after 20 under its diagonal), 60 for diag, the published 20,000
+    turn; `paper` is the published Adam with sampled groups, for `diag`. iterations: None takes 20 for gram (after 20 under its diagonal), 60 for diag, the published 20,000
     for paper. grid_iterations: of gram once the core lies on a grid. damping: added to the Gram matrix, as a fraction of the
     second moment of each input. learning_rate, patience and seed steer `paper` only. Source: arXiv 2510.05528; the exact
     updates are our own (docs/armor.md).

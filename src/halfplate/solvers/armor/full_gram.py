@@ -25,7 +25,7 @@ class GramSchedule:
     """Iterations under the diagonal of H, under H, and under H with the core on its grid; damping: added to H's unit diagonal."""
 
     diagonal: int = 20
-    gram: int = 24
+    gram: int = 20
     grid: int = 16
     damping: float = 0.0
 
