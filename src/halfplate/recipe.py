@@ -37,7 +37,8 @@ class Recipe:
     where it is to be another. share_wrappers: linears of one input have one input wrapper. group_size: columns that share a scale
     where the core lies on a grid. inputs: statistics of what the dense blocks see, or of what the compressed
     ones before them make of it; then cross_damping is that of the correction towards the dense outputs, `none` for no
-    correction. token_limit: tokens with more energy than so many times the median count as that. tune_block: steps of tuning
+    correction. token_limit: tokens with more energy than so many times the median count as that. precision: of the products
+    while text runs through the blocks; auto takes bf16 where the processor multiplies it. tune_block: steps of tuning
     each block against the dense one's output. budget, time_budget: share of the dense bytes, or of the dense linears' decode
     time on this machine, within which the fields `choose` (block_size, pattern, core_dtype) are chosen for each matrix. calibration: `self`, a text file or a Hub data set. include, exclude:
     patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats a token.
@@ -61,6 +62,7 @@ class Recipe:
     inputs: Literal["dense", "compressed"] = "compressed"
     cross_damping: float | Literal["none"] = 1.0
     token_limit: float | Literal["none"] = 10.0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     tune_block: int = 0
     budget: float | None = None
     time_budget: float | None = None

@@ -68,7 +68,7 @@ def test_statistics_come_from_the_dense_model(tiny_folder, tmp_path, monkeypatch
         return original(self, weight, statistics, spec)
 
     monkeypatch.setattr(Magnitude, "compress", spy)
-    recipe = Recipe(method="magnitude", inputs="dense", token_limit="none", **SMALL)
+    recipe = Recipe(method="magnitude", inputs="dense", token_limit="none", precision="fp32", **SMALL)
     compress(str(tiny_folder), tmp_path / "out", recipe, statistics=Statistic.DIAGONAL)
 
     loaded = load_dense(str(tiny_folder))

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from halfplate.formats import BlockDiagonal, Chain, CompressedLinear, NMSparse, WeightSpec
+from halfplate.formats.linear import assembled
 from halfplate.pattern import DENSE, Pattern
 
 
@@ -100,3 +101,13 @@ def test_gradients_flow_through_it_and_its_parameters_can_be_tuned() -> None:
     linear(x).sum().backward()
     torch.testing.assert_close(x.grad, linear.matrix.dense().sum(0).expand(3, -1))
     assert all(isinstance(p, nn.Parameter) and p.grad is not None for p in linear.parameters())
+
+
+def test_assembled_linears_give_the_same_and_are_left_as_they_were():
+    model = nn.Sequential(random_linear(WeightSpec(12, 16, out_block=4, in_block=8), bias=True))
+    x = torch.randn(5, 16)
+    expected = model(x)
+    with assembled(model):
+        torch.testing.assert_close(model(x), expected, rtol=1e-2, atol=1e-2)  # the bias and the parts are bf16
+        assert model[0]._whole is not None
+    assert model[0]._whole is None

@@ -160,3 +160,14 @@ def test_a_model_that_changes_the_hidden_state_between_blocks_is_refused(tiny_mo
     body.forward = forward
     with pytest.raises(HalfplateError, match="changes the hidden state between its blocks"):
         BlockwiseModel(model).embed(tokens())
+
+
+@pytest.mark.parametrize("architecture", ["gemma3_text", "llama", "gpt_neox", "falcon"])
+@torch.no_grad()
+def test_samples_run_apart_as_they_run_together(tiny_model, architecture):
+    blockwise = BlockwiseModel(tiny_model(architecture))
+    whole = blockwise.embed(tokens(samples=5))
+    parts = whole.split(2)
+    assert [len(part.hidden) for part in parts] == [2, 2, 1]
+    apart = torch.cat([run_all(blockwise, part).hidden for part in parts])
+    torch.testing.assert_close(apart, run_all(blockwise, whole).hidden, rtol=1e-4, atol=1e-5)

@@ -138,6 +138,10 @@ class _Sums:
         token_limit: a token with more energy than so many times the median counts as one of that energy; tokens without any
         have no part in the median.
         """
+        with torch.autocast(x.device.type, enabled=False):
+            self._add(x, statistic, dense, token_limit)
+
+    def _add(self, x: Tensor, statistic: Statistic, dense: Tensor | None, token_limit: float | None) -> None:
         self.tokens += len(x)
         if token_limit is not None and statistic >= Statistic.DIAGONAL:
             energy = x.square().sum(1, keepdim=True)

@@ -38,6 +38,11 @@ FIELDS = (
         "X",
         "calibration tokens of more than X times the median energy count as that (default 10); or none",
     ),
+    (
+        "--precision",
+        "TYPE",
+        "of the products while text runs through the blocks: auto (default; bf16 where that is fast), bf16 or fp32",
+    ),
     ("--tune-block", "STEPS", "steps that tune each block against the dense one's output, its masks fixed (default 0)"),
     ("--budget", "FRACTION", "choose the level of each matrix within this share of the dense bytes"),
     (

@@ -12,6 +12,7 @@ from halfplate.calibration import BATCH, CalibrationTokens, DenseRun, collect_bl
 from halfplate.execution.clock import Clock
 from halfplate.execution.matrix import MatrixRecord, compress_group
 from halfplate.execution.progress import Report
+from halfplate.formats.linear import assembled
 from halfplate.formats.sharing import sharing_groups
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.models.sources import LoadedModel
@@ -32,7 +33,7 @@ class _Inputs:
         self.recipe, self.needed, self.clock = recipe, needed, clock
         self.token_limit = None if recipe.token_limit == "none" else recipe.token_limit
         with clock("statistics"):
-            self.blockwise = BlockwiseModel(loaded.model)
+            self.blockwise = BlockwiseModel(loaded.model, recipe.precision)
             self.hidden = [self.blockwise.embed(batch) for batch in tokens.ids.to(loaded.model.device).split(BATCH)]
 
     def stages(self, block: int, names: list[str]) -> Iterator[Stage]:
@@ -44,7 +45,8 @@ class _Inputs:
         return None
 
     def _through(self, block: int, inputs: list[BlockInputs], module: nn.Module | None = None) -> list[BlockInputs]:
-        return [self.blockwise.run_block(block, batch, module) for batch in inputs]
+        with assembled(self.blockwise.blocks[block]):
+            return [self.blockwise.run_block(block, batch, module) for batch in inputs]
 
 
 class _DenseInputs(_Inputs):
@@ -78,7 +80,7 @@ class _CompressedInputs(_Inputs):
             self.dense_block = copy.deepcopy(self.blockwise.blocks[block])
             dense = DenseRun(self.dense_block, self.dense) if self.corrected else None
         for stage in input_stages(self.blockwise, block, self.hidden[0], names) if names else []:
-            with self.clock("statistics"):
+            with self.clock("statistics"), assembled(self.blockwise.blocks[block]):
                 collected = collect_stage(
                     self.blockwise, block, self.hidden, stage, self.needed, dense, self.token_limit
                 )

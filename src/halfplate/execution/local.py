@@ -24,6 +24,7 @@ from halfplate.execution.progress import Report, silent
 from halfplate.formats import WeightSpec
 from halfplate.models.sources import LoadedModel, Source, load_dense, open_source
 from halfplate.planning import Plan, plan_source
+from halfplate.precision import resolved
 from halfplate.recipe import Recipe
 from halfplate.statistics import Statistic
 
@@ -123,6 +124,7 @@ def _checkpoint_record(plan: Plan, tokens: CalibrationTokens | None, outcome: Ou
         "fingerprint": plan.fingerprint,
         "calibration": tokens.protocol() if tokens is not None else None,
         "matrices": {record.name: record.to_json() for record in outcome.records},
+        "precision": resolved(plan.recipe.precision, torch.device(plan.recipe.device).type),
         "tuned_blocks": _tuned(outcome),
         "skipped": {matrix.name: matrix.reason for matrix in plan.matrices if matrix.skipped},
     }

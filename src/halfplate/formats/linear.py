@@ -1,7 +1,11 @@
 """The module that stands in a model where an `nn.Linear` stood."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
@@ -19,6 +23,8 @@ class CompressedLinear(nn.Module):
     weight: Tensor
     bias: Tensor | None
     lender: "CompressedLinear | None"
+    # The whole matrix (d_out, d_in), while `assembled` holds it.
+    _whole: Tensor | None = None
 
     def __init__(
         self,
@@ -83,8 +89,21 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) to (..., d_out) in the dtype of `x`."""
-        y = self.matrix.forward(x)
+        y = self.matrix.forward(x) if self._whole is None else functional.linear(x, self._whole.to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.spec.format} {self.spec.pattern} {self.spec.core_dtype}"
+
+
+@contextmanager
+def assembled(module: nn.Module) -> Iterator[None]:
+    """While inside, every CompressedLinear below `module` multiplies by its whole matrix, which is cheapest for many tokens."""
+    linears = [part for part in module.modules() if isinstance(part, CompressedLinear)]
+    try:
+        for linear in linears:
+            linear._whole = linear.matrix.dense()
+        yield
+    finally:
+        for linear in linears:
+            linear._whole = None

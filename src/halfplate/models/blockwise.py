@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from halfplate.errors import HalfplateError
 from halfplate.models.linears import find_blocks
+from halfplate.precision import products
 
 # Positional and keyword arguments of one block, without the hidden state.
 BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -26,18 +29,33 @@ class BlockInputs:
     hidden: Tensor
     arguments: list[BlockArguments]
 
+    def split(self, size: int) -> list["BlockInputs"]:
+        """The same samples, at most `size` at a time."""
+        samples, length = self.hidden.shape[:2]
+
+        def cut(part: Tensor, first: int) -> Tensor:
+            # A square of length by length has no samples, though their number may be the same.
+            each = part.ndim > 1 and len(part) == samples and (part.ndim > 2 or samples != length)
+            return part[first : first + size] if each else part
+
+        return [
+            BlockInputs(part, tree_map_only(Tensor, partial(cut, first=number * size), self.arguments))
+            for number, part in enumerate(self.hidden.split(size))
+        ]
+
 
 class BlockwiseModel:
     """A causal language model as embedding, decoder blocks and head, which can be run apart.
 
     The model's own forward makes masks and positions, so local attention, per-layer rope and the like need no
     knowledge here. `embed`, `run_block` for every block in order, and `finish` give the logits of the whole forward,
-    bit for bit. Modules replaced inside the blocks are used from then on. Raises HalfplateError if no blocks are found,
-    or if the model changes the hidden state between two blocks.
+    bit for bit. Modules replaced inside the blocks are used from then on. precision: of the products in `run_block`, one of
+    `halfplate.precision`. Raises HalfplateError if no blocks are found, or if the model changes the hidden state between two
+    blocks.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, precision: str = "fp32") -> None:
+        self.model, self.precision = model, precision
         self.prefix, self.blocks = find_blocks(model)
         # Length of the tuple that blocks of a class return, 0 where they return the hidden state itself.
         self._returned: dict[type[nn.Module], int] = {}
@@ -78,8 +96,10 @@ class BlockwiseModel:
         block: another module to run in its place.
         """
         args, kwargs = inputs.arguments[index]
-        output = (self.blocks[index] if block is None else block)(inputs.hidden, *args, **kwargs)
-        return BlockInputs(output[0] if isinstance(output, tuple) else output, inputs.arguments)
+        with products(self.precision, inputs.hidden.device.type):
+            output = (self.blocks[index] if block is None else block)(inputs.hidden, *args, **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+        return BlockInputs(hidden.to(inputs.hidden.dtype), inputs.arguments)
 
     @torch.no_grad()
     def finish(self, inputs: BlockInputs) -> Tensor:

@@ -10,11 +10,12 @@ from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.recovery.trainable import trainable
 
 HELD_OUT = 8  # one batch in so many judges; it is never trained on
+BATCH = 2  # sequences of a step: at equal work, many small steps end lower than few large ones
 
 
 @dataclass(frozen=True)
 class BlockTuning:
-    """steps of Adam, each on one batch of sequences; learning_rate: at the start, it falls to 0 along a cosine."""
+    """steps of Adam, each on BATCH sequences; learning_rate: at the start, it falls to 0 along a cosine."""
 
     steps: int
     learning_rate: float = 1e-3
@@ -34,10 +35,11 @@ def tune_block(
 ) -> TunedBlock:
     """Tune wrappers and kept values of every compressed linear in block `index`, in place.
 
-    inputs: what reaches the block, batch by batch, through the compressed blocks before it. dense: what the dense block gives
+    inputs: what reaches the block, in batches of any size, through the compressed blocks before it. dense: what the dense block gives
     for the dense inputs, hidden (samples, L, d) a batch. The error of a token counts relative to what the block adds to
     it, so that single massive activations do not drown the rest. Where held-out batches are not better off, the block stays.
     """
+    inputs, dense = [part for batch in inputs for part in batch.split(BATCH)], [part for batch in dense for part in batch.split(BATCH)]
     held_out = list(range(0, len(inputs), HELD_OUT)) if len(inputs) > 1 else [0]
     training = [number for number in range(len(inputs)) if number not in held_out] or [0]
     block = blockwise.blocks[index]

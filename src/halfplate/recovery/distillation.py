@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from halfplate.errors import HalfplateError
+from halfplate.precision import products
 from halfplate.recovery.loss import divergence, square_head
 from halfplate.recovery.settings import Recovery
 from halfplate.recovery.state import State
@@ -158,20 +159,6 @@ def _loss(model: Any, teacher: Any, batch: Tensor, settings: Recovery, device: s
         # The first hidden state is the embedding, which is the same.
         loss = loss + settings.square_head * square_head(found.hidden_states[1:], target.hidden_states[1:])
     return loss
-
-
-def products(precision: str, device: str) -> AbstractContextManager[Any]:
-    """The context in which matrix products run: bf16 where `precision` asks for it or, under `auto`, where it is fast."""
-    if precision == "auto":
-        precision = "bf16" if _multiplies_bf16(device) else "fp32"
-    return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def _multiplies_bf16(device: str) -> bool:
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(bool(found.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 class _Order:
