@@ -58,15 +58,18 @@ def measure() -> dict[str, dict[str, list[float]]]:
     errors: dict[str, dict[str, list[list[float]]]] = {}
     for index in range(BLOCKS[-1] + 1):
         names = [linear.name for linear in linears if linear.block == index and index in BLOCKS]
+        parts: list[dict[str, InputStatistics]] = []
         for at in range(len(SIZES)) if names else []:
             first, last = (SIZES[at - 1] if at else 0) // (SEQ_LEN * BATCH), SIZES[at] // (SEQ_LEN * BATCH)
             found, _ = collect_block(blockwise, index, hidden["train"][first:last], names, Statistic.GRAM)
-            parts = [found] if at == 0 else [*parts, found]
+            parts.append(found)
             held_out, _ = collect_block(blockwise, index, hidden["held-out"], names, Statistic.GRAM)
             solve(dense.model, names, parts, held_out, SIZES[at], errors)
         hidden = {name: [blockwise.run_block(index, batch) for batch in batches] for name, batches in hidden.items()}
     return {
-        method: {size: [sum(values) / len(values) for values in zip(*pairs, strict=True)] for size, pairs in sizes.items()}
+        method: {
+            size: [sum(values) / len(values) for values in zip(*pairs, strict=True)] for size, pairs in sizes.items()
+        }
         for method, sizes in errors.items()
     }
 

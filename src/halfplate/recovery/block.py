@@ -39,7 +39,10 @@ def tune_block(
     for the dense inputs, hidden (samples, L, d) a batch. The error of a token counts relative to what the block adds to
     it, so that single massive activations do not drown the rest. Where held-out batches are not better off, the block stays.
     """
-    inputs, dense = [part for batch in inputs for part in batch.split(BATCH)], [part for batch in dense for part in batch.split(BATCH)]
+    inputs, dense = (
+        [part for batch in inputs for part in batch.split(BATCH)],
+        [part for batch in dense for part in batch.split(BATCH)],
+    )
     held_out = list(range(0, len(inputs), HELD_OUT)) if len(inputs) > 1 else [0]
     training = [number for number in range(len(inputs)) if number not in held_out] or [0]
     block = blockwise.blocks[index]
