@@ -169,7 +169,7 @@ def _two_of_four(block: int) -> list[Row]:
             for inputs in ("compressed", "dense")
             for damping in (0.01, 0.1)
         ),
-        Row("armor, tuned", _armor(block, tune_block=40), ("main", "ablation"), {"steps of block tuning": "40"}),
+        Row("armor, tuned", _armor(block, tune_block=160), ("main", "ablation"), {"steps of block tuning": "160"}),
         Row(
             "armor, diag, dense inputs",
             _armor(block, inputs="dense", method_options={"objective": "diag"}),
@@ -274,7 +274,7 @@ def _ablations(block: int) -> list[Row]:
                 tags,
                 {"steps of block tuning": str(steps)},
             )
-            for steps in (20, 80)
+            for steps in (40, 480)
         ),
         *(
             Row(
