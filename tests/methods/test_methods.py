@@ -65,6 +65,9 @@ METHODS_UNDER_TEST = [
     Row("rtn", core_dtype="int4", group=32),
     Row("sparsegpt", core_dtype="int4", group=32),
     Row("armor", {"iterations": 3}, block=8, core_dtype="int4", group=32),
+    Row("denoiserotator", {"steps": 4}, block=8),
+    Row("denoiserotator", {"steps": 4, "pruner": "wanda"}, block=16),
+    Row("denoiserotator", {"steps": 4}, block=16, core_dtype="int4", group=32),
     Row("example"),  # the walk-through of CONTRIBUTING.md
 ]
 every_row = pytest.mark.parametrize("row", METHODS_UNDER_TEST, ids=str)
@@ -410,6 +413,9 @@ def test_unknown_name_is_answered_with_the_nearest(typed: str, meant: str) -> No
         ("sparsegpt", {"damping": -0.1}),
         ("sparsegpt", {"damping": float("inf")}),
         ("sparsegpt", {"column_block": 0}),
+        ("denoiserotator", {"steps": -1}),
+        ("denoiserotator", {"learning_rate": 0.0}),
+        ("denoiserotator", {"damping": -0.1}),
     ],
 )
 def test_options_that_cannot_work_are_refused(name: str, options: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ METHODS: dict[str, str] = {
     "rtn": "halfplate.methods.rtn:RoundToNearest",
     "slim": "halfplate.methods.slim:SLiM",
     "gptq": "halfplate.methods.gptq:GPTQ",
+    "denoiserotator": "halfplate.methods.denoiserotator:DenoiseRotator",
 }
 
 

@@ -111,6 +111,13 @@ def _scales(columns: Tensor, pivots: Tensor, pattern: Pattern, core_dtype: str) 
     return round_to_grid(kept.T, GRIDS[core_dtype], len(kept), core_dtype)[1]
 
 
+def damped_inverse(gram: Tensor, damping: float) -> Tensor:
+    """(H + λI)⁻¹ with the damping of `obs_sweep`, fp64 (d_in, d_in), in units of the mean living second moment."""
+    factor = _upper_factor(gram, damping)
+    rows = _inverse_rows(factor, 0, len(factor))
+    return rows.T @ rows
+
+
 def _upper_factor(gram: Tensor, damping: float) -> Tensor:
     """The upper triangular R, fp64, with R Rᵀ = H + λ I, in units of the mean living second moment.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from halfplate.errors import HalfplateError
 from halfplate.pattern import Pattern
 
-CHUNK = 1 << 24  # numbers compared at once
+CHUNK = 1 << 18  # numbers compared at once: they stay in the cache
 
 
 def check_available() -> None:
@@ -62,7 +62,7 @@ def _assigned(score: Tensor, order: Tensor, place: int, pattern: Pattern) -> Ten
     step = max(CHUNK // least.numel(), 1)
     for start in range(0, len(moving), step):
         above = (columns[start : start + step, None] - least).clamp_min_(0)  # (step, groups, d_out)
-        gains[start : start + step] = above.sum(-1, dtype=torch.float64)
+        gains[start : start + step] = above.sum(-1)
     chosen, groups = linear_sum_assignment(gains.cpu().numpy(), maximize=True)
     assigned = torch.empty_like(moving)
     assigned[torch.as_tensor(groups)] = moving[torch.as_tensor(chosen)]
