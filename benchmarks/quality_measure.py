@@ -99,8 +99,13 @@ class Bench:
         if isinstance(row.making, Run):
             return self.make(self._table[row.making.parent])
         folder, mark, made = self._folder(row), self._mark(row), self._made[row.label]
-        if folder.is_dir() and mark.is_file() and unchanged(json.loads(mark.read_text()), made):
-            return folder
+        if folder.is_dir() and mark.is_file():
+            kept = json.loads(mark.read_text())
+            facts = kept.pop("facts", None)
+            if unchanged(kept, made):
+                if facts and self._results.stage(row.label, "compression", made) is None:
+                    self._results.save(row.label, "compression", made, facts, {"version": 1})
+                return folder
         self.drop(row)
         folder.parent.mkdir(parents=True, exist_ok=True)
         parent = self.make(self._table[row.parent]) if row.parent is not None else None
@@ -108,13 +113,15 @@ class Bench:
         facts = self._make(row, folder, parent)
         facts |= {"seconds": time.perf_counter() - start, "load_before": before, "machine": machine()}
         self._results.save(row.label, "compression", made, facts, {"version": 1})
-        mark.write_text(json.dumps(plain(made)))
+        mark.write_text(json.dumps(plain({**made, "facts": facts})))
         return folder
 
     def drop(self, row: Row) -> None:
         """Delete the checkpoint of a row."""
         self._mark(row).unlink(missing_ok=True)
-        shutil.rmtree(self._folder(row), ignore_errors=True)
+        folder = self._folder(row)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_name(f"{folder.name}.log.jsonl").unlink(missing_ok=True)  # of a run that did not end
 
     def _folder(self, row: Row) -> Path:
         name = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in row.label)
@@ -287,14 +294,17 @@ class Bench:
         if isinstance(row.making, LlamaCpp):
             found = self._decode_peer(path / "model.gguf", threads)
         else:
-            model, against = (self._source, None) if isinstance(row.making, Dense) else (str(path), self._source)
-            found = halfplate.bench(model, against, PROMPT, NEW_TOKENS, threads, _activations(row), rounds=ROUNDS)
-        dense = found.get("dense", {})
+            dense = isinstance(row.making, Dense)
+            model, against = (self._source, None) if dense else (str(path), self._source)
+            found = halfplate.bench(
+                model, against, PROMPT, NEW_TOKENS, threads, _activations(row), rounds=ROUNDS, loops=not dense
+            )
         return {
             "decode": found["decode_tokens_per_s"],
             "prefill": found["prefill_tokens_per_s"],
-            "dense_decode": dense.get("decode_tokens_per_s"),
+            "dense_decode": found.get("dense", {}).get("decode_tokens_per_s"),
             "speedup": found.get("decode_speedup"),
+            "over_same_loop": found.get("weights_speedup"),
             "machine": speed.machine(),
         }
 

@@ -60,7 +60,7 @@ def section(subject: Subject, listed: list[Row], found: Measured, pictures: list
 def main_table(subject: Subject, listed: list[Row], found: Measured) -> str:
     """Every row that stands in a group, group by group."""
     header = ["row", "linears, MB", "of dense", "layer error", *_text_header(subject), *TASK_NAMES.values()]
-    header += ["decode, tokens/s", "× dense", "calibration or training tokens", "made in, s (load)"]
+    header += ["decode, tokens/s", "× dense", "× in our loop", "calibration or training tokens", "made in, s (load)"]
     lines: list[list[str]] = []
     groups = list(dict.fromkeys(row.group for row in listed if row.group))
     for group in groups:
@@ -82,6 +82,7 @@ def main_cells(subject: Subject, row: Row, entry: dict[str, Any]) -> list[str]:
         *(number(accuracies.get(task, {}).get(measure), ".3f") for task, measure in TASKS.items()),
         number(decode.get("decode"), ".0f"),
         number(decode.get("speedup"), ".2f"),
+        number(decode.get("over_same_loop"), ".2f"),
         _tokens(subject, entry.get("compression", {})),
         _seconds(entry.get("compression", {})),
     ]
@@ -145,8 +146,8 @@ def legend(subject: Subject, found: Measured) -> str:
         "Accuracies are lm-eval's: acc for PIQA and ARC-Easy, acc_norm for OpenBookQA and HellaSwag, zero-shot, the first "
         + _task_rows(found)
         + " rows of each, with matrices multiplied as bf16 and summed in fp32; a llama.cpp row is scored with the weights of its file. "
-        "Decoding alternates with the dense model in transformers (fp32 and bf16, × the faster); Halfplate's rows "
-        "have float activations unless they say otherwise.",
+        "Decoding alternates with the dense model in transformers (fp32 and bf16, × the faster), and with its weights in bf16 in Halfplate's own loop, "
+        "which is what the weights alone give; Halfplate's rows have float activations unless they say otherwise.",
         "llama.cpp's rows come from an F16 file of the same weights, its own quantiser with its defaults, and are run by llama.cpp, "
         "which quantises activations too; their embedding, which is also the head, is quantised, ours is not"
         + _types(found)

@@ -170,7 +170,7 @@ def test_report_shows_what_is_measured_and_dashes(quality, table, tmp_path, monk
     made = quality.quality_rows.described(table["owl"], table)
     results.save("owl", "refused", made, {"reason": "method='owl' is unknown; available: armor"}, {})
     made = quality.quality_rows.described(table["armor"], table)
-    results.save("armor", "decode", made, {"decode": 250.0, "speedup": 4.5}, {})
+    results.save("armor", "decode", made, {"decode": 250.0, "speedup": 4.5, "over_same_loop": 1.4}, {})
     page = tmp_path / "RESULTS.md"
     page.write_text("before\n<!-- quality_smollm2: begin -->\nold\n<!-- quality_smollm2: end -->\nafter\n")
     monkeypatch.setattr(quality.quality_report, "PICTURES", ROOT / "docs" / "pictures")
@@ -191,7 +191,7 @@ def test_report_shows_what_is_measured_and_dashes(quality, table, tmp_path, monk
         "0.500",
         "0.700",
     ]
-    assert "| 250 | 4.50 |" in lines["armor"]
+    assert "| 250 | 4.50 | 1.40 |" in lines["armor"]
     assert set(lines["wanda"].replace("wanda", "").split()) == {"|", "–"}
     assert "owl (refused: method='owl' is unknown)" in lines
     # The rival is chosen on valid, and judged on test.
