@@ -63,8 +63,8 @@ class Results:
 def unchanged(kept: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether a row is still what it was, as far as both say.
 
-    A field that recipes had not when the row was measured changes nothing unless the row states it; its default is how
-    things were done before.
+    A field of recipes that has come or gone since changes nothing unless the row states it; its default is how things
+    were done without it.
     """
     kept, now = plain(kept), plain(now)
     if "recipe" not in kept or "recipe" not in now:
@@ -74,7 +74,7 @@ def unchanged(kept: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
         rest = [{key: value for key, value in one.items() if key != "parent"} for one in (kept, now)]
         return rest[0] == rest[1] and unchanged(*parents)
     old, new = kept["recipe"], now["recipe"]
-    return kept["stated"] == now["stated"] and old.keys() <= new.keys() and all(new[key] == old[key] for key in old)
+    return kept["stated"] == now["stated"] and all(new[key] == old[key] for key in old.keys() & new.keys())
 
 
 def plain(value: Any) -> Any:

@@ -126,7 +126,10 @@ def _complete(stated: Mapping[str, Any]) -> dict[str, Any]:
         version = methods.method_class(recipe.method).version
     except HalfplateError:
         return dict(stated)
-    return recipe.fingerprint_json() | {"calibration": stated["calibration"], "method_version": version}
+    complete = recipe.fingerprint_json() | {"calibration": stated["calibration"], "method_version": version}
+    if not recipe.budgeted:
+        del complete["choose"]
+    return complete
 
 
 def _one_shot(method: str, **changes: Any) -> Compressed:
@@ -159,7 +162,7 @@ def _two_of_four(block: int) -> list[Row]:
     as_published = {"cross_damping": "none", "token_limit": "none"}
     of_text = ("main", "ablation", "calibration")
     return [
-        Row("armor", _armor(block), of_text, DEFAULT | {"block size": f"{block} (of the main table)"}),
+        Row("armor", _armor(block), of_text, DEFAULT | {"block size": f"{block} (default here)"}),
         *(
             Row(
                 f"sparsegpt, {inputs} inputs, damping {damping}",
@@ -289,6 +292,12 @@ def _ablations(block: int) -> list[Row]:
             Row(f"armor, block {other}", _armor(other), tags, {"block size": str(other)})
             for other in (0, block // 2, 2 * block, 4 * block)
             if other % 4 == 0
+        ),
+        Row(
+            "armor, shared wrappers",
+            _armor(block, share_wrappers=True),
+            tags,
+            {"block size": f"{block}, input wrappers shared"},
         ),
         *(
             Row(
