@@ -45,6 +45,13 @@ def test_every_command_of_the_readme_runs(workplace, capsys):
         assert capsys.readouterr().out.strip() or words[0] == "export", line
 
 
+def test_every_command_of_the_page_on_methods_runs(workplace, capsys):
+    lines = re.findall(r"^\$ halfplate (.*)$", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
+    assert len(lines) == 5
+    for line in lines:
+        assert main([*shlex.split(line), *QUICK]) == 0, line + capsys.readouterr().err
+
+
 def test_python_of_the_readme_runs(workplace):
     (code,) = blocks("python")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
@@ -39,7 +40,8 @@ class Recipe:
     ones before them make of it; then cross_damping is that of the correction towards the dense outputs, `none` for no
     correction. token_limit: tokens with more energy than so many times the median count as that. precision: of the products
     while text runs through the blocks; auto takes bf16 where the processor multiplies it. tune_block: steps of tuning
-    each block against the dense one's output. budget, time_budget: share of the dense bytes, or of the dense linears' decode
+    each block against the dense one's output. ratios: `owl` gives blocks of more outliers more of M, the mean kept, within
+    2 · owl_lambda from the least to the most. budget, time_budget: share of the dense bytes, or of the dense linears' decode
     time on this machine, within which the fields `choose` (block_size, pattern, core_dtype) are chosen for each matrix. calibration: `self`, a text file or a Hub data set. include, exclude:
     patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats a token.
     Raises HalfplateError naming the field, its value and what would do.
@@ -64,6 +66,8 @@ class Recipe:
     token_limit: float | Literal["none"] = 10.0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     tune_block: int = 0
+    ratios: Literal["uniform", "owl"] = "uniform"
+    owl_lambda: float = 0.08
     budget: float | None = None
     time_budget: float | None = None
     choose: tuple[str, ...] = CHOICES
@@ -101,6 +105,7 @@ class Recipe:
                 f"tune_block={self.tune_block} tunes a block for what the compressed blocks before it give; use inputs compressed"
             )
         self._check_budget()
+        self._check_ratios()
         if self.cross_damping != "none" and not 0 <= self.cross_damping < float("inf"):
             raise HalfplateError(
                 f"cross_damping={self.cross_damping} must be a finite number, 0 or more, or none; try 1.0"
@@ -127,6 +132,23 @@ class Recipe:
         for field_name in self.choose:
             if field_name not in CHOICES:
                 raise HalfplateError(f"choose={field_name!r} is not one of {', '.join(CHOICES)}")
+
+    def _check_ratios(self) -> None:
+        if not 0 <= self.owl_lambda <= 0.5:
+            raise HalfplateError(f"owl_lambda={self.owl_lambda} must be a share of the weights, 0 to 0.5; try 0.08")
+        if self.ratios == "uniform":
+            return
+        pattern, method = self.parsed_pattern, self.create_method()
+        if pattern.is_dense:
+            raise HalfplateError(
+                f"ratios={self.ratios!r} spreads N of M over the blocks, and pattern dense has none; try 4:8"
+            )
+        if self.budgeted:
+            raise HalfplateError(
+                f"ratios={self.ratios!r} and a budget both choose the pattern of each matrix; leave one of them out"
+            )
+        most = min(pattern.m - 1, math.ceil(pattern.n + 2 * self.owl_lambda * pattern.m))
+        method.check_spec(replace(self.spec(1, pattern.m, 0), pattern=Pattern(most, pattern.m)))
 
     @property
     def budgeted(self) -> bool:
@@ -191,7 +213,7 @@ class Recipe:
 
     def runs_text(self, statistic: Statistic) -> bool:
         """Whether calibration text runs through the model where `statistic` is needed."""
-        return statistic > Statistic.NONE or self.tune_block > 0 or self.budgeted
+        return statistic > Statistic.NONE or self.tune_block > 0 or self.budgeted or self.ratios != "uniform"
 
     def corrects(self, statistic: Statistic) -> bool:
         """Whether matrices are corrected towards the dense outputs, which takes Gram matrices and the dense model's inputs."""

@@ -46,6 +46,10 @@ def _print(summary: dict[str, Any]) -> None:
     ]
     if summary["levels"]:
         rows.append(("levels chosen", "; ".join(f"{count} x {level}" for level, count in summary["levels"].items())))
+    if "ratios" in summary:
+        rows.append(
+            ("kept by block", ", ".join(f"{ratio['block']}: {ratio['pattern']}" for ratio in summary["ratios"]))
+        )
     if "held_out" in summary:
         rows.append(("KL on held-out text, nats a token", summary["held_out"]["kl"]))
     if summary["skipped"]:

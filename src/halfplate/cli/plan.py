@@ -59,6 +59,11 @@ def _print(plan: "Plan") -> None:
             ("linears, dense at 2 bytes a weight", megabytes(plan.dense_nbytes)),
             ("linears, compressed", f"{megabytes(plan.nbytes)} ({plan.nbytes / plan.dense_nbytes:.1%})"),
             ("wrappers", wrappers),
+            *(
+                [("N of M by block", "chosen in the run, this pattern on average")]
+                if plan.recipe.ratios != "uniform"
+                else []
+            ),
             ("everything else", megabytes(plan.other_nbytes)),
             ("source weight files", megabytes(plan.source_nbytes)),
             ("time, a rough estimate for 2 cores", f"{plan.seconds_estimate:.0f} s"),

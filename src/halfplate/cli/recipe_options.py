@@ -43,6 +43,12 @@ FIELDS = (
         "TYPE",
         "of the products while text runs through the blocks: auto (default; bf16 where that is fast), bf16 or fp32",
     ),
+    (
+        "--ratios",
+        "WHICH",
+        "what each decoder block keeps: uniform (default), or owl: N of M by its outliers, the mean kept",
+    ),
+    ("--owl-lambda", "X", "half the range of what blocks keep with --ratios owl, a share (default 0.08)"),
     ("--tune-block", "STEPS", "steps that tune each block against the dense one's output, its masks fixed (default 0)"),
     ("--budget", "FRACTION", "choose the level of each matrix within this share of the dense bytes"),
     (

@@ -21,6 +21,7 @@ from halfplate.execution.held_out import held_out_tokens
 from halfplate.execution.log import run_log
 from halfplate.execution.output import check_result_folder
 from halfplate.execution.progress import Report, silent
+from halfplate.execution.ratios import BlockRatio, ratio_plan
 from halfplate.formats import WeightSpec
 from halfplate.models.sources import LoadedModel, Source, load_dense, open_source
 from halfplate.planning import Plan, plan_source
@@ -71,14 +72,18 @@ def _carry_out(
     if recipe.budgeted:
         assert tokens is not None
         plan = allocate_plan(loaded, plan, tokens, report, clock)
+    ratios: list[BlockRatio] = []
+    if recipe.ratios != "uniform":
+        assert tokens is not None
+        plan, ratios = ratio_plan(loaded, plan, tokens, report, clock)
     outcome = compress_blocks(loaded, plan, needed, tokens, report, clock)
     with clock("writing"):
         report("writing", 0, 1)
-        record = _checkpoint_record(plan, tokens, outcome)
+        record = _checkpoint_record(plan, tokens, outcome) | _spoken(ratios)
         write_checkpoint(loaded.model.cpu(), loaded.tokenizer, out, plan.specs, record, source.other_dtype, overwrite)
         report("writing", 1, 1)
 
-    summary = _summary(plan, out, outcome, tokens)
+    summary = _summary(plan, out, outcome, tokens) | _spoken(ratios)
     if recipe.max_kl is not None:
         with clock("evaluating"):
             summary["held_out"] = _check_kl(source.name, loaded, recipe, out, report)
@@ -128,6 +133,11 @@ def _checkpoint_record(plan: Plan, tokens: CalibrationTokens | None, outcome: Ou
         "tuned_blocks": _tuned(outcome),
         "skipped": {matrix.name: matrix.reason for matrix in plan.matrices if matrix.skipped},
     }
+
+
+def _spoken(ratios: list[BlockRatio]) -> dict[str, Any]:
+    """What was chosen for each block, where it was."""
+    return {"ratios": [ratio.to_json() for ratio in ratios]} if ratios else {}
 
 
 def _tuned(outcome: Outcome) -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""How much each decoder block may keep, by the outliers among its weights."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from halfplate.pattern import Pattern
+
+OUTLIER = 5.0  # times the mean
+
+
+def outlier_share(scores: Sequence[Tensor]) -> float:
+    """Share of all entries of `scores`, those of the linears of one block, that are above 5 times their common mean.
+
+    scores: |W_ij| · ‖X_j‖, (d_out, d_in) each. 0 where all are 0. Source: OWL, Yin et al. (ICML 2024), equation 2, its M = 5.
+    """
+    count = sum(score.numel() for score in scores)
+    mean = sum(float(score.double().sum()) for score in scores) / count
+    above = sum(int((score > OUTLIER * mean).sum()) for score in scores)
+    return above / count
+
+
+def kept_ratios(shares: Sequence[float], sizes: Sequence[int], mean: float, spread: float) -> list[float]:
+    """Kept share of each block: linear in its share of outliers, over a range of 2 · `spread`, with the mean `mean`.
+
+    sizes: weights of each block, by which the mean is taken. Blocks of equal shares keep the same. Source: OWL, section 3,
+    with λ = `spread`.
+    """
+    least, most = min(shares), max(shares)
+    width = most - least
+    lifted = [2 * spread * (share - least) / width if width > 0 else 0.0 for share in shares]
+    average = sum(lift * size for lift, size in zip(lifted, sizes, strict=True)) / sum(sizes)
+    return [mean + lift - average for lift in lifted]
+
+
+def kept_of_groups(ratios: Sequence[float], sizes: Sequence[int], pattern: Pattern) -> list[int]:
+    """N of M for each block, near its ratio, that together keep no more than `pattern` in all blocks does, nor a step less.
+
+    Each ratio is rounded down, and then those of largest remainder up while the whole stays within (the method of largest
+    remainders; of equal ones the first). N stays from 1 to M − 1.
+    """
+    wanted = _within([ratio * pattern.m for ratio in ratios], sizes, pattern)
+    kept = [int(value + 1e-9) for value in wanted]
+    left = pattern.n * sum(sizes) - sum(n * size for n, size in zip(kept, sizes, strict=True))
+    order = sorted(range(len(kept)), key=lambda block: kept[block] - wanted[block])
+    for block in order:
+        if kept[block] < pattern.m - 1 and sizes[block] <= left:
+            kept[block] += 1
+            left -= sizes[block]
+    return kept
+
+
+def _within(wanted: Sequence[float], sizes: Sequence[int], pattern: Pattern) -> list[float]:
+    """`wanted` with all moved by as much as brings their mean to N once they are clamped to 1 to M − 1."""
+
+    def clamped(shift: float) -> list[float]:
+        return [min(max(value + shift, 1.0), pattern.m - 1.0) for value in wanted]
+
+    low, high = -2.0 * pattern.m, 2.0 * pattern.m
+    for _ in range(80):
+        middle = (low + high) / 2
+        total = sum(value * size for value, size in zip(clamped(middle), sizes, strict=True))
+        low, high = (middle, high) if total < pattern.n * sum(sizes) else (low, middle)
+    return clamped(high)
