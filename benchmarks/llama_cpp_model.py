@@ -117,6 +117,8 @@ class LlamaCppLogits:
         self._llama = llama = library()
         settings = llama.llama_model_default_params()
         settings.n_gpu_layers = 0
+        # Their products are the same numbers, sooner; those for AMX stop the process on some virtual machines.
+        settings.use_extra_bufts = False
         self._model = llama.llama_model_load_from_file(str(path).encode(), settings)
         options = llama.llama_context_default_params()
         options.n_ctx = options.n_batch = options.n_ubatch = seq_len

@@ -8,7 +8,12 @@
 
 Rows stand in quality_rows.py, in the order in which they are measured. What is measured is kept row by row and stage by
 stage in benchmarks/results/quality_MODEL.json; a row that is there and has not changed is left alone. Checkpoints lie in
-benchmarks/cache/checkpoints (HALFPLATE_BENCH_CACHE names another cache). Data is looked for as benchmarks/common.py says.
+benchmarks/cache/checkpoints (HALFPLATE_BENCH_CACHE names another cache). Data is looked for as benchmarks/common.py says
+(HALFPLATE_SHARED names another folder). llama.cpp's rows need llama-cpp-python; where decoding with it ends in an illegal
+instruction, build it without AMX:
+
+    CMAKE_ARGS="-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8' -DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8'" \\
+        pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python
 """
 
 import os
