@@ -35,7 +35,8 @@ def draw(subject: Subject, points: list[Point], folder: Path) -> list[Path]:
     timed = [(point, point.decode) for point in points if point.decode]
     made = []
     if points:
-        sized = [(point, point.nbytes / 1e6) for point in points]
+        # With int8 activations a row has the same bytes and nearly the same KL.
+        sized = [(point, point.nbytes / 1e6) for point in points if not point.label.endswith("int8 activations")]
         made.append(folder / f"quality_{subject.name}_bytes.svg")
         _picture(subject, sized, "bytes of the linears, MB", True, made[-1])
     if timed:
@@ -107,7 +108,7 @@ def _label(figure: Any, axes: Any, points: list[tuple[Point, float]], edge: list
     for point, x in named:
         for dx, dy, horizontal, vertical in PLACES:
             text = axes.annotate(
-                point.label.removesuffix(" activations"),
+                point.label,
                 (x, point.kl),
                 (dx, dy),
                 textcoords="offset points",
