@@ -189,8 +189,16 @@ def _two_of_four(block: int) -> list[Row]:
         Row("ria, permuted", _one_shot("ria", method_options={"permute": True})),
         Row("nowag", _one_shot("nowag")),
         Row(f"slim, rank {block}", _one_shot("slim", block_size=block)),
-        Row("denoiserotator", _one_shot("denoiserotator")),
-        Row("owl", _one_shot("owl")),
+        Row(f"denoiserotator, block {block}", _one_shot("denoiserotator", block_size=block)),
+        *(
+            Row(
+                f"{method}, 4:8{', owl' * (ratios == 'owl')}",
+                _one_shot(method, pattern="4:8", ratios=ratios),
+                ("main", "owl"),
+            )
+            for method in ("wanda", "sparsegpt")
+            for ratios in ("uniform", "owl")
+        ),
         Row("armor, self", _armor(block, calibration="self"), of_text, {"calibration text": "self"}),
         Row("armor, C4", _armor(block, calibration="c4"), of_text, {"calibration text": "C4"}),
     ]

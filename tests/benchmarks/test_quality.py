@@ -167,8 +167,8 @@ def test_report_shows_what_is_measured_and_dashes(quality, table, tmp_path, monk
         "armor dense int2, int8 wrappers": {"nbytes": 250_000, "layer_error": 0.01},
     }
     results = saved(quality, table, tmp_path / "results.json", armor={}, **rivals, **bits)
-    made = quality.quality_rows.described(table["owl"], table)
-    results.save("owl", "refused", made, {"reason": "method='owl' is unknown; available: armor"}, {})
+    made = quality.quality_rows.described(table["nowag"], table)
+    results.save("nowag", "refused", made, {"reason": "method='nowag' is unknown; available: armor"}, {})
     made = quality.quality_rows.described(table["armor"], table)
     results.save("armor", "decode", made, {"decode": 250.0, "speedup": 4.5, "over_same_loop": 1.4}, {})
     page = tmp_path / "RESULTS.md"
@@ -193,7 +193,7 @@ def test_report_shows_what_is_measured_and_dashes(quality, table, tmp_path, monk
     ]
     assert "| 250 | 4.50 | 1.40 |" in lines["armor"]
     assert set(lines["wanda"].replace("wanda", "").split()) == {"|", "–"}
-    assert "owl (refused: method='owl' is unknown)" in lines
+    assert "nowag (refused: method='nowag' is unknown)" in lines
     # The rival is chosen on valid, and judged on test.
     chosen = next(line for name, line in lines.items() if "best SparseGPT" in name)
     assert "compressed inputs, damping 0.01" in chosen
