@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from halfplate import methods
-from halfplate.allocation.candidates import CHOICES
+from halfplate.allocation import CHOICES, Evolution
 from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats.rounding import GROUP
@@ -42,7 +42,9 @@ class Recipe:
     while text runs through the blocks; auto takes bf16 where the processor multiplies it. tune_block: steps of tuning
     each block against the dense one's output. ratios: `owl` gives blocks of more outliers more of M, the mean kept, within
     2 · owl_lambda from the least to the most. budget, time_budget: share of the dense bytes, or of the dense linears' decode
-    time on this machine, within which the fields `choose` (block_size, pattern, core_dtype) are chosen for each matrix. calibration: `self`, a text file or a Hub data set. include, exclude:
+    time on this machine, within which the fields `choose` (block_size, pattern, core_dtype) are chosen for each matrix. search:
+    `knapsack` over measured errors, or `evolution` from there on the model's own KL, of so many generations with so many
+    offspring each. calibration: `self`, a text file or a Hub data set. include, exclude:
     patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats a token.
     Raises HalfplateError naming the field, its value and what would do.
     """
@@ -71,6 +73,9 @@ class Recipe:
     budget: float | None = None
     time_budget: float | None = None
     choose: tuple[str, ...] = CHOICES
+    search: Literal["knapsack", "evolution"] = "knapsack"
+    generations: int = 20
+    offspring: int = 16
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     device: str = "cpu"
@@ -94,7 +99,15 @@ class Recipe:
         if self.pattern == "auto":
             object.__setattr__(self, "pattern", "2:4" if methods.method_class(self.method).sparse else "dense")
         self._check_shape()
-        for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0), ("tune_block", 0), ("threads", 1)):
+        for name, least in (
+            ("samples", 1),
+            ("seq_len", 2),
+            ("seed", 0),
+            ("tune_block", 0),
+            ("generations", 0),
+            ("offspring", 1),
+            ("threads", 1),
+        ):
             value = getattr(self, name)
             if value is not None and not least <= value < 2**63:
                 raise HalfplateError(f"{name}={value} is out of range; expected at least {least}")
@@ -125,10 +138,8 @@ class Recipe:
         for name in ("budget", "time_budget"):
             if (value := getattr(self, name)) is not None and not 0 < value <= 1:
                 raise HalfplateError(f"{name}={value} must be a share of the dense model, above 0 and up to 1; try 0.6")
-        if self.share_wrappers and self.budgeted:
-            raise HalfplateError(
-                "share_wrappers=True: a budget does not choose levels of matrices that share a wrapper; leave one of them out"
-            )
+        if self.search == "evolution" and not self.budgeted:
+            raise HalfplateError("search='evolution' looks for the best levels within a budget; give --budget 0.6")
         for field_name in self.choose:
             if field_name not in CHOICES:
                 raise HalfplateError(f"choose={field_name!r} is not one of {', '.join(CHOICES)}")
@@ -149,6 +160,11 @@ class Recipe:
             )
         most = min(pattern.m - 1, math.ceil(pattern.n + 2 * self.owl_lambda * pattern.m))
         method.check_spec(replace(self.spec(1, pattern.m, 0), pattern=Pattern(most, pattern.m)))
+
+    @property
+    def evolution(self) -> Evolution | None:
+        """The evolutionary search that follows the knapsack, if any."""
+        return Evolution(self.generations, self.offspring, self.seed) if self.search == "evolution" else None
 
     @property
     def budgeted(self) -> bool:
@@ -176,7 +192,7 @@ class Recipe:
             raise HalfplateError(
                 f"out_block_size={self.out_block_size} is negative; expected 0 (no wrapper), 1 (diagonal) or a block size"
             )
-        if self.share_wrappers and self.block_size == 0 and not self.budgeted:
+        if self.share_wrappers and self.block_size == 0:
             raise HalfplateError("share_wrappers=True with block_size=0 has no wrapper to share; try --block-size 16")
         method.check_spec(self.spec(1, pattern.m, block))
         if self.group_size != GROUP and self.core_dtype not in GRIDS and not self.budgeted:

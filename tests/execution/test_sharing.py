@@ -205,6 +205,19 @@ def test_block_sizes_of_their_own(tiny_folder, tmp_path):
     halfplate.load(tmp_path / "out")
 
 
-def test_a_budget_beside_it_is_refused_so_far():
-    with pytest.raises(HalfplateError, match="a budget does not choose levels of matrices that share a wrapper"):
-        Recipe(share_wrappers=True, budget=0.5)
+def test_a_budget_gives_those_that_share_one_level(tiny_folder, tmp_path):
+    recipe = Recipe(**SMALL | {"block_size": 16}, share_wrappers=True, budget=0.75, choose=("block_size",))
+    summary = compress(str(tiny_folder), tmp_path / "out", recipe)
+    assert summary["nbytes"] <= 0.75 * summary["dense_nbytes"]
+    found, lent = entries(tmp_path / "out"), 0
+    for entry in found.values():
+        if "in_shared" in entry:
+            lent += 1
+            lender = found[entry["in_shared"]]
+            assert [lender[key] for key in ("out_block", "in_block")] == [
+                entry[key] for key in ("out_block", "in_block")
+            ]
+    assert lent
+    halfplate.load(tmp_path / "out")
+    with pytest.raises(HalfplateError, match=r"budget=0\.5 cannot be met: the least is 0\.5625"):
+        make_plan(str(tiny_folder), Recipe(**SMALL, share_wrappers=True, budget=0.5, choose=("block_size",)))

@@ -1,6 +1,7 @@
 """One budget over many matrices."""
 
 from halfplate.allocation.candidates import CHOICES, candidates, uneven
+from halfplate.allocation.evolution import Evolution, Found, evolve
 from halfplate.allocation.knapsack import Level, allocate
 
-__all__ = ["CHOICES", "Level", "allocate", "candidates", "uneven"]
+__all__ = ["CHOICES", "Evolution", "Found", "Level", "allocate", "candidates", "evolve", "uneven"]

@@ -33,6 +33,7 @@ def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[
                 spec,
                 out_block=spec.out_block if block is None else block,
                 in_block=spec.in_block if block is None else block,
+                in_shared=None if block == 0 else spec.in_shared,
                 pattern=spec.pattern if pattern is None else Pattern.parse(pattern),
                 core_dtype=spec.core_dtype if core is None else core,
             )
@@ -56,7 +57,9 @@ def uneven(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[Weig
         (spec.out_block, block) for block in BLOCKS
     ]:
         try:
-            other = replace(spec, out_block=out_block, in_block=in_block)
+            other = replace(
+                spec, out_block=out_block, in_block=in_block, in_shared=spec.in_shared if in_block else None
+            )
             method.check_spec(other)
         except HalfplateError:
             continue

@@ -50,6 +50,9 @@ def _print(summary: dict[str, Any]) -> None:
         rows.append(
             ("kept by block", ", ".join(f"{ratio['block']}: {ratio['pattern']}" for ratio in summary["ratios"]))
         )
+    if summary["search"]:
+        first, last = (summary["search"]["trajectory"][end]["kl"] for end in (0, -1))
+        rows.append(("KL of the levels before and after the search", f"{first:.4f}, {last:.4f}"))
     if "held_out" in summary:
         rows.append(("KL on held-out text, nats a token", summary["held_out"]["kl"]))
     if summary["skipped"]:

@@ -56,6 +56,13 @@ FIELDS = (
         "FRACTION",
         "or within this share of the time that the dense linears take to decode a token here",
     ),
+    (
+        "--search",
+        "HOW",
+        "knapsack (default), or evolution: from there on, by the KL of the model at the levels in question",
+    ),
+    ("--generations", "N", "of the evolution (default 20)"),
+    ("--offspring", "N", "of each generation (default 16)"),
     ("--seed", "S", "seed of everything random (default 0)"),
     ("--device", "NAME", "where to compute: cpu (default) or cuda"),
     ("--threads", "T", "threads of torch and of the kernels"),

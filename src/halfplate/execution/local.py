@@ -69,9 +69,10 @@ def _carry_out(
     needed = max(statistics, method.requires)
     with clock("calibration text"):
         tokens = _calibration(loaded, recipe, report) if recipe.runs_text(needed) else None
+    search = None
     if recipe.budgeted:
         assert tokens is not None
-        plan = allocate_plan(loaded, plan, tokens, report, clock)
+        plan, search = allocate_plan(loaded, plan, tokens, report, clock)
     ratios: list[BlockRatio] = []
     if recipe.ratios != "uniform":
         assert tokens is not None
@@ -80,10 +81,11 @@ def _carry_out(
     with clock("writing"):
         report("writing", 0, 1)
         record = _checkpoint_record(plan, tokens, outcome) | _spoken(ratios)
+        record |= {} if search is None else {"search": search}
         write_checkpoint(loaded.model.cpu(), loaded.tokenizer, out, plan.specs, record, source.other_dtype, overwrite)
         report("writing", 1, 1)
 
-    summary = _summary(plan, out, outcome, tokens) | _spoken(ratios)
+    summary = _summary(plan, out, outcome, tokens) | _spoken(ratios) | {"search": search}
     if recipe.max_kl is not None:
         with clock("evaluating"):
             summary["held_out"] = _check_kl(source.name, loaded, recipe, out, report)
@@ -173,7 +175,8 @@ def _levels(plan: Plan) -> dict[str, int]:
     """How many matrices have each level, the commonest first."""
 
     def spoken(spec: WeightSpec) -> str:
-        wrappers = f", blocks of {spec.in_block}" if spec.in_block else ""
+        sizes = dict.fromkeys((spec.out_block, spec.in_block))
+        wrappers = f", blocks of {' and '.join(map(str, sizes))}" if any(sizes) else ""
         return f"{spec.pattern} {spec.core_dtype}{wrappers}"
 
     return dict(Counter(spoken(spec) for spec in plan.specs.values()).most_common())
