@@ -138,21 +138,22 @@ class _Sums:
         token_limit: a token with more energy than so many times the median counts as one of that energy; tokens without any
         have no part in the median.
         """
+        self.tokens += len(x)
+        if statistic == Statistic.NONE:
+            return  # x may be without numbers
         with torch.autocast(x.device.type, enabled=False):
             self._add(x, statistic, dense, token_limit)
 
     def _add(self, x: Tensor, statistic: Statistic, dense: Tensor | None, token_limit: float | None) -> None:
-        self.tokens += len(x)
-        if token_limit is not None and statistic >= Statistic.DIAGONAL:
+        if token_limit is not None:
             energy = x.square().sum(1, keepdim=True)
             living = energy[energy > 0]
             limit = token_limit * living.median() if len(living) else energy.new_tensor(torch.inf)
             factor = torch.where(energy > limit, (limit / energy).sqrt(), 1.0)
             x = x * factor
             dense = None if dense is None else dense * factor
-        if statistic >= Statistic.DIAGONAL:
-            squares = x.square().sum(0, dtype=torch.float64)
-            self.squares = squares if self.squares is None else self.squares.add_(squares)
+        squares = x.square().sum(0, dtype=torch.float64)
+        self.squares = squares if self.squares is None else self.squares.add_(squares)
         if statistic >= Statistic.GRAM:
             # fp32 is 2 to 30 times faster than fp64 and exact enough within a batch. Between batches it is not: single
             # activations are huge (29,000 in SmolLM2, squared 8e8), and in fp32 a sum that holds one of them drops what
