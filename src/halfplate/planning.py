@@ -33,7 +33,7 @@ AUTO_BLOCKS = (128, 64, 32, 16, 8)
 AUTO_SHARE = 0.05  # of the dense parameters of the whole plan
 
 # Rough figures for 2 quiet cores; they serve the estimate alone.
-SECONDS_PER_MILLION_WEIGHTS = {"armor": 1.5, "sparsegpt": 0.12, "denoiserotator": 3.0}
+SECONDS_PER_MILLION_WEIGHTS = {"armor": 1.5, "sparsegpt": 0.12, "denoiserotator": 1.5}
 OTHER_SECONDS_PER_MILLION_WEIGHTS = 0.02
 FLOPS_PER_SECOND = 1e11
 PASSES = {"dense": 1.5, "compressed": 4.0}  # over the calibration text, products for the statistics among them

@@ -125,15 +125,18 @@ def test_loss_never_rises(d_out, groups, block, pattern, seed, dead):
 
 @pytest.mark.parametrize("bits", [None, 8, 4, 3, 2])
 @pytest.mark.parametrize("pattern", ["2:4", "dense", "1:4", "4:8"])
-@pytest.mark.parametrize(("d_out", "d_in", "block"), [(48, 64, 16), (40, 200, 8), (20, 72, 0)])
-def test_native_and_torch_sweep_alike(bits, pattern, d_out, d_in, block, monkeypatch):
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "block", "group"),
+    [(48, 64, 16, GROUP), (40, 200, 8, GROUP), (20, 72, 0, GROUP), (24, 200, 8, 64)],
+)
+def test_native_and_torch_sweep_alike(bits, pattern, d_out, d_in, block, group, monkeypatch):
     if not native.available():
         pytest.skip(f"no native kernels: {native.reason()}")
     problem = problem_of(d_out, d_in, block, block, seed=7, pattern=pattern)
     factors, steps, levels = moved(problem, 2), None, None
     if bits is not None:
-        _, steps = round_to_grid(factors.core, bits, GROUP, "int8")
-        steps, levels = steps.float(), Levels(*grid_range(bits))
+        _, steps = round_to_grid(factors.core, bits, group, "int8")
+        steps, levels = steps.float(), Levels(*grid_range(bits), group)
     points = []
     for available in (True, False):
         monkeypatch.setattr(full.native, "available", lambda answer=available: answer)

@@ -157,16 +157,17 @@ def test_scales_of_weight_and_gram_do_not_matter(scale: float) -> None:
     torch.testing.assert_close(scaled / scale, found, rtol=1e-4, atol=1e-5)
 
 
-def naive_rounding(weight: Tensor, gram: Tensor, pattern: Pattern, bits: int, mask: Tensor) -> Tensor:
-    """Row by row and column by column with an explicit inverse; the mask and the scales (one for all columns) are given."""
+def naive_rounding(weight: Tensor, gram: Tensor, bits: int, group: int = 128) -> Tensor:
+    """All weights kept, column by column with an explicit inverse; the scales are those of what stands there at a group's start."""
     d_in = weight.shape[1]
     hessian = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(d_in, dtype=torch.float64)
     result = weight.double().clone()
-    scales = round_to_grid(torch.where(mask, weight, 0), bits, 128, "int8")[1].double()
     least, greatest = grid_range(bits)
     for j in range(d_in):
+        if j % group == 0:
+            scales = round_to_grid(result[:, j : j + group], bits, group, "int8")[1].double()
         inverse = torch.linalg.inv(hessian[j:, j:])
-        rounded = (result[:, j] / scales[:, 0]).round().clamp(least, greatest) * scales[:, 0] * mask[:, j]
+        rounded = (result[:, j] / scales[:, 0]).round().clamp(least, greatest) * scales[:, 0]
         error = result[:, j] - rounded
         result[:, j:] -= error[:, None] / inverse[0, 0] * inverse[0]
         result[:, j] = rounded
@@ -186,9 +187,20 @@ def test_rounding_in_the_sweep_is_that_of_the_definition(name: str, bits: int, p
     assert found.scales is not None
     assert torch.equal(found.scales, scales)
     if pattern.is_dense:
-        torch.testing.assert_close(found.weight, naive_rounding(weight, gram, pattern, bits, found.mask))
+        torch.testing.assert_close(found.weight, naive_rounding(weight, gram, bits))
     torch.testing.assert_close(found.integers() * scales.double(), found.weight)
     assert ((found.weight != 0) <= found.mask).all()
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_each_group_of_columns_has_the_scale_of_what_stands_there(group: int) -> None:
+    weight, gram = random_weight(5, 72, 3), correlated_gram(72, 4)
+    found = obs_sweep(weight, gram, Pattern(1, 1), 0.01, core_dtype="int4", group=group)
+    torch.testing.assert_close(found.weight, naive_rounding(weight, gram, 4, group))
+    assert found.scales is not None
+    assert found.scales.shape == (5, -(-72 // group))
+    scales = found.scales.double().repeat_interleave(group, 1)[:, :72]
+    torch.testing.assert_close(found.integers() * scales, found.weight)
 
 
 @pytest.mark.parametrize("name", ["int4", "int3"])
