@@ -136,6 +136,8 @@ def main() -> None:
     for name, answer in said.items():
         print(f"  {name}: {' '.join(answer.split())}")
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes; the models are in {options.out}")
+    for method in methods.values():
+        print(f"report: {options.out / method[1] / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,13 +112,19 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     return build_tokenizer()
 
 
-@pytest.fixture
-def tiny_folder(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A Hugging Face folder with a tiny Llama (vocabulary 320, 2 blocks, hidden 32, ffn 48, fp32) and its tokenizer."""
-    folder = tmp_path / "tiny_llama"
+@pytest.fixture(scope="session")
+def tiny_folder_once(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A Hugging Face folder with a tiny Llama (vocabulary 320, 2 blocks, hidden 32, ffn 48, fp32) and its tokenizer, to read."""
+    folder = tmp_path_factory.mktemp("models") / "tiny_llama"
     build_model("llama", vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path, tiny_folder_once: Path) -> Path:
+    """A copy of it to change."""
+    return Path(shutil.copytree(tiny_folder_once, tmp_path / "tiny_llama"))
 
 
 @pytest.fixture(scope="session")

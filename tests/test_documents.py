@@ -77,6 +77,15 @@ def test_python_of_the_page_on_logging_runs(workplace):
     assert len(run.stdout.splitlines()) == 14
 
 
+def test_commands_of_the_page_on_the_report_run(workplace, capsys):
+    assert main(["compress", "SmolLM2", "-o", "SmolLM2-2of4", *QUICK, "--method", "wanda"]) == 0
+    lines = re.findall(r"^\$ (halfplate .*)$", (ROOT / "docs" / "report.md").read_text(), re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line + capsys.readouterr().err
+    assert (workplace / "page.html").is_file()
+
+
 def test_tensorboard_example_runs(workplace):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -102,6 +111,9 @@ def test_demo_runs_from_end_to_end(workplace):
     command = [sys.executable, ROOT / "examples" / "demo.py", "--model", "SmolLM2", "--samples", "4", "--seq-len", "32"]
     run = subprocess.run([*command, "--text", "text.jsonl"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
+    for name in ("armor", "sparsegpt"):
+        assert f"report: {Path('demo-out') / name / 'report.html'}" in run.stdout
+        assert (workplace / "demo-out" / name / "report.html").is_file()
     for expected in ("$ halfplate compress", "KL to dense", "ARMOR, block 16", "SparseGPT", "minutes"):
         assert expected in run.stdout
 

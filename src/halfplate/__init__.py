@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["HalfplateError", "__version__", "bench", "compress", "evaluate", "export", "load", "plan", "recover"]
+__all__ = [
+    "HalfplateError",
+    "__version__",
+    "bench",
+    "compress",
+    "evaluate",
+    "export",
+    "load",
+    "plan",
+    "recover",
+    "report",
+]
 
 _VERBS = {
     "bench": ("halfplate.evaluation.bench", "bench"),

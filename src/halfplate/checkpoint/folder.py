@@ -114,3 +114,17 @@ def _replace(partial: Path, target: Path) -> None:
             if target.exists():
                 shutil.rmtree(old, ignore_errors=True)
     _fsync(target.parent)
+
+
+def replace_file(file: Path, content: str) -> None:
+    """Write a text file whole or not at all, in place of what stood there; raises HalfplateError where that fails."""
+    partial = file.parent / f".{secrets.token_hex(8)}.partial"
+    try:
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(file)
+    except (OSError, ValueError) as error:
+        raise HalfplateError(
+            f"file={str(file)!r} could not be written ({getattr(error, 'strerror', None) or error}); choose another place"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -7,7 +7,20 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from halfplate.cli import bench, compress, doctor, evaluate, export, generate, inspect, methods, plan, recipe, recover
+from halfplate.cli import (
+    bench,
+    compress,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    methods,
+    plan,
+    recipe,
+    recover,
+    report,
+)
 from halfplate.cli.parser import Parser
 from halfplate.errors import HalfplateError
 from halfplate.version import package_version
@@ -21,11 +34,12 @@ VERBS: dict[str, Any] = {
     "generate": generate,
     "inspect": inspect,
     "export": export,
+    "report": report,
     "recipe": recipe,
     "methods": methods,
     "doctor": doctor,
 }
-VERBS_TO_COME = ("report", "serve")
+VERBS_TO_COME = ("serve",)
 
 
 def build_parser() -> argparse.ArgumentParser:

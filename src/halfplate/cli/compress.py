@@ -58,3 +58,4 @@ def _print(summary: dict[str, Any]) -> None:
     if summary["skipped"]:
         rows.append(("matrices left dense", f"{len(summary['skipped'])}, e.g. {summary['skipped'][0]['reason']}"))
     print_pairs(f"{summary['out']}: {summary['model']} by {summary['method']}", rows)
+    print(f"report: {summary['report'] or 'could not be written'}")

@@ -27,6 +27,7 @@ from halfplate.models.sources import LoadedModel, Source, load_dense, open_sourc
 from halfplate.planning import Plan, plan_source
 from halfplate.precision import resolved
 from halfplate.recipe import Recipe
+from halfplate.report import write_report
 from halfplate.statistics import Statistic
 
 MAX_KL_WINDOWS = 8
@@ -41,7 +42,7 @@ def compress(
     report: Report = silent,
     statistics: Statistic = Statistic.NONE,
 ) -> dict[str, Any]:
-    """Compress `model` by `recipe`, write the checkpoint `out` with its log, and return the summary.
+    """Compress `model` by `recipe`, write the checkpoint `out` with its log and its report, and return the summary.
 
     report: told of every step (`halfplate.execution.progress.Report`), for progress and trackers. statistics: collect at
     least these, e.g. GRAM so that every method is judged by its true output error. Raises HalfplateError on bad input with nothing written, RuinedResult after writing where the KL exceeds `recipe.max_kl`.
@@ -53,8 +54,21 @@ def compress(
     plan = plan_source(source, recipe)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    with run_log(out, report) as told:
-        return _carry_out(source, plan, out, overwrite, told, statistics)
+    try:
+        with run_log(out, report) as told:
+            summary = _carry_out(source, plan, out, overwrite, told, statistics)
+    except RuinedResult:
+        _write_report(out)
+        raise
+    return summary | {"report": _write_report(out)}
+
+
+def _write_report(out: Path) -> str | None:
+    """Where the report stands; None where it could not be written, which takes nothing from the checkpoint."""
+    try:
+        return str(write_report(out))
+    except HalfplateError:
+        return None
 
 
 def _carry_out(

@@ -1,0 +1,60 @@
+"""Write a report of a checkpoint: one self-contained HTML file."""
+
+import argparse
+from typing import Any
+
+from halfplate.cli.parser import add_output_arguments, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="OUT", help="a Halfplate checkpoint")
+    parser.add_argument("-o", "--file", metavar="FILE.html", help="where to write it (default OUT/report.html)")
+    parser.add_argument(
+        "--against",
+        metavar="DENSE",
+        help="measure quality, speed and answers beside this dense model; kept for later reports",
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="text to measure on (default: text that the dense model samples)"
+    )
+    parser.add_argument("--windows", type=positive, metavar="N", help="windows of text (default 16)")
+    parser.add_argument("--seq-len", type=positive, metavar="L", help="tokens of a window (default 256)")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", help="what both models are asked; repeatable")
+    parser.add_argument("--new-tokens", type=positive, metavar="N", help="tokens of an answer (default 48)")
+    parser.add_argument("--threads", type=positive, metavar="T", help="threads of torch")
+    add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from halfplate.cli.console import print_json, progress, silence_libraries
+    from halfplate.report import write_report
+
+    silence_libraries()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    with progress(args) as report:
+        file = write_report(args.path, args.file, _measuring(args), report)
+    if args.json:
+        print_json({"report": str(file)})
+    else:
+        print(f"report: {file}")
+    return 0
+
+
+def _measuring(args: argparse.Namespace) -> Any:
+    """What is to be measured, None without a dense model."""
+    from halfplate.errors import HalfplateError
+    from halfplate.report.settings import Measuring
+
+    given = {name: getattr(args, name) for name in ("text", "windows", "seq_len", "new_tokens")}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if args.prompt:
+        chosen["prompts"] = tuple(args.prompt)
+    if args.against is not None:
+        return Measuring(args.against, **chosen)
+    if chosen:
+        option = next(iter(chosen)).replace("prompts", "prompt").replace("_", "-")
+        raise HalfplateError(f"--{option} says how to measure, which needs the dense model; add --against DENSE")
+    return None

@@ -1,0 +1,33 @@
+"""The command that makes a checkpoint again."""
+
+import shlex
+from dataclasses import fields
+from typing import Any
+
+from halfplate.recipe import Recipe
+
+REPEATED = ("include", "exclude")
+
+
+def compress_command(model: str, out: str, recipe: Recipe) -> str:
+    """The `halfplate compress` command of a recipe, to paste into a shell: every value that is not its default."""
+    words = ["halfplate", "compress", model, "-o", out]
+    plain = Recipe(method=recipe.method)
+    for name in (field.name for field in fields(Recipe) if field.name not in ("version", "method_options")):
+        value = getattr(recipe, name)
+        if value == (Recipe.method if name == "method" else getattr(plain, name)):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if name in REPEATED:
+            # One word, because a pattern may begin with a dash.
+            words += [f"{flag}={pattern}" for pattern in value]
+        elif value is True:
+            words.append(flag)
+        else:
+            words.append(f"{flag}={','.join(value) if isinstance(value, tuple) else value}")
+    words += [f"--option={name}={_spoken(value)}" for name, value in sorted(recipe.method_options.items())]
+    return shlex.join(words)
+
+
+def _spoken(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

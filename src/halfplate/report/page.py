@@ -1,0 +1,171 @@
+"""The page: one HTML file that asks nothing of the network and runs no script but its own."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from halfplate.checkpoint.folder import replace_file
+from halfplate.execution.log import append
+from halfplate.execution.progress import Report, silent
+from halfplate.report.findings import Findings, gather, number, text
+from halfplate.report.headline import headline, measuring_command, tiles
+from halfplate.report.pictures import bars, byte_bars, heat_map, loss_panels, share_bars
+from halfplate.report.settings import Measuring
+from halfplate.report.words import count, percent, short, visible
+from halfplate.version import package_version
+
+REPORT_FILE = "report.html"
+
+
+def write_report(
+    folder: str | Path,
+    file: str | Path | None = None,
+    measuring: Measuring | None = None,
+    report: Report = silent,
+) -> Path:
+    """Write the report of the checkpoint in `folder` to `file` (default `report.html` in it), and return where it stands.
+
+    measuring: also measure quality and speed against the dense model, and keep the result in the log of the checkpoint, where
+    later reports find it. Raises HalfplateError for a folder that is no whole checkpoint and a file that cannot be written.
+    """
+    place = Path(folder) / REPORT_FILE if file is None else Path(file)
+    found = gather(Path(folder))
+    if measuring is not None:
+        from halfplate.report.measure import measure
+
+        measures = measure(Path(folder), measuring, report)
+        append(Path(folder), measures)
+        found = found.with_measures(measures)
+    replace_file(place, render(found))
+    return place
+
+
+def render(found: Findings) -> str:
+    """The page as HTML."""
+    style, script = _asset("page.css"), _asset("page.js")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=visible)
+    environment.globals |= {"head": _head, "figure": _figure, "percent": percent}
+    rows = headline(found)
+    return environment.from_string(_asset("page.html")).render(
+        found=found,
+        policy=_policy(style, script),
+        style=Markup(style),
+        script=Markup(script),
+        title=_title(found),
+        lead=_lead(found),
+        tiles=tiles(found),
+        headline=[(group, list(members)) for group, members in groupby(rows, key=lambda row: row.group)],
+        missing=not all(row.measured for row in rows),
+        heat_map=heat_map(found.matrices, found.kinds),
+        error_words=_error_words(found),
+        panels=loss_panels(found.matrices, found.kinds),
+        charts=_charts(found),
+        facts=_facts(found),
+        measuring_command=measuring_command(found),
+        version=package_version(),
+    )
+
+
+def _asset(name: str) -> str:
+    return (files("halfplate.report") / name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """A Content-Security-Policy under which nothing is loaded, and no style or script runs but these two."""
+
+    def source(content: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+    return f"default-src 'none'; style-src {source(style)}; script-src {source(script)}; base-uri 'none'; form-action 'none'"
+
+
+def _head(title: str, numeric: bool = False) -> Markup:
+    """The heading of a column that sorts by it."""
+    return Markup('<th scope="col"{}><button type="button">{}</button></th>').format(
+        Markup(' class="n"') if numeric else "", title
+    )
+
+
+def _figure(value: float | None) -> Markup:
+    """A cell with a number, empty where there is none."""
+    if value is None:
+        return Markup('<td class="n"></td>')
+    return Markup('<td class="n" data-v="{!r}">{}</td>').format(value, short(value))
+
+
+def _title(found: Findings) -> str:
+    return Path(found.model).name if found.model else Path(found.folder).name
+
+
+def _lead(found: Findings) -> str:
+    levels = sorted({matrix.level for matrix in found.matrices})
+    how = f"compressed by {found.method}" if found.method else "compressed"
+    level = f", {levels[0]}" if len(levels) == 1 else f", {len(levels)} levels"
+    when = f" on {found.began[:10]}" if found.began else ""
+    again = f", then recovered {found.recoveries}×" if found.recoveries else ""
+    return f"{len(found.matrices)} matrices {how}{level}{when}{again}. The checkpoint is {found.folder}."
+
+
+def _error_words(found: Findings) -> str:
+    if found.median_error is None:
+        return ""
+    worst = found.worst[0]
+    return (
+        f"Squared error of the outputs over that of a zero matrix: {short(found.median_error)} in the median, "
+        f"{short(worst.relative_error or 0)} at the most, in {worst.name}."
+    )
+
+
+def _charts(found: Findings) -> list[tuple[str, Markup | None, str]]:
+    """(caption, picture, what to say without one)."""
+    unlogged = "The log of the run is not beside this checkpoint."
+    phases = {name: value for name, value in found.seconds.items() if name != "total"}
+    return [
+        (
+            "Bytes by linear, of dense at 2 bytes a weight",
+            bars(byte_bars(found.total("nbytes"), found.total("dense_nbytes")), "Bytes by linear"),
+            "",
+        ),
+        (
+            "Bytes by what is stored",
+            bars(share_bars({**found.parts, "everything else": found.other_nbytes}), "Bytes by part"),
+            "",
+        ),
+        ("Time by phase", bars(share_bars(phases, "seconds"), "Time by phase"), unlogged),
+        (
+            "Solving time by linear",
+            bars(share_bars(found.total("seconds"), "seconds"), "Solving time by linear"),
+            unlogged,
+        ),
+    ]
+
+
+def _facts(found: Findings) -> list[tuple[str, str]]:
+    """Environment and protocol, as far as they are recorded."""
+    calibration = found.calibration
+    source = text(calibration.get("source"))
+    tokens = number(calibration.get("tokens"))
+    told: list[tuple[str, Any]] = [
+        ("Machine", found.machine),
+        ("Native kernels", found.kernels),
+        ("Peak memory", None if found.peak_rss_bytes is None else count(found.peak_rss_bytes)),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in found.versions.items())),
+        (
+            "Calibration",
+            source
+            and f"{'text that the model sampled itself' if source == 'self' else source}, {calibration.get('samples')} sequences of "
+            f"{calibration.get('seq_len')} tokens ({tokens or 0:,.0f}), seed {calibration.get('seed')}",
+        ),
+        ("Calibration tokens, SHA-256", text(calibration.get("sha256"))),
+        ("Fingerprint of model and recipe", found.fingerprint),
+        ("Began", found.began),
+    ]
+    return [(name, str(value)) for name, value in told if value]
