@@ -45,11 +45,13 @@ def test_every_command_of_the_readme_runs(workplace, capsys):
         assert capsys.readouterr().out.strip() or words[0] == "export", line
 
 
-def test_every_command_of_the_page_on_methods_runs(workplace, capsys):
-    lines = re.findall(r"^\$ halfplate (.*)$", (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
-    assert len(lines) == 5
+@pytest.mark.parametrize(("page", "commands"), [("methods.md", 5), ("choosing.md", 5)])
+def test_every_command_of_a_page_runs(workplace, capsys, page, commands):
+    lines = re.findall(r"^\$ halfplate (.*)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+    assert len(lines) == commands
     for line in lines:
         assert main([*shlex.split(line), *QUICK]) == 0, line + capsys.readouterr().err
+        assert "serves" in capsys.readouterr().out
 
 
 def test_python_of_the_readme_runs(workplace):

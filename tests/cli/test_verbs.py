@@ -14,6 +14,16 @@ def test_plan_writes_and_computes_nothing(halfplate, tiny_folder, tmp_path, monk
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_plan_says_which_wish_a_recipe_serves(halfplate, tiny_folder):
+    for options, wish in (
+        (["--method", "magnitude"], "time with the weights kept in floats"),
+        (["--core-dtype", "int4"], "decode time"),
+        (["--method", "rtn", "--core-dtype", "int4"], "fewest bytes"),
+        (["--budget", "0.6"], "within the budget"),
+    ):
+        assert wish in halfplate("plan", tiny_folder, *options).out
+
+
 def test_plan_json(halfplate, tiny_folder):
     plan = halfplate("plan", tiny_folder, "--method", "magnitude", "--exclude", "*.q_proj", "--json").json()
     skipped = [matrix for matrix in plan["matrices"] if matrix["skipped"]]

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     recipe = recipe_from(args)
     from halfplate.cli.console import print_json, progress, silence_libraries
+    from halfplate.cli.wishes import served
     from halfplate.execution.local import compress
 
     silence_libraries()
@@ -26,11 +27,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(summary)
     else:
-        _print(summary)
+        _print(summary, served(recipe))
     return 0
 
 
-def _print(summary: dict[str, Any]) -> None:
+def _print(summary: dict[str, Any], serves: str) -> None:
     from halfplate.cli.console import megabytes, print_pairs
 
     seconds = ", ".join(f"{phase} {spent:.1f}" for phase, spent in summary["seconds"].items() if phase != "total")
@@ -38,6 +39,7 @@ def _print(summary: dict[str, Any]) -> None:
         ("matrices compressed", len(summary["matrices"])),
         ("linears, dense at 2 bytes a weight", megabytes(summary["dense_nbytes"])),
         ("linears, compressed", f"{megabytes(summary['nbytes'])} ({summary['nbytes'] / summary['dense_nbytes']:.1%})"),
+        ("serves", serves),
         ("everything else", megabytes(summary["other_nbytes"])),
         ("source weight files", megabytes(summary["source_nbytes"])),
         (f"mean relative error ({summary['error_kind']})", summary["mean_relative_error"]),

@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(plan: "Plan") -> None:
     from halfplate.cli.console import megabytes, print_pairs, print_table
+    from halfplate.cli.wishes import served
 
     entries = [matrix.to_json() for matrix in plan.matrices]
     print_table(
@@ -64,6 +65,7 @@ def _print(plan: "Plan") -> None:
                 if plan.recipe.ratios != "uniform"
                 else []
             ),
+            ("serves", served(plan.recipe)),
             ("everything else", megabytes(plan.other_nbytes)),
             ("source weight files", megabytes(plan.source_nbytes)),
             ("time, a rough estimate for 2 cores", f"{plan.seconds_estimate:.0f} s"),

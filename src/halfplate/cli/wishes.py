@@ -1,0 +1,21 @@
+"""What a recipe is good for: fewer bytes, or less time."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from halfplate.recipe import Recipe
+
+
+def served(recipe: "Recipe") -> str:
+    """One line: the wish that the core of `recipe` serves, and what would serve the other."""
+    from halfplate.dtypes import GRIDS
+
+    if recipe.budgeted:
+        return "the least loss within the budget; bytes go to dense cores of few bits, time to 2:4 (docs/choosing.md)"
+    if recipe.parsed_pattern.is_dense:
+        return "fewest bytes at a loss; for decode time: --pattern 2:4 (docs/choosing.md)"
+    if recipe.core_dtype in GRIDS:
+        return "decode time; at the same bytes --pattern dense with more bits loses less (docs/choosing.md)"
+    return (
+        "time with the weights kept in floats; for fewest bytes: --pattern dense --core-dtype int4 (docs/choosing.md)"
+    )
