@@ -1,6 +1,5 @@
 """What the JSON files of a checkpoint say (docs/format.md)."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from halfplate.dtypes import STORED
 from halfplate.errors import HalfplateError
 from halfplate.formats.sharing import check_shared
 from halfplate.formats.spec import WeightSpec
+from halfplate.models.trust import read_json_file
 
 METHOD = "halfplate"
 VERSION = 1  # of `quantization_config`
@@ -54,10 +54,10 @@ def parse_modules(version: Any, modules: Any) -> dict[str, WeightSpec]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`; raises HalfplateError where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_file(path)
     except FileNotFoundError:
         raise HalfplateError(f"{str(path)!r} does not exist; give the folder of a Halfplate checkpoint") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise HalfplateError(
             f"{str(path)!r} cannot be read as JSON: {error}; copy or write the checkpoint again"
         ) from None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfplate.checkpoint.config import METHOD, SENTENCE, VERSION, parse_modules
-from halfplate.checkpoint.weights import check_layout, headers_of
+from halfplate.checkpoint.weights import StoredTensor, check_layout, headers_of
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec, check_stored, connect
 
@@ -78,6 +79,7 @@ class HalfplateQuantizer(HfQuantizer):
         found = headers_of(map(Path, checkpoint_files)) if checkpoint_files else None
         if found is not None:
             check_layout(found, specs)
+            _check_room(model, found, specs)
         for name, spec in specs.items():
             bias = _dense_linear(model, name, spec).bias
             if found is not None and (bias is None) == (f"{name}.bias" in found):
@@ -136,6 +138,17 @@ class HalfplateQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Gradients flow through compressed modules to their inputs; `runtime.restore` lets them reach values and wrappers."""
         return True
+
+
+def _check_room(model: PreTrainedModel, found: Mapping[str, StoredTensor], specs: Mapping[str, WeightSpec]) -> None:
+    """Raise HalfplateError where what is not compressed in the model, still empty, is larger than what is stored of it."""
+    replaced = {f"{name}.weight" for name in specs}
+    needed = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in replaced)
+    stored = sum(prod(tensor.shape) for tensor in found.values())
+    if needed > stored:
+        raise HalfplateError(
+            f"config.json describes {needed} parameters beside the compressed matrices, the files hold {stored} values; copy or write the checkpoint again"
+        )
 
 
 def _dense_linear(model: nn.Module, name: str, spec: WeightSpec) -> nn.Linear:

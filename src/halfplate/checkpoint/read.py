@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from halfplate.checkpoint.weights import StoredTensor, check_layout, read_header
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
 from halfplate.formats.checks import check_part
+from halfplate.models.trust import check_counts, check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +39,7 @@ def load(
     checksums (`inspect_checkpoint(path, verify=True)`).
     """
     folder = Path(path)
-    read_checked_headers(folder)
+    _, found = read_checked_headers(folder)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from halfplate.runtime.prepare import accelerate, check_options
@@ -45,13 +47,16 @@ def load(
     runtime: dict[str, Any] | None = {"activations": activations, "head_dtype": head_dtype} if kernels else None
     check_options(activations, head_dtype)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        elements = sum(prod(tensor.shape) for tensor in found.values())
+        check_counts(str(path), config, len(found), elements, "path")
         config.quantization_config |= {"runtime": runtime if device == "cpu" else None}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             trust_remote_code=False,
+            local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report names them, the error that it would raise does not
@@ -98,7 +103,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not Path(path).is_dir():
         raise HalfplateError(f"path={str(path)!r} is not a folder; give the folder of a Halfplate checkpoint")
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     # Tokenizers are built by several libraries, each with errors of its own.
     except Exception as error:
         raise HalfplateError(
@@ -142,6 +147,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
 def read_checked_headers(folder: Path) -> tuple[dict[str, WeightSpec], dict[str, StoredTensor]]:
     """The specifications and the tensors of a checkpoint; raises HalfplateError unless they fit each other."""
     specs = read_specs(folder)
+    check_folder(str(folder), folder, "path")
     found = read_headers(folder)
     check_layout(found, specs)
     return specs, found

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfplate.errors import HalfplateError
+from halfplate.models.gguf_header import GgufContents, check_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,10 +19,11 @@ DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r", "codeshell", "e
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of itself: its architecture, and how its vocabulary splits text (None: it does not say)."""
+    """What a GGUF file says of itself: architecture, how its vocabulary splits text (None: it does not say), what it holds."""
 
     architecture: str
     pre_tokenizer: str | None
+    contents: GgufContents
 
 
 def read_header(path: Path, name: str) -> GgufHeader:
@@ -38,21 +40,25 @@ def read_header(path: Path, name: str) -> GgufHeader:
             f"model={name!r} is not a GGUF file: it starts with {magic!r}, expected b'GGUF'; download it again"
         )
     try:
+        contents = check_header(path)
         reader = GGUFReader(path)
         fields = {key: reader.fields[key].contents() for key in FIELDS if key in reader.fields}
     # A file that ends inside its metadata or its tensors shows as whatever numpy makes of the missing bytes.
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError) as error:
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
         reason = str(error).partition("\n")[0]
         raise HalfplateError(
             f"model={name!r} is cut short or damaged: {path.name} has {path.stat().st_size} bytes and "
             f"does not hold all that its header names ({reason}); download it again"
         ) from None
-    if int(fields.get("split.count", 1)) > 1:
+    splits = fields.get("split.count", 1)
+    if isinstance(splits, int) and splits > 1:
         raise HalfplateError(
             f"model={name!r} is one of {fields['split.count']} parts of a split GGUF file; "
             "join them with `llama-gguf-split --merge` and pass the joined file"
         )
-    return GgufHeader(str(fields.get("general.architecture")), fields.get("tokenizer.ggml.pre"))
+    pre_tokenizer = fields.get("tokenizer.ggml.pre")
+    spoken = pre_tokenizer if isinstance(pre_tokenizer, str) else None
+    return GgufHeader(str(fields.get("general.architecture")), spoken, contents)
 
 
 def read_config(path: Path, name: str) -> "PretrainedConfig":
@@ -61,7 +67,8 @@ def read_config(path: Path, name: str) -> "PretrainedConfig":
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    # Metadata is data of any shape, and the libraries fail on it with errors of their own.
+    except Exception as error:
         raise _cannot_read(name, error) from None
     return config
 
@@ -87,7 +94,7 @@ def load_model(path: Path, name: str, config: "PretrainedConfig") -> "tuple[PreT
             output_loading_info=True,
             **options,
         )
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+    except Exception as error:
         raise _cannot_read(name, error) from None
     _forget_quantization(model)
     return model, report
@@ -100,7 +107,8 @@ def load_tokenizer(path: Path, name: str, header: GgufHeader) -> "PreTrainedToke
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    # Metadata is data of any shape, and the libraries fail on it with errors of their own.
+    except Exception as error:
         raise _cannot_read(name, error) from None
     if header.pre_tokenizer in DIGIT_SPLITTING:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -11,6 +11,7 @@ import torch
 
 from halfplate.errors import HalfplateError
 from halfplate.models import gguf
+from halfplate.models.trust import check_counts, check_folder, check_parameters, count_tensors, read_json_file
 from halfplate.models.weight_files import WeightFiles, find_weight_files
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ def skeleton(source: Source) -> "PreTrainedModel":
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(deepcopy(source.config), dtype=torch.float32)
     empty: PreTrainedModel = model.eval().requires_grad_(False)
+    # A value of a GGUF file may be less than a bit wide only on average; none is below two bits today.
+    room = source.nbytes * (4 if source.gguf_header is not None else 1)
+    check_parameters(source.name, sum(parameter.numel() for parameter in empty.parameters()), room)
     return empty
 
 
@@ -104,6 +108,7 @@ def load_dense(model: str | Source, device: str = "cpu") -> LoadedModel:
     """
     source = open_source(model) if isinstance(model, str) else model
     name = source.name
+    skeleton(source)  # refuses what is larger than its files before anything is allocated
     if source.gguf_header is not None:
         loaded, report = gguf.load_model(source.path, name, source.config)
         tokenizer = gguf.load_tokenizer(source.path, name, source.gguf_header)
@@ -152,16 +157,19 @@ def _open_gguf(name: str, path: Path) -> Source:
     header = gguf.read_header(path, name)
     config = gguf.read_config(path, name)
     _check_causal(name, config)
+    check_counts(name, config, header.contents.tensors, header.contents.elements)
     return Source(name, "gguf", path, config, (path,), path.stat().st_size, torch.bfloat16, header)
 
 
 def _open_folder(name: str, kind: str, path: Path) -> Source:
+    check_folder(name, path)
     entries = _read_config_json(name, path)
     _check_dense(name, path, entries)
     _check_text_only(name, entries)
     config = _read_config(name, path, entries)
     _check_causal(name, config)
     weights: WeightFiles = find_weight_files(name, path)
+    check_counts(name, config, *count_tensors(weights.paths))
     return Source(name, kind, path, config, weights.paths, weights.nbytes, weights.dtype)
 
 
@@ -176,8 +184,8 @@ def _read_config_json(name: str, path: Path) -> dict[str, Any]:
         )
         raise HalfplateError(f"model={name!r} has no config.json; {cure}")
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        entries = read_json_file(file)
+    except (OSError, ValueError) as error:
         raise HalfplateError(f"model={name!r}: config.json is not valid JSON ({error}); download it again") from None
     if not isinstance(entries, dict):
         raise HalfplateError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from halfplate.errors import HalfplateError
+from halfplate.models.trust import read_json_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -58,11 +59,11 @@ def find_weight_files(name: str, folder: Path) -> WeightFiles:
 
 def _shards(name: str, folder: Path) -> list[Path]:
     try:
-        files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted(set(read_json_file(folder / INDEX)["weight_map"].values()))
         # A name with a folder in it would lead out of the model.
-        if not files or any(Path(file).name != file for file in files):
+        if not files or any(Path(file).name != file or "\\" in file or "\0" in file for file in files):
             raise ValueError("weight_map must name files of the same folder")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HalfplateError(f"model={name!r}: {INDEX} cannot be read ({error!r}); download it again") from None
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
@@ -96,8 +97,11 @@ def _tensors(name: str, path: Path) -> Iterator[tuple[str, str, int]]:
         header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
         spans = [(key, str(entry["dtype"]), [int(at) for at in entry["data_offsets"]]) for key, entry in header.items()]
+        for key, _, (start, end) in spans:
+            if not 0 <= start <= end or not all(type(d) is int and d >= 0 for d in header[key]["shape"]):
+                raise ValueError(f"{key[:80]!r} has no place in it")
         needed = 8 + length + max((end for *_, (_, end) in spans), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise HalfplateError(
             f"model={name!r}: the header of {path.name} is damaged ({error!r}); download it again"
         ) from None

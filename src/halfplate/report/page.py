@@ -119,7 +119,7 @@ def _error_words(found: Findings) -> str:
         return ""
     worst = found.worst[0]
     return (
-        f"Squared error of the outputs over that of a zero matrix: {short(found.median_error)} in the median, "
+        f"Relative error: {short(found.median_error)} in the median, "
         f"{short(worst.relative_error or 0)} at the most, in {worst.name}."
     )
 

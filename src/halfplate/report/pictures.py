@@ -24,24 +24,25 @@ LEAST_RATIO = 1e-4  # the scale of losses ends there at the least
 
 @dataclass(frozen=True)
 class Scale:
-    """Shades of a positive quantity between two ends, by its logarithm where the ends are far apart.
+    """Shades of a positive quantity between two ends.
 
-    open: some values lie beyond `most` and share its shade, so that they do not make all others look alike.
+    open: some values lie beyond `most` and share its shade, so that they do not make all others look alike. logarithmic: most
+    values lie near the lower end, and equal ratios get equal steps.
     """
 
     least: float
     most: float
     open: bool = False
+    logarithmic: bool = False
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Scale:
+        """The scale on which these values are told apart best."""
         ordered = sorted(values)
-        usual = 3 * ordered[int(0.95 * (len(ordered) - 1))]
-        return cls(ordered[0], usual, True) if ordered[-1] > 3 * usual > 0 else cls(ordered[0], ordered[-1])
-
-    @property
-    def logarithmic(self) -> bool:
-        return self.least > 0 and self.most > 4 * self.least
+        least, most, usual = ordered[0], ordered[-1], 3 * ordered[int(0.95 * (len(ordered) - 1))]
+        opened = most > 3 * usual > 0
+        most = usual if opened else most
+        return cls(least, most, opened, least > 0 and median(values) < (least + most) / 4)
 
     def shade(self, value: float) -> int:
         """0 for the least to SHADES - 1 for the most."""

@@ -1,0 +1,93 @@
+"""What is checked of a model folder before anything in it is believed: it may be anybody's.
+
+Sizes are compared with what the files hold before anything is allocated by them; links do not lead out; no other model is
+fetched because a file says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from halfplate.errors import HalfplateError
+
+LARGEST_JSON = 64 * 2**20
+ADAPTER = "adapter_config.json"
+MOST_OF_ANYTHING = 2**20  # heads, experts, groups: what a configuration counts, blocks apart
+
+
+def check_folder(name: str, folder: Path, argument: str = "model") -> None:
+    """Raise HalfplateError for links that lead out of `folder`, and for an adapter, whose base would be fetched from elsewhere.
+
+    The Hub's own cache, where a snapshot links to `../../blobs`, is as it should be.
+    """
+    home = folder.resolve()
+    allowed = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise HalfplateError(
+                f"{argument}={name!r}: its file {path.name!r} is a link that leads out of the folder, which Halfplate does not follow; "
+                "copy the file there, or pass the folder that holds it"
+            )
+    if (folder / ADAPTER).exists():
+        raise HalfplateError(
+            f"{argument}={name!r} holds {ADAPTER}: it is an adapter, whose base model would be loaded from elsewhere; merge it into its base model first"
+        )
+
+
+def read_json_file(path: Path) -> Any:
+    """The content of a JSON file; raises OSError, or ValueError for one that is too large, too deep or not JSON."""
+    size = path.stat().st_size
+    if size > LARGEST_JSON:
+        raise ValueError(f"it has {size} bytes, expected at most {LARGEST_JSON}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def check_counts(name: str, config: Any, tensors: int, elements: int, argument: str = "model") -> None:
+    """Raise HalfplateError where `config`, a configuration of transformers, asks for more than its files can hold.
+
+    tensors, elements: what the headers of the weight files name. Every block has a tensor of its own, and the embedding is
+    stored. What else is too large shows when the skeleton is compared with the files.
+    """
+    text = config.get_text_config()
+    entries = text.to_dict()
+    for key, value in entries.items():
+        counts = key.startswith(("num_", "n_")) or key.endswith(("_size", "_dim", "_rank"))
+        if not (counts and isinstance(value, int)):
+            continue
+        most = tensors if key in ("num_hidden_layers", "n_layer") else max(elements, MOST_OF_ANYTHING)
+        if not -1 <= value <= most:
+            raise HalfplateError(
+                f"{argument}={name!r}: {key}={value} in its configuration does not fit files of {tensors} tensors with {elements} values; download it again"
+            )
+    vocabulary, width = entries.get("vocab_size"), entries.get("hidden_size")
+    if isinstance(vocabulary, int) and isinstance(width, int) and vocabulary * width > elements:
+        raise HalfplateError(
+            f"{argument}={name!r}: vocab_size={vocabulary} times hidden_size={width} is more than the {elements} values of its files; download it again"
+        )
+
+
+def check_parameters(name: str, needed: int, room: int) -> None:
+    """Raise HalfplateError where the model of the configuration has more parameters than its files have room for."""
+    if needed > room:
+        raise HalfplateError(
+            f"model={name!r}: its configuration describes {needed} parameters, its files have room for {room}; download it again"
+        )
+
+
+def count_tensors(paths: Iterable[Path]) -> tuple[int, int]:
+    """Tensors and values in safetensors files whose headers have been checked."""
+    tensors = elements = 0
+    for path in paths:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        tensors += len(header)
+        elements += sum(prod(entry["shape"]) for entry in header.values())
+    return tensors, elements
