@@ -176,13 +176,9 @@ def _open_folder(name: str, kind: str, path: Path) -> Source:
 def _read_config_json(name: str, path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
-        adapter = (path / "adapter_config.json").is_file()
-        cure = (
-            "it is an adapter: merge it into its base model first"
-            if adapter
-            else "pass the folder that holds config.json and the weights"
+        raise HalfplateError(
+            f"model={name!r} has no config.json; pass the folder that holds config.json and the weights"
         )
-        raise HalfplateError(f"model={name!r} has no config.json; {cure}")
     try:
         entries = read_json_file(file)
     except (OSError, ValueError) as error:
