@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,6 +99,10 @@ class Plan:
     def specs(self) -> dict[str, WeightSpec]:
         """The matrices that will be compressed, by name."""
         return {matrix.name: matrix.spec for matrix in self.matrices if matrix.spec is not None}
+
+    def with_specs(self, specs: Mapping[str, WeightSpec]) -> Plan:
+        """The plan with the matrices in `specs` stored as it says."""
+        return replace(self, matrices=tuple(replace(m, spec=specs.get(m.name, m.spec)) for m in self.matrices))
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from halfplate.calibration import DenseRun, collect_block, collect_stage, input_stages
-from halfplate.calibration.collect import _Sums
+from halfplate.calibration.collect import Sums
 from halfplate.errors import HalfplateError
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.models.linears import find_linears
@@ -98,7 +98,7 @@ def test_sums_equal_a_whole_matrix_in_fp64(d_in: int, chunks: list[int], scale: 
     x = torch.randn(sum(chunks), d_in, generator=torch.Generator().manual_seed(seed))
     # One huge input, as of the first token of a sequence.
     x[0, 0] *= scale
-    sums = _Sums()
+    sums = Sums()
     for chunk in x.split(chunks):
         sums.add(chunk, Statistic.GRAM, None)
     statistics = sums.statistics()
@@ -241,8 +241,8 @@ def test_cross_moment_is_that_of_both_inputs(tiny_model: Any) -> None:
     torch.testing.assert_close(found.require_gram(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
 
 
-def limited(x: Tensor, limit: float, dense: Tensor | None = None) -> _Sums:
-    sums = _Sums()
+def limited(x: Tensor, limit: float, dense: Tensor | None = None) -> Sums:
+    sums = Sums()
     sums.add(x, Statistic.GRAM, dense, limit)
     return sums
 

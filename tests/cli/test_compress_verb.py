@@ -248,7 +248,11 @@ def test_interrupt_leaves_nothing(halfplate, tiny_folder, tmp_path, text_file, m
     outcome = halfplate("compress", tiny_folder, "-o", tmp_path / "out", *WANDA, "--calibration", text_file)
     assert outcome.status == 1
     assert outcome.err.splitlines()[-1].startswith("halfplate: interrupted; nothing half-written is left in")
-    assert leftovers(tmp_path, *before) == {"out.log.jsonl"}
+    assert leftovers(tmp_path, *before) == {"out.log.jsonl", ".out.compress"}
+    monkeypatch.setattr(Wanda, "compress", original)
+    again = halfplate("compress", tiny_folder, "-o", tmp_path / "out", *WANDA, "--calibration", text_file, "--resume")
+    assert again.status == 0, again.err
+    assert leftovers(tmp_path, *before) == {"out"}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

@@ -55,17 +55,16 @@ def test_verbs_to_come_say_so(halfplate, verb):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--engine", "ray"], ["--engine ray", "available: local"]),
-        (["--workers", "3"], ["--workers"]),
-        (["--resume"], ["--resume"]),
-        (["--address", "x"], ["--address"]),
+        (["--engine", "ray"], ["engine='ray' is not available", "available: local"]),
+        (["--workers", "0"], ["--workers", "at least 1"]),
+        (["--address", "x"], ["--address is not available yet"]),
         (["--inputs", "compresed"], ["inputs='compresed'", "dense, compressed"]),
         (["--core-dtype", "int5"], ["core_dtype='int5'", "int4"]),
         (["--wrapper-dtype", "int4"], ["wrapper_dtype='int4'", "int8"]),
         (["--pattern", "dense"], ["pattern='dense'", "2:4", "rtn"]),
     ],
 )
-def test_options_to_come_say_so(halfplate, tiny_folder, tmp_path, options, parts):
+def test_options_that_cannot_be_say_so(halfplate, tiny_folder, tmp_path, options, parts):
     out = tmp_path / "out"
     halfplate("compress", tiny_folder, "-o", out, "--method", "magnitude", *options).refused(*parts)
     assert not out.exists()

@@ -52,7 +52,7 @@ def test_statistics_can_be_asked_for(tiny_folder, tmp_path):
 
 
 def test_methods_that_need_no_statistics_collect_none(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("halfplate.execution.local.calibration_tokens", None)
+    monkeypatch.setattr("halfplate.execution.preparation.calibration_tokens", None)
     summary = compress(str(tiny_folder), tmp_path / "out", Recipe(method="magnitude"))
     assert summary["calibration"] is None
     assert summary["error_kind"] == "weight"

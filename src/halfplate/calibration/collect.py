@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ BATCH = 8  # samples that run through a block at once
 def collect_block(
     blockwise: BlockwiseModel,
     index: int,
-    inputs: list[BlockInputs],
+    inputs: Sequence[BlockInputs],
     names: Sequence[str],
     statistic: Statistic,
     token_limit: float | None = None,
@@ -39,7 +39,7 @@ def collect_block(
         for batch in inputs:
             collector.next_batch()
             outputs.append(blockwise.run_block(index, batch))
-    return collector.statistics(names), outputs
+    return collector.stage.statistics(names), outputs
 
 
 def input_stages(blockwise: BlockwiseModel, index: int, batch: BlockInputs, names: Sequence[str]) -> list[list[str]]:
@@ -51,8 +51,9 @@ def input_stages(blockwise: BlockwiseModel, index: int, batch: BlockInputs, name
     with torch.no_grad(), collector.watching({name: _module_of_block(blockwise, index, name) for name in names}):
         blockwise.run_block(index, batch)
     stages: dict[str, list[str]] = {}
-    for name in [*collector.leaders, *(name for name in names if name not in collector.leaders)]:
-        stages.setdefault(collector.leaders.get(name, name), []).append(name)
+    leaders = collector.stage.leaders
+    for name in [*leaders, *(name for name in names if name not in leaders)]:
+        stages.setdefault(leaders.get(name, name), []).append(name)
     return list(stages.values())
 
 
@@ -61,13 +62,13 @@ class DenseRun:
     """A block as it was before it was compressed, and its inputs in the dense model, batch by batch."""
 
     block: nn.Module
-    inputs: list[BlockInputs]
+    inputs: Sequence[BlockInputs]
 
 
 def collect_stage(
     blockwise: BlockwiseModel,
     index: int,
-    inputs: list[BlockInputs],
+    inputs: Sequence[BlockInputs],
     names: Sequence[str],
     statistic: Statistic,
     dense: DenseRun | None = None,
@@ -78,6 +79,19 @@ def collect_stage(
     inputs: of the block, which come through the compressed ones before it. dense: gives the cross moments to what the dense
     model has in the place of those inputs; they come along from Statistic.GRAM on. token_limit: as in `collect_block`.
     """
+    return stage_sums(blockwise, index, inputs, names, statistic, dense, token_limit).statistics(names)
+
+
+def stage_sums(
+    blockwise: BlockwiseModel,
+    index: int,
+    inputs: Sequence[BlockInputs],
+    names: Sequence[str],
+    statistic: Statistic,
+    dense: DenseRun | None = None,
+    token_limit: float | None = None,
+) -> "StageSums":
+    """The sums of `collect_stage`, to which those of further batches may be added."""
     collector = _Collector(statistic, token_limit)
     modules = {name: _module_of_block(blockwise, index, name) for name in names}
     prefix = f"{blockwise.prefix}.{index}."
@@ -89,7 +103,7 @@ def collect_stage(
             _run_to(blockwise, index, dense.inputs[number], collector, before, dense.block)
             collector.compare()
         _run_to(blockwise, index, batch, collector, modules, None)
-    return collector.statistics(names)
+    return collector.stage
 
 
 class _Reached(Exception):
@@ -124,7 +138,7 @@ def _run_to(
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Sums over tokens: squares fp64 (d_in,), products and crosses fp64 (d_in, d_in)."""
 
     tokens: int = 0
@@ -164,6 +178,14 @@ class _Sums:
                 crosses = dense.T @ x
                 self.crosses = crosses.double() if self.crosses is None else self.crosses.add_(crosses)
 
+    def merge(self, later: "Sums") -> None:
+        """Add the sums of later tokens; sums over the batches one by one, in their order, are the same whoever made them."""
+        self.tokens += later.tokens
+        for name in ("squares", "products", "crosses"):
+            mine, other = getattr(self, name), getattr(later, name)
+            if other is not None:
+                setattr(self, name, other.double() if mine is None else mine.add_(other))
+
     def statistics(self) -> InputStatistics:
         diagonal = None if self.squares is None else (self.squares / self.tokens).float()
         gram = None if self.products is None else self.products.div_(self.tokens)
@@ -171,13 +193,47 @@ class _Sums:
         return InputStatistics(self.tokens, diagonal, gram, cross)
 
 
+@dataclass
+class StageSums:
+    """Sums of every distinct input under the name of the linear that it reaches first, and that leader of each linear."""
+
+    leaders: dict[str, str] = field(default_factory=dict)
+    sums: dict[str, Sums] = field(default_factory=dict)
+
+    def lead(self, name: str, leader: str) -> None:
+        """`leader` has the same input as `name`; raises HalfplateError where it was another before."""
+        if (before := self.leaders.setdefault(name, leader)) != leader:
+            other = before if leader == name else leader
+            raise HalfplateError(
+                f"{name} shares its input with {other} in some batches and not in others, so its statistics cannot be "
+                "collected; exclude it"
+            )
+
+    def merge(self, later: "StageSums") -> None:
+        """Add the sums of later batches."""
+        for name, leader in later.leaders.items():
+            self.lead(name, leader)
+        for leader, sums in later.sums.items():
+            self.sums.setdefault(leader, Sums()).merge(sums)
+
+    def statistics(self, names: Sequence[str]) -> dict[str, InputStatistics]:
+        """The statistics of the linears `names`; those of one input share one object. The sums are used up."""
+        for name in names:
+            if name not in self.leaders:
+                raise HalfplateError(
+                    f"{name} never ran on the calibration tokens, so nothing is known of its inputs; "
+                    "raise samples, or exclude it"
+                )
+        found = {leader: sums.statistics() for leader, sums in self.sums.items()}
+        return {name: found[self.leaders[name]] for name in names}
+
+
 class _Collector:
     """Sums for every distinct input, under the name of the linear that it reaches first, its leader."""
 
     def __init__(self, statistic: Statistic, token_limit: float | None = None) -> None:
         self.statistic, self.token_limit = statistic, token_limit
-        self.sums: dict[str, _Sums] = {}
-        self.leaders: dict[str, str] = {}
+        self.stage = StageSums()
         # The tensor is kept beside its leader, so that no other can have its identity while the batch runs.
         self._seen: dict[tuple[int, int], tuple[str, Tensor]] = {}
         # While the dense model runs, inputs by leader are kept here; then those of the same batch are added against them.
@@ -211,12 +267,7 @@ class _Collector:
         # The version counts changes in place, after which it is another input.
         key = (id(x), x._version)
         leader = self._seen[key][0] if key in self._seen else name
-        if (before := self.leaders.setdefault(name, leader)) != leader:
-            other = before if leader == name else leader
-            raise HalfplateError(
-                f"{name} shares its input with {other} in some batches and not in others, so its statistics cannot be "
-                "collected; exclude it"
-            )
+        self.stage.lead(name, leader)
         if key in self._seen:
             return
         self._seen[key] = (name, x)
@@ -224,7 +275,7 @@ class _Collector:
         if self.dense_inputs is not None:
             self.dense_inputs[name] = rows
             return
-        sums = self.sums.setdefault(name, _Sums())
+        sums = self.stage.sums.setdefault(name, Sums())
         sums.add(rows, self.statistic, self._dense.get(name), self.token_limit)
         if sums.squares is not None and not bool(torch.isfinite(sums.squares).all()):
             broken = int((~torch.isfinite(sums.squares)).sum())
@@ -232,16 +283,6 @@ class _Collector:
                 f"{name}: {broken} of its {x.shape[-1]} inputs are not finite on the calibration tokens; "
                 "check that the dense model works on this text, or pass another"
             )
-
-    def statistics(self, names: Sequence[str]) -> dict[str, InputStatistics]:
-        for name in names:
-            if name not in self.leaders:
-                raise HalfplateError(
-                    f"{name} never ran on the calibration tokens, so nothing is known of its inputs; "
-                    "raise samples, or exclude it"
-                )
-        found = {leader: sums.statistics() for leader, sums in self.sums.items()}
-        return {name: found[self.leaders[name]] for name in names}
 
 
 def _module_of_block(blockwise: BlockwiseModel, index: int, name: str) -> nn.Module:

@@ -44,16 +44,19 @@ def _is_ours(folder: Path) -> bool:
 
 
 @contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(out: Path, overwrite: bool, partial: Path | None = None) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends, and vanishes when the block raises.
 
-    Its files reach the disk before the rename. Raises HalfplateError where `check_out` does or where writing fails,
+    partial: where to make it, on the disk of `out`; what a killed process left there goes. Its files reach the disk before the rename. Raises HalfplateError where `check_out` does or where writing fails,
     for example on a full disk; then, and on Ctrl-C, `out` is as it was.
     """
     target = out.resolve()
     check_out(target, overwrite)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    if partial is None:
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
+        if partial.exists():
+            shutil.rmtree(partial)
         partial.mkdir(parents=True)
         yield partial
         _flush(partial)

@@ -76,7 +76,18 @@ def write_model(
         for name, tensor in tensors.items()
     }
     checksums = write_tensors(tensors, dtypes, folder, max_shard_nbytes)
+    write_configuration(model, tokenizer, folder, other_dtype, quantization)
+    return checksums
 
+
+def write_configuration(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    other_dtype: torch.dtype,
+    quantization: HalfplateConfig | None,
+) -> None:
+    """Write all of a checkpoint but its weights and its record; `model` may be a skeleton."""
     config = copy.deepcopy(model.config)
     config.dtype = other_dtype
     config.architectures = [type(model).__name__]
@@ -94,7 +105,6 @@ def write_model(
         model.generation_config.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    return checksums
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

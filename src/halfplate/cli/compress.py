@@ -11,6 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a local Hugging Face folder, a Hub id or a .gguf file")
     parser.add_argument("-o", "--out", metavar="OUT", required=True, help="folder to write the checkpoint to")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds a model already")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the finished parts of the same command, broken off before"
+    )
     add_recipe_arguments(parser)
     add_output_arguments(parser)
 
@@ -23,7 +26,16 @@ def run(args: argparse.Namespace) -> int:
 
     silence_libraries()
     with progress(args) as report:
-        summary = compress(args.model, args.out, recipe, overwrite=args.overwrite, report=report)
+        summary = compress(
+            args.model,
+            args.out,
+            recipe,
+            overwrite=args.overwrite,
+            report=report,
+            resume=args.resume,
+            engine=args.engine,
+            workers=args.workers,
+        )
     if args.json:
         print_json(summary)
     else:

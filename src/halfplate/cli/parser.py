@@ -20,23 +20,13 @@ class Parser(argparse.ArgumentParser):
 
 
 class NotYet(argparse.Action):
-    """An option of the contract that only takes the values that already work, or none."""
+    """An option of the contract that does not work yet."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, works: tuple[str, ...] = (), **kwargs: Any) -> None:
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, dest, help=argparse.SUPPRESS, **kwargs)
-        self.works = works
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        if not self.works:
-            raise HalfplateError(f"{option_string} is not available yet; leave it out")
-        if values not in self.works:
-            raise HalfplateError(f"{option_string} {values} is not available yet; available: {', '.join(self.works)}")
+    def __call__(self, *_: Any) -> None:
+        raise HalfplateError(f"{self.option_strings[0]} is not available yet; leave it out")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, progress: bool = True) -> None:

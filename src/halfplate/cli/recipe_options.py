@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from halfplate.cli.parser import NotYet
+from halfplate.cli.parser import NotYet, positive
 from halfplate.errors import HalfplateError
 
 if TYPE_CHECKING:
@@ -100,10 +100,16 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: [field.replace("-", "_") for field in text.split(",")],
         help="what a budget may choose (default all: block-size,pattern,core-dtype)",
     )
-    parser.add_argument("--engine", action=NotYet, works=("local",))
-    parser.add_argument("--workers", action=NotYet)
+    parser.add_argument(
+        "--engine",
+        metavar="NAME",
+        default="local",
+        help="who does the work: local (default) is processes of this machine",
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=positive, default=1, help="processes that share the work (default 1)"
+    )
     parser.add_argument("--address", action=NotYet)
-    parser.add_argument("--resume", action=NotYet, nargs=0)
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:

@@ -1,29 +1,42 @@
-"""The main job in one process: read, calibrate, compress, write, judge."""
+"""The main job: plan, read, calibrate, compress block by block, assemble, judge; it can be broken off and gone on with."""
 
 from __future__ import annotations
 
 import resource
 from collections import Counter
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from halfplate.calibration import CalibrationTokens, calibration_tokens
-from halfplate.checkpoint.write import write_checkpoint
+from halfplate.checkpoint.folder import new_folder
+from halfplate.checkpoint.quantizer import HalfplateConfig
+from halfplate.checkpoint.read import load
+from halfplate.checkpoint.write import write_configuration, write_record
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate
-from halfplate.execution.allocate import allocate_plan
-from halfplate.execution.blocks import Outcome, compress_blocks
+from halfplate.execution.blocks import Job, Outcome, compress_blocks
 from halfplate.execution.clock import Clock
+from halfplate.execution.engines import check_engine, open_engine
 from halfplate.execution.held_out import held_out_tokens
 from halfplate.execution.log import run_log
 from halfplate.execution.output import check_result_folder
+from halfplate.execution.preparation import (
+    check_weights,
+    chosen_levels,
+    fixed_threads,
+    prepared_tokens,
+    readable_source,
+)
 from halfplate.execution.progress import Report, silent
-from halfplate.execution.ratios import BlockRatio, ratio_plan
+from halfplate.execution.result import RECORDED, Result, assemble_weights, finished_result, identity_of
+from halfplate.execution.tasks import OpenBlocks
+from halfplate.execution.work import WorkFolder
 from halfplate.formats import WeightSpec
-from halfplate.models.sources import LoadedModel, Source, load_dense, open_source
+from halfplate.models.sources import Source, load_dense, load_tokenizer, open_source
+from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan, plan_source
 from halfplate.precision import resolved
 from halfplate.recipe import Recipe
@@ -34,6 +47,20 @@ MAX_KL_WINDOWS = 8
 MAX_KL_SEQ_LEN = 256
 
 
+@dataclass(frozen=True)
+class _Order:
+    """What was asked for, and all that decides the result but the text."""
+
+    source: Source
+    out: Path
+    needed: Statistic
+    identity: dict[str, Any]
+    work: WorkFolder
+    overwrite: bool
+    resume: bool
+    engine: tuple[str, int]
+
+
 def compress(
     model: str,
     out: str | Path,
@@ -41,22 +68,42 @@ def compress(
     overwrite: bool = False,
     report: Report = silent,
     statistics: Statistic = Statistic.NONE,
+    resume: bool = False,
+    engine: str = "local",
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Compress `model` by `recipe`, write the checkpoint `out` with its log and its report, and return the summary.
 
     report: told of every step (`halfplate.execution.progress.Report`), for progress and trackers. statistics: collect at
-    least these, e.g. GRAM so that every method is judged by its true output error. Raises HalfplateError on bad input with nothing written, RuinedResult after writing where the KL exceeds `recipe.max_kl`.
+    least these, e.g. GRAM so that every method is judged by its true output error. resume: go on from what an interrupted
+    run of the same model, recipe and text left beside `out`, with the same result. engine, workers: who does the
+    work (`halfplate.execution.engines`); the result does not depend on them. Raises HalfplateError on bad input with nothing
+    written, RuinedResult after writing where the KL exceeds `recipe.max_kl`.
     """
     recipe, out = recipe or Recipe(), Path(out)
+    check_engine(engine, workers)
     source = open_source(model)
-    check_result_folder(out, overwrite, source.path)
     _check_device(recipe.device)
+    if not resume:
+        check_result_folder(out, overwrite, source.path)
     plan = plan_source(source, recipe)
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
+    needed, work = max(statistics, recipe.create_method().requires), WorkFolder(out)
+    threads = fixed_threads(recipe, work, resume)
+    torch.set_num_threads(threads)
+    identity = identity_of(source, plan, needed, threads)
+    found = finished_result(out, source, plan, identity, overwrite) if resume else None
+    if found is not None:
+        work.discard()
+        return _summary(out, found) | {
+            "seconds": {"total": 0.0},
+            "peak_rss_bytes": _peak(),
+            "report": _write_report(out),
+        }
+    check_result_folder(out, overwrite, source.path)
+    order = _Order(source, out, needed, identity, work, overwrite, resume, (engine, workers))
     try:
-        with run_log(out, report) as told:
-            summary = _carry_out(source, plan, out, overwrite, told, statistics)
+        with run_log(out, report, resume) as told:
+            summary = _carry_out(order, plan, told)
     except RuinedResult:
         _write_report(out)
         raise
@@ -71,45 +118,47 @@ def _write_report(out: Path) -> str | None:
         return None
 
 
-def _carry_out(
-    source: Source, plan: Plan, out: Path, overwrite: bool, report: Report, statistics: Statistic
-) -> dict[str, Any]:
+def _carry_out(order: _Order, plan: Plan, report: Report) -> dict[str, Any]:
     recipe, clock = plan.recipe, Clock()
-    with clock("reading"):
-        report("reading", 0, 1, facts=_plan_facts(plan, out))
-        loaded = load_dense(source, recipe.device)
-        report("reading", 1, 1)
-    method = recipe.create_method()
-    needed = max(statistics, method.requires)
-    with clock("calibration text"):
-        tokens = _calibration(loaded, recipe, report) if recipe.runs_text(needed) else None
-    search = None
-    if recipe.budgeted:
-        assert tokens is not None
-        plan, search = allocate_plan(loaded, plan, tokens, report, clock)
-    ratios: list[BlockRatio] = []
-    if recipe.ratios != "uniform":
-        assert tokens is not None
-        plan, ratios = ratio_plan(loaded, plan, tokens, report, clock)
-    outcome = compress_blocks(loaded, plan, needed, tokens, report, clock)
-    with clock("writing"):
-        report("writing", 0, 1)
-        record = _checkpoint_record(plan, tokens, outcome) | _spoken(ratios)
-        record |= {} if search is None else {"search": search}
-        write_checkpoint(loaded.model.cpu(), loaded.tokenizer, out, plan.specs, record, source.other_dtype, overwrite)
-        report("writing", 1, 1)
-
-    summary = _summary(plan, out, outcome, tokens) | _spoken(ratios) | {"search": search}
+    report("reading", 0, 1, facts=_plan_facts(plan, order.out))
+    result = _compressed(order, plan, report, clock)
+    summary = _summary(order.out, result)
     if recipe.max_kl is not None:
         with clock("evaluating"):
-            summary["held_out"] = _check_kl(source.name, loaded, recipe, out, report)
-    spent = {
-        "seconds": clock.seconds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+            summary["held_out"] = _check_kl(order.source.name, recipe, order.out, report)
+    spent = {"seconds": clock.seconds, "peak_rss_bytes": _peak()}
     held_out = {"held_out": summary["held_out"]} if "held_out" in summary else {}
     report("finishing", 1, 1, facts={"event": "end", **spent, **held_out})
     return summary | spent
+
+
+def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Result:
+    """Do what is not done yet, and put the result in its place."""
+    recipe, work, source = plan.recipe, order.work, order.source
+    with work.opened(order.identity, order.resume, order.overwrite), ExitStack() as stack:
+        streamed = StreamedModel(readable_source(source, work, clock, report), recipe.device, recipe.precision)
+        blocks = OpenBlocks(streamed, str(work.path))
+        engine = stack.enter_context(open_engine(*order.engine, blocks))
+        check_weights(streamed, work, clock, report)
+        with clock("calibration text"):
+            tokens = prepared_tokens(streamed, recipe, work, report) if recipe.runs_text(order.needed) else None
+        plan, told = chosen_levels(source, plan, tokens, work, report, clock)
+        threads = order.identity["threads"]
+        job = Job(streamed.source, plan, threads, order.needed, tokens, work, engine, blocks, report, clock)
+        outcome = compress_blocks(job)
+        blocks.close()
+        result = Result(plan, outcome, None if tokens is None else tokens.protocol(), told)
+        with clock("writing"), new_folder(order.out, order.overwrite, work.result) as folder:
+            checksums = assemble_weights(streamed, plan, work, folder, lambda at, total: report("writing", at, total))
+            quantization = HalfplateConfig.from_specs(plan.specs)
+            write_configuration(streamed.model, load_tokenizer(source), folder, source.other_dtype, quantization)
+            identity = {key: order.identity[key] for key in RECORDED}
+            write_record(folder, _checkpoint_record(result) | {"identity": identity, "tensors": checksums})
+    return result
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _plan_facts(plan: Plan, out: Path) -> dict[str, Any]:
@@ -126,41 +175,27 @@ def _check_device(name: str) -> None:
         raise HalfplateError(f"device={name!r} is not there (torch finds no CUDA GPU); try --device cpu")
 
 
-def _calibration(loaded: LoadedModel, recipe: Recipe, report: Report) -> CalibrationTokens:
-    return calibration_tokens(
-        recipe.calibration,
-        loaded.model,
-        loaded.tokenizer,
-        recipe.samples,
-        recipe.seq_len,
-        recipe.seed,
-        lambda done, total: report("calibration text", done, total),
-    )
-
-
-def _checkpoint_record(plan: Plan, tokens: CalibrationTokens | None, outcome: Outcome) -> dict[str, Any]:
+def _checkpoint_record(result: Result) -> dict[str, Any]:
+    plan, outcome = result.plan, result.outcome
     return {
         "model": plan.model,
         "recipe": plan.recipe.fingerprint_json(),
         "fingerprint": plan.fingerprint,
-        "calibration": tokens.protocol() if tokens is not None else None,
+        "calibration": result.calibration,
         "matrices": {record.name: record.to_json() for record in outcome.records},
         "precision": resolved(plan.recipe.precision, torch.device(plan.recipe.device).type),
         "tuned_blocks": _tuned(outcome),
         "skipped": {matrix.name: matrix.reason for matrix in plan.matrices if matrix.skipped},
+        **result.told,
     }
-
-
-def _spoken(ratios: list[BlockRatio]) -> dict[str, Any]:
-    """What was chosen for each block, where it was."""
-    return {"ratios": [ratio.to_json() for ratio in ratios]} if ratios else {}
 
 
 def _tuned(outcome: Outcome) -> dict[str, Any]:
     return {str(block): asdict(tuned) for block, tuned in outcome.tuned.items()}
 
 
-def _summary(plan: Plan, out: Path, outcome: Outcome, tokens: CalibrationTokens | None) -> dict[str, Any]:
+def _summary(out: Path, result: Result) -> dict[str, Any]:
+    plan, outcome = result.plan, result.outcome
     errors = [record.relative_error for record in outcome.records]
     return {
         "out": str(out),
@@ -168,7 +203,7 @@ def _summary(plan: Plan, out: Path, outcome: Outcome, tokens: CalibrationTokens 
         "method": plan.recipe.method,
         "recipe": plan.recipe.to_json(),
         "fingerprint": plan.fingerprint,
-        "calibration": tokens.protocol() if tokens is not None else None,
+        "calibration": result.calibration,
         "matrices": [
             {"name": record.name, **record.to_json(), "seconds": round(record.seconds, 3)} for record in outcome.records
         ],
@@ -182,6 +217,8 @@ def _summary(plan: Plan, out: Path, outcome: Outcome, tokens: CalibrationTokens 
         "error_kind": outcome.records[0].error_kind,
         "tuned_blocks": _tuned(outcome),
         "levels": _levels(plan) if plan.recipe.budgeted else None,
+        "search": None,
+        **result.told,
     }
 
 
@@ -196,16 +233,14 @@ def _levels(plan: Plan) -> dict[str, int]:
     return dict(Counter(spoken(spec) for spec in plan.specs.values()).most_common())
 
 
-def _check_kl(name: str, compressed: LoadedModel, recipe: Recipe, out: Path, report: Report) -> dict[str, Any]:
-    """Judge the compressed model on held-out text; raises RuinedResult where its KL exceeds `recipe.max_kl`."""
+def _check_kl(name: str, recipe: Recipe, out: Path, report: Report) -> dict[str, Any]:
+    """Judge the compressed model on held-out text, holding both models; raises RuinedResult where its KL exceeds `recipe.max_kl`."""
     assert recipe.max_kl is not None
     dense = load_dense(name, recipe.device)
-    compressed.model.to(torch.device(recipe.device))  # type: ignore[arg-type]
+    compressed = load(out, device=recipe.device, kernels=False)
     seq_len = min(MAX_KL_SEQ_LEN, recipe.seq_len)
     held_out = held_out_tokens(dense.model, dense.tokenizer, recipe.seed, MAX_KL_WINDOWS, seq_len, report)
-    measures = evaluate(
-        compressed.model, held_out.ids, dense.model, lambda done, total: report("evaluating", done, total)
-    )
+    measures = evaluate(compressed, held_out.ids, dense.model, lambda done, total: report("evaluating", done, total))
     if not measures["kl"] <= recipe.max_kl:
         raise RuinedResult(
             f"max_kl={recipe.max_kl}: the result is ruined, its KL to the dense model is {measures['kl']:.4g} nats a token on held-out text; "

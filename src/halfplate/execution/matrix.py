@@ -1,18 +1,17 @@
-"""One matrix of a model, or several that share a wrapper: solve, put the result in its place, and judge it."""
+"""One matrix of a model, or several that share a wrapper: solve and judge."""
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfplate.errors import HalfplateError
-from halfplate.formats import Chain, CompressedLinear, WeightSpec
+from halfplate.formats import Chain, WeightSpec
 from halfplate.formats.sharing import split, stacked, stacked_spec
 from halfplate.methods.base import Method
-from halfplate.models.linears import replace_linear
 from halfplate.solvers.target import corrected_weight
 from halfplate.statistics import InputStatistics, Statistic
 
@@ -35,6 +34,12 @@ class MatrixRecord:
         """What the checkpoint keeps; times would make equal runs unequal."""
         return {"relative_error": self.relative_error, "error_kind": self.error_kind, "losses": list(self.losses)}
 
+    @classmethod
+    def from_json(cls, name: str, entry: Mapping[str, Any]) -> "MatrixRecord":
+        """What `to_json` gave, with `seconds` where they are known."""
+        losses = tuple(float(loss) for loss in entry["losses"])
+        return cls(name, entry["relative_error"], entry["error_kind"], losses, entry.get("seconds", 0.0))
+
     def facts(self) -> dict[str, Any]:
         """What the log and trackers are told."""
         ends = {"first_loss": self.losses[0], "loss": self.losses[-1]} if self.losses else {}
@@ -49,44 +54,39 @@ class MatrixRecord:
         }
 
 
-def compress_group(
-    model: nn.Module,
+def solve_matrices(
     names: Sequence[str],
+    weights: Sequence[Tensor],
     method: Method,
     statistics: InputStatistics,
     specs: Mapping[str, WeightSpec],
     cross_damping: float | Literal["none"],
-) -> list[MatrixRecord]:
-    """Replace the linears `names` of `model`, one or all that share a wrapper, by what `method` makes of them, and judge that.
+) -> tuple[list[Chain], list[MatrixRecord]]:
+    """What `method` makes of the matrices `names`, one or all that share a wrapper, and how good that is.
 
-    statistics: of their common input. Those that share are solved as one matrix, whose losses each of them has. cross_damping: of
-    the correction for inputs that come through a compressed prefix (halfplate.solvers.target), or `none`. Raises
-    HalfplateError naming the matrix where the method refuses it or its values do not fit their types.
+    weights: fp32 (d_out, d_in) each. statistics: of their common input. Those that share are solved as one matrix, whose
+    losses each of them has. cross_damping: of the correction for inputs that come through a compressed prefix
+    (halfplate.solvers.target), or `none`. Raises HalfplateError naming the matrix where the method refuses it or its values
+    do not fit their types.
     """
     start = time.perf_counter()
     wanted = [specs[name] for name in names]
-    linears = [cast(nn.Linear, model.get_submodule(name)) for name in names]
-    weights = [linear.weight.detach().float() for linear in linears]
     if statistics.cross is not None and cross_damping != "none" and method.requires >= Statistic.GRAM:
         gram, cross = statistics.require_gram(), statistics.cross
         weights = [corrected_weight(weight, gram, cross, cross_damping) for weight in weights]
     solved, losses = solve_group(weights, method, statistics, wanted, names[0])
     seconds = (time.perf_counter() - start) / len(names)
     records = []
-    for name, linear, weight, compressed in zip(names, linears, weights, solved, strict=True):
+    for name, weight, compressed in zip(names, weights, solved, strict=True):
         spec, dense = compressed.spec, compressed.dense()
         if not bool(dense.isfinite().all()):
             raise HalfplateError(
                 f"{name}: method={method.name!r} gave values that core_dtype={spec.core_dtype!r}, wrapper_dtype={spec.wrapper_dtype!r} cannot hold; "
                 "try --core-dtype fp32 --wrapper-dtype fp32, another method, or --exclude it"
             )
-        replacement = CompressedLinear.from_weight(compressed, spec, linear.bias)
-        replace_linear(model, name, replacement)
-        if spec.in_shared is not None:
-            replacement.lend(cast(CompressedLinear, model.get_submodule(spec.in_shared)))
         error, kind = relative_error(weight, dense, statistics)
         records.append(MatrixRecord(name, error, kind, losses, seconds))
-    return records
+    return solved, records
 
 
 def solve_group(

@@ -1,6 +1,6 @@
 """The module that stands in a model where an `nn.Linear` stood."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -49,8 +49,13 @@ class CompressedLinear(nn.Module):
     @classmethod
     def from_weight(cls, weight: Chain, spec: WeightSpec, bias: Tensor | None) -> "CompressedLinear":
         """Wrap a solved matrix; its tensors are shared, not copied."""
+        return cls.from_stored(weight.tensors(), spec, bias)
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Tensor], spec: WeightSpec, bias: Tensor | None) -> "CompressedLinear":
+        """Wrap the tensors of `spec.layout()`; they are shared, not copied."""
         module = cls(spec, bias is not None, device="meta", bias_dtype=None if bias is None else bias.dtype)
-        tensors = dict(weight.tensors())
+        tensors = dict(stored)
         if bias is not None:
             tensors["bias"] = bias.detach()
         module.load_state_dict(tensors, assign=True)

@@ -1,6 +1,6 @@
 """Running a model one decoder block at a time, exactly as its own forward does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +22,12 @@ BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]
 class BlockInputs:
     """What the next block is called with.
 
-    hidden: (samples, L, d). arguments: per block, its other arguments (masks, rotary embeddings, positions); they
-    depend on the shape (samples, L) alone, so batches of one shape may share them.
+    hidden: (samples, L, d). arguments: by the index of a block, its other arguments (masks, rotary embeddings, positions);
+    they depend on the shape (samples, L) alone, so batches of one shape may share them.
     """
 
     hidden: Tensor
-    arguments: list[BlockArguments]
+    arguments: Sequence[BlockArguments] | Mapping[int, BlockArguments]
 
     def split(self, size: int) -> list["BlockInputs"]:
         """The same samples, at most `size` at a time."""
@@ -81,8 +81,10 @@ class BlockwiseModel:
             previous = hidden.view_as(hidden)
             return self._as_returned(self.blocks[index], previous, forward, args, kwargs)
 
+        # Without the head, whose logits of a whole batch can be larger than everything else.
+        body = getattr(self.model, "base_model", self.model)
         with self._blocks_replaced(record):
-            self.model(input_ids=input_ids, use_cache=False)
+            body(input_ids=input_ids, use_cache=False)
         if first is None or len(arguments) != len(self.blocks):
             raise HalfplateError(
                 f"model {type(self.model).__name__} ran {len(arguments)} of the {len(self.blocks)} blocks under "

@@ -1,5 +1,6 @@
 """Dense models from `.gguf` files, through transformers' own GGUF loading and around its two traps."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from halfplate.errors import HalfplateError
 from halfplate.models.gguf_header import GgufContents, check_header
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FIELDS = ("general.architecture", "tokenizer.ggml.pre", "split.count")
@@ -98,6 +100,41 @@ def load_model(path: Path, name: str, config: "PretrainedConfig") -> "tuple[PreT
         raise _cannot_read(name, error) from None
     _forget_quantization(model)
     return model, report
+
+
+def read_tensors(path: Path, name: str, model: "PreTrainedModel") -> "Iterator[tuple[str, Tensor]]":
+    """Every tensor of the file under the name that it has in `model`, in fp32, one at a time.
+
+    Parts of experts, which become whole only together, are held to the end.
+    """
+    import numpy as np
+    import torch
+    from gguf import GGUFReader, dequantize
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    try:
+        config = model.config.to_dict()
+        reader = GGUFReader(path)
+        architecture = str(reader.fields["general.architecture"].contents())
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
+        names = get_gguf_hf_weights_map(model, processor)
+        parsed: dict[str, dict[str, Tensor]] = {"tensors": {}}
+        for entry in reader.tensors:
+            # The reader maps the file; read so, its pages do not count as ours.
+            raw = np.fromfile(path, np.uint8, entry.n_bytes, offset=int(entry.data_offset))
+            values = dequantize(raw.view(entry.data.dtype).reshape(entry.data.shape), entry.tensor_type)
+            done = processor.process(
+                weights=values, name=entry.name, tensor_key_mapping=names, parsed_parameters=parsed
+            )
+            if done.name in names:
+                yield names[done.name], torch.from_numpy(np.ascontiguousarray(done.weights, dtype=np.float32))
+        yield from parsed["tensors"].items()
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        raise _cannot_read(name, error) from None
 
 
 def load_tokenizer(path: Path, name: str, header: GgufHeader) -> "PreTrainedTokenizerBase":

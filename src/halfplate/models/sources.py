@@ -2,8 +2,9 @@
 
 import json
 import re
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ import torch
 from halfplate.errors import HalfplateError
 from halfplate.models import gguf
 from halfplate.models.trust import check_counts, check_folder, check_parameters, count_tensors, read_json_file
-from halfplate.models.weight_files import WeightFiles, find_weight_files
+from halfplate.models.weight_files import WeightFiles, find_weight_files, sampled_sha256
+from halfplate.tensor_file import StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +41,8 @@ class Source:
 
     name: as the user gave it. kind: `folder`, `gguf` or `hub`. path: the local folder or `.gguf` file.
     nbytes: bytes of the weight files. other_dtype: element type in which tensors that stay dense are stored, the
-    source's own (bf16 for GGUF). gguf_header: set for GGUF files alone.
+    source's own (bf16 for GGUF). gguf_header: set for GGUF files alone. tensors: where each tensor lies, by its name in the
+    files; empty for GGUF.
     """
 
     name: str
@@ -50,12 +53,14 @@ class Source:
     nbytes: int
     other_dtype: torch.dtype
     gguf_header: gguf.GgufHeader | None = None
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
-        """What tells two models apart without reading them: the configuration, names and sizes of the weight files."""
+        """What tells two models apart without reading them whole: the configuration, the weight files and some bytes of every tensor."""
         return {
             "config": self.config.to_dict(),
             "weights": [[path.name, path.stat().st_size] for path in self.weight_files],
+            "sampled_sha256": sampled_sha256(self.weight_files, self.tensors.values()),
         }
 
 
@@ -87,18 +92,30 @@ def open_source(name: str) -> Source:
     return _open_folder(name, "hub", _download(name))
 
 
-def skeleton(source: Source) -> "PreTrainedModel":
-    """The model on the meta device: names and shapes of all tensors, and no values."""
+def skeleton(source: Source, buffers: bool = False) -> "PreTrainedModel":
+    """The model on the meta device: names and shapes of all tensors, and no values.
+
+    buffers: those that are computed and not stored, such as the frequencies of rotary embeddings, have their values.
+    """
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     # A copy, because making a model completes its configuration.
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(deepcopy(source.config), dtype=torch.float32)
     empty: PreTrainedModel = model.eval().requires_grad_(False)
     # A value of a GGUF file may be less than a bit wide only on average; none is below two bits today.
     room = source.nbytes * (4 if source.gguf_header is not None else 1)
     check_parameters(source.name, sum(parameter.numel() for parameter in empty.parameters()), room)
+    _load_generation_config(source, empty)
     return empty
+
+
+def _load_generation_config(source: Source, model: "PreTrainedModel") -> None:
+    from transformers import GenerationConfig
+
+    if source.gguf_header is None and (source.path / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
 
 
 def load_dense(model: str | Source, device: str = "cpu") -> LoadedModel:
@@ -111,10 +128,9 @@ def load_dense(model: str | Source, device: str = "cpu") -> LoadedModel:
     skeleton(source)  # refuses what is larger than its files before anything is allocated
     if source.gguf_header is not None:
         loaded, report = gguf.load_model(source.path, name, source.config)
-        tokenizer = gguf.load_tokenizer(source.path, name, source.gguf_header)
     else:
         loaded, report = _load_folder(source)
-        tokenizer = _load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     _check_complete(name, report)
     _check_finite(name, loaded)
     try:
@@ -123,6 +139,13 @@ def load_dense(model: str | Source, device: str = "cpu") -> LoadedModel:
         reason = str(error).partition("\n")[0]
         raise HalfplateError(f"device={device!r} cannot hold the model: {reason}; try device='cpu'") from None
     return LoadedModel(loaded.eval().requires_grad_(False), tokenizer, source)
+
+
+def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
+    """The tokenizer of the model; raises HalfplateError where none loads."""
+    if source.gguf_header is not None:
+        return gguf.load_tokenizer(source.path, source.name, source.gguf_header)
+    return _load_tokenizer(source)
 
 
 def is_compressed(path: str | Path) -> bool:
@@ -170,7 +193,7 @@ def _open_folder(name: str, kind: str, path: Path) -> Source:
     _check_causal(name, config)
     weights: WeightFiles = find_weight_files(name, path)
     check_counts(name, config, *count_tensors(weights.paths))
-    return Source(name, kind, path, config, weights.paths, weights.nbytes, weights.dtype)
+    return Source(name, kind, path, config, weights.paths, weights.nbytes, weights.dtype, tensors=weights.tensors)
 
 
 def _read_config_json(name: str, path: Path) -> dict[str, Any]:

@@ -1,32 +1,33 @@
 """The safetensors files of a model folder, checked to be all there and whole before anything reads their tensors."""
 
-import json
+import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from halfplate.errors import HalfplateError
 from halfplate.models.trust import read_json_file
+from halfplate.tensor_file import DamagedFile, StoredTensor, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth")
 # Element types of safetensors that a dense model is stored in; whatever else is a float is too fine or too coarse.
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
-LONGEST_HEADER = 100_000_000  # the limit that the safetensors library sets itself
+SAMPLED = 4096  # bytes of each tensor that tell two models of one shape apart
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Files in the order of their names, their bytes together, and the element type that most bytes are stored in."""
+    """Files in the order of their names, their bytes together, the element type that most bytes are stored in, and the tensors by name."""
 
     paths: tuple[Path, ...]
     nbytes: int
     dtype: torch.dtype
+    tensors: dict[str, StoredTensor]
 
 
 def find_weight_files(name: str, folder: Path) -> WeightFiles:
@@ -41,20 +42,44 @@ def find_weight_files(name: str, folder: Path) -> WeightFiles:
     else:
         raise HalfplateError(_no_weights(name, folder))
     nbytes: Counter[torch.dtype] = Counter()
+    tensors: dict[str, StoredTensor] = {}
     for path in paths:
-        for tensor, kind, size in _tensors(name, path):
+        try:
+            found = read_header(path)
+        except DamagedFile as damage:
+            raise HalfplateError(f"model={name!r}: {damage}") from None
+        for tensor, stored in found.items():
+            kind = stored.kind
             if kind.startswith("F8") or (kind in ("U8", "I8") and tensor.endswith("weight")):
                 raise HalfplateError(
                     f"model={name!r} is already quantised: {tensor} in {path.name} is stored as {kind}; "
                     "pass the fp32, bf16 or fp16 model it was made from"
                 )
             if kind in DENSE:
-                nbytes[DENSE[kind]] += size
+                nbytes[DENSE[kind]] += stored.nbytes
+        tensors |= found
     if not nbytes:
         raise HalfplateError(
             f"model={name!r}: {paths[0].name} holds no fp32, bf16 or fp16 tensor; download the model again"
         )
-    return WeightFiles(tuple(paths), sum(path.stat().st_size for path in paths), nbytes.most_common(1)[0][0])
+    return WeightFiles(tuple(paths), sum(path.stat().st_size for path in paths), nbytes.most_common(1)[0][0], tensors)
+
+
+def sampled_sha256(paths: Iterable[Path], tensors: Iterable[StoredTensor] = ()) -> str:
+    """SHA-256 of the first and last bytes of files and of bytes from the middle of each tensor: tells two trained models apart at the price of headers."""
+    digest = hashlib.sha256()
+
+    def add(path: Path, start: int) -> None:
+        with path.open("rb") as file:
+            file.seek(max(0, start))
+            digest.update(file.read(SAMPLED))
+
+    for path in paths:
+        add(path, 0)
+        add(path, path.stat().st_size - SAMPLED)
+    for tensor in tensors:
+        add(tensor.path, tensor.start + max(0, tensor.nbytes - SAMPLED) // 2)
+    return digest.hexdigest()
 
 
 def _shards(name: str, folder: Path) -> list[Path]:
@@ -81,33 +106,3 @@ def _no_weights(name: str, folder: Path) -> str:
             "convert them to safetensors with save_pretrained in a place you trust"
         )
     return f"model={name!r} has no weights that can be read; expected {SINGLE} or {INDEX} beside config.json"
-
-
-def _tensors(name: str, path: Path) -> Iterator[tuple[str, str, int]]:
-    """Name, element type and bytes of each tensor of a safetensors file, after checking that the file holds them all."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, LONGEST_HEADER):
-            raise HalfplateError(
-                f"model={name!r}: {path.name} is cut short or damaged: it has {size} bytes, its header alone {length}; download it again"
-            )
-        text = file.read(length)
-    try:
-        header: dict[str, Any] = json.loads(text)
-        header.pop("__metadata__", None)
-        spans = [(key, str(entry["dtype"]), [int(at) for at in entry["data_offsets"]]) for key, entry in header.items()]
-        for key, _, (start, end) in spans:
-            if not 0 <= start <= end or not all(type(d) is int and d >= 0 for d in header[key]["shape"]):
-                raise ValueError(f"{key[:80]!r} has no place in it")
-        needed = 8 + length + max((end for *_, (_, end) in spans), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise HalfplateError(
-            f"model={name!r}: the header of {path.name} is damaged ({error!r}); download it again"
-        ) from None
-    if size < needed:
-        raise HalfplateError(
-            f"model={name!r}: {path.name} is cut short: it has {size} bytes, its header names {needed}; download it again"
-        )
-    for key, kind, (start, end) in spans:
-        yield key, kind, end - start

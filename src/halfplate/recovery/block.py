@@ -1,7 +1,9 @@
 """Block-output tuning: one decoder block, its masks fixed, against the output of the dense block."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,11 @@ class TunedBlock:
 
 
 def tune_block(
-    blockwise: BlockwiseModel, index: int, inputs: list[BlockInputs], dense: list[Tensor], settings: BlockTuning
+    blockwise: BlockwiseModel,
+    index: int,
+    inputs: Sequence[BlockInputs],
+    dense: Sequence[Tensor],
+    settings: BlockTuning,
 ) -> TunedBlock:
     """Tune wrappers and kept values of every compressed linear in block `index`, in place.
 
@@ -39,10 +45,8 @@ def tune_block(
     for the dense inputs, hidden (samples, L, d) a batch. The error of a token counts relative to what the block adds to
     it, so that single massive activations do not drown the rest. Where held-out batches are not better off, the block stays.
     """
-    inputs, dense = (
-        [part for batch in inputs for part in batch.split(BATCH)],
-        [part for batch in dense for part in batch.split(BATCH)],
-    )
+    inputs = _Parts(inputs, [len(batch.hidden) for batch in inputs])
+    dense = _Parts(dense, [len(batch) for batch in dense])
     held_out = list(range(0, len(inputs), HELD_OUT)) if len(inputs) > 1 else [0]
     training = [number for number in range(len(inputs)) if number not in held_out] or [0]
     block = blockwise.blocks[index]
@@ -84,3 +88,18 @@ def _error(blockwise: BlockwiseModel, index: int, batch: BlockInputs, dense: Ten
     output = blockwise.run_block(index, batch).hidden
     added = (dense - batch.hidden).square().sum(-1)  # (samples, L)
     return ((output - dense).square().sum(-1) / added.clamp_min(0.1 * float(added.median()))).mean()
+
+
+class _Parts(Sequence[Any]):
+    """Batches cut into BATCH samples each; a batch is asked for when one of its parts is, so that files may stand behind it."""
+
+    def __init__(self, batches: Sequence[Any], sizes: Sequence[int]) -> None:
+        self._batches = batches
+        self._places = [(batch, part) for batch, size in enumerate(sizes) for part in range(-(-size // BATCH))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        batch, part = self._places[index]
+        return self._batches[batch].split(BATCH)[part]

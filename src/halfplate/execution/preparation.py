@@ -1,0 +1,118 @@
+"""What comes before the first block: a model that can be read in pieces, checked weights, text, and levels; each is done once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from halfplate.calibration import CalibrationTokens, calibration_tokens
+from halfplate.errors import HalfplateError
+from halfplate.execution.allocate import allocate_plan
+from halfplate.execution.clock import Clock
+from halfplate.execution.progress import Report
+from halfplate.execution.ratios import ratio_plan
+from halfplate.execution.work import WorkFolder, load_part, read_json, save_part, write_json
+from halfplate.formats import WeightSpec
+from halfplate.models.conversion import convert_tensors, converted
+from halfplate.models.sources import Source, load_dense, load_tokenizer
+from halfplate.models.streamed import StreamedModel, needs_conversion
+from halfplate.planning import Plan
+from halfplate.recipe import Recipe
+from halfplate.tensor_file import read_tensor
+
+RESIDENT_NBYTES = 2**29  # of blocks that stay in memory while the model samples text
+
+
+def fixed_threads(recipe: Recipe, work: WorkFolder, resume: bool) -> int:
+    """The threads of every task, which an interrupted run goes on with unless the recipe says otherwise: bits depend on them."""
+    begun = read_json(work.identity) if resume else None
+    if recipe.threads is None and begun is not None:
+        return int(begun["threads"])
+    return recipe.threads or torch.get_num_threads()
+
+
+def readable_source(source: Source, work: WorkFolder, clock: Clock, report: Report) -> Source:
+    """The source with tensors that can be read one by one, written anew in the work folder where they cannot."""
+    if not needs_conversion(source):
+        return source
+    done = work.converted / "done.json"
+    if read_json(done) is None:
+        with clock("reading"):
+            convert_tensors(source, work.converted, lambda at, total: report("converting", at, total))
+            write_json(done, {"whole": True})
+    return converted(source, work.converted)
+
+
+def check_weights(streamed: StreamedModel, work: WorkFolder, clock: Clock, report: Report) -> None:
+    """Read every tensor once: NaN in the last block must not show after a night of work on those before."""
+    done = work.path / "checked.json"
+    if read_json(done) is not None:
+        return
+    with clock("reading"):
+        report("reading", 0, len(streamed.stored))
+        for number, name in enumerate(streamed.stored, start=1):
+            streamed.read(name)
+            report("reading", number, len(streamed.stored))
+    write_json(done, {"finite": True}, durable=False)
+
+
+def prepared_tokens(streamed: StreamedModel, recipe: Recipe, work: WorkFolder, report: Report) -> CalibrationTokens:
+    """The tokens, kept in the work folder; those of a text are made anew and must be the same."""
+    kept = load_part(work.tokens)
+    if kept is not None and kept.damaged() is None and recipe.calibration == "self":
+        facts = {name: kept.facts[name] for name in ("source", "seed", "temperature", "start", "start_token")}
+        return CalibrationTokens(read_tensor(kept.tensors["ids"]), **facts)
+    tokenizer = load_tokenizer(streamed.source)
+
+    def tokens_of(model: Any) -> CalibrationTokens:
+        return calibration_tokens(
+            recipe.calibration,
+            model,
+            tokenizer,
+            recipe.samples,
+            recipe.seq_len,
+            recipe.seed,
+            lambda done, total: report("calibration text", done, total),
+        )
+
+    if recipe.calibration == "self":
+        with streamed.running(RESIDENT_NBYTES) as model:
+            tokens = tokens_of(model)
+    else:
+        tokens = tokens_of(streamed.model)
+    protocol = tokens.protocol()
+    if kept is not None and kept.facts["sha256"] != protocol["sha256"]:
+        raise HalfplateError(
+            f"--resume: calibration={recipe.calibration!r} gave tokens of SHA-256 {kept.facts['sha256'][:16]} when the compression in "
+            f"{str(work.path)!r} began and gives {protocol['sha256'][:16]} now; give the same text again, or pass --overwrite to start afresh"
+        )
+    start = {name: getattr(tokens, name) for name in ("temperature", "start", "start_token")}
+    save_part(work.tokens, {"ids": tokens.ids.contiguous()}, start | protocol)
+    return tokens
+
+
+def chosen_levels(
+    source: Source, plan: Plan, tokens: CalibrationTokens | None, work: WorkFolder, report: Report, clock: Clock
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan with what a budget or the outliers of each block choose, and what is to be told of that.
+
+    Chosen once for all runs: some choices rest on measured times. The whole dense model is held for it.
+    """
+    recipe = plan.recipe
+    if not recipe.budgeted and recipe.ratios == "uniform":
+        return plan, {}
+    kept = read_json(work.levels)
+    if kept is None:
+        assert tokens is not None
+        loaded, told = load_dense(source, recipe.device), dict[str, Any]()
+        if recipe.budgeted:
+            plan, search = allocate_plan(loaded, plan, tokens, report, clock)
+            told |= {} if search is None else {"search": search}
+        if recipe.ratios != "uniform":
+            plan, ratios = ratio_plan(loaded, plan, tokens, report, clock)
+            told["ratios"] = [ratio.to_json() for ratio in ratios]
+        write_json(work.levels, {"specs": {name: spec.to_json() for name, spec in plan.specs.items()}, "told": told})
+        return plan, told
+    specs = {name: WeightSpec.from_json(entry, name) for name, entry in kept["specs"].items()}
+    return plan.with_specs(specs), kept["told"]

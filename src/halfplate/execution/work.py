@@ -1,0 +1,260 @@
+"""What an unfinished compression keeps beside its result: every part whole and checksummed, or not there."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfplate.errors import HalfplateError
+from halfplate.tensor_file import DamagedFile, StoredTensor, TensorFileWriter, read_header, sha256_of
+
+VERSION = 1
+IDENTITY_FILE = "identity.json"
+LOCK_FILE = "lock"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished piece on disk: its tensors, the SHA-256 of each, and what else is known of it."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    sha256: dict[str, str]
+    facts: dict[str, Any]
+
+    def damaged(self) -> str | None:
+        """The first tensor whose bytes are not those that were written, read anew from the disk."""
+        try:
+            return next((name for name, at in self.tensors.items() if sha256_of(at) != self.sha256[name]), None)
+        except (OSError, DamagedFile) as error:
+            return str(error)
+
+
+def save_part(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any], durable: bool = True) -> None:
+    """Write a part: tensors to `path`, the rest beside it; it counts only once both are there.
+
+    facts: values of JSON, for example `{"seconds": 1.5}`. durable: they are on the disk when this returns.
+    """
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    save_part_of(path, entries, tensors.__getitem__, facts, durable)
+
+
+def save_part_of(
+    path: Path,
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensor: Callable[[str], Tensor],
+    facts: dict[str, Any],
+    durable: bool = True,
+) -> None:
+    """`save_part` of tensors that `tensor` gives one at a time; entries: element type and shape of each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with TensorFileWriter(partial, entries, durable) as file:
+            sha256 = {name: file.write(name, tensor(name)) for name in entries}
+        note(path).unlink(missing_ok=True)
+        partial.replace(path)
+        write_json(note(path), {"version": VERSION, "sha256": sha256, "facts": facts}, durable)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_part(path: Path) -> Part | None:
+    """The part at `path`; None where there is none, or none that is whole as far as its header and its note tell."""
+    content = read_json(note(path))
+    if content is None or content.get("version") != VERSION:
+        return None
+    try:
+        tensors = read_header(path)
+    except (OSError, DamagedFile):
+        return None
+    sha256 = content["sha256"]
+    return Part(path, tensors, sha256, content["facts"]) if sha256.keys() == tensors.keys() else None
+
+
+def remove_part(path: Path) -> None:
+    """Remove a part, its note first, without which the rest does not count."""
+    note(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def note(path: Path) -> Path:
+    """The file of JSON beside the tensors of a part."""
+    return path.with_suffix(".json")
+
+
+def write_json(path: Path, content: dict[str, Any], durable: bool = True) -> None:
+    """Write JSON with a checksum of its own, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, sort_keys=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n")
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        partial.replace(path)
+        if durable:
+            sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` wrote; None where it is absent or damaged."""
+    try:
+        checksum, _, text = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    text = text.removesuffix("\n")
+    if hashlib.sha256(text.encode()).hexdigest() != checksum:
+        return None
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
+def sync_folder(folder: Path) -> None:
+    """Make sure that names in `folder` outlive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class WorkFolder:
+    """The hidden folder beside `out` of one compression; at most one process works in it."""
+
+    def __init__(self, out: Path) -> None:
+        target = out.resolve()
+        self.out = out
+        self.path = target.with_name(f".{target.name}.compress")
+
+    def block(self, index: int) -> Path:
+        return self.path / "blocks" / f"{index:05d}.safetensors"
+
+    def matrix(self, name: str) -> Path:
+        return self.path / "matrices" / f"{name}.safetensors"
+
+    def hidden(self, stream: str, index: int) -> Path:
+        return self.path / "hidden" / f"{stream}-{index:05d}"
+
+    @property
+    def identity(self) -> Path:
+        return self.path / IDENTITY_FILE
+
+    @property
+    def tokens(self) -> Path:
+        return self.path / "tokens.safetensors"
+
+    @property
+    def levels(self) -> Path:
+        return self.path / "levels.json"
+
+    @property
+    def outer(self) -> Path:
+        return self.path / "outer.safetensors"
+
+    @property
+    def converted(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.partial"
+
+    @property
+    def scratch(self) -> Path:
+        return self.path / "scratch"
+
+    def discard(self) -> None:
+        """Remove the folder: the result is whole."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def finished_work(self) -> bool:
+        """Whether anything in the folder would be lost with it."""
+        return any(self.path.glob("blocks/*.json")) or any(self.path.glob("matrices/*.json"))
+
+    @contextmanager
+    def opened(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> Iterator[None]:
+        """While inside, the folder is there and ours; it goes where the block ends, and stays where it raises with work done.
+
+        Raises HalfplateError where another process works there, where work is left and neither `resume` nor `overwrite` is
+        given, and where it was begun with another `identity`, naming what differs; and for what the system refuses.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                self._begin(identity, resume, overwrite)
+                try:
+                    yield
+                except BaseException:
+                    if not self.finished_work():
+                        shutil.rmtree(self.path, ignore_errors=True)
+                    raise
+                shutil.rmtree(self.path, ignore_errors=True)
+        except OSError as error:
+            raise HalfplateError(self._refused(error)) from error
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.path / LOCK_FILE).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise HalfplateError(
+                    f"out={str(self.out)!r}: another process works in {str(self.path)!r}; wait for it, or choose another name"
+                ) from None
+            yield
+
+    def _begin(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        begun = read_json(self.identity)
+        if begun is not None and resume:
+            check_same(begun, identity, f"the compression in {str(self.path)!r} began")
+            return
+        if begun is not None and self.finished_work() and not overwrite:
+            raise HalfplateError(
+                f"out={str(self.out)!r}: an interrupted compression left its finished parts in {str(self.path)!r}; pass --resume to go on "
+                "from them, or --overwrite to start afresh"
+            )
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK_FILE:
+                entry.unlink()
+        write_json(self.identity, identity, durable=False)
+
+    def _refused(self, error: OSError) -> str:
+        text = " ".join(str(error).split())
+        kept = "what is finished is kept, --resume goes on from it"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"out={str(self.out)!r}: the disk is full ({text}); free some space: {kept}"
+        return f"out={str(self.out)!r}: {str(self.path)!r} cannot be used ({text}); check that the place is there and can be written: {kept}"
+
+
+def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], when: str) -> None:
+    """Raise HalfplateError naming the first entry in which two identities differ."""
+    for name in sorted(begun.keys() | now.keys()):
+        if begun.get(name) != now.get(name):
+            raise HalfplateError(
+                f"--resume: {name} was {_short(begun.get(name))} when {when} and is {_short(now.get(name))} now; give the same again, "
+                "or pass --overwrite to start afresh"
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

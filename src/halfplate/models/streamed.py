@@ -1,0 +1,246 @@
+"""A dense model on disk of which decoder blocks come into memory one at a time."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from halfplate.errors import HalfplateError
+from halfplate.models.blockwise import BlockInputs, BlockwiseModel
+from halfplate.models.sources import Source, skeleton
+from halfplate.tensor_file import KINDS, DamagedFile, StoredTensor, read_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class StreamedModel:
+    """The modules of a model without their weights, and where these lie.
+
+    model: in eval mode, its parameters on the meta device but for those that are loaded. Tensors are read in fp32 to
+    `device`; precision: as in BlockwiseModel. `stored` names each tensor of the model as `state_dict` does; `tied` maps a name to that of the tensor it shares.
+    Raises HalfplateError for tensors that are missing from the files or of another shape than the configuration asks for.
+    """
+
+    def __init__(self, source: Source, device: str = "cpu", precision: str = "fp32") -> None:
+        self.source, self.device = source, torch.device(device)
+        self.model = skeleton(source, buffers=True)
+        self.blockwise = BlockwiseModel(self.model, precision)
+        self.prefix, self.blocks = self.blockwise.prefix, self.blockwise.blocks
+        expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        found = _named_as_in_model(self.model, source)
+        self.tied = _tied(self.model, expected, found)
+        self.stored = {name: found[name] for name in expected if name in found and name not in self.tied}
+        _check_complete(source.name, self.model, expected, self.stored.keys() | self.tied.keys(), found)
+        self._empty = list(self.blocks)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of the full name `name`, floats as fp32; raises HalfplateError where it holds NaN or inf."""
+        try:
+            tensor = read_tensor(self.stored[name])
+        except (OSError, DamagedFile) as error:
+            raise HalfplateError(
+                f"model={self.source.name!r}: {name} cannot be read ({' '.join(str(error).split())}); check that the model is still there"
+            ) from error
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float32)
+            # Both ends are NaN where any number is.
+            if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
+                nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+                raise HalfplateError(
+                    f"model={self.source.name!r}: {name} holds {nan} NaN and {inf} inf among {tensor.numel()} values, expected finite weights; "
+                    "download the model again"
+                )
+        return tensor.to(self.device)
+
+    def block_names(self, index: int) -> list[str]:
+        """The stored tensors of block `index`, in the order of the model."""
+        return [name for name in self.stored if name.startswith(f"{self.prefix}.{index}.")]
+
+    @property
+    def outer_names(self) -> list[str]:
+        """The stored tensors outside the blocks."""
+        return [name for name in self.stored if not name.startswith(f"{self.prefix}.")]
+
+    def load_block(self, index: int) -> nn.Module:
+        """Block `index` with its weights, which takes its place in the model until `free_block`."""
+        block = copy.deepcopy(self._empty[index])
+        self._fill(block, index)
+        self.blocks[index] = block
+        return block
+
+    def free_block(self, index: int) -> None:
+        """Give the memory of the block back, and whatever was put into it."""
+        self.blocks[index] = self._empty[index]
+
+    @contextmanager
+    def outer(self, head: bool) -> Iterator[None]:
+        """While inside, all that is outside the blocks is loaded; head: the output embedding too, where it is a tensor of its own."""
+        output = self.model.get_output_embeddings()
+        heads = {name for name, module in self.model.named_modules() if module is output}
+        names = [name for name in self.outer_names if head or name.rpartition(".")[0] not in heads]
+        empty = dict(self.model.named_parameters(remove_duplicate=False))
+        for name in names:
+            _put(self.model, name, self.read(name))
+        for name, shared in self.tied.items():
+            if shared in names:
+                _put(self.model, name, self.model.get_parameter(shared))
+        try:
+            yield
+        finally:
+            for name, parameter in empty.items():
+                if not name.startswith(f"{self.prefix}."):
+                    _put(self.model, name, parameter)
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> BlockInputs:
+        """`BlockwiseModel.embed`; everything outside the blocks but the head must be loaded (`outer`)."""
+        # The first block of each class runs once, to see what it returns.
+        kinds = {type(block): index for index, block in reversed(list(enumerate(self._empty)))}
+        for index in kinds.values():
+            self.load_block(index)
+        try:
+            return self.blockwise.embed(ids)
+        finally:
+            for index in kinds.values():
+                self.free_block(index)
+
+    @contextmanager
+    def running(self, resident_nbytes: int) -> Iterator[PreTrainedModel]:
+        """While inside, the model runs as a whole: each block is read when it comes to run and freed after it.
+
+        As many blocks as `resident_nbytes` holds stay in memory between runs.
+        """
+        hooks: list[Any] = []
+        with self.outer(head=True):
+            try:
+                for index, block in enumerate(self._empty):
+                    nbytes = sum(4 * parameter.numel() for parameter in block.parameters())
+                    stays = nbytes <= resident_nbytes
+                    resident_nbytes -= nbytes if stays else 0
+                    empty = dict(block.named_parameters())
+                    hooks.append(block.register_forward_pre_hook(self._filling(index)))
+                    if not stays:
+                        hooks.append(block.register_forward_hook(_emptying(empty)))
+                    else:
+                        hooks.append(_Emptied(block, empty))
+                yield self.model
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    def _filling(self, index: int) -> Callable[..., None]:
+        def fill(block: nn.Module, *_: Any) -> None:
+            if any(parameter.is_meta for parameter in block.parameters()):
+                self._fill(block, index)
+
+        return fill
+
+    def _fill(self, block: nn.Module, index: int) -> None:
+        for name in self.block_names(index):
+            _put(block, name.removeprefix(f"{self.prefix}.{index}."), self.read(name))
+
+
+class _Emptied:
+    """Handle of a block that stays: its memory goes when it is removed."""
+
+    def __init__(self, block: nn.Module, empty: dict[str, nn.Parameter]) -> None:
+        self._block, self._parameters = block, empty
+
+    def remove(self) -> None:
+        _emptying(self._parameters)(self._block)
+
+
+def _emptying(empty: dict[str, nn.Parameter]) -> Callable[..., None]:
+    def free(block: nn.Module, *_: Any) -> None:
+        for name, parameter in empty.items():
+            _put(block, name, parameter)
+
+    return free
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set the parameter or buffer `name` below `module`."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = (
+            tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        )
+
+
+def needs_conversion(source: Source) -> bool:
+    """Whether tensors lie otherwise in the files than in the model: a GGUF file, or experts that transformers joins."""
+    if source.gguf_header is not None:
+        return True
+    model = skeleton(source)
+    return any(pattern is not None for _, pattern in _renamed(model, list(source.tensors)).values())
+
+
+def _named_as_in_model(model: PreTrainedModel, source: Source) -> dict[str, StoredTensor]:
+    return {name: source.tensors[stored] for stored, (name, _) in _renamed(model, list(source.tensors)).items()}
+
+
+def _renamed(model: PreTrainedModel, names: list[str]) -> dict[str, tuple[str, str | None]]:
+    """The name in the model of each stored name, and the conversion that applies to its values, as transformers has it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    meta = model.state_dict()
+    return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, meta) for name in names}
+
+
+def _tied(
+    model: PreTrainedModel, expected: dict[str, tuple[int, ...]], found: dict[str, StoredTensor]
+) -> dict[str, str]:
+    """Names that share the tensor of another, with the name that is stored; two that are both stored share if they are equal."""
+    tied: dict[str, str] = {}
+    for target, origin in (model.all_tied_weights_keys or {}).items():
+        if target not in expected or origin not in expected:
+            continue
+        if target not in found and origin in found:
+            tied[target] = origin
+        elif origin not in found and target in found:
+            tied[origin] = target
+        elif (
+            target in found and origin in found and torch.equal(read_tensor(found[target]), read_tensor(found[origin]))
+        ):
+            tied[target] = origin
+    return tied
+
+
+def _check_complete(
+    name: str,
+    model: PreTrainedModel,
+    expected: dict[str, tuple[int, ...]],
+    have: set[str],
+    found: dict[str, StoredTensor],
+) -> None:
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    for key in sorted(expected):
+        if key in found and found[key].shape != expected[key]:
+            raise HalfplateError(
+                f"model={name!r}: {key} has shape {found[key].shape} in its file, config.json asks for {expected[key]}; "
+                "download the model again"
+            )
+        if key in found and found[key].kind not in KINDS:
+            raise HalfplateError(
+                f"model={name!r}: {key} is stored as {found[key].kind}, expected plain numbers; pass an unquantised model"
+            )
+    missing = sorted(key for key in expected if key not in have and not any(rule.search(key) for rule in ignored))
+    if missing:
+        raise HalfplateError(
+            f"model={name!r}: its files lack {len(missing)} tensors that its config.json asks for ({missing[0]}, ...); "
+            "they would be random: download the model again"
+        )

@@ -1,0 +1,192 @@
+"""Safetensors files tensor by tensor, by pread and pwrite: pages of a mapped file would count as resident memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfplate.errors import HalfplateError
+
+# In the order in which the safetensors library sorts tensors of a file, the first kind first.
+KINDS = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: kind for kind, dtype in KINDS.items()}
+LONGEST_HEADER = 100_000_000  # the limit that the safetensors library sets itself
+PIECE = 2**24  # bytes that are copied or hashed at once
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies. kind: element type in the words of safetensors. start: its first byte in the file."""
+
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class DamagedFile(HalfplateError):
+    """A safetensors file is not whole."""
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the file by name, in the order of the header; raises DamagedFile unless the file holds them all."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, LONGEST_HEADER):
+            raise DamagedFile(
+                f"{path.name} is cut short or damaged: it has {size} bytes, its header alone {length}; download it again"
+            )
+        text = file.read(length)
+    found: dict[str, StoredTensor] = {}
+    try:
+        header: dict[str, Any] = json.loads(text)
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, end = (int(at) for at in entry["data_offsets"])
+            shape = tuple(entry["shape"])
+            kind = str(entry["dtype"])
+            if not all(type(side) is int and side >= 0 for side in shape):
+                raise ValueError(f"{name[:80]!r} has no place in it")
+            wrong = kind in KINDS and end - start != prod(shape) * KINDS[kind].itemsize
+            if not 0 <= start <= end or wrong:
+                raise ValueError(f"{name[:80]!r} has no place in it")
+            found[name] = StoredTensor(path, kind, shape, 8 + length + start, end - start)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise DamagedFile(f"the header of {path.name} is damaged ({error!r}); download it again") from None
+    needed = max((tensor.start + tensor.nbytes for tensor in found.values()), default=8 + length)
+    if size < needed:
+        raise DamagedFile(
+            f"{path.name} is cut short: it has {size} bytes, its header names {needed}; download it again"
+        )
+    return found
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """The values of a tensor in memory of their own; raises DamagedFile where the file has become shorter."""
+    tensor = torch.empty(stored.shape, dtype=KINDS[stored.kind])
+    with stored.path.open("rb", buffering=0) as file:
+        _read_into(file.fileno(), stored.start, memoryview(_bytes(tensor)), stored.path)
+    return tensor
+
+
+def sha256_of(stored: StoredTensor) -> str:
+    """Hexadecimal SHA-256 of the bytes of a tensor."""
+    digest = hashlib.sha256()
+    for piece in pieces(stored):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def pieces(stored: StoredTensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in pieces, each valid until the next."""
+    buffer = memoryview(bytearray(min(PIECE, stored.nbytes)))
+    with stored.path.open("rb", buffering=0) as file:
+        for done in range(0, stored.nbytes, PIECE):
+            piece = buffer[: min(PIECE, stored.nbytes - done)]
+            _read_into(file.fileno(), stored.start + done, piece, stored.path)
+            yield piece
+
+
+class TensorFileWriter:
+    """A new safetensors file of the tensors `entries` (element type and shape by name), written one at a time.
+
+    Byte for byte what `safetensors.torch.save_file` writes with the metadata `{"format": "pt"}`. Used as a context.
+    durable: the file reaches the disk when the block ends.
+    """
+
+    def __init__(
+        self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], durable: bool = True
+    ) -> None:
+        self._durable = durable
+        order = list(KINDS)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        spans: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name in sorted(entries, key=lambda name: (order.index(NAMES[entries[name][0]]), name)):
+            dtype, shape = entries[name]
+            start, end = end, end + prod(shape) * dtype.itemsize
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            spans[name] = (start, end - start)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._path, self._entries = path, dict(entries)
+        self._spans = {name: (8 + len(text) + start, size) for name, (start, size) in spans.items()}
+        self._end = 8 + len(text) + end
+        self._head = len(text).to_bytes(8, "little") + text
+
+    def __enter__(self) -> TensorFileWriter:
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.ftruncate(self._descriptor, self._end)
+        _write(self._descriptor, 0, memoryview(self._head))
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        try:
+            if failure[0] is None and self._durable:
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+    def write(self, name: str, tensor: Tensor) -> str:
+        """Write the tensor `name`; returns the SHA-256 of its bytes."""
+        assert (tensor.dtype, tuple(tensor.shape)) == self._entries[name], name
+        data = memoryview(_bytes(tensor.detach().cpu().contiguous()))
+        _write(self._descriptor, self._spans[name][0], data)
+        return hashlib.sha256(data).hexdigest()
+
+    def copy(self, name: str, stored: StoredTensor) -> str:
+        """Write the tensor `name` from another file, without holding it whole; returns the SHA-256 of its bytes."""
+        at, size = self._spans[name]
+        assert (KINDS[stored.kind], stored.shape, stored.nbytes) == (*self._entries[name], size), name
+        digest = hashlib.sha256()
+        for piece in pieces(stored):
+            _write(self._descriptor, at, piece)
+            digest.update(piece)
+            at += len(piece)
+        return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def _read_into(descriptor: int, start: int, buffer: memoryview, path: Path) -> None:
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(descriptor, [buffer[done:]], start + done)
+        if not got:
+            raise DamagedFile(
+                f"{path.name} ends at byte {start + done}, expected {len(buffer) - done} more; it changed while it was read"
+            )
+        done += got
+
+
+def _write(descriptor: int, start: int, data: memoryview) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], start + done)

@@ -1,0 +1,238 @@
+"""Resuming: the same bytes after being killed anywhere, a refusal naming what differs, and only damaged parts done again."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from halfplate.errors import HalfplateError
+from halfplate.execution.local import compress
+from halfplate.execution.work import WorkFolder, load_part
+from halfplate.methods.wanda import Wanda
+from halfplate.recipe import Recipe
+
+SMALL = {"samples": 12, "seq_len": 16, "threads": 1}
+ARGUMENTS = ["--samples", "12", "--seq-len", "16", "--threads", "1"]
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("One day a small bird sat in a big tree. It saw a red ball near the house. " * 40)
+    return path
+
+
+class Killed(BaseException):
+    """Stands in for kill -9 where a test must know the moment."""
+
+
+def digests(folder):
+    told = ("log.jsonl", "report.html")  # these have times in them
+    files = [path for path in sorted(folder.iterdir()) if path.name not in told]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def solved(monkeypatch, stop_at=None):
+    """The matrices that are really solved from now on; the one of number `stop_at` ends in Killed."""
+    names, original = [], Wanda.compress
+
+    def counting(self, weight, statistics, spec):
+        if len(names) == stop_at:
+            raise Killed
+        names.append(tuple(weight.shape))
+        return original(self, weight, statistics, spec)
+
+    monkeypatch.setattr(Wanda, "compress", counting)
+    return names
+
+
+def broken_off(folder, out, recipe, monkeypatch, stop_at, **options):
+    """A work folder in which `stop_at` matrices are finished."""
+    with monkeypatch.context() as patched:
+        solved(patched, stop_at)
+        with pytest.raises(Killed):
+            compress(str(folder), out, recipe, **options)
+    return WorkFolder(out)
+
+
+@pytest.mark.parametrize("inputs", ["dense", "compressed"])
+@pytest.mark.parametrize("stop_at", [0, 2, 6, 7, 9, 13])
+def test_the_same_bytes_after_a_break_and_nothing_solved_twice(tiny_folder, tmp_path, monkeypatch, inputs, stop_at):
+    recipe = Recipe(method="wanda", inputs=inputs, **SMALL)
+    compress(str(tiny_folder), tmp_path / "whole", recipe)
+    out = tmp_path / "out"
+    work = broken_off(tiny_folder, out, recipe, monkeypatch, stop_at)
+    assert not out.exists()
+    assert work.path.exists() == (stop_at > 0)  # nothing finished, nothing left
+    names = solved(monkeypatch)
+    compress(str(tiny_folder), out, recipe, resume=True)
+    assert len(names) == 14 - stop_at
+    assert digests(out) == digests(tmp_path / "whole")
+    assert not work.path.exists()
+
+
+def test_tuned_blocks_and_chosen_levels_are_kept(tiny_folder, tmp_path, monkeypatch):
+    recipe = Recipe(method="wanda", tune_block=3, budget=0.6, choose=("pattern",), **SMALL)
+    compress(str(tiny_folder), tmp_path / "whole", recipe)
+    out, tried = tmp_path / "out", 0
+    with monkeypatch.context() as patched:
+        tried = len(solved(patched))  # those of choosing levels count too
+        compress(str(tiny_folder), tmp_path / "again", recipe)
+        names = solved(patched)
+        compress(str(tiny_folder), tmp_path / "count", recipe)
+        tried = len(names) - 14
+    broken_off(tiny_folder, out, recipe, monkeypatch, tried + 9)
+    from halfplate.execution import preparation
+
+    monkeypatch.setattr(preparation, "allocate_plan", None)
+    names = solved(monkeypatch)
+    summary = compress(str(tiny_folder), out, recipe, resume=True)
+    assert len(names) == 5
+    assert digests(out) == digests(tmp_path / "whole")
+    assert summary["tuned_blocks"].keys() == {"0", "1"}
+
+
+def test_a_complete_result_is_found_and_nothing_is_done(tiny_folder, tmp_path, monkeypatch, text_file):
+    recipe = Recipe(method="wanda", calibration=str(text_file), **SMALL)
+    first = compress(str(tiny_folder), tmp_path / "out", recipe)
+    monkeypatch.setattr("halfplate.execution.local.compress_blocks", None)
+    before = digests(tmp_path / "out")
+    again = compress(str(tiny_folder), tmp_path / "out", recipe, resume=True)
+    assert digests(tmp_path / "out") == before
+    for key in ("nbytes", "fingerprint", "calibration", "mean_relative_error", "skipped"):
+        assert again[key] == first[key], key
+    text_file.write_text(text_file.read_text().replace("bird", "fish"))
+    with pytest.raises(HalfplateError, match=r"--resume: tokens was .* when the result was made and is .* now"):
+        compress(str(tiny_folder), tmp_path / "out", recipe, resume=True)
+    with pytest.raises(HalfplateError, match=r"--resume: seed was 0 when .* was made and is 1 now"):
+        compress(
+            str(tiny_folder),
+            tmp_path / "out",
+            Recipe(method="wanda", calibration=str(text_file), seed=1, **SMALL),
+            resume=True,
+        )
+
+
+def test_what_differs_is_named(tiny_folder, tmp_path, monkeypatch, text_file):
+    recipe = {"method": "wanda", "calibration": str(text_file), **SMALL}
+    out = tmp_path / "out"
+    work = broken_off(tiny_folder, out, Recipe(**recipe), monkeypatch, 9)
+
+    def refused(message, folder=tiny_folder, **changes):
+        with pytest.raises(HalfplateError, match=message):
+            compress(str(folder), out, Recipe(**recipe | changes), resume=True)
+        assert load_part(work.block(0)) is not None  # a refusal costs nothing
+
+    refused("--resume: seed was 0 when .* began and is 1 now; give the same again, or pass --overwrite", seed=1)
+    refused("--resume: samples was 12 .* is 8 now", samples=8)
+    refused("--resume: threads was 1 .* is 2 now", threads=2)
+    refused("--resume: method was 'wanda'", method="ria")
+    text = text_file.read_text()
+    text_file.write_text(text.replace("bird", "fish"))
+    refused("--resume: calibration='.*' gave tokens of SHA-256")
+    text_file.write_text(text)
+    weights = (tiny_folder / "model.safetensors").read_bytes()
+    (tiny_folder / "model.safetensors").write_bytes(weights[:-400] + bytes(40) + weights[-360:])
+    refused("--resume: model was")
+    (tiny_folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(HalfplateError, match=r"left its finished parts in .*; pass --resume to go on"):
+        compress(str(tiny_folder), out, Recipe(**recipe))
+    compress(str(tiny_folder), out, Recipe(**recipe | {"seed": 1}), overwrite=True)
+    assert json.loads((out / "halfplate.json").read_text())["recipe"]["seed"] == 1
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "note", "gone"])
+@pytest.mark.parametrize("what", ["block", "matrix", "hidden", "tokens"])
+def test_only_the_damaged_part_is_done_again(tiny_folder, tmp_path, monkeypatch, damage, what, tiny_model):
+    folder = tmp_path / "deep"
+    tiny_model(vocab_size=320, num_hidden_layers=4).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((tiny_folder / file).read_bytes())
+    recipe = Recipe(method="wanda", **SMALL)
+    compress(str(folder), tmp_path / "whole", recipe)
+    out = tmp_path / "out"
+    work = broken_off(folder, out, recipe, monkeypatch, 7 * 3 + 4)
+    path = {
+        "block": work.block(1),
+        "matrix": next(iter(sorted((work.path / "matrices").glob("*.safetensors")))),
+        "hidden": work.hidden("compressed", 3),
+        "tokens": work.tokens,
+    }[what]
+    if damage == "flipped":
+        flip(path, -5)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif damage == "gone":
+        path.unlink()
+    elif what == "hidden":
+        flip(path.with_name(f"{path.name}.1.sha256"), 3)
+    else:
+        flip(path.with_suffix(".json"), 80)
+    names = solved(monkeypatch)
+    compress(str(folder), out, recipe, resume=True)
+    assert len(names) == 3 + {"block": 7, "matrix": 1, "hidden": 0, "tokens": 0}[what]
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_two_processes_do_not_share_a_work_folder(tiny_folder, tmp_path):
+    work = WorkFolder(tmp_path / "out")
+    with (
+        work.opened({}, resume=False, overwrite=False),
+        pytest.raises(HalfplateError, match="another process works in"),
+    ):
+        compress(str(tiny_folder), tmp_path / "out", Recipe(method="wanda", **SMALL))
+
+
+def test_a_full_disk_loses_nothing(tiny_folder, tmp_path, monkeypatch):
+    recipe = Recipe(method="wanda", **SMALL)
+    compress(str(tiny_folder), tmp_path / "whole", recipe)
+    original, written = os.pwrite, []
+
+    def full(descriptor, data, offset):
+        written.append(1)
+        if len(written) > 60:
+            raise OSError(28, "No space left on device")
+        return original(descriptor, data, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(
+            HalfplateError, match=r"the disk is full .*what is finished is kept, --resume goes on from it"
+        ):
+            compress(str(tiny_folder), tmp_path / "out", recipe)
+    names = solved(monkeypatch)
+    compress(str(tiny_folder), tmp_path / "out", recipe, resume=True)
+    assert 0 < len(names) < 14
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_killed_for_real_at_random_moments(tiny_folder, tmp_path):
+    """Each round kills the process with SIGKILL, the next goes on; the result is that of a run which nobody disturbed."""
+    command = [sys.executable, "-m", "halfplate", "compress", str(tiny_folder), *ARGUMENTS, "--iterations", "6"]
+    subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True, capture_output=True)
+    out, chance = tmp_path / "out", random.Random(0)
+    kills = 0
+    while kills < 4 and not out.exists():
+        kills += 1
+        with subprocess.Popen(
+            [*command, "-o", str(out), "--resume"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        ) as process:
+            process.stderr.readline()  # it has begun
+            time.sleep(chance.uniform(0, 1.5))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    subprocess.run([*command, "-o", str(out), "--resume"], check=True, capture_output=True)
+    assert digests(out) == digests(tmp_path / "whole")
+    assert not list(tmp_path.glob(".out*"))
