@@ -277,3 +277,30 @@ def test_dense_pattern_needs_a_grid():
         create("armor").check_spec(WeightSpec(16, 16, Pattern(1, 1), "bf16", 8, 8))
     with pytest.raises(HalfplateError, match="objective='diag'"):
         create("armor", objective="diag").check_spec(WeightSpec(16, 16, Pattern(1, 1), "int4", 8, 8))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e4, 1e6])
+def test_loss_is_right_where_the_factors_run_into_what_no_input_tells_of(size):
+    """Few tokens: the true loss is the difference of sums that are larger by many orders."""
+    d, tokens = 64, 8
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, d, generator=generator, dtype=torch.float64)
+    gram = x.T @ x / tokens
+    scale = gram.diagonal().sqrt()
+    gram = gram / scale[:, None] / scale + 1e-5 * torch.eye(d)
+    weight = torch.randn(32, d, generator=generator)
+    tiles = Problem.from_weight(weight, torch.ones(d), WeightSpec(32, d, out_block=8, in_block=8))
+    problem = GramProblem.from_tiles(tiles, gram)
+    factors = tiles.start()
+    null = torch.eye(d, dtype=torch.float64) - torch.linalg.pinv(x / scale) @ (x / scale)
+    factors.core = factors.core + size * (torch.randn(32, d, generator=generator).double() @ null).float()
+    expected = loss_of(problem, factors)
+    found = measured(problem, factors).loss
+    assert expected > 0
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_loss_below_zero_is_never_taken():
+    problem = problem_of(16, 16, 4, 4, seed=0)
+    broken = replace(problem, gram=problem.gram - 2 * torch.eye(16))
+    assert measured(broken, problem.tiles.start()).loss == torch.inf

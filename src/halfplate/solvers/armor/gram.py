@@ -16,7 +16,9 @@ from halfplate.solvers.armor.wrappers import regular_inverse, update_out_blocks
 
 # Passes over the blocks of B in one update: they are coupled, and a pass costs little beside the products around it.
 PASSES = 2
-PRECISE = 1e-3  # below this share of the zero matrix' loss its rounding error shows in a difference of large sums
+# The loss is a difference of sums. Where it is below this share of the zero matrix' loss, or a sum is so many times that loss
+# (the factors have run into what hardly any input tells of), rounding in fp32 would decide; then it is taken in fp64.
+PRECISE, LARGE = 1e-3, 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,11 +175,19 @@ def _point(problem: GramProblem, factors: Factors, steps: Tensor | None, against
     out_gram = factors.out_blocks.mT @ factors.out_blocks
     aim = _out_times(factors.out_blocks.mT, against)  # P = Aᵀ W H Bᵀ
     # tr(W H Wᵀ) − 2 ⟨P, S⟩ + ⟨G U, S⟩
-    loss = problem.total - _dot(aim.mul_(2).sub_(_out_times(out_gram, product)), factors.core)
-    if loss < PRECISE * problem.total:
-        residual = problem.tiles.weight - factors.product()
-        loss = _dot(residual @ problem.gram, residual)
+    gained, own = _dot(aim, factors.core), _dot(_out_times(out_gram, product), factors.core)
+    loss = problem.total - 2 * gained + own
+    if not (loss >= PRECISE * problem.total and own <= LARGE * problem.total):
+        loss = _precise_loss(problem, factors)
     return Point(factors, steps, against, product, loss)
+
+
+def _precise_loss(problem: GramProblem, factors: Factors) -> float:
+    """tr(R H Rᵀ) in fp64; infinite where it is no number or below 0, which no step may be taken for."""
+    parts = (factors.out_blocks, factors.core, factors.in_blocks)
+    residual = problem.tiles.weight.double() - Factors(*(part.double() for part in parts)).product()
+    loss = _dot(residual @ problem.gram.double(), residual)
+    return loss if loss >= 0 else torch.inf
 
 
 def _in_gram(problem: GramProblem, blocks: Tensor) -> Tensor:
