@@ -21,7 +21,7 @@ def test_plan_says_which_wish_a_recipe_serves(halfplate, tiny_folder):
         (["--method", "rtn", "--core-dtype", "int4"], "fewest bytes"),
         (["--budget", "0.6"], "within the budget"),
     ):
-        assert wish in halfplate("plan", tiny_folder, *options).out
+        assert wish in halfplate("plan", tiny_folder, "--seq-len", "32", *options).out
 
 
 def test_plan_json(halfplate, tiny_folder):
@@ -162,6 +162,7 @@ def test_methods(halfplate):
         "rtn",
         "slim",
         "gptq",
+        "denoiserotator",
     ]
     assert next(m for m in listed if m["name"] == "sparsegpt")["options"]["damping"] == 0.01
     assert next(m for m in listed if m["name"] == "armor")["wrapped"] is True
