@@ -7,11 +7,12 @@ of the command line are functions here; their modules are imported when they are
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from halfplate.checkpoint.registration import register_with_transformers
 from halfplate.errors import HalfplateError
+from halfplate.registration import register
 
 if TYPE_CHECKING:
     from halfplate.checkpoint.export import export_dense as export
+    from halfplate.checkpoint.quantizer import HalfplateConfig
     from halfplate.checkpoint.read import load
     from halfplate.evaluation.bench import bench
     from halfplate.evaluation.perplexity import evaluate
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "HalfplateConfig",
     "HalfplateError",
     "__version__",
     "bench",
@@ -34,7 +36,8 @@ __all__ = [
     "report",
 ]
 
-_VERBS = {
+_LAZY = {
+    "HalfplateConfig": ("halfplate.checkpoint.quantizer", "HalfplateConfig"),
     "bench": ("halfplate.evaluation.bench", "bench"),
     "compress": ("halfplate.execution.local", "compress"),
     "evaluate": ("halfplate.evaluation.perplexity", "evaluate"),
@@ -44,7 +47,7 @@ _VERBS = {
     "recover": ("halfplate.execution.recover", "recover"),
 }
 
-register_with_transformers()
+register()
 
 
 def __getattr__(name: str) -> Any:
@@ -52,9 +55,9 @@ def __getattr__(name: str) -> Any:
         from halfplate.version import package_version
 
         return package_version()
-    if name not in _VERBS:
+    if name not in _LAZY:
         raise AttributeError(f"module 'halfplate' has no attribute {name!r}")
-    module, function = _VERBS[name]
+    module, function = _LAZY[name]
     return getattr(import_module(module), function)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 import yaml
 
-from halfplate import methods
+from halfplate import methods, recipes
 from halfplate.allocation import CHOICES, Evolution
 from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
@@ -255,12 +255,12 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, path: str | Path, **changes: Any) -> Recipe:
-        """Read a recipe file, with `changes` in place of what it says.
+        """Read a recipe file, or one that comes with Halfplate by its name, with `changes` in place of what it says.
 
         Options of the method are added to those of the file, unless the method itself changes. Raises HalfplateError where
         the file is missing, is no YAML mapping, or holds a wrong value.
         """
-        values = _read_yaml(path)
+        values = _read_yaml(recipes.shipped(str(path)) or path)
         options = values.get("method_options", {})
         if not isinstance(options, Mapping):
             return cls.from_mapping(values)
@@ -312,7 +312,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_RecipeLoader)
     except OSError as error:
         raise HalfplateError(
-            f"recipe={str(path)!r} cannot be read: {error.strerror or error}; give the path of a YAML file"
+            f"recipe={str(path)!r} cannot be read: {error.strerror or error}; give the path of a YAML file or one of {', '.join(recipes.names())}"
         ) from None
     # PyYAML raises ValueError, too, for numbers and dates that cannot be.
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -83,9 +83,10 @@ def test_records_that_cannot_be_verified(written: Any, change: Any, complaint: s
         inspect_checkpoint(one.folder, verify=True)
 
 
-def test_a_model_saved_again_has_no_record(written: Any, tmp_path: Any) -> None:
+def test_a_folder_without_its_record_cannot_be_verified(written: Any, tmp_path: Any) -> None:
     one = written()
     load(one.folder).save_pretrained(tmp_path / "again")
+    (tmp_path / "again" / "halfplate.json").unlink()
     assert {matrix["relative_error"] for matrix in inspect_checkpoint(tmp_path / "again")["matrices"]} == {None}
     with pytest.raises(HalfplateError, match=r"halfplate\.json' does not exist"):
         inspect_checkpoint(tmp_path / "again", verify=True)

@@ -47,11 +47,6 @@ def test_bad_usage_is_one_line(halfplate, tmp_path):
     halfplate("eval", "x", "--seq-len", "1").refused("--seq-len 1")
 
 
-@pytest.mark.parametrize("verb", ["serve"])
-def test_verbs_to_come_say_so(halfplate, verb):
-    halfplate(verb, "x").refused(f"verb {verb!r} is not available yet")
-
-
 @pytest.mark.parametrize(
     ("options", "parts"),
     [

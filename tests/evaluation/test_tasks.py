@@ -2,6 +2,10 @@
 
 import builtins
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -99,3 +103,26 @@ def test_without_lm_eval_the_cure_is_named(tiny_folder, monkeypatch, capsys):
     monkeypatch.setattr(builtins, "__import__", refuse)
     assert main(["eval", str(tiny_folder), "--tasks", "birds"]) == 2
     assert "pip install 'halfplate[tasks]'" in capsys.readouterr().err
+
+
+def harness(tasks_folder, model, arguments):
+    """What lm-eval's own command line finds, started as documented."""
+    output = tasks_folder / "found"
+    command = [sys.executable, "-m", "halfplate.evaluation.harness", "run", "--model", model, "--model_args", arguments]
+    command += ["--tasks", "birds", "--include_path", tasks_folder, "--output_path", output, "--batch_size", "8"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 0, run.stderr
+    (found,) = output.rglob("results_*.json")
+    scores = json.loads(found.read_text())["results"]["birds"]
+    shutil.rmtree(output)
+    return scores["acc,none"], scores["acc_norm,none"]
+
+
+def test_lm_evals_command_line_scores_a_checkpoint_as_eval_does(tiny_folder, tasks_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["compress", str(tiny_folder), "-o", str(out), "--method", "magnitude", "--quiet"]) == 0
+    found = scores(capsys, "eval", out, "--tasks", "birds", "--tasks-folder", tasks_folder)["tasks"]["birds"]
+    expected = (found["acc"], found["acc_norm"])
+    assert harness(tasks_folder, "halfplate", f"pretrained={out}") == expected
+    assert harness(tasks_folder, "hf", f"pretrained={out},dtype=float32,device=cpu") == expected

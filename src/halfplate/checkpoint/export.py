@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from halfplate.checkpoint.config import RECORD_FILE, other_dtype
+from halfplate.checkpoint.config import RECORD_FILE, other_dtype, read_record
 from halfplate.checkpoint.folder import check_out, new_folder
 from halfplate.checkpoint.read import inspect_checkpoint, load, load_tokenizer
 from halfplate.checkpoint.write import write_model, write_record
@@ -17,9 +17,11 @@ def export_dense(path: str | Path, out: str | Path, overwrite: bool = False) -> 
     check_out(Path(out), overwrite)
     folder = Path(path)
     # A dense copy carries no checksums of its own, so damage must not pass from here unseen.
-    inspect_checkpoint(folder, verify=(folder / RECORD_FILE).is_file())
+    recorded = (folder / RECORD_FILE).is_file()
+    inspect_checkpoint(folder, verify=recorded)
+    origin = {key: read_record(folder).get(key) for key in ("model", "base_model", "license")} if recorded else {}
     dtype = other_dtype(folder)
     model = load(folder, dtype, kernels=False).dequantize(dtype=dtype)
     with new_folder(Path(out), overwrite) as target:
         write_model(model, load_tokenizer(folder), target, dtype, quantization=None)
-        write_record(target, {"exported": "dense"})
+        write_record(target, origin | {"exported": "dense"})

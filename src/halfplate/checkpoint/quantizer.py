@@ -15,7 +15,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from halfplate.checkpoint.config import METHOD, SENTENCE, VERSION, parse_modules
+from halfplate.checkpoint.config import METHOD, RECORD_FILE, SENTENCE, VERSION, parse_modules, read_record
 from halfplate.checkpoint.weights import StoredTensor, check_layout, headers_of
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec, check_stored, connect
@@ -23,22 +23,39 @@ from halfplate.formats import CompressedLinear, WeightSpec, check_stored, connec
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from halfplate.recipe import Recipe
+
 OLDEST_TRANSFORMERS = (5, 18)
 
 
 class HalfplateConfig(QuantizationConfigMixin):
-    """`quantization_config` of a checkpoint; raises HalfplateError where a module's entry cannot be read.
+    """`quantization_config` of a checkpoint, or of a dense model that is to be compressed while it is loaded.
 
     modules: `WeightSpec.to_json()` by module name. version: of this object. runtime: the arguments of
-    `halfplate.runtime.accelerate` for the loaded model, or None for the torch path; it is not written to disk.
+    `halfplate.runtime.accelerate` for the loaded model, or None for the torch path. recipe: for a dense model, in place of
+    modules; a `Recipe`, or a mapping of its fields. Neither recipe nor runtime is written to disk. Raises HalfplateError
+    where a module's entry or the recipe cannot be read.
     """
 
-    def __init__(self, modules: Any = None, version: Any = None, runtime: Any = (), **_: Any) -> None:
-        parse_modules(version, modules)
+    def __init__(
+        self,
+        modules: Any = None,
+        version: Any = None,
+        runtime: Any = (),
+        recipe: Recipe | Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if recipe is None:
+            parse_modules(version, modules)
+        elif modules is not None:
+            raise HalfplateError(
+                "recipe and modules are both given; give the recipe for a dense model, the modules for a checkpoint"
+            )
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.version = version
-        self.modules = modules
+        self.version = VERSION if recipe is not None else version
+        self.modules = {} if recipe is not None else modules
         self.runtime = runtime
+        self.recipe = recipe
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": self.quant_method, "version": self.version, "modules": self.modules}
@@ -53,10 +70,27 @@ class HalfplateConfig(QuantizationConfigMixin):
 
 
 class HalfplateQuantizer(HfQuantizer):
-    """Puts a `CompressedLinear` wherever the checkpoint holds compressed tensors, and checks what was loaded."""
+    """Puts a `CompressedLinear` wherever the checkpoint holds compressed tensors, and checks what was loaded.
 
-    requires_calibration = True
+    A dense model with a recipe is loaded as it is and compressed then. record: the content of `halfplate.json`, where there
+    is one, which `save_pretrained` writes again.
+    """
+
     quantization_config: HalfplateConfig
+    record: Mapping[str, Any]
+
+    def __init__(self, quantization_config: HalfplateConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.record = {}
+        self._source: Path | None = None  # of the dense model that is to be compressed
+        if self.pre_quantized and quantization_config.recipe is not None:
+            raise HalfplateError(
+                "recipe: the checkpoint is compressed already; leave quantization_config out, or give the dense model"
+            )
+        if not self.pre_quantized and quantization_config.recipe is None:
+            raise HalfplateError(
+                "quantization_config has no recipe to compress a dense model by; pass HalfplateConfig(recipe=Recipe(...))"
+            )
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         installed = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -75,6 +109,12 @@ class HalfplateQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
+        folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
+        if not self.pre_quantized:
+            self._source = folder
+            return model
+        if folder is not None and (folder / RECORD_FILE).is_file():
+            self.record = read_record(folder)
         specs = self.quantization_config.specs
         found = headers_of(map(Path, checkpoint_files)) if checkpoint_files else None
         if found is not None:
@@ -95,9 +135,10 @@ class HalfplateQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, tensor in _stored_tensors(model):
-            if not getattr(tensor, "_is_hf_initialized", False):
-                raise HalfplateError(f"{name} was not loaded; the checkpoint lacks it, copy or write it again")
+        if self.pre_quantized:
+            _check_loaded(model)
+        else:
+            self._compress(model)
         for name, module in _compressed(model):
             for part, (shape, dtype) in module.spec.layout().items():
                 tensor = getattr(module, part)
@@ -106,6 +147,7 @@ class HalfplateQuantizer(HfQuantizer):
                         f"{name}.{part} was loaded as {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}; report this"
                     )
         # transformers imports this module half-way through its own import, too early for the runtime.
+        from halfplate.checkpoint.saving import SavePretrained
         from halfplate.runtime.prepare import accelerate
 
         runtime, found = self.quantization_config.runtime, list(_compressed(model))
@@ -115,13 +157,25 @@ class HalfplateQuantizer(HfQuantizer):
             accelerate(model, **dict(runtime))
         for name, module in _compressed(model):
             check_stored(module.spec, module.stored(), name)  # but for what is offloaded to disk
+        model.save_pretrained = SavePretrained(model)
         return model
+
+    def _compress(self, model: PreTrainedModel) -> None:
+        """Compress the dense `model` in place, by way of a checkpoint in a temporary folder."""
+        # It stands on this module, and far more of the package than loading a checkpoint needs.
+        from halfplate.execution.on_load import compress_in_place
+
+        specs, self.record = compress_in_place(model, self._source, self.quantization_config.recipe)
+        self.quantization_config.modules = HalfplateConfig.from_specs(specs).modules
+        self.quantization_config.recipe = None
+        self.pre_quantized = True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Replace every compressed module by a dense one, multiplied out in fp32 and cast to `dtype`."""
         from halfplate.runtime.prepare import restore
 
         restore(model)
+        model.__dict__.pop("save_pretrained", None)
         for name, module in list(_compressed(model)):
             weight = module.matrix.dense().to(dtype)
             linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
@@ -172,6 +226,12 @@ def _dense_linear(model: nn.Module, name: str, spec: WeightSpec) -> nn.Linear:
 
 def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, CompressedLinear))
+
+
+def _check_loaded(model: PreTrainedModel) -> None:
+    for name, tensor in _stored_tensors(model):
+        if not getattr(tensor, "_is_hf_initialized", False):
+            raise HalfplateError(f"{name} was not loaded; the checkpoint lacks it, copy or write it again")
 
 
 def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

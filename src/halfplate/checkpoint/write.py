@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, RECORD_VERSION, SENTENCE
+from halfplate.checkpoint.card import write_card
+from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, RECORD_VERSION, SENTENCE, read_record
 from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.quantizer import HalfplateConfig
 from halfplate.checkpoint.weights import MAX_SHARD_NBYTES, write_tensors
@@ -97,9 +99,7 @@ def write_configuration(
         del config.quantization_config
     config.save_pretrained(folder)
     if quantization is not None:
-        path = folder / CONFIG_FILE
-        content = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": SENTENCE}
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        add_sentence(folder)
     if model.generation_config is not None:
         # save_pretrained would refuse settings that transformers itself reads with a mere warning.
         model.generation_config.to_json_file(folder / "generation_config.json")
@@ -107,13 +107,32 @@ def write_configuration(
         tokenizer.save_pretrained(folder)
 
 
+def add_sentence(folder: Path) -> None:
+    """Put the sentence that keeps others from loading into `config.json`, from which transformers takes it on saving."""
+    path = folder / CONFIG_FILE
+    content = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": SENTENCE}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def amend_record(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Add what was learned after the checkpoint `folder` was written to its record and its card; NaN and inf become null."""
+    finite = {
+        key: {
+            name: None if isinstance(item, float) and not math.isfinite(item) else item for name, item in value.items()
+        }
+        for key, value in facts.items()
+    }
+    write_record(folder, read_record(folder) | finite)
+
+
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `halfplate.json`, the mark of a folder that Halfplate wrote."""
+    """Write `halfplate.json`, the mark of a folder that Halfplate wrote, and the model card of what the folder holds by now."""
     versions = {"halfplate": package_version()} | {
         name: version(name) for name in ("safetensors", "torch", "transformers")
     }
     content = {"format_version": RECORD_VERSION, "versions": versions} | dict(record)
     (folder / RECORD_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_card(folder, content)
 
 
 def _check_modules(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> None:

@@ -20,6 +20,7 @@ from halfplate.cli import (
     recipe,
     recover,
     report,
+    serve,
 )
 from halfplate.cli.parser import Parser
 from halfplate.errors import HalfplateError
@@ -36,10 +37,10 @@ VERBS: dict[str, Any] = {
     "export": export,
     "report": report,
     "recipe": recipe,
+    "serve": serve,
     "methods": methods,
     "doctor": doctor,
 }
-VERBS_TO_COME = ("serve",)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,8 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The bar that transformers shows for GGUF files listens to nothing else; it is read when torch imports tqdm.
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        if argv and argv[0] in VERBS_TO_COME:
-            raise HalfplateError(f"verb {argv[0]!r} is not available yet; available: {', '.join(VERBS)}")
         args = build_parser().parse_args(argv)
         out = getattr(args, "out", None)
         status: int = VERBS[args.verb].run(args)

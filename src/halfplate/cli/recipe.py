@@ -1,4 +1,4 @@
-"""Show or validate a recipe file."""
+"""Show or validate a recipe: one that comes with Halfplate, or a file."""
 
 import argparse
 
@@ -7,7 +7,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action", choices=("show", "validate"), help="show: every value, defaults included; validate: check it"
     )
-    parser.add_argument("name", metavar="NAME", help="a YAML file, or `default`")
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        help="smallest-loss, smallest-file, fastest-decode, quick-look, armor-paper, default, or a YAML file",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

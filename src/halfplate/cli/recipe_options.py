@@ -77,7 +77,11 @@ METHOD_OPTIONS = (
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add them; a flag that is not given is None and leaves the recipe's value."""
-    parser.add_argument("--recipe", metavar="R.yaml", help="recipe file; flags override it")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="a recipe (`halfplate recipe show NAME`) or a YAML file; flags override it",
+    )
     for flag, metavar, text in FIELDS + METHOD_OPTIONS:
         parser.add_argument(flag, metavar=metavar, help=text)
     parser.add_argument(

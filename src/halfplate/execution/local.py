@@ -14,7 +14,7 @@ import torch
 from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.quantizer import HalfplateConfig
 from halfplate.checkpoint.read import load
-from halfplate.checkpoint.write import write_configuration, write_record
+from halfplate.checkpoint.write import amend_record, write_configuration, write_record
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate
 from halfplate.execution.blocks import Job, Outcome, compress_blocks
@@ -35,6 +35,7 @@ from halfplate.execution.result import RECORDED, Result, assemble_weights, finis
 from halfplate.execution.tasks import OpenBlocks
 from halfplate.execution.work import WorkFolder
 from halfplate.formats import WeightSpec
+from halfplate.models.licence import origin
 from halfplate.models.sources import Source, load_dense, load_tokenizer, open_source
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan, plan_source
@@ -153,7 +154,8 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
             quantization = HalfplateConfig.from_specs(plan.specs)
             write_configuration(streamed.model, load_tokenizer(source), folder, source.other_dtype, quantization)
             identity = {key: order.identity[key] for key in RECORDED}
-            write_record(folder, _checkpoint_record(result) | {"identity": identity, "tensors": checksums})
+            record = origin(order.source) | _checkpoint_record(result) | {"identity": identity, "tensors": checksums}
+            write_record(folder, record)
     return result
 
 
@@ -240,10 +242,14 @@ def _check_kl(name: str, recipe: Recipe, out: Path, report: Report) -> dict[str,
     compressed = load(out, device=recipe.device, kernels=False)
     seq_len = min(MAX_KL_SEQ_LEN, recipe.seq_len)
     held_out = held_out_tokens(dense.model, dense.tokenizer, recipe.seed, MAX_KL_WINDOWS, seq_len, report)
-    measures = evaluate(compressed, held_out.ids, dense.model, lambda done, total: report("evaluating", done, total))
+    measures: dict[str, Any] = evaluate(
+        compressed, held_out.ids, dense.model, lambda done, total: report("evaluating", done, total)
+    )
+    measures |= {"protocol": held_out.protocol()}
+    amend_record(out, {"held_out": measures})
     if not measures["kl"] <= recipe.max_kl:
         raise RuinedResult(
             f"max_kl={recipe.max_kl}: the result is ruined, its KL to the dense model is {measures['kl']:.4g} nats a token on held-out text; "
             f"it stays in {str(out)!r}; try method armor, larger blocks or more samples"
         )
-    return measures | {"protocol": held_out.protocol()}
+    return measures

@@ -225,7 +225,9 @@ def _tell(report: Report, settings: Recovery, progress: Progress, done: float) -
 
 def _record(base: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """The record of the checkpoint that was trained, without what no longer holds, and what was done to it."""
-    kept = {key: value for key, value in base.items() if key not in ("tensors", "versions", "format_version")}
+    kept = {
+        key: value for key, value in base.items() if key not in ("tensors", "versions", "format_version", "held_out")
+    }
     matrices = {
         name: {key: value for key, value in matrix.items() if key != "relative_error"}
         | {"relative_error_before_recovery": matrix.get("relative_error")}

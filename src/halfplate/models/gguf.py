@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-FIELDS = ("general.architecture", "tokenizer.ggml.pre", "split.count")
+FIELDS = ("general.architecture", "general.license", "tokenizer.ggml.pre", "split.count")
 
 # Vocabularies (`tokenizer.ggml.pre`) that cut numbers into single digits before GPT-2's own splitting; transformers
 # 5.23 knows none of them and falls back to GPT-2's splitting alone. Source: the regular expressions of llama.cpp.
@@ -21,11 +21,12 @@ DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r", "codeshell", "e
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of itself: architecture, how its vocabulary splits text (None: it does not say), what it holds."""
+    """What a GGUF file says of itself: architecture, how its vocabulary splits text and its licence (None: it does not say), what it holds."""
 
     architecture: str
     pre_tokenizer: str | None
     contents: GgufContents
+    licence: str | None = None
 
 
 def read_header(path: Path, name: str) -> GgufHeader:
@@ -59,8 +60,11 @@ def read_header(path: Path, name: str) -> GgufHeader:
             "join them with `llama-gguf-split --merge` and pass the joined file"
         )
     pre_tokenizer = fields.get("tokenizer.ggml.pre")
+    licence = fields.get("general.license")
     spoken = pre_tokenizer if isinstance(pre_tokenizer, str) else None
-    return GgufHeader(str(fields.get("general.architecture")), spoken, contents)
+    return GgufHeader(
+        str(fields.get("general.architecture")), spoken, contents, licence if isinstance(licence, str) else None
+    )
 
 
 def read_config(path: Path, name: str) -> "PretrainedConfig":

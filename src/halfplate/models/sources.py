@@ -31,6 +31,7 @@ HUB_FILES = (
     "*_tokens*.json",
     "*.model",
     "chat_template*",
+    "README.md",
 )
 HUB_IGNORED = ("*/*", "consolidated*")
 

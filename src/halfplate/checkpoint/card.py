@@ -1,0 +1,165 @@
+"""The model card of a folder: what it holds, what was measured and how, how to load it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from halfplate.checkpoint.config import CONFIG_FILE, METHOD, read_json, read_specs
+from halfplate.checkpoint.weights import read_headers
+from halfplate.formats import WeightSpec
+
+CARD_FILE = "README.md"
+NOT_MEASURED = "not measured"
+MEASURES = {
+    "kl": "KL to the dense model, nats a token",
+    "top1_agreement": "share of tokens whose most likely successor is the dense model's",
+    "perplexity": "perplexity",
+    "dense_perplexity": "perplexity of the dense model",
+    "tokens": "tokens scored",
+    "windows": "windows",
+    "seq_len": "tokens of a window",
+}
+LOADING = """\
+```python
+import halfplate  # registers the format with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)  # this folder, or where it was uploaded to
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+```
+
+`pip install halfplate` first; without the import transformers refuses this folder with a sentence that says so.
+"""
+LOADING_DENSE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)  # this folder, or where it was uploaded to
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+```
+
+A plain dense model: it needs no Halfplate, and has the size and the speed of one.
+"""
+
+
+def write_card(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write `README.md` from what `folder` holds and from `record`, the content of its `halfplate.json`."""
+    (folder / CARD_FILE).write_text(model_card(folder, record), encoding="utf-8")
+
+
+def model_card(folder: Path, record: Mapping[str, Any]) -> str:
+    """The card as Markdown, with the metadata that the Hugging Face Hub reads before it; equal for equal folders."""
+    quantization = read_json(folder / CONFIG_FILE).get("quantization_config")
+    compressed = isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+    specs = read_specs(folder) if compressed else {}
+    base = _words(record.get("model")) or "a dense model"
+    title = f"# {Path(base).name}, compressed by Halfplate" if specs else f"# {Path(base).name}, a dense copy"
+    parts = [_front_matter(record, bool(specs)), title]
+    if specs:
+        parts += [_what(record, base, specs), "## Bytes", _bytes(folder, specs), "## Quality", _quality(record)]
+    else:
+        parts.append(f"Written by Halfplate from `{Path(base).name}`.")
+    parts += ["## Loading", LOADING if specs else LOADING_DENSE, "## Licence", _licence(record)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _front_matter(record: Mapping[str, Any], compressed: bool) -> str:
+    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["halfplate"]}
+    recipe = record.get("recipe")
+    if compressed and isinstance(recipe, Mapping):
+        data["tags"] += [str(recipe[key]) for key in ("method", "pattern") if key in recipe]
+    if on_hub := _words(record.get("base_model")):
+        data["base_model"] = on_hub
+    if licence := _words(record.get("license")):
+        data["license"] = licence
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
+
+
+def _what(record: Mapping[str, Any], base: str, specs: Mapping[str, WeightSpec]) -> str:
+    recipe = record.get("recipe")
+    recipe = recipe if isinstance(recipe, Mapping) else {}
+    kinds = Counter((str(spec.pattern), spec.core_dtype, spec.in_block) for spec in specs.values())
+    rows = [
+        ("base model", f"`{Path(base).name}`"),
+        ("method", f"`{_words(recipe.get('method')) or 'not recorded'}`"),
+        ("calibration", _pairs(record.get("calibration")) or "none"),
+        *(
+            (
+                f"{count} matrices",
+                f"{pattern}, values in {dtype}" + (f", wrappers of blocks of {block}" if block else ""),
+            )
+            for (pattern, dtype, block), count in kinds.most_common()
+        ),
+    ]
+    skipped = record.get("skipped")
+    if isinstance(skipped, Mapping) and skipped:
+        rows.append((f"{len(skipped)} matrices", "left dense, for the reasons in `halfplate.json`"))
+    if tuned := record.get("tuned_blocks"):
+        rows.append(("tuned", f"{len(tuned)} blocks against the dense model's, masks fixed"))
+    for recovery in record.get("recoveries") or ():
+        rows.append(("recovered", f"{recovery.get('steps')} steps, {recovery.get('tokens')} tokens, masks fixed"))
+    return _table(("", ""), rows) + "\n\nThe whole recipe, and the error of each matrix, stand in `halfplate.json`."
+
+
+def _bytes(folder: Path, specs: Mapping[str, WeightSpec]) -> str:
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    dense = sum(spec.dense_nbytes for spec in specs.values())
+    everything = sum(tensor.nbytes for tensor in read_headers(folder).values())
+    rows = [
+        ("compressed matrices", f"{nbytes:,}", f"{dense:,}", f"{nbytes / dense:.3f}"),
+        ("everything else", f"{everything - nbytes:,}", "the same", "1"),
+    ]
+    return _table(("", "bytes", "dense, 2 bytes a weight", "share"), rows)
+
+
+def _quality(record: Mapping[str, Any]) -> str:
+    rows = []
+    matrices = record.get("matrices")
+    found = [
+        (matrix["relative_error"], matrix.get("error_kind", "unknown weighting"))
+        for matrix in (matrices.values() if isinstance(matrices, Mapping) else ())
+        if isinstance(matrix, Mapping) and isinstance(matrix.get("relative_error"), int | float)
+    ]
+    if found:
+        kinds = ", ".join(sorted({str(kind) for _, kind in found}))
+        mean = sum(error for error, _ in found) / len(found)
+        rows.append((f"relative error of a matrix on its calibration inputs, mean ({kinds})", f"{mean:.4g}"))
+    held_out = record.get("held_out")
+    if isinstance(held_out, Mapping):
+        rows += [(text, _number(held_out[key])) for key, text in MEASURES.items() if key in held_out]
+        protocol = _pairs(held_out.get("protocol")) or "not recorded"
+        note = f"Text of the model measures, held out from calibration: {protocol}."
+    else:
+        rows.append(("KL to the dense model, perplexity, tasks", NOT_MEASURED))
+        note = "`halfplate eval FOLDER --against DENSE --text FILE` measures them."
+    return _table(("measure", "value"), rows) + f"\n\n{note}"
+
+
+def _licence(record: Mapping[str, Any]) -> str:
+    licence = _words(record.get("license"))
+    if licence:
+        return f"The base model says `{licence}`, which goes with its compressed form."
+    return "The base model's files name no licence; the terms of the base model hold for its compressed form."
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _pairs(values: Any) -> str:
+    return ", ".join(f"{key} {_words(value)}" for key, value in values.items()) if isinstance(values, Mapping) else ""
+
+
+def _words(value: Any) -> str:
+    """A value on one line, that ends no code span."""
+    return "" if value is None else " ".join(str(value).replace("`", "'").split())
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else "not finite"

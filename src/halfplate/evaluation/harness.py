@@ -1,0 +1,29 @@
+"""Halfplate inside lm-eval: the model `halfplate`, and lm-eval's own command line with it registered.
+
+lm-eval finds models in its registry alone and looks for no entry points, so its command `lm_eval` never imports Halfplate;
+`python -m halfplate.evaluation.harness` is the same command after `import halfplate`.
+"""
+
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from halfplate.execution.loading import load_any
+
+
+class HalfplateLM(HFLM):
+    """A checkpoint of Halfplate, or a dense model, in fp32 on the fastest path there is, as `halfplate eval --tasks` has it.
+
+    pretrained: folder, Hub id or `.gguf` file. activations: as in `halfplate.load`. Other arguments are those of lm-eval's
+    `hf`. Raises HalfplateError where the model cannot be loaded.
+    """
+
+    def __init__(self, pretrained: str, activations: str = "float", device: str | None = None, **kwargs: Any) -> None:
+        model, tokenizer = load_any(pretrained, device or "cpu", activations)
+        super().__init__(pretrained=model, tokenizer=tokenizer, **kwargs)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,69 @@
+"""Compression of a dense model while transformers loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from halfplate.checkpoint.config import read_record, read_specs
+from halfplate.checkpoint.weights import read_headers, read_tensors
+from halfplate.errors import HalfplateError
+from halfplate.execution.local import compress
+from halfplate.formats import CompressedLinear, WeightSpec, connect
+from halfplate.models.linears import replace_linear
+from halfplate.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def compress_in_place(
+    model: PreTrainedModel, source: Path | None, recipe: Recipe | Mapping[str, Any] | None
+) -> tuple[dict[str, WeightSpec], dict[str, Any]]:
+    """Compress the dense model in the folder `source` and put the result into `model`, which was loaded from there.
+
+    What it becomes is what `compress` would have written; other tensors keep the element type that `model` was loaded in.
+    Returns the specifications of the compressed modules and the record of the compression. Raises HalfplateError where
+    `compress` does, and where parts of the model are not in memory.
+    """
+    absent = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
+    if source is None or absent is not None:
+        what = "the model has no weight files" if source is None else f"{absent} is not in memory"
+        raise HalfplateError(
+            f"recipe: {what}, so nothing can be compressed while it is loaded; run `halfplate compress` and load its result"
+        )
+    with TemporaryDirectory(prefix="halfplate-") as scratch:
+        out = Path(scratch) / "checkpoint"
+        parsed = recipe if isinstance(recipe, Recipe) else Recipe.from_mapping(recipe or {})
+        compress(str(_with_tokenizer(source, model)), out, parsed)
+        specs, record = read_specs(out), read_record(out)
+        tensors = dict(read_tensors(read_headers(out)))
+    for name, spec in specs.items():
+        linear = cast(nn.Linear, model.get_submodule(name))
+        bias = linear.bias
+        module = CompressedLinear(spec, bias is not None, "meta", None if bias is None else bias.dtype)
+        stored = {part: tensors.pop(f"{name}.{part}").to(linear.weight.device) for part in spec.layout()}
+        module.load_state_dict(stored | ({} if bias is None else {"bias": bias.detach()}), assign=True)
+        replace_linear(model, name, module.requires_grad_(False))
+    connect(model)
+    # Tuning may have moved what stays dense, too.
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)
+    return specs, record | {"model": model.config.name_or_path}
+
+
+def _with_tokenizer(source: Path, model: PreTrainedModel) -> Path:
+    """`source`, after the tokenizer of a Hub model has joined its weights there."""
+    revision = getattr(model.config, "_commit_hash", None)
+    if revision is not None:
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(model.config.name_or_path, revision=revision)
+    return source

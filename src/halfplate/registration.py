@@ -1,0 +1,59 @@
+"""Making Halfplate known to transformers and to lm-eval, in whichever order they are imported, without importing them."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+
+class _AfterImport:
+    """A finder that finds nothing itself: it adds `action` to the end of the import of the module `target`."""
+
+    def __init__(self, target: str, action: Callable[[], None]) -> None:
+        self.target, self.action = target, action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.target:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute, action = spec.loader.exec_module, self.action
+
+        def execute_and_act(module: ModuleType) -> None:
+            execute(module)
+            action()
+
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec
+
+
+def register() -> None:
+    """Register the quantizer with transformers and the model `halfplate` with lm-eval, now or as soon as they are imported.
+
+    Calling it again (`importlib.reload(halfplate)`) changes nothing.
+    """
+    for target, action in (
+        ("transformers.quantizers.auto", _register_quantizer),
+        ("lm_eval.api.registry", _register_lm_eval_model),
+    ):
+        if target in sys.modules:
+            action()
+        elif not any(getattr(finder, "target", None) == target for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterImport(target, action))
+
+
+def _register_quantizer() -> None:
+    # Where the import of the quantizer is what imports transformers, it is half done here and registers when it ends.
+    import_module("halfplate.checkpoint.quantizer")
+
+
+def _register_lm_eval_model() -> None:
+    registry = sys.modules["lm_eval.api.registry"].model_registry
+    if "halfplate" not in registry:
+        registry.register("halfplate", target="halfplate.evaluation.harness:HalfplateLM")
