@@ -157,7 +157,7 @@ class HalfplateQuantizer(HfQuantizer):
             accelerate(model, **dict(runtime))
         for name, module in _compressed(model):
             check_stored(module.spec, module.stored(), name)  # but for what is offloaded to disk
-        model.save_pretrained = SavePretrained(model)
+        model.save_pretrained = SavePretrained(model)  # type: ignore[method-assign]
         return model
 
     def _compress(self, model: PreTrainedModel) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 from halfplate.checkpoint.weights import read_headers, read_tensors, sha256
 from halfplate.checkpoint.write import add_sentence, write_record
@@ -20,16 +19,16 @@ WRITTEN = ("format_version", "versions", "tensors")
 class SavePretrained:
     """`save_pretrained` of one model, which its class cannot have: transformers hands no quantizer the folder.
 
-    Set as an attribute of the model. It holds the model weakly, so that this is freed at once when nobody else holds it, and
-    copies and pickles refer to the copy.
+    Set as an attribute of the model, which it holds, so that `load(OUT).save_pretrained(...)` works; such a circle is freed by
+    the garbage collector. Copies and pickles refer to the copy.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = ref(model)
+        self._model = model
 
     def __call__(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, with `halfplate.json` and the model card beside the weights."""
-        model: Any = self._model()
+        model: Any = self._model
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
         folder = Path(save_directory)
@@ -42,7 +41,7 @@ class SavePretrained:
             _upload(folder, token=kwargs.get("token"), **hub)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SavePretrained, (self._model(),)
+        return SavePretrained, (self._model,)
 
 
 def _upload(

@@ -6,6 +6,7 @@ lm-eval finds models in its registry alone and looks for no entry points, so its
 
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 
 from halfplate.execution.loading import load_any
@@ -19,7 +20,10 @@ class HalfplateLM(HFLM):
     """
 
     def __init__(self, pretrained: str, activations: str = "float", device: str | None = None, **kwargs: Any) -> None:
-        model, tokenizer = load_any(pretrained, device or "cpu", activations)
+        # lm-eval asks for a GPU unless it is told otherwise, and goes without where there is none.
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+            device = "cpu"
+        model, tokenizer = load_any(pretrained, device, activations)
         super().__init__(pretrained=model, tokenizer=tokenizer, **kwargs)
 
 
