@@ -109,7 +109,18 @@ def harness(tasks_folder, model, arguments):
     """What lm-eval's own command line finds, started as documented."""
     output = tasks_folder / "found"
     command = [sys.executable, "-m", "halfplate.evaluation.harness", "run", "--model", model, "--model_args", arguments]
-    command += ["--tasks", "birds", "--include_path", tasks_folder, "--output_path", output, "--batch_size", "8", "--device", "cpu"]
+    command += [
+        "--tasks",
+        "birds",
+        "--include_path",
+        tasks_folder,
+        "--output_path",
+        output,
+        "--batch_size",
+        "8",
+        "--device",
+        "cpu",
+    ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stderr
