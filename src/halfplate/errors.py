@@ -5,9 +5,17 @@ Every message names the argument, the value received, what was expected and what
 
 
 class HalfplateError(Exception):
-    """Input that Halfplate cannot work with; the command line prints the message and exits with `exit_status`."""
+    """Input that Halfplate cannot work with; the command line prints the message and exits with `exit_status`.
+
+    docs: the page that says more, as a path in the repository, where one line cannot; the command line prints it as a
+    second line.
+    """
 
     exit_status = 2
+
+    def __init__(self, message: str, docs: str | None = None) -> None:
+        super().__init__(message)
+        self.docs = docs
 
 
 class RuinedResult(HalfplateError):

@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from halfplate import plugins
 from halfplate.allocation.candidates import CHOICES, candidates
 from halfplate.calibration.collect import BATCH, input_stages
 from halfplate.calibration.documents import check_source
@@ -275,11 +276,18 @@ def _other_nbytes(model: nn.Module, compressed: set[str], dtype: torch.dtype) ->
 
 
 def _fingerprint(source: Source, recipe: Recipe) -> str:
-    """SHA-256 over the model's configuration, names and sizes of its weight files, the recipe and the version."""
+    """SHA-256 over the model's configuration, names and sizes of its weight files, the recipe, the version and those of plugins."""
     identity = source.identity() | {
         "recipe": recipe.fingerprint_json(),
         "version": package_version(),
     }
+    foreign = {
+        field: plugins.origin(points[0])
+        for field, group in (("method", plugins.METHODS), ("calibration", plugins.CALIBRATION))
+        if (points := plugins.installed(group).get(getattr(recipe, field).partition(":")[0]))
+    }
+    if foreign:
+        identity["plugins"] = foreign
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 

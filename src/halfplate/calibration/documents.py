@@ -4,12 +4,14 @@ import gzip
 import json
 import re
 import zlib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from halfplate import plugins
 from halfplate.errors import HalfplateError
 
 if TYPE_CHECKING:
@@ -27,7 +29,9 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
 def check_source(source: str, argument: str = "calibration") -> None:
-    """Raise HalfplateError where `source` names a file that is not there; `self` and Hub names are taken on trust."""
+    """Raise HalfplateError where `source` names a file or a plugin that is not there; Hub names are taken on trust."""
+    if _plugin(source, argument) is not None:
+        return
     path = Path(source).expanduser()
     if source.lower().endswith(SUFFIXES):
         if not path.is_file():
@@ -54,15 +58,18 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def read_text(source: str, argument: str = "calibration") -> list[str]:
-    """The documents of `source`: a file, or the field `text` of the train split of a Hub data set.
+    """The documents of `source`: a file, what a plugin reads, or the field `text` of the train split of a Hub data set.
 
     A `.txt` or `.txt.gz` file is one document; a `.jsonl` or `.jsonl.gz` file has one a line, in its field `text`
     (which may be empty). A Hub data set is named `org/name` or `org/name:config` and needs halfplate[hub]; its first
-    32 Mi characters are read. argument: the name that error messages give `source`.
+    32 Mi characters are read. Other installed packages add sources, `name` or `name:what` (docs/extending.md). argument: the name that error messages give `source`.
     Raises HalfplateError for a file that is missing, damaged, not UTF-8 or beyond 256 MiB, for lines without text
     (naming the line), and for data sets that cannot be read.
     """
     check_source(source, argument)
+    point = _plugin(source, argument)
+    if point is not None:
+        return _read_plugin(point, source, argument)
     if source.lower().endswith(SUFFIXES):
         return _read_file(source, Path(source).expanduser(), argument)
     return _read_hub(source, argument)
@@ -75,6 +82,29 @@ def token_stream(tokenizer: "PreTrainedTokenizerBase", documents: list[str]) -> 
     """
     ids = tokenizer(SEPARATOR.join(documents), verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def _plugin(source: str, argument: str) -> EntryPoint | None:
+    """The entry point that reads `name` or `name:what`, None where no installed package has that name."""
+    name = source.partition(":")[0]
+    return plugins.find(plugins.CALIBRATION, name, argument, own=name == "self")
+
+
+def _read_plugin(point: EntryPoint, source: str, argument: str) -> list[str]:
+    read = plugins.load(point, argument)
+    try:
+        documents = list(read(source.partition(":")[2]))
+    except HalfplateError:
+        raise
+    # The code of another package fails in ways of its own.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise plugins.broken(point, argument, f"failed on {source!r} ({reason})") from error
+    for number, text in enumerate(documents, start=1):
+        if not isinstance(text, str):
+            raise plugins.broken(point, argument, f"gave a {type(text).__name__} as document {number}, expected a str")
+        check_unicode(text, f"{argument}={source!r}, document {number}")
+    return documents
 
 
 def _read_file(source: str, path: Path, argument: str) -> list[str]:

@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except HalfplateError as error:
         print(f"halfplate: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if error.docs is not None:
+            print(f"see {error.docs}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         left = "" if out is None else f"; nothing half-written is left in {out}"

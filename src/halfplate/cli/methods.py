@@ -1,10 +1,12 @@
 """List the compression methods and their options."""
 
 import argparse
+import sys
 from dataclasses import MISSING, fields
 from typing import Any
 
 from halfplate.cli.parser import add_output_arguments
+from halfplate.errors import HalfplateError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,11 +15,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from halfplate.cli.console import print_json, print_table
-    from halfplate.methods import METHODS, create, method_class
+    from halfplate.methods import create, method_class, method_names
 
     listed: list[dict[str, Any]] = []
-    for name in METHODS:
-        found = method_class(name)
+    for name in method_names():
+        try:
+            found = method_class(name)
+        except HalfplateError as error:  # that of another package; the rest is listed all the same
+            print(f"halfplate: warning: {error}", file=sys.stderr)
+            continue
         options = {f.name: f.default for f in fields(found) if f.default is not MISSING}
         needs = create(name).requires.name.lower()
         listed.append(
