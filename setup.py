@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("src/halfplate/kernels/src")
@@ -78,4 +79,14 @@ class BuildNative(build_ext):
                 self.copy_file(str(built), str(Path("src") / self.get_ext_filename(extension.name)))
 
 
-setup(ext_modules=[Extension("halfplate.kernels.libhalfplate", sources=[])], cmdclass={"build_ext": BuildNative})
+class WheelOfEveryPython(bdist_wheel):
+    """A wheel for one platform and any Python 3: the library knows nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("halfplate.kernels.libhalfplate", sources=[])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": WheelOfEveryPython},
+)

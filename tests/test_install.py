@@ -1,9 +1,12 @@
 """Installing from source, with and without a working compiler."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,14 +14,34 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def install(tmp_path, compiler):
-    """Build and install a copy of the source tree with `compiler`; returns the folder to import from."""
-    source, target = tmp_path / "source", tmp_path / "site"
+def build(tmp_path, what, compiler="false"):
+    """The sdist or the wheel of a copy of the source tree."""
+    source = tmp_path / "source"
     ignored = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT / "src", source / "src", ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("src", "docs"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+    ):
         shutil.copy(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", target, source]
+    code = f"from setuptools import build_meta; build_meta.build_{what}('dist')"
+    environment = os.environ | {"CXX": compiler}
+    subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, check=True, capture_output=True)
+    (built,) = (source / "dist").iterdir()
+    return built
+
+
+def install(tmp_path, compiler):
+    """Build and install the sdist with `compiler`; returns the folder to import from."""
+    target = tmp_path / "site"
+    sdist = build(tmp_path, "sdist")
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", target, sdist]
     run = subprocess.run(command, env=os.environ | {"CXX": compiler}, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return target
@@ -49,3 +72,27 @@ def test_install_with_a_compiler_has_native_kernels(tmp_path):
     site = install(tmp_path, compiler)
     assert [path.name for path in site.rglob("*.so")] == ["libhalfplate.so"]
     assert "not built" not in halfplate(site, "doctor")
+
+
+def test_sdist_holds_all_sources_and_the_licence(tmp_path):
+    with tarfile.open(build(tmp_path, "sdist")) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = [path for path in (ROOT / "src").rglob("*") if path.suffix in (".py", ".cpp", ".inc", ".h", ".typed")]
+    assert len(tracked) > 100
+    assert {str(path.relative_to(ROOT)) for path in tracked} <= names
+    assert {"LICENSE", "CHANGELOG.md", "README.md", "pyproject.toml", "setup.py", "docs/format.md"} <= names
+
+
+def test_one_wheel_serves_every_python(tmp_path):
+    wheel = build(tmp_path, "wheel")
+    assert re.fullmatch(r"halfplate-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+
+
+def test_the_changelog_has_the_version_of_the_package():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    sections = re.findall(r"^## \[(.+?)\](?: - \d{4}-\d{2}-\d{2})?$", text, re.MULTILINE)
+    assert sections[0] == "Unreleased"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    # Until the first release there is none but that.
+    assert len(sections) == 1 or sections[1] == version

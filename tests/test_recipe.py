@@ -1,9 +1,10 @@
 import json
+from typing import get_type_hints
 
 import pytest
 
 from halfplate.errors import HalfplateError
-from halfplate.recipe import Recipe
+from halfplate.recipe import Recipe, RecipeFields
 
 
 def test_json_round_trip():
@@ -113,3 +114,18 @@ def test_empty_yaml_is_the_default(tmp_path):
 def test_threads_and_max_kl_leave_the_fingerprint_alone():
     assert Recipe(method="wanda", threads=1, max_kl=1.0).fingerprint_json() == Recipe(method="wanda").fingerprint_json()
     assert Recipe(method="wanda", seed=1).fingerprint_json() != Recipe(method="wanda").fingerprint_json()
+
+
+def test_keyword_arguments_of_verbs_are_the_fields_of_the_recipe():
+    hints = {name: hint for name, hint in get_type_hints(Recipe).items() if name != "version"}
+    assert get_type_hints(RecipeFields) == hints
+
+
+def test_a_recipe_of_whatever_is_at_hand(tmp_path):
+    (tmp_path / "r.yaml").write_text("method: wanda\nsamples: 8\n")
+    assert Recipe.of() == Recipe()
+    assert Recipe.of(seed=3) == Recipe(seed=3)
+    assert Recipe.of(Recipe(seed=3), samples=8) == Recipe(seed=3, samples=8)
+    assert Recipe.of(tmp_path / "r.yaml", samples=9) == Recipe(method="wanda", samples=9)
+    with pytest.raises(HalfplateError, match="option='sample' is unknown; did you mean 'samples'"):
+        Recipe.of(sample=3)

@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from halfplate.checkpoint.quantizer import HalfplateConfig
     from halfplate.checkpoint.read import load
     from halfplate.evaluation.bench import bench
-    from halfplate.evaluation.perplexity import evaluate
-    from halfplate.execution.local import compress
-    from halfplate.execution.recover import recover
-    from halfplate.planning import make_plan as plan
+    from halfplate.execution.evaluate import evaluate
+    from halfplate.recipe import Recipe
+    from halfplate.recovery.settings import Recovery
+    from halfplate.verbs import compress, plan, recover
 
     __version__: str
 
 __all__ = [
     "HalfplateConfig",
     "HalfplateError",
+    "Recipe",
+    "Recovery",
     "__version__",
     "bench",
     "compress",
@@ -33,18 +35,19 @@ __all__ = [
     "load",
     "plan",
     "recover",
-    "report",
 ]
 
-_LAZY = {
+_FOUND_IN = {
     "HalfplateConfig": ("halfplate.checkpoint.quantizer", "HalfplateConfig"),
+    "Recipe": ("halfplate.recipe", "Recipe"),
+    "Recovery": ("halfplate.recovery.settings", "Recovery"),
     "bench": ("halfplate.evaluation.bench", "bench"),
-    "compress": ("halfplate.execution.local", "compress"),
-    "evaluate": ("halfplate.evaluation.perplexity", "evaluate"),
+    "compress": ("halfplate.verbs", "compress"),
+    "evaluate": ("halfplate.execution.evaluate", "evaluate"),
     "export": ("halfplate.checkpoint.export", "export_dense"),
     "load": ("halfplate.checkpoint.read", "load"),
-    "plan": ("halfplate.planning", "make_plan"),
-    "recover": ("halfplate.execution.recover", "recover"),
+    "plan": ("halfplate.verbs", "plan"),
+    "recover": ("halfplate.verbs", "recover"),
 }
 
 register()
@@ -55,10 +58,10 @@ def __getattr__(name: str) -> Any:
         from halfplate.version import package_version
 
         return package_version()
-    if name not in _LAZY:
+    if name not in _FOUND_IN:
         raise AttributeError(f"module 'halfplate' has no attribute {name!r}")
-    module, function = _LAZY[name]
-    return getattr(import_module(module), function)
+    module, attribute = _FOUND_IN[name]
+    return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

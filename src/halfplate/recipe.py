@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypedDict, Union, Unpack, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -21,6 +21,7 @@ from halfplate.formats.rounding import GROUP
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern
+from halfplate.plugins import unknown
 from halfplate.statistics import Statistic
 
 VERSION = 1
@@ -28,6 +29,42 @@ LARGEST_FILE = 2**20  # bytes of a recipe
 DEEPEST = 10  # levels of nesting in one
 # Neither changes the result: they are no part of what makes two runs the same.
 WITHOUT_EFFECT = ("threads", "max_kl")
+
+
+class RecipeFields(TypedDict, total=False):
+    """The fields of Recipe as keyword arguments of a verb."""
+
+    method: str
+    method_options: Mapping[str, Any]
+    pattern: str
+    block_size: int | Literal["auto"]
+    out_block_size: int | None
+    share_wrappers: bool
+    core_dtype: str
+    wrapper_dtype: str
+    group_size: int
+    calibration: str
+    samples: int
+    seq_len: int
+    seed: int
+    inputs: Literal["dense", "compressed"]
+    cross_damping: float | Literal["none"]
+    token_limit: float | Literal["none"]
+    precision: Literal["auto", "bf16", "fp32"]
+    tune_block: int
+    ratios: Literal["uniform", "owl"]
+    owl_lambda: float
+    budget: float | None
+    time_budget: float | None
+    choose: tuple[str, ...]
+    search: Literal["knapsack", "evolution"]
+    generations: int
+    offspring: int
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    device: str
+    threads: int | None
+    max_kl: float | None
 
 
 @dataclass(frozen=True)
@@ -241,6 +278,23 @@ class Recipe:
         """The method with its options; where it has a seed of its own, the recipe's unless the options say otherwise."""
         seeded = any(f.name == "seed" for f in fields(methods.method_class(self.method)))
         return methods.create(self.method, **{**({"seed": self.seed} if seeded else {}), **self.method_options})
+
+    @classmethod
+    def of(cls, recipe: Recipe | str | Path | None = None, **changes: Unpack[RecipeFields]) -> Recipe:
+        """A recipe, or the one in a YAML file, or the defaults, with `changes` in place of what it says.
+
+        Raises HalfplateError for what `from_yaml` and Recipe refuse, and for a name that is no field.
+        """
+        # Checked here, because a misspelt keyword of a verb must not look like a bug.
+        values: dict[str, Any] = dict(changes)
+        for name in values:
+            if name not in {f.name for f in fields(cls)}:
+                raise unknown("option", name, [f.name for f in fields(cls)])
+        if recipe is None:
+            return cls(**values)
+        if isinstance(recipe, Recipe):
+            return replace(recipe, **values)
+        return cls.from_yaml(recipe, **values)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "recipe") -> Recipe:

@@ -3,7 +3,19 @@ import sys
 
 import pytest
 
-VERBS = ["plan", "compress", "eval", "bench", "generate", "inspect", "export", "recipe", "methods", "doctor"]
+VERBS = [
+    "plan",
+    "compress",
+    "eval",
+    "bench",
+    "generate",
+    "inspect",
+    "export",
+    "recipe",
+    "methods",
+    "doctor",
+    "completion",
+]
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -25,6 +37,22 @@ assert not heavy, heavy
     done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_version_names_the_instruction_set(capsys, monkeypatch):
+    from halfplate import __version__
+    from halfplate.cli import main
+    from halfplate.kernels import native
+
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            main(["--version"])
+        assert stop.value.code == 0
+        expected = native.isa() if native.available() else native.reason()
+        assert capsys.readouterr().out == f"halfplate {__version__}, native kernels: {expected}\n"
+        monkeypatch.setenv("HALFPLATE_NATIVE", "0")
+        native._open.cache_clear()
+    native._open.cache_clear()
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -9,6 +9,7 @@ from typing import Any
 
 from halfplate.cli import (
     bench,
+    completion,
     compress,
     doctor,
     evaluate,
@@ -22,9 +23,8 @@ from halfplate.cli import (
     report,
     serve,
 )
-from halfplate.cli.parser import Parser
+from halfplate.cli.parser import Parser, Version
 from halfplate.errors import HalfplateError
-from halfplate.version import package_version
 
 VERBS: dict[str, Any] = {
     "plan": plan,
@@ -40,6 +40,7 @@ VERBS: dict[str, Any] = {
     "serve": serve,
     "methods": methods,
     "doctor": doctor,
+    "completion": completion,
 }
 
 
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="halfplate",
         description="Compress language models to 2:4 sparsity with ARMOR, in one shot and at the least loss of quality.",
     )
-    parser.add_argument("--version", action="version", version=f"halfplate {package_version()}")
+    parser.add_argument("--version", action=Version)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module in VERBS.items():
         summary = module.__doc__.strip().splitlines()[0]

@@ -19,6 +19,20 @@ class Parser(argparse.ArgumentParser):
         raise HalfplateError(f"{message}; see {self.prog} --help")
 
 
+class Version(argparse.Action):
+    """`--version`: the version, the kernels and their instruction set, found only when asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="show the version and the kernels in use, and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        from halfplate.kernels.native import described
+        from halfplate.version import package_version
+
+        print(f"halfplate {package_version()}, native kernels: {described()}")
+        parser.exit()
+
+
 class NotYet(argparse.Action):
     """An option of the contract that does not work yet."""
 

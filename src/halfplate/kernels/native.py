@@ -7,6 +7,7 @@ the library off, so that everything runs on its torch path.
 import ctypes
 import os
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 LIBRARY = Path(__file__).with_name("libhalfplate.so")
@@ -41,13 +42,21 @@ class GramSweep(ctypes.Structure):
     ]
 
 
+def _absent() -> str:
+    """Why there is no library to open; empty where there is one."""
+    if os.environ.get("HALFPLATE_NATIVE") == "0":
+        return "HALFPLATE_NATIVE=0 turns the native kernels off"
+    if not LIBRARY.exists():
+        return "the native kernels were not built; install a C++17 compiler and reinstall halfplate"
+    return ""
+
+
 @cache
 def _open() -> tuple[ctypes.CDLL | None, str]:
     """The library and the name of its instruction set, or None and why there is none."""
-    if os.environ.get("HALFPLATE_NATIVE") == "0":
-        return None, "HALFPLATE_NATIVE=0 turns the native kernels off"
-    if not LIBRARY.exists():
-        return None, "the native kernels were not built; install a C++17 compiler and reinstall halfplate"
+    absent = _absent()
+    if absent:
+        return None, absent
     import torch  # noqa: F401  (its OpenMP runtime must be the one in the process before ours asks for it)
 
     try:
@@ -91,6 +100,26 @@ def reason() -> str:
 def isa() -> str:
     """Instruction set in use: `avx512`, `avx2`, `baseline`, or `none`."""
     return _open()[1] if available() else "none"
+
+
+def described() -> str:
+    """The instruction set, or why there is none, from the library alone: nothing is imported, nothing computed."""
+    absent = _absent()
+    if absent:
+        return absent
+    torch = find_spec("torch")
+    try:
+        # Wheels do not bring an OpenMP runtime, so that ours and torch's are one; without torch in the process it is fetched.
+        if torch is not None and torch.origin is not None:
+            runtime = Path(torch.origin).parent / "lib" / "libgomp.so.1"
+            if runtime.exists():
+                ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+        name = ctypes.CDLL(str(LIBRARY)).halfplate_isa
+    except OSError as error:
+        return f"the native kernels cannot be loaded: {error}"
+    name.restype = ctypes.c_char_p
+    found: bytes = name()
+    return found.decode()
 
 
 def library() -> ctypes.CDLL:

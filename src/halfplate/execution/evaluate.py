@@ -1,0 +1,151 @@
+"""Judging any model the command line takes: read it and its texts, measure, put the measures together."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfplate.calibration import read_text
+from halfplate.calibration.text import check_seq_len
+from halfplate.errors import HalfplateError
+from halfplate.evaluation import perplexity
+from halfplate.evaluation.perplexity import token_windows
+from halfplate.execution.held_out import held_out_tokens
+from halfplate.execution.loading import calibration_seed, load_any
+from halfplate.execution.progress import Report, silent
+from halfplate.models.sources import is_compressed
+
+SEQ_LEN = 1024
+SELF_SEQ_LEN = 256
+SELF_WINDOWS = 16
+TEXT_SUFFIXES = (".gz", ".txt", ".jsonl")
+MEANS = ("kl", "top1_agreement")
+
+
+def evaluate(
+    model: str,
+    text: str | Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    against: str | None = None,
+    seq_len: int | None = None,
+    windows: int | None = None,
+    tasks_folder: str | None = None,
+    limit: int | None = None,
+    threads: int | None = None,
+    activations: str = "float",
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Perplexity of `model`, beside the dense model `against` KL and top-1 agreement, and scores on tasks of lm-eval.
+
+    model: a checkpoint, a folder, a Hub id or a `.gguf` file. text: sources to score (files, Hub data sets), None for held-out
+    text that the dense model samples; with tasks alone, no text is scored. seq_len: tokens of a window, None for 1024, 256 for
+    sampled text. windows: only the first so many, None for all, 16 of sampled text. tasks_folder: more task definitions.
+    limit: only the first rows of each task. activations: as in `halfplate.load`.
+    Returns the JSON object of `halfplate eval --json`: measures over all texts, under `texts` those of each where there are
+    several, under `tasks` those of each task. Raises HalfplateError on bad input.
+    """
+    sources = [text] if isinstance(text, str) else text
+    sampler = against or model
+    if sources is None and is_compressed(sampler) and not tasks:
+        raise HalfplateError(
+            f"text=None: {sampler!r} is compressed, so no dense model is at hand to sample held-out text from; give --text FILE or --against DENSE"
+        )
+    if tasks is not None:
+        from halfplate.evaluation.tasks import check_available
+
+        check_available()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    documents = {name: read_text(source, "text") for name, source in _names(sources or []).items()}
+
+    report("reading", 0, 1)
+    judged, tokenizer = load_any(model, activations=activations)
+    dense, dense_tokenizer = load_any(against) if against else (None, None)
+    if dense is not None and dense.config.get_text_config().vocab_size != judged.config.get_text_config().vocab_size:
+        raise HalfplateError(
+            f"against={against!r} has another vocabulary than {model!r}; give the dense model that it was compressed from"
+        )
+    report("reading", 1, 1)
+    scores = {} if tasks is None else {"tasks": _tasks(judged, tokenizer, tasks, tasks_folder, limit, report)}
+    if scores and sources is None and against is None:
+        return scores
+    length = _seq_len(seq_len, judged, sampled=sources is None)
+
+    def scored(cut: torch.Tensor, what: str) -> dict[str, Any]:
+        measures: dict[str, Any] = perplexity.evaluate(
+            judged, cut, dense, lambda done, total: report(what, done, total)
+        )
+        return measures
+
+    if sources is None:
+        held_out = held_out_tokens(
+            dense or judged,
+            dense_tokenizer or tokenizer,
+            calibration_seed(model),
+            windows or SELF_WINDOWS,
+            length,
+            report,
+        )
+        return scored(held_out.ids, "evaluating") | {"protocol": held_out.protocol()} | scores
+    cuts = {name: token_windows(tokenizer, texts, length, windows) for name, texts in documents.items()}
+    results = {name: scored(cut, f"evaluating {name}") for name, cut in cuts.items()}
+    if len(results) == 1:
+        return next(iter(results.values())) | scores
+    return _together(list(results.values())) | {"texts": results} | scores
+
+
+def _tasks(
+    model: Any, tokenizer: Any, tasks: Sequence[str], folder: str | None, limit: int | None, report: Report
+) -> dict[str, Any]:
+    from halfplate.evaluation.tasks import evaluate_tasks
+
+    report("tasks", 0, 1)
+    found = evaluate_tasks(model, tokenizer, list(tasks), folder, limit)
+    report("tasks", 1, 1)
+    return found
+
+
+def _seq_len(seq_len: int | None, model: Any, sampled: bool) -> int:
+    if seq_len is None:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN
+        return int(min(SELF_SEQ_LEN if sampled else SEQ_LEN, limit))
+    check_seq_len(model, seq_len, least=2)
+    return seq_len
+
+
+def _names(sources: Sequence[str]) -> dict[str, str]:
+    """A short name for each text: its file name without suffixes, with its folder's where that is not unique."""
+
+    def short(source: str) -> str:
+        name = Path(source).name
+        while (suffix := Path(name).suffix) in TEXT_SUFFIXES and suffix:
+            name = name.removesuffix(suffix)
+        return name
+
+    stems = [short(source) for source in sources]
+    named: dict[str, str] = {}
+    for source, stem in zip(sources, stems, strict=True):
+        name = stem if stems.count(stem) == 1 else f"{Path(source).parent.name}/{stem}"
+        named[source if name in named else name] = source
+    return named
+
+
+def _together(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Measures over several texts as if over one: every scored token counts the same."""
+    tokens: list[int] = [result["tokens"] for result in results]
+
+    def mean(values: list[float]) -> float:
+        weighted = [value * count for value, count in zip(values, tokens, strict=True)]
+        return math.fsum(weighted) / sum(tokens)
+
+    first = results[0]
+    whole: dict[str, Any] = {
+        "tokens": sum(tokens),
+        "windows": sum(r["windows"] for r in results),
+        "seq_len": first["seq_len"],
+    }
+    for key in (key for key in ("perplexity", "dense_perplexity") if key in first):
+        whole[key] = math.exp(mean([math.log(r[key]) for r in results]))
+    return whole | {key: mean([r[key] for r in results]) for key in MEANS if key in first}

@@ -1,0 +1,73 @@
+"""The verbs of the command line that take a recipe or settings, with their names, arguments and defaults."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+from halfplate.execution import local
+from halfplate.execution import recover as recovery
+from halfplate.execution.progress import Report, silent
+from halfplate.planning import Plan, make_plan
+from halfplate.plugins import unknown
+from halfplate.recipe import Recipe, RecipeFields
+from halfplate.recovery.settings import Recovery
+from halfplate.statistics import Statistic
+
+
+def plan(model: str, recipe: Recipe | str | Path | None = None, **options: Unpack[RecipeFields]) -> Plan:
+    """Plan the compression of `model`, reading its configuration and no weight.
+
+    recipe: a Recipe or the path of a YAML file; options: fields of Recipe, which go before it, as flags do.
+    Raises HalfplateError on bad input.
+
+    >>> found = halfplate.plan("tiny", method="wanda", seq_len=32)
+    >>> len(found.specs), f"{found.nbytes / found.dense_nbytes:.4f}"
+    (14, '0.5625')
+    """
+    return make_plan(model, Recipe.of(recipe, **options))
+
+
+def compress(
+    model: str,
+    out: str | Path,
+    recipe: Recipe | str | Path | None = None,
+    overwrite: bool = False,
+    report: Report = silent,
+    statistics: Statistic = Statistic.NONE,
+    **options: Unpack[RecipeFields],
+) -> dict[str, Any]:
+    """Compress `model`, write the checkpoint `out` with its log, and return the JSON object of `halfplate compress --json`.
+
+    recipe, options: as in `plan`. report: told of every step (`halfplate.execution.progress.Report`). statistics: collect at
+    least these, so that methods that need less are judged by the true output error too. Raises HalfplateError on bad
+    input with nothing written, RuinedResult after writing where the KL exceeds `max_kl`.
+
+    >>> summary = halfplate.compress("tiny", "tiny-armor", samples=4, seq_len=32, method_options={"iterations": 2})
+    >>> summary["method"], len(summary["matrices"])
+    ('armor', 14)
+    """
+    return local.compress(model, out, Recipe.of(recipe, **options), overwrite, report, statistics)
+
+
+def recover(
+    model: str | Path,
+    teacher: str,
+    out: str | Path,
+    settings: Recovery | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    report: Report = silent,
+    save_minutes: float = recovery.SAVE_MINUTES,
+    device: str = "cpu",
+    **options: Any,
+) -> dict[str, Any] | None:
+    """Train the checkpoint `model` towards the dense `teacher`, its masks kept, write `out` and return the summary.
+
+    settings, options: a Recovery, and fields that go before it; tokens or minutes must be given. resume: go on from the state that
+    an interrupted run left, which is saved every `save_minutes`. Under `accelerate launch` all processes but the main one
+    return None. Raises HalfplateError on bad input, RuinedResult after writing where the held-out KL did not fall.
+    """
+    for name in options.keys() - {field.name for field in fields(Recovery)}:
+        raise unknown("option", name, [field.name for field in fields(Recovery)])
+    settings = Recovery(**options) if settings is None else replace(settings, **options)
+    return recovery.recover(model, teacher, out, settings, overwrite, resume, report, save_minutes, device)
