@@ -1,7 +1,4 @@
-"""The same model in llama.cpp: an F16 GGUF file of a dense Llama, llama.cpp's own quantiser, and its logits.
-
-Token ids are numbers in these files, which hold no vocabulary.
-"""
+"""The same model in llama.cpp: its own quantiser, what a file of it holds, and its logits."""
 
 import ctypes
 from collections import Counter
@@ -13,60 +10,9 @@ from typing import Any
 import common  # noqa: F401  (keeps kernels.py from transformers)
 import numpy as np
 import torch
-from random_weights import GGUF_NAMES
 from torch import Tensor
 
-from halfplate.models.linears import find_linears
-
 FILE_TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # llama_ftype of llama.h
-
-
-def write_f16(model: Any, path: Path) -> None:
-    """Write a Llama of transformers as a GGUF file of F16 matrices and F32 norms."""
-    import gguf
-
-    config = model.config
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_tokenizer_model("none")
-
-    def add(name: str, matrix: Tensor, dtype: Any = np.float16) -> None:
-        writer.add_tensor(f"{name}.weight", matrix.detach().float().numpy().astype(dtype))
-
-    add("token_embd", model.get_input_embeddings().weight)
-    for linear in find_linears(model)[0]:
-        inner = linear.name.split(f"layers.{linear.block}.")[1]
-        weight = model.get_submodule(linear.name).weight
-        for projection, count in (("q_proj", heads), ("k_proj", kv_heads)):
-            if inner.endswith(projection):
-                weight = _interleaved(weight, count)
-        add(f"blk.{linear.block}.{GGUF_NAMES[inner]}", weight)
-    for number, block in enumerate(model.model.layers):
-        add(f"blk.{number}.attn_norm", block.input_layernorm.weight, np.float32)
-        add(f"blk.{number}.ffn_norm", block.post_attention_layernorm.weight, np.float32)
-    add("output_norm", model.model.norm.weight, np.float32)
-    if not config.tie_word_embeddings:
-        add("output", model.get_output_embeddings().weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows (d_out, d_in) in the order of llama.cpp, whose rotary embedding turns neighbours and not halves of a head."""
-    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def quantise(source: Path, path: Path, kind: str) -> None:

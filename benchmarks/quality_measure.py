@@ -36,6 +36,7 @@ from halfplate.execution.matrix import relative_error
 from halfplate.formats import CompressedLinear
 from halfplate.formats.nm_sparse import NMSparse
 from halfplate.models.blockwise import BlockwiseModel
+from halfplate.models.gguf_writer import write_gguf
 from halfplate.models.linears import find_linears, replace_linear
 from halfplate.models.sources import LoadedModel, load_dense
 from halfplate.recipe import Recipe
@@ -183,7 +184,7 @@ class Bench:
     def _llama_cpp(self, folder: Path, kind: str) -> dict[str, Any]:
         folder.mkdir()
         full, file = folder / "f16.gguf", folder / "model.gguf"
-        llama_cpp_model.write_f16(self.dense.model, full)
+        write_gguf(self.dense.model, None, full)  # token ids are numbers in it
         llama_cpp_model.quantise(full, file, kind)
         full.unlink()
         return {}

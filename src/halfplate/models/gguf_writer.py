@@ -40,7 +40,6 @@ def write_gguf(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | N
     writer = gguf.GGUFWriter(str(path), name)
     _add_settings(writer, model.config, name)
     if tokenizer is None:
-        writer.add_vocab_size(model.config.vocab_size)
         writer.add_tokenizer_model("none")
     else:
         _add_tokenizer(writer, tokenizer, model.config.vocab_size)
