@@ -80,8 +80,8 @@ def _add_settings(writer: Any, config: Any, name: str) -> None:
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
     if name == "llama":
-        writer.add_vocab_size(config.vocab_size)
         writer.add_rope_dimension_count(head_dim)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
 
