@@ -63,6 +63,16 @@ def test_recovery_lowers_the_divergence_and_keeps_the_masks(compressed, tiny_fol
     assert halfplate.load(out)(torch.arange(3, 20)[None]).logits.isfinite().all()
 
 
+def test_the_log_tells_every_step(wrapped, tiny_folder, tmp_path):
+    summary = recover(wrapped, str(tiny_folder), tmp_path / "out", Recovery(tokens=512, **FAST))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    by_event = {line["event"]: line for line in lines}
+    assert by_event["recovery"]["settings"]["tokens"] == 512
+    assert len([line for line in lines if line["event"] == "step"]) == summary["steps"]
+    assert by_event["end"]["after"] == summary["after"]
+    assert not list(tmp_path.glob("*.log.jsonl"))
+
+
 def test_wrappers_alone_leave_the_core_and_the_norms(wrapped, tiny_folder, tmp_path):
     settings = Recovery(tokens=512, train="wrappers", norms=False, **FAST)
     recover(wrapped, str(tiny_folder), tmp_path / "out", settings)

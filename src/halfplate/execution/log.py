@@ -18,6 +18,7 @@ from halfplate.version import package_version
 
 LOG_FILE = "log.jsonl"
 LOG_VERSION = 1
+WORK = ("matrix", "step")  # events of what a run does, after which its log is worth keeping
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 
 
@@ -26,7 +27,7 @@ def run_log(out: Path, report: Report, resume: bool = False) -> Iterator[Report]
     """A report that tells `report` and writes the log; what is raised inside is written as an `error`.
 
     While the run lasts, and after it failed, the log lies beside `out` as `NAME.log.jsonl`; where `out` was written, it moves
-    there. The log of a run that failed before the first matrix was compressed goes: the error says all. A log that cannot be
+    there. The log of a run that failed before its first matrix or step goes: the error says all. A log that cannot be
     written stops no run. resume: go on after what an earlier run wrote.
     """
     target = out.resolve()
@@ -58,7 +59,7 @@ class RunLog:
     def __init__(self, path: Path, resume: bool = False) -> None:
         self.path = path
         self._left = TimeLeft()
-        self._matrices = 0
+        self._worked = False
         self._file: TextIO | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ class RunLog:
         if left is not None:
             step["seconds_left"] = round(left, 3)
         step["phase_seconds"] = round(self._left.spent, 3)
-        self._matrices += step["event"] == "matrix"
+        self._worked = self._worked or step["event"] in WORK
         self.write(step)
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -109,11 +110,11 @@ class RunLog:
                 return
 
     def settle(self, place: Path | None) -> None:
-        """Move the finished log to `place`; without one, remove it unless a matrix was compressed."""
+        """Move the finished log to `place`; without one, remove it unless there was work."""
         try:
             if place is not None:
                 self.path.replace(place)
-            elif not self._matrices:
+            elif not self._worked:
                 self.path.unlink(missing_ok=True)
         except OSError:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from halfplate.checkpoint.write import write_checkpoint
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate, token_windows
 from halfplate.execution.clock import Clock
+from halfplate.execution.log import run_log
 from halfplate.execution.output import check_result_folder
 from halfplate.execution.progress import Report, silent
 from halfplate.models.sources import Source, is_compressed, load_dense, open_source
@@ -53,7 +55,6 @@ def recover(
     base, out = Path(model), Path(out)
     if not is_compressed(base):
         raise HalfplateError(f"model={str(model)!r} is not a Halfplate checkpoint; give the OUT of halfplate compress")
-    specs, record = read_specs(base), read_record(base)
     source = open_source(teacher)
     accelerator = Accelerator(cpu=device == "cpu")
     report = report if accelerator.is_main_process else silent
@@ -65,21 +66,52 @@ def recover(
     if out.resolve() == base.resolve():
         raise HalfplateError(f"out={str(out)!r} is the checkpoint that is read; choose another folder")
     work = _work_folder(out, overwrite, resume, accelerator)
+    order = _Order(base, out, source, settings, identity, accelerator, work, overwrite or resume, save_minutes)
+    if not accelerator.is_main_process:
+        _carry_out(order, report)
+        return None
+    with run_log(out, report, resume) as told:
+        return _carry_out(order, told)
 
+
+@dataclass(frozen=True)
+class _Order:
+    """One recovery, checked: what it reads, where it writes, and who works on it."""
+
+    base: Path
+    out: Path
+    source: Source
+    settings: Recovery
+    identity: dict[str, Any]
+    accelerator: Accelerator
+    work: Path
+    replace: bool
+    save_minutes: float
+
+
+def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
+    """Train, write, judge; the summary, which holds no measures in any process but the main one."""
+    settings, accelerator, work = order.settings, order.accelerator, order.work
+    asked = {
+        "event": "recovery",
+        "model": str(order.base),
+        "teacher": order.source.name,
+        "settings": settings.to_json(),
+    }
     clock = Clock()
     with clock("reading"):
-        report("reading", 0, 1)
-        student = load(base, kernels=False)
-        _check_teacher(source, student, settings)
-        dense = load_dense(source)
+        report("reading", 0, 1, facts=asked)
+        student = load(order.base, kernels=False)
+        _check_teacher(order.source, student, settings)
+        dense = load_dense(order.source)
         student.to(accelerator.device)  # type: ignore[arg-type]
         dense.model.to(accelerator.device)  # type: ignore[arg-type]
         report("reading", 1, 1)
     with clock("text"):
-        windows = _text(settings, dense, work, identity, accelerator, report)
+        windows = _text(settings, dense, work, order.identity, accelerator, report)
     held_out, training = windows[: _held_out(len(windows))], windows[_held_out(len(windows)) :]
 
-    state = load_state(work, identity)
+    state = load_state(work, order.identity)
     with clock("judging"):
         before = _judged(student, dense.model, held_out, accelerator) if state is None else state.facts["before"]
     with clock("training"), in_training(student, settings) as parameters:
@@ -92,14 +124,16 @@ def recover(
             settings,
             accelerator,
             state,
-            lambda now: save_state(work, State(now.tensors, now.facts | {"identity": identity, "before": before})),
-            60 * save_minutes,
+            lambda now: save_state(
+                work, State(now.tensors, now.facts | {"identity": order.identity, "before": before})
+            ),
+            60 * order.save_minutes,
             lambda now, done: _tell(report, settings, now, done),
         )
     facts = {
-        "teacher": source.name,
+        "teacher": order.source.name,
         "settings": settings.to_json(),
-        "identity": identity,
+        "identity": order.identity,
         "processes": accelerator.num_processes,
         "trained_parameters": count,
         "tokens": progress.tokens,
@@ -108,24 +142,24 @@ def recover(
     }
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
-        return None
+        return facts
     with clock("writing"):
-        tokenizer = load_tokenizer(base)
-        write_checkpoint(
-            student.cpu(), tokenizer, out, specs, _record(record, facts), other_dtype(base), overwrite or resume
-        )
+        record = _record(read_record(order.base), facts)
+        specs, tokenizer = read_specs(order.base), load_tokenizer(order.base)
+        write_checkpoint(student.cpu(), tokenizer, order.out, specs, record, other_dtype(order.base), order.replace)
     with clock("judging"):
         student.to(accelerator.device)  # type: ignore[arg-type]
         after = _judged(student, dense.model, held_out, accelerator)
+    measured = {"before": before, "after": after, "seconds": clock.seconds}
+    report("judging", 1, 1, facts={"event": "end", **measured})
     shutil.rmtree(work, ignore_errors=True)
     accelerator.wait_for_everyone()
-    summary = facts | {"out": str(out), "model": str(model), "before": before, "after": after, "seconds": clock.seconds}
     if not after["kl"] < before["kl"]:
         raise RuinedResult(
             f"learning_rate={settings.learning_rate}: the KL on held-out text did not fall ({before['kl']:.4g} to {after['kl']:.4g} nats a "
-            f"token); the result stays in {str(out)!r}; try a lower rate or more tokens"
+            f"token); the result stays in {str(order.out)!r}; try a lower rate or more tokens"
         )
-    return summary
+    return facts | {"out": str(order.out), "model": str(order.base)} | measured
 
 
 def _identity(base: Path, source: Source, settings: Recovery) -> dict[str, Any]:
