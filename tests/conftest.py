@@ -150,3 +150,37 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if skipped > 0.1 * (skipped + passed):
         reporter.write_line(f"{skipped} of {skipped + passed} tests skipped, expected at most a tenth")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def browser() -> Any:
+    """Chromium without a window, driven by selenium; skips where either is missing."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("chromium and its driver are not installed (apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield started
+    started.quit()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Callable[..., Any]:
+    """`open_page(page, width=1280, scheme="light")` shows a file or an address and returns the browser."""
+
+    def show(page: Path | str, width: int = 1280, scheme: str = "light", media: str = "screen") -> Any:
+        browser.get_log("browser")
+        browser.get_log("performance")
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get(page if isinstance(page, str) else page.resolve().as_uri())
+        return browser
+
+    return show

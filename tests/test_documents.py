@@ -54,6 +54,23 @@ def test_every_command_of_a_page_runs(workplace, capsys, page, commands):
         assert "serves" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("page", ["index.md", "export.md", "troubleshooting.md"])
+def test_every_command_of_a_page_of_the_site_runs(workplace, capsys, page):
+    lines = re.findall(r"^\$ halfplate (.*)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+    assert lines
+    if page == "export.md":
+        assert main(["compress", "SmolLM2", "-o", "SmolLM2-2of4", *QUICK]) == 0
+    for line in lines:
+        words = shlex.split(line)
+        if words[0] in ("plan", "compress"):
+            words += QUICK
+        assert main(words) == 0, line + capsys.readouterr().err
+    if page == "index.md":
+        (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+
+
 def test_python_of_the_readme_runs(workplace):
     (code,) = blocks("python")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -20,9 +20,12 @@ def plan(model: str, recipe: Recipe | str | Path | None = None, **options: Unpac
     recipe: a Recipe or the path of a YAML file; options: fields of Recipe, which go before it, as flags do.
     Raises HalfplateError on bad input.
 
+    ```pycon
     >>> found = halfplate.plan("tiny", method="wanda", seq_len=32)
     >>> len(found.specs), f"{found.nbytes / found.dense_nbytes:.4f}"
     (14, '0.5625')
+
+    ```
     """
     return make_plan(model, Recipe.of(recipe, **options))
 
@@ -46,9 +49,12 @@ def compress(
     run of the same model, recipe and text left beside `out`. engine, workers: who does the work; the result is the same. Raises HalfplateError on bad
     input with nothing written, RuinedResult after writing where the KL exceeds `max_kl`.
 
+    ```pycon
     >>> summary = halfplate.compress("tiny", "tiny-armor", samples=4, seq_len=32, method_options={"iterations": 2})
     >>> summary["method"], len(summary["matrices"])
     ('armor', 14)
+
+    ```
     """
     return local.compress(
         model, out, Recipe.of(recipe, **options), overwrite, report, statistics, resume, engine, workers

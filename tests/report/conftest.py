@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,37 +75,3 @@ def _poison(log: Path, evil: str) -> None:
     answers = [{"prompt": evil, "dense": evil, "compressed": evil}]
     lines.append({"event": "measures", "against": evil, "quality": quality, "speed": speed, "answers": answers})
     log.write_text("\n".join(map(json.dumps, lines)) + "\nnot JSON\n[1]\n" + "[" * 100_000 + "\n")
-
-
-@pytest.fixture(scope="session")
-def browser() -> Any:
-    """Chromium without a window, driven by selenium; skips where either is missing."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("chromium and its driver are not installed (apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield started
-    started.quit()
-
-
-@pytest.fixture
-def open_page(browser: Any) -> Callable[..., Any]:
-    """`open_page(file, width=1280, scheme="light")` shows a file and returns the browser."""
-
-    def show(file: Path, width: int = 1280, scheme: str = "light", media: str = "screen") -> Any:
-        browser.get_log("browser")
-        browser.get_log("performance")
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        browser.get(file.resolve().as_uri())
-        return browser
-
-    return show
