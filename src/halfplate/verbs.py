@@ -39,15 +39,16 @@ def compress(
     statistics: Statistic = Statistic.NONE,
     resume: bool = False,
     engine: str = "local",
-    workers: int = 1,
+    workers: int | None = None,
+    address: str | None = None,
     **options: Unpack[RecipeFields],
 ) -> dict[str, Any]:
     """Compress `model`, write the checkpoint `out` with its log, and return the JSON object of `halfplate compress --json`.
 
     recipe, options: as in `plan`. report: told of every step (`halfplate.execution.progress.Report`). statistics: collect at
     least these, so that methods that need less are judged by the true output error too. resume: go on from what an interrupted
-    run of the same model, recipe and text left beside `out`. engine, workers: who does the work; the result is the same. Raises HalfplateError on bad
-    input with nothing written, RuinedResult after writing where the KL exceeds `max_kl`.
+    run of the same model, recipe and text left beside `out`. engine, workers, address: who does the work, `local` or `ray`; the result is the same. Raises
+    HalfplateError on bad input with nothing written, RuinedResult after writing where the KL exceeds `max_kl`.
 
     ```pycon
     >>> summary = halfplate.compress("tiny", "tiny-armor", samples=4, seq_len=32, method_options={"iterations": 2})
@@ -57,7 +58,7 @@ def compress(
     ```
     """
     return local.compress(
-        model, out, Recipe.of(recipe, **options), overwrite, report, statistics, resume, engine, workers
+        model, out, Recipe.of(recipe, **options), overwrite, report, statistics, resume, engine, workers, address
     )
 
 

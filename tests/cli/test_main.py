@@ -78,9 +78,9 @@ def test_bad_usage_is_one_line(halfplate, tmp_path):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--engine", "ray"], ["engine='ray' is not available", "available: local"]),
+        (["--engine", "dask"], ["engine='dask' is not available", "available: local, ray"]),
         (["--workers", "0"], ["--workers", "at least 1"]),
-        (["--address", "x"], ["--address is not available yet"]),
+        (["--address", "x:1"], ["address='x:1'", "engine='local' uses none", "--engine ray"]),
         (["--inputs", "compresed"], ["inputs='compresed'", "dense, compressed"]),
         (["--core-dtype", "int5"], ["core_dtype='int5'", "int4"]),
         (["--wrapper-dtype", "int4"], ["wrapper_dtype='int4'", "int8"]),

@@ -167,7 +167,7 @@ def test_only_the_damaged_part_is_done_again(tiny_folder, tmp_path, monkeypatch,
     path = {
         "block": work.block(1),
         "matrix": next(iter(sorted((work.path / "matrices").glob("*.safetensors")))),
-        "hidden": work.hidden("compressed", 3),
+        "hidden": work.hidden("compressed", 3).with_name("compressed-00003.1"),
         "tokens": work.tokens,
     }[what]
     if damage == "flipped":
@@ -177,7 +177,7 @@ def test_only_the_damaged_part_is_done_again(tiny_folder, tmp_path, monkeypatch,
     elif damage == "gone":
         path.unlink()
     elif what == "hidden":
-        flip(path.with_name(f"{path.name}.1.sha256"), 3)
+        flip(path.with_name(f"{path.name}.sha256"), 3)
     else:
         flip(path.with_suffix(".json"), 80)
     names = solved(monkeypatch)

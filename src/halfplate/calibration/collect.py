@@ -139,7 +139,7 @@ def _run_to(
 
 @dataclass
 class Sums:
-    """Sums over tokens: squares fp64 (d_in,), products and crosses fp64 (d_in, d_in)."""
+    """Sums over tokens: squares fp64 (d_in,), products and crosses (d_in, d_in), fp32 while they are of one batch, then fp64."""
 
     tokens: int = 0
     squares: Tensor | None = None
@@ -172,25 +172,29 @@ class Sums:
             # fp32 is 2 to 30 times faster than fp64 and exact enough within a batch. Between batches it is not: single
             # activations are huge (29,000 in SmolLM2, squared 8e8), and in fp32 a sum that holds one of them drops what
             # ordinary tokens add afterwards.
-            products = x.T @ x
-            self.products = products.double() if self.products is None else self.products.add_(products)
+            self.products = _added(self.products, x.T @ x)
             if dense is not None:
-                crosses = dense.T @ x
-                self.crosses = crosses.double() if self.crosses is None else self.crosses.add_(crosses)
+                self.crosses = _added(self.crosses, dense.T @ x)
 
     def merge(self, later: "Sums") -> None:
-        """Add the sums of later tokens; sums over the batches one by one, in their order, are the same whoever made them."""
+        """Add the sums of later tokens, which are used up; chunks added in their order give the same whoever made them."""
         self.tokens += later.tokens
         for name in ("squares", "products", "crosses"):
-            mine, other = getattr(self, name), getattr(later, name)
-            if other is not None:
-                setattr(self, name, other.double() if mine is None else mine.add_(other))
+            more = getattr(later, name)
+            if more is not None:
+                setattr(self, name, _added(getattr(self, name), more))
 
     def statistics(self) -> InputStatistics:
+        """The means; the sums are used up."""
         diagonal = None if self.squares is None else (self.squares / self.tokens).float()
-        gram = None if self.products is None else self.products.div_(self.tokens)
-        cross = None if self.crosses is None else self.crosses.div_(self.tokens)
+        gram = None if self.products is None else self.products.double().div_(self.tokens)
+        cross = None if self.crosses is None else self.crosses.double().div_(self.tokens)
         return InputStatistics(self.tokens, diagonal, gram, cross)
+
+
+def _added(before: Tensor | None, more: Tensor) -> Tensor:
+    """The sum in fp64, in the memory of `before` where it is fp64 already; `more` itself where nothing was before."""
+    return more if before is None else before.double().add_(more)
 
 
 @dataclass

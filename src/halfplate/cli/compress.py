@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             engine=args.engine,
             workers=args.workers,
+            address=args.address,
         )
     if args.json:
         print_json(summary)

@@ -33,16 +33,6 @@ class Version(argparse.Action):
         parser.exit()
 
 
-class NotYet(argparse.Action):
-    """An option of the contract that does not work yet."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
-        super().__init__(option_strings, dest, help=argparse.SUPPRESS, **kwargs)
-
-    def __call__(self, *_: Any) -> None:
-        raise HalfplateError(f"{self.option_strings[0]} is not available yet; leave it out")
-
-
 def add_output_arguments(parser: argparse.ArgumentParser, progress: bool = True) -> None:
     """`--json` and, for verbs that take long, `--log-level` and `--quiet`."""
     parser.add_argument(

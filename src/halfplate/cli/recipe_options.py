@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from halfplate.cli.parser import NotYet, positive
+from halfplate.cli.parser import positive
 from halfplate.errors import HalfplateError
 
 if TYPE_CHECKING:
@@ -108,12 +108,19 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         metavar="NAME",
         default="local",
-        help="who does the work: local (default) is processes of this machine",
+        help="who does the work: local (default), processes of this machine, or ray, a cluster (docs/cluster.md)",
     )
     parser.add_argument(
-        "--workers", metavar="N", type=positive, default=1, help="processes that share the work (default 1)"
+        "--workers",
+        metavar="N",
+        type=positive,
+        help="processes of this machine that share the work (default 1; with ray as many as its cores serve)",
     )
-    parser.add_argument("--address", action=NotYet)
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="of the Ray cluster that does the work, or auto for the one this machine is in",
+    )
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,37 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
-from halfplate.calibration import BATCH, CalibrationTokens, input_stages
-from halfplate.calibration.collect import StageSums
 from halfplate.errors import HalfplateError
-from halfplate.execution.clock import Clock
-from halfplate.execution.engines import Engine
-from halfplate.execution.hidden import Arguments, Batches, HiddenStates
+from halfplate.execution.hidden import HiddenStates
+from halfplate.execution.job import Job
 from halfplate.execution.matrix import MatrixRecord
-from halfplate.execution.progress import NO_FACTS, Report
-from halfplate.execution.tasks import (
-    BlockView,
-    CollectSums,
-    OpenBlocks,
-    RunBlock,
-    SolveMatrices,
-    facts_of,
-    load_sums,
-    records_in,
-    save_statistics,
-)
-from halfplate.execution.work import WorkFolder, load_part, remove_part, save_part
+from halfplate.execution.progress import NO_FACTS
+from halfplate.execution.streams import COMPRESSED, DENSE, Streams
+from halfplate.execution.tasks import SolveMatrices, facts_of, records_in, save_statistics
+from halfplate.execution.work import load_part, remove_part, save_part
 from halfplate.formats import CompressedLinear
 from halfplate.formats.sharing import sharing_groups
-from halfplate.models.sources import Source
-from halfplate.planning import Plan
 from halfplate.recovery.block import BlockTuning, TunedBlock, tune_block
-from halfplate.statistics import InputStatistics, Statistic
-
-DENSE, COMPRESSED = (
-    "dense",
-    "compressed",
-)  # streams of hidden states: of the dense model, and through what is compressed
+from halfplate.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
@@ -49,22 +29,6 @@ class Outcome:
 
     records: list[MatrixRecord]
     tuned: dict[int, TunedBlock]
-
-
-@dataclass
-class Job:
-    """One compression under way. source: with its tensors where they can be read one by one."""
-
-    source: Source
-    plan: Plan
-    threads: int
-    needed: Statistic
-    tokens: CalibrationTokens | None
-    work: WorkFolder
-    engine: Engine
-    blocks: OpenBlocks
-    report: Report
-    clock: Clock
 
 
 def compress_blocks(job: Job) -> Outcome:
@@ -76,7 +40,6 @@ def compress_blocks(job: Job) -> Outcome:
     unfinished = [block for block in range(loop.last + 1) if not loop.finished(block)]
     loop.tell()
     for block in unfinished:
-        loop.reach(block)
         loop.compress(block)
     return loop.outcome()
 
@@ -87,28 +50,12 @@ class _Loop:
     def __init__(self, job: Job) -> None:
         self.job, self.recipe = job, job.plan.recipe
         self.method = self.recipe.create_method()
-        self.names: dict[int, list[str]] = defaultdict(list)
-        for matrix in job.plan.matrices:
-            if matrix.spec is not None and matrix.block is not None:
-                self.names[matrix.block].append(matrix.name)
-        self.last = max(self.names)
-        self.specs = job.plan.specs
+        self.names, self.last, self.specs = job.names, job.last, job.plan.specs
         self.leaders = {name: group[0] for group in sharing_groups(self.specs) for name in group}
         self.weights = {name: spec.d_out * spec.d_in for name, spec in self.specs.items()}
         self.records: dict[str, MatrixRecord] = {}
         self.tuned: dict[int, TunedBlock] = {}
-        self.limit = None if self.recipe.token_limit == "none" else self.recipe.token_limit
-        self.corrected = self.recipe.corrects(job.needed)
-        self.streams = self._streams()
-        self.arguments: dict[int, Arguments] | None = None
-        self.at = 0  # the block whose inputs the hidden states are
-
-    def _streams(self) -> tuple[str, ...]:
-        if self.job.tokens is None:
-            return ()
-        if self.recipe.inputs == "dense":
-            return (DENSE,)
-        return (COMPRESSED, DENSE) if self.corrected or self.recipe.tune_block else (COMPRESSED,)
+        self.streams = Streams(job)
 
     # What is there already.
 
@@ -137,132 +84,42 @@ class _Loop:
     def outcome(self) -> Outcome:
         return Outcome([self.records[name] for name in self.specs], dict(sorted(self.tuned.items())))
 
-    # Hidden states.
-
-    def reach(self, block: int) -> None:
-        """Bring the hidden states to the inputs of `block`, from the nearest block before it that they are known for."""
-        if not self.streams:
-            return
-        with self.job.clock("statistics"):
-            start = next((at for at in range(block, 0, -1) if at == self.at or self._whole(at)), 0)
-            if start == 0 and not self._whole(0):
-                self._embed()
-            self._know_arguments()
-            for at in range(start, block):
-                self.advance(at)
-                self._forget(at)
-            self.at = block
-
-    def _forget(self, block: int) -> None:
-        for stream in self.streams:
-            self._hidden(stream, block).remove()
-
-    def _whole(self, block: int) -> bool:
-        return all(self._hidden(stream, block).whole() for stream in self.streams)
-
-    def _hidden(self, stream: str, block: int) -> HiddenStates:
-        assert self.job.tokens is not None
-        samples, length = self.job.tokens.ids.shape
-        width = self.job.source.config.get_text_config().hidden_size
-        # Before the first block all streams are one.
-        return HiddenStates(self.job.work.hidden(stream if block else DENSE, block), (samples, length, width), BATCH)
-
-    def _embed(self) -> None:
-        assert self.job.tokens is not None
-        streamed = self.job.blocks.model(self._view(0, {}))
-        target = self._hidden(DENSE, 0)
-        with streamed.outer(head=False):
-            for number, ids in enumerate(self.job.tokens.ids.to(self.recipe.device).split(BATCH)):
-                target.write(number, streamed.embed(ids).hidden)
-
-    def _know_arguments(self) -> None:
-        """The other arguments of every block for every size of batch; they do not depend on the tokens."""
-        if self.arguments is not None:
-            return
-        assert self.job.tokens is not None
-        streamed = self.job.blocks.model(self._view(0, {}))
-        self.job.blocks.close()
-        self.arguments = {block: {} for block in range(self.last + 1)}
-        with streamed.outer(head=False):
-            for size in {len(ids) for ids in self.job.tokens.ids.split(BATCH)}:
-                inputs = streamed.embed(self.job.tokens.ids[:size].to(self.recipe.device))
-                for block in self.arguments:
-                    self.arguments[block][size] = inputs.arguments[block]
-
-    def advance(self, block: int, streams: tuple[str, ...] | None = None, parts: dict[str, Path] | None = None) -> None:
-        """Run the hidden states through a block, whose matrices lie in `parts`: by default that of the whole block."""
-        assert self.arguments is not None
-        streams = self.streams if streams is None else streams
-        pairs = {stream: (self._hidden(stream, block), self._hidden(stream, block + 1)) for stream in streams}
-        view, plain = self._view(block, self._parts(block) if parts is None else parts), (None, None)
-        if COMPRESSED not in self.streams:
-            # The one stream is the dense model's: no second copy of the block is needed.
-            view, pairs = self._view(block, {}), {COMPRESSED: pairs[DENSE]}
-        (hidden, out), (dense, dense_out) = (pairs.get(stream, plain) for stream in (COMPRESSED, DENSE))
-        arguments = self.arguments[block]
-        tasks = [RunBlock(view, hidden, out, dense, dense_out, arguments, numbers) for numbers in self._shares()]
-        for _ in self.job.engine.run(tasks):
-            pass
-
-    def _parts(self, block: int) -> dict[str, Path]:
-        return {name: self.job.work.block(block) for name in self.names[block]}
-
-    def _shares(self) -> list[tuple[int, ...]]:
-        """The batches for each task: all for one process; one by one where several share them."""
-        batches = self._hidden(DENSE, 0).batches
-        return [(number,) for number in range(batches)] if self.job.engine.elsewhere else [tuple(range(batches))]
-
     # One block.
 
     def compress(self, block: int) -> None:
         """Solve the matrices of a block, tune them if asked to, write its part, and take the hidden states past it."""
+        if self.streams.names:
+            with self.job.clock("statistics"):
+                self.streams.reach(block)
         done: dict[str, Path] = {}
         for stage, statistics in self._stages(block, done):
             with self.job.clock("solving"):
                 self._solve(block, stage, statistics, done)
-        tuned = self._tune(block, done) if self.recipe.tune_block and self.streams else None
+        tuned = self._tune(block, done) if self.recipe.tune_block and self.streams.names else None
         self._write(block, done, tuned)
-        if self.streams and block < self.last:
+        if self.streams.names:
             with self.job.clock("statistics"):
                 # Tuning has had the dense ones already.
-                self.advance(block, (COMPRESSED,) if tuned is not None else None)
-            self.at = block + 1
-        if self.streams:
-            self._forget(block)
+                self.streams.pass_by(block, (COMPRESSED,) if tuned is not None else None)
         for name in self.names[block]:
             remove_part(self.job.work.matrix(name))
         self.tell({"event": "block", "block": block} | ({} if tuned is None else asdict(tuned)))
 
-    def _view(self, block: int, finished: dict[str, Path]) -> BlockView:
-        job = self.job
-        return BlockView(
-            str(job.work.path),
-            job.source,
-            self.recipe.device,
-            self.recipe.precision,
-            job.threads,
-            block,
-            dict(finished),
-        )
-
     def _stages(self, block: int, done: dict[str, Path]) -> Iterator[tuple[list[str], dict[str, InputStatistics]]]:
         """Linears of a block whose statistics can be had together, with these; what is compressed in between counts."""
         names = self.names[block]
-        if not names or not self.streams:
+        if not names or not self.streams.names:
             yield names, {}
             return
-        stages = [names]
-        if self.recipe.inputs == "compressed":
-            with self.job.clock("statistics"):
-                blockwise, _ = self.job.blocks.open(self._view(block, done), dense=DENSE in self.streams)
-                stages = input_stages(blockwise, block, self._batches(COMPRESSED, block)[0], names)
+        with self.job.clock("statistics"):
+            stages = self.streams.stages(block, done)
         for stage in stages:
             found = {name: part for name in stage if (part := self._kept(name)) is not None}
             if len(found) == len(stage):
                 done |= found
                 continue
             with self.job.clock("statistics"):
-                statistics = self._collect(block, stage, done)
+                statistics = self.streams.collect(block, stage, done)
             yield stage, statistics
 
     def _kept(self, name: str) -> Path | None:
@@ -274,58 +131,27 @@ class _Loop:
         self.records |= {record.name: record for record in records_in(part)}
         return path
 
-    def _batches(self, stream: str, block: int) -> Batches:
-        assert self.arguments is not None
-        return Batches(self._hidden(stream, block), self.arguments[block], block, self.recipe.device)
-
-    def _collect(self, block: int, stage: list[str], done: dict[str, Path]) -> dict[str, InputStatistics]:
-        assert self.arguments is not None
-        stream = COMPRESSED if COMPRESSED in self.streams else DENSE
-        dense = self._hidden(DENSE, block) if self.corrected else None
-        common = (
-            self._view(block, done),
-            tuple(stage),
-            self.job.needed,
-            self.limit,
-            self._hidden(stream, block),
-            dense,
-        )
-        if not self.job.engine.elsewhere:
-            (sums,) = self.job.engine.run([CollectSums(*common, self.arguments[block])])
-            found: StageSums = sums
-            return found.statistics(stage)
-        tasks = [
-            CollectSums(
-                *common, self.arguments[block], numbers, self.job.work.scratch / f"sums-{numbers[0]}.safetensors"
-            )
-            for numbers in self._shares()
-        ]
-        whole = StageSums()
-        for path in self.job.engine.run(tasks):
-            whole.merge(load_sums(path))
-            remove_part(path)
-        return whole.statistics(stage)
-
     def _solve(
         self, block: int, stage: Sequence[str], statistics: dict[str, InputStatistics], done: dict[str, Path]
     ) -> None:
-        engine, view = self.job.engine, self._view(block, done)
+        engine, view = self.job.engine, self.job.view(block, done)
         left = [name for name in stage if self.leaders[name] == name and self._kept(name) is None]
         given: dict[str, Any] = {name: statistics.get(name, InputStatistics()) for name in left}
         if engine.elsewhere:
             given = self._left_in_files(given)
+        files = {place[0] for place in given.values()} if engine.elsewhere else set()
         tasks = []
         for name in left:
             specs = {other: self.specs[other] for other in stage if self.leaders[other] == name}
-            cost = float(sum(spec.d_out * spec.d_in * spec.d_in for spec in specs.values()))
-            out = self.job.work.matrix(name)
-            damping = self.recipe.cross_damping
-            tasks.append(SolveMatrices(view, specs, self.method, damping, given.pop(name), out, cost))
+            out, damping = self.job.work.matrix(name), self.recipe.cross_damping
+            tasks.append(SolveMatrices(view, specs, self.method, damping, given.pop(name), out))
         statistics.clear()
         for records in engine.run(tasks):
             for record in records:
                 self.records[record.name] = record
                 self.tell(record.facts() | {"block": block})
+        for path in files:
+            remove_part(path)
         done |= {name: self.job.work.matrix(self.leaders[name]) for name in stage}
 
     def _left_in_files(self, given: dict[str, InputStatistics]) -> dict[str, tuple[Path, str]]:
@@ -334,7 +160,8 @@ class _Loop:
         known: dict[int, tuple[Path, str]] = {}
         for name, statistics in given.items():
             if id(statistics) not in known:
-                path = self.job.work.scratch / f"statistics-{len(known)}.safetensors"
+                # No name is used twice: network storage may show an old file under it.
+                path = self.job.work.scratch / f"statistics-{name}.safetensors"
                 save_statistics(path, {name: statistics})
                 known[id(statistics)] = (path, name)
             places[name] = known[id(statistics)]
@@ -342,18 +169,18 @@ class _Loop:
 
     def _tune(self, block: int, done: dict[str, Path]) -> TunedBlock:
         with self.job.clock("statistics"):
-            self.advance(block, (DENSE,), done)
+            self.streams.advance(block, done, (DENSE,))
         with self.job.clock("tuning"):
-            blockwise, _ = self.job.blocks.open(self._view(block, done))
-            targets = _Hidden(self._hidden(DENSE, block + 1), self.recipe.device)
+            blockwise, _ = self.job.blocks.open(self.job.view(block, done))
+            targets = _Hidden(self.streams.hidden(DENSE, block + 1), self.recipe.device)
             settings = BlockTuning(self.recipe.tune_block, seed=self.recipe.seed)
-            return tune_block(blockwise, block, self._batches(COMPRESSED, block), targets, settings)
+            return tune_block(blockwise, block, self.streams.batches(COMPRESSED, block), targets, settings)
 
     def _write(self, block: int, done: dict[str, Path], tuned: TunedBlock | None) -> None:
         """The whole block as it will be stored, as a part."""
         dtype = self.job.source.other_dtype
         with self.job.clock("writing"):
-            blockwise, _ = self.job.blocks.open(self._view(block, done))
+            blockwise, _ = self.job.blocks.open(self.job.view(block, done))
             module, prefix = blockwise.blocks[block], f"{blockwise.prefix}.{block}"
             stored = {
                 f"{prefix}.{name}.{key}"
@@ -368,7 +195,7 @@ class _Loop:
             facts = facts_of([self.records[name] for name in self.names[block]], self.specs)
             facts["tuned"] = None if tuned is None else asdict(tuned)
             save_part(self.job.work.block(block), tensors, facts)
-            self.job.blocks.mark(self._view(block, self._parts(block)))
+            self.job.blocks.mark(self.job.view(block, self.job.parts(block)))
             if tuned is not None:
                 self.tuned[block] = tuned
 

@@ -1,4 +1,4 @@
-"""Engines: what runs tasks, in this process or in several of this machine."""
+"""Engines: what runs tasks, in this process, in several of this machine, or on a cluster."""
 
 from __future__ import annotations
 
@@ -7,24 +7,58 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 from halfplate.errors import HalfplateError
 from halfplate.execution.tasks import OpenBlocks, Task
 
-ENGINES = ("local",)
+ENGINES = ("local", "ray")
 TRIES = 3  # of a task whose process died
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """Who is to do the work.
+
+    workers: processes side by side on this machine; by default 1 with local, and with ray as many as its cores serve. address:
+    of a running Ray cluster, `HOST:PORT` or `auto` for the one that this machine is part of; its CPUs say how many tasks run.
+    Raises HalfplateError for what cannot be.
+    """
+
+    name: str = "local"
+    workers: int | None = None
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ENGINES:
+            raise HalfplateError(f"engine={self.name!r} is not available; available: {', '.join(ENGINES)}")
+        if self.workers is not None and self.workers < 1:
+            raise HalfplateError(f"workers={self.workers} must be at least 1")
+        if self.address is not None and self.name != "ray":
+            raise HalfplateError(
+                f"address={self.address!r} is that of a Ray cluster, and engine={self.name!r} uses none; add --engine ray, or leave it out"
+            )
+        if self.address is not None and self.workers is not None:
+            raise HalfplateError(
+                f"workers={self.workers} with address={self.address!r}: the CPUs of the cluster say how many tasks run side by side; "
+                "leave one of the two out"
+            )
+        if self.name == "ray" and find_spec("ray") is None:
+            raise HalfplateError(
+                "engine='ray' needs the package ray, which is not installed; pip install 'halfplate[ray]'"
+            )
 
 
 class Engine(Protocol):
     """Runs tasks; their results are the same whichever engine runs them.
 
-    workers: how many tasks may run side by side at the start. elsewhere: whether tasks run in other processes than the
-    caller's, so that statistics must go through files.
+    elsewhere: whether tasks run in other processes than the caller's, so that statistics must go through files.
     """
 
-    workers: int
     elsewhere: bool
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Any]:
@@ -37,7 +71,7 @@ class Engine(Protocol):
 class Serial:
     """One task after the other, in this process."""
 
-    workers, elsewhere = 1, False
+    elsewhere = False
 
     def __init__(self, blocks: OpenBlocks) -> None:
         self._blocks = blocks
@@ -107,22 +141,21 @@ def run_task(task: Task) -> object:
 
 
 @contextmanager
-def open_engine(name: str, workers: int, blocks: OpenBlocks) -> Iterator[Engine]:
-    """The engine of a name; raises HalfplateError for what cannot be.
+def open_engine(choice: EngineChoice, blocks: OpenBlocks, threads: int, folder: Path) -> Iterator[Engine]:
+    """The engine that was chosen; raises HalfplateError where it cannot be had.
 
-    blocks: what the caller itself has open, for tasks that run in its process.
+    blocks: what the caller itself has open, for tasks that run in its process. threads: of each task. folder: what tasks
+    write to and every machine must see.
     """
-    check_engine(name, workers)
-    engine: Engine = Serial(blocks) if workers == 1 else Processes(workers)
+    engine: Engine
+    if choice.name == "ray":
+        from halfplate.execution.cluster import RayCluster
+
+        engine = RayCluster(choice.address, choice.workers, threads, folder)
+    else:
+        workers = choice.workers or 1
+        engine = Serial(blocks) if workers == 1 else Processes(workers)
     try:
         yield engine
     finally:
         engine.close()
-
-
-def check_engine(name: str, workers: int) -> None:
-    """Raise HalfplateError unless an engine can be asked for like this."""
-    if name not in ENGINES:
-        raise HalfplateError(f"engine={name!r} is not available; available: {', '.join(ENGINES)}")
-    if workers < 1:
-        raise HalfplateError(f"workers={workers} must be at least 1")

@@ -1,12 +1,11 @@
-"""Hidden states of the calibration tokens between two blocks, kept in a file so that they take no memory."""
+"""Hidden states of the calibration tokens between two blocks, kept in files so that they take no memory."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,9 +18,16 @@ from halfplate.models.blockwise import BlockArguments, BlockInputs
 Arguments = dict[int, BlockArguments]
 
 
+# Sums over the tokens are made of this many chunks at most, whoever makes them: what is rounded depends on it.
+CHUNKS = 16
+
+
 @dataclass(frozen=True)
 class HiddenStates:
-    """fp32 (samples, L, d) in a file, in batches; each batch has a file of checksums of its own, so that any process may write it."""
+    """fp32 (samples, L, d) in batches, each in a file of its own with its checksum beside it, so that any process may write it.
+
+    path: the files are named after it. Machines that write parts of one file see old bytes of each other on some network storage.
+    """
 
     path: Path
     shape: tuple[int, int, int]
@@ -30,6 +36,13 @@ class HiddenStates:
     @property
     def batches(self) -> int:
         return -(-self.shape[0] // self.batch)
+
+    @property
+    def chunks(self) -> tuple[tuple[int, ...], ...]:
+        """The numbers of all batches in order, in at most CHUNKS runs of nearly equal length."""
+        count = min(CHUNKS, self.batches)
+        ends = [self.batches * chunk // count for chunk in range(count + 1)]
+        return tuple(tuple(range(start, end)) for start, end in pairwise(ends))
 
     def samples(self, number: int) -> int:
         """How many samples batch `number` has."""
@@ -40,27 +53,24 @@ class HiddenStates:
         tensor = torch.empty(self.samples(number), *self.shape[1:])
         if not tensor.numel():
             return tensor
-        data = _bytes(tensor)
-        with self.path.open("rb", buffering=0) as file:
+        data, path = _bytes(tensor), self.file(number)
+        with path.open("rb", buffering=0) as file:
             done = 0
             while done < len(data):
-                got = os.preadv(file.fileno(), [data[done:]], self._start(number) + done)
+                got = file.readinto(data[done:])
                 if not got:
-                    raise OSError(f"{self.path} ends early")
+                    raise OSError(f"{path} ends early")
                 done += got
         return tensor
 
     def write(self, number: int, hidden: Tensor) -> None:
         """Write batch `number`; any number of processes may write batches of their own."""
-        data = _bytes(hidden.detach().cpu().contiguous())
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
-        try:
+        data, path = _bytes(hidden.detach().cpu().contiguous()), self.file(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb", buffering=0) as file:
             done = 0
             while done < len(data):
-                done += os.pwrite(descriptor, data[done:], self._start(number) + done)
-        finally:
-            os.close(descriptor)
+                done += file.write(data[done:])
         self._check_file(number).write_text(hashlib.sha256(data).hexdigest())
 
     def whole(self) -> bool:
@@ -76,13 +86,14 @@ class HiddenStates:
     def remove(self) -> None:
         for number in range(self.batches):
             self._check_file(number).unlink(missing_ok=True)
-        self.path.unlink(missing_ok=True)
+            self.file(number).unlink(missing_ok=True)
+
+    def file(self, number: int) -> Path:
+        """Where batch `number` lies."""
+        return self.path.with_name(f"{self.path.name}.{number}")
 
     def _check_file(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}.sha256")
-
-    def _start(self, number: int) -> int:
-        return 4 * number * self.batch * prod(self.shape[1:])
 
 
 @dataclass(frozen=True)

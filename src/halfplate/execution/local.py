@@ -17,10 +17,11 @@ from halfplate.checkpoint.read import load
 from halfplate.checkpoint.write import amend_record, write_configuration, write_record
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate
-from halfplate.execution.blocks import Job, Outcome, compress_blocks
+from halfplate.execution.blocks import Outcome, compress_blocks
 from halfplate.execution.clock import Clock
-from halfplate.execution.engines import check_engine, open_engine
+from halfplate.execution.engines import EngineChoice, open_engine
 from halfplate.execution.held_out import held_out_tokens
+from halfplate.execution.job import Job
 from halfplate.execution.log import run_log
 from halfplate.execution.output import check_result_folder
 from halfplate.execution.preparation import (
@@ -59,7 +60,7 @@ class _Order:
     work: WorkFolder
     overwrite: bool
     resume: bool
-    engine: tuple[str, int]
+    engine: EngineChoice
 
 
 def compress(
@@ -71,18 +72,19 @@ def compress(
     statistics: Statistic = Statistic.NONE,
     resume: bool = False,
     engine: str = "local",
-    workers: int = 1,
+    workers: int | None = None,
+    address: str | None = None,
 ) -> dict[str, Any]:
     """Compress `model` by `recipe`, write the checkpoint `out` with its log and its report, and return the summary.
 
     report: told of every step (`halfplate.execution.progress.Report`), for progress and trackers. statistics: collect at
     least these, e.g. GRAM so that every method is judged by its true output error. resume: go on from what an interrupted
-    run of the same model, recipe and text left beside `out`, with the same result. engine, workers: who does the
-    work (`halfplate.execution.engines`); the result does not depend on them. Raises HalfplateError on bad input with nothing
+    run of the same model, recipe and text left beside `out`, with the same result. engine, workers, address: who does the
+    work (`halfplate.execution.engines.EngineChoice`); the result does not depend on them. Raises HalfplateError on bad input with nothing
     written, RuinedResult after writing where the KL exceeds `recipe.max_kl`.
     """
     recipe, out = recipe or Recipe(), Path(out)
-    check_engine(engine, workers)
+    choice = EngineChoice(engine, workers, address)
     source = open_source(model)
     _check_device(recipe.device)
     if not resume:
@@ -101,7 +103,7 @@ def compress(
             "report": _write_report(out),
         }
     check_result_folder(out, overwrite, source.path)
-    order = _Order(source, out, needed, identity, work, overwrite, resume, (engine, workers))
+    order = _Order(source, out, needed, identity, work, overwrite, resume, choice)
     try:
         with run_log(out, report, resume) as told:
             summary = _carry_out(order, plan, told)
@@ -139,12 +141,12 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
     with work.opened(order.identity, order.resume, order.overwrite), ExitStack() as stack:
         streamed = StreamedModel(readable_source(source, work, clock, report), recipe.device, recipe.precision)
         blocks = OpenBlocks(streamed, str(work.path))
-        engine = stack.enter_context(open_engine(*order.engine, blocks))
+        threads = order.identity["threads"]
+        engine = stack.enter_context(open_engine(order.engine, blocks, threads, work.path))
         check_weights(streamed, work, clock, report)
         with clock("calibration text"):
             tokens = prepared_tokens(streamed, recipe, work, report) if recipe.runs_text(order.needed) else None
         plan, told = chosen_levels(source, plan, tokens, work, report, clock)
-        threads = order.identity["threads"]
         job = Job(streamed.source, plan, threads, order.needed, tokens, work, engine, blocks, report, clock)
         outcome = compress_blocks(job)
         blocks.close()

@@ -16,6 +16,7 @@ from halfplate.calibration.collect import StageSums, Sums, stage_sums
 from halfplate.errors import HalfplateError
 from halfplate.execution.hidden import Arguments, Batches, HiddenStates
 from halfplate.execution.matrix import MatrixRecord, solve_matrices
+from halfplate.execution.needs import Needs, memory_to_solve
 from halfplate.execution.work import Part, load_part, save_part
 from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.formats.linear import assembled
@@ -44,6 +45,10 @@ class BlockView:
     threads: int
     index: int
     finished: Mapping[str, Path]
+
+    def needs(self, memory: int) -> Needs:
+        """What a task on this block takes."""
+        return Needs(self.threads, int(torch.device(self.device).type == "cuda"), memory)
 
 
 class OpenBlocks:
@@ -119,16 +124,20 @@ class Task(Protocol):
     @property
     def cost(self) -> float: ...
 
+    @property
+    def needs(self) -> Needs: ...
+
     def run(self, blocks: OpenBlocks) -> object:
         """Do it, with the block that this process has open."""
 
 
 @dataclass(frozen=True)
 class CollectSums:
-    """Sums over some batches of what reaches the linears `names` of a block.
+    """Sums over some chunks of batches of what reaches the linears `names` of a block.
 
-    dense: where the block's inputs in the dense model lie, if cross moments are wanted. out: a part to leave the sums in,
-    for a process whose memory the caller does not see.
+    dense: where the block's inputs in the dense model lie, if cross moments are wanted. chunks: the batches of each; those of one
+    are summed by themselves, and then the chunks in their order. out: a part to leave the sums in, for a process whose memory the
+    caller does not see. memory: bytes.
     """
 
     view: BlockView
@@ -138,25 +147,38 @@ class CollectSums:
     hidden: HiddenStates
     dense: HiddenStates | None
     arguments: Arguments
-    numbers: tuple[int, ...] | None = None
+    chunks: tuple[tuple[int, ...], ...]
     out: Path | None = None
-    cost: float = 1.0
+    memory: int = 0
+
+    @property
+    def cost(self) -> float:
+        return float(sum(map(len, self.chunks)))
+
+    @property
+    def needs(self) -> Needs:
+        return self.view.needs(self.memory)
 
     @torch.no_grad()
     def run(self, blocks: OpenBlocks) -> StageSums | Path:
         torch.set_num_threads(self.view.threads)
         blockwise, before = blocks.open(self.view, dense=self.dense is not None)
-        inputs = self._batches(self.hidden)
-        dense = None if self.dense is None or before is None else DenseRun(before, self._batches(self.dense))
+        sums = StageSums()
         with assembled(blockwise.blocks[self.view.index]):
-            sums = stage_sums(blockwise, self.view.index, inputs, self.names, self.statistic, dense, self.token_limit)
+            for chunk in self.chunks:
+                sums.merge(self._sums(blockwise, before, chunk))
         if self.out is None:
             return sums
         save_sums(self.out, sums)
         return self.out
 
-    def _batches(self, hidden: HiddenStates) -> Batches:
-        return Batches(hidden, self.arguments, self.view.index, self.view.device, self.numbers)
+    def _sums(self, blockwise: BlockwiseModel, before: nn.Module | None, chunk: tuple[int, ...]) -> StageSums:
+        def batches(hidden: HiddenStates) -> Batches:
+            return Batches(hidden, self.arguments, self.view.index, self.view.device, chunk)
+
+        dense = None if self.dense is None or before is None else DenseRun(before, batches(self.dense))
+        inputs = batches(self.hidden)
+        return stage_sums(blockwise, self.view.index, inputs, self.names, self.statistic, dense, self.token_limit)
 
 
 @dataclass(frozen=True)
@@ -172,7 +194,14 @@ class SolveMatrices:
     cross_damping: float | Literal["none"]
     statistics: InputStatistics | tuple[Path, str]
     out: Path
-    cost: float = 1.0
+
+    @property
+    def cost(self) -> float:
+        return float(sum(spec.d_out * spec.d_in * spec.d_in for spec in self.specs.values()))
+
+    @property
+    def needs(self) -> Needs:
+        return self.view.needs(memory_to_solve(self.specs.values(), self.method.requires))
 
     @torch.no_grad()
     def run(self, blocks: OpenBlocks) -> list[MatrixRecord]:
@@ -195,7 +224,10 @@ class SolveMatrices:
 
 @dataclass(frozen=True)
 class RunBlock:
-    """Take some batches through a block: from `hidden` to `out`, and through the dense block from `dense` to `dense_out`."""
+    """Take some batches through a block: from `hidden` to `out`, and through the dense block from `dense` to `dense_out`.
+
+    memory: bytes.
+    """
 
     view: BlockView
     hidden: HiddenStates | None
@@ -204,7 +236,15 @@ class RunBlock:
     dense_out: HiddenStates | None
     arguments: Arguments
     numbers: tuple[int, ...]
-    cost: float = 1.0
+    memory: int = 0
+
+    @property
+    def cost(self) -> float:
+        return float(len(self.numbers))
+
+    @property
+    def needs(self) -> Needs:
+        return self.view.needs(self.memory)
 
     @torch.no_grad()
     def run(self, blocks: OpenBlocks) -> None:
@@ -233,14 +273,14 @@ def records_in(part: Part) -> list[MatrixRecord]:
 
 
 def save_sums(path: Path, sums: StageSums) -> None:
-    """Leave sums over one batch in a part; its products are those of one product in fp32, and lose nothing as such."""
+    """Leave sums in a part."""
     tensors: dict[str, Tensor] = {}
     for leader, found in sums.sums.items():
         if found.squares is not None:
             tensors[f"{leader}:squares"] = found.squares
         for key, tensor in (("products", found.products), ("crosses", found.crosses)):
             if tensor is not None:
-                tensors[f"{leader}:{key}"] = tensor.float()
+                tensors[f"{leader}:{key}"] = tensor
     tokens = {leader: found.tokens for leader, found in sums.sums.items()}
     save_part(path, tensors, {"leaders": sums.leaders, "tokens": tokens}, durable=False)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def save_part_of(
 ) -> None:
     """`save_part` of tensors that `tensor` gives one at a time; entries: element type and shape of each."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         with TensorFileWriter(partial, entries, durable) as file:
             sha256 = {name: file.write(name, tensor(name)) for name in entries}
@@ -69,6 +70,11 @@ def save_part_of(
         write_json(note(path), {"version": VERSION, "sha256": sha256, "facts": facts}, durable)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    # Processes of two machines may have one number.
+    return path.with_name(f".{path.name}.{token_hex(8)}.partial")
 
 
 def load_part(path: Path) -> Part | None:
@@ -99,7 +105,7 @@ def write_json(path: Path, content: dict[str, Any], durable: bool = True) -> Non
     """Write JSON with a checksum of its own, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, sort_keys=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n")

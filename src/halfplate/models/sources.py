@@ -192,7 +192,8 @@ def _open_folder(name: str, kind: str, path: Path) -> Source:
     _check_text_only(name, entries)
     config = _read_config(name, path, entries)
     _check_causal(name, config)
-    weights: WeightFiles = find_weight_files(name, path)
+    # Absolute: tasks read them in processes of other working directories.
+    weights: WeightFiles = find_weight_files(name, path.absolute())
     check_counts(name, config, *count_tensors(weights.paths))
     return Source(name, kind, path, config, weights.paths, weights.nbytes, weights.dtype, tensors=weights.tensors)
 

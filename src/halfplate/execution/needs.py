@@ -1,0 +1,50 @@
+"""What a task takes of a machine; engines that know of machines place it by this. Rough, and rather too much than too little."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from halfplate.formats import WeightSpec
+from halfplate.statistics import Statistic
+
+PROCESS_NBYTES = 700_000_000  # Python with torch and transformers
+SOLVER_COPIES = 8  # of a matrix in fp32: itself, its core, scores and gradients
+GRAM_COPIES = 4  # of a Gram matrix in fp64: itself, the cross moments, a factor, room to work
+
+
+@dataclass(frozen=True)
+class Needs:
+    """cpus: threads. memory: bytes of the machine's."""
+
+    cpus: int = 1
+    gpus: int = 0
+    memory: int = 0
+
+    def __or__(self, other: Needs) -> Needs:
+        """What either of two tasks would find enough."""
+        return Needs(max(self.cpus, other.cpus), max(self.gpus, other.gpus), max(self.memory, other.memory))
+
+    def __str__(self) -> str:
+        cpus = f"{self.cpus} {'CPU' if self.cpus == 1 else 'CPUs'}"
+        gpus = f", {self.gpus} {'GPU' if self.gpus == 1 else 'GPUs'}" if self.gpus else ""
+        return f"{cpus}{gpus} and {self.memory / 1e9:.1f} GB of memory"
+
+
+def memory_to_solve(specs: Iterable[WeightSpec], needed: Statistic) -> int:
+    """Bytes in which matrices of one input are solved together."""
+    specs = list(specs)
+    weights = sum(spec.d_out * spec.d_in for spec in specs)
+    gram = max(spec.d_in for spec in specs) ** 2 if needed >= Statistic.GRAM else 0
+    return PROCESS_NBYTES + 4 * SOLVER_COPIES * weights + 8 * GRAM_COPIES * gram
+
+
+def memory_to_run(specs: Iterable[WeightSpec], hidden: int) -> int:
+    """Bytes in which text runs through a block of these matrices, and through the dense one; hidden: values of one batch."""
+    # Each compressed matrix has its product beside it meanwhile.
+    return PROCESS_NBYTES + 3 * 4 * sum(spec.d_out * spec.d_in for spec in specs) + 16 * 4 * hidden
+
+
+def memory_to_collect(specs: Iterable[WeightSpec], needed: Statistic) -> int:
+    """Bytes of the sums for matrices of which each may have an input of its own: a chunk's, and a batch's being added."""
+    return sum(24 * spec.d_in**2 for spec in specs) if needed >= Statistic.GRAM else 0
