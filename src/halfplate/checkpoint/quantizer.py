@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from halfplate.recipe import Recipe
 
-OLDEST_TRANSFORMERS = (5, 18)
+OLDEST_TRANSFORMERS = (5, 23)
 
 
 class HalfplateConfig(QuantizationConfigMixin):
@@ -96,7 +96,7 @@ class HalfplateQuantizer(HfQuantizer):
         installed = tuple(int(part) for part in transformers.__version__.split(".")[:2])
         if installed < OLDEST_TRANSFORMERS:
             raise HalfplateError(
-                f"transformers={transformers.__version__} is too old, expected at least 5.18; run `pip install -U transformers`"
+                f"transformers={transformers.__version__} is too old, expected at least 5.23; run `pip install -U transformers`"
             )
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
