@@ -71,6 +71,14 @@ def test_every_command_of_a_page_of_the_site_runs(workplace, capsys, page):
         assert run.returncode == 0, run.stderr
 
 
+def test_commands_of_the_page_on_memory_run(workplace, capsys):
+    lines = re.findall(r"^\$ (halfplate .*)$", (ROOT / "docs" / "memory.md").read_text(), re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        assert main([*shlex.split(line)[1:], *QUICK]) == 0, line + capsys.readouterr().err
+    assert "holds the whole model" in capsys.readouterr().out
+
+
 def test_python_of_the_readme_runs(workplace):
     (code,) = blocks("python")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

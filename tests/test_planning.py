@@ -40,7 +40,7 @@ def test_json_keys(tiny_folder):
     plan = json.loads(json.dumps(make_plan(str(tiny_folder), Recipe(method="magnitude")).to_json()))
     assert {"matrices", "nbytes", "dense_nbytes", "other_nbytes", "source_nbytes", "fingerprint"} <= plan.keys()
     expected = {"name", "format", "shape", "nbytes", "dense_nbytes", "method", "skipped", "reason"}
-    expected |= {"pattern", "core_dtype"}
+    expected |= {"pattern", "core_dtype", "flops", "memory_bytes", "seconds"}
     assert all(matrix.keys() == expected for matrix in plan["matrices"])
 
 

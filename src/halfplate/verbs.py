@@ -14,10 +14,17 @@ from halfplate.recovery.settings import Recovery
 from halfplate.statistics import Statistic
 
 
-def plan(model: str, recipe: Recipe | str | Path | None = None, **options: Unpack[RecipeFields]) -> Plan:
+def plan(
+    model: str,
+    recipe: Recipe | str | Path | None = None,
+    benchmark: bool = False,
+    workers: int = 1,
+    **options: Unpack[RecipeFields],
+) -> Plan:
     """Plan the compression of `model`, reading its configuration and no weight.
 
-    recipe: a Recipe or the path of a YAML file; options: fields of Recipe, which go before it, as flags do.
+    recipe: a Recipe or the path of a YAML file; options: fields of Recipe, which go before it, as flags do. benchmark: time this machine
+    for a few seconds (one tensor is read), for an estimate of the time. workers: processes that would share the work.
     Raises HalfplateError on bad input.
 
     ```pycon
@@ -27,7 +34,7 @@ def plan(model: str, recipe: Recipe | str | Path | None = None, **options: Unpac
 
     ```
     """
-    return make_plan(model, Recipe.of(recipe, **options))
+    return make_plan(model, Recipe.of(recipe, **options), benchmark, workers)
 
 
 def compress(
@@ -41,14 +48,16 @@ def compress(
     engine: str = "local",
     workers: int | None = None,
     address: str | None = None,
+    benchmark: bool = True,
     **options: Unpack[RecipeFields],
 ) -> dict[str, Any]:
     """Compress `model`, write the checkpoint `out` with its log, and return the JSON object of `halfplate compress --json`.
 
     recipe, options: as in `plan`. report: told of every step (`halfplate.execution.progress.Report`). statistics: collect at
     least these, so that methods that need less are judged by the true output error too. resume: go on from what an interrupted
-    run of the same model, recipe and text left beside `out`. engine, workers, address: who does the work, `local` or `ray`; the result is the same. Raises
-    HalfplateError on bad input with nothing written, RuinedResult after writing where the KL exceeds `max_kl`.
+    run of the same model, recipe and text left beside `out`. engine, workers, address: who does the work, `local` or `ray`; the result is the same.
+    benchmark: whether the plan of a long run may time this machine for a few seconds. Raises HalfplateError on bad input, and where memory or disk
+    will not do, with nothing written, RuinedResult after writing where the KL exceeds `max_kl`.
 
     ```pycon
     >>> summary = halfplate.compress("tiny", "tiny-armor", samples=4, seq_len=32, method_options={"iterations": 2})
@@ -58,7 +67,17 @@ def compress(
     ```
     """
     return local.compress(
-        model, out, Recipe.of(recipe, **options), overwrite, report, statistics, resume, engine, workers, address
+        model,
+        out,
+        Recipe.of(recipe, **options),
+        overwrite,
+        report,
+        statistics,
+        resume,
+        engine,
+        workers,
+        address,
+        benchmark,
     )
 
 

@@ -121,12 +121,12 @@ def test_logits_that_are_not_finite_are_refused(tiny_model: Any) -> None:
         sample_text(model, Start("bos", 1), 2, 4, seed=0)
 
 
-def test_memory_bounds_the_batch(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_model("llama").config
+def test_memory_bounds_the_batch(tiny_model: Any) -> None:
     # 2 blocks of keys and values of 2 heads of 8 in fp32: 256 bytes a token.
-    monkeypatch.setattr(self_text, "CACHE_BYTES", 256 * 10 * 5)
-    assert self_text._sequences_at_once(config, 10) == 5
-    assert self_text._sequences_at_once(config, 10_000) == 1
+    each_token = self_text.token_nbytes(tiny_model("llama").config)
+    assert each_token == 256
+    assert self_text.sequences_at_once(each_token, 10, 256 * 10 * 5) == 5
+    assert self_text.sequences_at_once(each_token, 10_000, 256 * 10 * 5) == 1
 
 
 def test_the_cache_gives_views_of_one_room(tiny_model: Any) -> None:

@@ -14,6 +14,8 @@ from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.statistics import InputStatistics, Statistic
 
 BATCH = 8  # samples that run through a block at once
+# Sums over the tokens are made of this many chunks at most, whoever makes them: what is rounded depends on it.
+CHUNKS = 16
 
 
 def collect_block(

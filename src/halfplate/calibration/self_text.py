@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # The model's own distribution. Lower ones make small models repeat themselves: at 0.8, 6 % of the runs of 8 tokens that
 # SmolLM2-135M-Instruct writes stand in the same 256 tokens before, against 0.2 % at 1.
 TEMPERATURE = 1.0
-# Bounds the keys and values held, and with them the sequences sampled side by side.
+# Bounds the keys and values held, and with them the sequences sampled side by side, where the whole model is held anyway.
 CACHE_BYTES = 3 * 2**29
 MAX_BATCH = 64
 
@@ -64,13 +64,14 @@ def sample_text(
     seed: int,
     temperature: float = TEMPERATURE,
     progress: Callable[[int, int], None] | None = None,
+    cache_nbytes: int = CACHE_BYTES,
 ) -> Tensor:
     """Sequences drawn from the model's own distribution, int64 (samples, seq_len) on the CPU.
 
     Every sequence opens with the start token. End tokens are drawn like any other and the text goes on after them, for
     what follows is part of what the model learnt (the next turn of a chat, the start of the next document); a start
     token forced there makes SmolLM2-135M-Instruct loop over empty system prompts. So no sequence needs padding.
-    All random numbers are drawn beforehand, one for each token: how many sequences run side by side (bounded by 1.5 GiB
+    All random numbers are drawn beforehand, one for each token: how many sequences run side by side (bounded by `cache_nbytes`
     of keys and values) changes the text by rounding alone. The model runs as a whole, one token at a time.
     progress: called with the tokens sampled so far and in all. Raises HalfplateError where logits are not finite.
     """
@@ -79,7 +80,8 @@ def sample_text(
     generator = torch.Generator().manual_seed(seed)
     chances = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64).to(model.device)
     ids = torch.empty(samples, seq_len, dtype=torch.int64, device=model.device)
-    batches = -(-samples // _sequences_at_once(model.config.get_text_config(), seq_len))
+    at_once = sequences_at_once(token_nbytes(model.config.get_text_config()), seq_len, cache_nbytes)
+    batches = -(-samples // at_once)
     done = 0
     # Batches of nearly one size: a small last one would cost almost as many seconds as a full one.
     for rows, uniform in zip(ids.tensor_split(batches), chances.tensor_split(batches), strict=True):
@@ -130,9 +132,13 @@ def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return drawn.clamp_max(logits.shape[-1] - 1)
 
 
-def _sequences_at_once(config: "PretrainedConfig", seq_len: int) -> int:
-    """How many sequences have keys and values of at most CACHE_BYTES in fp32, as far as the config tells."""
+def token_nbytes(config: "PretrainedConfig") -> int:
+    """Bytes of the keys and values of one token in fp32, as far as the config tells."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each: int = 2 * config.num_hidden_layers * heads * head_dim * seq_len * torch.float32.itemsize
-    return min(MAX_BATCH, max(1, CACHE_BYTES // each))
+    return int(2 * config.num_hidden_layers * heads * head_dim * torch.float32.itemsize)
+
+
+def sequences_at_once(each_token: int, seq_len: int, cache_nbytes: int) -> int:
+    """How many sequences have keys and values of at most `cache_nbytes`; each_token: bytes of those of one token."""
+    return min(MAX_BATCH, max(1, cache_nbytes // (each_token * seq_len)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from halfplate.calibration.documents import read_text, token_stream
-from halfplate.calibration.self_text import TEMPERATURE, find_start, sample_text
+from halfplate.calibration.self_text import CACHE_BYTES, TEMPERATURE, find_start, sample_text
 from halfplate.errors import HalfplateError
 
 if TYPE_CHECKING:
@@ -58,12 +58,13 @@ def calibration_tokens(
     seq_len: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    cache_nbytes: int = CACHE_BYTES,
 ) -> CalibrationTokens:
     """`samples` windows of `seq_len` tokens from `source`, the same for the same seed.
 
     source: `self` (the model samples its own text, see `self_text.sample_text`) or what `read_text` reads. Text is
     tokenised as one stream and cut into windows that do not overlap, of which `samples` are drawn without replacement.
-    progress: called with the tokens sampled so far and in all; for `self` only.
+    progress: called with the tokens sampled so far and in all, cache_nbytes: of keys and values; both for `self` only.
     Raises HalfplateError for numbers that cannot work, and for a text with fewer windows than samples.
     """
     if samples < 1:
@@ -71,7 +72,7 @@ def calibration_tokens(
     check_seq_len(model, seq_len, least=1)
     if source == "self":
         start = find_start(model, tokenizer)
-        ids = sample_text(model, start, samples, seq_len, seed, progress=progress)
+        ids = sample_text(model, start, samples, seq_len, seed, progress=progress, cache_nbytes=cache_nbytes)
         return CalibrationTokens(ids, source, seed, TEMPERATURE, start.kind, start.token)
     stream = token_stream(tokenizer, read_text(source))
     return CalibrationTokens(_draw_windows(stream, source, samples, seq_len, seed), source, seed)

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
             engine=args.engine,
             workers=args.workers,
             address=args.address,
+            benchmark=args.benchmark,
         )
     if args.json:
         print_json(summary)

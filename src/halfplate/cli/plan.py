@@ -1,6 +1,7 @@
 """Show what compress would do: every matrix, the bytes before and after, what is skipped and why."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfplate.cli.parser import add_output_arguments
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a local Hugging Face folder, a Hub id or a .gguf file")
+    parser.add_argument(
+        "-o", "--out", metavar="OUT", type=Path, help="where the result would go, to see whether the disk will do"
+    )
     add_recipe_arguments(parser)
     add_output_arguments(parser, progress=False)
 
@@ -20,24 +24,25 @@ def run(args: argparse.Namespace) -> int:
     recipe = recipe_from(args)
     from halfplate.cli.console import print_json, silence_libraries
     from halfplate.planning import make_plan
+    from halfplate.planning.room import refusal
 
     silence_libraries()
-    plan = make_plan(args.model, recipe)
+    plan = make_plan(args.model, recipe, args.benchmark, args.workers or 1)
+    refused = refusal(plan, args.out, args.workers or 1)
     if args.json:
-        print_json(plan.to_json())
+        print_json(plan.to_json() | {"refusal": refused})
     else:
-        _print(plan)
+        _print(plan, refused)
     return 0
 
 
-def _print(plan: "Plan") -> None:
-    from halfplate.cli.console import megabytes, print_pairs, print_table
-    from halfplate.cli.wishes import served
+def _print(plan: "Plan", refused: str | None) -> None:
+    from halfplate.cli.console import print_pairs, print_table
 
     entries = [matrix.to_json() for matrix in plan.matrices]
     print_table(
         f"{plan.model}: {len(plan.specs)} matrices to compress by {plan.recipe.method}",
-        ("name", "format", "core", "shape", "dense bytes", "bytes", "why skipped"),
+        ("name", "format", "core", "shape", "dense bytes", "bytes", "GFLOP", "MB held", "s", "why skipped"),
         [
             (
                 entry["name"],
@@ -46,30 +51,50 @@ def _print(plan: "Plan") -> None:
                 "×".join(map(str, entry["shape"])) if entry["shape"] else "-",
                 entry["dense_nbytes"],
                 entry["nbytes"],
+                None if entry["skipped"] else round(entry["flops"] / 1e9, 3),
+                None if entry["skipped"] else round(entry["memory_bytes"] / 1e6),
+                entry["seconds"],
                 entry["reason"] or "",
             )
             for entry in entries
         ],
     )
-    wrappers = (
-        f"blocks of {plan.block_size}, {plan.wrapper_share:.1%} of the dense parameters" if plan.block_size else "none"
-    )
-    print_pairs(
-        "in all",
-        [
-            ("linears, dense at 2 bytes a weight", megabytes(plan.dense_nbytes)),
-            ("linears, compressed", f"{megabytes(plan.nbytes)} ({plan.nbytes / plan.dense_nbytes:.1%})"),
-            ("wrappers", wrappers),
-            *(
-                [("N of M by block", "chosen in the run, this pattern on average")]
-                if plan.recipe.ratios != "uniform"
-                else []
-            ),
-            ("serves", served(plan.recipe)),
-            ("everything else", megabytes(plan.other_nbytes)),
-            ("source weight files", megabytes(plan.source_nbytes)),
-            ("time, a rough estimate for 2 cores", f"{plan.seconds_estimate:.0f} s"),
-            ("peak memory, a rough estimate", megabytes(plan.peak_memory_estimate)),
-            ("fingerprint", plan.fingerprint[:16]),
-        ],
-    )
+    print_pairs("in all", [*_bytes(plan), *_needs(plan), ("refused", refused or "no: memory and disk will do")])
+
+
+def _bytes(plan: "Plan") -> list[tuple[str, str]]:
+    from halfplate.cli.console import megabytes
+    from halfplate.cli.wishes import served
+
+    share = f"{plan.wrapper_share:.1%} of the dense parameters"
+    return [
+        ("linears, dense at 2 bytes a weight", megabytes(plan.dense_nbytes)),
+        ("linears, compressed", f"{megabytes(plan.nbytes)} ({plan.nbytes / plan.dense_nbytes:.1%})"),
+        ("wrappers", f"blocks of {plan.block_size}, {share}" if plan.block_size else "none"),
+        *(
+            [("N of M by block", "chosen in the run, this pattern on average")]
+            if plan.recipe.ratios != "uniform"
+            else []
+        ),
+        ("serves", served(plan.recipe)),
+        ("everything else", megabytes(plan.other_nbytes)),
+        ("source weight files", megabytes(plan.source_nbytes)),
+    ]
+
+
+def _needs(plan: "Plan") -> list[tuple[str, str]]:
+    from halfplate.cli.console import duration, megabytes
+
+    rows = [("operations of solving", f"{plan.flops / 1e12:,.2f} TFLOP")]
+    if plan.seconds is not None:
+        phases = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in plan.seconds.items())
+        rows.append(("time in one process, as measured here", f"{duration(sum(plan.seconds.values()))} ({phases})"))
+    held, bound = plan.memory, megabytes(plan.memory.bound)
+    phases = ", ".join(f"{phase} {megabytes(nbytes)}" for phase, nbytes in held.phases.items())
+    rows.append(("peak memory, estimate", f"{megabytes(held.peak)} ({phases})"))
+    if held.whole_model:
+        rows.append(("holds the whole model", f"{', '.join(held.whole_model)}; without it the bound is {bound}"))
+    else:
+        rows.append(("bound of the memory (docs/memory.md)", bound))
+    rows.append(("disk", f"{megabytes(plan.disk.total)}, {megabytes(plan.disk.work)} of it until the end"))
+    return [*rows, ("fingerprint", plan.fingerprint[:16])]

@@ -121,6 +121,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="of the Ray cluster that does the work, or auto for the one this machine is in",
     )
+    parser.add_argument(
+        "--no-benchmark",
+        action="store_false",
+        dest="benchmark",
+        help="leave out the few seconds that time this machine for the estimate",
+    )
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:

@@ -12,14 +12,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from halfplate.calibration.collect import CHUNKS
 from halfplate.models.blockwise import BlockArguments, BlockInputs
 
 # Arguments of one block by the number of samples in a batch; on them and the length alone do they depend.
 Arguments = dict[int, BlockArguments]
-
-
-# Sums over the tokens are made of this many chunks at most, whoever makes them: what is rounded depends on it.
-CHUNKS = 16
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from halfplate.models.licence import origin
 from halfplate.models.sources import Source, load_dense, load_tokenizer, open_source
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan, plan_source
+from halfplate.planning.room import check_room
 from halfplate.precision import resolved
 from halfplate.recipe import Recipe
 from halfplate.report import write_report
@@ -74,14 +75,16 @@ def compress(
     engine: str = "local",
     workers: int | None = None,
     address: str | None = None,
+    benchmark: bool = True,
 ) -> dict[str, Any]:
     """Compress `model` by `recipe`, write the checkpoint `out` with its log and its report, and return the summary.
 
     report: told of every step (`halfplate.execution.progress.Report`), for progress and trackers. statistics: collect at
     least these, e.g. GRAM so that every method is judged by its true output error. resume: go on from what an interrupted
     run of the same model, recipe and text left beside `out`, with the same result. engine, workers, address: who does the
-    work (`halfplate.execution.engines.EngineChoice`); the result does not depend on them. Raises HalfplateError on bad input with nothing
-    written, RuinedResult after writing where the KL exceeds `recipe.max_kl`.
+    work (`halfplate.execution.engines.EngineChoice`); the result does not depend on them. benchmark: whether the plan of a long
+    run may time this machine for a few seconds. Raises HalfplateError on bad input, and where memory or disk will not do, with
+    nothing written, RuinedResult after writing where the KL exceeds `recipe.max_kl`.
     """
     recipe, out = recipe or Recipe(), Path(out)
     choice = EngineChoice(engine, workers, address)
@@ -89,8 +92,8 @@ def compress(
     _check_device(recipe.device)
     if not resume:
         check_result_folder(out, overwrite, source.path)
-    plan = plan_source(source, recipe)
-    needed, work = max(statistics, recipe.create_method().requires), WorkFolder(out)
+    plan = plan_source(source, recipe, None if benchmark else False, workers or 1, statistics)
+    needed, work = plan.statistic, WorkFolder(out)
     threads = fixed_threads(recipe, work, resume)
     torch.set_num_threads(threads)
     identity = identity_of(source, plan, needed, threads)
@@ -103,6 +106,7 @@ def compress(
             "report": _write_report(out),
         }
     check_result_folder(out, overwrite, source.path)
+    check_room(plan, out, workers or 1)
     order = _Order(source, out, needed, identity, work, overwrite, resume, choice)
     try:
         with run_log(out, report, resume) as told:

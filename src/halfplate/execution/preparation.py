@@ -18,10 +18,9 @@ from halfplate.models.conversion import convert_tensors, converted
 from halfplate.models.sources import Source, load_dense, load_tokenizer
 from halfplate.models.streamed import StreamedModel, needs_conversion
 from halfplate.planning import Plan
+from halfplate.planning.memory import sampling_room
 from halfplate.recipe import Recipe
 from halfplate.tensor_file import read_tensor
-
-RESIDENT_NBYTES = 2**29  # of blocks that stay in memory while the model samples text
 
 
 def fixed_threads(recipe: Recipe, work: WorkFolder, resume: bool) -> int:
@@ -65,6 +64,9 @@ def prepared_tokens(streamed: StreamedModel, recipe: Recipe, work: WorkFolder, r
         return CalibrationTokens(read_tensor(kept.tensors["ids"]), **facts)
     tokenizer = load_tokenizer(streamed.source)
 
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in streamed.blocks]
+    resident, cache = sampling_room(blocks)
+
     def tokens_of(model: Any) -> CalibrationTokens:
         return calibration_tokens(
             recipe.calibration,
@@ -74,10 +76,11 @@ def prepared_tokens(streamed: StreamedModel, recipe: Recipe, work: WorkFolder, r
             recipe.seq_len,
             recipe.seed,
             lambda done, total: report("calibration text", done, total),
+            cache,
         )
 
     if recipe.calibration == "self":
-        with streamed.running(RESIDENT_NBYTES) as model:
+        with streamed.running(resident) as model:
             tokens = tokens_of(model)
     else:
         tokens = tokens_of(streamed.model)

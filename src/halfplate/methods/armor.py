@@ -86,6 +86,16 @@ class Armor(Method):
     def requires(self) -> Statistic:
         return Statistic.GRAM if self.objective == "gram" else Statistic.DIAGONAL
 
+    def flops(self, spec: WeightSpec) -> float:
+        weights, tile = spec.d_out * spec.d_in, max(spec.out_block, spec.in_block, spec.pattern.m)
+        diagonal = 16.0 * weights * tile  # an iteration under the diagonal: the moments of each tile
+        if self.objective != "gram":
+            return diagonal * (self._schedule().iterations if self.solver == "paper" else self._diagonal_iterations)
+        schedule = self._gram_schedule()
+        iterations = schedule.gram + (schedule.grid if spec.core_dtype in GRIDS else 0)
+        # Each takes S C, TᵀT and a sweep whose groups are coupled to all later ones.
+        return diagonal * schedule.diagonal + 2.0 * weights * spec.d_in * (3 * iterations + 2)
+
     def quick(self) -> "Armor":
         if self.solver != "exact":
             return self
@@ -94,10 +104,8 @@ class Armor(Method):
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
         if self.objective == "gram":
-            schedule = GramSchedule(grid=self.grid_iterations, damping=self.damping)
-            if self.iterations is not None:
-                schedule = replace(schedule, gram=self.iterations)
-            chain, losses = solve_gram(weight, statistics.require_gram().to(weight.device), spec, schedule)
+            gram = statistics.require_gram().to(weight.device)
+            chain, losses = solve_gram(weight, gram, spec, self._gram_schedule())
             return Solution(chain, tuple(losses))
         return self._diagonal(weight, statistics.require_diagonal().to(weight.device), spec)
 
@@ -107,13 +115,20 @@ class Armor(Method):
         problem = Problem.from_weight(normalised.weight, _unit_mean(moment), spec)
         stages = stages_for(weight.device)
         if self.solver == "exact":
-            iterations = DIAGONAL_ITERATIONS if self.iterations is None else self.iterations
-            factors, losses = solve_exact(problem, iterations, stages)
+            factors, losses = solve_exact(problem, self._diagonal_iterations, stages)
         else:
             factors, losses = solve_paper(problem, self._schedule())
         factors = balanced(problem, factors, normalised)
         chain = finish(DiagonalObjective(problem, stages), factors, normalised, scale, spec)
         return Solution(chain, tuple(losses))
+
+    @property
+    def _diagonal_iterations(self) -> int:
+        return DIAGONAL_ITERATIONS if self.iterations is None else self.iterations
+
+    def _gram_schedule(self) -> GramSchedule:
+        gram = GramSchedule.gram if self.iterations is None else self.iterations
+        return GramSchedule(gram=gram, grid=self.grid_iterations, damping=self.damping)
 
     def _schedule(self) -> PaperSchedule:
         iterations = PaperSchedule.iterations if self.iterations is None else self.iterations

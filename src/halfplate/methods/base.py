@@ -12,6 +12,8 @@ from halfplate.formats.nm_sparse import NMSparse
 from halfplate.formats.spec import WeightSpec
 from halfplate.statistics import InputStatistics, Statistic
 
+WEIGHT_COPIES = 14  # of fp32, that a solver holds at most
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -69,6 +71,18 @@ class Method(ABC):
             raise HalfplateError(
                 f"permuted=True asks for an order of the inputs, which method {self.name!r} as configured has not; use permuted=False"
             )
+
+    def flops(self, spec: WeightSpec) -> float:
+        """Floating-point operations of `compress`, roughly: they tell matrices apart, and a measured rate makes them seconds."""
+        weights = spec.d_out * spec.d_in
+        if self.requires >= Statistic.GRAM:
+            return float(spec.d_in**3 + weights * spec.d_in)
+        return 20.0 * weights
+
+    def solving_nbytes(self, spec: WeightSpec) -> int:
+        """Bytes that `compress` holds beside the weight and the statistics, at most."""
+        grams = 2 * spec.d_in**2 if self.requires >= Statistic.GRAM else 0
+        return 8 * grams + 4 * WEIGHT_COPIES * spec.d_out * spec.d_in
 
     def quick(self) -> "Method":
         """This method at a fraction of the work, for comparing specifications with each other."""

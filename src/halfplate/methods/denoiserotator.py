@@ -57,6 +57,10 @@ class DenoiseRotator(Method):
     def requires(self) -> Statistic:
         return Statistic.GRAM
 
+    def flops(self, spec: WeightSpec) -> float:
+        turned = 12.0 * spec.d_out * spec.d_in * max(spec.out_block, spec.in_block, 1)
+        return super().flops(spec) + self.steps * turned
+
     def quick(self) -> "DenoiseRotator":
         return replace(self, steps=min(self.steps, QUICK_STEPS))
 

@@ -16,10 +16,13 @@ def corrected_weight(weight: Tensor, gram: Tensor, cross: Tensor, damping: float
     diagonal = gram.diagonal()
     alive = diagonal > 0
     inputs = torch.where(alive, diagonal, 1.0).sqrt()
-    # In units of each input's own second moment one damping suits them all, massive channels too.
-    scaled = gram / inputs[:, None] / inputs + torch.diag(torch.where(alive, damping, 1.0))
     shift = (weight.double() @ (cross - gram)) / inputs
+    # In units of each input's own second moment one damping suits them all, massive channels too. In place: of a wide layer
+    # each matrix of this size takes more than its weight.
+    scaled = (gram / inputs[:, None]).div_(inputs)
+    scaled.diagonal().add_(torch.where(alive, damping, 1.0))
     factor, failed = torch.linalg.cholesky_ex(scaled)
+    del scaled
     if int(failed):
         return weight
     change = torch.cholesky_solve(shift.T, factor).T / inputs

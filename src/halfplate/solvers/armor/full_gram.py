@@ -40,6 +40,7 @@ def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSch
     scaled, scaled_gram, normalised, scale = _scaled(weight, gram, schedule.damping)
     tiles = Problem.from_weight(scaled, (scaled_gram.diagonal() > 0).float(), spec)
     problem = GramProblem.from_tiles(tiles, scaled_gram)
+    del scaled_gram  # twice the size of what the problem keeps
     objective = GramObjective(problem)
     if spec.pattern.is_dense:
         factors, losses = tiles.start(), list[float]()
@@ -65,8 +66,8 @@ def _scaled(weight: Tensor, gram: Tensor, damping: float) -> tuple[Tensor, Tenso
     diagonal = gram.diagonal().double()
     alive = diagonal > 0
     inputs = torch.where(alive, diagonal, 1.0).sqrt()
-    scaled_gram = gram.double() / inputs[:, None] / inputs
-    scaled_gram += torch.diag(torch.where(alive, max(damping, LEAST_DAMPING), 0.0))
+    scaled_gram = (gram.double() / inputs[:, None]).div_(inputs)
+    scaled_gram.diagonal().add_(torch.where(alive, max(damping, LEAST_DAMPING), 0.0))
     mean = inputs[alive].mean() if bool(alive.any()) else inputs.new_ones(())
     inputs = torch.where(alive, inputs / mean, 1.0)
     scale = power_of_two(weight)

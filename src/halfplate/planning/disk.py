@@ -1,0 +1,65 @@
+"""How much disk a compression needs beside its result's place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from halfplate.calibration.collect import BATCH, CHUNKS
+from halfplate.formats.spec import WeightSpec
+from halfplate.planning.memory import FP32, FP64
+from halfplate.planning.sizes import ModelSizes
+from halfplate.recipe import Recipe
+from halfplate.statistics import Statistic
+
+SLACK = 2_000_000  # headers, notes, tokenizer, log, report
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """Bytes of the result and of what the work folder holds at most beside it.
+
+    converted: the model in fp32 where it must be written anew first. parts: finished blocks and matrices. hidden: states between two
+    blocks. statistics: what several processes hand to each other.
+    """
+
+    result: int
+    converted: int
+    parts: int
+    hidden: int
+    statistics: int
+
+    @property
+    def work(self) -> int:
+        return self.converted + self.parts + self.hidden + self.statistics
+
+    @property
+    def total(self) -> int:
+        return self.result + self.work
+
+
+def disk_plan(
+    sizes: ModelSizes,
+    specs: Sequence[WeightSpec],
+    other_nbytes: int,
+    recipe: Recipe,
+    statistic: Statistic,
+    workers: int,
+    converted: bool,
+) -> DiskPlan:
+    """What a compression writes; other_nbytes: of all that stays dense, converted: whether the model is written anew."""
+    method = recipe.create_method()
+    statistic = max(statistic, method.requires)
+    result = sum(spec.nbytes for spec in specs) + other_nbytes + SLACK
+    streams = 2 if recipe.inputs == "compressed" and (recipe.corrects(statistic) or recipe.tune_block) else 1
+    hidden = statistics = 0
+    if recipe.runs_text(statistic):
+        # Of two neighbouring blocks while one is written.
+        hidden = 2 * streams * FP32 * recipe.samples * recipe.seq_len * sizes.hidden
+        if workers > 1 and statistic >= Statistic.GRAM:
+            kinds = 2 if recipe.corrects(statistic) else 1
+            chunks = min(CHUNKS, -(-recipe.samples // BATCH))
+            statistics = FP64 * max(sizes.stages) ** 2 * kinds * (chunks + 1)
+    # Matrices lie beside their block until it is whole, so those of one block lie there twice.
+    twice = FP32 * sizes.block
+    return DiskPlan(result, FP32 * sizes.parameters if converted else 0, result + twice, hidden, statistics)

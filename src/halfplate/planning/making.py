@@ -1,0 +1,201 @@
+"""Making a plan from a model and a recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from halfplate import plugins
+from halfplate.allocation.candidates import CHOICES, candidates
+from halfplate.calibration.documents import check_source
+from halfplate.calibration.text import check_seq_len
+from halfplate.errors import HalfplateError
+from halfplate.formats.sharing import share
+from halfplate.formats.spec import WeightSpec
+from halfplate.methods.base import Method
+from halfplate.models.linears import FoundLinear, find_linears
+from halfplate.models.sources import Source, open_source, skeleton
+from halfplate.models.streamed import needs_conversion
+from halfplate.pattern import Pattern
+from halfplate.planning.disk import disk_plan
+from halfplate.planning.memory import memory_plan, solving_memory
+from halfplate.planning.plan import MatrixPlan, Plan, wrapper_share
+from halfplate.planning.sizes import shared_inputs, sizes_of
+from halfplate.planning.speed import WORTH_FLOPS, Speed, measure_speed, seconds_of, solving_flops
+from halfplate.recipe import Recipe
+from halfplate.statistics import Statistic
+from halfplate.version import package_version
+
+AUTO_BLOCKS = (128, 64, 32, 16, 8)
+AUTO_SHARE = 0.05  # of the dense parameters of the whole plan
+
+
+def make_plan(model: str, recipe: Recipe, measure: bool | None = False, workers: int = 1) -> Plan:
+    """Plan the compression of `model`, reading its configuration and no weight; raises HalfplateError on bad input.
+
+    measure: time this machine for a few seconds, reading one tensor, for an estimate of the time; None does so where the run takes
+    much longer than that. workers: processes that would share the work.
+    """
+    return plan_source(open_source(model), recipe, measure, workers)
+
+
+def plan_source(
+    source: Source,
+    recipe: Recipe,
+    measure: bool | None = False,
+    workers: int = 1,
+    statistic: Statistic = Statistic.NONE,
+) -> Plan:
+    """`make_plan` of a source that is already open; statistic: what is collected at least."""
+    dense, method = skeleton(source), recipe.create_method()
+    if recipe.runs_text(method.requires):
+        check_source(recipe.calibration)
+        check_seq_len(dense, recipe.seq_len, least=2)
+    found, passed_over = find_linears(dense, include=recipe.include, exclude=recipe.exclude)
+    pattern = recipe.parsed_pattern
+    fitting = [linear for linear in found if linear.d_in % pattern.m == 0]
+    if not fitting:
+        raise HalfplateError(_nothing_fits(source.name, found, pattern))
+    block = _block_size(recipe, fitting) if method.wrapped or method.low_rank else 0
+
+    matrices = []
+    for linear in found:
+        spec, reason = None, None
+        if linear.d_in % pattern.m:
+            reason = f"d_in={linear.d_in} is not a multiple of M={pattern.m} (pattern {pattern})"
+        else:
+            spec = recipe.spec(linear.d_out, linear.d_in, block)
+            method.check_spec(spec)
+        matrices.append(MatrixPlan(linear.name, (linear.d_out, linear.d_in), linear.block, recipe.method, spec, reason))
+    matrices += [
+        MatrixPlan(skip.name, _shape(dense, skip.name), None, recipe.method, None, skip.reason) for skip in passed_over
+    ]
+
+    if recipe.share_wrappers:
+        matrices = _sharing(dense, matrices)
+    if recipe.budget is not None:
+        _check_budget(recipe.budget, [m.spec for m in matrices if m.spec is not None], recipe, method)
+
+    compressed = {matrix.name: matrix.spec for matrix in matrices if matrix.spec is not None}
+    specs, statistic = list(compressed.values()), max(statistic, method.requires)
+    sizes = sizes_of(dense, [linear for linear in found if linear.name in compressed])
+    other_nbytes = _other_nbytes(dense, set(compressed), source.other_dtype)
+    if measure is None:
+        measure = sum(solving_flops(method, spec, recipe, statistic) for spec in specs) > WORTH_FLOPS
+    speed = measure_speed(source, sizes, specs, recipe) if measure else None
+    return Plan(
+        model=source.name,
+        recipe=recipe,
+        matrices=tuple(_with_cost(matrix, method, recipe, statistic, speed) for matrix in matrices),
+        block_size=block,
+        parameters=sizes.parameters,
+        other_nbytes=other_nbytes,
+        source_nbytes=source.nbytes,
+        fingerprint=_fingerprint(source, recipe),
+        sizes=sizes,
+        statistic=statistic,
+        memory=memory_plan(sizes, specs, recipe, statistic, workers),
+        disk=disk_plan(sizes, specs, other_nbytes, recipe, statistic, workers, needs_conversion(source)),
+        speed=speed,
+        seconds=None if speed is None else seconds_of(sizes, specs, source.nbytes, recipe, statistic, speed),
+    )
+
+
+def _with_cost(
+    matrix: MatrixPlan, method: Method, recipe: Recipe, statistic: Statistic, speed: Speed | None
+) -> MatrixPlan:
+    if matrix.spec is None:
+        return matrix
+    flops = solving_flops(method, matrix.spec, recipe, statistic)
+    seconds = None if speed is None else flops / speed.solving
+    return replace(matrix, flops=flops, seconds=seconds, memory=solving_memory(method, matrix.spec, recipe, statistic))
+
+
+def _sharing(dense: PreTrainedModel, matrices: list[MatrixPlan]) -> list[MatrixPlan]:
+    """`matrices` with one input wrapper for all that the model gives one input."""
+    names: dict[int, list[str]] = {}
+    for matrix in matrices:
+        if matrix.spec is not None and matrix.block is not None:
+            names.setdefault(matrix.block, []).append(matrix.name)
+    specs = share({matrix.name: matrix.spec for matrix in matrices if matrix.spec is not None}, _groups(dense, names))
+    return [replace(matrix, spec=specs.get(matrix.name)) for matrix in matrices]
+
+
+def _groups(dense: PreTrainedModel, names: dict[int, list[str]]) -> list[list[str]]:
+    """The linears `names` of each block by the input that they share, each group in the order of the plan."""
+    order = {name: index for inside in names.values() for index, name in enumerate(inside)}
+    try:
+        groups = shared_inputs(dense, names)
+    # Each model class fails with errors of its own where it asks for values that are not there.
+    except Exception as error:
+        raise HalfplateError(
+            f"share_wrappers=True: which linears of {type(dense).__name__} share an input cannot be found without running it "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); leave it out"
+        ) from error
+    # The plan's order decides which of them stores the wrapper.
+    return [sorted(group, key=order.__getitem__) for group in groups]
+
+
+def _check_budget(budget: float, specs: list[WeightSpec], recipe: Recipe, method: Method) -> None:
+    least = sum(candidates(spec, method, recipe.choose)[0].nbytes for spec in specs)
+    share = least / sum(spec.dense_nbytes for spec in specs)
+    if share > budget:
+        raise HalfplateError(
+            f"budget={budget:g} cannot be met: the least is {share:.4f} of the dense bytes with choose={', '.join(recipe.choose) or 'nothing'}; "
+            f"raise it, or add to --choose ({', '.join(CHOICES)})"
+        )
+
+
+def _nothing_fits(name: str, found: list[FoundLinear], pattern: Pattern) -> str:
+    if not found:
+        return f"model={name!r} has no linear left to compress; loosen --include and --exclude"
+    sizes = ", ".join(str(size) for size in sorted({linear.d_in for linear in found}))
+    return f"pattern={pattern}: M={pattern.m} divides no d_in of {name!r} ({sizes}); choose an M that divides one"
+
+
+def _block_size(recipe: Recipe, linears: list[FoundLinear]) -> int:
+    """The block size asked for; for `auto` the largest whose wrappers stay within AUTO_SHARE, else the smallest."""
+    if recipe.block_size != "auto":
+        return recipe.block_size
+    m = recipe.parsed_pattern.m
+    blocks = [max(size // m, 1) * m for size in AUTO_BLOCKS]
+    for block in blocks:
+        if wrapper_share([recipe.spec(linear.d_out, linear.d_in, block) for linear in linears]) <= AUTO_SHARE:
+            return block
+    # A model so small that no block is cheap gains more from wrappers than it pays.
+    return blocks[-1]
+
+
+def _shape(model: PreTrainedModel, name: str) -> tuple[int, ...] | None:
+    weight = getattr(model.get_submodule(name), "weight", None)
+    return tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
+
+
+def _other_nbytes(model: nn.Module, compressed: set[str], dtype: torch.dtype) -> int:
+    """Bytes of everything but the compressed weights, tied tensors once, as it will be stored."""
+    replaced = {f"{name}.weight" for name in compressed}
+    tensors = {id(tensor): tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in replaced}
+    return sum(
+        tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in tensors.values()
+    )
+
+
+def _fingerprint(source: Source, recipe: Recipe) -> str:
+    """SHA-256 over the model's configuration, names and sizes of its weight files, the recipe, the version and those of plugins."""
+    identity = source.identity() | {
+        "recipe": recipe.fingerprint_json(),
+        "version": package_version(),
+    }
+    foreign = {
+        field: plugins.origin(points[0])
+        for field, group in (("method", plugins.METHODS), ("calibration", plugins.CALIBRATION))
+        if (points := plugins.installed(group).get(getattr(recipe, field).partition(":")[0]))
+    }
+    if foreign:
+        identity["plugins"] = foreign
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()

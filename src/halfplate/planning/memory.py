@@ -1,0 +1,150 @@
+"""How much memory a compression holds at most, phase by phase, and the bound that it keeps to (docs/memory.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from halfplate.calibration.collect import BATCH
+from halfplate.calibration.self_text import CACHE_BYTES, sequences_at_once
+from halfplate.evaluation.speed import memory
+from halfplate.formats.spec import WeightSpec
+from halfplate.methods.base import Method
+from halfplate.planning.sizes import ModelSizes
+from halfplate.recipe import Recipe
+from halfplate.statistics import Statistic
+
+FP32, FP64 = 4, 8
+ALLOWANCE = 1_500_000_000  # of the bound: libraries, hidden states, the solver
+# Keys and values and the blocks that stay in memory while text is sampled. Not what is free: the text depends, by rounding, on how many
+# sequences run side by side, and must be the same everywhere.
+SAMPLING_NBYTES = 700_000_000
+LIBRARIES = 800_000_000  # Python with torch and transformers, where the system does not tell
+HEAP = 100_000_000  # freed and not given back
+WHOLE = "the whole model"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes held at most in each phase, the bound, and the options for which the whole model is held, outside of it."""
+
+    phases: dict[str, int]
+    bound: int
+    whole_model: tuple[str, ...]
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def largest(self) -> str:
+        """The phase of the peak."""
+        return max(self.phases, key=self.phases.__getitem__)
+
+
+def sampling_room(blocks: Sequence[int]) -> tuple[int, int]:
+    """Bytes of blocks that stay in memory while text is sampled, and of keys and values; blocks: values of each.
+
+    Small models stay whole; of a larger one each block is read anew for every token, which more sequences side by side share.
+    """
+    whole = FP32 * sum(blocks)
+    resident = whole if whole <= SAMPLING_NBYTES * 2 // 3 else 0
+    return resident, SAMPLING_NBYTES - resident
+
+
+def memory_bound(sizes: ModelSizes, recipe: Recipe, statistic: Statistic) -> int:
+    """2 decoder blocks in fp32, what is outside the blocks, one block's Gram matrices and cross moments, and 1.5 GB."""
+    grams = sum(_gram_nbytes(width, recipe, statistic) for width in sizes.stages)
+    return FP32 * (2 * sizes.block + sizes.outer) + grams + ALLOWANCE
+
+
+def memory_plan(
+    sizes: ModelSizes, specs: Sequence[WeightSpec], recipe: Recipe, statistic: Statistic, workers: int
+) -> MemoryPlan:
+    """What a compression by `recipe` holds; statistic: what is collected at least."""
+    method = recipe.create_method()
+    statistic = max(statistic, method.requires)
+    runs = recipe.runs_text(statistic)
+    base = (memory("VmRSS") or LIBRARIES) + HEAP
+    block, reading = FP32 * sizes.block, (FP32 + 2) * sizes.largest
+    blocks = block * (_streams(recipe, statistic) if runs else 1)
+    phases = {"reading": base + reading, "writing": base + 2 * block + (2 * FP32 + 1) * sizes.largest}
+    if runs:
+        hidden = BATCH * recipe.seq_len * FP32 * (6 * sizes.hidden + 3 * sizes.ffn)
+        phases["embedding"] = base + FP32 * (sizes.outer - sizes.head) + block + reading + hidden
+        if recipe.calibration == "self":
+            phases["calibration text"] = base + _sampling(sizes, recipe) + FP32 * sizes.outer + block + reading
+        # While text runs through a block, its finished matrices are whole beside what is stored of them.
+        phases["statistics"] = base + blocks + block + hidden + _stage(sizes, recipe, statistic, collecting=True)
+    solve = max(solving_memory(method, spec, recipe, statistic) for spec in specs)
+    phases["solving"] = base + blocks + _stage(sizes, recipe, statistic) + solve
+    if recipe.tune_block:
+        phases["tuning"] = base + 7 * block + BATCH * recipe.seq_len * FP32 * (20 * sizes.hidden + 8 * sizes.ffn)
+    if workers > 1:
+        # Each has what it works on, and the caller a stage's sums and one batch's.
+        each = max(phases["solving"], phases.get("statistics", 0))
+        phases["workers"] = phases["solving"] - solve + workers * each
+    return MemoryPlan(
+        phases | _whole(sizes, specs, recipe, base), memory_bound(sizes, recipe, statistic), _holds(recipe)
+    )
+
+
+def solving_memory(method: Method, spec: WeightSpec, recipe: Recipe, statistic: Statistic) -> int:
+    """Bytes held while one matrix is corrected and solved, beside its block and the statistics."""
+    # Of the correction: two matrices of the Gram's size at once, three in fp64 of the weight's.
+    correcting = FP64 * (2 * spec.d_in**2 + 3 * spec.d_out * spec.d_in) if recipe.corrects(statistic) else 0
+    return max(correcting, method.solving_nbytes(spec))
+
+
+def _streams(recipe: Recipe, statistic: Statistic) -> int:
+    """How many copies of a block text runs through: one, or the dense one beside the compressed one."""
+    return 2 if recipe.corrects(statistic) or recipe.tune_block else 1
+
+
+def _gram_nbytes(width: int, recipe: Recipe, statistic: Statistic) -> int:
+    if statistic < Statistic.GRAM:
+        return 0
+    return FP64 * width**2 * (2 if recipe.corrects(statistic) else 1)
+
+
+def _stage(sizes: ModelSizes, recipe: Recipe, statistic: Statistic, collecting: bool = False) -> int:
+    """The Gram matrices held at once; while they are collected also a chunk's sums, and a batch's products."""
+    grams = [_gram_nbytes(width, recipe, statistic) for width in sizes.stages]
+    held = sum(grams) if recipe.inputs == "dense" else max(grams)
+    return held + (held + max(grams) // 2 if collecting else 0)
+
+
+def _sampling(sizes: ModelSizes, recipe: Recipe, room: int | None = None) -> int:
+    resident, cache = sampling_room(sizes.blocks) if room is None else (0, room)
+    sequences = min(recipe.samples, sequences_at_once(sizes.cache_nbytes, recipe.seq_len, cache))
+    # Logits, their softmax, and its cumulative sums in fp64.
+    return resident + sequences * (sizes.cache_nbytes * recipe.seq_len + (2 * FP32 + 2 * FP64) * sizes.vocabulary)
+
+
+def _holds(recipe: Recipe) -> tuple[str, ...]:
+    """The options of a recipe that hold the whole model."""
+    options = {
+        "--budget": recipe.budget is not None,
+        "--time-budget": recipe.time_budget is not None,
+        "--ratios owl": recipe.ratios != "uniform",
+        "--max-kl": recipe.max_kl is not None,
+    }
+    return tuple(option for option, given in options.items() if given)
+
+
+def _whole(sizes: ModelSizes, specs: Sequence[WeightSpec], recipe: Recipe, base: int) -> dict[str, int]:
+    """The phases that hold the whole model."""
+    phases = {}
+    whole = base + FP32 * sizes.parameters
+    hidden = recipe.samples * recipe.seq_len * FP32 * sizes.hidden
+    if recipe.budgeted:
+        grams = FP64 * sum(width**2 for width in sizes.stages)
+        solve = max(recipe.create_method().solving_nbytes(spec) for spec in specs)
+        logits = 3 * recipe.seq_len * FP32 * sizes.vocabulary
+        phases["choosing levels"] = whole + 2 * hidden + grams + solve + logits
+    if recipe.ratios != "uniform":
+        phases["choosing ratios"] = whole + 2 * hidden + FP32 * sizes.block
+    if recipe.max_kl is not None:
+        compressed = FP32 * sizes.outer + sum(spec.nbytes for spec in specs)
+        phases["judging"] = whole + compressed + _sampling(sizes, recipe, CACHE_BYTES)
+    return phases

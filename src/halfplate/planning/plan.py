@@ -1,0 +1,147 @@
+"""A plan as such: what becomes of each matrix, and what it takes in all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from halfplate.formats.spec import WeightSpec
+from halfplate.planning.disk import DiskPlan
+from halfplate.planning.memory import MemoryPlan
+from halfplate.planning.sizes import ModelSizes
+from halfplate.planning.speed import Speed
+from halfplate.recipe import Recipe
+from halfplate.statistics import Statistic
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """One matrix of the model: how it will be stored, or why it stays dense.
+
+    shape: (d_out, d_in), or None where a skipped module is no single matrix. spec: None where it is skipped. flops: operations of
+    solving it; memory: bytes held meanwhile beside the process itself; seconds: None where this machine was not measured.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
+    block: int | None
+    method: str
+    spec: WeightSpec | None
+    reason: str | None = None
+    flops: float = 0.0
+    memory: int = 0
+    seconds: float | None = None
+
+    @property
+    def skipped(self) -> bool:
+        return self.spec is None
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of this matrix in `plan --json`."""
+        spec = self.spec
+        return {
+            "name": self.name,
+            "format": spec.format if spec else "dense",
+            "pattern": str(spec.pattern) if spec else None,
+            "core_dtype": spec.core_dtype if spec else None,
+            "shape": list(self.shape) if self.shape else None,
+            "nbytes": spec.nbytes if spec else None,
+            "dense_nbytes": spec.dense_nbytes if spec else None,
+            "method": None if self.skipped else self.method,
+            "skipped": self.skipped,
+            "reason": self.reason,
+            "flops": None if self.skipped else self.flops,
+            "memory_bytes": None if self.skipped else self.memory,
+            "seconds": None if self.seconds is None else round(self.seconds, 3),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every matrix, the bytes before and after, what it takes, and a fingerprint of all that decides the result.
+
+    other_nbytes: bytes of all that stays dense (embeddings, norms, biases, lm_head, skipped matrices), as it will be
+    stored. source_nbytes: bytes of the weight files read. statistic: what is collected at least. memory: held by a run with the
+    workers that the plan was made for. speed: what was measured of this machine, None where it was not; seconds: of each
+    phase in one process, from that.
+    """
+
+    model: str
+    recipe: Recipe
+    matrices: tuple[MatrixPlan, ...]
+    block_size: int
+    parameters: int
+    other_nbytes: int
+    source_nbytes: int
+    fingerprint: str
+    sizes: ModelSizes
+    statistic: Statistic
+    memory: MemoryPlan
+    disk: DiskPlan
+    speed: Speed | None
+    seconds: Mapping[str, float] | None
+
+    @property
+    def specs(self) -> dict[str, WeightSpec]:
+        """The matrices that will be compressed, by name."""
+        return {matrix.name: matrix.spec for matrix in self.matrices if matrix.spec is not None}
+
+    def with_specs(self, specs: Mapping[str, WeightSpec]) -> Plan:
+        """The plan with the matrices in `specs` stored as it says."""
+        return replace(self, matrices=tuple(replace(m, spec=specs.get(m.name, m.spec)) for m in self.matrices))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        return sum(spec.dense_nbytes for spec in self.specs.values())
+
+    @property
+    def wrapper_share(self) -> float:
+        return wrapper_share(list(self.specs.values()))
+
+    @property
+    def flops(self) -> float:
+        """Operations of solving all matrices."""
+        return sum(matrix.flops for matrix in self.matrices)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of `plan --json`."""
+        seconds = None if self.seconds is None else {name: round(value, 1) for name, value in self.seconds.items()}
+        return {
+            "model": self.model,
+            "recipe": self.recipe.to_json(),
+            "fingerprint": self.fingerprint,
+            "matrices": [matrix.to_json() for matrix in self.matrices],
+            "nbytes": self.nbytes,
+            "dense_nbytes": self.dense_nbytes,
+            "other_nbytes": self.other_nbytes,
+            "source_nbytes": self.source_nbytes,
+            "parameters": self.parameters,
+            "block_size": self.block_size,
+            "wrapper_share": self.wrapper_share,
+            "flops": self.flops,
+            "seconds": seconds,
+            "seconds_estimate": None if seconds is None else round(sum(seconds.values()), 1),
+            "memory_bytes": self.memory.phases,
+            "peak_memory_bytes_estimate": self.memory.peak,
+            "memory_bound_bytes": self.memory.bound,
+            "whole_model_held_by": list(self.memory.whole_model),
+            "disk_bytes": self.disk.total,
+            "work_folder_bytes": self.disk.work,
+        }
+
+
+def wrapper_share(specs: Sequence[WeightSpec]) -> float:
+    """Parameters of wrappers and low-rank parts over dense parameters."""
+    wrappers = 0
+    for spec in specs:
+        wrappers += spec.rank * (spec.d_out + spec.d_in)
+        in_block = 0 if spec.in_shared else spec.in_block
+        for size, block in ((spec.d_out, spec.out_block), (spec.d_in, in_block)):
+            if block:
+                wrappers += size // block * block**2 + (size % block) ** 2
+    return wrappers / sum(spec.d_out * spec.d_in for spec in specs)

@@ -1,0 +1,161 @@
+"""Whether this machine has the memory and the disk that a plan asks for, decided before any work is done."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfplate.errors import HalfplateError
+from halfplate.evaluation.speed import memory
+from halfplate.planning.memory import memory_plan
+from halfplate.planning.plan import Plan
+from halfplate.statistics import Statistic
+
+# What makes a run hold less, in the order in which it is offered.
+CURES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--workers 1", {"workers": 1}),
+    ("leave out --max-kl", {"max_kl": None}),
+    ("leave out --budget", {"budget": None, "search": "knapsack"}),
+    ("leave out --time-budget", {"time_budget": None, "search": "knapsack"}),
+    ("--ratios uniform", {"ratios": "uniform"}),
+    ("--tune-block 0", {"tune_block": 0}),
+    ("--calibration FILE (sampling holds keys and values)", {"calibration": "text.txt"}),
+    ("--inputs compressed", {"inputs": "compressed"}),
+    ("--cross-damping none", {"cross_damping": "none"}),
+    ("--seq-len 128", {"seq_len": 128}),
+)
+
+
+def refusal(plan: Plan, out: Path | None, workers: int = 1) -> str | None:
+    """Why the plan cannot be carried out here, in one line that names what would help; None where nothing speaks against it.
+
+    out: where the result is to be; without it only the memory is looked at.
+    """
+    return _memory_refusal(plan, workers) or (None if out is None else _disk_refusal(plan, out))
+
+
+def check_room(plan: Plan, out: Path, workers: int) -> None:
+    """Raise HalfplateError where `refusal` speaks against the plan."""
+    if (reason := refusal(plan, out, workers)) is not None:
+        raise HalfplateError(reason)
+
+
+def _memory_refusal(plan: Plan, workers: int) -> str | None:
+    available = available_memory()
+    # What lies on a GPU is not in this account.
+    if available is None or plan.memory.peak <= available or torch.device(plan.recipe.device).type != "cpu":
+        return None
+    return (
+        f"memory: {plan.memory.largest} needs {_spoken(plan.memory.peak)}, this process can have {_spoken(available)}; "
+        f"{_cure(plan, workers, available)}"
+    )
+
+
+def _cure(plan: Plan, workers: int, available: int) -> str:
+    """The first option, or the fewest from the first on, with which the plan would fit."""
+    specs = list(plan.specs.values())
+
+    def fits(changes: dict[str, Any]) -> bool:
+        others = {name: value for name, value in changes.items() if name != "workers"}
+        recipe = replace(plan.recipe, **others)
+        held = memory_plan(plan.sizes, specs, recipe, plan.statistic, changes.get("workers", workers))
+        return held.peak <= available
+
+    def changing(changes: dict[str, Any]) -> bool:
+        return any(
+            value != (workers if name == "workers" else getattr(plan.recipe, name)) for name, value in changes.items()
+        ) and not ("calibration" in changes and plan.recipe.calibration != "self")
+
+    def allowed(changes: dict[str, Any]) -> bool:
+        try:
+            return fits(changes)
+        except HalfplateError:
+            # Options that do not go together.
+            return False
+
+    useful = [(text, changes) for text, changes in CURES if changing(changes)]
+    useful = [(t, c) for t, c in useful if not ("seq_len" in c and plan.recipe.seq_len <= c["seq_len"])]
+    for text, changes in useful:
+        if allowed(changes):
+            return f"try {text}"
+    together: dict[str, Any] = {}
+    for number, (_, changes) in enumerate(useful, start=1):
+        together |= changes
+        if allowed(together):
+            return f"try {', '.join(text for text, _ in useful[:number])} together"
+    grams = "--method wanda, which needs no Gram matrices, or " if plan.statistic >= Statistic.GRAM else ""
+    return f"no option of compress brings it down that far; use {grams}a machine with more"
+
+
+def _disk_refusal(plan: Plan, out: Path) -> str | None:
+    target = out.resolve()
+    above = next(parent for parent in target.parents if parent.exists())
+    try:
+        free = shutil.disk_usage(above).free
+    except OSError:
+        return None
+    there = _nbytes(target.with_name(f".{target.name}.compress"))
+    if plan.disk.total <= free + there:
+        return None
+    parts = [("the result", plan.disk.result), ("finished parts", plan.disk.parts), ("hidden states", plan.disk.hidden)]
+    parts += [("the model in fp32", plan.disk.converted), ("statistics for the workers", plan.disk.statistics)]
+    spoken = ", ".join(f"{name} {_spoken(nbytes)}" for name, nbytes in parts if nbytes)
+    fewer = "use fewer --samples or " if 2 * plan.disk.hidden > plan.disk.total else ""
+    return (
+        f"out={str(out)!r}: {_spoken(plan.disk.total)} of disk are needed ({spoken}), {_spoken(free + there)} are free; "
+        f"{fewer}free some space, or choose an OUT on another disk"
+    )
+
+
+def _nbytes(folder: Path) -> int:
+    """Bytes of what an earlier run left, which this one need not write again."""
+    try:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    except OSError:
+        return 0
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may come to hold: what is free, swap too, under the limits of its group and its own; None where nothing tells."""
+    own = memory("VmRSS") or 0
+    limits = []
+    machine = _fields(Path("/proc/meminfo"))
+    if "MemAvailable" in machine:
+        limits.append(own + 1024 * (machine["MemAvailable"] + machine.get("SwapFree", 0)))
+    if (group := _group_limit()) is not None:
+        limits.append(own + group)
+    for kind, taken in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        soft = resource.getrlimit(kind)[0]
+        if soft != resource.RLIM_INFINITY:
+            limits.append(own + max(0, soft - (memory(taken) or 0)))
+    return min(limits, default=None)
+
+
+def _group_limit() -> int | None:
+    """What the control group of this process leaves, version 2 of them."""
+    try:
+        place = Path("/proc/self/cgroup").read_text().strip().splitlines()[-1].rpartition("::")[2].lstrip("/")
+        folder = Path("/sys/fs/cgroup") / place
+        most = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        cached = _fields(folder / "memory.stat").get("inactive_file", 0)
+    except (OSError, ValueError, IndexError):
+        return None
+    return None if most == "max" else max(0, int(most) - used + cached)
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """`name number` a line, as the kernel writes them."""
+    if not path.is_file():
+        return {}
+    words = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    return {each[0]: int(each[1]) for each in words if len(each) > 1 and each[1].isdigit()}
+
+
+def _spoken(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -1,0 +1,218 @@
+"""How long a compression takes: operations counted, and what this machine does of them a second, measured in a few seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halfplate.allocation.candidates import candidates
+from halfplate.calibration.collect import BATCH
+from halfplate.calibration.self_text import sequences_at_once
+from halfplate.errors import HalfplateError
+from halfplate.formats.spec import WeightSpec
+from halfplate.methods.base import Method
+from halfplate.models.sources import Source
+from halfplate.planning.memory import sampling_room
+from halfplate.planning.sizes import ModelSizes
+from halfplate.precision import products
+from halfplate.recipe import Recipe
+from halfplate.statistics import InputStatistics, Statistic
+from halfplate.tensor_file import DamagedFile, read_tensor
+
+WORTH_FLOPS = 1e12  # of a run that takes so long that a few seconds of measuring do not matter
+LONGEST_SIDE = 512  # of a matrix that is solved to measure
+LONGEST_READ = 64_000_000  # bytes of a tensor that is read to measure
+SHAPES = 3  # of matrices solved to measure
+LEAST_SECONDS = 0.05  # that a product is repeated for
+SMALL_OPERATIONS = 100  # of one block and one token, whose time is that of the calls
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What this machine does a second, measured by `measure_speed`.
+
+    solving, products: floating-point operations, of the method and of products of many tokens. sampling: weights that a few
+    sequences side by side pass. reading: bytes of weight files. call: seconds of the calls of one block.
+    """
+
+    solving: float
+    products: float
+    sampling: float
+    reading: float
+    call: float
+
+
+def measure_speed(source: Source, sizes: ModelSizes, specs: Sequence[WeightSpec], recipe: Recipe) -> Speed:
+    """Time the method on a few small matrices like those of the plan, products, and the reading of one tensor."""
+    with _threads(recipe.threads), torch.no_grad():
+        return Speed(
+            _solving(recipe.create_method(), specs, recipe.device),
+            _products(sizes, recipe),
+            _sampling(sizes, recipe),
+            _reading(source),
+            _call(),
+        )
+
+
+def seconds_of(
+    sizes: ModelSizes,
+    specs: Sequence[WeightSpec],
+    source_nbytes: int,
+    recipe: Recipe,
+    statistic: Statistic,
+    speed: Speed,
+) -> dict[str, float]:
+    """Seconds of each phase in one process."""
+    method = recipe.create_method()
+    statistic = max(statistic, method.requires)
+    seconds = {"reading": source_nbytes / speed.reading}
+    solving = sum(solving_flops(method, spec, recipe, statistic) for spec in specs)
+    if recipe.runs_text(statistic):
+        if recipe.calibration == "self":
+            seconds["calibration text"] = _sampling_seconds(sizes, source_nbytes, recipe, speed)
+        seconds["statistics"] = statistics_flops(sizes, recipe, statistic) / speed.products
+    seconds["solving"] = solving / speed.solving
+    if recipe.budgeted:
+        quick = method.quick()
+        tried = (level for spec in specs for level in candidates(spec, method, recipe.choose))
+        seconds["choosing levels"] = sum(quick.flops(level) for level in tried) / speed.solving
+    if recipe.tune_block:
+        tokens = recipe.tune_block * 2 * recipe.seq_len
+        seconds["tuning"] = 6.0 * sum(sizes.blocks) * tokens / speed.products
+    # Parts are written, read and written again, each time with their checksums.
+    seconds["writing"] = 3 * sum(spec.nbytes for spec in specs) / speed.reading
+    return seconds
+
+
+def solving_flops(method: Method, spec: WeightSpec, recipe: Recipe, statistic: Statistic) -> float:
+    """Operations of one matrix: the method, the correction towards dense inputs, and the error of the result."""
+    flops = method.flops(spec)
+    product = 2.0 * spec.d_out * spec.d_in**2
+    if statistic >= Statistic.GRAM:
+        flops += 2 * product
+    if recipe.corrects(statistic):
+        flops += 2 * product + spec.d_in**3 / 3
+    return flops
+
+
+def statistics_flops(sizes: ModelSizes, recipe: Recipe, statistic: Statistic) -> float:
+    """Operations of running the text through all blocks, as often as their stages ask for, and of its second moments."""
+    tokens, blocks = recipe.samples * recipe.seq_len, len(sizes.blocks)
+    streams = 2 if recipe.corrects(statistic) or recipe.tune_block else 1
+    # A run for the inputs of a stage ends there, halfway on average; with dense inputs one run has them all.
+    runs = 2.0 if recipe.inputs == "dense" else streams * (1 + len(sizes.stages) / 2)
+    through = 2.0 * sum(sizes.blocks) + 4.0 * recipe.seq_len * sizes.hidden * blocks
+    moments = sum(2.0 * width**2 for width in sizes.stages) * blocks if statistic >= Statistic.GRAM else 0.0
+    return tokens * (runs * through + moments * (2 if recipe.corrects(statistic) else 1))
+
+
+def _sampling_seconds(sizes: ModelSizes, source_nbytes: int, recipe: Recipe, speed: Speed) -> float:
+    resident, cache = sampling_room(sizes.blocks)
+    batches = -(-recipe.samples // sequences_at_once(sizes.cache_nbytes, recipe.seq_len, cache))
+    step = (sizes.parameters / speed.sampling) + len(sizes.blocks) * speed.call
+    if not resident:
+        step += source_nbytes * sum(sizes.blocks) / sizes.parameters / speed.reading
+    return recipe.seq_len * batches * step
+
+
+def _solving(method: Method, specs: Sequence[WeightSpec], device: str) -> float:
+    """Operations a second of the method on small matrices like those that take longest."""
+    quick, random = method.quick(), torch.Generator().manual_seed(0)
+    small = list(dict.fromkeys(_small(spec) for spec in sorted(specs, key=method.flops, reverse=True)))[:SHAPES]
+    flops = seconds = 0.0
+    # The first solve of a process finds nothing warm, and does not count.
+    for number, spec in enumerate([small[-1], *small]):
+        weight = torch.randn(spec.d_out, spec.d_in, generator=random).to(device)
+        x = torch.randn(2 * spec.d_in, spec.d_in, generator=random).to(device)
+        gram = (x.T @ x).double() / len(x)
+        statistics = InputStatistics(len(x), gram.diagonal().float(), gram)
+
+        def solve(spec: WeightSpec = spec, weight: Tensor = weight, found: InputStatistics = statistics) -> None:
+            quick.compress(weight, found, spec)
+
+        try:
+            solve_seconds = _timed(solve, 0.0)
+        except HalfplateError:
+            # What the plan has checked may still not fit a matrix this small.
+            continue
+        if number:
+            flops, seconds = flops + quick.flops(spec), seconds + solve_seconds
+    return flops / seconds if seconds else 1e10
+
+
+def _small(spec: WeightSpec) -> WeightSpec:
+    """The same specification with no side beyond LONGEST_SIDE, for a matrix that stands alone."""
+    m = spec.pattern.m
+    d_in = spec.d_in if spec.d_in <= LONGEST_SIDE else LONGEST_SIDE // m * m
+    return replace(spec, d_out=min(spec.d_out, LONGEST_SIDE), d_in=d_in, in_shared=None)
+
+
+def _products(sizes: ModelSizes, recipe: Recipe) -> float:
+    """Operations a second of a product of many tokens with a weight."""
+    tokens = min(BATCH * recipe.seq_len, 1024)
+    d_in, d_out = min(sizes.hidden, 2048), min(sizes.ffn, 2048)
+    x, weight = torch.ones(tokens, d_in, device=recipe.device), torch.ones(d_out, d_in, device=recipe.device)
+    with products(recipe.precision, torch.device(recipe.device).type):
+        return 2.0 * tokens * d_in * d_out / _timed(lambda: functional.linear(x, weight))
+
+
+def _sampling(sizes: ModelSizes, recipe: Recipe) -> float:
+    """Weights a second that the sequences sampled side by side are multiplied with, too many for a cache where the model has as many."""
+    _, cache = sampling_room(sizes.blocks)
+    rows = min(recipe.samples, sequences_at_once(sizes.cache_nbytes, recipe.seq_len, cache))
+    matrices = max(1, min(24_000_000, sizes.parameters) // min(sizes.largest, 4_000_000))
+    d_in = min(sizes.hidden, 2048)
+    d_out = max(1, min(sizes.largest, 4_000_000) // d_in)
+    weights = [torch.ones(d_out, d_in, device=recipe.device) for _ in range(matrices)]
+    x = torch.ones(rows, d_in, device=recipe.device)
+
+    def step() -> None:
+        for weight in weights:
+            functional.linear(x, weight)
+
+    return len(weights) * d_out * d_in / _timed(step)
+
+
+def _reading(source: Source) -> float:
+    """Bytes a second from the weight files to checked numbers in fp32."""
+    fitting = [stored for stored in source.tensors.values() if stored.nbytes <= LONGEST_READ]
+    if not fitting:
+        return 5e8
+    stored = max(fitting, key=lambda tensor: tensor.nbytes)
+    try:
+        return stored.nbytes / _timed(lambda: read_tensor(stored).to(torch.float32).aminmax(), 0.0)
+    except (OSError, DamagedFile, RuntimeError):
+        # Reading it in earnest will say what is wrong.
+        return 5e8
+
+
+def _call() -> float:
+    x, weight = torch.ones(1, 32), torch.ones(32, 32)
+    return SMALL_OPERATIONS * _timed(lambda: functional.linear(x, weight), LEAST_SECONDS / 10)
+
+
+def _timed(run: Callable[[], object], least: float = LEAST_SECONDS) -> float:
+    """Seconds of one call after a first one, at least that many seconds long together."""
+    if least:
+        run()
+    start, calls = time.perf_counter(), 0
+    while not calls or time.perf_counter() - start < least:
+        run()
+        calls += 1
+    return (time.perf_counter() - start) / calls
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
