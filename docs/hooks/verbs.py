@@ -8,8 +8,8 @@ from halfplate.cli import VERBS, build_parser
 
 # Pages that say more than `--help`; the build fails where one is gone.
 MORE = {
-    "plan": ("choosing.md", "budget.md"),
-    "compress": ("choosing.md", "armor.md", "methods.md", "budget.md", "resume.md", "troubleshooting.md"),
+    "plan": ("memory.md", "choosing.md", "budget.md"),
+    "compress": ("choosing.md", "armor.md", "methods.md", "budget.md", "memory.md", "resume.md", "troubleshooting.md"),
     "recover": ("recovery.md",),
     "eval": ("ecosystem.md", "choosing.md"),
     "bench": ("speed.md", "decoding.md", "kernels.md"),
