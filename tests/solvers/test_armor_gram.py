@@ -257,6 +257,24 @@ def test_hostile_input_stays_finite(case, core):
     assert all(loss == loss for loss in losses)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("pattern", ["dense", "2:4"])
+def test_weights_of_dead_inputs_are_rounded_to_nearest(pattern, compiled, monkeypatch):
+    if compiled and not native.available():
+        pytest.skip(f"no native kernels: {native.reason()}")
+    monkeypatch.setattr(full.native, "available", lambda: compiled)
+    weight, gram = weight_of(24, 64, 5), inputs_of(64, 5, dead=24)
+    weight[3] = 0
+    spec = WeightSpec(24, 64, Pattern.parse(pattern), "int3", 0, 0, group=32)
+    chain, _ = solve_gram(weight, gram, spec, GramSchedule())
+    found = chain.dense()[:, :24]
+    kept = torch.ones_like(found, dtype=torch.bool) if pattern == "dense" else found != 0
+    assert bool((found[3] == 0).all())
+    assert int(kept.sum()) > 24 * 23 / 8
+    # The steps are fitted to inputs that live, after which the codes stay as they are.
+    assert float((found - weight[:, :24])[kept].square().sum()) < 0.1 * float(weight[:, :24][kept].square().sum())
+
+
 def test_scale_of_the_weight_and_of_the_gram_is_irrelevant():
     weight, gram = weight_of(40, 64, 3), inputs_of(64, 3)
     spec = WeightSpec(40, 64, Pattern(2, 4), "fp32", 16, 16, "fp32")

@@ -99,7 +99,7 @@ def swept(
 ) -> Point:
     """Every group of a copy of the core in turn gets its best mask and values; with `levels`, values on the grid of `steps`.
 
-    off_grid: whether the core is not on the grid yet.
+    off_grid: whether the core is not on the grid yet; then what no input tells of is rounded to nearest.
     """
     tiles = problem.tiles
     in_gram = _in_gram(problem, factors.in_blocks)  # C
@@ -118,7 +118,25 @@ def swept(
         swept = sweep_tiles(core.reshape(shape), error.reshape(shape), out_gram, everywhere, tiles.pattern, grid)
         core = swept.reshape(core.shape)
         product = core @ in_gram
+    if off_grid and steps is not None and levels is not None:
+        felt = _felt(tiles, out_gram, in_gram)
+        if not bool(felt.all()):
+            core = torch.where(felt, core, _nearest(factors.core, steps, levels))
+            product = core @ in_gram
     return _point(problem, replace(factors, core=core), steps, against, product)
+
+
+def _felt(tiles: Problem, out_gram: Tensor, in_gram: Tensor) -> Tensor:
+    """Where a change of the core could change the loss, group by group: bool (rows, cols)."""
+    groups = (in_gram.diagonal() > 0).reshape(-1, tiles.pattern.m).any(1).repeat_interleave(tiles.pattern.m)
+    return (out_gram.diagonal(dim1=1, dim2=2).reshape(-1, 1) > 0) & groups
+
+
+def _nearest(core: Tensor, steps: Tensor, levels: Levels) -> Tensor:
+    """The number on the grid that is nearest to each of `core` (rows, cols)."""
+    each = steps.repeat_interleave(levels.group, 1)[:, : core.shape[1]]
+    codes = (core / torch.where(each > 0, each, 1.0)).round()
+    return codes.clamp(levels.least, levels.greatest) * each
 
 
 def updated_out(problem: GramProblem, point: Point) -> Tensor:
