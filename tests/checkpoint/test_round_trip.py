@@ -70,6 +70,11 @@ def test_sharded_tied_and_untied(written: Any, logits_of: Logits, other_dtype: t
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
 
 
+def test_tied_embeddings_of_more_numbers_than_the_cores(written: Any, logits_of: Logits) -> None:
+    one = written(variety=[{"pattern": DENSE, "core_dtype": "int2"}], tie_word_embeddings=True)
+    assert torch.equal(logits_of(load(one.folder)), one.logits())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_type_asked_for_governs_activations_and_never_stored_values(
     written: Any, logits_of: Logits, dtype: torch.dtype

@@ -196,7 +196,8 @@ class HalfplateQuantizer(HfQuantizer):
 
 def _check_room(model: PreTrainedModel, found: Mapping[str, StoredTensor], specs: Mapping[str, WeightSpec]) -> None:
     """Raise HalfplateError where what is not compressed in the model, still empty, is larger than what is stored of it."""
-    replaced = {f"{name}.weight" for name in specs}
+    # A tied tensor is stored once, and not tied yet.
+    replaced = {f"{name}.weight" for name in specs} | set(model.all_tied_weights_keys)
     needed = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in replaced)
     stored = sum(prod(tensor.shape) for tensor in found.values())
     if needed > stored:
