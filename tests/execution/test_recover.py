@@ -201,12 +201,52 @@ def test_a_state_of_other_settings_is_refused(wrapped, tiny_folder, tmp_path):
     assert out.exists()
 
 
+def test_nothing_is_trained_again_where_the_result_could_not_be_written(wrapped, tiny_folder, tmp_path, monkeypatch):
+    out, settings, told = tmp_path / "out", Recovery(tokens=640, **FAST), []
+
+    def full(*arguments, **named):
+        raise HalfplateError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("halfplate.execution.recover.write_checkpoint", full)
+        with pytest.raises(HalfplateError, match="the disk is full"):
+            recover(wrapped, str(tiny_folder), out, settings)
+    recover(
+        wrapped, str(tiny_folder), out, settings, resume=True, report=lambda phase, *rest, **note: told.append(phase)
+    )
+    assert "recovering" not in told
+    recover(wrapped, str(tiny_folder), tmp_path / "whole", settings)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_another_text_under_the_same_name_is_refused(wrapped, tiny_folder, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("One day a small bird sat in a big tree, and it sang to a red ball. " * 40)
+    settings = Recovery(tokens=640, **(FAST | {"text": str(text)}))
+    with pytest.raises(Interruption):
+        recover(wrapped, str(tiny_folder), out, settings, report=interrupted_at(3), save_minutes=0)
+    text.write_text("Tom and Mia came out of the house, and they were happy in the sun. " * 40)
+    with pytest.raises(HalfplateError, match="--resume: windows was"):
+        recover(wrapped, str(tiny_folder), out, settings, resume=True)
+
+
+def test_the_largest_seed_trains(wrapped, tiny_folder, tmp_path):
+    settings = Recovery(tokens=64, seed=2**63 - 1, **FAST)
+    assert recover(wrapped, str(tiny_folder), tmp_path / "out", settings)["steps"] == 1
+
+
 def test_what_cannot_work_is_refused(compressed, tiny_folder, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(HalfplateError, match="is not a Halfplate checkpoint"):
         recover(tiny_folder, str(tiny_folder), out, Recovery(tokens=64))
     with pytest.raises(HalfplateError, match="choose another folder"):
         recover(compressed, str(tiny_folder), compressed, Recovery(tokens=64, **FAST), overwrite=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(HalfplateError, match="device='cuda' is not there"):
+            recover(compressed, str(tiny_folder), out, Recovery(tokens=64, **FAST), device="cuda")
+    for minutes in (-1.0, float("nan")):
+        with pytest.raises(HalfplateError, match="save_every="):
+            recover(compressed, str(tiny_folder), out, Recovery(tokens=64, **FAST), save_minutes=minutes)
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
     with pytest.raises(HalfplateError, match="need 32 tokens"):
@@ -236,6 +276,7 @@ def test_a_recovery_that_ruins_says_so(wrapped, tiny_folder, tmp_path):
         ({"tokens": 5, "train": "core"}, "train='core' is not one of wrappers, all"),
         ({"tokens": 5, "precision": "fp8"}, "precision='fp8'"),
         ({"tokens": 5, "batch": 0}, "batch=0 is too small"),
+        ({"tokens": 5, "seed": 2**63}, "is too large; expected less than 2^63"),
         ({"tokens": 5, "square_head": -1.0}, "square_head=-1.0 is no weight"),
     ],
 )

@@ -19,6 +19,7 @@ from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate
 from halfplate.execution.blocks import Outcome, compress_blocks
 from halfplate.execution.clock import Clock
+from halfplate.execution.device import check_device
 from halfplate.execution.engines import EngineChoice, open_engine
 from halfplate.execution.held_out import held_out_tokens
 from halfplate.execution.job import Job
@@ -89,7 +90,7 @@ def compress(
     recipe, out = recipe or Recipe(), Path(out)
     choice = EngineChoice(engine, workers, address)
     source = open_source(model)
-    _check_device(recipe.device)
+    check_device(recipe.device)
     if not resume:
         check_result_folder(out, overwrite, source.path)
     plan = plan_source(source, recipe, None if benchmark else False, workers or 1, statistics)
@@ -174,13 +175,6 @@ def _plan_facts(plan: Plan, out: Path) -> dict[str, Any]:
     return {"event": "plan", "verb": "compress", "out": str(out)} | {
         key: value for key, value in whole.items() if key != "matrices"
     }
-
-
-def _check_device(name: str) -> None:
-    if torch.device(name).type == "meta":
-        raise HalfplateError(f"device={name!r} holds no values to compute with; try --device cpu")
-    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
-        raise HalfplateError(f"device={name!r} is not there (torch finds no CUDA GPU); try --device cpu")
 
 
 def _checkpoint_record(result: Result) -> dict[str, Any]:

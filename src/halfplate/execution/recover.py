@@ -22,10 +22,12 @@ from halfplate.checkpoint.write import write_checkpoint
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate, token_windows
 from halfplate.execution.clock import Clock
+from halfplate.execution.device import check_device
 from halfplate.execution.log import run_log
 from halfplate.execution.output import check_result_folder
 from halfplate.execution.progress import Report, silent
 from halfplate.models.sources import Source, is_compressed, load_dense, open_source
+from halfplate.models.sources import load_tokenizer as load_dense_tokenizer
 from halfplate.recovery.distillation import Progress, in_training, train
 from halfplate.recovery.settings import HELD_OUT, Recovery
 from halfplate.recovery.state import State, load_state, save_state
@@ -53,12 +55,18 @@ def recover(
     settings), RuinedResult after writing where the held-out KL did not fall.
     """
     base, out = Path(model), Path(out)
+    if not save_minutes >= 0:
+        raise HalfplateError(
+            f"save_every={save_minutes} must be minutes between two saves, 0 or more; try {SAVE_MINUTES:g}"
+        )
+    check_device(device)
     if not is_compressed(base):
         raise HalfplateError(f"model={str(model)!r} is not a Halfplate checkpoint; give the OUT of halfplate compress")
     source = open_source(teacher)
     accelerator = Accelerator(cpu=device == "cpu")
     report = report if accelerator.is_main_process else silent
-    identity = _identity(base, source, settings)
+    given = None if settings.text == "self" else _given_windows(settings, load_dense_tokenizer(source))
+    identity = _identity(base, source, settings, given)
     finished = _finished(out, identity) if resume else None
     if finished is not None:
         return finished if accelerator.is_main_process else None
@@ -66,7 +74,7 @@ def recover(
     if out.resolve() == base.resolve():
         raise HalfplateError(f"out={str(out)!r} is the checkpoint that is read; choose another folder")
     work = _work_folder(out, overwrite, resume, accelerator)
-    order = _Order(base, out, source, settings, identity, accelerator, work, overwrite or resume, save_minutes)
+    order = _Order(base, out, source, settings, given, identity, accelerator, work, overwrite or resume, save_minutes)
     if not accelerator.is_main_process:
         _carry_out(order, report)
         return None
@@ -76,12 +84,13 @@ def recover(
 
 @dataclass(frozen=True)
 class _Order:
-    """One recovery, checked: what it reads, where it writes, and who works on it."""
+    """One recovery, checked: what it reads, where it writes, and who works on it. given: windows, where they are not sampled."""
 
     base: Path
     out: Path
     source: Source
     settings: Recovery
+    given: Tensor | None
     identity: dict[str, Any]
     accelerator: Accelerator
     work: Path
@@ -108,7 +117,8 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
         dense.model.to(accelerator.device)  # type: ignore[arg-type]
         report("reading", 1, 1)
     with clock("text"):
-        windows = _text(settings, dense, work, order.identity, accelerator, report)
+        given = order.given
+        windows = _sampled(settings, dense, work, order.identity, accelerator, report) if given is None else given
     held_out, training = windows[: _held_out(len(windows))], windows[_held_out(len(windows)) :]
 
     state = load_state(work, order.identity)
@@ -162,13 +172,15 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
     return facts | {"out": str(order.out), "model": str(order.base)} | measured
 
 
-def _identity(base: Path, source: Source, settings: Recovery) -> dict[str, Any]:
+def _identity(base: Path, source: Source, settings: Recovery, given: Tensor | None) -> dict[str, Any]:
     """What a state must have been made with to be gone on from."""
     teacher = json.dumps(source.identity(), sort_keys=True, default=str).encode()
-    return settings.to_json() | {
+    identity = settings.to_json() | {
         "model": hashlib.sha256((base / RECORD_FILE).read_bytes()).hexdigest(),
         "teacher": hashlib.sha256(teacher).hexdigest(),
     }
+    # What is sampled follows from the rest; a file of the same name may hold another text.
+    return identity if given is None else identity | {"windows": _sha256(given)}
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -210,17 +222,20 @@ def _check_teacher(source: Source, student: Any, settings: Recovery) -> None:
     check_seq_len(student, settings.seq_len, least=2)
 
 
-def _text(
+def _given_windows(settings: Recovery, tokenizer: Any) -> Tensor:
+    """The windows of the text to train on and to judge by, int64 (windows, L)."""
+    windows = token_windows(tokenizer, read_text(settings.text, "text"), settings.seq_len)
+    if len(windows) < 2:
+        raise HalfplateError(
+            f"text={settings.text!r} has {len(windows)} window of seq_len={settings.seq_len}, expected at least 2; pass a longer text"
+        )
+    return windows
+
+
+def _sampled(
     settings: Recovery, dense: Any, work: Path, identity: dict[str, Any], accelerator: Accelerator, report: Report
 ) -> Tensor:
-    """The windows to train on and to judge by, int64 (windows, L), the same in every process."""
-    if settings.text != "self":
-        windows = token_windows(dense.tokenizer, read_text(settings.text, "text"), settings.seq_len)
-        if len(windows) < 2:
-            raise HalfplateError(
-                f"text={settings.text!r} has {len(windows)} window of seq_len={settings.seq_len}, expected at least 2; pass a longer text"
-            )
-        return windows
+    """Windows that the teacher samples, int64 (windows, L), the same in every process."""
     windows = torch.empty(settings.samples, settings.seq_len, dtype=torch.int64)
     if accelerator.is_main_process:
         kept = load_state(work, identity, TEXT_FILE)

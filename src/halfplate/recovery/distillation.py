@@ -117,7 +117,8 @@ def train(
         progress.tokens += settings.batch * windows.shape[1]
         progress.loss = seen if progress.loss is None else SMOOTHING * progress.loss + (1 - SMOOTHING) * seen
         report(progress, _done(progress, settings))
-        if seconds - saved >= save_seconds and accelerator.is_main_process:
+        # The last one too: where the result cannot be written, on a full disk for example, nothing is trained again.
+        if (seconds - saved >= save_seconds or _done(progress, settings) >= 1) and accelerator.is_main_process:
             saved = seconds
             save(_state(progress, parameters, optimizer))
     return progress
@@ -173,7 +174,7 @@ class _Order:
 
     def _epoch(self, epoch: int) -> list[int]:
         if epoch not in self.epochs:
-            generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+            generator = torch.Generator().manual_seed((self.seed * 100_003 + epoch) % 2**63)
             self.epochs = {epoch: torch.randperm(self.count, generator=generator).tolist()} | {
                 old: order for old, order in self.epochs.items() if old == epoch - 1
             }

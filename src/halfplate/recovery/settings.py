@@ -50,6 +50,8 @@ class Recovery:
         for name, least in (("samples", 2), ("batch", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise HalfplateError(f"{name}={getattr(self, name)} is too small; expected at least {least}")
+            if getattr(self, name) >= 2**63:
+                raise HalfplateError(f"{name}={getattr(self, name)} is too large; expected less than 2^63")
         if not 0 <= self.square_head < float("inf"):
             raise HalfplateError(f"square_head={self.square_head} is no weight; try 1, or 0 for none")
 
