@@ -192,7 +192,7 @@ class WorkFolder:
 
     def finished_work(self) -> bool:
         """Whether anything in the folder would be lost with it."""
-        return any(self.path.glob("blocks/*.json")) or any(self.path.glob("matrices/*.json"))
+        return self.levels.exists() or any(any(self.path.glob(f"{kind}/*.json")) for kind in ("blocks", "matrices"))
 
     @contextmanager
     def opened(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> Iterator[None]:
