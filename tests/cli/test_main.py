@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 VERBS = [
     "plan",
@@ -112,6 +113,18 @@ def test_a_bug_shows_its_traceback(halfplate, monkeypatch):
     outcome = halfplate("recipe", "show", "default")
     assert outcome.status == 1
     assert "Traceback" in outcome.err
+
+
+@pytest.mark.parametrize("verb", ["plan", "compress"])
+def test_memory_that_runs_out_is_one_line(halfplate, tiny_folder, tmp_path, monkeypatch, verb):
+    def asks_for_too_much(*arguments, **named):
+        torch.empty(2**50, dtype=torch.int8).fill_(1)
+
+    place = {"plan": "halfplate.planning.make_plan", "compress": "halfplate.execution.local.compress"}
+    monkeypatch.setattr(place[verb], asks_for_too_much)
+    outcome = halfplate(verb, tiny_folder, *(("-o", tmp_path / "out") if verb == "compress" else ()))
+    outcome.refused("out of memory", "docs/troubleshooting.md", status=1)
+    assert ("--resume goes on" in outcome.err) == (verb == "compress")
 
 
 def test_python_m_halfplate():

@@ -64,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # GNU's OpenMP reads this when torch is imported. It would spin for milliseconds wherever a thread waits, which on cores
     # with other work was seen to take 60 times longer; a short spin costs a quiet machine nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    out = None
+    out, resumable = None, False
     # The bar that transformers shows for GGUF files listens to nothing else; it is read when torch imports tqdm.
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         args = build_parser().parse_args(argv)
-        out = getattr(args, "out", None)
+        out, resumable = getattr(args, "out", None), hasattr(args, "resume")
         status: int = VERBS[args.verb].run(args)
         sys.stdout.flush()
         return status
@@ -86,6 +86,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone; without this, Python complains once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if not _out_of_memory(error):
+            traceback.print_exc()
+            return 1
+        left = "; what is finished is kept, --resume goes on from it" if resumable else ""
+        text = " ".join(str(error).split())[:200]
+        print(
+            f"halfplate: error: out of memory ({text}){left}; docs/troubleshooting.md says what takes less",
+            file=sys.stderr,
+        )
         return 1
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether Python or torch, which has no type of its own for it on processors, could get no more memory."""
+    return isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in ("DefaultCPUAllocator", "out of memory", "Cannot allocate memory")
+    )
