@@ -98,9 +98,10 @@ class Work:
 class Machines:
     """Rates, of one worker unless it says otherwise; a worker is a GPU, or some threads of a processor.
 
-    products: flops/s of text through a block. gram: flops/s of XᵀX in fp32. solve: seconds an iteration for each d_out · d_in², and
-    for each d_out · d_in. node_bytes: bytes/s between a machine and the storage. storage_bytes: of the storage to all of them. add_bytes: sums that the command
-    adds, bytes/s. hash_bytes: of checksums. start: seconds before a task works (a process of its own where it has a GPU). dispatch: seconds of
+    products: flops/s of text through a block. gram: flops/s of XᵀX in fp32. solve: seconds an iteration for each d_out · d_in², for each
+    d_out · d_in and for each column d_in, which the sweep visits one after the other. node_bytes: bytes/s between a machine and the storage. storage_bytes: of the storage to all of them. add_bytes: sums that the command
+    adds, bytes/s. hash_bytes: of checksums. start: seconds before a task works (a process of its own where it has a GPU). begin: seconds
+    until there are workers, once. dispatch: seconds of
     the scheduler for each task. stays: whether processes keep their block from task to task.
     """
 
@@ -108,12 +109,13 @@ class Machines:
     workers_per_node: int
     products: float
     gram: float
-    solve: tuple[float, float]
+    solve: tuple[float, float, float]
     node_bytes: float
     storage_bytes: float
     add_bytes: float
     hash_bytes: float
     start: float = 0.0
+    begin: float = 0.0
     dispatch: float = 0.002
     stays: bool = True
 
@@ -132,14 +134,15 @@ class Machines:
         return min(self.node_bytes * nodes, self.storage_bytes) / max(readers, 1)
 
 
-# Assumed, not measured: no GPU was at hand. H100-class machines of 8, products in bf16 at 40 % of peak, Gram matrices and the
-# solver in fp32 at half of peak (67 Tflop/s without tensor cores), NVMe-backed shared storage on 200 Gbit/s.
+# Assumed, not measured: no GPU was at hand. Machines of 8 GPUs of the H200's kind: text in bf16 at 40 % of peak; Gram matrices and the
+# solver in fp32 at half of peak (67 Tflop/s without tensor cores), four products with the Gram matrix an iteration; 25 µs for each
+# column of the sweep, which is many small kernels; a new process for each task, as Ray has it for GPUs; shared storage.
 GPU_NODES = Machines(
     nodes=1,
     workers_per_node=8,
     products=4e14,
     gram=3e13,
-    solve=(8 / 3e13, 100 / 2e12),
+    solve=(8 / 3e13, 100 / 2e12, 25e-6),
     node_bytes=5e9,
     storage_bytes=4e10,
     add_bytes=5e9,
@@ -200,8 +203,7 @@ class _Play:
         if machines.alone:
             chunks, nbytes = [sum(chunks)], 0.0
         together = min(len(chunks), machines.workers)
-        loads = self.work.streams > 1, first or not machines.stays
-        weights = 2.0 * self.model.weights if loads[1] else 0.0
+        weights = 2.0 * self.model.weights if first or not machines.stays else 0.0
         hidden = 4.0 * self.model.hidden * self.work.streams
         return [
             machines.start
@@ -233,14 +235,14 @@ class _Play:
     def solving(self, matrices: list[Matrix]) -> list[float]:
         """Seconds of the tasks that solve these."""
         machines = self.machines
-        cubic, square = machines.solve
+        cubic, square, column = machines.solve
         tasks = []
         for matrix in matrices:
-            solve = self.work.iterations * matrix.weights * (cubic * matrix.d_in + square)
+            iteration = matrix.weights * (cubic * matrix.d_in + square) + column * matrix.d_in
             moments = 0 if machines.alone else 8 * matrix.d_in**2 * (2 if self.work.inputs == "compressed" else 1)
             moved = 3.2 * matrix.weights + moments
             rate = machines.shared_bytes(min(len(matrices), machines.workers))
-            tasks.append(machines.start + machines.dispatch + solve + moved / rate)
+            tasks.append(machines.start + machines.dispatch + self.work.iterations * iteration + moved / rate)
         return tasks
 
     def advance(self) -> None:
@@ -289,6 +291,7 @@ class _Play:
 def simulate(model: Model, work: Work, machines: Machines) -> Outcome:
     """How long compressing the blocks of `model` takes, and where the time goes."""
     play = _Play(model, work, machines)
+    play.spend("starting", machines.begin)
     if work.inputs == "dense":
         play.dense()
     else:

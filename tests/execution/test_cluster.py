@@ -1,6 +1,8 @@
 """A Ray cluster of two raylets gives what one process gives, though workers and a machine die and another joins."""
 
 import os
+import re
+import shlex
 import signal
 import socket
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from halfplate.cli import main
 from halfplate.errors import HalfplateError
 from halfplate.execution import engines, hidden
 from halfplate.execution.engines import EngineChoice
@@ -20,6 +23,7 @@ from halfplate.recipe import Recipe
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'halfplate[ray]'")
 
 from ray.cluster_utils import Cluster  # noqa: E402
+from ray.scripts.scripts import start  # noqa: E402
 
 from halfplate.execution.cluster import RayCluster, Site, run_on_site  # noqa: E402
 
@@ -208,6 +212,22 @@ def test_a_cluster_of_its_own_takes_the_costliest_first(tmp_path):
     finally:
         engine.close()
     assert (tmp_path / "order").read_text() == "4 3 2 1 "
+
+
+def test_commands_of_the_page_run(cluster, tiny_folder, tmp_path, monkeypatch, capsys):
+    tiny_folder.rename(tmp_path / "SmolLM2")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text()
+    lines = [shlex.split(line) for line in re.findall(r"^\$ (.*)$", page, re.MULTILINE)]
+    runs = [words[1:] for words in lines if words[0] == "halfplate"]
+    assert len(runs) == 2
+    for words in runs:
+        words = [cluster.address if word == "head:6379" else word for word in words]
+        assert main([*words, "--method", "wanda", "--samples", "4", "--seq-len", "32"]) == 0, capsys.readouterr().err
+    # Two machines of this command would both want the port.
+    known = {option for parameter in start.params for option in parameter.opts}
+    starts = [words[2:] for words in lines if words[:2] == ["ray", "start"]]
+    assert [{word.partition("=")[0] for word in words} - known for words in starts] == [set(), set()]
 
 
 @pytest.mark.parametrize(

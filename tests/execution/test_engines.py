@@ -5,6 +5,7 @@ import multiprocessing
 import pytest
 
 from halfplate.errors import HalfplateError
+from halfplate.execution import blocks, engines, hidden
 from halfplate.execution.engines import TRIES, Processes
 from halfplate.execution.local import compress
 from halfplate.recipe import Recipe
@@ -21,27 +22,68 @@ class Deadly:
         os._exit(1)
 
 
-def test_two_workers_give_the_bytes_of_one_though_a_worker_is_killed(tiny_folder, tmp_path):
-    recipe = Recipe(method="sparsegpt", samples=12, seq_len=16, threads=1)
+@pytest.mark.parametrize("inputs", ["compressed", "dense"])
+def test_two_workers_give_the_bytes_of_one_though_a_worker_is_killed(tiny_folder, tmp_path, monkeypatch, inputs):
+    monkeypatch.setattr(hidden, "CHUNKS", 2)  # of 5 batches, so that chunks hold several
+    monkeypatch.setattr(blocks, "AHEAD", 10)
+    recipe = Recipe(method="sparsegpt", inputs=inputs, samples=36, seq_len=16, threads=1)
     compress(str(tiny_folder), tmp_path / "one", recipe)
-    killed = []
+    killed, order = [], []
 
     def report(phase, done, total, *more, **named):
         if phase == "compressing" and done >= 4 and not killed:
             killed.append(multiprocessing.active_children()[0])
             killed[0].kill()
 
+    for name in ("begin", "finish"):
+        original = getattr(blocks._Loop, name)
+        told = lambda *args, name=name, original=original: (order.append(name), original(*args))[1]  # noqa: E731
+        monkeypatch.setattr(blocks._Loop, name, told)
     compress(str(tiny_folder), tmp_path / "two", recipe, workers=2, report=report)
     assert killed
+    # With dense inputs nothing of a block waits for the matrices of the one before.
+    assert order == (["begin", "finish"] * 2 if inputs == "compressed" else ["begin"] * 2 + ["finish"] * 2)
     for file in ("model.safetensors", "halfplate.json", "config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     assert not multiprocessing.active_children()
+
+
+# In a file of its own, where other processes find it.
+DEADLY_ONCE = """
+import os
+
+class DeadlyOnce:
+    cost = 1.0
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def run(self, blocks):
+        if not self.mark.exists():
+            self.mark.touch()
+            os._exit(1)
+        return self.mark.name
+"""
+
+
+def test_runs_under_way_at_once_outlive_a_process(tmp_path, monkeypatch):
+    (tmp_path / "deadly_once.py").write_text(DEADLY_ONCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(engines, "TRIES", 10)  # each task kills a process
+    from deadly_once import DeadlyOnce
+
+    engine = Processes(2)
+    try:
+        runs = [engine.run([DeadlyOnce(tmp_path / f"{run}-{task}") for task in range(2)]) for run in range(2)]
+        assert [list(run) for run in reversed(runs)] == [["1-0", "1-1"], ["0-0", "0-1"]]
+    finally:
+        engine.close()
 
 
 def test_a_task_that_always_kills_its_process_is_given_up():
     engine = Processes(1)
     try:
         with pytest.raises(HalfplateError, match=f"a worker process died {TRIES} times"):
-            engine.run([Deadly()])
+            list(engine.run([Deadly()]))
     finally:
         engine.close()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from halfplate.formats.sharing import sharing_groups
 from halfplate.recovery.block import BlockTuning, TunedBlock, tune_block
 from halfplate.statistics import InputStatistics
 
+AHEAD = 2  # matrices that wait for each worker before no other block begins
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -39,9 +42,29 @@ def compress_blocks(job: Job) -> Outcome:
     loop = _Loop(job)
     unfinished = [block for block in range(loop.last + 1) if not loop.finished(block)]
     loop.tell()
+    begun: deque[_Begun] = deque()
     for block in unfinished:
-        loop.compress(block)
+        begun.append(loop.begin(block))
+        while begun and loop.enough(begun):
+            loop.finish(begun.popleft())
+    for one in begun:
+        loop.finish(one)
     return loop.outcome()
+
+
+@dataclass
+class _Begun:
+    """A block whose matrices are being solved.
+
+    done: where each matrix lies, or will. solving: the records of each task. files: of statistics, which go when all is solved.
+    matrices: how many may still wait.
+    """
+
+    block: int
+    done: dict[str, Path] = field(default_factory=dict)
+    solving: list[Iterator[list[MatrixRecord]]] = field(default_factory=list)
+    files: set[Path] = field(default_factory=set)
+    matrices: int = 0
 
 
 class _Loop:
@@ -56,6 +79,8 @@ class _Loop:
         self.records: dict[str, MatrixRecord] = {}
         self.tuned: dict[int, TunedBlock] = {}
         self.streams = Streams(job)
+        # Whether the statistics of a block do not wait for the matrices of the one before, and others solve these meanwhile.
+        self.apart = job.engine.elsewhere and COMPRESSED not in self.streams.names
 
     # What is there already.
 
@@ -86,18 +111,34 @@ class _Loop:
 
     # One block.
 
-    def compress(self, block: int) -> None:
-        """Solve the matrices of a block, tune them if asked to, write its part, and take the hidden states past it."""
+    def begin(self, block: int) -> _Begun:
+        """Collect the statistics of a block and have its matrices solved; done when it returns, unless others solve them."""
+        begun = _Begun(block)
         if self.streams.names:
             with self.job.clock("statistics"):
                 self.streams.reach(block)
-        done: dict[str, Path] = {}
-        for stage, statistics in self._stages(block, done):
+        for stage, statistics in self._stages(block, begun.done):
             with self.job.clock("solving"):
-                self._solve(block, stage, statistics, done)
-        tuned = self._tune(block, done) if self.recipe.tune_block and self.streams.names else None
-        self._write(block, done, tuned)
-        if self.streams.names:
+                self._solve(begun, stage, statistics)
+                if not self.apart:
+                    self._settle(begun)
+        if self.apart and self.streams.names:
+            with self.job.clock("statistics"):
+                self.streams.pass_by(block)
+        return begun
+
+    def enough(self, begun: Sequence[_Begun]) -> bool:
+        """Whether the first of these blocks is to be finished before another begins."""
+        return not self.apart or sum(one.matrices for one in begun) > AHEAD * self.job.engine.workers
+
+    def finish(self, begun: _Begun) -> None:
+        """Wait for the matrices of a block, tune them if asked to, write its part, and take the hidden states past it."""
+        block = begun.block
+        with self.job.clock("solving"):
+            self._settle(begun)
+        tuned = self._tune(block, begun.done) if self.recipe.tune_block and self.streams.names else None
+        self._write(block, begun.done, tuned)
+        if self.streams.names and not self.apart:
             with self.job.clock("statistics"):
                 # Tuning has had the dense ones already.
                 self.streams.pass_by(block, (COMPRESSED,) if tuned is not None else None)
@@ -131,28 +172,34 @@ class _Loop:
         self.records |= {record.name: record for record in records_in(part)}
         return path
 
-    def _solve(
-        self, block: int, stage: Sequence[str], statistics: dict[str, InputStatistics], done: dict[str, Path]
-    ) -> None:
-        engine, view = self.job.engine, self.job.view(block, done)
+    def _solve(self, begun: _Begun, stage: Sequence[str], statistics: dict[str, InputStatistics]) -> None:
+        """Hand the matrices `stage` to the engine."""
+        engine, view = self.job.engine, self.job.view(begun.block, begun.done)
         left = [name for name in stage if self.leaders[name] == name and self._kept(name) is None]
         given: dict[str, Any] = {name: statistics.get(name, InputStatistics()) for name in left}
         if engine.elsewhere:
             given = self._left_in_files(given)
-        files = {place[0] for place in given.values()} if engine.elsewhere else set()
+            begun.files |= {path for path, _ in given.values()}
         tasks = []
         for name in left:
             specs = {other: self.specs[other] for other in stage if self.leaders[other] == name}
             out, damping = self.job.work.matrix(name), self.recipe.cross_damping
             tasks.append(SolveMatrices(view, specs, self.method, damping, given.pop(name), out))
         statistics.clear()
-        for records in engine.run(tasks):
-            for record in records:
-                self.records[record.name] = record
-                self.tell(record.facts() | {"block": block})
-        for path in files:
+        begun.solving.append(engine.run(tasks))
+        begun.matrices += len(tasks)
+        begun.done |= {name: self.job.work.matrix(self.leaders[name]) for name in stage}
+
+    def _settle(self, begun: _Begun) -> None:
+        """Wait for what the engine solves."""
+        for results in begun.solving:
+            for records in results:
+                for record in records:
+                    self.records[record.name] = record
+                    self.tell(record.facts() | {"block": begun.block})
+        for path in begun.files:
             remove_part(path)
-        done |= {name: self.job.work.matrix(self.leaders[name]) for name in stage}
+        begun.solving, begun.files = [], set()
 
     def _left_in_files(self, given: dict[str, InputStatistics]) -> dict[str, tuple[Path, str]]:
         """The statistics of each input once in a file, and where each matrix finds its own."""

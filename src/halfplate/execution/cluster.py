@@ -44,15 +44,23 @@ class RayCluster:
             _start(workers, threads)
         else:
             _connect(address)
-        self._site = Site.here(folder)
+        self._site, self._needs = Site.here(folder), Needs(threads)
         # Python would retry none of its own errors; Ray's count of tries leaves out the first.
         self._run = ray.remote(max_retries=TRIES - 1)(run_on_site)
+
+    @property
+    def workers(self) -> int:
+        """For tasks like those of the last call."""
+        wanted = {name: value for name, value in _resources(self._needs).items() if value}
+        return sum(
+            min(int(machine.get(name, 0) // value) for name, value in wanted.items()) for machine in self._machines()
+        )
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Any]:
         if not tasks:
             return iter(())
         # All ask for what the largest needs: tasks that ask for different things are different queues to Ray.
-        needs = reduce(or_, (task.needs for task in tasks))
+        self._needs = needs = reduce(or_, (task.needs for task in tasks))
         if not self._fits(needs):
             raise HalfplateError(self._too_small(needs))
         remote = self._run.options(num_cpus=needs.cpus, num_gpus=needs.gpus, memory=needs.memory)
@@ -79,8 +87,8 @@ class RayCluster:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
     def _fits(self, needs: Needs) -> bool:
-        wanted = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory}
-        return any(all(machine.get(name, 0) >= wanted[name] for name in wanted) for machine in self._machines())
+        wanted = _resources(needs).items()
+        return any(all(machine.get(name, 0) >= value for name, value in wanted) for machine in self._machines())
 
     def _too_small(self, needs: Needs) -> str:
         found = [
@@ -95,6 +103,11 @@ class RayCluster:
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _resources(needs: Needs) -> dict[str, int]:
+    """What a machine must have, as Ray counts it."""
+    return {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory}
 
 
 @dataclass(frozen=True)

@@ -56,13 +56,18 @@ class EngineChoice:
 class Engine(Protocol):
     """Runs tasks; their results are the same whichever engine runs them.
 
-    elsewhere: whether tasks run in other processes than the caller's, so that statistics must go through files.
+    elsewhere: whether tasks run in other processes than the caller's, so that statistics must go through files and several runs
+    may be under way at once.
     """
 
     elsewhere: bool
 
+    @property
+    def workers(self) -> int:
+        """How many tasks run side by side at present."""
+
     def run(self, tasks: Sequence[Task]) -> Iterator[Any]:
-        """Results in the order of `tasks`; raises what a task raised."""
+        """Begin `tasks`; their results in order, each waited for when it is asked for; raises what a task raised."""
 
     def close(self) -> None:
         """Give all processes back."""
@@ -71,7 +76,7 @@ class Engine(Protocol):
 class Serial:
     """One task after the other, in this process."""
 
-    elsewhere = False
+    elsewhere, workers = False, 1
 
     def __init__(self, blocks: OpenBlocks) -> None:
         self._blocks = blocks
@@ -97,36 +102,52 @@ class Processes:
         return ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn"))
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Any]:
-        results: dict[int, Any] = {}
         order = sorted(range(len(tasks)), key=lambda number: -tasks[number].cost)
-        left, tries = order, 0
-        while left:
-            running: dict[int, Future[Any]] = {}
-            try:
-                for number in left:
-                    running[number] = self._pool.submit(run_task, tasks[number])
-                for number in left:
-                    results[number] = running[number].result()
-            except BrokenProcessPool:
-                # All that runs in a broken pool fails with it; what was done before is kept.
-                results |= {n: f.result() for n, f in running.items() if f.done() and f.exception() is None}
-                self._pool.shutdown(wait=False, cancel_futures=True)
-                self._pool = self._new_pool()
-                tries += 1
-                if tries == TRIES:
-                    raise HalfplateError(
-                        f"workers={self.workers}: a worker process died {TRIES} times, mostly for lack of memory; use fewer workers, "
-                        "and go on with --resume"
-                    ) from None
-            except BaseException:
-                for future in running.values():
-                    future.cancel()
-                raise
-            left = [number for number in left if number not in results]
-        return iter([results[number] for number in range(len(tasks))])
+        pool, running = self._pool, {number: self._submit(tasks[number]) for number in order}
+        return self._results(tasks, pool, running)
+
+    def _submit(self, task: Task) -> Future[Any]:
+        try:
+            return self._pool.submit(run_task, task)
+        except BrokenProcessPool as error:
+            failed: Future[Any] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _results(
+        self, tasks: Sequence[Task], pool: ProcessPoolExecutor, running: dict[int, Future[Any]]
+    ) -> Iterator[Any]:
+        tries = 0
+        try:
+            for number in range(len(tasks)):
+                while _broke(running[number]):
+                    tries += 1
+                    if tries == TRIES:
+                        raise HalfplateError(
+                            f"workers={self.workers}: a worker process died {TRIES} times, mostly for lack of memory; use fewer workers, "
+                            "and go on with --resume"
+                        )
+                    # All that runs in a broken pool fails with it; what was done before is kept.
+                    pool = self._pool_after(pool)
+                    running |= {n: self._submit(tasks[n]) for n in running if _broke(running[n])}
+                yield running.pop(number).result()
+        finally:
+            for future in running.values():
+                future.cancel()
+
+    def _pool_after(self, broken: ProcessPoolExecutor) -> ProcessPoolExecutor:
+        if self._pool is broken:  # another run may have replaced it
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = self._new_pool()
+        return self._pool
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _broke(future: Future[Any]) -> bool:
+    """Whether the process of a task died, once the task is over."""
+    return isinstance(future.exception(), BrokenProcessPool)
 
 
 @cache
