@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from common import ROOT, machine, smollm2_gguf, table, write_section
-from scaling_model import GPU_NODES, LLAMA, SMOLLM2, Machines, Model, Outcome, Work, on, simulate
+from scaling_model import GPU_NODES, LLAMA, Machines, Model, Outcome, Work, on, simulate
 from torch import Tensor
 
 from halfplate.execution.needs import memory_to_solve
 from halfplate.formats import WeightSpec
 from halfplate.methods import create
+from halfplate.models.sources import open_source
 from halfplate.precision import products
 from halfplate.statistics import InputStatistics, Statistic
 
@@ -151,9 +152,16 @@ def run(model: str, options: list[str]) -> dict[str, float]:
     return seconds
 
 
+def shape_of(model: str) -> Model:
+    """The shape of a model of Llama's kind, from its configuration."""
+    config = open_source(model).config
+    kv = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    return Model(model, config.num_hidden_layers, config.hidden_size, kv, config.intermediate_size)
+
+
 def check(model: str, samples: int, length: int, iterations: int) -> str:
     """The section `scaling_check` of the page."""
-    one, begin = rates(iterations), begin_seconds()
+    one, begin, shape = rates(iterations), begin_seconds(), shape_of(model)
     rows = []
     for inputs in ("compressed", "dense"):
         work = Work(samples, length, iterations, inputs)
@@ -171,7 +179,7 @@ def check(model: str, samples: int, length: int, iterations: int) -> str:
         for name, options in ENGINES.items():
             workers = 2 if options else 1
             machines = Machines(1, workers, **one, begin=begin if options else 0.0)
-            predicted, measured = simulate(SMOLLM2, work, machines), run(model, [*asked, *options])
+            predicted, measured = simulate(shape, work, machines), run(model, [*asked, *options])
             phases = predicted.phases
             # What `compress` counts as statistics.
             pairs = [
@@ -187,7 +195,7 @@ def check(model: str, samples: int, length: int, iterations: int) -> str:
     solve = ", ".join(f"{value:.3g}" for value in one["solve"])
     return (
         f"`python benchmarks/scaling.py --check` · {machine()}\n\n{table(header, rows)}\n\n"
-        f"SmolLM2-135M, {samples} samples of {length} tokens, {iterations} iterations. Rates of one thread: {found}, solve {solve}; "
+        f"{shape.blocks} blocks, hidden {shape.hidden}; {samples} samples of {length} tokens, {iterations} iterations. Rates of one thread: {found}, solve {solve}; "
         f"a process starts in {begin:.1f} s."
     )
 
@@ -195,13 +203,14 @@ def check(model: str, samples: int, length: int, iterations: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="measure this machine and compare")
+    parser.add_argument("--model", help="another one of Llama's kind than SmolLM2-135M")
     parser.add_argument("--quick", action="store_true", help="few short samples and iterations; writes nothing")
     parser.add_argument("--print", action="store_true", help="write nothing")
     options = parser.parse_args()
     if not options.check:
         text = simulation()
     else:
-        text = check(str(smollm2_gguf()), *((4, 32, 2) if options.quick else (64, 512, 20)))
+        text = check(options.model or str(smollm2_gguf()), *((4, 32, 2) if options.quick else (64, 512, 20)))
     if options.quick or options.print:
         print(text)
     else:

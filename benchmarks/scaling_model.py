@@ -64,7 +64,6 @@ LLAMA = (
     Model("70B", 80, 8192, 1024, 28672),
     Model("405B", 126, 16384, 1024, 53248),
 )
-SMOLLM2 = Model("SmolLM2-135M", 30, 576, 192, 1536)
 
 
 @dataclass(frozen=True)

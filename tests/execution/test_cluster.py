@@ -14,6 +14,7 @@ import pytest
 
 from halfplate.cli import main
 from halfplate.errors import HalfplateError
+from halfplate.execution import cluster as cluster_module
 from halfplate.execution import engines, hidden
 from halfplate.execution.engines import EngineChoice
 from halfplate.execution.local import compress
@@ -202,6 +203,14 @@ def test_refusals_of_a_cluster(cluster, engine, tmp_path):
     gone = Site(site.halfplate, site.torch, site.processor, tmp_path / "gone")
     with pytest.raises(HalfplateError, match=r"does not see '.*gone'; put OUT and the model where every machine sees"):
         run_on_site(gone, Refusing())
+
+
+def test_no_machine_is_left_for_a_task(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster_module, "PATIENCE", 0.1)
+    results = engine.run([Waiting(tmp_path, 0)])
+    monkeypatch.setattr(engine, "_machines", lambda: [])
+    with pytest.raises(HalfplateError, match=r"needs 1 CPU and .* cluster has 0 CPUs and .*; go on with --resume"):
+        list(results)
 
 
 def test_a_cluster_of_its_own_takes_the_costliest_first(tmp_path):
