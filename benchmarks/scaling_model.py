@@ -271,13 +271,15 @@ class _Play:
     def dense(self) -> None:
         waiting: deque[tuple[float, int]] = deque()
         inputs = [next(m.d_in for m in self.model.matrices if m.stage == stage) for stage in range(4)]
+        limit = AHEAD * self.machines.workers
         for _ in range(self.model.blocks):
             self.statistics(inputs, self.model.weights, 1, True)
             ends = self.workers.run(self.solving(self.model.matrices), self.now)
             waiting.append((ends, len(self.model.matrices)))
+            if self.machines.alone:
+                self._finish(waiting)
             self.advance()
-            limit = 0 if self.machines.alone else AHEAD * self.machines.workers
-            while waiting and sum(count for _, count in waiting) > limit:
+            while sum(count for _, count in waiting) > limit:
                 self._finish(waiting)
         while waiting:
             self._finish(waiting)

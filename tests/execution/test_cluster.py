@@ -6,6 +6,7 @@ import shlex
 import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,6 +262,25 @@ def test_nobody_listens_at_the_address(tiny_folder, tmp_path):
             str(tiny_folder), tmp_path / "out", Recipe(method="magnitude"), engine="ray", address=f"127.0.0.1:{port}"
         )
     assert [path.name for path in tmp_path.iterdir()] == ["tiny_llama"]
+
+
+@pytest.mark.parametrize(("says", "message"), [(b"", "cannot be reached"), (b"HTTP/1.1 400 no\r\n", "something else")])
+def test_what_listens_at_the_address_is_no_cluster(tmp_path, monkeypatch, says, message):
+    monkeypatch.setattr(cluster_module, "PROBE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            connection.sendall(says)
+            connection.recv(1)
+            time.sleep(1)
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(HalfplateError, match=message):
+            RayCluster(f"127.0.0.1:{server.getsockname()[1]}", None, 1, tmp_path)
+        thread.join()
 
 
 def test_ray_that_is_not_installed(monkeypatch):

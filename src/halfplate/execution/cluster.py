@@ -20,6 +20,9 @@ from halfplate.execution.tasks import Task
 
 PATIENCE = 600.0  # seconds without a machine that a task fits on, until the run is given up
 PROBE = 5.0  # seconds to answer in
+# What a client of gRPC, which Ray speaks, says first, and a server answers: the preface and settings of HTTP/2 (RFC 9113, 3.4 and 6.5).
+SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS
 OBJECT_STORE_NBYTES = 2**28  # of a cluster that we start: what is large goes through files
 
 
@@ -195,11 +198,17 @@ def _probe(address: str) -> None:
             f"address={address!r} is not of the form HOST:PORT, nor auto; try the one that `ray start --head` printed"
         )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE) as connection:
+            connection.sendall(GREETING)
+            answer = connection.recv(len(SETTINGS))
     except OSError as error:
         raise HalfplateError(
             f"address={address!r} cannot be reached ({error.strerror or error}); give the HOST:PORT that `ray start --head` printed"
         ) from None
+    if answer[3:4] != SETTINGS[3:4]:
+        raise HalfplateError(
+            f"address={address!r} is that of something else than a Ray cluster; give the HOST:PORT that `ray start --head` printed"
+        )
 
 
 def _first_line(error: BaseException) -> str:
