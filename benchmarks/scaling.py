@@ -27,7 +27,7 @@ from halfplate.formats import WeightSpec
 from halfplate.methods import create
 from halfplate.models.sources import open_source
 from halfplate.precision import products
-from halfplate.statistics import InputStatistics, Statistic
+from halfplate.statistics import InputStatistics
 
 PAGE = ROOT / "docs" / "cluster.md"
 NODES = (1, 8, 64)
@@ -63,7 +63,7 @@ def _shown(found: Outcome) -> list[str]:
 
 def _largest_task(model: Model) -> int:
     specs = [WeightSpec(matrix.d_out, matrix.d_in, out_block=128, in_block=128) for matrix in model.matrices]
-    return max(memory_to_solve([spec], Statistic.GRAM) for spec in specs)
+    return max(memory_to_solve(create("armor"), [spec]) for spec in specs)
 
 
 # Rates of this machine, one thread.

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from halfplate.formats import WeightSpec
+from halfplate.methods.base import Method
 from halfplate.statistics import Statistic
 
 PROCESS_NBYTES = 700_000_000  # Python with torch and transformers
-SOLVER_COPIES = 8  # of a matrix in fp32: itself, its core, scores and gradients
-GRAM_COPIES = 4  # of a Gram matrix in fp64: itself, the cross moments, a factor, room to work
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,14 @@ class Needs:
         return f"{cpus}{gpus} and {self.memory / 1e9:.1f} GB of memory"
 
 
-def memory_to_solve(specs: Iterable[WeightSpec], needed: Statistic) -> int:
-    """Bytes in which matrices of one input are solved together."""
+def memory_to_solve(method: Method, specs: Iterable[WeightSpec]) -> int:
+    """Bytes in which matrices of one input are corrected for compressed inputs and solved, together where they are several."""
     specs = list(specs)
     weights = sum(spec.d_out * spec.d_in for spec in specs)
-    gram = max(spec.d_in for spec in specs) ** 2 if needed >= Statistic.GRAM else 0
-    return PROCESS_NBYTES + 4 * SOLVER_COPIES * weights + 8 * GRAM_COPIES * gram
+    gram = max(spec.d_in for spec in specs) ** 2 if method.requires >= Statistic.GRAM else 0
+    correcting = 8 * (2 * gram + 3 * weights) if gram else 0
+    solving = sum(method.solving_nbytes(spec) for spec in specs)
+    return PROCESS_NBYTES + 4 * weights + 16 * gram + max(correcting, solving)
 
 
 def memory_to_run(specs: Iterable[WeightSpec], hidden: int) -> int:

@@ -201,7 +201,7 @@ class SolveMatrices:
 
     @property
     def needs(self) -> Needs:
-        return self.view.needs(memory_to_solve(self.specs.values(), self.method.requires))
+        return self.view.needs(memory_to_solve(self.method, self.specs.values()))
 
     @torch.no_grad()
     def run(self, blocks: OpenBlocks) -> list[MatrixRecord]:
