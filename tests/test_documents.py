@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_every_command_of_a_page_of_the_site_runs(workplace, capsys, page):
         if words[0] in ("plan", "compress"):
             words += QUICK
         assert main(words) == 0, line + capsys.readouterr().err
-    if page == "index.md":
+    if page in ("index.md", "export.md"):
         (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
@@ -95,6 +96,20 @@ def test_python_of_the_pages_on_speed_runs(workplace, page):
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
         assert "decoding: " in run.stdout
+
+
+def test_python_of_the_page_on_other_tools_runs(workplace):
+    """In one session, from top to bottom; without peft up to where it is needed."""
+    assert main(["compress", "SmolLM2", "-o", "SmolLM2-2of4", *QUICK]) == 0
+    codes = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ecosystem.md").read_text(), re.DOTALL)
+    assert len(codes) == 3
+    if find_spec("peft") is None:
+        codes = [code for code in codes if "peft" not in code]
+    run = subprocess.run([sys.executable, "-c", "\n".join(codes)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    if find_spec("peft") is None:
+        pytest.skip("peft is not installed: its blocks were left out")
+    assert (workplace / "merged" / "model.safetensors").is_file()
 
 
 def test_python_of_the_page_on_logging_runs(workplace):

@@ -92,6 +92,10 @@ class CompressedLinear(nn.Module):
         """The matrix that this module applies, over the tensors of the module and of its lender."""
         return Chain.from_tensors(self.spec, self.tensors())
 
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """The weight (d_out, d_in) in fp32, multiplied out, and the bias (d_out,)."""
+        return self.matrix.dense(), None if self.bias is None else self.bias.float()
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) to (..., d_out) in the dtype of `x`."""
         y = self.matrix.forward(x) if self._whole is None else functional.linear(x, self._whole.to(x.dtype))

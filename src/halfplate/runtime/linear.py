@@ -92,10 +92,14 @@ class PackedLinear(nn.Module):
             return self._differentiable(x)
         return multiply(x, self.packed, self.out_features)
 
-    def _differentiable(self, x: Tensor) -> Tensor:
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """The weight (d_out, d_in) in fp32, multiplied out, and the bias (d_out,)."""
         tensors = unpack(self.spec.alone, self.packed)
         bias = tensors.pop("bias", None)
-        weight = Chain.from_tensors(self.spec, tensors).dense()
+        return Chain.from_tensors(self.spec, tensors).dense(), bias
+
+    def _differentiable(self, x: Tensor) -> Tensor:
+        weight, bias = self.dense()
         return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -103,9 +107,16 @@ class PackedLinear(nn.Module):
         if self.saved:
             destination.update({prefix + name: tensor for name, tensor in self.stored().items()})
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        raise HalfplateError(
-            f"{prefix.rstrip('.')} is in kernel layout and takes no new weights; call halfplate.runtime.restore(model) first"
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *args: Any
+    ) -> None:
+        if any(name.startswith(prefix) for name in state_dict):
+            raise HalfplateError(
+                f"{prefix.rstrip('.')} is in kernel layout and takes no new weights; call halfplate.runtime.restore(model) first"
+            )
+        # Others of the model may be loaded, such as an adapter.
+        missing_keys.extend(
+            prefix + name for name in (("weight",) if self.dense_dtype is not None else self.spec.layout())
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":

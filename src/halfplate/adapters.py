@@ -1,0 +1,73 @@
+"""LoRA adapters of peft on a compressed model: the base stays frozen, the adapter beside it or merged into a dense copy."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfplate.errors import HalfplateError
+from halfplate.formats import CompressedLinear
+from halfplate.runtime.linear import PackedLinear
+
+try:
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import Linear as LoraLinear
+except ImportError as missing:
+    raise HalfplateError(
+        "halfplate.adapters needs peft; run `pip install 'halfplate[peft]'`", docs="docs/ecosystem.md"
+    ) from missing
+
+
+class LoraCompressed(LoraLinear):  # type: ignore[misc]
+    """peft's LoRA over a compressed linear: y = base(x) + scaling · x Aᵀ Bᵀ, of which A (r, d_in) and B (d_out, r) are trained.
+
+    Made by peft for every targeted module once `adapted` has told the configuration of it. Source: LoRA, arXiv 2106.09685.
+    """
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, *args, **kwargs)
+        base = self.get_base_layer()
+        if isinstance(base, PackedLinear):
+            base.qweight = base.packed  # peft looks there for the device that the adapter is to be on
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        sizes: tuple[int, int] = (module.in_features, module.out_features)  # type: ignore[assignment]
+        return sizes
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The compressed base, or with `merge` a dense nn.Linear in fp32 that holds base and adapters; peft calls this.
+
+        Raises HalfplateError with `safe_merge` where the sum holds NaN or infinity.
+        """
+        base: CompressedLinear | PackedLinear = self.get_base_layer()
+        if not merge:
+            return base
+        weight, bias = base.dense()
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.lora_A:
+                weight = weight + self.get_delta_weight(name).to(weight)
+        if safe_merge and not torch.isfinite(weight).all():
+            raise HalfplateError(f"adapter_names={adapter_names} give weights that are not finite; train them anew")
+        d_out, d_in = weight.shape
+        merged = nn.Linear(d_in, d_out, bias is not None, device="meta")
+        merged.load_state_dict({"weight": weight.detach()} | ({} if bias is None else {"bias": bias}), assign=True)
+        return merged.requires_grad_(False)
+
+    def merge(self, *_: Any, **__: Any) -> None:
+        """Refused: a compressed matrix has no place for a dense sum."""
+        raise HalfplateError("merge_adapter() would need dense weights; call merge_and_unload(), which makes them")
+
+
+def adapted(config: LoraConfig) -> LoraConfig:
+    """Tell `config` how LoRA is put on compressed linears, packed or not, and return it; for get_peft_model and from_pretrained.
+
+    Raises HalfplateError for variants that read the dense weight: DoRA, and initial values other than peft's default.
+    """
+    if config.use_dora or config.init_lora_weights not in (True, False, "gaussian"):
+        raise HalfplateError(
+            f"use_dora={config.use_dora}, init_lora_weights={config.init_lora_weights!r} need dense weights; leave them at their defaults"
+        )
+    config._register_custom_module({CompressedLinear: LoraCompressed, PackedLinear: LoraCompressed})
+    return config
