@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -52,11 +53,15 @@ def test_the_page_shows_arguments_and_defaults_that_are_there(name):
             assert repr(parameters[argument].default) == default.replace('"', "'")
 
 
-def test_public_classes_and_their_public_members_are_documented():
-    for name in ("Recipe", "Recovery", "HalfplateError"):
-        for member, value in vars(getattr(halfplate, name)).items():
-            if not member.startswith("_") and (callable(value) or isinstance(value, property | classmethod)):
-                assert inspect.getdoc(value), f"{name}.{member}"
+@pytest.mark.parametrize("name", [name for name in NAMES if inspect.isclass(getattr(halfplate, name))])
+def test_public_classes_their_members_and_fields_are_documented(name):
+    """What a class defines itself has a docstring; that of a configuration names every field."""
+    found = getattr(halfplate, name)
+    for member, value in vars(found).items():
+        if not member.startswith("_") and (callable(value) or isinstance(value, property | classmethod)):
+            assert inspect.getdoc(getattr(found, member)), f"{name}.{member}"
+    if is_dataclass(found):
+        assert [part.name for part in fields(found) if not re.search(rf"\b{part.name}\b", found.__doc__ or "")] == []
 
 
 def test_arguments_of_verbs_are_options_of_the_command_line():

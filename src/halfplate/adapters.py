@@ -41,7 +41,8 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
 
         Raises HalfplateError with `safe_merge` where the sum holds NaN or infinity.
         """
-        base: CompressedLinear | PackedLinear = self.get_base_layer()
+        base = self.get_base_layer()
+        assert isinstance(base, CompressedLinear | PackedLinear)
         if not merge:
             return base
         weight, bias = base.dense()

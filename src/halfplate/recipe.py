@@ -71,8 +71,8 @@ class RecipeFields(TypedDict, total=False):
 class Recipe:
     """Everything that decides what `compress` makes of a model; every value is checked when it is made.
 
-    method_options: the fields of the method's own configuration, e.g. `{"iterations": 20}`. pattern: `N:M`, `dense`, or `auto`
-    for that of the method: `dense` where it drops no weights, else `2:4`. block_size: `auto` (planning
+    version: of this configuration. method: a name of `halfplate methods`; method_options: the fields of its own configuration,
+    e.g. `{"iterations": 20}`. core_dtype, wrapper_dtype: element types of kept values and wrappers. pattern: `N:M`, `dense`, or `auto` for that of the method: `dense` where it drops no weights, else `2:4`. block_size: `auto` (planning
     chooses), 0 for no wrappers, 1 for diagonal ones; for slim the rank. out_block_size: that of the wrapper of the outputs,
     where it is to be another. share_wrappers: linears of one input have one input wrapper. group_size: columns that share a scale
     where the core lies on a grid. inputs: statistics of what the dense blocks see, or of what the compressed
@@ -83,7 +83,8 @@ class Recipe:
     2 · owl_lambda from the least to the most. budget, time_budget: share of the dense bytes, or of the dense linears' decode
     time on this machine, within which the fields `choose` (block_size, pattern, core_dtype) are chosen for each matrix. search:
     `knapsack` over measured errors, or `evolution` from there on the model's own KL, of so many generations with so many
-    offspring each. calibration: `self`, a text file or a Hub data set. include, exclude:
+    offspring each. calibration: `self`, a text file or a Hub data set, of which `samples` sequences of `seq_len` tokens are
+    used; seed: of everything random. device: `cpu` or `cuda`. include, exclude:
     patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats a token.
     Raises HalfplateError naming the field, its value and what would do.
     """

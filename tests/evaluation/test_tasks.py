@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +66,36 @@ def test_a_dense_model_scores_as_by_lm_eval_itself(tiny_folder, tasks_folder, ca
     )["results"]["birds"]
     assert (found["acc"], found["acc_norm"]) == (expected["acc,none"], expected["acc_norm,none"])
     assert found["rows"] == 12
+
+
+def test_the_tasks_of_the_benchmarks_score_as_by_lm_eval_itself(stories260k, monkeypatch, capsys):
+    """A trained model on real rows, so that no figure agrees by being chance or zero."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    data = stories260k.parents[1] / "data"
+    if not data.is_dir():
+        pytest.skip("the data of the tasks are not in shared/data")
+    monkeypatch.setenv("HALFPLATE_TASK_DATA", str(data))
+    folder = Path(__file__).resolve().parents[2] / "benchmarks" / "tasks"
+    names = ["piqa_local", "arc_easy_local", "openbookqa_local", "hellaswag_local"]
+    words = ("eval", stories260k, "--tasks", ",".join(names), "--tasks-folder", folder, "--limit", "16")
+    found = scores(capsys, *words)["tasks"]
+    expected = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(stories260k), "device": "cpu", "dtype": "float32"},
+        tasks=names,
+        task_manager=TaskManager(include_path=str(folder)),
+        limit=16,
+        batch_size=8,
+        bootstrap_iters=0,
+    )["results"]
+    for name in names:
+        assert (found[name]["acc"], found[name]["acc_norm"]) == (
+            expected[name]["acc,none"],
+            expected[name]["acc_norm,none"],
+        )
+        assert found[name]["rows"] == 16
 
 
 def test_a_checkpoint_is_scored_beside_its_other_measures(tiny_folder, tasks_folder, tmp_path, capsys):

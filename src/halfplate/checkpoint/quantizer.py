@@ -62,10 +62,12 @@ class HalfplateConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_specs(cls, specs: dict[str, WeightSpec]) -> HalfplateConfig:
+        """The configuration of a model whose compressed modules, by their paths, are `specs`."""
         return cls({name: spec.to_json() for name, spec in specs.items()}, VERSION)
 
     @property
     def specs(self) -> dict[str, WeightSpec]:
+        """What each compressed module looks like, by its path; raises HalfplateError where `modules` says what cannot be."""
         return parse_modules(self.version, self.modules)
 
 
