@@ -143,3 +143,15 @@ def test_rates_of_the_solver_are_found_again(scripts, monkeypatch):
     monkeypatch.setattr(scripts.scaling, "solve_seconds", lambda d_out, d_in, _: d_out * d_in * (3e-12 * d_in + 5e-9))
     cubic, square, column = scripts.scaling.solve_rate([(576, 576), (1536, 576), (576, 1536)], 1)
     assert (cubic, square, column) == (pytest.approx(3e-12, rel=1e-6), pytest.approx(5e-9, rel=1e-6), 0.0)
+
+
+def test_the_check_puts_both_side_by_side(scripts, monkeypatch, tiny_folder):
+    rates = {"products": 1e9, "gram": 1e9, "solve": (1e-9, 1e-8, 0.0), "node_bytes": 1e8, "storage_bytes": 1e8}
+    monkeypatch.setattr(scripts.scaling, "rates", lambda iterations: rates | {"add_bytes": 1e9, "hash_bytes": 1e9})
+    monkeypatch.setattr(scripts.scaling, "begin_seconds", lambda: 7.0)
+    measured = {"statistics": 1.0, "solving": 2.0, "writing": 3.0}
+    monkeypatch.setattr(scripts.scaling, "run", lambda model, options: measured)
+    text = scripts.scaling.check(str(tiny_folder), 4, 32, 2)
+    assert text.count(" / 6.0 |") == 6
+    assert "2 blocks, hidden 32; 4 samples of 32 tokens" in text
+    assert scripts.scaling.shape_of(str(tiny_folder)) == scripts.scaling_model.Model(str(tiny_folder), 2, 32, 16, 48)
