@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
+from halfplate.execution.progress import NO_FACTS
 from halfplate.execution.work import WorkFolder, load_part
 from halfplate.methods.wanda import Wanda
 from halfplate.recipe import Recipe
@@ -237,3 +239,53 @@ def test_killed_for_real_at_random_moments(tiny_folder, tmp_path):
     subprocess.run([*command, "-o", str(out), "--resume"], check=True, capture_output=True)
     assert digests(out) == digests(tmp_path / "whole")
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_memory_that_runs_out_loses_nothing(tiny_folder, tmp_path, monkeypatch, error):
+    recipe = Recipe(method="wanda", **SMALL)
+    compress(str(tiny_folder), tmp_path / "whole", recipe)
+    with monkeypatch.context() as patched:
+        names, original = [], Wanda.compress
+
+        def starved(self, weight, statistics, spec):
+            if len(names) == 9:
+                raise error
+            names.append(1)
+            return original(self, weight, statistics, spec)
+
+        patched.setattr(Wanda, "compress", starved)
+        with pytest.raises(
+            HalfplateError, match="the memory ran out; what is finished is kept, --resume goes on from it"
+        ):
+            compress(str(tiny_folder), tmp_path / "out", recipe)
+    names = solved(monkeypatch)
+    compress(str(tiny_folder), tmp_path / "out", recipe, resume=True)
+    assert len(names) == 14 - 9
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_mount_that_vanishes_and_comes_back_loses_nothing(tiny_folder, tmp_path, monkeypatch):
+    """The folder of OUT goes in the middle, as a network disk does, and is there again for --resume."""
+    recipe = Recipe(method="wanda", **SMALL)
+    compress(str(tiny_folder), tmp_path / "whole", recipe)
+    place, away = tmp_path / "disk", tmp_path / "away"
+    place.mkdir()
+
+    def vanish(phase, done, total, note="", share=None, facts=NO_FACTS):
+        if facts.get("event") == "block" and not away.exists():
+            place.rename(away)
+
+    with pytest.raises(
+        HalfplateError, match=r"cannot be used .*; check that the place is there .* --resume goes on from it"
+    ):
+        compress(str(tiny_folder), place / "out", recipe, report=vanish)
+    if place.exists():
+        shutil.rmtree(place)
+    away.rename(place)
+    names = solved(monkeypatch)
+    compress(str(tiny_folder), place / "out", recipe, resume=True)
+    assert 0 < len(names) < 14
+    assert digests(place / "out") == digests(tmp_path / "whole")

@@ -48,6 +48,10 @@ def find_weight_files(name: str, folder: Path) -> WeightFiles:
             found = read_header(path)
         except DamagedFile as damage:
             raise HalfplateError(f"model={name!r}: {damage}") from None
+        except OSError as error:
+            raise HalfplateError(
+                f"model={name!r}: {path.name} cannot be read ({error.strerror or error}); check that it is there and may be read"
+            ) from None
         for tensor, stored in found.items():
             kind = stored.kind
             if kind.startswith("F8") or (kind in ("U8", "I8") and tensor.endswith("weight")):
