@@ -1,6 +1,10 @@
 """Processes give what one process gives, also when one of them is killed."""
 
 import multiprocessing
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +91,33 @@ def test_a_task_that_always_kills_its_process_is_given_up():
             list(engine.run([Deadly()]))
     finally:
         engine.close()
+
+
+SURVIVORS = """
+import os, signal
+from halfplate.execution.engines import Processes
+
+class Named:
+    cost = 1.0
+    def run(self, blocks):
+        return os.getpid()
+
+if __name__ == "__main__":
+    (worker,) = Processes(1).run([Named()])
+    print(worker, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_where_their_parent_is_killed(tmp_path):
+    script = tmp_path / "survivors.py"
+    script.write_text(SURVIVORS)
+    run = subprocess.run(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False
+    )
+    worker = Path("/proc") / run.stdout.strip()
+    end = time.monotonic() + 60
+    while worker.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert run.stdout.strip()
+    assert not worker.exists()

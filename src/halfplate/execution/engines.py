@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 from halfplate.errors import HalfplateError
@@ -99,7 +101,8 @@ class Processes:
 
     def _new_pool(self) -> ProcessPoolExecutor:
         # A forked process would inherit the threads of torch in whatever state they are.
-        return ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self.workers, mp_context=context, initializer=_end_with_parent)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Any]:
         order = sorted(range(len(tasks)), key=lambda number: -tasks[number].cost)
@@ -148,6 +151,18 @@ class Processes:
 def _broke(future: Future[Any]) -> bool:
     """Whether the process of a task died, once the task is over."""
     return isinstance(future.exception(), BrokenProcessPool)
+
+
+def _end_with_parent() -> None:
+    """A process of a pool waits for tasks for ever where its parent was killed; this one ends then."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 @cache
