@@ -148,6 +148,10 @@ def _carry_out(
             status = 0
         except HalfplateError as error:
             notes.write(json.dumps({"error": " ".join(str(error).split()), "clean": True}) + "\n")
+        except MemoryError:
+            # The command line makes this line of it.
+            told_so = "out of memory (); what is finished is kept, --resume goes on from it; docs/troubleshooting.md says what takes less"
+            notes.write(json.dumps({"error": told_so, "clean": True}) + "\n")
         except BaseException as error:
             last = traceback.format_exc().strip().splitlines()[-1]
             notes.write(json.dumps({"error": f"{type(error).__name__}: {last}", "clean": False}) + "\n")

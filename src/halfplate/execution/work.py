@@ -214,13 +214,6 @@ class WorkFolder:
                 shutil.rmtree(self.path, ignore_errors=True)
         except OSError as error:
             raise HalfplateError(self._refused(error)) from error
-        except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-            raise HalfplateError(
-                f"out={str(self.out)!r}: the memory ran out; what is finished is kept, --resume goes on from it; `halfplate plan` says what holds how "
-                "much, and --workers 1 or a text for --calibration holds less"
-            ) from error
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -256,12 +249,6 @@ class WorkFolder:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"out={str(self.out)!r}: the disk is full ({text}); free some space: {kept}"
         return f"out={str(self.out)!r}: {str(self.path)!r} cannot be used ({text}); check that the place is there and can be written: {kept}"
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """torch says so in a RuntimeError, whose kind only a GPU's has a class of its own for."""
-    told = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return told or "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], when: str) -> None:
