@@ -1,6 +1,6 @@
 """kill -9 at random moments, and every other fault that can be injected for real: what is lost, what differs, what the user reads.
 
-    python benchmarks/faults.py                      # 60 kills by engine local with 1 worker, 60 with 2, and all kinds of faults
+    python benchmarks/faults.py                      # 52 kills by engine local with 1 worker, 52 with 2, and all kinds of faults
     python benchmarks/faults.py --engine ray --kills 60 --faults
     python benchmarks/faults.py --resume-cost        # what --resume costs where nothing is left to do; needs a quiet machine
 
@@ -173,7 +173,7 @@ def resume_cost(model: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=60, help="for each number of workers")
+    parser.add_argument("--kills", type=int, default=52, help="for each number of workers")
     parser.add_argument("--engine", default="local")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--faults", nargs="*", default=list(FAULTS), help="their names; none for no faults")
