@@ -63,6 +63,20 @@ def test_recovery_lowers_the_divergence_and_keeps_the_masks(compressed, tiny_fol
     assert halfplate.load(out)(torch.arange(3, 20)[None]).logits.isfinite().all()
 
 
+def test_two_recoveries_of_one_result_do_not_meet(wrapped, tiny_folder, tmp_path):
+    out, met = tmp_path / "out", []
+
+    def second(phase, *_, **__):
+        if phase == "recovering" and not met:
+            with pytest.raises(HalfplateError, match="another process works in") as refusal:
+                recover(wrapped, str(tiny_folder), out, Recovery(tokens=512, **FAST), resume=True)
+            met.append(refusal)
+
+    recover(wrapped, str(tiny_folder), out, Recovery(tokens=512, **FAST), report=second)
+    assert met
+    assert not work(out).exists()
+
+
 def test_the_log_tells_every_step(wrapped, tiny_folder, tmp_path):
     summary = recover(wrapped, str(tiny_folder), tmp_path / "out", Recovery(tokens=512, **FAST))
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]

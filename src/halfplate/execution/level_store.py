@@ -7,9 +7,11 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from halfplate.errors import HalfplateError
 from halfplate.formats import Chain, WeightSpec
 
 MEMORY_BYTES = 2 * 2**30  # what goes beyond lies in a temporary folder
@@ -38,7 +40,10 @@ class LevelStore:
             self._folder.cleanup()
 
     def put(self, key: tuple[int, int], matrices: list[Chain]) -> None:
-        """Keep `matrices`, which share the input wrapper of the first where their specifications say so."""
+        """Keep `matrices`, which share the input wrapper of the first where their specifications say so.
+
+        Raises HalfplateError where the temporary folder has no room.
+        """
         tensors = {f"{k}.{name}": part for k, chain in enumerate(matrices) for name, part in chain.tensors().items()}
         self._specs[key] = [chain.spec for chain in matrices]
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -48,7 +53,13 @@ class LevelStore:
             return
         if self._folder is None:
             self._folder = TemporaryDirectory(prefix="halfplate-levels-")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, self._file(key))
+        try:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, self._file(key))
+        except (OSError, SafetensorError) as error:
+            raise HalfplateError(
+                f"levels could not be kept in {self._folder.name!r} ({' '.join(str(error).split())}); free some space there, "
+                "or name another place by the environment's TMPDIR"
+            ) from error
 
     def dense(self, key: tuple[int, int], device: torch.device) -> list[Tensor]:
         """The matrices kept under `key`, multiplied out: fp32 (d_out, d_in) each."""

@@ -1,9 +1,14 @@
 """Whether a result may be written where the user asks, decided before any work is done."""
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from halfplate.checkpoint.folder import check_out
 from halfplate.errors import HalfplateError
+
+LOCK_FILE = "lock"
 
 
 def check_result_folder(out: Path, overwrite: bool, source: Path) -> None:
@@ -26,3 +31,16 @@ def check_result_folder(out: Path, overwrite: bool, source: Path) -> None:
             f"out={str(out)!r} lies below {str(above)!r}, which is not a folder; choose another folder"
         )
     check_out(out, overwrite)
+
+
+@contextmanager
+def sole_user(folder: Path, out: Path) -> Iterator[None]:
+    """While inside, `folder`, which holds the unfinished work of `out`, is this process's; HalfplateError where another's."""
+    with (folder / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HalfplateError(
+                f"out={str(out)!r}: another process works in {str(folder)!r}; wait for it, or choose another name"
+            ) from None
+        yield

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from halfplate.evaluation.perplexity import evaluate, token_windows
 from halfplate.execution.clock import Clock
 from halfplate.execution.device import check_device
 from halfplate.execution.log import run_log
-from halfplate.execution.output import check_result_folder
+from halfplate.execution.output import LOCK_FILE, check_result_folder, sole_user
 from halfplate.execution.progress import Report, silent
 from halfplate.models.sources import Source, is_compressed, load_dense, open_source
 from halfplate.models.sources import load_tokenizer as load_dense_tokenizer
@@ -73,12 +75,14 @@ def recover(
     check_result_folder(out, overwrite, source.path)
     if out.resolve() == base.resolve():
         raise HalfplateError(f"out={str(out)!r} is the checkpoint that is read; choose another folder")
-    work = _work_folder(out, overwrite, resume, accelerator)
+    work = out.resolve().with_name(f".{out.resolve().name}.recovery")
     order = _Order(base, out, source, settings, given, identity, accelerator, work, overwrite or resume, save_minutes)
     if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
         _carry_out(order, report)
         return None
-    with run_log(out, report, resume) as told:
+    with _begun(order, overwrite, resume), run_log(out, report, resume) as told:
+        accelerator.wait_for_everyone()
         return _carry_out(order, told)
 
 
@@ -192,19 +196,29 @@ def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return last | {"out": str(out)} if last.get("identity") == identity else None
 
 
-def _work_folder(out: Path, overwrite: bool, resume: bool, accelerator: Accelerator) -> Path:
-    """The folder of the state, empty unless it is gone on from."""
-    target = out.resolve()
-    work = target.with_name(f".{target.name}.recovery")
-    if work.exists() and not (resume or overwrite):
+@contextmanager
+def _begun(order: _Order, overwrite: bool, resume: bool) -> Iterator[None]:
+    """While inside, the folder of the state is there and ours, empty unless it is gone on from; without a state it goes."""
+    work = order.work
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
         raise HalfplateError(
-            f"out={str(out)!r}: an interrupted recovery left its state in {str(work)!r}; pass --resume to go on from it, or --overwrite to start afresh"
-        )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not resume:
-        shutil.rmtree(work, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    return work
+            f"out={str(order.out)!r}: {str(work)!r} cannot be made ({error.strerror}); choose another place"
+        ) from error
+    with sole_user(work, order.out):
+        states = [path for path in work.iterdir() if path.name != LOCK_FILE]
+        if states and not (resume or overwrite):
+            raise HalfplateError(
+                f"out={str(order.out)!r}: an interrupted recovery left its state in {str(work)!r}; pass --resume to go on from it, or --overwrite to start afresh"
+            )
+        for path in states if not resume else ():
+            path.unlink()
+        try:
+            yield
+        finally:
+            if work.exists() and {path.name for path in work.iterdir()} <= {LOCK_FILE}:
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def _check_teacher(source: Source, student: Any, settings: Recovery) -> None:

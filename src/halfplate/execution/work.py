@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
+from halfplate.execution.output import LOCK_FILE, sole_user
 from halfplate.tensor_file import DamagedFile, StoredTensor, TensorFileWriter, read_header, sha256_of
 
 VERSION = 1
 IDENTITY_FILE = "identity.json"
-LOCK_FILE = "lock"
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ class WorkFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with self._locked():
+            with sole_user(self.path, self.out):
                 self._begin(identity, resume, overwrite)
                 try:
                     yield
@@ -214,17 +213,6 @@ class WorkFolder:
                 shutil.rmtree(self.path, ignore_errors=True)
         except OSError as error:
             raise HalfplateError(self._refused(error)) from error
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with (self.path / LOCK_FILE).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise HalfplateError(
-                    f"out={str(self.out)!r}: another process works in {str(self.path)!r}; wait for it, or choose another name"
-                ) from None
-            yield
 
     def _begin(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> None:
         begun = read_json(self.identity)
