@@ -3,7 +3,8 @@
     python benchmarks/cluster.py
 
 Rounds alternate between the engines, each run in a process of its own, 1 thread a worker; medians. A phase is what
-`compress` itself reports, starts of workers included. About half an hour on two quiet cores; `--quick` only shows that it works.
+`compress` itself reports, starts of workers included. Samples and iterations are fewer than the defaults, which solve longer and
+so have less overhead. About a quarter of an hour on two quiet cores; `--quick` only shows that it works.
 """
 
 import argparse
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import machine, smollm2_gguf, table, write_section
+from common import DATA, machine, smollm2_gguf, table, write_section
 
 from halfplate.execution.needs import Needs
 
 ENGINES = {"local": ["--workers", "2"], "ray": ["--engine", "ray", "--workers", "2"]}
+SHORT = ["--samples", "16", "--iterations", "8"]
+TEXT = DATA / "wikitext2" / "train_1MB.txt.gz"
 PHASES = ("statistics", "solving", "writing", "total")
 
 
@@ -80,7 +83,7 @@ def report(found: dict[str, list[dict[str, Any]]], each: float, count: int) -> s
         table(["2 workers", *(f"{phase}, s" for phase in PHASES)], rows),
         f"Ray over local, of the solve time: solving {more['solving'] / solving:+.1%}, statistics and solving "
         f"{(more['statistics'] + more['solving']) / solving:+.1%}. Scheduling of {count} tasks that do nothing: {each:.2f} ms each. "
-        f"Medians of {len(found['ray'])} rounds; both engines wrote the same weights.",
+        f"Medians of {len(found['ray'])} rounds with `{' '.join(SHORT)}`; both engines wrote the same weights.",
     ]
     return "\n\n".join(lines)
 
@@ -92,12 +95,14 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=10_000)
     parser.add_argument("--quick", action="store_true", help="one round, 4 short samples, 100 tasks; writes nothing")
     options = parser.parse_args()
-    quick = ["--samples", "4", "--seq-len", "32", "--iterations", "2"] if options.quick else []
+    short = ["--samples", "4", "--seq-len", "32", "--iterations", "2"] if options.quick else SHORT
+    if TEXT.is_file():
+        short = [*short, "--calibration", str(TEXT)]
     rounds, count = (1, 100) if options.quick else (options.rounds, options.tasks)
     found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
     for _ in range(rounds):
         for engine in ENGINES:
-            found[engine].append(compress(options.model or str(smollm2_gguf()), engine, quick))
+            found[engine].append(compress(options.model or str(smollm2_gguf()), engine, short))
             print(engine, found[engine][-1]["seconds"], flush=True)
     written = {tuple(summary["sha256"]) for runs in found.values() for summary in runs}
     if len(written) > 1:
