@@ -2,14 +2,10 @@
 
 import os
 import re
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-
-# transformers asks for a package of this name, and would get the script of this folder.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("HALFPLATE_BENCH_CACHE", ROOT / "benchmarks" / "cache"))

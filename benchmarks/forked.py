@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import common  # noqa: F401  (keeps kernels.py from transformers)
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (so that no fork has to)
 

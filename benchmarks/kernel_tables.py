@@ -1,4 +1,4 @@
-"""The tables of benchmarks/kernels.py: ratios are medians over rounds of ratios within a round."""
+"""The tables of benchmarks/linears.py: ratios are medians over rounds of ratios within a round."""
 
 from statistics import median
 from typing import Any
@@ -120,7 +120,7 @@ def armor(results: Results, shape: Shape, threads: int, sizes: tuple[int, int] =
 def report(results: Results, shapes: tuple[Shape, ...], sizes: tuple[int, ...], threads: tuple[int, ...]) -> str:
     """The section of RESULTS.md."""
     first = results[key("plain", shapes[0], threads[0], 1)]
-    parts = [f"`python benchmarks/kernels.py` · {first['where']}"]
+    parts = [f"`python benchmarks/linears.py` · {first['where']}"]
     for count in threads:
         parts += [f"### One token, {count} thread{'s' * (count > 1)}", one_shape(results, shapes[0], count)]
         parts += [

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import common  # noqa: F401  (keeps kernels.py from transformers)
 import numpy as np
 import torch
 from torch import Tensor

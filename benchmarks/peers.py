@@ -1,4 +1,4 @@
-"""Products of other libraries, for benchmarks/kernels.py: ONNX Runtime, ggml through llama-cpp-python, torchao, aten.
+"""Products of other libraries, for benchmarks/linears.py: ONNX Runtime, ggml through llama-cpp-python, torchao, aten.
 
 Each function makes `copies` weights of one shape and returns a `Graph`: for a batch and a number of products, a function
 that does at least so many, each with another weight, and returns how many. Weights are random, of the same bytes as real

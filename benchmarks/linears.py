@@ -1,7 +1,7 @@
 """Linears of one shape, ours and those of other libraries, side by side in one process.
 
-    python benchmarks/kernels.py            all tables, about 20 minutes on two quiet cores
-    python benchmarks/kernels.py --quick    a smoke run of one small shape, nothing is written
+    python benchmarks/linears.py            all tables, about 20 minutes on two quiet cores
+    python benchmarks/linears.py --quick    a smoke run of one small shape, nothing is written
 
 Every contender has weights of more than 128 MB, one after the other, so that no cache holds the next one; contenders take
 turns, each round starts with another, and ratios are medians of ratios within a round. Peers that are not installed are
