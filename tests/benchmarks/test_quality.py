@@ -16,7 +16,6 @@ def quality(monkeypatch, tmp_path):
     """The modules of the script, with caches of their own."""
     monkeypatch.setenv("HALFPLATE_BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.setitem(sys.modules, "kernels", None)  # as benchmarks/common.py does
     names = ["common", "quality_results", "quality_rows", "quality_subjects", "quality_measure", "quality"]
     names += ["quality_pictures", "quality_report"]
     for name in names:

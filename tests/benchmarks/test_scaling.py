@@ -24,7 +24,6 @@ def scripts():
     """The modules of the script."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        patch.setitem(sys.modules, "kernels", None)  # as benchmarks/common.py does
         for name in NAMES:
             patch.delitem(sys.modules, name, raising=False)
         yield SimpleNamespace(**{name: __import__(name) for name in NAMES})

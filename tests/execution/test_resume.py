@@ -189,6 +189,20 @@ def test_only_the_damaged_part_is_done_again(tiny_folder, tmp_path, monkeypatch,
     assert digests(out) == digests(tmp_path / "whole")
 
 
+def test_the_identity_is_there_twice(tiny_folder, tmp_path, monkeypatch):
+    recipe, out = Recipe(method="wanda", **SMALL), tmp_path / "out"
+    work = broken_off(tiny_folder, out, recipe, monkeypatch, 9)
+    flip(work.identity_copy, 80)
+    flip(work.identity, 80)
+    with pytest.raises(HalfplateError, match="and its copy are damaged or gone"):
+        compress(str(tiny_folder), out, recipe, resume=True)
+    assert load_part(work.block(0)) is not None
+    flip(work.identity_copy, 80)
+    names = solved(monkeypatch)
+    compress(str(tiny_folder), out, recipe, resume=True)
+    assert len(names) == 14 - 9
+
+
 def test_two_processes_do_not_share_a_work_folder(tiny_folder, tmp_path):
     work = WorkFolder(tmp_path / "out")
     with (

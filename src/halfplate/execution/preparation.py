@@ -25,7 +25,7 @@ from halfplate.tensor_file import read_tensor
 
 def fixed_threads(recipe: Recipe, work: WorkFolder, resume: bool) -> int:
     """The threads of every task, which an interrupted run goes on with unless the recipe says otherwise: bits depend on them."""
-    begun = read_json(work.identity) if resume else None
+    begun = work.begun() if resume else None
     if recipe.threads is None and begun is not None:
         return int(begun["threads"])
     return recipe.threads or torch.get_num_threads()

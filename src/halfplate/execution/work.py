@@ -189,6 +189,15 @@ class WorkFolder:
         """Remove the folder: the result is whole."""
         shutil.rmtree(self.path, ignore_errors=True)
 
+    @property
+    def identity_copy(self) -> Path:
+        """All finished parts are worth nothing without the identity, so it is there twice."""
+        return self.path / "identity.copy.json"
+
+    def begun(self) -> dict[str, Any] | None:
+        """The identity of the work in the folder; None where there is none, or neither copy is whole."""
+        return read_json(self.identity) or read_json(self.identity_copy)
+
     def finished_work(self) -> bool:
         """Whether anything in the folder would be lost with it."""
         return self.levels.exists() or any(any(self.path.glob(f"{kind}/*.json")) for kind in ("blocks", "matrices"))
@@ -215,10 +224,15 @@ class WorkFolder:
             raise HalfplateError(self._refused(error)) from error
 
     def _begin(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> None:
-        begun = read_json(self.identity)
+        begun = self.begun()
         if begun is not None and resume:
             check_same(begun, identity, f"the compression in {str(self.path)!r} began")
             return
+        if begun is None and resume and self.finished_work() and not overwrite:
+            raise HalfplateError(
+                f"--resume: {str(self.identity)!r} and its copy are damaged or gone, so that nothing says what the finished parts beside it belong to; "
+                "pass --overwrite to start afresh"
+            )
         if begun is not None and self.finished_work() and not overwrite:
             raise HalfplateError(
                 f"out={str(self.out)!r}: an interrupted compression left its finished parts in {str(self.path)!r}; pass --resume to go on "
@@ -229,7 +243,8 @@ class WorkFolder:
                 shutil.rmtree(entry)
             elif entry.name != LOCK_FILE:
                 entry.unlink()
-        write_json(self.identity, identity, durable=False)
+        for file in (self.identity, self.identity_copy):
+            write_json(file, identity, durable=False)
 
     def _refused(self, error: OSError) -> str:
         text = " ".join(str(error).split())
