@@ -252,6 +252,11 @@ def damaged_while_assembled(bench: Bench) -> Outcome:
     return resumed(bench, order, run(order, step=flip))
 
 
+def _weights(order: Order) -> Path:
+    """The model's weight file, the first of several."""
+    return min(order.model.glob("*.safetensors"))
+
+
 def _flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 4
@@ -264,7 +269,7 @@ def _flip(path: Path, at: int) -> None:
 def other_model(bench: Bench) -> Outcome:
     bench = bench.with_copy("other").with_whole()
     order = broken_off(bench, "model")
-    weights = order.model / "model.safetensors"
+    weights = _weights(order)
     before = weights.read_bytes()
     weights.write_bytes(before[:-400] + bytes(40) + before[-360:])
     error = run(replace(order, resume=True))
@@ -328,7 +333,7 @@ def _inside(order: Order) -> Ran:
 def shard_gone(bench: Bench) -> Outcome:
     bench = bench.with_copy("gone").with_whole()
     order = bench.fresh("gone")
-    weights = order.model / "model.safetensors"
+    weights = _weights(order)
     error = run(order, step=at_block(1, lambda: weights.rename(weights.with_suffix(".away"))))
     weights.with_suffix(".away").rename(weights)
     return resumed(bench, order, error)
@@ -336,20 +341,20 @@ def shard_gone(bench: Bench) -> Outcome:
 
 def shard_unreadable(bench: Bench) -> Outcome:
     order = bench.with_copy("unreadable").fresh("unreadable")
-    (order.model / "model.safetensors").chmod(0)
+    _weights(order).chmod(0)
     order.out.parent.chmod(0o777)
     return refused(bench, order, run(order, before=_nobody))
 
 
 def shard_cut_short(bench: Bench) -> Outcome:
     order = bench.with_copy("short").fresh("short")
-    os.truncate(order.model / "model.safetensors", 100_000)
+    os.truncate(_weights(order), 100_000)
     return refused(bench, order, run(order))
 
 
 def wrong_dtype(bench: Bench) -> Outcome:
     order = bench.with_copy("dtype").fresh("dtype")
-    path = order.model / "model.safetensors"
+    path = _weights(order)
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header = data[8 : 8 + length].replace(b'"F32"', b'"I32"').replace(b'"BF16"', b'"I16" ').replace(b'"F16"', b'"I16"')
@@ -359,7 +364,7 @@ def wrong_dtype(bench: Bench) -> Outcome:
 
 def not_finite(bench: Bench) -> Outcome:
     order = bench.with_copy("nan").fresh("nan")
-    path = order.model / "model.safetensors"
+    path = _weights(order)
     data = bytearray(path.read_bytes())
     data[-64:] = b"\xff" * 64  # NaN in any float type
     path.write_bytes(data)

@@ -20,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.models.llama.modeling_llama  # noqa: F401  (so that no fork has to)
+import transformers.models.llama.modeling_llama  # noqa: F401  (so that no fork has to, and one that is nobody could not)
 
+import halfplate.methods.armor  # noqa: F401
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
 from halfplate.execution.progress import NO_FACTS
+from halfplate.kernels import native
 from halfplate.recipe import Recipe
+
+native.available()  # loaded here, for the same reason
 
 FILE_OPERATIONS = ("pwrite", "replace", "rename", "fsync", "unlink", "mkdir")
 PATIENCE = 600.0  # seconds after which a run counts as hung
