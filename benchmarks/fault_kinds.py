@@ -253,8 +253,8 @@ def damaged_while_assembled(bench: Bench) -> Outcome:
 
 
 def _weights(order: Order) -> Path:
-    """The model's weight file, the first of several."""
-    return min(order.model.glob("*.safetensors"))
+    """The model's weight file, the last of several."""
+    return max(order.model.glob("*.safetensors"))
 
 
 def _flip(path: Path, at: int) -> None:
@@ -348,7 +348,8 @@ def shard_unreadable(bench: Bench) -> Outcome:
 
 def shard_cut_short(bench: Bench) -> Outcome:
     order = bench.with_copy("short").fresh("short")
-    os.truncate(_weights(order), 100_000)
+    path = _weights(order)
+    os.truncate(path, path.stat().st_size - 1000)
     return refused(bench, order, run(order))
 
 

@@ -83,3 +83,6 @@ def test_damage_is_named(tiny_folder):
     save_file(tensors | {name: tensors[name][:5].clone()}, path, {"format": "pt"})
     with pytest.raises(HalfplateError, match=rf"{name} has shape \(5, 32\)"):
         StreamedModel(open_source(str(tiny_folder)))
+    save_file(tensors | {name: tensors[name].to(torch.int16)}, path, {"format": "pt"})
+    with pytest.raises(HalfplateError, match=rf"{name} is stored as I16, expected F32, BF16 or F16"):
+        StreamedModel(open_source(str(tiny_folder)))

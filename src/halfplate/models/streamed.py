@@ -227,6 +227,7 @@ def _check_complete(
     have: set[str],
     found: dict[str, StoredTensor],
 ) -> None:
+    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     for key in sorted(expected):
         if key in found and found[key].shape != expected[key]:
@@ -234,9 +235,15 @@ def _check_complete(
                 f"model={name!r}: {key} has shape {found[key].shape} in its file, config.json asks for {expected[key]}; "
                 "download the model again"
             )
-        if key in found and found[key].kind not in KINDS:
+        dtype = KINDS.get(found[key].kind) if key in found else None
+        if key in found and dtype is None:
             raise HalfplateError(
                 f"model={name!r}: {key} is stored as {found[key].kind}, expected plain numbers; pass an unquantised model"
+            )
+        if dtype is not None and key in parameters and not dtype.is_floating_point:
+            raise HalfplateError(
+                f"model={name!r}: {key} is stored as {found[key].kind}, expected F32, BF16 or F16; download the model again, "
+                "or pass an unquantised one"
             )
     missing = sorted(key for key in expected if key not in have and not any(rule.search(key) for rule in ignored))
     if missing:
