@@ -58,7 +58,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         numeric = all(isinstance(row[index], int | float) or row[index] is None for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        # A name is looked for as a whole; what is long beside it is folded.
+        least = None if index or sys.stdout.isatty() else min(60, max((len(str(row[0])) for row in rows), default=0))
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     _print(table)
