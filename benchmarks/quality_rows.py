@@ -172,7 +172,7 @@ def _two_of_four(block: int) -> list[Row]:
             for inputs in ("compressed", "dense")
             for damping in (0.01, 0.1)
         ),
-        Row("armor, tuned", _armor(block, tune_block=160), ("main", "ablation"), {"steps of block tuning": "160"}),
+        Row("armor, tuned", _armor(block, tune_block=480), ("main", "ablation"), {"steps of block tuning": "480"}),
         Row(
             "armor, diag, dense inputs",
             _armor(block, inputs="dense", method_options={"objective": "diag"}),
@@ -285,7 +285,7 @@ def _ablations(block: int) -> list[Row]:
                 tags,
                 {"steps of block tuning": str(steps)},
             )
-            for steps in (40, 480)
+            for steps in (40, 160)
         ),
         *(
             Row(
