@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from halfplate.calibration import DenseRun
 from halfplate.calibration.collect import StageSums, Sums, stage_sums
 from halfplate.errors import HalfplateError
+from halfplate.execution.heap import trim
 from halfplate.execution.hidden import Arguments, Batches, HiddenStates
 from halfplate.execution.matrix import MatrixRecord, solve_matrices
 from halfplate.execution.needs import Needs, memory_to_solve
@@ -161,6 +162,7 @@ class CollectSums:
 
     @torch.no_grad()
     def run(self, blocks: OpenBlocks) -> StageSums | Path:
+        trim()
         torch.set_num_threads(self.view.threads)
         blockwise, before = blocks.open(self.view, dense=self.dense is not None)
         sums = StageSums()
@@ -205,6 +207,7 @@ class SolveMatrices:
 
     @torch.no_grad()
     def run(self, blocks: OpenBlocks) -> list[MatrixRecord]:
+        trim()
         torch.set_num_threads(self.view.threads)
         statistics = self.statistics
         if not isinstance(statistics, InputStatistics):
@@ -248,6 +251,7 @@ class RunBlock:
 
     @torch.no_grad()
     def run(self, blocks: OpenBlocks) -> None:
+        trim()
         torch.set_num_threads(self.view.threads)
         blockwise, before = blocks.open(self.view, dense=self.dense is not None)
         for source, target, module in ((self.hidden, self.out, None), (self.dense, self.dense_out, before)):
