@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -49,8 +49,15 @@ def environment() -> dict[str, Any]:
     """Versions and machine, as a log opens with them."""
     from halfplate.kernels import native
 
-    versions = {"halfplate": package_version()} | {name: version(name) for name in LIBRARIES}
+    versions = {"halfplate": package_version()} | {name: _version(name) for name in LIBRARIES}
     return {"versions": versions, "machine": machine(), "kernels": native.isa(), "process": os.getpid()}
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # installed without its metadata, or where they may not be read
+        return "unknown"
 
 
 class RunLog:
