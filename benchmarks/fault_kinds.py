@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from forked import Order, Ran, Step, run
+from forked import OnStep, Order, Ran, run
 
 from halfplate.evaluation.speed import memory
 from halfplate.execution.work import WorkFolder, load_part
@@ -102,7 +102,7 @@ def refused(bench: Bench, order: Order, error: Ran) -> Outcome:
     return Outcome(error.error or "none", error.clean, f"left: {', '.join(left)}" if left else "nothing was written")
 
 
-def at_block(block: int, act: Callable[[], None]) -> Step:
+def at_block(block: int, act: Callable[[], None]) -> OnStep:
     """A step that acts once that block is finished."""
     return lambda phase, done, facts: act() if facts.get("event") == "block" and facts.get("block") == block else None
 

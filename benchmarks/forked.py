@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (so that no fork has to, and one that is nobody could not)
@@ -25,7 +25,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401  (so that no fork 
 import halfplate.methods.armor  # noqa: F401
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
-from halfplate.execution.progress import NO_FACTS
+from halfplate.execution.progress import Listener, Step
 from halfplate.kernels import native
 from halfplate.recipe import Recipe
 
@@ -33,7 +33,7 @@ native.available()  # loaded here, for the same reason
 
 FILE_OPERATIONS = ("pwrite", "replace", "rename", "fsync", "unlink", "mkdir")
 PATIENCE = 600.0  # seconds after which a run counts as hung
-Step = Callable[[str, int, Mapping[str, Any]], None]
+OnStep = Callable[[str, int, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Ran:
 def run(
     order: Order,
     before: Callable[[], None] | None = None,
-    step: Step | None = None,
+    step: OnStep | None = None,
     kill_after: float | None = None,
     kill_at: int | None = None,
 ) -> Ran:
@@ -111,7 +111,7 @@ def _awaited(child: int, kill_after: float | None) -> int:
 
 
 def _carry_out(
-    order: Order, told: Path, before: Callable[[], None] | None, step: Step | None, kill_at: int | None
+    order: Order, told: Path, before: Callable[[], None] | None, step: OnStep | None, kill_at: int | None
 ) -> None:
     """What the child does; it never returns."""
     status = 1
@@ -126,19 +126,6 @@ def _carry_out(
         if before is not None:
             before()
 
-        def report(
-            phase: str,
-            done: int,
-            total: int,
-            note: str = "",
-            share: float | None = None,
-            facts: Mapping[str, Any] = NO_FACTS,
-        ) -> None:
-            solved = [facts["name"]] if facts.get("event") == "matrix" else []
-            notes.write(json.dumps({"phase": phase, "solved": solved, "operations": counter.count}) + "\n")
-            if step is not None:
-                step(phase, done, facts)
-
         try:
             recipe = Recipe(**{"threads": 1, **order.small})
             options = {
@@ -147,7 +134,7 @@ def _carry_out(
                 "engine": order.engine,
                 "workers": order.workers,
             }
-            compress(str(order.model), order.out, recipe, report=report, **options)  # type: ignore[arg-type]
+            compress(str(order.model), order.out, recipe, report=_Notes(notes, counter, step), **options)  # type: ignore[arg-type]
             status = 0
         except HalfplateError as error:
             notes.write(json.dumps({"error": " ".join(str(error).split()), "clean": True}) + "\n")
@@ -162,6 +149,20 @@ def _carry_out(
     finally:
         sys.stdout.flush()
         os._exit(status)
+
+
+class _Notes(Listener):
+    """Writes every step to a file that outlives the process, and calls `step`."""
+
+    def __init__(self, file: TextIO, counter: _Counter, step: OnStep | None) -> None:
+        self._file, self._counter, self._step = file, counter, step
+
+    def take(self, step: Step) -> None:
+        solved = [step.facts["name"]] if step.facts.get("event") == "matrix" else []
+        line = {"phase": step.phase, "solved": solved, "operations": self._counter.count}
+        self._file.write(json.dumps(line) + "\n")
+        if self._step is not None:
+            self._step(step.phase, step.done, step.facts)
 
 
 class _Counter:

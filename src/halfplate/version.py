@@ -1,11 +1,22 @@
-"""The version of the installed package."""
+"""Versions of what is installed."""
 
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 
 def package_version() -> str:
     """The version in the package's metadata, or `unknown` where it runs from a source folder."""
+    return installed_version("halfplate") or "unknown"
+
+
+def installed_version(library: str) -> str | None:
+    """The version in the metadata of a library; None where there are none, or none that may be read."""
     try:
-        return version("halfplate")
+        return version(library)
     except PackageNotFoundError:
-        return "unknown"
+        return None
+
+
+def versions_of(libraries: Iterable[str]) -> dict[str, str]:
+    """That of Halfplate and of `libraries`, by name; `unknown` where nothing says it."""
+    return {"halfplate": package_version()} | {name: installed_version(name) or "unknown" for name in libraries}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from halfplate.calibration import DenseRun, collect_block, collect_stage, input_stages
+from halfplate.calibration import DenseRun, collect_block, input_stages, stage_sums
 from halfplate.calibration.collect import Sums
 from halfplate.errors import HalfplateError
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
@@ -208,7 +208,7 @@ def test_statistics_of_a_stage_are_those_of_the_whole_block(tiny_model: Any) -> 
     inputs, names = [blockwise.embed(part) for part in IDS.split(2)], names_of(model, 0)
     whole, _ = collect_block(blockwise, 0, inputs, names, Statistic.GRAM)
     for stage in input_stages(blockwise, 0, inputs[0], names):
-        for name, one in collect_stage(blockwise, 0, inputs, stage, Statistic.GRAM).items():
+        for name, one in stage_sums(blockwise, 0, inputs, stage, Statistic.GRAM).statistics(stage).items():
             assert torch.equal(one.require_gram(), whole[name].require_gram())
             assert one.cross is None
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -234,7 +234,7 @@ def test_cross_moment_is_that_of_both_inputs(tiny_model: Any) -> None:
         for batch in batches:
             blockwise.run_block(0, batch, block)
         hook.remove()
-    found = collect_stage(blockwise, 0, inputs, [name], Statistic.GRAM, run)[name]
+    found = stage_sums(blockwise, 0, inputs, [name], Statistic.GRAM, run).statistics([name])[name]
     x, x_dense = torch.cat(seen["now"]), torch.cat(seen["dense"])
     assert found.cross is not None
     torch.testing.assert_close(found.cross, x_dense.T @ x / len(x), rtol=1e-4, atol=1e-6)

@@ -67,23 +67,6 @@ class DenseRun:
     inputs: Sequence[BlockInputs]
 
 
-def collect_stage(
-    blockwise: BlockwiseModel,
-    index: int,
-    inputs: Sequence[BlockInputs],
-    names: Sequence[str],
-    statistic: Statistic,
-    dense: DenseRun | None = None,
-    token_limit: float | None = None,
-) -> dict[str, InputStatistics]:
-    """Statistics of the linears `names`, one of `input_stages`, in block `index` as it is now; no run goes past them.
-
-    inputs: of the block, which come through the compressed ones before it. dense: gives the cross moments to what the dense
-    model has in the place of those inputs; they come along from Statistic.GRAM on. token_limit: as in `collect_block`.
-    """
-    return stage_sums(blockwise, index, inputs, names, statistic, dense, token_limit).statistics(names)
-
-
 def stage_sums(
     blockwise: BlockwiseModel,
     index: int,
@@ -93,7 +76,12 @@ def stage_sums(
     dense: DenseRun | None = None,
     token_limit: float | None = None,
 ) -> "StageSums":
-    """The sums of `collect_stage`, to which those of further batches may be added."""
+    """Sums over the inputs of the linears `names`, one of `input_stages`, in block `index` as it is now; no run goes past them.
+
+    inputs: of the block, which come through the compressed ones before it. dense: gives the cross moments to what the dense
+    model has in the place of those inputs; they come along from Statistic.GRAM on. token_limit: as in `collect_block`. The
+    sums of further batches may be added before statistics are made of them.
+    """
     collector = _Collector(statistic, token_limit)
     modules = {name: _module_of_block(blockwise, index, name) for name in names}
     prefix = f"{blockwise.prefix}.{index}."

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,8 @@ from halfplate.checkpoint.quantizer import HalfplateConfig
 from halfplate.checkpoint.weights import MAX_SHARD_NBYTES, write_tensors
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec, check_shared
-from halfplate.version import package_version
+from halfplate.json_numbers import finite
+from halfplate.version import versions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,20 +115,12 @@ def add_sentence(folder: Path) -> None:
 
 def amend_record(folder: Path, facts: Mapping[str, Any]) -> None:
     """Add what was learned after the checkpoint `folder` was written to its record and its card; NaN and inf become null."""
-    finite = {
-        key: {
-            name: None if isinstance(item, float) and not math.isfinite(item) else item for name, item in value.items()
-        }
-        for key, value in facts.items()
-    }
-    write_record(folder, read_record(folder) | finite)
+    write_record(folder, read_record(folder) | finite(facts))
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write `halfplate.json`, the mark of a folder that Halfplate wrote, and the model card of what the folder holds by now."""
-    versions = {"halfplate": package_version()} | {
-        name: version(name) for name in ("safetensors", "torch", "transformers")
-    }
+    versions = versions_of(("safetensors", "torch", "transformers"))
     content = {"format_version": RECORD_VERSION, "versions": versions} | dict(record)
     (folder / RECORD_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_card(folder, content)

@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from halfplate.execution.progress import NO_FACTS, Report, TimeLeft, silent
+from halfplate.execution.progress import Listener, Report, Step, TimeLeft, silent
+from halfplate.json_numbers import finite
 
 LOG_SECONDS = 15.0  # between two lines of one phase where there is no terminal
 PLAIN_WIDTH = 140
@@ -42,15 +42,7 @@ def speaking_libraries() -> None:
 
 def print_json(value: Any) -> None:
     """One JSON document; numbers that JSON has no words for become null."""
-    print(json.dumps(_finite(value), indent=2, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(finite(value), indent=2, allow_nan=False))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -126,36 +118,29 @@ def _bars() -> Progress:
     return Progress(*columns, console=Console(file=sys.stderr))
 
 
-class _Bars:
+class _Bars(Listener):
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
         self._left = TimeLeft()
 
-    def __call__(
-        self,
-        phase: str,
-        done: int,
-        total: int,
-        note: str = "",
-        share: float | None = None,
-        facts: Mapping[str, Any] = NO_FACTS,
-    ) -> None:
-        left = self._left(phase, done, total, share)
+    def take(self, step: Step) -> None:
+        phase, left = step.phase, self._left(step.phase, step.done, step.total, step.share)
         if phase not in self._tasks:
             self._tasks[phase] = self._bars.add_task(phase, total=1.0, steps="", left="")
+        share = step.share
         if share is None:
-            share = done / total if total else 1.0
+            share = step.done / step.total if step.total else 1.0
         self._bars.update(
             self._tasks[phase],
-            completed=share if done < total else 1.0,
-            description=f"{phase}: {note}" if note else phase,
-            steps=f"{done}/{total}",
-            left=f"{duration(left)} left" if left and done < total else "",
+            completed=share if step.done < step.total else 1.0,
+            description=f"{phase}: {step.note}" if step.note else phase,
+            steps=f"{step.done}/{step.total}",
+            left=f"{duration(left)} left" if left and step.done < step.total else "",
         )
 
 
-class _Lines:
+class _Lines(Listener):
     def __init__(self, every_step: bool = False) -> None:
         self._every_step = every_step
         self._left = TimeLeft()
@@ -163,25 +148,18 @@ class _Lines:
         self._told = 0.0
         self._ended = False
 
-    def __call__(
-        self,
-        phase: str,
-        done: int,
-        total: int,
-        note: str = "",
-        share: float | None = None,
-        facts: Mapping[str, Any] = NO_FACTS,
-    ) -> None:
-        now, seconds_left = time.monotonic(), self._left(phase, done, total, share)
+    def take(self, step: Step) -> None:
+        phase, done, total = step.phase, step.done, step.total
+        now, seconds_left = time.monotonic(), self._left(phase, done, total, step.share)
         if phase != self._phase or done == 0:
             self._phase, self._told, self._ended = phase, now, False
-        if self._every_step and facts:
-            print(json.dumps(_finite(dict(facts))), file=sys.stderr, flush=True)
+        if self._every_step and step.facts:
+            print(json.dumps(finite(step.facts)), file=sys.stderr, flush=True)
         # What follows the last step of a phase (a block is left after its last matrix) has no line of its own.
         if not self._ended and (done >= total or now - self._told >= LOG_SECONDS):
             self._told, self._ended = now, done >= total
             left = f", {duration(seconds_left)} left" if seconds_left is not None and done < total else ""
-            said = f", {note}" if note else ""
+            said = f", {step.note}" if step.note else ""
             print(f"{phase}: {done}/{total} ({self._left.spent:.1f} s{left}){said}", file=sys.stderr, flush=True)
 
 

@@ -31,13 +31,13 @@ def examine() -> dict[str, Any]:
     """Everything the doctor tells, by name."""
     import torch
 
-    from halfplate.version import package_version
+    from halfplate.version import installed_version, package_version
 
     processor, flags = _processor()
     return {
         "halfplate": package_version(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in LIBRARIES},
+        **{name: installed_version(name) for name in LIBRARIES},
         "platform": platform.platform(),
         "processor": processor,
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -47,15 +47,6 @@ def examine() -> dict[str, Any]:
         **_kernels(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _version(name: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> tuple[str, set[str]]:

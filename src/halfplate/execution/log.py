@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
 from halfplate.evaluation.speed import machine, memory
-from halfplate.execution.progress import NO_FACTS, Report, TimeLeft, together
-from halfplate.version import package_version
+from halfplate.execution.progress import Listener, Report, Step, TimeLeft, together
+from halfplate.json_numbers import finite
+from halfplate.version import versions_of
 
 LOG_FILE = "log.jsonl"
 LOG_VERSION = 1
@@ -49,18 +48,10 @@ def environment() -> dict[str, Any]:
     """Versions and machine, as a log opens with them."""
     from halfplate.kernels import native
 
-    versions = {"halfplate": package_version()} | {name: _version(name) for name in LIBRARIES}
-    return {"versions": versions, "machine": machine(), "kernels": native.isa(), "process": os.getpid()}
+    return {"versions": versions_of(LIBRARIES), "machine": machine(), "kernels": native.isa(), "process": os.getpid()}
 
 
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:  # installed without its metadata, or where they may not be read
-        return "unknown"
-
-
-class RunLog:
+class RunLog(Listener):
     """A report that writes every step with facts, and the begin and end of every phase, as a line of `path`."""
 
     def __init__(self, path: Path, resume: bool = False) -> None:
@@ -74,26 +65,18 @@ class RunLog:
         except OSError:
             return
 
-    def __call__(
-        self,
-        phase: str,
-        done: int,
-        total: int,
-        note: str = "",
-        share: float | None = None,
-        facts: Mapping[str, Any] = NO_FACTS,
-    ) -> None:
-        left = self._left(phase, done, total, share)
-        if not facts and 0 < done < total:
+    def take(self, step: Step) -> None:
+        left = self._left(step.phase, step.done, step.total, step.share)
+        if not step.facts and 0 < step.done < step.total:
             return
-        step: dict[str, Any] = {"event": "phase", "phase": phase, "done": done, "total": total, **facts}
-        if note:
-            step["note"] = note
+        line = {"event": "phase", "phase": step.phase, "done": step.done, "total": step.total, **step.facts}
+        if step.note:
+            line["note"] = step.note
         if left is not None:
-            step["seconds_left"] = round(left, 3)
-        step["phase_seconds"] = round(self._left.spent, 3)
-        self._worked = self._worked or step["event"] in WORK
-        self.write(step)
+            line["seconds_left"] = round(left, 3)
+        line["phase_seconds"] = round(self._left.spent, 3)
+        self._worked = self._worked or line["event"] in WORK
+        self.write(line)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line, with the time and the memory of the process; numbers that JSON lacks become null."""
@@ -102,7 +85,7 @@ class RunLog:
         memories = {"rss_bytes": memory("VmRSS"), "peak_rss_bytes": memory("VmHWM")}
         stamped = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **line, **memories}
         try:
-            self._file.write(json.dumps(_finite(stamped), allow_nan=False) + "\n")
+            self._file.write(json.dumps(finite(stamped), allow_nan=False) + "\n")
             self._file.flush()
         except OSError:
             self.close()
@@ -132,7 +115,7 @@ def append(folder: Path, line: Mapping[str, Any]) -> None:
     stamped = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **line}
     try:
         with (folder / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(stamped), allow_nan=False) + "\n")
+            file.write(json.dumps(finite(stamped), allow_nan=False) + "\n")
     except OSError:
         return
 
@@ -144,11 +127,3 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

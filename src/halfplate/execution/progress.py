@@ -1,7 +1,9 @@
 """How an executor tells what it is doing to whoever listens: a terminal, the log, a tracker of experiments."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -27,21 +29,23 @@ class Report(Protocol):
         """
 
 
-def silent(
-    phase: str,
-    done: int,
-    total: int,
-    note: str = "",
-    share: float | None = None,
-    facts: Mapping[str, Any] = NO_FACTS,
-) -> None:
-    """The report that tells nothing."""
+@dataclass(frozen=True)
+class Step:
+    """What a report is told of one step."""
+
+    phase: str
+    done: int
+    total: int
+    note: str
+    share: float | None
+    facts: Mapping[str, Any]
 
 
-def together(*reports: Report) -> Report:
-    """One report that tells all of `reports`, in their order."""
+class Listener(ABC):
+    """A report that takes each step as one object."""
 
-    def tell(
+    def __call__(
+        self,
         phase: str,
         done: int,
         total: int,
@@ -49,10 +53,29 @@ def together(*reports: Report) -> Report:
         share: float | None = None,
         facts: Mapping[str, Any] = NO_FACTS,
     ) -> None:
-        for report in reports:
-            report(phase, done, total, note, share, facts)
+        self.take(Step(phase, done, total, note, share, facts))
 
-    return tell
+    @abstractmethod
+    def take(self, step: Step) -> None:
+        """Do with the step whatever this listener is for."""
+
+
+class _Together(Listener):
+    def __init__(self, reports: tuple[Report, ...]) -> None:
+        self._reports = reports
+
+    def take(self, step: Step) -> None:
+        for report in self._reports:
+            report(step.phase, step.done, step.total, step.note, step.share, step.facts)
+
+
+def together(*reports: Report) -> Report:
+    """One report that tells all of `reports`, in their order."""
+    return _Together(reports)
+
+
+def silent(*_: Any, **__: Any) -> None:
+    """The report that tells nothing."""
 
 
 class TimeLeft:

@@ -21,7 +21,6 @@ ALLOWANCE = 1_500_000_000  # of the bound: libraries, hidden states, the solver
 SAMPLING_NBYTES = 700_000_000
 LIBRARIES = 800_000_000  # Python with torch and transformers, where the system does not tell
 HEAP = 100_000_000  # freed and not given back
-WHOLE = "the whole model"
 
 
 @dataclass(frozen=True)
