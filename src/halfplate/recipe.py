@@ -275,6 +275,10 @@ class Recipe:
         """Whether matrices are corrected towards the dense outputs, which takes Gram matrices and the dense model's inputs."""
         return self.inputs == "compressed" and self.cross_damping != "none" and statistic >= Statistic.GRAM
 
+    def streams(self, statistic: Statistic) -> int:
+        """How often the text runs through the blocks: once, or also through the dense ones beside those that are compressed."""
+        return 2 if self.corrects(statistic) or self.tune_block else 1
+
     def create_method(self) -> Method:
         """The method with its options; where it has a seed of its own, the recipe's unless the options say otherwise."""
         seeded = any(f.name == "seed" for f in fields(methods.method_class(self.method)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from halfplate.formats import WeightSpec
 from halfplate.methods.base import Method
+from halfplate.solvers.target import correcting_nbytes
 from halfplate.statistics import Statistic
 
 PROCESS_NBYTES = 700_000_000  # Python with torch and transformers
@@ -34,10 +35,10 @@ def memory_to_solve(method: Method, specs: Iterable[WeightSpec]) -> int:
     """Bytes in which matrices of one input are corrected for compressed inputs and solved, together where they are several."""
     specs = list(specs)
     weights = sum(spec.d_out * spec.d_in for spec in specs)
-    gram = max(spec.d_in for spec in specs) ** 2 if method.requires >= Statistic.GRAM else 0
-    correcting = 8 * (2 * gram + 3 * weights) if gram else 0
+    width = max(spec.d_in for spec in specs) if method.requires >= Statistic.GRAM else 0
+    correcting = correcting_nbytes(weights, width) if width else 0
     solving = sum(method.solving_nbytes(spec) for spec in specs)
-    return PROCESS_NBYTES + 4 * weights + 16 * gram + max(correcting, solving)
+    return PROCESS_NBYTES + 4 * weights + 16 * width**2 + max(correcting, solving)
 
 
 def memory_to_run(specs: Iterable[WeightSpec], hidden: int) -> int:

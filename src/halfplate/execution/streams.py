@@ -36,7 +36,7 @@ class Streams:
             return ()
         if self.recipe.inputs == "dense":
             return (DENSE,)
-        return (COMPRESSED, DENSE) if self.corrected or self.recipe.tune_block else (COMPRESSED,)
+        return (COMPRESSED, DENSE) if self.recipe.streams(self.job.needed) == 2 else (COMPRESSED,)
 
     def reach(self, block: int) -> None:
         """Bring them to the inputs of `block`, from the nearest block before it that they are known for."""

@@ -51,7 +51,7 @@ def disk_plan(
     method = recipe.create_method()
     statistic = max(statistic, method.requires)
     result = sum(spec.nbytes for spec in specs) + other_nbytes + SLACK
-    streams = 2 if recipe.inputs == "compressed" and (recipe.corrects(statistic) or recipe.tune_block) else 1
+    streams = recipe.streams(statistic)
     hidden = statistics = 0
     if recipe.runs_text(statistic):
         # Of two neighbouring blocks while one is written.

@@ -12,6 +12,7 @@ from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.planning.sizes import ModelSizes
 from halfplate.recipe import Recipe
+from halfplate.solvers.target import correcting_nbytes
 from halfplate.statistics import Statistic
 
 FP32, FP64 = 4, 8
@@ -66,7 +67,7 @@ def memory_plan(
     runs = recipe.runs_text(statistic)
     base = (memory("VmRSS") or LIBRARIES) + HEAP
     block, reading = FP32 * sizes.block, (FP32 + 2) * sizes.largest
-    blocks = block * (_streams(recipe, statistic) if runs else 1)
+    blocks = block * (recipe.streams(statistic) if runs else 1)
     phases = {"reading": base + reading, "writing": base + 2 * block + (2 * FP32 + 1) * sizes.largest}
     if runs:
         hidden = BATCH * recipe.seq_len * FP32 * (6 * sizes.hidden + 3 * sizes.ffn)
@@ -90,14 +91,8 @@ def memory_plan(
 
 def solving_memory(method: Method, spec: WeightSpec, recipe: Recipe, statistic: Statistic) -> int:
     """Bytes held while one matrix is corrected and solved, beside its block and the statistics."""
-    # Of the correction: two matrices of the Gram's size at once, three in fp64 of the weight's.
-    correcting = FP64 * (2 * spec.d_in**2 + 3 * spec.d_out * spec.d_in) if recipe.corrects(statistic) else 0
+    correcting = correcting_nbytes(spec.d_out * spec.d_in, spec.d_in) if recipe.corrects(statistic) else 0
     return max(correcting, method.solving_nbytes(spec))
-
-
-def _streams(recipe: Recipe, statistic: Statistic) -> int:
-    """How many copies of a block text runs through: one, or the dense one beside the compressed one."""
-    return 2 if recipe.corrects(statistic) or recipe.tune_block else 1
 
 
 def _gram_nbytes(width: int, recipe: Recipe, statistic: Statistic) -> int:

@@ -104,7 +104,7 @@ def solving_flops(method: Method, spec: WeightSpec, recipe: Recipe, statistic: S
 def statistics_flops(sizes: ModelSizes, recipe: Recipe, statistic: Statistic) -> float:
     """Operations of running the text through all blocks, as often as their stages ask for, and of its second moments."""
     tokens, blocks = recipe.samples * recipe.seq_len, len(sizes.blocks)
-    streams = 2 if recipe.corrects(statistic) or recipe.tune_block else 1
+    streams = recipe.streams(statistic)
     # A run for the inputs of a stage ends there, halfway on average; with dense inputs one run has them all.
     runs = 2.0 if recipe.inputs == "dense" else streams * (1 + len(sizes.stages) / 2)
     through = 2.0 * sum(sizes.blocks) + 4.0 * recipe.seq_len * sizes.hidden * blocks

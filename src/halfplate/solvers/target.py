@@ -27,3 +27,8 @@ def corrected_weight(weight: Tensor, gram: Tensor, cross: Tensor, damping: float
         return weight
     change = torch.cholesky_solve(shift.T, factor).T / inputs
     return (weight + torch.where(alive, change, 0.0)).to(torch.float32)
+
+
+def correcting_nbytes(weights: int, d_in: int) -> int:
+    """Bytes that `corrected_weight` holds beside its arguments: fp64, two matrices (d_in, d_in) and three of `weights` values at once."""
+    return torch.float64.itemsize * (2 * d_in**2 + 3 * weights)
