@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py                      # 52 kills by engine local with 1 worker, 52 with 2, and all kinds of faults
     python benchmarks/faults.py --engine ray --kills 60 --faults
-    python benchmarks/faults.py --resume-cost        # what --resume costs where nothing is left to do; needs a quiet machine
+    python benchmarks/faults.py --resume-cost        # what --resume costs where nothing is left to do, and how right the plan is; needs a quiet machine
 
 Half of the kills come after a random time, half at a random operation on a file, a write of which is left half done. After each, `--resume` must give the bytes
 of a run that nobody disturbed, and solve nothing that was finished. Runs on stories260K, or on a model made for it where that is not there.
@@ -11,7 +11,9 @@ of a run that nobody disturbed, and solve nothing that was finished. Runs on sto
 from __future__ import annotations
 
 import argparse
+import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -150,25 +152,24 @@ def fault_table(bench: Bench, names: Sequence[str]) -> tuple[str, int]:
 
 
 def resume_cost(model: Path) -> str:
-    """Seconds of a whole run, and of `--resume` on its result and with the last step left to do, each in a fresh process."""
-    rows = []
+    """Seconds that the plan says and that a whole run takes, and of `--resume` on its result, each in a fresh process."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "halfplate", "compress", str(model), "--quiet", "--no-benchmark"]
+        out = Path(scratch) / "out"
 
-        def timed(*more: str) -> float:
+        def halfplate(*words: str) -> tuple[float, str]:
             start = time.perf_counter()
-            subprocess.run([*command, *more], check=True, stdout=subprocess.DEVNULL)
-            return time.perf_counter() - start
+            run = subprocess.run(
+                [sys.executable, "-m", "halfplate", *words], check=True, stdout=subprocess.PIPE, text=True
+            )
+            return time.perf_counter() - start, run.stdout
 
-        for number in range(RESUME_RUNS):
-            out = Path(scratch) / f"out{number}"
-            whole = timed("-o", str(out))
-            rows.append((whole, timed("-o", str(out), "--resume")))
-    lines = [
-        [str(number), f"{whole:.1f}", f"{again:.1f}", f"{again / whole:.1%}"]
-        for number, (whole, again) in enumerate(rows, 1)
-    ]
-    return table(["run", "whole, s", "--resume with nothing left, s", "share"], lines)
+        planned = json.loads(halfplate("plan", str(model), "--json")[1])["seconds_estimate"]
+        compress = ["compress", str(model), "-o", str(out), "--quiet", "--no-benchmark"]
+        whole, _ = halfplate(*compress)
+        again = statistics.median(halfplate(*compress, "--resume")[0] for _ in range(RESUME_RUNS))
+    row = [f"{planned:.0f}", f"{whole:.0f}", f"{whole / planned:.2f}", f"{again:.1f}", f"{again / whole:.1%}"]
+    header = ["plan says, s", "whole run, s", "of what the plan says", "--resume with nothing left, s", "share"]
+    return table(header, [row])
 
 
 def main() -> None:
