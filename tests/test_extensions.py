@@ -16,8 +16,11 @@ from halfplate import plugins
 from halfplate.calibration import read_text
 from halfplate.cli import main
 from halfplate.errors import HalfplateError
+from halfplate.execution.result import identity_of
+from halfplate.execution.work import check_same
 from halfplate.formats import WeightSpec
 from halfplate.methods import create, method_class, method_names
+from halfplate.models.sources import open_source
 from halfplate.pattern import DENSE, Pattern
 from halfplate.planning import make_plan
 from halfplate.recipe import Recipe
@@ -231,8 +234,13 @@ def test_half_a_surrogate_pair_of_a_plugin_is_no_text(install):
 
 def test_another_version_of_a_plugin_is_another_plan(install, examples, tiny_folder, tmp_path):
     recipe = Recipe(method="wanda-scaled", seq_len=32)
-    first = make_plan(str(tiny_folder), recipe).fingerprint
+    plan = make_plan(str(tiny_folder), recipe)
+    first, begun = plan.fingerprint, identity_of(open_source(str(tiny_folder)), plan, plan.statistic, 1)
     info = tmp_path / "site" / "halfplate-extensions-1.0.dist-info" / "METADATA"
     info.write_text(info.read_text().replace("Version: 1.0", "Version: 1.1"))
     plugins.installed.cache_clear()
-    assert make_plan(str(tiny_folder), recipe).fingerprint != first
+    plan = make_plan(str(tiny_folder), recipe)
+    assert plan.fingerprint != first
+    now = identity_of(open_source(str(tiny_folder)), plan, plan.statistic, 1)
+    with pytest.raises(HalfplateError, match=r"plugins was .*1\.0'} when it began and is .*1\.1'} now"):
+        check_same({"plugins": begun["plugins"]}, {"plugins": now["plugins"]}, "it began")

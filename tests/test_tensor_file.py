@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from halfplate.tensor_file import DamagedFile, TensorFileWriter, read_header, read_tensor, sha256_of
 
@@ -52,6 +52,31 @@ def test_a_file_cut_short(tmp_path, length):
     (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes()[:length])
     with pytest.raises(DamagedFile, match="cut short"):
         read_header(tmp_path / "file")
+
+
+def entry(start, end):
+    return f'{{"dtype":"F32","shape":[{(end - start) // 4}],"data_offsets":[{start},{end}]}}'
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (f'{{"a":{entry(0, 8)},"b":{entry(0, 8)}}}', "'b' does not begin where"),
+        (f'{{"a":{entry(0, 8)},"b":{entry(4, 8)}}}', "'b' does not begin where"),
+        (f'{{"a":{entry(4, 8)}}}', "'a' does not begin where"),
+        (f'{{"a":{entry(0, 4)}}}', "4 bytes in it belong to no tensor"),
+        (f'{{"a":{entry(0, 4)},"a":{entry(0, 8)}}}', "stands in it twice"),
+        (f'{{"b":{entry(4, 8)},"none":{entry(4, 4)},"a":{entry(0, 4)}}}', None),
+    ],
+)
+def test_tensors_follow_each_other_and_fill_the_file(tmp_path, header, message):
+    path = tmp_path / "file"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    if message is None:
+        assert read_header(path).keys() == load_file(path).keys()
+        return
+    with pytest.raises(DamagedFile, match=message):
+        read_header(path)
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):

@@ -11,9 +11,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypedDict, Union, Unpack, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 
-from halfplate import methods, recipes
+from halfplate import methods, plain_yaml, recipes
 from halfplate.allocation import CHOICES, Evolution
 from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
@@ -25,8 +24,6 @@ from halfplate.plugins import unknown
 from halfplate.statistics import Statistic
 
 VERSION = 1
-LARGEST_FILE = 2**20  # bytes of a recipe
-DEEPEST = 10  # levels of nesting in one
 # Neither changes the result: they are no part of what makes two runs the same.
 WITHOUT_EFFECT = ("threads", "max_kl")
 
@@ -346,38 +343,19 @@ class Recipe:
         return {key: value for key, value in self.to_json().items() if key not in WITHOUT_EFFECT}
 
 
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML of plain values, without aliases, which can make much of little, and without deep nesting."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed in a recipe")
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise yaml.YAMLError(f"it is nested more than {DEEPEST} deep")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        if Path(path).stat().st_size > LARGEST_FILE:
-            raise HalfplateError(
-                f"recipe={str(path)!r} has more than {LARGEST_FILE} bytes, far beyond any recipe; give the path of a YAML file"
-            )
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_RecipeLoader)
+        # Not more, whatever the size that the system tells: a pipe has none.
+        with Path(path).open("rb") as file:
+            content = file.read(plain_yaml.LARGEST + 1)
+        values = plain_yaml.parse(content.decode("utf-8"))
     except OSError as error:
         raise HalfplateError(
             f"recipe={str(path)!r} cannot be read: {error.strerror or error}; give the path of a YAML file or one of {', '.join(recipes.names())}"
         ) from None
-    # PyYAML raises ValueError, too, for numbers and dates that cannot be.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+    except ValueError as error:
         raise HalfplateError(
-            f"recipe={str(path)!r} is not valid YAML: {reason}; write one `name: value` a line"
+            f"recipe={str(path)!r} is not valid YAML: {error}; write one `name: value` a line"
         ) from None
     if values is None:
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -54,7 +55,11 @@ class DamagedFile(HalfplateError):
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of the file by name, in the order of the header; raises DamagedFile unless the file holds them all."""
-    size = path.stat().st_size
+    status = path.stat()
+    size = status.st_size
+    # Opening a pipe waits for whoever writes to it, a device has no end.
+    if not stat.S_ISREG(status.st_mode):
+        raise DamagedFile(f"{path.name} is no regular file; download it again")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, LONGEST_HEADER):
@@ -64,7 +69,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         text = file.read(length)
     found: dict[str, StoredTensor] = {}
     try:
-        header: dict[str, Any] = json.loads(text)
+        header: dict[str, Any] = json.loads(text, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         for name, entry in header.items():
             start, end = (int(at) for at in entry["data_offsets"])
@@ -83,7 +88,32 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise DamagedFile(
             f"{path.name} is cut short: it has {size} bytes, its header names {needed}; download it again"
         )
+    _check_covered(path, found, 8 + length, size)
     return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a name that stands twice, another reader may take the other value."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found
+
+
+def _check_covered(path: Path, found: Mapping[str, StoredTensor], start: int, size: int) -> None:
+    """Raise DamagedFile unless the tensors follow each other without gaps to the end of the file, as the format demands.
+
+    Tensors that overlap could name any number of values in a small file.
+    """
+    end = start
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if tensor.start != end:
+            raise DamagedFile(
+                f"{path.name} is damaged: {name[:80]!r} does not begin where the tensor before it ends; download it again"
+            )
+        end += tensor.nbytes
+    if end != size:
+        raise DamagedFile(f"{path.name} is damaged: {size - end} bytes in it belong to no tensor; download it again")
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:

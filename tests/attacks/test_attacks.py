@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def refused(action, *parts):
         ("x: " + "9" * 10_000, "not valid YAML"),
         ("seed: 2001-99-99", "not valid YAML"),
         ("#" * 2**20 + "\nmethod: armor", "more than"),
+        ("method: wanda\nmethod: armor", "twice"),
+        ("method_options: {power: 1, power: 2}", "twice"),
         ("method: \ud800".encode("utf-8", "surrogatepass"), "not valid YAML"),
     ],
 )
@@ -175,7 +178,17 @@ def test_json_of_all_memory(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil.safetensors", "/etc/passwd", "a/../b.safetensors", "..\\x.safetensors", "\0", 7, {}]
+    "name",
+    [
+        "../evil.safetensors",
+        "/etc/passwd",
+        "a/../b.safetensors",
+        "..\\x.safetensors",
+        "\0",
+        7,
+        {},
+        "a" * 300 + ".safetensors",
+    ],
 )
 def test_shards_elsewhere(folder, name):
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
@@ -204,6 +217,41 @@ def test_links_of_the_hub_cache_are_followed(tiny_folder, tmp_path):
     assert len(make_plan(str(snapshot), Recipe(method="magnitude")).specs) == 14
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "halfplate.json"])
+def test_pipes(folder, file):
+    """Opening one waits for ever for somebody who writes to it."""
+    if not (folder / file).exists():
+        pytest.skip("a dense model has no such file")
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    if file == "halfplate.json":
+        refused(lambda: inspect_checkpoint(folder, verify=True), "no regular file")
+    else:
+        refused(lambda: reads(folder))
+
+
+@pytest.mark.parametrize("card", ["pipe", "hole", "nested", "aliases"])
+def test_model_cards(tiny_folder, tmp_path, card):
+    """The licence is read from it when all work is done: a bad one must not cost the result."""
+    path = tiny_folder / "README.md"
+    if card == "pipe":
+        os.mkfifo(path)
+    else:
+        bombs = {"hole": "x: y\n", "nested": f"x: {'[' * 5000}\n", "aliases": "a: &a [x]\nb: [*a, *a]\n"}
+        path.write_text(f"---\nlicense: mit\n{bombs[card]}---\n")
+        if card == "hole":
+            os.truncate(path, 2**40)
+    compress(str(tiny_folder), tmp_path / "out", Recipe(method="magnitude"))
+    licence = json.loads((tmp_path / "out" / "halfplate.json").read_text())["license"]
+    assert licence == ("mit" if card == "hole" else None)
+
+
+def test_links_that_lead_to_themselves(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("model.safetensors")
+    refused(lambda: reads(folder), "leads out")
+
+
 def test_an_adapter_whose_base_is_elsewhere(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "evil/model", "peft_type": "LORA"}')
     refused(lambda: reads(folder), "adapter")
@@ -227,6 +275,18 @@ HEADERS = {
     "shape below zero": safetensors(a={"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}) + bytes(4),
     "shape of another size": safetensors(a={"dtype": "F32", "shape": [100], "data_offsets": [0, 4]}) + bytes(4),
     "no entry": safetensors(a=None),
+    "tensors that overlap": safetensors(
+        **{name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in "ab"}
+    )
+    + bytes(8),
+    "a gap between tensors": safetensors(a={"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}) + bytes(8),
+    "bytes of no tensor": safetensors(a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}) + bytes(8),
+    "one name twice": struct.pack("<Q", 112)
+    + (
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        + b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    ).ljust(112)
+    + bytes(4),
     "empty": b"",
 }
 

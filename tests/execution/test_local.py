@@ -1,17 +1,21 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import halfplate
 from halfplate.calibration import calibration_tokens
+from halfplate.cli import main
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
 from halfplate.execution.matrix import relative_error
 from halfplate.execution.output import check_result_folder
+from halfplate.execution.recover import recover
 from halfplate.methods.magnitude import Magnitude
 from halfplate.models.sources import load_dense
 from halfplate.recipe import Recipe
+from halfplate.recovery.settings import Recovery
 from halfplate.statistics import InputStatistics, Statistic
 
 SMALL = {"samples": 4, "seq_len": 32}
@@ -171,6 +175,19 @@ def test_threads_are_set(tiny_folder, tmp_path):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("out", ["/", "a" * 300, "a" * 250, "new/" + "a" * 300, "loop/x", "\0"])
+def test_places_that_no_system_knows(tiny_folder, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for resume in (False, True):
+        with pytest.raises(HalfplateError, match=r"out=.*choose another folder"):
+            compress(str(tiny_folder), out, Recipe(method="magnitude"), resume=resume)
+    with pytest.raises(HalfplateError, match=r"out=.*choose another folder"):
+        recover(tiny_folder, str(tiny_folder), out, Recovery(tokens=64), resume=True)
+    assert main(["plan", str(tiny_folder), "-o", out]) == 2
+    assert not Path("new").exists()
 
 
 def test_result_folder(tmp_path):

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from halfplate.errors import RuinedResult
+from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.execution.local import compress
 from halfplate.execution.log import append, run_log
-from halfplate.execution.progress import silent
+from halfplate.execution.progress import NO_FACTS, silent
 from halfplate.methods.wanda import Wanda
 from halfplate.recipe import Recipe
 
@@ -104,6 +104,51 @@ def test_a_resumed_log_goes_on(tmp_path):
     log = lines(tmp_path / "out.log.jsonl")
     assert [line["event"] for line in log] == ["start", "matrix", "error"] * 2
     assert log[1]["loss"] is None
+
+
+def test_a_refused_resume_leaves_the_log_as_it_was(tiny_folder, tmp_path):
+    out, recipe = tmp_path / "out", Recipe(**SMALL)
+    with pytest.raises(KeyError):
+        compress(str(tiny_folder), out, recipe, report=raising_at_matrix)
+    log = tmp_path / "out.log.jsonl"
+    before = log.read_bytes()
+    for changes in ({"seed": 1}, {"seq_len": 4000}):
+        with pytest.raises(HalfplateError):
+            compress(str(tiny_folder), out, Recipe(**SMALL | changes), resume=True)
+        assert log.read_bytes() == before
+    compress(str(tiny_folder), out, recipe, resume=True)
+    assert (out / "log.jsonl").read_bytes().startswith(before)
+
+
+def raising_at_matrix(phase, done, total, note="", share=None, facts=NO_FACTS):
+    if facts.get("event") == "matrix" and done == 3:
+        raise KeyError("x")
+
+
+def test_a_second_run_does_not_touch_the_log_of_the_first(tiny_folder, tmp_path):
+    out, met = tmp_path / "out", []
+
+    def second(phase, done, total, note="", share=None, facts=NO_FACTS):
+        if facts.get("event") == "matrix" and not met:
+            for resume in (False, True):
+                with pytest.raises(HalfplateError, match="another process works in") as refusal:
+                    compress(str(tiny_folder), out, Recipe(**SMALL), resume=resume)
+                met.append(refusal)
+
+    compress(str(tiny_folder), out, Recipe(**SMALL), report=second)
+    assert len(met) == 2
+    log = lines(out / "log.jsonl")
+    assert [line["event"] for line in log].count("start") == 1
+    assert len([line for line in log if line["event"] == "matrix"]) == 14
+    assert log[-1]["event"] == "end"
+
+
+def test_a_line_that_a_full_disk_cut_off_goes(tmp_path):
+    out, log = tmp_path / "out", tmp_path / "out.log.jsonl"
+    log.write_text('{"event": "matrix"}\n{"event": "mat')
+    with pytest.raises(KeyError):
+        failing(out, {}, resume=True)
+    assert [line["event"] for line in lines(log)] == ["matrix", "start", "error"]
 
 
 def test_only_ends_of_phases_are_logged(tmp_path):

@@ -1,5 +1,8 @@
+import io
+
 import pytest
 
+from halfplate.cli import console
 from halfplate.execution.progress import TimeLeft, silent, together
 
 
@@ -65,3 +68,14 @@ def test_all_reports_are_told():
     report = together(silent, lambda *step: told.append(step), lambda *step: told.append(step))
     report("reading", 1, 2, "half", share=0.5, facts={"event": "x"})
     assert told == [("reading", 1, 2, "half", 0.5, {"event": "x"})] * 2
+
+
+def test_a_listener_that_has_gone_stops_no_run(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    for report in (console._Lines(), console._Lines(every_step=True)):
+        report("reading", 0, 1)
+        report("reading", 1, 1, facts={"event": "end"})

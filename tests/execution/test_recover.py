@@ -77,6 +77,16 @@ def test_two_recoveries_of_one_result_do_not_meet(wrapped, tiny_folder, tmp_path
     assert not work(out).exists()
 
 
+def test_what_is_written_lies_in_the_work_folder_until_it_is_whole(wrapped, tiny_folder, tmp_path, monkeypatch):
+    """So that a process killed meanwhile leaves it where the next one looks."""
+    out, written = tmp_path / "out", []
+    monkeypatch.setattr("halfplate.checkpoint.folder._flush", written.append)
+    (work(out) / "result.partial").mkdir(parents=True)
+    recover(wrapped, str(tiny_folder), out, Recovery(tokens=64, **FAST), overwrite=True)
+    assert [path.parent for path in written] == [work(out)]
+    assert not work(out).exists()
+
+
 def test_the_log_tells_every_step(wrapped, tiny_folder, tmp_path):
     summary = recover(wrapped, str(tiny_folder), tmp_path / "out", Recovery(tokens=512, **FAST))
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]

@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
-from halfplate.errors import HalfplateError
+from halfplate.errors import HalfplateError, RuinedResult
+from halfplate.execution import preparation
 from halfplate.execution.local import compress
 from halfplate.execution.progress import NO_FACTS
 from halfplate.execution.work import WorkFolder, load_part
 from halfplate.methods.wanda import Wanda
+from halfplate.pattern import Pattern
 from halfplate.recipe import Recipe
 
 SMALL = {"samples": 12, "seq_len": 16, "threads": 1}
@@ -91,8 +94,6 @@ def test_tuned_blocks_and_chosen_levels_are_kept(tiny_folder, tmp_path, monkeypa
         compress(str(tiny_folder), tmp_path / "count", recipe)
         tried = len(names) - 14
     broken_off(tiny_folder, out, recipe, monkeypatch, tried + finished)
-    from halfplate.execution import preparation
-
     monkeypatch.setattr(preparation, "allocate_plan", None)
     names = solved(monkeypatch)
     summary = compress(str(tiny_folder), out, recipe, resume=True)
@@ -210,6 +211,79 @@ def test_two_processes_do_not_share_a_work_folder(tiny_folder, tmp_path):
         pytest.raises(HalfplateError, match="another process works in"),
     ):
         compress(str(tiny_folder), tmp_path / "out", Recipe(method="wanda", **SMALL))
+
+
+def test_a_finished_result_does_not_take_the_folder_from_who_replaces_it(tiny_folder, tmp_path):
+    out, recipe, met = tmp_path / "out", Recipe(method="wanda", **SMALL), []
+    compress(str(tiny_folder), out, recipe)
+
+    def second(phase, done, total, note="", share=None, facts=NO_FACTS):
+        if facts.get("event") == "matrix" and not met:
+            met.append(compress(str(tiny_folder), out, recipe, resume=True))
+
+    compress(str(tiny_folder), out, Recipe(method="ria", **SMALL), overwrite=True, report=second)
+    assert met[0]["method"] == "wanda"
+    assert json.loads((out / "halfplate.json").read_text())["recipe"]["method"] == "ria"
+
+
+def test_overwrite_beside_resume_starts_what_differs_afresh(tiny_folder, tmp_path, monkeypatch):
+    recipe, out = Recipe(method="wanda", **SMALL), tmp_path / "out"
+    for changed, expected in ((recipe, 14 - 9), (replace(recipe, seed=1), 14)):
+        broken_off(tiny_folder, out, recipe, monkeypatch, 9)
+        names = solved(monkeypatch)
+        compress(str(tiny_folder), out, changed, resume=True, overwrite=True)
+        assert len(names) == expected
+        monkeypatch.undo()
+        shutil.rmtree(out)
+
+
+def test_a_ruined_result_leaves_no_work_behind(tiny_folder, tmp_path):
+    """The folder is held until the judging is over, so that nobody begins meanwhile, and goes then."""
+    with pytest.raises(RuinedResult):
+        compress(str(tiny_folder), tmp_path / "out", Recipe(method="wanda", max_kl=1e-9, **SMALL))
+    assert not WorkFolder(tmp_path / "out").path.exists()
+
+
+def test_levels_that_are_lost_are_not_mixed_with_others(tiny_folder, tmp_path, monkeypatch):
+    """Chosen anew they may be other ones, where measured times decide: what was solved at the old ones is solved again."""
+    recipe, out = Recipe(method="magnitude", budget=0.6, tune_block=1, **SMALL), tmp_path / "out"
+
+    def chooses(pattern):
+        def choose(loaded, plan, *_):
+            specs = {name: replace(spec, pattern=Pattern.parse(pattern)) for name, spec in plan.specs.items()}
+            return plan.with_specs(specs), None
+
+        monkeypatch.setattr(preparation, "allocate_plan", choose)
+
+    def die(phase, done, total, note="", share=None, facts=NO_FACTS):
+        if facts.get("event") == "matrix" and done == 9:
+            raise Killed
+
+    chooses("1:4")
+    compress(str(tiny_folder), tmp_path / "whole", recipe)
+    chooses("2:4")
+    with pytest.raises(Killed):
+        compress(str(tiny_folder), out, recipe, report=die)
+    chooses("1:4")
+    flip(WorkFolder(out).levels, 90)
+    compress(str(tiny_folder), out, recipe, resume=True)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_converted_model_that_is_damaged_is_converted_anew(tiny_folder, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(preparation, "needs_conversion", lambda source: True)
+    recipe, out = Recipe(method="wanda", **SMALL), tmp_path / "out"
+    compress(str(tiny_folder), tmp_path / "whole", recipe)
+    path = broken_off(tiny_folder, out, recipe, monkeypatch, 9).converted / "model.safetensors"
+    if damage == "flipped":
+        flip(path, -5)
+    else:
+        path.write_bytes(path.read_bytes()[:-7])
+    names = solved(monkeypatch)
+    compress(str(tiny_folder), out, recipe, resume=True)
+    assert len(names) == 14 - 9
+    assert digests(out) == digests(tmp_path / "whole")
 
 
 def test_a_full_disk_loses_nothing(tiny_folder, tmp_path, monkeypatch):

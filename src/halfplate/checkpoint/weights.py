@@ -81,9 +81,11 @@ def headers_of(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """Every tensor of some safetensors files by name; raises HalfplateError naming a file that is damaged."""
     found: dict[str, StoredTensor] = {}
     for file in files:
-        if not file.is_file():
-            raise HalfplateError(f"the weight file {str(file)!r} does not exist; copy or write the checkpoint again")
         try:
+            if not file.is_file():
+                raise HalfplateError(
+                    f"the weight file {str(file)!r} does not exist; copy or write the checkpoint again"
+                )
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - the handle is no mapping
                     piece = tensors.get_slice(name)

@@ -34,17 +34,18 @@ def write_checkpoint(
     other_dtype: torch.dtype,
     overwrite: bool = False,
     max_shard_nbytes: int = MAX_SHARD_NBYTES,
+    partial: Path | None = None,
 ) -> None:
     """Write `model`, with a CompressedLinear under each name in `specs`, to the folder `out`, whole or not at all.
 
     record: goes to `halfplate.json`, with versions and the checksum of each tensor added. other_dtype: element type of
     all floating-point tensors outside compressed matrices; the model is rounded to it in place (`round_others`), so
-    that it computes what the checkpoint will. Raises HalfplateError where `out` may not or cannot be written, and
+    that it computes what the checkpoint will. partial: as in `new_folder`. Raises HalfplateError where `out` may not or cannot be written, and
     where `model` is not as `specs` says.
     """
     _check_modules(model, specs)
     check_shared(specs)
-    with new_folder(Path(out), overwrite) as folder:
+    with new_folder(Path(out), overwrite, partial) as folder:
         round_others(model, other_dtype)
         checksums = write_model(
             model, tokenizer, folder, other_dtype, HalfplateConfig.from_specs(specs), max_shard_nbytes

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich import box
@@ -154,13 +154,19 @@ class _Lines(Listener):
         if phase != self._phase or done == 0:
             self._phase, self._told, self._ended = phase, now, False
         if self._every_step and step.facts:
-            print(json.dumps(finite(step.facts)), file=sys.stderr, flush=True)
+            _say(json.dumps(finite(step.facts)))
         # What follows the last step of a phase (a block is left after its last matrix) has no line of its own.
         if not self._ended and (done >= total or now - self._told >= LOG_SECONDS):
             self._told, self._ended = now, done >= total
             left = f", {duration(seconds_left)} left" if seconds_left is not None and done < total else ""
             said = f", {step.note}" if step.note else ""
-            print(f"{phase}: {done}/{total} ({self._left.spent:.1f} s{left}){said}", file=sys.stderr, flush=True)
+            _say(f"{phase}: {done}/{total} ({self._left.spent:.1f} s{left}){said}")
+
+
+def _say(line: str) -> None:
+    """A line of progress; nobody may listen any more, which stops no run."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

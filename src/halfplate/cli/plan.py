@@ -23,10 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     recipe = recipe_from(args)
     from halfplate.cli.console import print_json, silence_libraries
+    from halfplate.execution.output import check_place
     from halfplate.planning import make_plan
     from halfplate.planning.room import refusal
 
     silence_libraries()
+    if args.out is not None:
+        check_place(args.out)
     plan = make_plan(args.model, recipe, args.benchmark, args.workers or 1)
     refused = refusal(plan, args.out, args.workers or 1)
     if args.json:

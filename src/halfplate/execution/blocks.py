@@ -17,7 +17,7 @@ from halfplate.execution.matrix import MatrixRecord
 from halfplate.execution.progress import NO_FACTS
 from halfplate.execution.streams import COMPRESSED, DENSE, Streams
 from halfplate.execution.tasks import SolveMatrices, facts_of, records_in, save_statistics
-from halfplate.execution.work import load_part, remove_part, save_part
+from halfplate.execution.work import Part, load_part, remove_part, save_part
 from halfplate.formats import CompressedLinear
 from halfplate.formats.sharing import sharing_groups
 from halfplate.recovery.block import BlockTuning, TunedBlock, tune_block
@@ -87,7 +87,7 @@ class _Loop:
     def finished(self, block: int) -> bool:
         """Whether the part of the block is whole; one that is not is removed."""
         part = load_part(self.job.work.block(block))
-        if part is None or (damage := part.damaged()) is not None:
+        if part is None or (damage := self._damage(part)) is not None:
             if part is not None:
                 self.job.report(
                     "checking", block + 1, self.last + 1, f"block {block} is damaged ({damage}), computed anew"
@@ -96,6 +96,12 @@ class _Loop:
             return False
         self._remember(block, part.facts, records_in(part))
         return True
+
+    def _damage(self, part: Part) -> str | None:
+        """What is wrong with a part; one of other levels is worth nothing where those that were chosen have been lost."""
+        specs = part.facts["specs"]
+        other = next((name for name, spec in specs.items() if spec != self.specs[name].to_json()), None)
+        return part.damaged() if other is None else f"{other} has another level"
 
     def _remember(self, block: int, facts: dict[str, Any], records: list[MatrixRecord]) -> None:
         self.records |= {record.name: record for record in records}
@@ -167,7 +173,7 @@ class _Loop:
         """The part of a matrix that was finished before the run was interrupted."""
         path = self.job.work.matrix(self.leaders[name])
         part = load_part(path)
-        if part is None or part.damaged() is not None:
+        if part is None or self._damage(part) is not None:
             return None
         self.records |= {record.name: record for record in records_in(part)}
         return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from halfplate.execution.engines import EngineChoice, open_engine
 from halfplate.execution.held_out import held_out_tokens
 from halfplate.execution.job import Job
 from halfplate.execution.log import run_log
-from halfplate.execution.output import check_result_folder
+from halfplate.execution.output import check_place, check_result_folder
 from halfplate.execution.preparation import (
     check_weights,
     chosen_levels,
@@ -61,7 +61,6 @@ class _Order:
     identity: dict[str, Any]
     work: WorkFolder
     overwrite: bool
-    resume: bool
     engine: EngineChoice
 
 
@@ -91,6 +90,7 @@ def compress(
     choice = EngineChoice(engine, workers, address)
     source = open_source(model)
     check_device(recipe.device)
+    check_place(out)
     if not resume:
         check_result_folder(out, overwrite, source.path)
     plan = plan_source(source, recipe, None if benchmark else False, workers or 1, statistics)
@@ -100,7 +100,7 @@ def compress(
     identity = identity_of(source, plan, needed, threads)
     found = finished_result(out, source, plan, identity, overwrite) if resume else None
     if found is not None:
-        work.discard()
+        work.remove_abandoned()
         return _summary(out, found) | {
             "seconds": {"total": 0.0},
             "peak_rss_bytes": _peak(),
@@ -108,9 +108,10 @@ def compress(
         }
     check_result_folder(out, overwrite, source.path)
     check_room(plan, out, workers or 1)
-    order = _Order(source, out, needed, identity, work, overwrite, resume, choice)
+    order = _Order(source, out, needed, identity, work, overwrite, choice)
     try:
-        with run_log(out, report, resume) as told:
+        # First the folder: the log of a run that is under way is not ours to write to.
+        with work.opened(identity, resume, overwrite), run_log(out, report, resume) as told:
             summary = _carry_out(order, plan, told)
     except RuinedResult:
         _write_report(out)
@@ -143,7 +144,7 @@ def _carry_out(order: _Order, plan: Plan, report: Report) -> dict[str, Any]:
 def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Result:
     """Do what is not done yet, and put the result in its place."""
     recipe, work, source = plan.recipe, order.work, order.source
-    with work.opened(order.identity, order.resume, order.overwrite), ExitStack() as stack:
+    with ExitStack() as stack:
         streamed = StreamedModel(readable_source(source, work, clock, report), recipe.device, recipe.precision)
         blocks = OpenBlocks(streamed, str(work.path))
         threads = order.identity["threads"]
@@ -160,9 +161,11 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
             checksums = assemble_weights(streamed, plan, work, folder, lambda at, total: report("writing", at, total))
             quantization = HalfplateConfig.from_specs(plan.specs)
             write_configuration(streamed.model, load_tokenizer(source), folder, source.other_dtype, quantization)
-            identity = {key: order.identity[key] for key in RECORDED}
+            identity = {key: order.identity[key] for key in RECORDED if key in order.identity}
             record = origin(order.source) | _checkpoint_record(result) | {"identity": identity, "tensors": checksums}
             write_record(folder, record)
+    with suppress(OSError):
+        work.clear()
     return result
 
 

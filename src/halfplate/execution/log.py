@@ -61,6 +61,8 @@ class RunLog(Listener):
         self._file: TextIO | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # A refused attempt to go on takes nothing away from what the run before it told.
+            self._worked = resume and _whole_lines(path)
             self._file = path.open("a" if resume else "w", encoding="utf-8")
         except OSError:
             return
@@ -118,6 +120,18 @@ def append(folder: Path, line: Mapping[str, Any]) -> None:
             file.write(json.dumps(finite(stamped), allow_nan=False) + "\n")
     except OSError:
         return
+
+
+def _whole_lines(path: Path) -> bool:
+    """Cut off a last line that a full disk or a killed process left unfinished; whether any line is there."""
+    if not path.exists():
+        return False
+    with path.open("rb+") as file:
+        end = 0
+        for line in file:
+            end += len(line) if line.endswith(b"\n") else 0
+        file.truncate(end)
+    return end > 0
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

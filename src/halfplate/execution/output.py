@@ -1,6 +1,7 @@
 """Whether a result may be written where the user asks, decided before any work is done."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,18 +10,35 @@ from halfplate.checkpoint.folder import check_out
 from halfplate.errors import HalfplateError
 
 LOCK_FILE = "lock"
+BESIDE = ".{}.compress"  # the longest of the names that stand beside a result while it is made
 
 
-def check_result_folder(out: Path, overwrite: bool, source: Path) -> None:
-    """Raise HalfplateError unless `check_out` allows `out`, folders can be made there, and `source` is not inside."""
+def check_place(out: Path) -> Path:
+    """The absolute path of `out`; raises HalfplateError where the system knows no such place, or has no name left beside it."""
     try:
-        target, here = out.resolve(), Path.cwd()
-        target.exists()  # fails for names that the system cannot look up
-    except (OSError, ValueError) as error:
+        target = out.resolve()
+        if not target.name:
+            raise ValueError("it is the root of the file system")
+        for place in (target, target.with_name(BESIDE.format(target.name))):
+            # What does not exist yet is not looked up, so its names are measured.
+            above = next(parent for parent in place.parents if parent.exists())
+            longest = os.pathconf(above, "PC_NAME_MAX")
+            if any(len(os.fsencode(part)) > longest for part in place.relative_to(above).parts):
+                raise ValueError(
+                    f"names there have at most {longest} bytes, and Halfplate needs ten of them for its own"
+                )
+            place.exists()
+    except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise HalfplateError(
             f"out={str(out)[:80]!r} is no place to write to ({reason}); choose another folder"
         ) from None
+    return target
+
+
+def check_result_folder(out: Path, overwrite: bool, source: Path) -> None:
+    """Raise HalfplateError unless `check_out` allows `out`, folders can be made there, and `source` is not inside."""
+    target, here = check_place(out), Path.cwd()
     if target == here or target in here.parents:
         raise HalfplateError(f"out={str(out)!r} is the current folder or holds it; choose another folder")
     if target == source.resolve() or target in source.resolve().parents:
@@ -43,4 +61,11 @@ def sole_user(folder: Path, out: Path) -> Iterator[None]:
             raise HalfplateError(
                 f"out={str(out)!r}: another process works in {str(folder)!r}; wait for it, or choose another name"
             ) from None
+        # The one before may have removed the folder, and another process may have made it anew, since we opened the file.
+        try:
+            stale = os.fstat(lock.fileno()).st_ino != (folder / LOCK_FILE).stat().st_ino
+        except FileNotFoundError:
+            stale = True
+        if stale:
+            raise HalfplateError(f"out={str(out)!r}: another process has just left {str(folder)!r}; try once more")
         yield

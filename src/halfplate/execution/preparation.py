@@ -14,7 +14,7 @@ from halfplate.execution.progress import Report
 from halfplate.execution.ratios import ratio_plan
 from halfplate.execution.work import WorkFolder, load_part, read_json, save_part, write_json
 from halfplate.formats import WeightSpec
-from halfplate.models.conversion import convert_tensors, converted
+from halfplate.models.conversion import convert_tensors, converted, whole
 from halfplate.models.sources import Source, load_dense, load_tokenizer
 from halfplate.models.streamed import StreamedModel, needs_conversion
 from halfplate.planning import Plan
@@ -36,10 +36,11 @@ def readable_source(source: Source, work: WorkFolder, clock: Clock, report: Repo
     if not needs_conversion(source):
         return source
     done = work.converted / "done.json"
-    if read_json(done) is None:
-        with clock("reading"):
-            convert_tensors(source, work.converted, lambda at, total: report("converting", at, total))
-            write_json(done, {"whole": True})
+    with clock("reading"):
+        kept = read_json(done)
+        if kept is None or not whole(work.converted, kept["sha256"]):
+            sha256 = convert_tensors(source, work.converted, lambda at, total: report("converting", at, total))
+            write_json(done, {"sha256": sha256})
     return converted(source, work.converted)
 
 
@@ -88,7 +89,7 @@ def prepared_tokens(streamed: StreamedModel, recipe: Recipe, work: WorkFolder, r
     if kept is not None and kept.facts["sha256"] != protocol["sha256"]:
         raise HalfplateError(
             f"--resume: calibration={recipe.calibration!r} gave tokens of SHA-256 {kept.facts['sha256'][:16]} when the compression in "
-            f"{str(work.path)!r} began and gives {protocol['sha256'][:16]} now; give the same text again, or pass --overwrite to start afresh"
+            f"{str(work.path)!r} began and gives {protocol['sha256'][:16]} now; give the same text again, or pass --overwrite in place of --resume to start afresh"
         )
     start = {name: getattr(tokens, name) for name in ("temperature", "start", "start_token")}
     save_part(work.tokens, {"ids": tokens.ids.contiguous()}, start | protocol)
@@ -108,6 +109,8 @@ def chosen_levels(
     kept = read_json(work.levels)
     if kept is None:
         assert tokens is not None
+        # Where the levels of an earlier run were lost, its hidden states may be those of others.
+        work.remove_hidden()
         loaded, told = load_dense(source, recipe.device), dict[str, Any]()
         if recipe.budgeted:
             plan, search = allocate_plan(loaded, plan, tokens, report, clock)

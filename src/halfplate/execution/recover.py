@@ -26,7 +26,7 @@ from halfplate.evaluation.perplexity import evaluate, token_windows
 from halfplate.execution.clock import Clock
 from halfplate.execution.device import check_device
 from halfplate.execution.log import run_log
-from halfplate.execution.output import LOCK_FILE, check_result_folder, sole_user
+from halfplate.execution.output import LOCK_FILE, check_place, check_result_folder, sole_user
 from halfplate.execution.progress import Report, silent
 from halfplate.models.sources import Source, is_compressed, load_dense, open_source
 from halfplate.models.sources import load_tokenizer as load_dense_tokenizer
@@ -62,6 +62,7 @@ def recover(
             f"save_every={save_minutes} must be minutes between two saves, 0 or more; try {SAVE_MINUTES:g}"
         )
     check_device(device)
+    check_place(out)
     if not is_compressed(base):
         raise HalfplateError(f"model={str(model)!r} is not a Halfplate checkpoint; give the OUT of halfplate compress")
     source = open_source(teacher)
@@ -160,7 +161,9 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
     with clock("writing"):
         record = _record(read_record(order.base), facts)
         specs, tokenizer = read_specs(order.base), load_tokenizer(order.base)
-        write_checkpoint(student.cpu(), tokenizer, order.out, specs, record, other_dtype(order.base), order.replace)
+        # What a killed process leaves of it lies where the next one looks.
+        partial, dtype = work / "result.partial", other_dtype(order.base)
+        write_checkpoint(student.cpu(), tokenizer, order.out, specs, record, dtype, order.replace, partial=partial)
     with clock("judging"):
         student.to(accelerator.device)  # type: ignore[arg-type]
         after = _judged(student, dense.model, held_out, accelerator)
@@ -213,7 +216,7 @@ def _begun(order: _Order, overwrite: bool, resume: bool) -> Iterator[None]:
                 f"out={str(order.out)!r}: an interrupted recovery left its state in {str(work)!r}; pass --resume to go on from it, or --overwrite to start afresh"
             )
         for path in states if not resume else ():
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             yield
         finally:

@@ -20,13 +20,13 @@ from halfplate.execution.work import WorkFolder, check_same, load_part, save_par
 from halfplate.formats import CompressedLinear
 from halfplate.models.sources import Source, load_tokenizer, skeleton
 from halfplate.models.streamed import StreamedModel
-from halfplate.planning import Plan
+from halfplate.planning import Plan, foreign_packages
 from halfplate.recovery.block import TunedBlock
 from halfplate.statistics import Statistic
 from halfplate.tensor_file import KINDS
 from halfplate.version import package_version
 
-RECORDED = ("model", "statistics", "halfplate")  # what of an identity a checkpoint keeps beside its recipe
+RECORDED = ("model", "statistics", "halfplate", "plugins")  # what of an identity a checkpoint keeps beside its recipe
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Result:
 
 
 def identity_of(source: Source, plan: Plan, needed: Statistic, threads: int) -> dict[str, Any]:
-    """All that decides the bytes of the result but the text: the model, the recipe entry by entry, threads and version."""
+    """All that decides the bytes of the result but the text: the model, the recipe entry by entry, threads and versions."""
     model = json.dumps(source.identity(), sort_keys=True, default=str).encode()
     recipe = {key: value for key, value in plan.recipe.fingerprint_json().items() if key != "version"}
     plain: dict[str, Any] = json.loads(json.dumps(recipe))
@@ -49,6 +49,7 @@ def identity_of(source: Source, plan: Plan, needed: Statistic, threads: int) -> 
         "statistics": int(needed),
         "threads": threads,
         "halfplate": package_version(),
+        **foreign_packages(plan.recipe),
     }
 
 

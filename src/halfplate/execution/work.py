@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -154,6 +154,10 @@ class WorkFolder:
     def matrix(self, name: str) -> Path:
         return self.path / "matrices" / f"{name}.safetensors"
 
+    def remove_hidden(self) -> None:
+        """Forget the hidden states between two blocks: they are run anew."""
+        shutil.rmtree(self.path / "hidden", ignore_errors=True)
+
     def hidden(self, stream: str, index: int) -> Path:
         return self.path / "hidden" / f"{stream}-{index:05d}"
 
@@ -185,9 +189,18 @@ class WorkFolder:
     def scratch(self) -> Path:
         return self.path / "scratch"
 
-    def discard(self) -> None:
-        """Remove the folder: the result is whole."""
-        shutil.rmtree(self.path, ignore_errors=True)
+    def clear(self) -> None:
+        """Remove all that is in the folder, which stays ours."""
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK_FILE:
+                entry.unlink()
+
+    def remove_abandoned(self) -> None:
+        """Remove what an earlier run left, unless a process works there."""
+        with suppress(OSError, HalfplateError), sole_user(self.path, self.out):
+            shutil.rmtree(self.path, ignore_errors=True)
 
     @property
     def identity_copy(self) -> Path:
@@ -207,7 +220,8 @@ class WorkFolder:
         """While inside, the folder is there and ours; it goes where the block ends, and stays where it raises with work done.
 
         Raises HalfplateError where another process works there, where work is left and neither `resume` nor `overwrite` is
-        given, and where it was begun with another `identity`, naming what differs; and for what the system refuses.
+        given, and, without `overwrite`, where it was begun with another `identity`, naming what differs; and for what the system
+        refuses.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -226,8 +240,13 @@ class WorkFolder:
     def _begin(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> None:
         begun = self.begun()
         if begun is not None and resume:
-            check_same(begun, identity, f"the compression in {str(self.path)!r} began")
-            return
+            try:
+                check_same(begun, identity, f"the compression in {str(self.path)!r} began")
+            except HalfplateError:
+                if not overwrite:
+                    raise
+            else:
+                return
         if begun is None and resume and self.finished_work() and not overwrite:
             raise HalfplateError(
                 f"--resume: {str(self.identity)!r} and its copy are damaged or gone, so that nothing says what the finished parts beside it belong to; "
@@ -238,11 +257,7 @@ class WorkFolder:
                 f"out={str(self.out)!r}: an interrupted compression left its finished parts in {str(self.path)!r}; pass --resume to go on "
                 "from them, or --overwrite to start afresh"
             )
-        for entry in self.path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != LOCK_FILE:
-                entry.unlink()
+        self.clear()
         for file in (self.identity, self.identity_copy):
             write_json(file, identity, durable=False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +13,14 @@ from halfplate.errors import HalfplateError
 from halfplate.models import gguf
 from halfplate.models.sources import Source, load_dense, skeleton
 from halfplate.models.weight_files import SINGLE, find_weight_files
-from halfplate.tensor_file import TensorFileWriter
+from halfplate.tensor_file import DamagedFile, TensorFileWriter, read_header, sha256_of
 
 
-def convert_tensors(source: Source, folder: Path, progress: Callable[[int, int], None]) -> None:
+def convert_tensors(source: Source, folder: Path, progress: Callable[[int, int], None]) -> dict[str, str]:
     """Write the tensors of `source`, in fp32 under the names of the model, to a file in `folder`.
 
     A GGUF file is read tensor by tensor. Where transformers joins tensors (experts) the model is held whole.
-    progress: called with the tensors written and in all. Raises HalfplateError where tensors are missing.
+    progress: called with the tensors written and in all. Returns the SHA-256 of each. Raises HalfplateError where tensors are missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if source.gguf_header is not None:
@@ -38,7 +38,7 @@ def convert_tensors(source: Source, folder: Path, progress: Callable[[int, int],
         for name, tensor in state.items()
         if name not in tied
     }
-    written: set[str] = set()
+    written: dict[str, str] = {}
     with TensorFileWriter(folder / SINGLE, entries) as file:
         for name, tensor in tensors:
             if name not in entries:
@@ -48,15 +48,24 @@ def convert_tensors(source: Source, folder: Path, progress: Callable[[int, int],
                     f"model={source.name!r}: {name} has shape {tuple(tensor.shape)} in its file, its configuration asks for {entries[name][1]}; "
                     "download the model again"
                 )
-            file.write(name, tensor.to(entries[name][0]))
-            written.add(name)
+            written[name] = file.write(name, tensor.to(entries[name][0]))
             progress(len(written), len(entries))
-    missing = sorted(entries.keys() - written)
+    missing = sorted(entries.keys() - written.keys())
     if missing:
         raise HalfplateError(
             f"model={source.name!r}: its files lack {len(missing)} tensors that its configuration asks for ({missing[0]}, ...); "
             "they would be random: download the model again"
         )
+    return written
+
+
+def whole(folder: Path, sha256: Mapping[str, str]) -> bool:
+    """Whether `folder` holds what `convert_tensors` wrote there, whose checksums are `sha256`."""
+    try:
+        found = read_header(folder / SINGLE)
+        return found.keys() == sha256.keys() and all(sha256_of(found[name]) == sha256[name] for name in found)
+    except (OSError, DamagedFile):
+        return False
 
 
 def converted(source: Source, folder: Path) -> Source:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import yaml
-
+from halfplate import plain_yaml
 from halfplate.models.sources import Source
+
+LARGEST_CARD = 2 * plain_yaml.LARGEST  # characters, prose behind the front matter included
 
 
 def origin(source: Source) -> dict[str, str | None]:
@@ -24,9 +25,12 @@ def licence_of(source: Source) -> str | None:
 
 def _front_matter(card: Path) -> dict[str, object]:
     try:
-        head, separator, rest = card.read_text(encoding="utf-8").partition("---\n")
-        data = yaml.safe_load(rest.partition("\n---")[0]) if separator and not head.strip() else None
+        if not card.is_file():  # opening a pipe waits for whoever writes to it
+            return {}
+        with card.open(encoding="utf-8") as file:
+            head, separator, rest = file.read(LARGEST_CARD).partition("---\n")
+        data = plain_yaml.parse(rest.partition("\n---")[0]) if separator and not head.strip() else None
     # A card is prose for people: what cannot be read names no licence.
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+    except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

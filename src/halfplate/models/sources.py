@@ -1,6 +1,5 @@
 """Where a dense model comes from: a Hugging Face folder, a `.gguf` file or a Hub id, checked before anything heavy loads."""
 
-import json
 import re
 from collections.abc import Mapping
 from copy import deepcopy
@@ -153,8 +152,8 @@ def is_compressed(path: str | Path) -> bool:
     """Whether `path` is a folder whose config.json says that Halfplate compressed it."""
     config = Path(path) / "config.json"
     try:
-        entry = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        entry = read_json_file(config).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
         return False
     return isinstance(entry, dict) and entry.get("quant_method") == "halfplate"
 

@@ -7,6 +7,7 @@ fetched because a file says so.
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -27,7 +28,7 @@ def check_folder(name: str, folder: Path, argument: str = "model") -> None:
     home = folder.resolve()
     allowed = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
+        if path.is_symlink() and not any(_end(path).is_relative_to(place) for place in allowed):
             raise HalfplateError(
                 f"{argument}={name!r}: its file {path.name!r} is a link that leads out of the folder, which Halfplate does not follow; "
                 "copy the file there, or pass the folder that holds it"
@@ -38,9 +39,20 @@ def check_folder(name: str, folder: Path, argument: str = "model") -> None:
         )
 
 
+def _end(link: Path) -> Path:
+    """Where a link leads; nowhere, if it leads back to itself."""
+    try:
+        return link.resolve()
+    except (OSError, RuntimeError):
+        return Path("/")
+
+
 def read_json_file(path: Path) -> Any:
-    """The content of a JSON file; raises OSError, or ValueError for one that is too large, too deep or not JSON."""
-    size = path.stat().st_size
+    """The content of a JSON file; raises OSError, or ValueError for one that is no regular file, too large, too deep or not JSON."""
+    status = path.stat()
+    size = status.st_size
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe waits for whoever writes to it
+        raise ValueError("it is no regular file")
     if size > LARGEST_JSON:
         raise ValueError(f"it has {size} bytes, expected at most {LARGEST_JSON}")
     try:

@@ -92,9 +92,9 @@ def _shards(name: str, folder: Path) -> list[Path]:
         # A name with a folder in it would lead out of the model.
         if not files or any(Path(file).name != file or "\\" in file or "\0" in file for file in files):
             raise ValueError("weight_map must name files of the same folder")
+        missing = [file for file in files if not (folder / file).is_file()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HalfplateError(f"model={name!r}: {INDEX} cannot be read ({error!r}); download it again") from None
-    missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise HalfplateError(
             f"model={name!r} lacks {len(missing)} of its {len(files)} weight files ({missing[0]}); download the model again"

@@ -191,11 +191,16 @@ def _fingerprint(source: Source, recipe: Recipe) -> str:
         "recipe": recipe.fingerprint_json(),
         "version": package_version(),
     }
-    foreign = {
+    return hashlib.sha256(
+        json.dumps(identity | foreign_packages(recipe), sort_keys=True, default=str).encode()
+    ).hexdigest()
+
+
+def foreign_packages(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Under `plugins`, the packages that the method and the text come from, with their versions, where they are not Halfplate's own."""
+    found = {
         field: plugins.origin(points[0])
         for field, group in (("method", plugins.METHODS), ("calibration", plugins.CALIBRATION))
         if (points := plugins.installed(group).get(getattr(recipe, field).partition(":")[0]))
     }
-    if foreign:
-        identity["plugins"] = foreign
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    return {"plugins": found} if found else {}

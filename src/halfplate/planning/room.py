@@ -93,13 +93,13 @@ def _cure(plan: Plan, workers: int, available: int) -> str:
 
 
 def _disk_refusal(plan: Plan, out: Path) -> str | None:
-    target = out.resolve()
-    above = next(parent for parent in target.parents if parent.exists())
     try:
+        target = out.resolve()
+        above = next((parent for parent in target.parents if parent.exists()), target)
         free = shutil.disk_usage(above).free
     except OSError:
         return None
-    there = _nbytes(target.with_name(f".{target.name}.compress"))
+    there = _nbytes(target.parent / f".{target.name}.compress")
     if plan.disk.total <= free + there:
         return None
     parts = [("the result", plan.disk.result), ("finished parts", plan.disk.parts), ("hidden states", plan.disk.hidden)]

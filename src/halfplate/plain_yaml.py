@@ -1,0 +1,42 @@
+"""YAML of plain values that anybody may have written, read within bounds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import yaml
+
+LARGEST = 2**20  # bytes or characters
+DEEPEST = 10  # levels of nesting
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases, which can make much of little, without deep nesting, and with every name once."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed")
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if isinstance(node, yaml.MappingNode):
+            names = Counter(name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode))
+            for name, count in names.most_common(1):
+                if count > 1:
+                    raise yaml.YAMLError(f"{name[:80]!r} stands in it twice")
+        return node
+
+
+def parse(text: str | bytes) -> Any:
+    """The value that `text` stands for; raises ValueError for what is no YAML of plain values, or beyond the bounds."""
+    if len(text) > LARGEST:
+        raise ValueError(f"it has more than {LARGEST} bytes")
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
