@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from halfplate.calibration.documents import MAX_FILE_BYTES, read_text
 from halfplate.checkpoint.read import inspect_checkpoint, load
+from halfplate.cli import main
+from halfplate.cli.console import print_table
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
 from halfplate.models.sources import load_dense, open_source
@@ -313,6 +315,38 @@ def test_shapes_of_modules(checkpoint, shape):
     module["shape"] = shape
     (checkpoint / "config.json").write_text(json.dumps(config))
     refused(lambda: inspect_checkpoint(checkpoint))
+
+
+def test_names_that_steer_a_terminal(checkpoint, capsys):
+    """They would hide what an error or a table says, or fill the screen."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    module = next(iter(config["quantization_config"]["modules"].values()))
+    module["in_shared"] = "\x1b[2J\u202e" + "x" * 10**6
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(checkpoint)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("halfplate: error: quantization_config.modules")
+    assert len(said) < 3000
+    assert "\x1b" not in said
+    print_table("t", ("name",), [("\x1b[2J\u202eevil",)])
+    assert "\\u001b[2J\\u202eevil" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"matrices": [1]},
+        {"matrices": {}},
+        {"recipe": [1]},
+        {"identity": 5},
+        {"tuned_blocks": 5},
+        {"ratios": "x"},
+        {"search": {"trajectory": [{}]}},
+    ],
+)
+def test_records_that_resume_believes(checkpoint, tiny_folder, record):
+    edit(checkpoint / "halfplate.json", **record)
+    refused(lambda: compress(str(tiny_folder), checkpoint, Recipe(method="magnitude"), resume=True), "exists")
 
 
 # Calibration text

@@ -25,7 +25,9 @@ from halfplate.cli import (
 )
 from halfplate.cli.parser import Parser, Version
 from halfplate.errors import HalfplateError
+from halfplate.plain_text import visible
 
+LONGEST = 2000  # characters of an error
 VERBS: dict[str, Any] = {
     "plan": plan,
     "compress": compress,
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except HalfplateError as error:
-        print(f"halfplate: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"halfplate: error: {_spoken(str(error))}", file=sys.stderr)
         if error.docs is not None:
             print(f"see {error.docs}", file=sys.stderr)
         return error.exit_status
@@ -97,6 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _spoken(message: str) -> str:
+    """A message in one line of bounded length, without what would steer a terminal: names in it may be a stranger's."""
+    line: str = visible(" ".join(message.split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} [...] {line[-LONGEST // 2 :]}"
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from halfplate.execution.progress import Listener, Report, Step, TimeLeft, silent
 from halfplate.json_numbers import finite
+from halfplate.plain_text import visible
 
 LOG_SECONDS = 15.0  # between two lines of one phase where there is no terminal
 PLAIN_WIDTH = 140
@@ -84,7 +85,7 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else str(visible(str(value)))
 
 
 def megabytes(nbytes: int) -> str:

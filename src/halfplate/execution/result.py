@@ -16,8 +16,9 @@ from halfplate.checkpoint.read import read_checked_headers
 from halfplate.errors import HalfplateError
 from halfplate.execution.blocks import Outcome, finite
 from halfplate.execution.matrix import MatrixRecord
+from halfplate.execution.ratios import BlockRatio
 from halfplate.execution.work import WorkFolder, check_same, load_part, save_part_of
-from halfplate.formats import CompressedLinear
+from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.models.sources import Source, load_tokenizer, skeleton
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan, foreign_packages
@@ -66,10 +67,25 @@ def finished_result(out: Path, source: Source, plan: Plan, identity: dict[str, A
     except HalfplateError:
         # Something of ours that is damaged: `check_result_folder` says what may become of it.
         return None
-    begun = {key: value for key, value in record.get("recipe", {}).items() if key != "version"} | record.get(
-        "identity", {}
-    )
-    protocol = record.get("calibration")
+    try:
+        return _recorded(out, source, plan, identity, record, specs, overwrite)
+    # A record is data: one without what we write there is damaged, too.
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _recorded(
+    out: Path,
+    source: Source,
+    plan: Plan,
+    identity: dict[str, Any],
+    record: dict[str, Any],
+    specs: dict[str, WeightSpec],
+    overwrite: bool,
+) -> Result | None:
+    """The result that `record` tells of; None where it was made otherwise and may be overwritten."""
+    begun = {key: value for key, value in record["recipe"].items() if key != "version"} | record["identity"]
+    protocol = record["calibration"]
     try:
         check_same(begun, {key: value for key, value in identity.items() if key != "threads"}, f"{str(out)!r} was made")
         _check_text(source, plan, protocol)
@@ -79,7 +95,13 @@ def finished_result(out: Path, source: Source, plan: Plan, identity: dict[str, A
         raise
     records = [MatrixRecord.from_json(name, record["matrices"][name]) for name in plan.specs]
     tuned = {int(block): TunedBlock(**entry) for block, entry in record["tuned_blocks"].items()}
-    told: dict[str, Any] = {key: record[key] for key in ("search", "ratios") if key in record}
+    told: dict[str, Any] = {}
+    if "ratios" in record:
+        told["ratios"] = [BlockRatio(**ratio).to_json() for ratio in record["ratios"]]
+    if "search" in record:
+        told["search"] = record["search"] | {
+            "trajectory": [dict(step, kl=float(step["kl"])) for step in record["search"]["trajectory"]]
+        }
     return Result(plan.with_specs(specs), Outcome(records, tuned), protocol, told)
 
 

@@ -9,8 +9,9 @@ from statistics import median
 
 from markupsafe import Markup
 
+from halfplate.plain_text import visible
 from halfplate.report.findings import Matrix
-from halfplate.report.words import count, percent, short, visible
+from halfplate.report.words import count, percent, short
 
 SHADES = 9  # .h0 to .h8 of the style sheet
 CELL_HEIGHT = 26

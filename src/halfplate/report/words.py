@@ -1,7 +1,5 @@
 """Numbers as the page says them."""
 
-from typing import Any
-
 NOT_MEASURED = "not measured"
 
 
@@ -28,13 +26,3 @@ def short(value: float) -> str:
     if 1000 <= abs(value) < 1e7:
         return f"{value:,.0f}"
     return f"{value:.3g}" if value == 0 or 1e-4 <= abs(value) < 1e5 else f"{value:.2e}"
-
-
-def visible(value: Any) -> Any:
-    """Text with the characters that steer a terminal or the direction of writing spelt out; anything else as it is.
-
-    They could make a name look like another. Line ends and tabs stay.
-    """
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else f"\\u{ord(sign):04x}" for sign in value)
