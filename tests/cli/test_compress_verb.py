@@ -247,7 +247,9 @@ def test_interrupt_leaves_nothing(halfplate, tiny_folder, tmp_path, text_file, m
     before = {path.name for path in tmp_path.iterdir()}
     outcome = halfplate("compress", tiny_folder, "-o", tmp_path / "out", *WANDA, "--calibration", text_file)
     assert outcome.status == 1
-    assert outcome.err.splitlines()[-1].startswith("halfplate: interrupted; nothing half-written is left in")
+    said = outcome.err.splitlines()[-1]
+    assert said.startswith("halfplate: interrupted; nothing half-written is left in")
+    assert said.endswith("--resume goes on from what is finished")
     assert leftovers(tmp_path, *before) == {"out.log.jsonl", ".out.compress"}
     monkeypatch.setattr(Wanda, "compress", original)
     again = halfplate("compress", tiny_folder, "-o", tmp_path / "out", *WANDA, "--calibration", text_file, "--resume")

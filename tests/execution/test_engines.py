@@ -93,6 +93,34 @@ def test_a_task_that_always_kills_its_process_is_given_up():
         engine.close()
 
 
+INTERRUPTED = """
+import os, signal, time
+
+class Interrupted:
+    cost = 1.0
+
+    def run(self, blocks):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+"""
+
+
+def test_ctrl_c_ends_a_worker_without_a_word(tmp_path, monkeypatch, capfd):
+    """A terminal sends it to every process, and the command says what there is to say."""
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(engines, "TRIES", 1)
+    from interrupted import Interrupted
+
+    engine = Processes(1)
+    try:
+        with pytest.raises(HalfplateError, match="died"):
+            list(engine.run([Interrupted()]))
+    finally:
+        engine.close()
+    assert capfd.readouterr().err == ""
+
+
 SURVIVORS = """
 import os, signal
 from halfplate.execution.engines import Processes

@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         left = "" if out is None else f"; nothing half-written is left in {out}"
+        left += ", --resume goes on from what is finished" if resumable else ""
         print(f"halfplate: interrupted{left}", file=sys.stderr)
         return 1
     except BrokenPipeError:

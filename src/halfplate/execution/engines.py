@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -102,7 +103,7 @@ class Processes:
     def _new_pool(self) -> ProcessPoolExecutor:
         # A forked process would inherit the threads of torch in whatever state they are.
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.workers, mp_context=context, initializer=_end_with_parent)
+        return ProcessPoolExecutor(self.workers, mp_context=context, initializer=_begin_process)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Any]:
         order = sorted(range(len(tasks)), key=lambda number: -tasks[number].cost)
@@ -153,8 +154,9 @@ def _broke(future: Future[Any]) -> bool:
     return isinstance(future.exception(), BrokenProcessPool)
 
 
-def _end_with_parent() -> None:
-    """A process of a pool waits for tasks for ever where its parent was killed; this one ends then."""
+def _begin_process() -> None:
+    """A process of a pool waits for tasks for ever where its parent was killed; this one ends then, and with Ctrl-C without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def wait() -> None:
         parent = multiprocessing.parent_process()
