@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from halfplate.checkpoint.config import SENTENCE
 from halfplate.checkpoint.read import inspect_checkpoint, load
+from halfplate.errors import HalfplateError
+from halfplate.runtime import restore
 
 
 @pytest.mark.parametrize("shard", ["20KB", "1GB"])
@@ -52,6 +54,63 @@ def test_dequantize_gives_a_plain_model(written: Any, tmp_path: Path) -> None:
     dense.save_pretrained(tmp_path / "dense")
     assert not (tmp_path / "dense" / "halfplate.json").exists()
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantize_casts_what_was_dense_too(written: Any, dtype: torch.dtype) -> None:
+    one = written("qwen2", other_dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(one.folder, dtype=torch.float16)
+    buffers = {name: tensor.dtype for name, tensor in loaded.named_buffers() if "inv_freq" in name}
+    dense = loaded.dequantize(dtype=dtype)
+    assert {parameter.dtype for parameter in dense.parameters()} == {dtype} == {dense.dtype}
+    assert {name: tensor.dtype for name, tensor in dense.named_buffers()} == buffers
+    torch.testing.assert_close(
+        dense(torch.arange(3, 20)[None]).logits.float(), one.model(torch.arange(3, 20)[None]).logits, rtol=0.1, atol=0.1
+    )
+
+
+def test_the_last_files_saved_are_the_ones_read(written: Any, tmp_path: Path) -> None:
+    """A folder that is saved to twice, in shards and in one file, holds the second model and no rest of the first."""
+    folder = written().folder
+    first, second = load(folder, kernels=False), load(folder, kernels=False)
+    second.model.norm.weight.data.mul_(2)
+    for number, sizes in enumerate((("1GB", "20KB"), ("20KB", "1GB"))):
+        folder = tmp_path / str(number)
+        first.save_pretrained(folder, max_shard_size=sizes[0])
+        second.save_pretrained(folder, max_shard_size=sizes[1])
+        inspect_checkpoint(folder, verify=True)
+        assert torch.equal(load(folder, kernels=False).model.norm.weight, second.model.norm.weight)
+        assert (folder / "model.safetensors").exists() != (folder / "model.safetensors.index.json").exists()
+
+
+def test_only_the_main_process_writes(written: Any, tmp_path: Path) -> None:
+    load(written().folder).save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not list((tmp_path / "other").glob("*.json"))
+
+
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(written: Any, tmp_path: Path) -> None:
+    one = written()
+    model = load(one.folder, kernels=False)
+    with pytest.raises(HalfplateError, match="variant='v1'"):
+        model.save_pretrained(tmp_path / "saved", variant="v1")
+    (tmp_path / "file").touch()
+    with pytest.raises(HalfplateError, match="is a file; name a folder"):
+        model.save_pretrained(tmp_path / "file")
+    name = next(iter(one.specs))
+    model.set_submodule(name, torch.nn.Linear(32, 32))
+    with pytest.raises(HalfplateError, match=f"{name} is a Linear, no compressed matrix any more"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_tokens_are_added_after_restoring(written: Any, tmp_path: Path) -> None:
+    model = load(written().folder)
+    with pytest.raises(AttributeError, match=r"halfplate\.runtime\.restore"):
+        _ = model.lm_head.weight
+    restore(model)
+    model.resize_token_embeddings(330)
+    model.save_pretrained(tmp_path / "larger")
+    assert load(tmp_path / "larger")(torch.tensor([[1, 325]])).logits.shape == (1, 2, 330)
 
 
 def test_pushing_uploads_the_whole_folder(written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

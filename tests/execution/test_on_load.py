@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import halfplate
 from halfplate.checkpoint.read import inspect_checkpoint
@@ -47,3 +47,21 @@ def test_what_cannot_work_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(
             tiny_folder, quantization_config=halfplate.HalfplateConfig(recipe={"metod": "wanda"})
         )
+    with pytest.raises(HalfplateError, match="HalfplateConfig needs a recipe"):
+        halfplate.HalfplateConfig()
+    with pytest.raises(HalfplateError, match="LlamaModel is no language model; load it with AutoModelForCausalLM"):
+        AutoModel.from_pretrained(tiny_folder, quantization_config=halfplate.HalfplateConfig(recipe=RECIPE))
+
+
+def test_a_recipe_may_be_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("method: wanda\nsamples: 4\nseq_len: 32\n")
+    assert halfplate.HalfplateConfig(recipe=tmp_path / "mine.yaml").recipe == RECIPE
+    assert halfplate.HalfplateConfig(recipe="quick-look").recipe == Recipe.from_yaml("quick-look")
+
+
+def test_what_is_no_language_model_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    halfplate.compress(str(tiny_folder), tmp_path / "out", RECIPE)
+    with pytest.raises(HalfplateError, match="LlamaModel does not have; load the checkpoint with AutoModelForCausalLM"):
+        AutoModel.from_pretrained(tmp_path / "out")
+    with pytest.raises(HalfplateError, match="not a LlamaForSequenceClassification, load it with AutoModelForCausalLM"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")

@@ -33,7 +33,7 @@ class HalfplateConfig(QuantizationConfigMixin):
 
     modules: `WeightSpec.to_json()` by module name. version: of this object. runtime: the arguments of
     `halfplate.runtime.accelerate` for the loaded model, or None for the torch path. recipe: for a dense model, in place of
-    modules; a `Recipe`, or a mapping of its fields. Neither recipe nor runtime is written to disk. Raises HalfplateError
+    modules; a `Recipe`, a mapping of its fields, or a YAML file. Neither recipe nor runtime is written to disk. Raises HalfplateError
     where a module's entry or the recipe cannot be read.
     """
 
@@ -42,9 +42,13 @@ class HalfplateConfig(QuantizationConfigMixin):
         modules: Any = None,
         version: Any = None,
         runtime: Any = (),
-        recipe: Recipe | Mapping[str, Any] | None = None,
+        recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
         **_: Any,
     ) -> None:
+        if recipe is None and modules is None and version is None:
+            raise HalfplateError(
+                "HalfplateConfig needs a recipe for a dense model, HalfplateConfig(recipe=Recipe(...)); a checkpoint is loaded without a quantization_config"
+            )
         if recipe is None:
             parse_modules(version, modules)
         elif modules is not None:
@@ -55,7 +59,7 @@ class HalfplateConfig(QuantizationConfigMixin):
         self.version = VERSION if recipe is not None else version
         self.modules = {} if recipe is not None else modules
         self.runtime = runtime
-        self.recipe = recipe
+        self.recipe = None if recipe is None else _parsed(recipe)
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": self.quant_method, "version": self.version, "modules": self.modules}
@@ -113,6 +117,10 @@ class HalfplateQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         if not self.pre_quantized:
+            if model.get_output_embeddings() is None:
+                raise HalfplateError(
+                    f"recipe: {type(model).__name__} is no language model; load it with AutoModelForCausalLM"
+                )
             self._source = folder
             return model
         if folder is not None and (folder / RECORD_FILE).is_file():
@@ -121,9 +129,11 @@ class HalfplateQuantizer(HfQuantizer):
         found = headers_of(map(Path, checkpoint_files)) if checkpoint_files else None
         if found is not None:
             check_layout(found, specs)
+        linears = {name: _dense_linear(model, name, spec) for name, spec in specs.items()}
+        if found is not None:
             _check_room(model, found, specs)
         for name, spec in specs.items():
-            bias = _dense_linear(model, name, spec).bias
+            bias = linears[name].bias
             if found is not None and (bias is None) == (f"{name}.bias" in found):
                 state = "missing" if bias is not None else "stored, which the model has not"
                 raise HalfplateError(
@@ -173,7 +183,7 @@ class HalfplateQuantizer(HfQuantizer):
         self.pre_quantized = True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Replace every compressed module by a dense one, multiplied out in fp32 and cast to `dtype`."""
+        """Replace every compressed module by a dense one, multiplied out in fp32, and cast all parameters to `dtype`."""
         from halfplate.runtime.prepare import restore
 
         restore(model)
@@ -183,8 +193,12 @@ class HalfplateQuantizer(HfQuantizer):
             linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
             linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
             if module.bias is not None:
-                linear.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+                linear.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
             model.set_submodule(name, linear)
+        # What was dense before has the type it was loaded in, a merged adapter fp32; products need one type. Buffers keep theirs.
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -194,6 +208,13 @@ class HalfplateQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Gradients flow through compressed modules to their inputs; `runtime.restore` lets them reach values and wrappers."""
         return True
+
+
+def _parsed(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    # Loading a checkpoint needs none of it.
+    from halfplate.recipe import Recipe
+
+    return Recipe.from_mapping(recipe) if isinstance(recipe, Mapping) else Recipe.of(recipe)
 
 
 def _check_room(model: PreTrainedModel, found: Mapping[str, StoredTensor], specs: Mapping[str, WeightSpec]) -> None:
@@ -234,7 +255,13 @@ def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:
 def _check_loaded(model: PreTrainedModel) -> None:
     for name, tensor in _stored_tensors(model):
         if not getattr(tensor, "_is_hf_initialized", False):
-            raise HalfplateError(f"{name} was not loaded; the checkpoint lacks it, copy or write it again")
+            architectures, kind = model.config.architectures or (), type(model).__name__
+            cure = (
+                f"it holds a {architectures[0]} and not a {kind}, load it with AutoModelForCausalLM"
+                if architectures and kind not in architectures
+                else "copy or write it again"
+            )
+            raise HalfplateError(f"{name} was not loaded; the checkpoint lacks it: {cure}")
 
 
 def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfplate.checkpoint.weights import read_headers, read_tensors, sha256
+from halfplate.checkpoint.weights import INDEX_FILE, SINGLE_FILE, read_headers, read_tensors, sha256
 from halfplate.checkpoint.write import add_sentence, write_record
+from halfplate.errors import HalfplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,12 +27,28 @@ class SavePretrained:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
 
-    def __call__(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`, with `halfplate.json` and the model card beside the weights."""
+    def __call__(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As `PreTrainedModel.save_pretrained`, with `halfplate.json` and the model card beside the weights.
+
+        Raises HalfplateError, with nothing written, for a variant, for a place that is a file, and where a matrix is not
+        compressed any more.
+        """
         model: Any = self._model
-        hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
-        type(model).save_pretrained(model, save_directory, *args, **kwargs)
         folder = Path(save_directory)
+        _check_savable(model, folder, kwargs.get("variant"))
+        hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
+        type(model).save_pretrained(model, folder, is_main_process, state_dict, False, *args, **kwargs)
+        if not is_main_process:
+            return
+        _drop_stale(folder)
         add_sentence(folder)
         found = read_headers(folder)
         record: Mapping[str, Any] = model.hf_quantizer.record
@@ -42,6 +59,27 @@ class SavePretrained:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SavePretrained, (self._model,)
+
+
+def _check_savable(model: Any, folder: Path, variant: str | None) -> None:
+    if variant is not None:
+        raise HalfplateError(f"variant={variant!r} is not written; leave it out and name another folder")
+    if folder.exists() and not folder.is_dir():
+        raise HalfplateError(f"save_directory={str(folder)!r} is a file; name a folder")
+    for name in model.hf_quantizer.quantization_config.modules:
+        module = model.get_submodule(name)
+        if not hasattr(module, "spec") or getattr(module, "dense_dtype", None) is not None:
+            raise HalfplateError(
+                f"{name} is a {type(module).__name__}, no compressed matrix any more; call model.dequantize() and save a dense model, "
+                "or take adapters off with unload()"
+            )
+
+
+def _drop_stale(folder: Path) -> None:
+    """Take away the weights that a whole file or an index left here before: transformers reads the file, whichever is newer."""
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.exists() and index.exists():
+        min((single, index), key=lambda file: file.stat().st_mtime_ns).unlink()
 
 
 def _upload(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def compress_in_place(
-    model: PreTrainedModel, source: Path | None, recipe: Recipe | Mapping[str, Any] | None
+    model: PreTrainedModel, source: Path | None, recipe: Recipe | None
 ) -> tuple[dict[str, WeightSpec], dict[str, Any]]:
     """Compress the dense model in the folder `source` and put the result into `model`, which was loaded from there.
 
@@ -40,8 +39,7 @@ def compress_in_place(
         )
     with TemporaryDirectory(prefix="halfplate-") as scratch:
         out = Path(scratch) / "checkpoint"
-        parsed = recipe if isinstance(recipe, Recipe) else Recipe.from_mapping(recipe or {})
-        compress(str(_with_tokenizer(source, model)), out, parsed)
+        compress(str(_with_tokenizer(source, model)), out, recipe or Recipe())
         specs, record = read_specs(out), read_record(out)
         tensors = dict(read_tensors(read_headers(out)))
     for name, spec in specs.items():

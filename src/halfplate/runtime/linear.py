@@ -102,6 +102,13 @@ class PackedLinear(nn.Module):
         weight, bias = self.dense()
         return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                "this linear is in kernel layout and has no weight of its own; call halfplate.runtime.restore(model) first, or load with kernels=False"
+            )
+        return super().__getattr__(name)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.saved:
