@@ -115,6 +115,47 @@ def test_what_needs_dense_weights_is_refused(base):
         model.merge_adapter()
 
 
+def test_biases_of_the_adapter_are_merged(base):
+    options = {"r": 4, "target_modules": TARGETS, "lora_bias": True, "fan_in_fan_out": True}
+    model = peft.get_peft_model(base, adapted(peft.LoraConfig(**options))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+        expected = model(tokens()).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merging_in_bf16_ends_in_one_type_and_half_a_merge_is_not_saved(compressed, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.bfloat16)
+    model, _ = trained(loaded, steps=2)
+    merged = model.merge_and_unload()
+    with pytest.raises(HalfplateError, match="no compressed matrix any more"):
+        merged.save_pretrained(tmp_path / "half")
+    dense = merged.dequantize()
+    assert {parameter.dtype for parameter in dense.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(dense(tokens()).logits).all()
+
+
+def test_what_trains_the_base_needs_it_unpacked(compressed):
+    for option in ({"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"trainable_token_indices": [3]}):
+        config = adapted(peft.LoraConfig(r=4, target_modules=TARGETS, **option))
+        with pytest.raises(HalfplateError, match="load it with kernels=False"):
+            peft.get_peft_model(halfplate.load(compressed), config)
+    config = adapted(peft.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["lm_head"]))
+    model = peft.get_peft_model(halfplate.load(compressed, kernels=False), config)
+    assert any("lm_head" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_variant_that_comes_with_a_second_adapter_is_refused(base):
+    model = peft.get_peft_model(base, adapted(peft.LoraConfig(r=4, target_modules=TARGETS)))
+    with pytest.raises(HalfplateError, match="DoraLinearVariant of peft is not made for"):
+        model.add_adapter("second", peft.LoraConfig(r=4, target_modules=TARGETS, use_dora=True))
+
+
 def test_the_alternative_trains_wrappers(compressed, tiny_folder_once, tmp_path):
     """`recover --train wrappers`: nothing beside, the same file format, cores as they were."""
     halfplate.recover(

@@ -26,9 +26,31 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
+        self.fan_in_fan_out = False  # as peft does for an nn.Linear: the weight is (d_out, d_in)
         base = self.get_base_layer()
         if isinstance(base, PackedLinear):
             base.qweight = base.packed  # peft looks there for the device that the adapter is to be on
+
+    def resolve_lora_variant(self, **kwargs: Any) -> None:
+        """Plain LoRA and no other, whichever way its configuration arrives: peft asks here what else to compute."""
+        variant = super().resolve_lora_variant(**kwargs)
+        if variant is not None:
+            raise HalfplateError(
+                f"{type(variant).__name__} of peft is not made for compressed linears; leave its option out",
+                docs="docs/ecosystem.md",
+            )
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Add an adapter; peft calls this. Raises HalfplateError where `config` trains what the kernels hold packed."""
+        if isinstance(self.get_base_layer(), PackedLinear):
+            for name, frozen in (("bias", "none"), ("modules_to_save", None), ("trainable_token_indices", None)):
+                value = getattr(config, name)
+                if value and value != frozen:
+                    raise HalfplateError(
+                        f"{name}={value!r} trains weights of the base, which are packed for the kernels; load it with kernels=False",
+                        docs="docs/ecosystem.md",
+                    )
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         sizes: tuple[int, int] = (module.in_features, module.out_features)  # type: ignore[assignment]
@@ -49,6 +71,9 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.lora_A:
                 weight = weight + self.get_delta_weight(name).to(weight)
+                if self.lora_bias[name]:
+                    added = self.lora_B[name].bias.data * self.scaling[name]
+                    bias = added.to(weight) + (0 if bias is None else bias)
         if safe_merge and not torch.isfinite(weight).all():
             raise HalfplateError(f"adapter_names={adapter_names} give weights that are not finite; train them anew")
         d_out, d_in = weight.shape
