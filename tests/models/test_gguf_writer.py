@@ -81,6 +81,11 @@ def test_the_pieces_of_stories260k_survive(stories260k: Path, tmp_path: Path) ->
 def test_what_is_not_written_is_refused(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(HalfplateError, match="Gemma2ForCausalLM is not one of LlamaForCausalLM"):
         write_gguf(tiny_model("gemma2"), None, tmp_path / "no")
+    with pytest.raises(HalfplateError, match="attention in a sliding window is not written"):
+        write_gguf(tiny_model("mistral", sliding_window=8), None, tmp_path / "no")
+    write_gguf(tiny_model("mistral", sliding_window=None), None, tmp_path / "yes")
+    with pytest.raises(HalfplateError, match="the model 300 embeddings"):
+        write_gguf(tiny_model("llama", vocab_size=300), tiny_tokenizer, tmp_path / "no")
     model = tiny_model("llama")
     model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e6
     with pytest.raises(HalfplateError, match=r"up_proj\.weight holds values beyond the range of F16"):

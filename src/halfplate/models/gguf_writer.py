@@ -66,7 +66,10 @@ def _add_settings(writer: Any, config: Any, name: str) -> None:
         raise HalfplateError(
             f"format='gguf': rotary embeddings of type {rope['rope_type']!r} are not written; export it as dense and use llama.cpp's converter"
         )
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    # Mistral has a window in every layer where it has one, and lists no kinds of layers.
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    everywhere = kinds is None and window is not None and window < config.max_position_embeddings
+    if everywhere or "sliding_attention" in (kinds or ()):
         raise HalfplateError(
             "format='gguf': attention in a sliding window is not written; export it as dense and use llama.cpp's converter"
         )
@@ -116,6 +119,10 @@ def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     kinds = [TokenType.UNUSED] * vocab_size
     for text, number in tokenizer.get_vocab().items():
+        if number >= vocab_size:
+            raise HalfplateError(
+                f"format='gguf': the tokenizer has {text!r} at {number}, the model {vocab_size} embeddings; give it the tokenizer it was trained with, or export it as dense"
+            )
         tokens[number], kinds[number] = text, TokenType.NORMAL
     for added in described["added_tokens"]:
         tokens[added["id"]] = added["content"]
