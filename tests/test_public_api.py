@@ -79,6 +79,29 @@ def test_unknown_options_are_named():
         halfplate.recover("x", "y", "z", token=3)
 
 
+@pytest.mark.parametrize("value", [None, 3, b"x", ["a"]])
+def test_what_is_no_path_is_named(value, tmp_path):
+    for call, name in (
+        (lambda: halfplate.plan(value), "model"),
+        (lambda: halfplate.compress(value, tmp_path / "out"), "model"),
+        (lambda: halfplate.compress("tiny", value), "out"),
+        (lambda: halfplate.load(value), "path"),
+        (lambda: halfplate.evaluate(value), "model"),
+        (lambda: halfplate.bench(value), "model"),
+        (lambda: halfplate.export(value, tmp_path / "out"), "path"),
+        (lambda: halfplate.recover("tiny", value, tmp_path / "out", tokens=10), "teacher"),
+    ):
+        with pytest.raises(halfplate.HalfplateError, match=f"^{name}=.*expected a path or a name"):
+            call()
+    with pytest.raises(halfplate.HalfplateError, match="expected a Recovery"):
+        halfplate.recover("tiny", "tiny", "out", value or "x", tokens=10)
+
+
+def test_a_model_may_be_a_path(tiny_folder):
+    plans = [halfplate.plan(model, samples=4, seq_len=32) for model in (tiny_folder, str(tiny_folder))]
+    assert plans[0].fingerprint == plans[1].fingerprint
+
+
 def test_importing_halfplate_imports_nothing_heavy():
     code = "import sys, halfplate; assert not {'torch', 'transformers', 'numpy', 'rich', 'yaml'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,6 +14,7 @@ import torch
 
 from halfplate import methods, plain_yaml, recipes
 from halfplate.allocation import CHOICES, Evolution
+from halfplate.arguments import path_text
 from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats.rounding import GROUP
@@ -296,7 +297,7 @@ class Recipe:
             return cls(**values)
         if isinstance(recipe, Recipe):
             return replace(recipe, **values)
-        return cls.from_yaml(recipe, **values)
+        return cls.from_yaml(path_text("recipe", recipe), **values)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "recipe") -> Recipe:

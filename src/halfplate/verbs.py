@@ -4,6 +4,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Unpack
 
+from halfplate.arguments import path_text
+from halfplate.errors import HalfplateError
 from halfplate.execution import local
 from halfplate.execution import recover as recovery
 from halfplate.execution.progress import Report, silent
@@ -15,7 +17,7 @@ from halfplate.statistics import Statistic
 
 
 def plan(
-    model: str,
+    model: str | Path,
     recipe: Recipe | str | Path | None = None,
     benchmark: bool = False,
     workers: int = 1,
@@ -34,11 +36,11 @@ def plan(
 
     ```
     """
-    return make_plan(model, Recipe.of(recipe, **options), benchmark, workers)
+    return make_plan(path_text("model", model), Recipe.of(recipe, **options), benchmark, workers)
 
 
 def compress(
-    model: str,
+    model: str | Path,
     out: str | Path,
     recipe: Recipe | str | Path | None = None,
     overwrite: bool = False,
@@ -67,8 +69,8 @@ def compress(
     ```
     """
     return local.compress(
-        model,
-        out,
+        path_text("model", model),
+        path_text("out", out),
         Recipe.of(recipe, **options),
         overwrite,
         report,
@@ -83,7 +85,7 @@ def compress(
 
 def recover(
     model: str | Path,
-    teacher: str,
+    teacher: str | Path,
     out: str | Path,
     settings: Recovery | None = None,
     overwrite: bool = False,
@@ -101,5 +103,8 @@ def recover(
     """
     for name in options.keys() - {field.name for field in fields(Recovery)}:
         raise unknown("option", name, [field.name for field in fields(Recovery)])
+    if not isinstance(settings, Recovery | None):
+        raise HalfplateError(f"settings={settings!r} is of type {type(settings).__name__}, expected a Recovery")
     settings = Recovery(**options) if settings is None else replace(settings, **options)
+    model, teacher, out = path_text("model", model), path_text("teacher", teacher), path_text("out", out)
     return recovery.recover(model, teacher, out, settings, overwrite, resume, report, save_minutes, device)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from halfplate.arguments import path_text
 from halfplate.checkpoint.config import RECORD_FILE, read_record, read_specs
 from halfplate.checkpoint.weights import StoredTensor, check_layout, read_headers, read_tensors, sha256
 from halfplate.errors import HalfplateError
@@ -38,7 +39,7 @@ def load(
     shape, type, position and code is checked, and values for NaN and inf. A flipped bit in a value shows only against the
     checksums (`inspect_checkpoint(path, verify=True)`).
     """
-    folder = Path(path)
+    folder = Path(path_text("path", path))
     _, found = read_checked_headers(folder)
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -4,12 +4,14 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from halfplate.arguments import path_text
 from halfplate.errors import HalfplateError
 from halfplate.evaluation import speed
 from halfplate.evaluation.speed import Contender, PeakMemory, Speed, WeightBytes
@@ -65,8 +67,8 @@ class Rounds:
 
 
 def bench(
-    model: str,
-    against: str | None = None,
+    model: str | Path,
+    against: str | Path | None = None,
     prompt: int = 128,
     new_tokens: int = 64,
     threads: int | None = None,
@@ -87,6 +89,7 @@ def bench(
     """
     from halfplate.runtime.prepare import check_options
 
+    model, against = path_text("model", model), None if against is None else path_text("against", against)
     check_options(activations, head_dtype)
     _check(model, prompt, new_tokens, rounds, activations, loops)
     report = progress or silent

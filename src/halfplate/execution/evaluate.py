@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from halfplate.arguments import path_text
 from halfplate.calibration import read_text
 from halfplate.calibration.text import check_seq_len
 from halfplate.errors import HalfplateError
@@ -25,10 +26,10 @@ MEANS = ("kl", "top1_agreement")
 
 
 def evaluate(
-    model: str,
-    text: str | Sequence[str] | None = None,
-    tasks: Sequence[str] | None = None,
-    against: str | None = None,
+    model: str | Path,
+    text: str | Path | Sequence[str | Path] | None = None,
+    tasks: str | Sequence[str] | None = None,
+    against: str | Path | None = None,
     seq_len: int | None = None,
     windows: int | None = None,
     tasks_folder: str | None = None,
@@ -46,7 +47,10 @@ def evaluate(
     Returns the JSON object of `halfplate eval --json`: measures over all texts, under `texts` those of each where there are
     several, under `tasks` those of each task. Raises HalfplateError on bad input.
     """
-    sources = [text] if isinstance(text, str) else text
+    model, against = path_text("model", model), None if against is None else path_text("against", against)
+    texts = text if isinstance(text, list | tuple | None) else [text]
+    sources = None if texts is None else [path_text("text", source) for source in texts]
+    tasks = [tasks] if isinstance(tasks, str) else tasks
     sampler = against or model
     if sources is None and is_compressed(sampler) and not tasks:
         raise HalfplateError(
