@@ -50,7 +50,7 @@ class Shape:
 
 SHAPES = {
     "3b": Shape(2048, 5632, 32, 4, 68, 32000, solved=17),
-    "growth": Shape(1024, 2816, 16, 4, 24, 8192, solved=3),
+    "growth": Shape(768, 2048, 12, 4, 24, 8192),
     "tiny": Shape(64, 96, 4, 2, 6, 320, solved=2),
 }
 

@@ -6,12 +6,13 @@ from collections import namedtuple
 from dataclasses import replace
 
 import pytest
+from torch import nn
 
 from halfplate.cli import main
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
 from halfplate.execution.work import WorkFolder
-from halfplate.planning import make_plan, room
+from halfplate.planning import make_plan, memory, room
 from halfplate.planning.memory import ALLOWANCE, memory_plan, sampling_room
 from halfplate.recipe import Recipe
 from halfplate.statistics import Statistic
@@ -67,9 +68,14 @@ def test_memory_does_not_grow_with_depth_but_where_the_whole_model_is_held(tiny_
     assert plan.memory.whole_model == ("--budget", "--max-kl")
 
 
-def test_sampling_holds_no_more_than_its_room():
-    assert sampling_room([10**6] * 30) == (120_000_000, 580_000_000)  # a small model stays
-    assert sampling_room([10**8] * 30) == (0, 700_000_000)
+def test_sampling_holds_no_more_than_its_room(tiny_folder, text, monkeypatch):
+    sizes = make_plan(str(tiny_folder), Recipe(**SMALL)).sizes
+    small = replace(sizes, blocks=(10**6,) * 30, hidden=1000, vocabulary=2000)
+    monkeypatch.setattr(memory, "bf16_kernels", lambda device: None)
+    assert sampling_room(small, "cpu") == (120_000_000, 580_000_000)  # a small model stays
+    assert sampling_room(replace(sizes, blocks=(10**8,) * 30), "cpu") == (0, 700_000_000)
+    monkeypatch.setattr(memory, "bf16_kernels", lambda device: nn.Identity)
+    assert sampling_room(small, "cpu") == (64_000_000, 636_000_000)
 
 
 def test_each_matrix_has_its_cost_and_the_benchmark_can_be_left_out(tiny_folder, text, capsys):

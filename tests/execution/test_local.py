@@ -21,6 +21,13 @@ from halfplate.statistics import InputStatistics, Statistic
 SMALL = {"samples": 4, "seq_len": 32}
 
 
+def text_file(folder):
+    """The path of a text, whose tokens do not depend on how the model that reads it is run."""
+    path = folder / "text.txt"
+    path.write_text("One day a small bird sat in a big tree. " * 40)
+    return str(path)
+
+
 def test_relative_error_is_that_of_the_outputs():
     generator = torch.Generator().manual_seed(0)
     weight, dense = torch.randn(2, 5, 8, generator=generator)
@@ -72,7 +79,8 @@ def test_statistics_come_from_the_dense_model(tiny_folder, tmp_path, monkeypatch
         return original(self, weight, statistics, spec)
 
     monkeypatch.setattr(Magnitude, "compress", spy)
-    recipe = Recipe(method="magnitude", inputs="dense", token_limit="none", precision="fp32", **SMALL)
+    text = text_file(tmp_path)
+    recipe = Recipe(method="magnitude", inputs="dense", token_limit="none", precision="fp32", calibration=text, **SMALL)
     compress(str(tiny_folder), tmp_path / "out", recipe, statistics=Statistic.DIAGONAL)
 
     loaded = load_dense(str(tiny_folder))
@@ -82,7 +90,7 @@ def test_statistics_come_from_the_dense_model(tiny_folder, tmp_path, monkeypatch
         loaded.model.model.get_submodule(name).register_forward_pre_hook(
             lambda module, args: inputs.append((module, args[0]))
         )
-    tokens = calibration_tokens("self", loaded.model, loaded.tokenizer, 4, 32, 0)
+    tokens = calibration_tokens(text, loaded.model, loaded.tokenizer, 4, 32, 0)
     inputs.clear()
     loaded.model(input_ids=tokens.ids)
     expected = {id(module): x.square().mean((0, 1)) for module, x in inputs}
@@ -103,11 +111,13 @@ def test_statistics_come_through_what_is_compressed_so_far(tiny_folder, tmp_path
 
     monkeypatch.setattr(Magnitude, "compress", spy)
     out = tmp_path / "out"
-    recipe = Recipe(method="magnitude", cross_damping=cross_damping, token_limit="none", core_dtype="fp32", **SMALL)
+    text = text_file(tmp_path)
+    exact = {"token_limit": "none", "core_dtype": "fp32", "calibration": text}
+    recipe = Recipe(method="magnitude", cross_damping=cross_damping, **exact, **SMALL)
     compress(str(tiny_folder), out, recipe, statistics=Statistic.GRAM)
 
     loaded = load_dense(str(tiny_folder))
-    tokens = calibration_tokens("self", loaded.model, loaded.tokenizer, 4, 32, 0)
+    tokens = calibration_tokens(text, loaded.model, loaded.tokenizer, 4, 32, 0)
     finished = halfplate.load(out, kernels=False)
     names = [name for name, module in loaded.model.model.named_modules() if isinstance(module, torch.nn.Linear)]
     inputs = {}

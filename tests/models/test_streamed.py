@@ -20,6 +20,15 @@ def saved(model, tokenizer, folder):
     return open_source(str(folder))
 
 
+class Doubled(torch.nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = [linear]  # no module of the model
+
+    def forward(self, x):
+        return 2 * self.linear[0](x)
+
+
 def nothing_loaded(streamed):
     return all(parameter.is_meta for parameter in streamed.model.parameters())
 
@@ -40,18 +49,24 @@ def test_block_by_block_and_as_a_whole(tiny_model, tiny_tokenizer, tmp_path, arc
         expected = BlockwiseModel(dense).run_block(index, expected)
     assert torch.equal(inputs.hidden, expected.hidden)
     logits = dense(IDS, use_cache=False).logits
-    for resident in (0, 30_000, 10**9):
-        with streamed.running(resident) as model:
+    for held in (False, True):
+        with streamed.running(held) as model:
             assert torch.equal(model(IDS, use_cache=False).logits, logits)
             assert torch.equal(model(IDS, use_cache=False).logits, logits)
         assert nothing_loaded(streamed)
+    with streamed.running(True, Doubled) as model:
+        assert not torch.equal(model(IDS, use_cache=False).logits, logits)
+        assert not any(type(module) is torch.nn.Linear for module in model.modules())
+    assert nothing_loaded(streamed)
+    with streamed.running(True) as model:
+        assert torch.equal(model(IDS, use_cache=False).logits, logits)
     assert streamed.model.generation_config.to_dict() == dense.generation_config.to_dict()
 
 
 def test_only_one_block_is_in_memory(tiny_model, tiny_tokenizer, tmp_path):
     streamed = StreamedModel(saved(tiny_model("llama", num_hidden_layers=3), tiny_tokenizer, tmp_path / "model"))
     seen = []
-    with streamed.running(0) as model, torch.no_grad():
+    with streamed.running(held=False) as model, torch.no_grad():
         for block in streamed.blocks:
             block.register_forward_hook(
                 lambda *_: seen.append([not next(b.parameters()).is_meta for b in streamed.blocks]), prepend=True

@@ -151,7 +151,7 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
         engine = stack.enter_context(open_engine(order.engine, blocks, threads, work.path))
         check_weights(streamed, work, clock, report)
         with clock("calibration text"):
-            tokens = prepared_tokens(streamed, recipe, work, report) if recipe.runs_text(order.needed) else None
+            tokens = prepared_tokens(streamed, plan, work, report) if recipe.runs_text(order.needed) else None
         plan, told = chosen_levels(source, plan, tokens, work, report, clock)
         job = Job(streamed.source, plan, threads, order.needed, tokens, work, engine, blocks, report, clock)
         outcome = compress_blocks(job)

@@ -20,6 +20,7 @@ from halfplate.models.streamed import StreamedModel, needs_conversion
 from halfplate.planning import Plan
 from halfplate.planning.memory import sampling_room
 from halfplate.recipe import Recipe
+from halfplate.runtime.prepare import bf16_kernels
 from halfplate.tensor_file import read_tensor
 
 
@@ -57,16 +58,15 @@ def check_weights(streamed: StreamedModel, work: WorkFolder, clock: Clock, repor
     write_json(done, {"finite": True}, durable=False)
 
 
-def prepared_tokens(streamed: StreamedModel, recipe: Recipe, work: WorkFolder, report: Report) -> CalibrationTokens:
+def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, report: Report) -> CalibrationTokens:
     """The tokens, kept in the work folder; those of a text are made anew and must be the same."""
+    recipe = plan.recipe
     kept = load_part(work.tokens)
     if kept is not None and kept.damaged() is None and recipe.calibration == "self":
         facts = {name: kept.facts[name] for name in ("source", "seed", "temperature", "start", "start_token")}
         return CalibrationTokens(read_tensor(kept.tensors["ids"]), **facts)
     tokenizer = load_tokenizer(streamed.source)
-
-    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in streamed.blocks]
-    resident, cache = sampling_room(blocks)
+    resident, cache = sampling_room(plan.sizes, recipe.device)
 
     def tokens_of(model: Any) -> CalibrationTokens:
         return calibration_tokens(
@@ -81,7 +81,7 @@ def prepared_tokens(streamed: StreamedModel, recipe: Recipe, work: WorkFolder, r
         )
 
     if recipe.calibration == "self":
-        with streamed.running(resident) as model:
+        with streamed.running(resident > 0, bf16_kernels(recipe.device)) as model:
             tokens = tokens_of(model)
     else:
         tokens = tokens_of(streamed.model)

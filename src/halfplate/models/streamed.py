@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from halfplate.errors import HalfplateError
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
@@ -112,28 +113,32 @@ class StreamedModel:
                 self.free_block(index)
 
     @contextmanager
-    def running(self, resident_nbytes: int) -> Iterator[PreTrainedModel]:
-        """While inside, the model runs as a whole: each block is read when it comes to run and freed after it.
+    def running(self, held: bool, pack: Callable[[nn.Linear], nn.Module] | None = None) -> Iterator[PreTrainedModel]:
+        """While inside, the model runs as a whole.
 
-        As many blocks as `resident_nbytes` holds stay in memory between runs.
+        held: its blocks stay in memory; else each is read when it comes to run, and freed after it. pack: makes what runs in the place
+        of each linear of a held model.
         """
-        hooks: list[Any] = []
+        hooks: list[RemovableHandle] = []
+        head = self.model.get_output_embeddings()
         with self.outer(head=True):
             try:
                 for index, block in enumerate(self._empty):
-                    nbytes = sum(4 * parameter.numel() for parameter in block.parameters())
-                    stays = nbytes <= resident_nbytes
-                    resident_nbytes -= nbytes if stays else 0
-                    empty = dict(block.named_parameters())
-                    hooks.append(block.register_forward_pre_hook(self._filling(index)))
-                    if not stays:
-                        hooks.append(block.register_forward_hook(_emptying(empty)))
+                    if held:
+                        _replace_linears(self.load_block(index), pack)
                     else:
-                        hooks.append(_Emptied(block, empty))
+                        hooks.append(block.register_forward_pre_hook(self._filling(index)))
+                        hooks.append(block.register_forward_hook(_emptying(dict(block.named_parameters()))))
+                if held and pack is not None and type(head) is nn.Linear:
+                    self.model.set_output_embeddings(pack(head))
                 yield self.model
             finally:
                 for hook in hooks:
                     hook.remove()
+                for index in range(len(self._empty)):
+                    self.free_block(index)
+                if head is not None:
+                    self.model.set_output_embeddings(head)
 
     def _filling(self, index: int) -> Callable[..., None]:
         def fill(block: nn.Module, *_: Any) -> None:
@@ -147,14 +152,10 @@ class StreamedModel:
             _put(block, name.removeprefix(f"{self.prefix}.{index}."), self.read(name))
 
 
-class _Emptied:
-    """Handle of a block that stays: its memory goes when it is removed."""
-
-    def __init__(self, block: nn.Module, empty: dict[str, nn.Parameter]) -> None:
-        self._block, self._parameters = block, empty
-
-    def remove(self) -> None:
-        _emptying(self._parameters)(self._block)
+def _replace_linears(block: nn.Module, pack: Callable[[nn.Linear], nn.Module] | None) -> None:
+    for name, module in list(block.named_modules()):
+        if pack is not None and type(module) is nn.Linear:
+            block.set_submodule(name, pack(module))
 
 
 def _emptying(empty: dict[str, nn.Parameter]) -> Callable[..., None]:

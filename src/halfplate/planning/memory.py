@@ -12,10 +12,11 @@ from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.planning.sizes import ModelSizes
 from halfplate.recipe import Recipe
+from halfplate.runtime.prepare import bf16_kernels
 from halfplate.solvers.target import correcting_nbytes
 from halfplate.statistics import Statistic
 
-FP32, FP64 = 4, 8
+BF16, FP32, FP64 = 2, 4, 8
 ALLOWANCE = 1_500_000_000  # of the bound: libraries, hidden states, the solver
 # Keys and values and the blocks that stay in memory while text is sampled. Not what is free: the text depends, by rounding, on how many
 # sequences run side by side, and must be the same everywhere.
@@ -42,12 +43,14 @@ class MemoryPlan:
         return max(self.phases, key=self.phases.__getitem__)
 
 
-def sampling_room(blocks: Sequence[int]) -> tuple[int, int]:
-    """Bytes of blocks that stay in memory while text is sampled, and of keys and values; blocks: values of each.
+def sampling_room(sizes: ModelSizes, device: str) -> tuple[int, int]:
+    """Bytes of blocks and head that stay in memory while text is sampled, and of keys and values.
 
-    Small models stay whole; of a larger one each block is read anew for every token, which more sequences side by side share.
+    Small models stay whole, in bf16 where kernels run that; of a larger one each block is read anew for every token, which more
+    sequences side by side share.
     """
-    whole = FP32 * sum(blocks)
+    kernels = bf16_kernels(device) is not None
+    whole = BF16 * (sum(sizes.blocks) + sizes.hidden * sizes.vocabulary) if kernels else FP32 * sum(sizes.blocks)
     resident = whole if whole <= SAMPLING_NBYTES * 2 // 3 else 0
     return resident, SAMPLING_NBYTES - resident
 
@@ -109,7 +112,7 @@ def _stage(sizes: ModelSizes, recipe: Recipe, statistic: Statistic, collecting: 
 
 
 def _sampling(sizes: ModelSizes, recipe: Recipe, room: int | None = None) -> int:
-    resident, cache = sampling_room(sizes.blocks) if room is None else (0, room)
+    resident, cache = sampling_room(sizes, recipe.device) if room is None else (0, room)
     sequences = min(recipe.samples, sequences_at_once(sizes.cache_nbytes, recipe.seq_len, cache))
     # Logits, their softmax, and its cumulative sums in fp64.
     return resident + sequences * (sizes.cache_nbytes * recipe.seq_len + (2 * FP32 + 2 * FP64) * sizes.vocabulary)

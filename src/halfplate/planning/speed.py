@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from halfplate.allocation.candidates import candidates
@@ -22,6 +22,7 @@ from halfplate.planning.memory import sampling_room
 from halfplate.planning.sizes import ModelSizes
 from halfplate.precision import products
 from halfplate.recipe import Recipe
+from halfplate.runtime.prepare import bf16_kernels
 from halfplate.statistics import InputStatistics, Statistic
 from halfplate.tensor_file import DamagedFile, read_tensor
 
@@ -113,7 +114,7 @@ def statistics_flops(sizes: ModelSizes, recipe: Recipe, statistic: Statistic) ->
 
 
 def _sampling_seconds(sizes: ModelSizes, source_nbytes: int, recipe: Recipe, speed: Speed) -> float:
-    resident, cache = sampling_room(sizes.blocks)
+    resident, cache = sampling_room(sizes, recipe.device)
     batches = -(-recipe.samples // sequences_at_once(sizes.cache_nbytes, recipe.seq_len, cache))
     step = (sizes.parameters / speed.sampling) + len(sizes.blocks) * speed.call
     if not resident:
@@ -164,17 +165,20 @@ def _products(sizes: ModelSizes, recipe: Recipe) -> float:
 
 def _sampling(sizes: ModelSizes, recipe: Recipe) -> float:
     """Weights a second that the sequences sampled side by side are multiplied with, too many for a cache where the model has as many."""
-    _, cache = sampling_room(sizes.blocks)
+    resident, cache = sampling_room(sizes, recipe.device)
     rows = min(recipe.samples, sequences_at_once(sizes.cache_nbytes, recipe.seq_len, cache))
     matrices = max(1, min(24_000_000, sizes.parameters) // min(sizes.largest, 4_000_000))
     d_in = min(sizes.hidden, 2048)
     d_out = max(1, min(sizes.largest, 4_000_000) // d_in)
-    weights = [torch.ones(d_out, d_in, device=recipe.device) for _ in range(matrices)]
+    with torch.device(recipe.device):
+        linears = [nn.Linear(d_in, d_out, bias=False) for _ in range(matrices)]
+    pack = bf16_kernels(recipe.device) if resident else None
+    weights = linears if pack is None else [pack(linear) for linear in linears]
     x = torch.ones(rows, d_in, device=recipe.device)
 
     def step() -> None:
         for weight in weights:
-            functional.linear(x, weight)
+            weight(x)
 
     return len(weights) * d_out * d_in / _timed(step)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,13 @@ def restore(model: Any) -> None:
     connect(model)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
+
+
+def bf16_kernels(device: str) -> Callable[[nn.Linear], nn.Module] | None:
+    """What puts the kernels with weights in bf16 in the place of a dense linear; None where `device` has none."""
+    if torch.device(device).type != "cpu" or not native.available():
+        return None
+    return lambda linear: PackedLinear.of_dense(linear, "bf16")
 
 
 def _why(module: nn.Module) -> str | None:
