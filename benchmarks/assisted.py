@@ -12,12 +12,13 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import machine, table
+from common import RESULTS, machine, table, write_section
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
@@ -126,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the dense model")
     parser.add_argument("--activations", default="float", choices=("float", "int8"), help="of the draft")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print, and leave RESULTS.md as it is")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file whose section is replaced")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     dense, tokenizer = load_any(args.dense)
@@ -154,7 +156,8 @@ def main(argv: list[str] | None = None) -> None:
         ]
         for found in results
     ]
-    print(f"{args.new_tokens} tokens a prompt, dense in {args.dtype} · {machine()}\n\n{table(header, rows)}")
+    text = f"{args.new_tokens} tokens a prompt, dense in {args.dtype} · {machine()}\n\n{table(header, rows)}"
+    write_section("assisted", text, args.results)
 
 
 if __name__ == "__main__":
