@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import DATA, machine, smollm2_gguf, table, write_section
+from common import TEXT, machine, smollm2_gguf, table, write_section
 
 from halfplate.execution.needs import Needs
 
 ENGINES = {"local": ["--workers", "2"], "ray": ["--engine", "ray", "--workers", "2"]}
 SHORT = ["--samples", "16", "--iterations", "8"]
-TEXT = DATA / "wikitext2" / "train_1MB.txt.gz"
 PHASES = ("statistics", "solving", "writing", "total")
 
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("HALFPLATE_BENCH_CACHE", ROOT / "benchmarks" / "cache"))
 SHARED = Path(os.environ.get("HALFPLATE_SHARED", ROOT.parent / "shared"))  # data and models that are no part of this
 DATA = SHARED / "data"
+TEXT = DATA / "wikitext2" / "train_1MB.txt.gz"  # to calibrate on
 RESULTS = ROOT / "RESULTS.md"
 
 

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py            # the simulation, into docs/cluster.md; seconds, measures nothing
     python benchmarks/scaling.py --check    # rates of this machine, and SmolLM2-135M predicted and run; into docs/cluster.md
 
-The check wants two quiet cores and takes about an hour; `--quick` makes it short and only prints.
+The check wants two quiet cores and takes about twenty minutes; `--quick` makes it short and only prints.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, machine, smollm2_gguf, table, write_section
+from common import ROOT, TEXT, machine, smollm2_gguf, table, write_section
 from scaling_model import GPU_NODES, LLAMA, Machines, Model, Outcome, Work, on, simulate
 from torch import Tensor
 
@@ -175,7 +175,7 @@ def check(model: str, samples: int, length: int, iterations: int) -> str:
             "--inputs",
             inputs,
         ]
-        asked += ["--block-size", "16"]
+        asked += ["--block-size", "16", *(["--calibration", str(TEXT)] if TEXT.is_file() else [])]
         for name, options in ENGINES.items():
             workers = 2 if options else 1
             machines = Machines(1, workers, **one, begin=begin if options else 0.0)
@@ -210,7 +210,7 @@ def main() -> None:
     if not options.check:
         text = simulation()
     else:
-        text = check(options.model or str(smollm2_gguf()), *((4, 32, 2) if options.quick else (64, 512, 20)))
+        text = check(options.model or str(smollm2_gguf()), *((4, 32, 2) if options.quick else (16, 512, 8)))
     if options.quick or options.print:
         print(text)
     else:
