@@ -86,6 +86,7 @@ def descend(
             after = objective.swept(_momentum(exact, last, factor, moves_core), at)
         last = exact
         if after is None or not after.loss < at.loss:
+            after = None  # of a wide layer two of them are much
             after = objective.swept(exact, at)
         if not after.loss < at.loss:
             break

@@ -48,6 +48,7 @@ def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSch
         factors, _ = solve_exact(tiles, schedule.diagonal, stages_for(weight.device))
         at, losses = descend(objective, measured(problem, factors), schedule.gram, problem.total)
         factors = at.factors
+        del at  # and with it two matrices of the weight's size
     factors = balanced(tiles, factors, normalised)
     bits = GRIDS.get(spec.core_dtype)
     # Groups that straddle the columns of two scales are rounded to nearest instead.

@@ -19,6 +19,7 @@ PASSES = 2
 # The loss is a difference of sums. Where it is below this share of the zero matrix' loss, or a sum is so many times that loss
 # (the factors have run into what hardly any input tells of), rounding in fp32 would decide; then it is taken in fp64.
 PRECISE, LARGE = 1e-3, 4.0
+ROWS = 256  # of a product that is not kept, at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +86,8 @@ class GramObjective:
 
 def measured(problem: GramProblem, factors: Factors, steps: Tensor | None = None) -> Point:
     """The loss of `factors` as they are."""
-    in_gram = _in_gram(problem, factors.in_blocks)
     against = _times_blocks(problem.pulled, factors.in_blocks)
-    return _point(problem, factors, steps, against, factors.core @ in_gram)
+    return _point(problem, factors, steps, against, factors.core @ _in_gram(problem, factors.in_blocks))
 
 
 def swept(
@@ -106,8 +106,9 @@ def swept(
     against = _times_blocks(problem.pulled, factors.in_blocks)
     product = factors.core @ in_gram  # U
     out_gram = factors.out_blocks.mT @ factors.out_blocks  # G
-    error = _out_times(factors.out_blocks.mT, against) - _out_times(out_gram, product)  # E
-    core = factors.core.clone()
+    error = _out_times(factors.out_blocks.mT, against).sub_(_out_times(out_gram, product))  # E
+    before, factors = factors.core if off_grid else None, replace(factors, core=factors.core.clone())
+    core = factors.core
     steps = None if steps is None else steps.clone()
     if core.device.type == "cpu" and native.available():
         _sweep_native(tiles, core, error, product, out_gram, in_gram, steps, levels, off_grid)
@@ -118,11 +119,12 @@ def swept(
         swept = sweep_tiles(core.reshape(shape), error.reshape(shape), out_gram, everywhere, tiles.pattern, grid)
         core = swept.reshape(core.shape)
         product = core @ in_gram
-    if off_grid and steps is not None and levels is not None:
+    if before is not None and steps is not None and levels is not None:
         felt = _felt(tiles, out_gram, in_gram)
         if not bool(felt.all()):
-            core = torch.where(felt, core, _nearest(factors.core, steps, levels))
+            core = torch.where(felt, core, _nearest(before, steps, levels))
             product = core @ in_gram
+    del error, in_gram  # of a wide layer they are most of what is held
     return _point(problem, replace(factors, core=core), steps, against, product)
 
 
@@ -209,10 +211,16 @@ def _precise_loss(problem: GramProblem, factors: Factors) -> float:
 
 
 def _in_gram(problem: GramProblem, blocks: Tensor) -> Tensor:
-    """C = B H Bᵀ: (cols, cols)."""
+    """C = B H Bᵀ: (cols, cols), some rows at a time, whose intermediate products need no room worth counting."""
     size, cols = blocks.shape[1], problem.gram.shape[0]
-    right = (blocks @ problem.gram.reshape(-1, size, cols)).reshape(cols, cols)
-    return _times_blocks(right, blocks)
+    found = torch.empty_like(problem.gram)
+    tiles = max(ROWS // size, 1)
+    for part, rows, out in zip(
+        blocks.split(tiles), problem.gram.split(tiles * size), found.split(tiles * size), strict=True
+    ):
+        right = (part @ rows.reshape(-1, size, cols)).reshape(-1, cols)  # B H
+        out.copy_(_times_blocks(right, blocks))
+    return found
 
 
 def _times_blocks(matrix: Tensor, blocks: Tensor) -> Tensor:
@@ -237,7 +245,7 @@ def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor) -> float:
-    return float((x * y).sum(dtype=torch.float64))
+    return sum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True))
 
 
 def _sweep_native(
