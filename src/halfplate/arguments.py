@@ -1,7 +1,8 @@
-"""What the verbs check of arguments that the command line can only give as text."""
+"""What users give, by flag, file or call, checked and brought to the types that are declared for it."""
 
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from halfplate.errors import HalfplateError
 
@@ -13,3 +14,49 @@ def path_text(argument: str, value: Any) -> str:
             f"{argument}={value!r} is of type {type(value).__name__}, expected a path or a name as text"
         )
     return str(value)
+
+
+def typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`, text being read where a flag gave it; raises HalfplateError naming `name`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            raise HalfplateError(f"{name}={value!r} is not one of {', '.join(map(str, arguments))}")
+        return value
+    if origin in (Union, UnionType):
+        for choice in sorted(arguments, key=lambda choice: choice is str):
+            try:
+                return typed(name, value, choice)
+            except HalfplateError:
+                continue
+    elif origin is tuple:
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif hint is NoneType:
+        if value is None:
+            return None
+    elif hint is bool:
+        known = {True: True, False: False, "true": True, "false": False}
+        if isinstance(value, bool | str) and value in known:
+            return known[value]
+    elif hint in (int, float):
+        # YAML 1.1 reads 1e-3 as text.
+        if not isinstance(value, bool) and isinstance(value, int | str if hint is int else int | float | str):
+            try:
+                return hint(value)
+            except ValueError:
+                pass
+    elif isinstance(value, hint):
+        return value
+    raise HalfplateError(f"{name}={value!r} is not of the right type; expected {_spoken(hint)}")
+
+
+def _spoken(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_spoken(choice) for choice in arguments if choice is not NoneType)
+    if origin is Literal:
+        return ", ".join(map(str, arguments))
+    if origin is tuple:
+        return "a list of texts"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, str(hint))

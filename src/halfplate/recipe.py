@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypedDict, Union, Unpack, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypedDict, Unpack, get_type_hints
 
 import torch
 
 from halfplate import methods, plain_yaml, recipes
 from halfplate.allocation import CHOICES, Evolution
-from halfplate.arguments import path_text
+from halfplate.arguments import path_text, typed
 from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats.rounding import GROUP
@@ -123,7 +122,7 @@ class Recipe:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for name in (f.name for f in fields(self) if f.name != "method_options"):
-            object.__setattr__(self, name, _typed(name, getattr(self, name), hints[name]))
+            object.__setattr__(self, name, typed(name, getattr(self, name), hints[name]))
         if self.version != VERSION:
             raise HalfplateError(
                 f"version={self.version} of the recipe is unknown to this Halfplate; expected {VERSION}, try a newer Halfplate"
@@ -372,54 +371,8 @@ def _typed_options(method: type[Method], options: Mapping[str, Any]) -> dict[str
     hints = get_type_hints(method)
     known = {f.name for f in fields(method)}
     return {
-        str(name): _typed(str(name), value, hints[name]) if name in known else value for name, value in options.items()
+        str(name): typed(str(name), value, hints[name]) if name in known else value for name, value in options.items()
     }
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`, text being read where a flag gave it; raises HalfplateError naming `name`."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        if value not in arguments:
-            raise HalfplateError(f"{name}={value!r} is not one of {', '.join(map(str, arguments))}")
-        return value
-    if origin in (Union, UnionType):
-        for choice in sorted(arguments, key=lambda choice: choice is str):
-            try:
-                return _typed(name, value, choice)
-            except HalfplateError:
-                continue
-    elif origin is tuple:
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-    elif hint is NoneType:
-        if value is None:
-            return None
-    elif hint is bool:
-        known = {True: True, False: False, "true": True, "false": False}
-        if isinstance(value, bool | str) and value in known:
-            return known[value]
-    elif hint in (int, float):
-        # YAML 1.1 reads 1e-3 as text.
-        if not isinstance(value, bool) and isinstance(value, int | str if hint is int else int | float | str):
-            try:
-                return hint(value)
-            except ValueError:
-                pass
-    elif isinstance(value, hint):
-        return value
-    raise HalfplateError(f"{name}={value!r} is not of the right type; expected {_spoken(hint)}")
-
-
-def _spoken(hint: Any) -> str:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return " or ".join(_spoken(choice) for choice in arguments if choice is not NoneType)
-    if origin is Literal:
-        return ", ".join(map(str, arguments))
-    if origin is tuple:
-        return "a list of texts"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, str(hint))
 
 
 def _check_device(name: str) -> None:

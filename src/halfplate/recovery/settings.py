@@ -1,8 +1,9 @@
 """What decides a recovery, checked when it is made."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_type_hints
 
+from halfplate.arguments import typed
 from halfplate.errors import HalfplateError
 
 VERSION = 1
@@ -36,6 +37,9 @@ class Recovery:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            object.__setattr__(self, field.name, typed(field.name, getattr(self, field.name), hints[field.name]))
         if (self.tokens is None) == (self.minutes is None):
             raise HalfplateError(
                 f"tokens={self.tokens}, minutes={self.minutes}: exactly one of them says how long to train; try --minutes 30"
