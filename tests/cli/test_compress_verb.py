@@ -258,14 +258,15 @@ def test_interrupt_leaves_nothing(halfplate, tiny_folder, tmp_path, text_file, m
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_ctrl_c_of_a_real_process(tiny_folder, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_kill_of_a_real_process(tiny_folder, tmp_path, sent):
     before = {path.name for path in tmp_path.iterdir()}
     command = [sys.executable, "-m", "halfplate", "compress", str(tiny_folder), "-o", str(tmp_path / "out")]
     command += ["--method", "wanda", "--samples", "4096", "--seq-len", "128", "--threads", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         first = process.stderr.readline()
         time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         out, rest = process.communicate(timeout=60)
     assert first.startswith("reading"), first + rest
     assert (process.returncode, out) == (1, "")

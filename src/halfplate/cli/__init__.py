@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -67,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # with other work was seen to take 60 times longer; a short spin costs a quiet machine nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     out, resumable = None, False
+    if threading.current_thread() is threading.main_thread():
+        # What a scheduler or `kill` sends ends a run as Ctrl-C does: with its last word in the log, and no half-written file.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     # The bar that transformers shows for GGUF files listens to nothing else; it is read when torch imports tqdm.
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
