@@ -166,10 +166,29 @@ def resume_cost(model: Path) -> str:
         planned = json.loads(halfplate("plan", str(model), "--json")[1])["seconds_estimate"]
         compress = ["compress", str(model), "-o", str(out), "--quiet", "--no-benchmark"]
         whole, _ = halfplate(*compress)
+        least, most = time_left_said(out / "log.jsonl")
         again = statistics.median(halfplate(*compress, "--resume")[0] for _ in range(RESUME_RUNS))
-    row = [f"{planned:.0f}", f"{whole:.0f}", f"{whole / planned:.2f}", f"{again:.1f}", f"{again / whole:.1%}"]
-    header = ["plan says, s", "whole run, s", "of what the plan says", "--resume with nothing left, s", "share"]
-    return table(header, [row])
+    row = [f"{planned:.0f}", f"{whole:.0f}", f"{whole / planned:.2f}", f"{least:.2f} to {most:.2f}"]
+    header = [
+        "plan says, s",
+        "whole run, s",
+        "of what the plan says",
+        "time left said after the first block, of what was left",
+    ]
+    return table([*header, "--resume with nothing left, s", "share"], [[*row, f"{again:.1f}", f"{again / whole:.1%}"]])
+
+
+def time_left_said(log: Path) -> tuple[float, float]:
+    """The least and the most of what was said over what was left of the blocks, from the second block on to 20 s before their end."""
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    matrices = [event for event in events if event["event"] == "matrix"]
+    end = max(event["phase_seconds"] for event in matrices)
+    ratios = [
+        event["seconds_left"] / (end - event["phase_seconds"])
+        for event in matrices
+        if event["block"] and end - event["phase_seconds"] > 20
+    ]
+    return min(ratios, default=float("nan")), max(ratios, default=float("nan"))
 
 
 def main() -> None:
