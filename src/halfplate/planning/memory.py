@@ -76,7 +76,11 @@ def memory_plan(
         hidden = BATCH * recipe.seq_len * FP32 * (6 * sizes.hidden + 3 * sizes.ffn)
         phases["embedding"] = base + FP32 * (sizes.outer - sizes.head) + block + reading + hidden
         if recipe.calibration == "self":
-            phases["calibration text"] = base + _sampling(sizes, recipe) + FP32 * sizes.outer + block + reading
+            held, _ = sampling_room(sizes, recipe.device)
+            sampling = _sampling(sizes, recipe)
+            # What stays is read before the first token, the rest at every token.
+            most = max(held + block + reading, sampling) if held else sampling + block + reading
+            phases["calibration text"] = base + FP32 * sizes.outer + most
         # While text runs through a block, its finished matrices are whole beside what is stored of them.
         phases["statistics"] = base + blocks + block + hidden + _stage(sizes, recipe, statistic, collecting=True)
     solve = max(solving_memory(method, spec, recipe, statistic) for spec in specs)
