@@ -204,9 +204,15 @@ def _point(problem: GramProblem, factors: Factors, steps: Tensor | None, against
 
 def _precise_loss(problem: GramProblem, factors: Factors) -> float:
     """tr(R H Rᵀ) in fp64; infinite where it is no number or below 0, which no step may be taken for."""
-    parts = (factors.out_blocks, factors.core, factors.in_blocks)
-    residual = problem.tiles.weight.double() - Factors(*(part.double() for part in parts)).product()
-    loss = _dot(residual @ problem.gram.double(), residual)
+    loss, in_blocks = 0.0, factors.in_blocks.double()
+    tiles = max(ROWS // problem.tiles.row_tile, 1)
+    rows = tiles * problem.tiles.row_tile
+    for out_blocks, core, weight in zip(
+        factors.out_blocks.split(tiles), factors.core.split(rows), problem.tiles.weight.split(rows), strict=True
+    ):
+        residual = weight.double() - Factors(out_blocks.double(), core.double(), in_blocks).product()
+        for part, gram in zip(residual.split(ROWS, 1), problem.gram.split(ROWS, 1), strict=True):
+            loss += _dot(residual @ gram.double(), part)
     return loss if loss >= 0 else torch.inf
 
 
