@@ -3,8 +3,8 @@
     python benchmarks/cluster.py
 
 Rounds alternate between the engines, each run in a process of its own, 1 thread a worker; medians. A phase is what
-`compress` itself reports, starts of workers included. Samples and iterations are fewer than the defaults, which solve longer and
-so have less overhead. About a quarter of an hour on two quiet cores; `--quick` only shows that it works.
+`compress` itself reports, starts of workers included. Samples are fewer than the default. Some forty minutes on two quiet cores
+with three rounds; `--quick` only shows that it works.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from common import TEXT, machine, smollm2_gguf, table, write_section
 from halfplate.execution.needs import Needs
 
 ENGINES = {"local": ["--workers", "2"], "ray": ["--engine", "ray", "--workers", "2"]}
-SHORT = ["--samples", "16", "--iterations", "8"]
+SHORT = ["--samples", "8"]
 PHASES = ("statistics", "solving", "writing", "total")
 
 
@@ -82,7 +82,7 @@ def report(found: dict[str, list[dict[str, Any]]], each: float, count: int) -> s
         table(["2 workers", *(f"{phase}, s" for phase in PHASES)], rows),
         f"Ray over local, of the solve time: solving {more['solving'] / solving:+.1%}, statistics and solving "
         f"{(more['statistics'] + more['solving']) / solving:+.1%}. Scheduling of {count} tasks that do nothing: {each:.2f} ms each. "
-        f"Medians of {len(found['ray'])} rounds with `{' '.join(SHORT)}`; both engines wrote the same weights.",
+        f"Medians of {len(found['ray'])} round{'s' * (len(found['ray']) > 1)} with `{' '.join(SHORT)}`; both engines wrote the same weights.",
     ]
     return "\n\n".join(lines)
 
