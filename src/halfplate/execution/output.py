@@ -8,9 +8,9 @@ from pathlib import Path
 
 from halfplate.checkpoint.folder import check_out
 from halfplate.errors import HalfplateError
+from halfplate.planning.disk import work_place
 
 LOCK_FILE = "lock"
-BESIDE = ".{}.compress"  # the longest of the names that stand beside a result while it is made
 
 
 def check_place(out: Path) -> Path:
@@ -19,7 +19,7 @@ def check_place(out: Path) -> Path:
         target = out.resolve()
         if not target.name:
             raise ValueError("it is the root of the file system")
-        for place in (target, target.with_name(BESIDE.format(target.name))):
+        for place in (target, work_place(target)):
             # What does not exist yet is not looked up, so its names are measured.
             above = next(parent for parent in place.parents if parent.exists())
             longest = os.pathconf(above, "PC_NAME_MAX")

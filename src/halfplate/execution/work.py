@@ -19,6 +19,7 @@ from torch import Tensor
 
 from halfplate.errors import HalfplateError
 from halfplate.execution.output import LOCK_FILE, sole_user
+from halfplate.planning.disk import work_place
 from halfplate.tensor_file import DamagedFile, StoredTensor, TensorFileWriter, read_header, sha256_of
 
 VERSION = 1
@@ -144,9 +145,8 @@ class WorkFolder:
     """The hidden folder beside `out` of one compression; at most one process works in it."""
 
     def __init__(self, out: Path) -> None:
-        target = out.resolve()
         self.out = out
-        self.path = target.with_name(f".{target.name}.compress")
+        self.path = work_place(out.resolve())
 
     def block(self, index: int) -> Path:
         return self.path / "blocks" / f"{index:05d}.safetensors"

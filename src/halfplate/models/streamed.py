@@ -125,7 +125,9 @@ class StreamedModel:
             try:
                 for index, block in enumerate(self._empty):
                     if held:
-                        _replace_linears(self.load_block(index), pack)
+                        block = self.load_block(index)
+                        if pack is not None:
+                            _replace_linears(block, pack)
                     else:
                         hooks.append(block.register_forward_pre_hook(self._filling(index)))
                         hooks.append(block.register_forward_hook(_emptying(dict(block.named_parameters()))))
@@ -152,9 +154,9 @@ class StreamedModel:
             _put(block, name.removeprefix(f"{self.prefix}.{index}."), self.read(name))
 
 
-def _replace_linears(block: nn.Module, pack: Callable[[nn.Linear], nn.Module] | None) -> None:
+def _replace_linears(block: nn.Module, pack: Callable[[nn.Linear], nn.Module]) -> None:
     for name, module in list(block.named_modules()):
-        if pack is not None and type(module) is nn.Linear:
+        if type(module) is nn.Linear:
             block.set_submodule(name, pack(module))
 
 

@@ -12,6 +12,7 @@ import torch
 
 from halfplate.errors import HalfplateError
 from halfplate.evaluation.speed import memory
+from halfplate.planning.disk import work_place
 from halfplate.planning.memory import memory_plan
 from halfplate.planning.plan import Plan
 from halfplate.statistics import Statistic
@@ -99,7 +100,7 @@ def _disk_refusal(plan: Plan, out: Path) -> str | None:
         free = shutil.disk_usage(above).free
     except OSError:
         return None
-    there = _nbytes(target.parent / f".{target.name}.compress")
+    there = _nbytes(work_place(target))
     if plan.disk.total <= free + there:
         return None
     parts = [("the result", plan.disk.result), ("finished parts", plan.disk.parts), ("hidden states", plan.disk.hidden)]

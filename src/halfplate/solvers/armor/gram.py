@@ -251,7 +251,8 @@ def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor) -> float:
-    return sum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True))
+    # One number leaves the device, whatever the rows.
+    return float(sum((a * b).sum(dtype=torch.float64) for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True)))
 
 
 def _sweep_native(
