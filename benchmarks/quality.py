@@ -1,6 +1,7 @@
 """Every row of the quality tables: bytes, layer error, perplexity, KL, agreement, tasks and decoding, resumable.
 
     python benchmarks/quality.py --model smollm2 --tags main                  quality of the main rows
+    python benchmarks/quality.py --model smollm2 --stage fit --only '*dense inputs' layer error on the calibration text itself
     python benchmarks/quality.py --model smollm2 --stage tasks --tags main    zero-shot accuracy, slow
     python benchmarks/quality.py --model smollm2 --stage decode --tags main   tokens a second, on a quiet machine
     python benchmarks/quality.py --list                                       what there is and what is measured
@@ -30,7 +31,7 @@ from quality_results import FOLDER, Results, without_paths
 from quality_rows import Row, described, rows, select
 from quality_subjects import SUBJECTS, Subject
 
-STAGES = ("quality", "tasks", "decode")
+STAGES = ("quality", "fit", "tasks", "decode")
 
 
 def results_of(subject: Subject) -> Results:
@@ -71,6 +72,7 @@ def one_row(bench: Any, row: Row, made: dict[str, Any], options: argparse.Namesp
     results = results_of(bench.subject)
     protocols = {
         "quality": bench.quality_protocol(),
+        "fit": bench.fit_protocol(),
         "tasks": bench.tasks_protocol(options.task_limit),
         "decode": bench.decode_protocol(),
     }

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import halfplate
-from halfplate.calibration import collect_block
+from halfplate.calibration import calibration_tokens, collect_block
 from halfplate.checkpoint.config import other_dtype, read_record, read_specs
 from halfplate.checkpoint.read import load, load_tokenizer
 from halfplate.checkpoint.write import write_checkpoint
@@ -75,12 +75,16 @@ class Bench:
     ) -> None:
         self.subject, self._table, self._made, self._results = subject, table, made, results
         self._source = str(subject.source())
+        self._seen: dict[str, dict[str, InputStatistics]] = {}  # by the sha256 of a calibration text
 
     # Protocols: what a measure means besides the row. A change of one makes the stage stale.
 
     def quality_protocol(self) -> dict[str, Any]:
         windows = {name: text.windows for name, text in self.subject.texts.items()}
         return {"version": 1, "seq_len": self.subject.seq_len, "windows": windows, "layer_error": "valid"}
+
+    def fit_protocol(self) -> dict[str, Any]:
+        return {"version": 1, "layer_error": "calibration text"}
 
     def tasks_protocol(self, limit: int) -> dict[str, Any]:
         return {"version": 1, "limit": limit, "products": "bf16, sums fp32"}
@@ -215,7 +219,7 @@ class Bench:
             found |= llama_cpp_model.contents(path / "model.gguf")
         elif not isinstance(row.making, Dense):
             found["nbytes"] = sum(spec.nbytes for spec in read_specs(path).values())
-            found["layer_error"] = self._layer_error(path)
+            found["layer_error"] = self._layer_error(path, self._held_out)
         with self._answering(row, path) as model:
             for name, windows in self.windows.items():
                 against = None if isinstance(row.making, Dense) else self.remembered
@@ -245,9 +249,12 @@ class Bench:
     @cached_property
     def _held_out(self) -> dict[str, InputStatistics]:
         """Second moments of the inputs of every linear of the dense model on the windows of `valid`."""
+        return self._moments(self.windows["valid"])
+
+    def _moments(self, ids: Tensor) -> dict[str, InputStatistics]:
         blockwise = BlockwiseModel(self.dense.model)
         linears, _ = find_linears(self.dense.model)
-        inputs = [blockwise.embed(batch) for batch in self.windows["valid"].split(max(1, 1024 // self.subject.seq_len))]
+        inputs = [blockwise.embed(batch) for batch in ids.split(max(1, 1024 // ids.shape[1]))]
         found: dict[str, InputStatistics] = {}
         for index in range(len(blockwise.blocks)):
             names = [linear.name for linear in linears if linear.block == index]
@@ -259,14 +266,31 @@ class Bench:
                 found[name] = single[id(shared)]
         return found
 
+    def fit(self, row: Row, path: Path) -> dict[str, Any]:
+        """The layer error on the text that the row was calibrated on: what its solver sees, with the same H for every objective.
+
+        None for a row that was not compressed in one shot.
+        """
+        if not isinstance(row.making, Compressed):
+            return {"layer_error": None}
+        recipe = self._made[row.label]["recipe"]
+        source = self.subject.calibration_source(recipe["calibration"])
+        tokens = calibration_tokens(
+            source, self.dense.model, self.dense.tokenizer, recipe["samples"], recipe["seq_len"], recipe["seed"]
+        )
+        text = tokens.protocol()["sha256"]
+        if text not in self._seen:
+            self._seen[text] = self._moments(tokens.ids)
+        return {"layer_error": self._layer_error(path, self._seen[text])}
+
     @torch.no_grad()
-    def _layer_error(self, folder: Path) -> float:
-        """Mean of tr(D H Dᵀ) / tr(W H Wᵀ) over the matrices, H of held-out text in the dense model."""
+    def _layer_error(self, folder: Path, statistics: Mapping[str, InputStatistics]) -> float:
+        """Mean of tr(D H Dᵀ) / tr(W H Wᵀ) over the matrices, H of the inputs in the dense model."""
         errors = []
         for name, module in load(folder, kernels=False).named_modules():
             if isinstance(module, CompressedLinear):
                 weight = self.dense.model.get_submodule(name).weight.detach()
-                errors.append(relative_error(weight, module.matrix.dense(), self._held_out[name])[0])
+                errors.append(relative_error(weight, module.matrix.dense(), statistics[name])[0])
         return sum(errors) / len(errors)
 
     def tasks(self, row: Row, path: Path, limit: int) -> dict[str, Any]:

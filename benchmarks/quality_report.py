@@ -32,7 +32,7 @@ def measured(listed: list[Row], results: Results) -> Measured:
     """What still holds of every row, by its label."""
     by_label = {row.label: row for row in listed}
     entries = {label: described(row, by_label) for label, row in by_label.items()}
-    stages = ("compression", "quality", "tasks", "decode", "refused")
+    stages = ("compression", "quality", "fit", "tasks", "decode", "refused")
     return {
         label: {stage: found for stage in stages if (found := results.stage(label, stage, made)) is not None}
         for label, made in entries.items()
@@ -190,6 +190,9 @@ def figures_table(subject: Subject, found: Measured) -> str:
     def error(label: str) -> float | None:
         return found.get(label, {}).get("quality", {}).get("layer_error")
 
+    def fit(label: str) -> float | None:
+        return found.get(label, {}).get("fit", {}).get("layer_error")
+
     def solving(label: str) -> float | None:
         return (found.get(label, {}).get("compression", {}).get("phases") or {}).get("solving")
 
@@ -199,7 +202,11 @@ def figures_table(subject: Subject, found: Measured) -> str:
     harm = ratio(text("armor int4", judged, "kl"), text("armor int4, rounded after the fact", judged, "kl"))
     lines = [
         [
-            "layer error, `gram` over `diag`, dense inputs, same bytes",
+            "layer error on the calibration text, `gram` over `diag`, dense inputs, same bytes",
+            ratio(fit("armor, dense inputs"), fit("armor, diag, dense inputs")),
+        ],
+        [
+            "the same on held-out text",
             ratio(error("armor, dense inputs"), error("armor, diag, dense inputs")),
         ],
         [
