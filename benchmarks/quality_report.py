@@ -8,7 +8,7 @@ from typing import Any
 import quality_pictures
 from common import ROOT, table, write_section
 from quality_results import Results
-from quality_rows import LlamaCpp, Recovered, Row, Run, described, rows
+from quality_rows import LlamaCpp, Recovered, Row, Run, described, format_of, rows
 from quality_subjects import Subject
 
 DASH = "–"
@@ -33,9 +33,25 @@ def measured(listed: list[Row], results: Results) -> Measured:
     by_label = {row.label: row for row in listed}
     entries = {label: described(row, by_label) for label, row in by_label.items()}
     stages = ("compression", "quality", "fit", "tasks", "decode", "refused")
-    return {
+    found = {
         label: {stage: found for stage in stages if (found := results.stage(label, stage, made)) is not None}
         for label, made in entries.items()
+    }
+    return _with_speed_of_format(entries, found)
+
+
+def _with_speed_of_format(entries: Mapping[str, dict[str, Any]], found: Measured) -> Measured:
+    """Every measured row whose decoding was not timed has that of the first timed row of the same format, and its name as `of`."""
+    timed: dict[tuple[Any, ...], str] = {}
+    formats = {label: format_of(made) for label, made in entries.items()}
+    for label, stored in formats.items():
+        if stored is not None and "decode" in found[label]:
+            timed.setdefault(stored, label)
+    return {
+        label: entry | {"decode": found[of]["decode"] | {"of": of}}
+        if "quality" in entry and "decode" not in entry and (of := timed.get(formats[label] or ())) is not None
+        else entry
+        for label, entry in found.items()
     }
 
 
@@ -80,9 +96,14 @@ def main_cells(subject: Subject, row: Row, entry: dict[str, Any]) -> list[str]:
         number(quality.get("layer_error"), ".4f"),
         *_text_cells(subject, quality),
         *(number(accuracies.get(task, {}).get(measure), ".3f") for task, measure in TASKS.items()),
-        number(decode.get("decode"), ".0f"),
-        number(decode.get("speedup"), ".2f"),
-        number(decode.get("over_same_loop"), ".2f"),
+        *(
+            f"({cell})" if "of" in decode else cell
+            for cell in (
+                number(decode.get("decode"), ".0f"),
+                number(decode.get("speedup"), ".2f"),
+                number(decode.get("over_same_loop"), ".2f"),
+            )
+        ),
         _tokens(subject, entry.get("compression", {})),
         _seconds(entry.get("compression", {})),
     ]
@@ -147,7 +168,8 @@ def legend(subject: Subject, found: Measured) -> str:
         + _task_rows(found)
         + " rows of each, with matrices multiplied as bf16 and summed in fp32; a llama.cpp row is scored with the weights of its file. "
         "Decoding alternates with the dense model in transformers (fp32 and bf16, × the faster), and with its weights in bf16 in Halfplate's own loop, "
-        "which is what the weights alone give; Halfplate's rows have float activations unless they say otherwise.",
+        "which is what the weights alone give; Halfplate's rows have float activations unless they say otherwise. Figures in brackets are those of the timed row that "
+        "is stored in the same format.",
         "llama.cpp's rows come from an F16 file of the same weights, its own quantiser with its defaults, and are run by llama.cpp, "
         "which quantises activations too; their embedding, which is also the head, is quantised, ours is not"
         + _types(found)

@@ -132,6 +132,32 @@ def _complete(stated: Mapping[str, Any]) -> dict[str, Any]:
     return complete
 
 
+def format_of(made: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What a row's checkpoint is stored as, from `described`: rows of one format decode at one speed, whatever made them.
+
+    None where the matrices have formats of their own, and for rows that are no checkpoint by themselves.
+    """
+    if made["kind"] == "Recovered":
+        return format_of(made["parent"])
+    if made["kind"] == "Rounded":
+        before = format_of(made["parent"])
+        return None if before is None else (before[0], made["core_dtype"], *before[2:])
+    recipe = made.get("recipe", {})
+    if made["kind"] != "Compressed" or "pattern" not in recipe or recipe["ratios"] == "owl":
+        return None
+    if recipe["budget"] is not None or recipe["time_budget"] is not None:
+        return None
+    wrapped = recipe["block_size"] and (METHODS_WITH_WRAPPERS.get(recipe["method"]))
+    sides = wrapped and (
+        recipe["block_size"],
+        recipe["out_block_size"],
+        recipe["wrapper_dtype"],
+        recipe["share_wrappers"],
+    )
+    permuted = recipe["method_options"].get("permute", False)
+    return recipe["pattern"], recipe["core_dtype"], recipe["group_size"], permuted, wrapped, sides
+
+
 def _one_shot(method: str, **changes: Any) -> Compressed:
     return Compressed({"method": method, "calibration": "text"} | changes)
 
@@ -140,6 +166,7 @@ def _armor(block: int, **changes: Any) -> Compressed:
     return _one_shot("armor", block_size=block, **changes)
 
 
+METHODS_WITH_WRAPPERS = {"armor": "block-diagonal", "denoiserotator": "block-diagonal", "slim": "low rank"}
 DEFAULT = {
     "objective and inputs": "gram, compressed inputs (default)",
     "steps of block tuning": "0 (default)",

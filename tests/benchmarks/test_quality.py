@@ -222,3 +222,30 @@ def test_pictures_are_drawn_of_what_there_is(quality, tmp_path):
     assert b"armor" in first
     assert draw(subject, points, tmp_path)[0].read_bytes() == first
     assert draw(subject, [], tmp_path) == []
+
+
+def test_rows_of_one_format_share_the_speed_of_the_timed_one(quality, table):
+    rows, report = quality.quality_rows, quality.quality_report
+    made = {label: rows.described(row, table) for label, row in table.items()}
+    formats = {label: rows.format_of(entry) for label, entry in made.items()}
+    same = ("armor", "armor, tuned", "armor, diag, dense inputs", "denoiserotator, block 16")
+    assert len({formats[label] for label in same}) == 1
+    assert formats["armor"] is not None
+    assert formats["armor, tuned, 30 minutes of recovery"] == formats["armor"]
+    assert formats["armor int4, rounded after the fact"] == formats["armor int4"] != formats["armor"]
+    assert formats["wanda"] == formats["magnitude"] not in (formats["armor"], formats["ria, permuted"])
+    assert formats["slim, rank 16"] != formats["armor"]
+    assert formats["gptq int4, group 64"] == formats["rtn int4, group 64"] != formats["gptq int3, group 64"]
+    for alone in ("dense", "armor, 0.5 of the bytes", "wanda, 4:8, owl", "armor int8, int8 activations"):
+        assert formats[alone] is None
+    found = {label: {} for label in table} | {
+        "armor": {"quality": {}, "decode": {"decode": 50.0}},
+        "armor, tuned": {"quality": {}},
+        "armor, self": {},
+        "wanda": {"quality": {}},
+    }
+    filled = report._with_speed_of_format(made, found)
+    assert filled["armor, tuned"]["decode"] == {"decode": 50.0, "of": "armor"}
+    assert "of" not in filled["armor"]["decode"]
+    assert "decode" not in filled["wanda"]
+    assert filled["armor, self"] == {}  # nothing is said of a row that is not measured
