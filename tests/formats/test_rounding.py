@@ -51,7 +51,7 @@ def test_every_group_has_the_best_of_the_scales_that_are_tried(
             unclipped, part = part.abs().max() / greatest, part.double()
             errors = []
             for step in range(16):
-                scale = half_above(float(unclipped * (1 - 0.4 * step / 15)))
+                scale = half_above(float(unclipped * (1 - (0.75 if bits == 2 else 0.4) * step / 15)))
                 errors.append(float(((part / scale).round().clamp(least, greatest) * scale - part).square().sum()))
             error = float((found[row, cut] - part).square().sum())
             assert error == pytest.approx(min(errors), rel=1e-4)
@@ -78,6 +78,20 @@ def test_outliers_are_clipped_where_that_helps() -> None:
     unclipped = (values / plain).round() * plain
     errors = [float((values - other).square().sum()) for other in (restored(integers, scales, 128), unclipped)]
     assert errors[0] < 0.85 * errors[1]
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("tails", [1.0, 1.5])
+def test_the_scales_that_are_tried_reach_down_to_the_best(bits: int, tails: float) -> None:
+    values = random_values(64, 128, 0, tails).double()
+    least, greatest = grid_range(bits)
+    found = restored(*round_to_grid(values, bits, 128, "int8"), 128)
+    errors = []
+    for share in torch.linspace(0.05, 1.0, 96).tolist():
+        scale = values.abs().amax(1, keepdim=True) / greatest * share
+        errors.append(((values / scale).round().clamp(least, greatest) * scale - values).square().sum(1))
+    best = torch.stack(errors).amin(0).sum()
+    assert float((found - values).square().sum()) < 1.06 * float(best)
 
 
 def test_groups_of_zeros() -> None:

@@ -13,7 +13,9 @@ from halfplate.errors import HalfplateError
 
 GROUP = 128  # columns that share a scale where nothing else is said
 GROUPS = (32, 64, 128)
-SHRINKS = [1 - 0.4 * step / 15 for step in range(16)]  # of the scale that clips nothing
+TRIES = 16  # scales that are compared, from the one that clips nothing down
+# To what share of it; of the four levels of two bits the best leave all of a group's tail out.
+LEAST_SHRINK = {2: 0.25, 3: 0.6, 4: 0.6, 8: 0.6}
 CHUNK = 1 << 17  # values rounded at once: all passes over them stay in the cache
 
 
@@ -34,7 +36,7 @@ def round_to_grid(values: Tensor, bits: int, width: int, name: str) -> tuple[Ten
     """Round to nearest, every `width` consecutive values of a row on a grid of their own.
 
     values: (rows, count). Returns q, int8 (rows, count), and fp16 scales (rows, ceil(count / width)). Of the scale that
-    clips nothing and its `SHRINKS` that of least squared error is taken, as rounded to fp16. Groups of zeros have scale 0.
+    clips nothing and smaller ones, down to its `LEAST_SHRINK`, that of least squared error is taken, as rounded to fp16. Groups of zeros have scale 0.
     Raises HalfplateError where fp16 cannot hold a scale; `name` is the core_dtype that it blames.
     """
     rows, count = values.shape
@@ -46,7 +48,7 @@ def round_to_grid(values: Tensor, bits: int, width: int, name: str) -> tuple[Ten
     for start in range(0, rows, step):
         chunk = functional.pad(values[start : start + step].detach().float(), (0, groups * width - count))
         chunk = chunk.reshape(-1, groups, width)
-        scale = _best_scale(chunk, least, greatest)
+        scale = _best_scale(chunk, bits)
         if not bool(scale.isfinite().all()):
             raise _too_large(values, greatest * torch.finfo(torch.float16).max, name, "core_dtype")
         scales[start : start + step] = scale
@@ -68,14 +70,15 @@ def round_rows(matrix: Tensor, argument: str = "wrapper_dtype") -> tuple[Tensor,
     return _nearest(matrix, scale, least, greatest).to(torch.int8), scale
 
 
-def _best_scale(values: Tensor, least: int, greatest: int) -> Tensor:
+def _best_scale(values: Tensor, bits: int) -> Tensor:
     """The fp16 scale of least squared error for each group of `values`, fp32 (rows, groups, width); inf where none fits."""
+    least, greatest = grid_range(bits)
     unclipped = values.abs().amax(-1) / greatest
     best, best_error = _half_above(unclipped), torch.full_like(unclipped, torch.inf)
     if not bool(best.isfinite().all()):
         return best
-    for shrink in SHRINKS:
-        scale = _half_above(unclipped * shrink)
+    for attempt in range(TRIES):
+        scale = _half_above(unclipped * (1 - (1 - LEAST_SHRINK[bits]) * attempt / (TRIES - 1)))
         error = _nearest(values, scale, least, greatest).mul_(scale.float()[..., None]).sub_(values).square_().sum(-1)
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
