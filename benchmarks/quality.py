@@ -1,7 +1,7 @@
 """Every row of the quality tables: bytes, layer error, perplexity, KL, agreement, tasks and decoding, resumable.
 
     python benchmarks/quality.py --model smollm2 --tags main                  quality of the main rows
-    python benchmarks/quality.py --model smollm2 --stage fit --only '*dense inputs' layer error on the calibration text itself
+    python benchmarks/quality.py --model smollm2 --stage fit --only 'armor*'    layer error on the calibration text itself
     python benchmarks/quality.py --model smollm2 --stage tasks --tags main    zero-shot accuracy, slow
     python benchmarks/quality.py --model smollm2 --stage decode --tags main   tokens a second, on a quiet machine
     python benchmarks/quality.py --list                                       what there is and what is measured

@@ -42,14 +42,14 @@ def measured(listed: list[Row], results: Results) -> Measured:
 
 def _with_speed_of_format(entries: Mapping[str, dict[str, Any]], found: Measured) -> Measured:
     """Every measured row whose decoding was not timed has that of the first timed row of the same format, and its name as `of`."""
-    timed: dict[tuple[Any, ...], str] = {}
+    timed: dict[Any, str] = {}
     formats = {label: format_of(made) for label, made in entries.items()}
     for label, stored in formats.items():
         if stored is not None and "decode" in found[label]:
             timed.setdefault(stored, label)
     return {
         label: entry | {"decode": found[of]["decode"] | {"of": of}}
-        if "quality" in entry and "decode" not in entry and (of := timed.get(formats[label] or ())) is not None
+        if "quality" in entry and "decode" not in entry and (of := timed.get(formats[label])) is not None
         else entry
         for label, entry in found.items()
     }

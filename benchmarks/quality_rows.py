@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from halfplate.formats import WeightSpec
 from halfplate.recipe import Recipe
 
 
@@ -132,30 +133,29 @@ def _complete(stated: Mapping[str, Any]) -> dict[str, Any]:
     return complete
 
 
-def format_of(made: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """What a row's checkpoint is stored as, from `described`: rows of one format decode at one speed, whatever made them.
+def format_of(made: Mapping[str, Any]) -> tuple[WeightSpec, bool] | None:
+    """What a row's matrices are stored as, from `described`, whatever their sizes: rows of one format decode at one speed.
 
-    None where the matrices have formats of their own, and for rows that are no checkpoint by themselves.
+    The specification of a matrix, and whether input wrappers are shared. None where the matrices have formats of their own,
+    and for rows that are no checkpoint by themselves.
     """
+    from halfplate.errors import HalfplateError
+
     if made["kind"] == "Recovered":
         return format_of(made["parent"])
     if made["kind"] == "Rounded":
         before = format_of(made["parent"])
-        return None if before is None else (before[0], made["core_dtype"], *before[2:])
-    recipe = made.get("recipe", {})
-    if made["kind"] != "Compressed" or "pattern" not in recipe or recipe["ratios"] == "owl":
+        return None if before is None else (replace(before[0], core_dtype=made["core_dtype"]), before[1])
+    if made["kind"] != "Compressed":
         return None
-    if recipe["budget"] is not None or recipe["time_budget"] is not None:
+    try:
+        recipe = Recipe.from_mapping({**made["stated"], "calibration": "self"})
+    except HalfplateError:
         return None
-    wrapped = recipe["block_size"] and (METHODS_WITH_WRAPPERS.get(recipe["method"]))
-    sides = wrapped and (
-        recipe["block_size"],
-        recipe["out_block_size"],
-        recipe["wrapper_dtype"],
-        recipe["share_wrappers"],
-    )
-    permuted = recipe["method_options"].get("permute", False)
-    return recipe["pattern"], recipe["core_dtype"], recipe["group_size"], permuted, wrapped, sides
+    if recipe.budgeted or recipe.ratios != "uniform":
+        return None
+    block = 0 if recipe.block_size == "auto" else recipe.block_size
+    return recipe.spec(ANY_SIZE, ANY_SIZE, block), recipe.share_wrappers
 
 
 def _one_shot(method: str, **changes: Any) -> Compressed:
@@ -166,7 +166,7 @@ def _armor(block: int, **changes: Any) -> Compressed:
     return _one_shot("armor", block_size=block, **changes)
 
 
-METHODS_WITH_WRAPPERS = {"armor": "block-diagonal", "denoiserotator": "block-diagonal", "slim": "low rank"}
+ANY_SIZE = 1024
 DEFAULT = {
     "objective and inputs": "gram, compressed inputs (default)",
     "steps of block tuning": "0 (default)",
