@@ -9,11 +9,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_type_hints
 
-import torch
-
 from halfplate import methods, plain_yaml, recipes
 from halfplate.allocation import CHOICES, Evolution
 from halfplate.arguments import path_text, typed
+from halfplate.device import device_kind
 from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats.rounding import GROUP
@@ -162,7 +161,7 @@ class Recipe:
             )
         if self.max_kl is not None and not self.max_kl > 0:
             raise HalfplateError(f"max_kl={self.max_kl} must be above 0 nats a token; try 1.0")
-        _check_device(self.device)
+        device_kind(self.device)
         for name in ("method", "calibration"):
             if not getattr(self, name).strip():
                 raise HalfplateError(f"{name}={getattr(self, name)!r} is empty; leave it out for the default")
@@ -373,10 +372,3 @@ def _typed_options(method: type[Method], options: Mapping[str, Any]) -> dict[str
     return {
         str(name): typed(str(name), value, hints[name]) if name in known else value for name, value in options.items()
     }
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.device(name)
-    except RuntimeError:
-        raise HalfplateError(f"device={name!r} is not a torch device; try cpu or cuda") from None

@@ -139,6 +139,24 @@ def test_rows_are_off_by_half_a_step(blocks: int, size: int, seed: int, scale: f
     assert bool(((rounded - matrix).abs() <= 0.50001 * scales.float()[..., None]).all())
 
 
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 99), st.sampled_from([1.0, 4.0]))
+@settings(max_examples=60, deadline=None)
+def test_the_scale_of_a_row_has_the_least_error_by_energy(blocks: int, size: int, seed: int, tails: float) -> None:
+    matrix = random_values(blocks * size, size, seed, tails).reshape(blocks, size, size)
+    energy = random_values(blocks, size, seed + 1, 4.0).square().reshape(blocks, 1, size)
+    integers, scales = round_rows(matrix, energy=energy)
+    assert int(integers.min()) >= -127
+    found = ((integers * scales.float()[..., None] - matrix).square() * energy).sum(-1)
+    for tile in range(blocks):
+        for row in range(size):
+            values, errors = matrix[tile, row].double(), []
+            for halves in range(11):
+                scale = half_above(float(values.abs().max() / 127 * 0.5**halves))
+                rounded = (values / scale if scale else values).round().clamp(-127, 127) * scale
+                errors.append(float(((rounded - values).square() * energy[tile, 0]).sum()))
+            assert float(found[tile, row]) <= min(errors) * (1 + 1e-3) + 1e-12
+
+
 @pytest.mark.parametrize("value", [1e7, torch.nan, torch.inf])
 def test_rows_that_no_scale_holds_are_refused(value: float) -> None:
     matrix = torch.eye(4)[None].clone()

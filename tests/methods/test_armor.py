@@ -100,6 +100,23 @@ def test_int8_wrappers_of_every_size(block):
     assert errors[0] <= errors[1] * 1.02
 
 
+@pytest.mark.parametrize("objective", ["gram", "diag"])
+def test_an_input_of_hardly_any_energy_does_not_spoil_int8_wrappers(objective):
+    weight, statistics = case(96, 128)
+    small = torch.ones(128)
+    small[37] = 1e-3
+    gram = statistics.require_gram() * small[:, None] * small
+    faint = InputStatistics(statistics.tokens, gram.diagonal().float(), gram)
+    errors = []
+    for wrapper in ("int8", "fp32"):
+        solution = create("armor", objective=objective, iterations=8).compress(
+            weight, faint, spec_of(weight, core="fp32", wrapper=wrapper)
+        )
+        difference = (weight - solution.weight.dense()).double()
+        errors.append(float((difference @ gram * difference).sum()))
+    assert errors[0] <= errors[1] * 1.2
+
+
 def test_larger_blocks_lose_less():
     weight, statistics = case(64, 128)
     errors = [

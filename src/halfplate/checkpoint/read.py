@@ -14,6 +14,7 @@ from torch import Tensor
 from halfplate.arguments import path_text
 from halfplate.checkpoint.config import RECORD_FILE, read_record, read_specs
 from halfplate.checkpoint.weights import StoredTensor, check_layout, read_headers, read_tensors, sha256
+from halfplate.device import check_device
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
 from halfplate.formats.checks import check_part
@@ -40,6 +41,7 @@ def load(
     checksums (`inspect_checkpoint(path, verify=True)`).
     """
     folder = Path(path_text("path", path))
+    check_device(device)
     _, found = read_checked_headers(folder)
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from halfplate.arguments import path_text
+from halfplate.arguments import path_text, typed
 from halfplate.errors import HalfplateError
 from halfplate.evaluation import speed
 from halfplate.evaluation.speed import Contender, PeakMemory, Speed, WeightBytes
@@ -323,7 +323,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def _check(model: str, prompt: int, new_tokens: int, rounds: int, activations: str, loops: bool) -> None:
     for argument, number, least in (("prompt", prompt, 1), ("new_tokens", new_tokens, 2), ("rounds", rounds, 1)):
-        if number < least:
+        if typed(argument, number, int) < least:
             raise HalfplateError(f"{argument}={number} is too few to time, expected at least {least}")
     if not is_compressed(model) and (activations != "float" or loops):
         option = "activations='int8'" if activations != "float" else "loops=True"

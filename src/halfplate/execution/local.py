@@ -15,11 +15,11 @@ from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.quantizer import HalfplateConfig
 from halfplate.checkpoint.read import load
 from halfplate.checkpoint.write import amend_record, write_configuration, write_record
+from halfplate.device import check_device
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate
 from halfplate.execution.blocks import Outcome, compress_blocks
 from halfplate.execution.clock import Clock
-from halfplate.execution.device import check_device
 from halfplate.execution.engines import EngineChoice, open_engine
 from halfplate.execution.held_out import held_out_tokens
 from halfplate.execution.job import Job

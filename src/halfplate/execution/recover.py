@@ -21,10 +21,10 @@ from halfplate.calibration.text import check_seq_len
 from halfplate.checkpoint.config import RECORD_FILE, other_dtype, read_record, read_specs
 from halfplate.checkpoint.read import load, load_tokenizer
 from halfplate.checkpoint.write import write_checkpoint
+from halfplate.device import check_device
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate, token_windows
 from halfplate.execution.clock import Clock
-from halfplate.execution.device import check_device
 from halfplate.execution.log import run_log
 from halfplate.execution.output import LOCK_FILE, check_place, check_result_folder, sole_user
 from halfplate.execution.progress import Report, silent

@@ -21,25 +21,40 @@ class BlockDiagonal:
     scales: Tensor | None = None
 
     @classmethod
-    def from_padded(cls, blocks: Tensor, size: int, block: int, wrapper_dtype: str) -> "BlockDiagonal":
+    def from_padded(
+        cls, blocks: Tensor, size: int, block: int, wrapper_dtype: str, energy: Tensor | None = None
+    ) -> "BlockDiagonal":
         """Cut blocks (ceil(size / block), b, b), the last of them padded, down to a matrix (size, size), and round it.
 
+        energy: of each of the inputs, (size,), where some have much more than others; int8 is rounded with regard to it.
         Raises HalfplateError where a value is too large for `wrapper_dtype`.
         """
         full, rest = divmod(size, block)
         whole = blocks[:full] if full else None
-        return cls.rounded(whole, blocks[full, :rest, :rest] if rest else None, wrapper_dtype)
+        return cls.rounded(whole, blocks[full, :rest, :rest] if rest else None, wrapper_dtype, energy)
 
     @classmethod
-    def rounded(cls, blocks: Tensor | None, tail: Tensor | None, wrapper_dtype: str) -> "BlockDiagonal":
-        """Round floating-point blocks and tail; raises HalfplateError where a value is too large for `wrapper_dtype`."""
+    def rounded(
+        cls, blocks: Tensor | None, tail: Tensor | None, wrapper_dtype: str, energy: Tensor | None = None
+    ) -> "BlockDiagonal":
+        """Round floating-point blocks and tail; raises HalfplateError where a value is too large for `wrapper_dtype`.
+
+        energy: as in `from_padded`.
+        """
         if wrapper_dtype != "int8":
             parts = [
                 None if part is None else round_to_float(part, wrapper_dtype, "wrapper_dtype").contiguous()
                 for part in (blocks, tail)
             ]
             return cls(*parts)
-        rounded = [(None, None) if part is None else round_rows(part) for part in (blocks, tail)]
+        whole = 0 if blocks is None else blocks.shape[0] * blocks.shape[1]
+        energies = (None, None) if energy is None else (energy[:whole], energy[whole:])
+        rounded = [
+            (None, None)
+            if part is None
+            else round_rows(part, energy=None if each is None else each.reshape(*part.shape[:-2], 1, part.shape[-1]))
+            for part, each in zip((blocks, tail), energies, strict=True)
+        ]
         scales = torch.cat([scale.reshape(-1) for _, scale in rounded if scale is not None])
         return cls(rounded[0][0], rounded[1][0], scales)
 

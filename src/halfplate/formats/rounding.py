@@ -16,6 +16,7 @@ GROUPS = (32, 64, 128)
 TRIES = 16  # scales that are compared, from the one that clips nothing down
 # To what share of it; of the four levels of two bits the best leave all of a group's tail out.
 LEAST_SHRINK = {2: 0.25, 3: 0.6, 4: 0.6, 8: 0.6}
+ROW_HALVES = 10  # the least scale of a row of a wrapper is that which clips nothing, halved so often
 CHUNK = 1 << 17  # values rounded at once: all passes over them stay in the cache
 
 
@@ -44,11 +45,12 @@ def round_to_grid(values: Tensor, bits: int, width: int, name: str) -> tuple[Ten
     least, greatest = grid_range(bits)
     integers = torch.empty(rows, count, dtype=torch.int8, device=values.device)
     scales = torch.empty(rows, groups, dtype=torch.float16, device=values.device)
+    shrinks = [1 - (1 - LEAST_SHRINK[bits]) * attempt / (TRIES - 1) for attempt in range(TRIES)]
     step = max(CHUNK // (groups * width), 1)
     for start in range(0, rows, step):
         chunk = functional.pad(values[start : start + step].detach().float(), (0, groups * width - count))
         chunk = chunk.reshape(-1, groups, width)
-        scale = _best_scale(chunk, bits)
+        scale = _best_scale(chunk, chunk.abs().amax(-1) / greatest, shrinks, least, greatest)
         if not bool(scale.isfinite().all()):
             raise _too_large(values, greatest * torch.finfo(torch.float16).max, name, "core_dtype")
         scales[start : start + step] = scale
@@ -57,29 +59,37 @@ def round_to_grid(values: Tensor, bits: int, width: int, name: str) -> tuple[Ten
     return integers, scales
 
 
-def round_rows(matrix: Tensor, argument: str = "wrapper_dtype") -> tuple[Tensor, Tensor]:
+def round_rows(matrix: Tensor, argument: str = "wrapper_dtype", energy: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Round each row (last dimension) to int8 in -127..127 and an fp16 scale (...), rounded up so that nothing clips.
 
-    Raises HalfplateError naming `argument` where fp16 cannot hold a scale.
+    energy: what the squared error of each number counts, in a shape that spreads over `matrix`. With it the scale is that of
+    least error, of the one that clips nothing and its halves, so that the large number of an input of hardly any energy
+    does not take the precision of all others. Raises HalfplateError naming `argument` where fp16 cannot hold a scale.
     """
     least, greatest = grid_range(8)
     matrix = matrix.detach().float()
-    scale = _half_above(matrix.abs().amax(-1) / greatest)
+    unclipped = matrix.abs().amax(-1) / greatest
+    shrinks = [1.0] if energy is None else [0.5**halves for halves in range(ROW_HALVES + 1)]
+    scale = _best_scale(matrix, unclipped, shrinks, least, greatest, energy)
     if not bool(scale.isfinite().all()):
         raise _too_large(matrix, greatest * torch.finfo(torch.float16).max, "int8", argument)
     return _nearest(matrix, scale, least, greatest).to(torch.int8), scale
 
 
-def _best_scale(values: Tensor, bits: int) -> Tensor:
-    """The fp16 scale of least squared error for each group of `values`, fp32 (rows, groups, width); inf where none fits."""
-    least, greatest = grid_range(bits)
-    unclipped = values.abs().amax(-1) / greatest
+def _best_scale(
+    values: Tensor, unclipped: Tensor, shrinks: list[float], least: int, greatest: int, energy: Tensor | None = None
+) -> Tensor:
+    """The fp16 scale of least squared error for each row of `values`, fp32 (..., width), of `unclipped` (...) times each of `shrinks`.
+
+    Infinite where `unclipped` does not fit.
+    """
     best, best_error = _half_above(unclipped), torch.full_like(unclipped, torch.inf)
-    if not bool(best.isfinite().all()):
+    if len(shrinks) == 1 or not bool(best.isfinite().all()):
         return best
-    for attempt in range(TRIES):
-        scale = _half_above(unclipped * (1 - (1 - LEAST_SHRINK[bits]) * attempt / (TRIES - 1)))
-        error = _nearest(values, scale, least, greatest).mul_(scale.float()[..., None]).sub_(values).square_().sum(-1)
+    for shrink in shrinks:
+        scale = _half_above(unclipped * shrink)
+        error = _nearest(values, scale, least, greatest).mul_(scale.float()[..., None]).sub_(values).square_()
+        error = (error if energy is None else error.mul_(energy)).sum(-1)
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
     return best

@@ -57,7 +57,8 @@ def finish(
     in_wrapper = out_wrapper = None
     if spec.in_block:
         in_blocks = objective.refitted_in(rounded) * columns
-        in_wrapper = _wrapper(in_blocks, spec.d_in, spec.in_block, spec.wrapper_dtype)
+        energy = (tiles.moment / columns.reshape(-1).square())[: spec.d_in]  # of the inputs themselves
+        in_wrapper = _wrapper(in_blocks, spec.d_in, spec.in_block, spec.wrapper_dtype, energy)
         rounded.in_blocks = _padded(in_wrapper, tiles.col_tile) / columns
     if spec.out_block:
         out_blocks = objective.refitted_out(rounded) * rows
@@ -86,10 +87,10 @@ def _tiled(scale: Tensor, tiles: int, size: int) -> Tensor:
     return functional.pad(scale.to(torch.float32), (0, tiles * size - scale.shape[0]), value=1.0).reshape(tiles, size)
 
 
-def _wrapper(blocks: Tensor, size: int, block: int, wrapper_dtype: str) -> BlockDiagonal:
+def _wrapper(blocks: Tensor, size: int, block: int, wrapper_dtype: str, energy: Tensor | None = None) -> BlockDiagonal:
     if block == 1:  # solved in larger tiles, of which only the diagonal is not 0
         blocks = blocks.diagonal(dim1=1, dim2=2).reshape(-1, 1, 1)
-    return BlockDiagonal.from_padded(blocks, size, block, wrapper_dtype)
+    return BlockDiagonal.from_padded(blocks, size, block, wrapper_dtype, energy)
 
 
 def _padded(wrapper: BlockDiagonal, tile: int) -> Tensor:
