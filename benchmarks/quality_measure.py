@@ -244,7 +244,11 @@ class Bench:
             finally:
                 peer.close()
         else:
-            yield halfplate.load(path, activations=_activations(row))
+            model = halfplate.load(path, activations=_activations(row))
+            if any(isinstance(module, CompressedLinear) for module in model.modules()):
+                # A matrix without a kernel is built anew for each batch; once is enough.
+                model = load(path, kernels=False).dequantize(dtype=torch.float32)
+            yield model
 
     @cached_property
     def _held_out(self) -> dict[str, InputStatistics]:
