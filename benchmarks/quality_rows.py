@@ -276,10 +276,6 @@ def _dense_grids(block: int) -> list[Row]:
         Row(f"armor dense {core}, no wrappers", _armor(0, pattern="dense", core_dtype=core), tags)
         for core in ("int3", "int2")
     ]
-    found += [
-        Row(f"armor dense {core}, bf16 wrappers", _armor(block, pattern="dense", core_dtype=core), tags)
-        for core in ("int4", "int3", "int2", "int8")
-    ]
     return found + _with_int8_activations("armor dense int4, int8 wrappers", "armor dense int8, int8 wrappers")
 
 
