@@ -218,7 +218,7 @@ def figures_table(subject: Subject, found: Measured) -> str:
     def solving(label: str) -> float | None:
         return (found.get(label, {}).get("compression", {}).get("phases") or {}).get("solving")
 
-    rival = best(found, [label for label in found if label.startswith("sparsegpt")])
+    rival = best(found, [label for label in found if label.startswith("sparsegpt") and "damping" in label])  # of 2:4
     judged = subject.reported
     named = TEXT_NAMES[judged]
     harm = ratio(text("armor int4", judged, "kl"), text("armor int4, rounded after the fact", judged, "kl"))
