@@ -41,6 +41,14 @@ def test_the_same_seed_gives_the_same_bytes(tiny_folder, tmp_path):
     assert one == two
 
 
+@pytest.mark.parametrize("core_dtype", ["int8", "int4"])
+def test_scales_are_tuned_at_a_rate_of_their_own(tiny_folder, tmp_path, core_dtype):
+    recipe = Recipe(**SMALL, core_dtype=core_dtype, tune_block=30)
+    blocks = compress(str(tiny_folder), tmp_path / "out", recipe)["tuned_blocks"].values()
+    assert blocks
+    assert all(block["after"] < block["before"] for block in blocks)
+
+
 @pytest.mark.parametrize("options", [{"method": "wanda"}, {"method": "armor", "block_size": 4}], ids=str)
 def test_other_methods_are_never_worse_off(tiny_folder, tmp_path, options):
     recipe = Recipe(**options, samples=16, seq_len=32, tune_block=10)

@@ -75,3 +75,15 @@ def test_an_exception_puts_the_linears_back():
     with pytest.raises(KeyboardInterrupt), trainable(model, values_too=True):
         raise KeyboardInterrupt
     assert model[0] is before
+
+
+@pytest.mark.parametrize("spec", [SPECS[3], SPECS[5]], ids=str)
+def test_a_scale_that_falls_below_zero_is_stored_above(spec):
+    linear, x = linear_of(spec), torch.randn(3, spec.d_in)
+    trained = TrainableLinear(linear, values_too=True)
+    with torch.no_grad():
+        trained.values[::2] *= -1
+    scales = trained.compressed().stored()["weight_scales"]
+    assert bool((scales >= 0).all())
+    assert torch.equal(scales, linear.stored()["weight_scales"])
+    torch.testing.assert_close(trained(x), linear(x), rtol=1e-4, atol=1e-4)

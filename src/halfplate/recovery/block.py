@@ -1,7 +1,7 @@
 """Block-output tuning: one decoder block, its masks fixed, against the output of the dense block."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
-from halfplate.recovery.trainable import trainable
+from halfplate.recovery.trainable import TrainableLinear, trainable
 
 HELD_OUT = 8  # one batch in so many judges; it is never trained on
 BATCH = 2  # sequences of a step: at equal work, many small steps end lower than few large ones
@@ -60,17 +60,19 @@ def tune_block(
     kept = dict(block.named_modules())
     with torch.enable_grad(), trainable(block, values_too=True) as linears:
         originals = {name: kept[name] for name in linears}
-        parameters = [parameter for linear in linears.values() for parameter in linear.parameters()]
-        parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, betas=(0.9, 0.95))
+        groups = _groups(linears.values(), settings.learning_rate)
+        if not groups:
+            return TunedBlock(before, before)
+        parameters = [group["params"][0] for group in groups]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         generator = torch.Generator().manual_seed(settings.seed)
         order: list[int] = []
-        for step in range(settings.steps if parameters else 0):
+        for step in range(settings.steps):
             if not order:
                 order = [training[k] for k in torch.randperm(len(training), generator=generator).tolist()]
             number = order.pop()
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+                group["lr"] = group["highest"] * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
             optimizer.zero_grad()
             _error(blockwise, index, inputs[number], dense[number]).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -81,6 +83,16 @@ def tune_block(
             block.set_submodule(name, original)
         after = before
     return TunedBlock(before, after)
+
+
+def _groups(linears: Iterable[TrainableLinear], learning_rate: float) -> list[dict[str, Any]]:
+    """What is tuned, each with its highest rate: a step of a scale moves all its weights, by their codes."""
+    return [
+        {"params": [parameter], "highest": learning_rate / (linear.leverage if parameter is linear.values else 1.0)}
+        for linear in linears
+        for parameter in linear.parameters()
+        if parameter.requires_grad
+    ]
 
 
 def _error(blockwise: BlockwiseModel, index: int, batch: BlockInputs, dense: Tensor) -> Tensor:

@@ -55,6 +55,13 @@ class TrainableLinear(nn.Module):
         # Not as a submodule: a shared wrapper is one parameter, not one for each that applies it.
         object.__setattr__(self, "lender", lender)
 
+    @property
+    def leverage(self) -> float:
+        """How far a weight moves with a step of `values`, as a root mean square: that of the codes where these are scales."""
+        if self.integers is None:
+            return 1.0
+        return max(1.0, float(self.integers.float().square().mean().sqrt()))
+
     def dense(self) -> Tensor:
         """A S B as it stands, with its graph, in fp32 even under autocast: (d_out, d_in)."""
         with torch.autocast(self.values.device.type, enabled=False):
@@ -63,7 +70,8 @@ class TrainableLinear(nn.Module):
     def _assembled(self) -> Tensor:
         values: Tensor = self.values
         if self.integers is not None:
-            values = self.integers * values.gather(1, self.columns // self.spec.group)
+            # A scale that training takes past 0 comes back on the positive side, the only one that is stored.
+            values = self.integers * values.abs().gather(1, self.columns // self.spec.group)
         matrix = values.new_zeros(self.spec.d_out, self.spec.d_in).scatter(1, self.columns, values)
         if (out_wrapper := self._wrapper("out")) is not None:
             matrix = out_wrapper.forward(matrix.T).T
@@ -86,7 +94,7 @@ class TrainableLinear(nn.Module):
         if core.grid is None:
             core = replace(core, stored=round_to_float(self.values, self.spec.core_dtype, "core_dtype"))
         else:
-            scales = round_to_float(self.values, "fp16", "core_dtype")
+            scales = round_to_float(self.values.abs(), "fp16", "core_dtype")
             core = replace(core, grid=replace(core.grid, scales=scales))
         out_wrapper, in_wrapper = (
             None if wrapper is None else BlockDiagonal.rounded(wrapper.blocks, wrapper.tail, self.spec.wrapper_dtype)
