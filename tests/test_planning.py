@@ -5,6 +5,7 @@ from typing import ClassVar
 import pytest
 
 from halfplate import methods
+from halfplate.cli import main
 from halfplate.errors import HalfplateError
 from halfplate.methods.magnitude import Magnitude
 from halfplate.planning import make_plan
@@ -61,6 +62,20 @@ def test_codes_are_counted_with_their_scales(tiny_folder, options, bytes_a_weigh
     assert plan.nbytes == sum(
         round(d_out * d_in * bytes_a_weight) + 2 * d_out for d_out, d_in in (matrix.shape for matrix in plan.matrices)
     )
+
+
+def test_a_budget_says_what_the_matrices_take_at_most(tiny_folder, capsys):
+    plain, bytes_, time = (
+        make_plan(str(tiny_folder), Recipe(seq_len=32, **options))
+        for options in ({}, {"budget": 0.9}, {"time_budget": 0.9})
+    )
+    assert plain.to_json()["nbytes_at_most"] == plain.nbytes
+    assert bytes_.to_json()["nbytes_at_most"] == int(0.9 * plain.dense_nbytes)
+    assert time.to_json()["nbytes_at_most"] is None
+    assert bytes_.disk.result - plain.disk.result == max(0, int(0.9 * plain.dense_nbytes) - plain.nbytes)
+    assert time.disk.result - plain.disk.result == max(0, plain.dense_nbytes - plain.nbytes)
+    assert main(["plan", str(tiny_folder), "--seq-len", "32", "--budget", "0.9", "--no-benchmark"]) == 0
+    assert "(90.0%), the level of each chosen in the run" in " ".join(capsys.readouterr().out.split())
 
 
 def test_other_bytes_count_tied_tensors_once(tiny_folder, tmp_path, tiny_model):

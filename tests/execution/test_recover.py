@@ -213,6 +213,49 @@ def test_another_model_is_no_teacher(wrapped, tiny_folder, tmp_path, change, mes
     assert not (tmp_path / "out").exists()
 
 
+def test_a_teacher_whose_tokens_have_other_numbers_is_refused(wrapped, tiny_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    file = other / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(HalfplateError, match=r"has another vocabulary: token .* is 1[01] in it and 1[01] in the"):
+        recover(wrapped, str(other), tmp_path / "out", Recovery(tokens=64, **FAST))
+
+
+def test_a_teacher_that_is_not_there_is_refused_by_its_name(wrapped, tmp_path):
+    with pytest.raises(HalfplateError, match=r"^teacher='nowhere' does not exist"):
+        recover(wrapped, "nowhere", tmp_path / "out", Recovery(tokens=64, **FAST))
+
+
+def test_what_is_left_behind_does_not_block_the_next_try(wrapped, tiny_folder, tmp_path):
+    out, told = tmp_path / "out", []
+    with pytest.raises(HalfplateError, match=r"the loss became|diverged"):
+        recover(wrapped, str(tiny_folder), out, Recovery(tokens=640, **(FAST | {"learning_rate": 1e30})))
+    recover(
+        wrapped,
+        str(tiny_folder),
+        out,
+        Recovery(tokens=640, **FAST),
+        report=lambda phase, *rest, **note: told.append(phase),
+    )
+    assert "recovering" in told
+    assert "sampling text" not in told
+    assert not work(out).exists()
+
+
+def test_a_finished_recovery_leaves_no_state_of_a_killed_one(wrapped, tiny_folder, tmp_path):
+    out, settings = tmp_path / "out", Recovery(tokens=64, **FAST)
+    recover(wrapped, str(tiny_folder), out, settings)
+    work(out).mkdir()
+    (work(out) / "state.safetensors").write_bytes(b"left")
+    recover(wrapped, str(tiny_folder), out, settings, resume=True)
+    assert not work(out).exists()
+
+
 def test_a_state_of_other_settings_is_refused(wrapped, tiny_folder, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Interruption):
@@ -284,6 +327,7 @@ def test_a_model_without_wrappers_has_none_to_train(tiny_folder, tmp_path):
     settings = Recovery(tokens=64, train="wrappers", norms=False, **FAST)
     with pytest.raises(HalfplateError, match="no wrappers and no norms to train"):
         recover(tmp_path / "plain", str(tiny_folder), tmp_path / "out", settings)
+    assert not work(tmp_path / "out").exists()
 
 
 def test_a_recovery_that_ruins_says_so(wrapped, tiny_folder, tmp_path):

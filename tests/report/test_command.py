@@ -17,7 +17,7 @@ PATTERNS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"
         lambda name: name[0] != "-"
     ),
     recipe=st.builds(
-        Recipe,
+        lambda levels, **rest: Recipe(**rest, **levels),
         method=st.sampled_from(["armor", "wanda", "sparsegpt"]),
         samples=st.integers(1, 10**6),
         seq_len=st.integers(2, 10**6),
@@ -25,8 +25,15 @@ PATTERNS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"
         inputs=st.sampled_from(["dense", "compressed"]),
         cross_damping=st.one_of(st.just("none"), st.floats(0, 1e6)),
         token_limit=st.one_of(st.just("none"), st.floats(1e-6, 1e6)),
-        budget=st.one_of(st.none(), st.floats(0.01, 1)),
-        choose=st.sampled_from([("block_size",), ("pattern", "core_dtype")]),
+        levels=st.one_of(
+            st.just({}),
+            st.fixed_dictionaries(
+                {
+                    "budget": st.floats(0.01, 1),
+                    "choose": st.sampled_from([("block_size",), ("pattern", "core_dtype")]),
+                }
+            ),
+        ),
         include=PATTERNS,
         exclude=PATTERNS,
         threads=st.one_of(st.none(), st.integers(1, 64)),

@@ -100,7 +100,8 @@ def _what(record: Mapping[str, Any], base: str, specs: Mapping[str, WeightSpec])
     if isinstance(skipped, Mapping) and skipped:
         rows.append((f"{len(skipped)} matrices", "left dense, for the reasons in `halfplate.json`"))
     if tuned := record.get("tuned_blocks"):
-        rows.append(("tuned", f"{len(tuned)} blocks against the dense model's, masks fixed"))
+        won = sum(block["after"] < block["before"] for block in tuned.values())
+        rows.append(("tuned", f"{won} of {len(tuned)} blocks nearer to the dense model's, masks fixed"))
     for recovery in record.get("recoveries") or ():
         rows.append(("recovered", f"{recovery.get('steps')} steps, {recovery.get('tokens')} tokens, masks fixed"))
     return _table(("", ""), rows) + "\n\nThe whole recipe, and the error of each matrix, stand in `halfplate.json`."

@@ -56,7 +56,10 @@ def _print(summary: dict[str, Any], serves: str) -> None:
         ("serves", serves),
         ("everything else", megabytes(summary["other_nbytes"])),
         ("source weight files", megabytes(summary["source_nbytes"])),
-        (f"mean relative error ({summary['error_kind']})", summary["mean_relative_error"]),
+        (
+            f"mean relative error ({summary['error_kind']}{', before tuning' * bool(summary['tuned_blocks'])})",
+            summary["mean_relative_error"],
+        ),
         ("peak memory", megabytes(summary["peak_rss_bytes"])),
         ("seconds", f"{summary['seconds']['total']:.1f} ({seconds})"),
     ]
@@ -65,6 +68,12 @@ def _print(summary: dict[str, Any], serves: str) -> None:
     if "ratios" in summary:
         rows.append(
             ("kept by block", ", ".join(f"{ratio['block']}: {ratio['pattern']}" for ratio in summary["ratios"]))
+        )
+    if tuned := summary["tuned_blocks"].values():
+        won = sum(block["after"] < block["before"] for block in tuned)
+        before, after = (sum(block[end] for block in tuned) / len(tuned) for end in ("before", "after"))
+        rows.append(
+            ("tuning, error of a block on held-out text", f"{before:.4f} to {after:.4f}, {won} of {len(tuned)} won")
         )
     if summary["search"]:
         first, last = (summary["search"]["trajectory"][end]["kl"] for end in (0, -1))

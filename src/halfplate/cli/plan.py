@@ -70,10 +70,26 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
     from halfplate.cli.wishes import served
 
     share = f"{plan.wrapper_share:.1%} of the dense parameters"
-    return [
-        ("linears, dense at 2 bytes a weight", megabytes(plan.dense_nbytes)),
+    compressed = [
         ("linears, compressed", f"{megabytes(plan.nbytes)} ({plan.nbytes / plan.dense_nbytes:.1%})"),
         ("wrappers", f"blocks of {plan.block_size}, {share}" if plan.block_size else "none"),
+    ]
+    if plan.recipe.budgeted:
+        most = plan.nbytes_at_most
+        within = (
+            f"{plan.recipe.time_budget:.1%} of the decode time"
+            if most is None
+            else f"{megabytes(most)} ({plan.recipe.budget:.1%})"
+        )
+        compressed = [
+            (
+                "linears, compressed",
+                f"within {within}, the level of each chosen in the run; the table shows the first ones",
+            )
+        ]
+    return [
+        ("linears, dense at 2 bytes a weight", megabytes(plan.dense_nbytes)),
+        *compressed,
         *(
             [("N of M by block", "chosen in the run, this pattern on average")]
             if plan.recipe.ratios != "uniform"

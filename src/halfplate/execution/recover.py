@@ -30,12 +30,12 @@ from halfplate.execution.output import LOCK_FILE, check_place, check_result_fold
 from halfplate.execution.progress import Report, silent
 from halfplate.models.sources import Source, is_compressed, load_dense, open_source
 from halfplate.models.sources import load_tokenizer as load_dense_tokenizer
-from halfplate.recovery.distillation import Progress, in_training, train
+from halfplate.recovery.distillation import Progress, check_trainable, in_training, train
 from halfplate.recovery.settings import HELD_OUT, Recovery
 from halfplate.recovery.state import State, load_state, save_state
 
 SAVE_MINUTES = 5.0
-TEXT_FILE = "text.safetensors"
+TEXT = "text-"  # and a digest of all that a sampled text depends on: other settings find it again
 
 
 def recover(
@@ -65,18 +65,25 @@ def recover(
     check_place(out)
     if not is_compressed(base):
         raise HalfplateError(f"model={str(model)!r} is not a Halfplate checkpoint; give the OUT of halfplate compress")
-    source = open_source(teacher)
+    source = _open_teacher(teacher)
+    check_trainable(read_specs(base), settings)
+    _check_tokenizer(base, source)
     accelerator = Accelerator(cpu=device == "cpu")
     report = report if accelerator.is_main_process else silent
     given = None if settings.text == "self" else _given_windows(settings, load_dense_tokenizer(source))
     identity = _identity(base, source, settings, given)
     finished = _finished(out, identity) if resume else None
+    work = out.resolve().with_name(f".{out.resolve().name}.recovery")
     if finished is not None:
-        return finished if accelerator.is_main_process else None
+        if not accelerator.is_main_process:
+            return None
+        if work.is_dir():  # of a run that was killed after its result was whole
+            with sole_user(work, out):
+                shutil.rmtree(work, ignore_errors=True)
+        return finished
     check_result_folder(out, overwrite, source.path)
     if out.resolve() == base.resolve():
         raise HalfplateError(f"out={str(out)!r} is the checkpoint that is read; choose another folder")
-    work = out.resolve().with_name(f".{out.resolve().name}.recovery")
     order = _Order(base, out, source, settings, given, identity, accelerator, work, overwrite or resume, save_minutes)
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
@@ -123,7 +130,9 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
         report("reading", 1, 1)
     with clock("text"):
         given = order.given
-        windows = _sampled(settings, dense, work, order.identity, accelerator, report) if given is None else given
+        windows = (
+            _sampled(settings, dense, work, order.identity["teacher"], accelerator, report) if given is None else given
+        )
     held_out, training = windows[: _held_out(len(windows))], windows[_held_out(len(windows)) :]
 
     state = load_state(work, order.identity)
@@ -201,7 +210,10 @@ def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 @contextmanager
 def _begun(order: _Order, overwrite: bool, resume: bool) -> Iterator[None]:
-    """While inside, the folder of the state is there and ours, empty unless it is gone on from; without a state it goes."""
+    """While inside, the folder of the state is there and ours, without a state unless it is gone on from.
+
+    A text that was sampled in vain before stays for the next try; without anything in it the folder goes.
+    """
     work = order.work
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -210,12 +222,13 @@ def _begun(order: _Order, overwrite: bool, resume: bool) -> Iterator[None]:
             f"out={str(order.out)!r}: {str(work)!r} cannot be made ({error.strerror}); choose another place"
         ) from error
     with sole_user(work, order.out):
-        states = [path for path in work.iterdir() if path.name != LOCK_FILE]
+        found = [path for path in work.iterdir() if path.name != LOCK_FILE]
+        states = [path for path in found if not path.name.lstrip(".").startswith(TEXT)]
         if states and not (resume or overwrite):
             raise HalfplateError(
                 f"out={str(order.out)!r}: an interrupted recovery left its state in {str(work)!r}; pass --resume to go on from it, or --overwrite to start afresh"
             )
-        for path in states if not resume else ():
+        for path in found if overwrite and not resume else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             yield
@@ -224,9 +237,28 @@ def _begun(order: _Order, overwrite: bool, resume: bool) -> Iterator[None]:
                 shutil.rmtree(work, ignore_errors=True)
 
 
+def _open_teacher(name: str) -> Source:
+    try:
+        return open_source(name)
+    except HalfplateError as error:
+        raise HalfplateError(str(error).replace("model=", "teacher=", 1)) from error
+
+
+def _check_tokenizer(base: Path, source: Source) -> None:
+    """Raise HalfplateError where the same number stands for another token in the teacher."""
+    ours, theirs = load_tokenizer(base).get_vocab(), load_dense_tokenizer(source).get_vocab()
+    if ours != theirs:
+        other = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        raise HalfplateError(
+            f"teacher={source.name!r} has another vocabulary: token {other!r} is {theirs.get(other)} in it and {ours.get(other)} in the "
+            "compressed model; give the dense model that it was compressed from"
+        )
+
+
 def _check_teacher(source: Source, student: Any, settings: Recovery) -> None:
     wanted, found = student.config.get_text_config(), source.config.get_text_config()
     for key, what in (
+        ("model_type", "model type"),
         ("vocab_size", "vocabulary"),
         ("num_hidden_layers", "number of blocks"),
         ("hidden_size", "width"),
@@ -250,12 +282,15 @@ def _given_windows(settings: Recovery, tokenizer: Any) -> Tensor:
 
 
 def _sampled(
-    settings: Recovery, dense: Any, work: Path, identity: dict[str, Any], accelerator: Accelerator, report: Report
+    settings: Recovery, dense: Any, work: Path, teacher: str, accelerator: Accelerator, report: Report
 ) -> Tensor:
     """Windows that the teacher samples, int64 (windows, L), the same in every process."""
     windows = torch.empty(settings.samples, settings.seq_len, dtype=torch.int64)
     if accelerator.is_main_process:
-        kept = load_state(work, identity, TEXT_FILE)
+        identity = {"teacher": teacher} | {name: getattr(settings, name) for name in ("samples", "seq_len", "seed")}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        file = f"{TEXT}{digest[:16]}.safetensors"
+        kept = load_state(work, identity, file)
         if kept is None:
             sampled = calibration_tokens(
                 "self",
@@ -267,7 +302,7 @@ def _sampled(
                 lambda done, total: report("sampling text", done, total),
             )
             kept = State({"ids": sampled.ids}, {"identity": identity})
-            save_state(work, kept, TEXT_FILE)
+            save_state(work, kept, file)
         windows = kept.tensors["ids"]
     if accelerator.num_processes > 1:
         windows = broadcast(windows.to(accelerator.device)).cpu()

@@ -56,7 +56,10 @@ def disk_plan(
     """What a compression writes; other_nbytes: of all that stays dense, converted: whether the model is written anew."""
     method = recipe.create_method()
     statistic = max(statistic, method.requires)
-    result = sum(spec.nbytes for spec in specs) + other_nbytes + SLACK
+    linears = sum(spec.nbytes for spec in specs)
+    if recipe.budgeted:  # a budget of time knows no bytes
+        linears = max(linears, int((recipe.budget or 1.0) * sum(spec.dense_nbytes for spec in specs)))
+    result = linears + other_nbytes + SLACK
     streams = recipe.streams(statistic)
     hidden = statistics = 0
     if recipe.runs_text(statistic):

@@ -96,6 +96,13 @@ class Plan:
         return sum(spec.nbytes for spec in self.specs.values())
 
     @property
+    def nbytes_at_most(self) -> int | None:
+        """What the matrices will take at most: `nbytes`, unless levels are chosen in the run; None under a budget of time."""
+        if not self.recipe.budgeted:
+            return self.nbytes
+        return None if self.recipe.budget is None else int(self.recipe.budget * self.dense_nbytes)
+
+    @property
     def dense_nbytes(self) -> int:
         return sum(spec.dense_nbytes for spec in self.specs.values())
 
@@ -117,6 +124,7 @@ class Plan:
             "fingerprint": self.fingerprint,
             "matrices": [matrix.to_json() for matrix in self.matrices],
             "nbytes": self.nbytes,
+            "nbytes_at_most": self.nbytes_at_most,
             "dense_nbytes": self.dense_nbytes,
             "other_nbytes": self.other_nbytes,
             "source_nbytes": self.source_nbytes,

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from halfplate.errors import HalfplateError
+from halfplate.formats import WeightSpec
 from halfplate.precision import products
 from halfplate.recovery.loss import divergence, square_head
 from halfplate.recovery.settings import Recovery
@@ -33,21 +34,23 @@ class Progress:
     loss: float | None = None
 
 
+def check_trainable(specs: Mapping[str, WeightSpec], settings: Recovery) -> None:
+    """Raise HalfplateError where a model of the matrices `specs` has nothing to train by `settings`."""
+    added = any(spec.out_block or spec.in_block or spec.rank for spec in specs.values())
+    if settings.train == "wrappers" and not settings.norms and not added:
+        raise HalfplateError(
+            f"train={settings.train!r}: the model has no wrappers and no norms to train; pass --train all"
+        )
+
+
 @contextmanager
 def in_training(student: Any, settings: Recovery) -> Iterator[dict[str, nn.Parameter]]:
-    """While inside, the student's linears are trainable; yields the parameters to train by name.
-
-    Raises HalfplateError where nothing is left to train.
-    """
+    """While inside, the student's linears are trainable; yields the parameters to train by name."""
     student.requires_grad_(False)
     with torch.enable_grad(), trainable(student, values_too=settings.train == "all") as linears:
         if settings.norms:
             _enable_norms(student, linears)
         parameters = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
-        if not parameters:
-            raise HalfplateError(
-                f"train={settings.train!r}: the model has no wrappers and no norms to train; pass --train all"
-            )
         yield parameters
         for parameter in parameters.values():
             if not bool(parameter.isfinite().all()):
