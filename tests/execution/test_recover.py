@@ -142,8 +142,9 @@ def test_an_interrupted_recovery_ends_in_the_same_bytes(wrapped, tiny_folder, tm
         recover(wrapped, str(tiny_folder), out, settings, report=interrupted_at(step), save_minutes=0)
     assert not out.exists()
     assert work(out).exists()
-    with pytest.raises(HalfplateError, match="pass --resume to go on"):
-        recover(wrapped, str(tiny_folder), out, settings)
+    if step > 1:  # before it there is a text and no state
+        with pytest.raises(HalfplateError, match="pass --resume to go on"):
+            recover(wrapped, str(tiny_folder), out, settings)
     told = []
     recover(
         wrapped, str(tiny_folder), out, settings, resume=True, report=lambda phase, *rest, **note: told.append(phase)
