@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import halfplate
+from halfplate.checkpoint.read import inspect_checkpoint
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
 from halfplate.models.sources import load_dense
@@ -31,6 +32,11 @@ def test_tuning_lowers_the_error_of_the_blocks(tiny_folder, tmp_path):
     assert tuned["tuned_blocks"]
     for block in tuned["tuned_blocks"].values():
         assert block["after"] <= block["before"]
+    # The errors of the matrices are those of the solver.
+    assert [inspect_checkpoint(tmp_path / name)["tuned"] for name in ("plain", "tuned")] == [False, True]
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    assert "2 of 2 blocks nearer to the dense model's" in card
+    assert "on its calibration inputs, before tuning" in card
     assert output_error(tmp_path / "tuned", tiny_folder) < output_error(tmp_path / "plain", tiny_folder)
 
 

@@ -99,12 +99,23 @@ def _what(record: Mapping[str, Any], base: str, specs: Mapping[str, WeightSpec])
     skipped = record.get("skipped")
     if isinstance(skipped, Mapping) and skipped:
         rows.append((f"{len(skipped)} matrices", "left dense, for the reasons in `halfplate.json`"))
-    if tuned := record.get("tuned_blocks"):
-        won = sum(block["after"] < block["before"] for block in tuned.values())
+    if tuned := _tuned(record):
+        won = sum(after < before for before, after in tuned)
         rows.append(("tuned", f"{won} of {len(tuned)} blocks nearer to the dense model's, masks fixed"))
     for recovery in record.get("recoveries") or ():
         rows.append(("recovered", f"{recovery.get('steps')} steps, {recovery.get('tokens')} tokens, masks fixed"))
     return _table(("", ""), rows) + "\n\nThe whole recipe, and the error of each matrix, stand in `halfplate.json`."
+
+
+def _tuned(record: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """The errors of each tuned block before and after."""
+    blocks = record.get("tuned_blocks")
+    ends = [
+        (block.get("before"), block.get("after"))
+        for block in (blocks.values() if isinstance(blocks, Mapping) else ())
+        if isinstance(block, Mapping)
+    ]
+    return [(a, b) for a, b in ends if isinstance(a, int | float) and isinstance(b, int | float)]
 
 
 def _bytes(folder: Path, specs: Mapping[str, WeightSpec]) -> str:
@@ -129,7 +140,8 @@ def _quality(record: Mapping[str, Any]) -> str:
     if found:
         kinds = ", ".join(sorted({str(kind) for _, kind in found}))
         mean = sum(error for error, _ in found) / len(found)
-        rows.append((f"relative error of a matrix on its calibration inputs, mean ({kinds})", f"{mean:.4g}"))
+        when = ", before tuning" if _tuned(record) else ""
+        rows.append((f"relative error of a matrix on its calibration inputs{when}, mean ({kinds})", f"{mean:.4g}"))
     held_out = record.get("held_out")
     if isinstance(held_out, Mapping):
         rows += [(text, _number(held_out[key])) for key, text in MEASURES.items() if key in held_out]

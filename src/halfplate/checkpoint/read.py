@@ -140,6 +140,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
             }
             for name, spec in specs.items()
         ],
+        "tuned": bool(record.get("tuned_blocks")),
         "nbytes": nbytes,
         "dense_nbytes": sum(spec.dense_nbytes for spec in specs.values()),
         "other_nbytes": sum(tensor.nbytes for tensor in found.values()) - nbytes,

@@ -22,9 +22,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(found)
         return 0
+    error = f"relative error{', before tuning' * found['tuned']}"
     print_table(
         f"{args.path}: linears {megabytes(found['nbytes'])}, dense {megabytes(found['dense_nbytes'])}",
-        ("name", "format", "core", "shape", "bytes", "dense bytes", "relative error"),
+        ("name", "format", "core", "shape", "bytes", "dense bytes", error),
         [
             (
                 m["name"],

@@ -119,8 +119,9 @@ def _error_words(found: Findings) -> str:
     if found.median_error is None:
         return ""
     worst = found.worst[0]
+    tuned = ", before the blocks were tuned" if found.recipe is not None and found.recipe.tune_block else ""
     return (
-        f"Relative error: {short(found.median_error)} in the median, "
+        f"Relative error{tuned}: {short(found.median_error)} in the median, "
         f"{short(worst.relative_error or 0)} at the most, in {worst.name}."
     )
 
