@@ -118,6 +118,10 @@ def test_what_lm_eval_does_not_know_is_refused(tiny_folder, tasks_folder, tmp_pa
     ):
         assert main(["eval", str(tiny_folder), *map(str, words)]) == 2
         assert part in capsys.readouterr().err
+    row = {"question": "The bird saw", "choices": ["a red ball " * 4000, "two"], "answer": 0}
+    (tmp_path / "birds.jsonl").write_text(json.dumps(row))
+    assert main(["eval", str(tiny_folder), "--tasks", "birds", "--tasks-folder", str(tasks_folder)]) == 2
+    assert "longer than the context of the model" in capsys.readouterr().err
     (tmp_path / "birds.jsonl").unlink()
     assert main(["eval", str(tiny_folder), "--tasks", "birds", "--tasks-folder", str(tasks_folder)]) == 2
     assert "cannot be run by lm-eval" in capsys.readouterr().err

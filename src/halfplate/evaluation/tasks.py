@@ -56,8 +56,9 @@ def evaluate_tasks(
             log_samples=False,
         )
     # Reading a task's data fails in as many ways as there are sources.
-    except (OSError, ConnectionError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (OSError, ConnectionError, ValueError, KeyError, AssertionError) as error:
+        # lm-eval's assertions on lengths say nothing.
+        reason = " ".join(str(error).split())[:300] or "a row is longer than the context of the model"
         raise HalfplateError(
             f"tasks={','.join(tasks)!r} cannot be run by lm-eval ({reason}); check their data"
         ) from error
