@@ -67,10 +67,11 @@ def recover(
         raise HalfplateError(f"model={str(model)!r} is not a Halfplate checkpoint; give the OUT of halfplate compress")
     source = _open_teacher(teacher)
     check_trainable(read_specs(base), settings)
-    _check_tokenizer(base, source)
+    tokenizer = load_dense_tokenizer(source)
+    _check_tokenizer(base, source.name, tokenizer)
     accelerator = Accelerator(cpu=device == "cpu")
     report = report if accelerator.is_main_process else silent
-    given = None if settings.text == "self" else _given_windows(settings, load_dense_tokenizer(source))
+    given = None if settings.text == "self" else _given_windows(settings, tokenizer)
     identity = _identity(base, source, settings, given)
     finished = _finished(out, identity) if resume else None
     work = out.resolve().with_name(f".{out.resolve().name}.recovery")
@@ -244,13 +245,13 @@ def _open_teacher(name: str) -> Source:
         raise HalfplateError(str(error).replace("model=", "teacher=", 1)) from error
 
 
-def _check_tokenizer(base: Path, source: Source) -> None:
+def _check_tokenizer(base: Path, teacher: str, tokenizer: Any) -> None:
     """Raise HalfplateError where the same number stands for another token in the teacher."""
-    ours, theirs = load_tokenizer(base).get_vocab(), load_dense_tokenizer(source).get_vocab()
+    ours, theirs = load_tokenizer(base).get_vocab(), tokenizer.get_vocab()
     if ours != theirs:
         other = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
         raise HalfplateError(
-            f"teacher={source.name!r} has another vocabulary: token {other!r} is {theirs.get(other)} in it and {ours.get(other)} in the "
+            f"teacher={teacher!r} has another vocabulary: token {other!r} is {theirs.get(other)} in it and {ours.get(other)} in the "
             "compressed model; give the dense model that it was compressed from"
         )
 

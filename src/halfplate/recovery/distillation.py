@@ -38,19 +38,28 @@ def check_trainable(specs: Mapping[str, WeightSpec], settings: Recovery) -> None
     """Raise HalfplateError where a model of the matrices `specs` has nothing to train by `settings`."""
     added = any(spec.out_block or spec.in_block or spec.rank for spec in specs.values())
     if settings.train == "wrappers" and not settings.norms and not added:
-        raise HalfplateError(
-            f"train={settings.train!r}: the model has no wrappers and no norms to train; pass --train all"
-        )
+        raise _nothing_to_train(settings)
+
+
+def _nothing_to_train(settings: Recovery) -> HalfplateError:
+    return HalfplateError(
+        f"train={settings.train!r}: the model has no wrappers and no norms to train; pass --train all"
+    )
 
 
 @contextmanager
 def in_training(student: Any, settings: Recovery) -> Iterator[dict[str, nn.Parameter]]:
-    """While inside, the student's linears are trainable; yields the parameters to train by name."""
+    """While inside, the student's linears are trainable; yields the parameters to train by name.
+
+    Raises HalfplateError where nothing is left to train, as in a model whose norms have no numbers.
+    """
     student.requires_grad_(False)
     with torch.enable_grad(), trainable(student, values_too=settings.train == "all") as linears:
         if settings.norms:
             _enable_norms(student, linears)
         parameters = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+        if not parameters:
+            raise _nothing_to_train(settings)
         yield parameters
         for parameter in parameters.values():
             if not bool(parameter.isfinite().all()):
