@@ -50,7 +50,7 @@ def round_to_grid(values: Tensor, bits: int, width: int, name: str) -> tuple[Ten
     for start in range(0, rows, step):
         chunk = functional.pad(values[start : start + step].detach().float(), (0, groups * width - count))
         chunk = chunk.reshape(-1, groups, width)
-        scale = _best_scale(chunk, chunk.abs().amax(-1) / greatest, shrinks, least, greatest)
+        scale = _best_scale(chunk, shrinks, least, greatest)
         if not bool(scale.isfinite().all()):
             raise _too_large(values, greatest * torch.finfo(torch.float16).max, name, "core_dtype")
         scales[start : start + step] = scale
@@ -68,21 +68,21 @@ def round_rows(matrix: Tensor, argument: str = "wrapper_dtype", energy: Tensor |
     """
     least, greatest = grid_range(8)
     matrix = matrix.detach().float()
-    unclipped = matrix.abs().amax(-1) / greatest
     shrinks = [1.0] if energy is None else [0.5**halves for halves in range(ROW_HALVES + 1)]
-    scale = _best_scale(matrix, unclipped, shrinks, least, greatest, energy)
+    scale = _best_scale(matrix, shrinks, least, greatest, energy)
     if not bool(scale.isfinite().all()):
         raise _too_large(matrix, greatest * torch.finfo(torch.float16).max, "int8", argument)
     return _nearest(matrix, scale, least, greatest).to(torch.int8), scale
 
 
 def _best_scale(
-    values: Tensor, unclipped: Tensor, shrinks: list[float], least: int, greatest: int, energy: Tensor | None = None
+    values: Tensor, shrinks: list[float], least: int, greatest: int, energy: Tensor | None = None
 ) -> Tensor:
-    """The fp16 scale of least squared error for each row of `values`, fp32 (..., width), of `unclipped` (...) times each of `shrinks`.
+    """The fp16 scale of least squared error for each row of `values`, fp32 (..., width); inf where none fits.
 
-    Infinite where `unclipped` does not fit.
+    shrinks: shares of the scale that clips nothing, which are compared. energy: as in `round_rows`.
     """
+    unclipped = values.abs().amax(-1) / greatest
     best, best_error = _half_above(unclipped), torch.full_like(unclipped, torch.inf)
     if len(shrinks) == 1 or not bool(best.isfinite().all()):
         return best
