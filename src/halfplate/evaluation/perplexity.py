@@ -79,12 +79,18 @@ def evaluate(
         "seq_len": windows.shape[1],
     }
     if against is not None:
-        result |= {
-            "kl": sums.kl / tokens,
-            "top1_agreement": sums.agreed / tokens,
-            "dense_perplexity": _perplexity(sums.dense_nll, tokens),
-        }
+        result |= sums.against(tokens)
     return result
+
+
+def compare(logits: Tensor, dense: Tensor, targets: Tensor) -> dict[str, float]:
+    """kl, top1_agreement, perplexity and dense_perplexity, as `evaluate` gives them, from logits at hand.
+
+    logits, dense: (tokens, vocabulary), of the model and of the dense one. targets: the true next tokens, int64 (tokens,).
+    """
+    sums = _Sums()
+    _add_batch(sums, logits, dense, targets)
+    return sums.against(len(targets)) | {"perplexity": _perplexity(sums.nll, len(targets))}
 
 
 @dataclass
@@ -95,6 +101,14 @@ class _Sums:
     dense_nll: float = 0.0
     kl: float = 0.0
     agreed: int = 0
+
+    def against(self, tokens: int) -> dict[str, float]:
+        """The measures beside the dense model, over so many tokens."""
+        return {
+            "kl": self.kl / tokens,
+            "top1_agreement": self.agreed / tokens,
+            "dense_perplexity": _perplexity(self.dense_nll, tokens),
+        }
 
 
 def _check_windows(model: "PreTrainedModel", windows: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from collections import Counter
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from halfplate.execution.preparation import (
 )
 from halfplate.execution.progress import Report, silent
 from halfplate.execution.result import RECORDED, Result, assemble_weights, finished_result, identity_of
+from halfplate.execution.self_check import self_check
 from halfplate.execution.tasks import OpenBlocks
 from halfplate.execution.work import WorkFolder
 from halfplate.formats import WeightSpec
@@ -62,6 +63,7 @@ class _Order:
     work: WorkFolder
     overwrite: bool
     engine: EngineChoice
+    check: bool
 
 
 def compress(
@@ -76,6 +78,7 @@ def compress(
     workers: int | None = None,
     address: str | None = None,
     benchmark: bool = True,
+    check: bool = True,
 ) -> dict[str, Any]:
     """Compress `model` by `recipe`, write the checkpoint `out` with its log and its report, and return the summary.
 
@@ -83,8 +86,9 @@ def compress(
     least these, e.g. GRAM so that every method is judged by its true output error. resume: go on from what an interrupted
     run of the same model, recipe and text left beside `out`, with the same result. engine, workers, address: who does the
     work (`halfplate.execution.engines.EngineChoice`); the result does not depend on them. benchmark: whether the plan of a long
-    run may time this machine for a few seconds. Raises HalfplateError on bad input, and where memory or disk will not do, with
-    nothing written, RuinedResult after writing where the KL exceeds `recipe.max_kl`.
+    run may time this machine for a few seconds. check: compare the result with the solved weights and with the original model
+    before it takes its place (`halfplate.execution.self_check`). Raises HalfplateError on bad input, and where memory or disk will not do, with
+    nothing written, RuinedResult where the self-check fails, with nothing written, and after writing where the KL exceeds `recipe.max_kl`.
     """
     recipe, out = recipe or Recipe(), Path(out)
     choice = EngineChoice(engine, workers, address)
@@ -101,30 +105,26 @@ def compress(
     found = finished_result(out, source, plan, identity, overwrite) if resume else None
     if found is not None:
         work.remove_abandoned()
-        return _summary(out, found) | {
-            "seconds": {"total": 0.0},
-            "peak_rss_bytes": _peak(),
-            "report": _write_report(out),
-        }
+        return _summary(out, found) | {"seconds": {"total": 0.0}, "peak_rss_bytes": _peak()} | _reported(out)
     check_result_folder(out, overwrite, source.path)
     check_room(plan, out, workers or 1)
-    order = _Order(source, out, needed, identity, work, overwrite, choice)
+    order = _Order(source, out, needed, identity, work, overwrite, choice, check)
     try:
         # First the folder: the log of a run that is under way is not ours to write to.
         with work.opened(identity, resume, overwrite), run_log(out, report, resume) as told:
             summary = _carry_out(order, plan, told)
     except RuinedResult:
-        _write_report(out)
+        _reported(out)
         raise
-    return summary | {"report": _write_report(out)}
+    return summary | _reported(out)
 
 
-def _write_report(out: Path) -> str | None:
-    """Where the report stands; None where it could not be written, which takes nothing from the checkpoint."""
+def _reported(out: Path) -> dict[str, str | None]:
+    """Write the report: its file, or None and the reason, which takes nothing from the checkpoint."""
     try:
-        return str(write_report(out))
-    except HalfplateError:
-        return None
+        return {"report": str(write_report(out))}
+    except HalfplateError as error:
+        return {"report": None, "report_error": str(error)}
 
 
 def _carry_out(order: _Order, plan: Plan, report: Report) -> dict[str, Any]:
@@ -162,6 +162,11 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
             quantization = HalfplateConfig.from_specs(plan.specs)
             write_configuration(streamed.model, load_tokenizer(source), folder, source.other_dtype, quantization)
             identity = {key: order.identity[key] for key in RECORDED if key in order.identity}
+            if order.check:
+                report("checking the result", 0, 1)
+                with clock("checking"):
+                    result = replace(result, check=self_check(streamed, job, folder).to_json())
+                report("checking the result", 1, 1)
             record = origin(order.source) | _checkpoint_record(result) | {"identity": identity, "tensors": checksums}
             write_record(folder, record)
     with suppress(OSError):
@@ -191,6 +196,7 @@ def _checkpoint_record(result: Result) -> dict[str, Any]:
         "precision": resolved(plan.recipe.precision, torch.device(plan.recipe.device).type),
         "tuned_blocks": _tuned(outcome),
         "skipped": {matrix.name: matrix.reason for matrix in plan.matrices if matrix.skipped},
+        **({} if result.check is None else {"check": result.check}),
         **result.told,
     }
 
@@ -223,6 +229,7 @@ def _summary(out: Path, result: Result) -> dict[str, Any]:
         "tuned_blocks": _tuned(outcome),
         "levels": _levels(plan) if plan.recipe.budgeted else None,
         "search": None,
+        "check": result.check,
         **result.told,
     }
 

@@ -22,6 +22,7 @@ ALLOWANCE = 1_500_000_000  # of the bound: libraries, hidden states, the solver
 # sequences run side by side, and must be the same everywhere.
 SAMPLING_NBYTES = 700_000_000
 LIBRARIES = 800_000_000  # Python with torch and transformers, where the system does not tell
+CHECKED = 128  # tokens of the self-check
 HEAP = 100_000_000  # freed and not given back
 
 
@@ -91,9 +92,23 @@ def memory_plan(
         # Each has what it works on, and the caller a stage's sums and one batch's.
         each = max(phases["solving"], phases.get("statistics", 0))
         phases["workers"] = phases["solving"] - solve + workers * each
+    checking = _loaded(sizes, specs) if check_loads_whole(sizes, specs, recipe, statistic) else 0
+    chain = FP32 * sizes.outer + 2 * block + reading + sizes.vocabulary * CHECKED * (3 * FP32 + FP64)
+    phases["checking"] = base + max(checking, chain)
     return MemoryPlan(
         phases | _whole(sizes, specs, recipe, base), memory_bound(sizes, recipe, statistic), _holds(recipe)
     )
+
+
+def check_loads_whole(sizes: ModelSizes, specs: Sequence[WeightSpec], recipe: Recipe, statistic: Statistic) -> bool:
+    """Whether the self-check may load the whole result within the bound; a larger one is read layer by layer."""
+    return _loaded(sizes, specs) + LIBRARIES <= memory_bound(sizes, recipe, statistic)
+
+
+def _loaded(sizes: ModelSizes, specs: Sequence[WeightSpec]) -> int:
+    """Bytes of the loaded result: what is compressed as stored and once more while it is packed, the rest in fp32."""
+    compressed = sum(spec.d_out * spec.d_in for spec in specs)
+    return FP32 * (sizes.parameters - compressed) + sum(spec.nbytes for spec in specs) * 5 // 4
 
 
 def solving_memory(method: Method, spec: WeightSpec, recipe: Recipe, statistic: Statistic) -> int:

@@ -83,6 +83,14 @@ def accelerate(
     return Acceleration(tuple(paths), decoder.install(model))
 
 
+@torch.no_grad()
+def accelerate_linears(module: nn.Module) -> None:
+    """Replace the compressed linears below `module` by the fastest that this machine has, in place."""
+    for name, linear in list(module.named_modules()):
+        if isinstance(linear, CompressedLinear):
+            _replace(module, name, linear, "float", None)
+
+
 def explain(model: Any) -> Acceleration:
     """Which path each linear of a loaded model takes, and what decodes."""
     kinds = (PackedLinear, CompressedLinear, nn.Linear)
