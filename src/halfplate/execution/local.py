@@ -98,6 +98,7 @@ def compress(
     if not resume:
         check_result_folder(out, overwrite, source.path)
     plan = plan_source(source, recipe, None if benchmark else False, workers or 1, statistics)
+    plan = plan if check else replace(plan, memory=plan.memory.unchecked())
     needed, work = plan.statistic, WorkFolder(out)
     threads = fixed_threads(recipe, work, resume)
     torch.set_num_threads(threads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from halfplate.calibration.collect import BATCH
 from halfplate.calibration.self_text import CACHE_BYTES, sequences_at_once
@@ -22,6 +22,7 @@ ALLOWANCE = 1_500_000_000  # of the bound: libraries, hidden states, the solver
 # sequences run side by side, and must be the same everywhere.
 SAMPLING_NBYTES = 700_000_000
 LIBRARIES = 800_000_000  # Python with torch and transformers, where the system does not tell
+CHECKING = "checking"  # the phase of the self-check
 CHECKED = 128  # tokens of the self-check
 HEAP = 100_000_000  # freed and not given back
 
@@ -37,6 +38,10 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         return max(self.phases.values())
+
+    def unchecked(self) -> MemoryPlan:
+        """The same without the self-check."""
+        return replace(self, phases={phase: held for phase, held in self.phases.items() if phase != CHECKING})
 
     @property
     def largest(self) -> str:
@@ -94,7 +99,7 @@ def memory_plan(
         phases["workers"] = phases["solving"] - solve + workers * each
     checking = _loaded(sizes, specs) if check_loads_whole(sizes, specs, recipe, statistic) else 0
     chain = FP32 * sizes.outer + 2 * block + reading + sizes.vocabulary * CHECKED * (3 * FP32 + FP64)
-    phases["checking"] = base + max(checking, chain)
+    phases[CHECKING] = base + max(checking, chain)
     return MemoryPlan(
         phases | _whole(sizes, specs, recipe, base), memory_bound(sizes, recipe, statistic), _holds(recipe)
     )

@@ -13,7 +13,7 @@ import torch
 from halfplate.errors import HalfplateError
 from halfplate.evaluation.speed import memory
 from halfplate.planning.disk import work_place
-from halfplate.planning.memory import memory_plan
+from halfplate.planning.memory import CHECKING, memory_plan
 from halfplate.planning.plan import Plan
 from halfplate.statistics import Statistic
 
@@ -29,6 +29,7 @@ CURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--inputs compressed", {"inputs": "compressed"}),
     ("--cross-damping none", {"cross_damping": "none"}),
     ("--seq-len 128", {"seq_len": 128}),
+    ("--no-check", {"check": False}),
 )
 
 
@@ -59,18 +60,21 @@ def _memory_refusal(plan: Plan, workers: int) -> str | None:
 
 def _cure(plan: Plan, workers: int, available: int) -> str:
     """The first option, or the fewest from the first on, with which the plan would fit."""
-    specs = list(plan.specs.values())
+    specs, checked = list(plan.specs.values()), CHECKING in plan.memory.phases
 
     def fits(changes: dict[str, Any]) -> bool:
-        others = {name: value for name, value in changes.items() if name != "workers"}
+        others = {name: value for name, value in changes.items() if name not in ("workers", "check")}
         recipe = replace(plan.recipe, **others)
         held = memory_plan(plan.sizes, specs, recipe, plan.statistic, changes.get("workers", workers))
-        return held.peak <= available
+        return (held if changes.get("check", checked) else held.unchecked()).peak <= available
+
+    def now(name: str) -> Any:
+        return {"workers": workers, "check": checked}.get(name, getattr(plan.recipe, name, None))
 
     def changing(changes: dict[str, Any]) -> bool:
-        return any(
-            value != (workers if name == "workers" else getattr(plan.recipe, name)) for name, value in changes.items()
-        ) and not ("calibration" in changes and plan.recipe.calibration != "self")
+        return any(value != now(name) for name, value in changes.items()) and not (
+            "calibration" in changes and plan.recipe.calibration != "self"
+        )
 
     def allowed(changes: dict[str, Any]) -> bool:
         try:
