@@ -136,7 +136,7 @@ def read_probe(threads: int) -> Callable[[], float]:
         if library is None:
             data.sum()
         else:
-            library.halfplate_read(data.data_ptr(), data.numel(), threads)
+            library.halfplate_read(data.data_ptr(), data.nbytes, threads)
 
     def measure() -> float:
         seconds = []
