@@ -14,6 +14,7 @@ from torch import Tensor
 from halfplate.arguments import path_text
 from halfplate.checkpoint.config import RECORD_FILE, read_record, read_specs
 from halfplate.checkpoint.weights import StoredTensor, check_layout, read_headers, read_tensors, sha256
+from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@plain_defaults()
 def load(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -114,6 +116,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
+@plain_defaults()
 def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]:
     """Every compressed matrix of a checkpoint with its bytes and error, and the totals; keys as in `halfplate inspect --json`.
 

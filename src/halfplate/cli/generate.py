@@ -67,14 +67,14 @@ def _token_ids(args: argparse.Namespace, tokenizer: Any) -> Tensor:
     check_unicode(args.prompt, "prompt")
 
     if not args.chat:
-        return torch.tensor([tokenizer(args.prompt)["input_ids"]], dtype=torch.int64)
+        return torch.tensor([tokenizer(args.prompt)["input_ids"]], dtype=torch.int64, device="cpu")
     if not tokenizer.chat_template:
         raise HalfplateError(
             f"--chat needs a chat template, and the tokenizer of {args.model!r} has none; leave --chat out"
         )
     message = [{"role": "user", "content": args.prompt}]
     encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
-    return torch.tensor([encoded["input_ids"]], dtype=torch.int64)
+    return torch.tensor([encoded["input_ids"]], dtype=torch.int64, device="cpu")
 
 
 def _stop_ids(model: Any) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from halfplate.arguments import path_text, typed
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.evaluation import speed
 from halfplate.evaluation.speed import Contender, PeakMemory, Speed, WeightBytes
@@ -66,6 +67,7 @@ class Rounds:
         }
 
 
+@plain_defaults()
 def bench(
     model: str | Path,
     against: str | Path | None = None,
@@ -215,7 +217,7 @@ class _BringingIn:
         self._memory = PeakMemory()
         self._name = ""
         self.paths: list[str] = []  # what runs each linear of the checkpoint, and what decodes
-        self.ids = torch.empty(1, 0, dtype=torch.int64)
+        self.ids = torch.empty(1, 0, dtype=torch.int64, device="cpu")
 
     def compressed(self, name: str, activations: str, head_dtype: str | None, loops: bool) -> dict[str, Entry]:
         from halfplate.checkpoint.read import load

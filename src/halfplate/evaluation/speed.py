@@ -88,7 +88,9 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def random_prompt(vocabulary: int, tokens: int, seed: int = 0) -> Tensor:
     """Token ids int64 (1, tokens): speed does not depend on what they say."""
-    return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu"
+    )
 
 
 def weight_bytes(model: nn.Module) -> WeightBytes:
@@ -129,7 +131,7 @@ def read_probe(threads: int) -> Callable[[], float]:
     """
     from halfplate.kernels import native
 
-    data = torch.zeros(PROBE_BYTES // 4)
+    data = torch.zeros(PROBE_BYTES // 4, dtype=torch.float32, device="cpu")
     library = native.library() if native.available() else None
 
     def read() -> None:

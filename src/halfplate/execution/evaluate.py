@@ -10,6 +10,7 @@ import torch
 from halfplate.arguments import path_text
 from halfplate.calibration import read_text
 from halfplate.calibration.text import check_seq_len
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.evaluation import perplexity
 from halfplate.evaluation.perplexity import token_windows
@@ -25,6 +26,7 @@ TEXT_SUFFIXES = (".gz", ".txt", ".jsonl")
 MEANS = ("kl", "top1_agreement")
 
 
+@plain_defaults()
 def evaluate(
     model: str | Path,
     text: str | Path | Sequence[str | Path] | None = None,

@@ -15,6 +15,7 @@ from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.quantizer import HalfplateConfig
 from halfplate.checkpoint.read import load
 from halfplate.checkpoint.write import amend_record, write_configuration, write_record
+from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate
@@ -64,6 +65,7 @@ class _Order:
     engine: EngineChoice
 
 
+@plain_defaults()
 def compress(
     model: str,
     out: str | Path,

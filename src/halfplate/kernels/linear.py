@@ -195,7 +195,9 @@ def multiply(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     """
     header = read_header(packed)
     if not x.is_cpu or not x.is_floating_point():
-        raise HalfplateError(f"x is {x.dtype} on {x.device}, expected floating point on cpu; move the input to the model")
+        raise HalfplateError(
+            f"x is {x.dtype} on {x.device}, expected floating point on cpu; move the input to the model"
+        )
     if x.shape[-1] != header.d_in or header.d_out != d_out or header.nbytes != packed.numel():
         raise HalfplateError(
             f"x has {x.shape[-1]} columns for {d_out} outputs, expected {header.d_in} and {header.d_out}; pass the matrix's own input"

@@ -14,6 +14,7 @@ from halfplate import plugins
 from halfplate.allocation.candidates import CHOICES, candidates
 from halfplate.calibration.documents import check_source
 from halfplate.calibration.text import check_seq_len
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.formats.sharing import share
 from halfplate.formats.spec import WeightSpec
@@ -35,6 +36,7 @@ AUTO_BLOCKS = (128, 64, 32, 16, 8)
 AUTO_SHARE = 0.05  # of the dense parameters of the whole plan
 
 
+@plain_defaults()
 def make_plan(model: str, recipe: Recipe, measure: bool | None = False, workers: int = 1) -> Plan:
     """Plan the compression of `model`, reading its configuration and no weight; raises HalfplateError on bad input.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.kernels import native
 from halfplate.kernels.linear import CPU
@@ -383,6 +384,7 @@ class _Told(BaseStreamer):
         pass
 
 
+@plain_defaults()
 @torch.no_grad()
 def greedy(
     model: Any,

@@ -148,7 +148,9 @@ def updated_out(problem: GramProblem, point: Point) -> Tensor:
     shape = (tiles.row_tiles, tiles.row_tile, -1)
     core = factors.core.reshape(shape).mT
     moments = Moments(
-        (residual.reshape(shape) @ core).double(), (point.product.reshape(shape) @ core).double(), torch.zeros(0, dtype=torch.float64, device=core.device)
+        (residual.reshape(shape) @ core).double(),
+        (point.product.reshape(shape) @ core).double(),
+        torch.zeros(0, dtype=torch.float64, device=core.device),
     )
     return update_out_blocks(factors.out_blocks, moments, tiles.out_wrapper)
 
