@@ -122,7 +122,7 @@ def test_a_damaged_header_is_refused_or_stays_in_bounds():
             taken += 1  # another size of blocks that takes as many bytes
         except HalfplateError:
             pass
-    assert taken <= 2
+    assert taken <= 4
 
 
 def test_native_calls_refuse_buffers_of_the_wrong_size():
