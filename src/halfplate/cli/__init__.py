@@ -27,6 +27,7 @@ from halfplate.cli import (
 )
 from halfplate.cli.parser import Parser, Version
 from halfplate.errors import HalfplateError
+from halfplate.limits import bound_environment
 from halfplate.plain_text import visible
 
 LONGEST = 2000  # characters of an error
@@ -68,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # GNU's OpenMP reads this when torch is imported. It would spin for milliseconds wherever a thread waits, which on cores
     # with other work was seen to take 60 times longer; a short spin costs a quiet machine nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for bounded in bound_environment(os.environ):
+        print(f"halfplate: warning: {bounded}", file=sys.stderr)
     out, resumable = None, False
     if threading.current_thread() is threading.main_thread():
         # What a scheduler or `kill` sends ends a run as Ctrl-C does: with its last word in the log, and no half-written file.

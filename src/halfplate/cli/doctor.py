@@ -1,12 +1,12 @@
 """Say what this machine can run: versions, threads, processor features, kernels, GPU."""
 
 import argparse
-import os
 import platform
 from pathlib import Path
 from typing import Any
 
 from halfplate.cli.parser import add_output_arguments
+from halfplate.limits import cores
 
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy")
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
@@ -40,7 +40,7 @@ def examine() -> dict[str, Any]:
         **{name: installed_version(name) for name in LIBRARIES},
         "platform": platform.platform(),
         "processor": processor,
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": cores(),
         "threads": torch.get_num_threads(),
         "cpu_features": [feature for feature in FEATURES if feature in flags],
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),

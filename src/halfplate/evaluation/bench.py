@@ -17,6 +17,7 @@ from halfplate.errors import HalfplateError
 from halfplate.evaluation import speed
 from halfplate.evaluation.speed import Contender, PeakMemory, Speed, WeightBytes
 from halfplate.execution.progress import Report, silent
+from halfplate.limits import use_threads
 from halfplate.models.sources import is_compressed, load_dense
 
 if TYPE_CHECKING:
@@ -316,8 +317,7 @@ def _dtype(name: str) -> str:
 def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     try:
-        if count is not None:
-            torch.set_num_threads(count)
+        use_threads(count)
         yield
     finally:
         torch.set_num_threads(before)

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from halfplate.limits import cores as cores
 from halfplate.models.linears import find_blocks
 
 Result = TypeVar("Result")
@@ -183,11 +184,6 @@ def memory(field: str) -> int | None:
         return None
     lines = (line.split() for line in status.read_text().splitlines())
     return next((int(words[1]) * 1024 for words in lines if words and words[0] == f"{field}:"), None)
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_average() -> float | None:

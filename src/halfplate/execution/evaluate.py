@@ -17,6 +17,7 @@ from halfplate.evaluation.perplexity import token_windows
 from halfplate.execution.held_out import held_out_tokens
 from halfplate.execution.loading import calibration_seed, load_any
 from halfplate.execution.progress import Report, silent
+from halfplate.limits import use_threads
 from halfplate.models.sources import is_compressed
 
 SEQ_LEN = 1024
@@ -62,8 +63,7 @@ def evaluate(
         from halfplate.evaluation.tasks import check_available
 
         check_available()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     documents = {name: read_text(source, "text") for name, source in _names(sources or []).items()}
 
     report("reading", 0, 1)

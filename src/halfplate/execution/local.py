@@ -38,6 +38,7 @@ from halfplate.execution.result import RECORDED, Result, assemble_weights, finis
 from halfplate.execution.tasks import OpenBlocks
 from halfplate.execution.work import WorkFolder
 from halfplate.formats import WeightSpec
+from halfplate.limits import check_threads, check_workers, cores
 from halfplate.models.licence import origin
 from halfplate.models.sources import Source, load_dense, load_tokenizer, open_source
 from halfplate.models.streamed import StreamedModel
@@ -90,6 +91,9 @@ def compress(
     """
     recipe, out = recipe or Recipe(), Path(out)
     choice = EngineChoice(engine, workers, address)
+    if address is None:  # else the machines of the cluster bound them
+        check_threads(recipe.threads)
+        check_workers(workers)
     source = open_source(model)
     check_device(recipe.device)
     check_place(out)
@@ -132,6 +136,9 @@ def _write_report(out: Path) -> str | None:
 def _carry_out(order: _Order, plan: Plan, report: Report) -> dict[str, Any]:
     recipe, clock = plan.recipe, Clock()
     report("reading", 0, 1, facts=_plan_facts(plan, order.out))
+    if (threads := order.identity["threads"]) > cores():
+        note = f"{threads}, as it began, more than the {cores()} cores here: slower, and the same bytes"
+        report("threads", 1, 1, note)
     result = _compressed(order, plan, report, clock)
     summary = _summary(order.out, result)
     if recipe.max_kl is not None:

@@ -18,6 +18,7 @@ from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.formats.sharing import share
 from halfplate.formats.spec import WeightSpec
+from halfplate.limits import check_threads, check_workers
 from halfplate.methods.base import Method
 from halfplate.models.linears import FoundLinear, find_linears
 from halfplate.models.sources import Source, open_source, skeleton
@@ -43,6 +44,8 @@ def make_plan(model: str, recipe: Recipe, measure: bool | None = False, workers:
     measure: time this machine for a few seconds, reading one tensor, for an estimate of the time; None does so where the run takes
     much longer than that. workers: processes that would share the work.
     """
+    check_threads(recipe.threads)
+    check_workers(workers)
     return plan_source(open_source(model), recipe, measure, workers)
 
 
