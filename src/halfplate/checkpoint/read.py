@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from itertools import chain
 from math import prod
@@ -16,9 +17,10 @@ from halfplate.checkpoint.config import RECORD_FILE, read_record, read_specs
 from halfplate.checkpoint.weights import StoredTensor, check_layout, read_headers, read_tensors, sha256
 from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
-from halfplate.errors import HalfplateError
+from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.formats import WeightSpec
 from halfplate.formats.checks import check_part
+from halfplate.kernels.capability import without_kernel
 from halfplate.models.trust import check_counts, check_folder
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ def load(
     """
     folder = Path(path_text("path", path))
     check_device(device)
-    _, found = read_checked_headers(folder)
+    specs, found = read_checked_headers(folder)
+    if kernels and device == "cpu" and (slow := without_kernel(specs.values())) is not None:
+        warnings.warn(f"{path}: {slow}", HalfplateWarning, stacklevel=2)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from halfplate.runtime.prepare import accelerate, check_options
@@ -143,6 +147,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
             }
             for name, spec in specs.items()
         ],
+        "without_kernel": without_kernel(specs.values()),
         "tuned": bool(record.get("tuned_blocks")),
         "nbytes": nbytes,
         "dense_nbytes": sum(spec.dense_nbytes for spec in specs.values()),

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from halfplate.cli import (
     serve,
 )
 from halfplate.cli.parser import Parser, Version
-from halfplate.errors import HalfplateError
+from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.limits import bound_environment
 from halfplate.plain_text import visible
 
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     # The bar that transformers shows for GGUF files listens to nothing else; it is read when torch imports tqdm.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.showwarning = _show_warning
     try:
         args = build_parser().parse_args(argv)
         out, resumable = getattr(args, "out", None), hasattr(args, "resume")
@@ -108,6 +110,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
+) -> None:
+    """Our own warnings in one line as errors are, others as Python shows them."""
+    if isinstance(message, HalfplateWarning):
+        print(f"halfplate: warning: {_spoken(str(message))}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)
 
 
 def _spoken(message: str) -> str:

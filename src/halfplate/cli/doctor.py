@@ -62,10 +62,11 @@ def _processor() -> tuple[str, set[str]]:
 
 def _kernels() -> dict[str, Any]:
     from halfplate.kernels import native
+    from halfplate.kernels.linear import kernels_for
 
-    if native.available():
-        return {"native_kernels": True, "native_isa": native.isa(), "native_reason": None}
-    return {"native_kernels": False, "native_isa": None, "native_reason": native.reason()}
+    found: dict[str, Any] = {"native_kernels": native.available(), "native_isa": None, "native_reason": None}
+    found |= {"native_isa": native.isa()} if native.available() else {"native_reason": native.reason()}
+    return found | {"kernels_for": kernels_for()}
 
 
 def _spoken(value: Any) -> Any:

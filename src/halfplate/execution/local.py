@@ -230,6 +230,7 @@ def _summary(out: Path, result: Result) -> dict[str, Any]:
         "mean_relative_error": sum(errors) / len(errors),
         "error_kind": outcome.records[0].error_kind,
         "tuned_blocks": _tuned(outcome),
+        "without_kernel": plan.without_kernel,
         "levels": _levels(plan) if plan.recipe.budgeted else None,
         "search": None,
         **result.told,

@@ -17,16 +17,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfplate.dtypes import GRIDS
+from halfplate.dtypes import STORED as STORED_DTYPES
 from halfplate.errors import HalfplateError
 from halfplate.formats.packing import check_padding
 from halfplate.formats.packing import pack as pack_codes
 from halfplate.formats.packing import unpack as unpack_codes
 from halfplate.formats.spec import WeightSpec
 from halfplate.kernels import native
+from halfplate.kernels.capability import NO_ORDER, NO_RANK, Backend, Field, anything, check_tensors, one_of, pattern_of
 
 KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
 TILE = 128  # columns of a scale: as in src/runtime.h
 WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
+PATTERNS = ("2:4", "dense")
+CORES = ("fp32", "bf16", "fp16", "int8", "int4", "int3", "int2")
 ACTIVATIONS = ("float", "int8")
 # From so many tokens on, the core is expanded and the vendor's matrix product does the work. Measured (RESULTS.md): with
 # 512-bit vectors the sparse kernels beat its fp32 product at any size, but not the bf16 one of processors that have it.
@@ -39,6 +43,39 @@ REFUSALS = {
     2: "NaN or inf, expected finite values",
     3: "codes outside the range of their type or scales below 0",
 }
+
+
+NATIVE = Backend(
+    "native kernels",
+    {
+        "d_out": anything(),
+        "d_in": anything(),
+        "pattern": pattern_of(PATTERNS, "no kernel for pattern {value}", "--pattern 2:4"),
+        "core_dtype": one_of(
+            "core_dtype",
+            CORES,
+            "no kernel for core_dtype={value!r}",
+            "--core-dtype int8",
+        ),
+        "out_block": anything(),
+        "in_block": anything(),
+        "wrapper_dtype": one_of(
+            "wrapper_dtype",
+            WRAPPER_KINDS,
+            "no kernel for wrapper_dtype={value!r}",
+            "--wrapper-dtype bf16",
+        ),
+        "rank": NO_RANK,
+        "permuted": NO_ORDER,
+        # Cores of floating-point values have no scales.
+        "group": Field(
+            lambda spec: spec.core_dtype in STORED_DTYPES or spec.group == TILE,
+            f"no kernel for scales of {{value}} columns, only of {TILE}",
+            f"--group-size {TILE}",
+        ),
+        "in_shared": anything(),  # the wrapper is packed along
+    },
+)
 
 
 class Header(ctypes.Structure):
@@ -73,23 +110,17 @@ class Stored(ctypes.Structure):
     _fields_ = [*[(name, ctypes.c_void_p) for name, _ in STORED], ("bytes", ctypes.c_int64 * len(STORED))]
 
 
-def unsupported(spec: WeightSpec, activations: str = "float") -> str | None:
+def unsupported(spec: WeightSpec) -> str | None:
     """Why the kernels cannot run a matrix of `spec`; None where they can."""
     if not native.available():
         return native.reason()
-    if spec.core_dtype not in KINDS and spec.core_dtype not in GRIDS:
-        return f"no kernel for core_dtype={spec.core_dtype!r}"
-    if spec.wrapper_dtype not in WRAPPER_KINDS:
-        return f"no kernel for wrapper_dtype={spec.wrapper_dtype!r}"
-    if spec.rank:
-        return "no kernel for a low-rank part"
-    if spec.permuted:
-        return "no kernel for inputs in an order of the matrix's own"
-    if spec.core_dtype in GRIDS and spec.group != TILE:
-        return f"no kernel for scales of {spec.group} columns, only of {TILE}"
-    if str(spec.pattern) not in ("2:4", "dense"):
-        return f"no kernel for pattern {spec.pattern}"
-    return None
+    refusal = NATIVE.refusal(spec)
+    return None if refusal is None else refusal.reason
+
+
+def kernels_for() -> str:
+    """What a matrix must be to have a kernel, for people."""
+    return f"{' or '.join(PATTERNS)}; cores {', '.join(CORES)}; wrappers {', '.join(WRAPPER_KINDS)}; scales of {TILE} columns"
 
 
 def header_of(spec: WeightSpec, activations: str, bias: bool) -> Header:
@@ -118,6 +149,9 @@ def pack(
     for tensors of other shapes or types than `spec` says, and for values that no writer leaves: NaN, inf, positions that do
     not rise within a group, codes out of range.
     """
+    if (refusal := NATIVE.refusal(spec)) is not None:
+        raise HalfplateError(refusal.reason)
+    check_tensors(spec, tensors)
     for name, (shape, dtype) in spec.layout().items():
         found = tensors[name]
         if tuple(found.shape) != shape or found.dtype != dtype or found.device.type != "cpu":

@@ -41,10 +41,8 @@ class BlockStruct(ctypes.Structure):
     """Mirror of `halfplate::DecoderBlock` in kernels/src/runtime.h."""
 
     _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in ("input_norm", "post_norm", "q", "k", "v", "o", "gate", "up", "down", "keys", "values")
-    ] + [
-        *[(name, ctypes.c_void_p) for name in ("query_norm", "key_norm")],
+        *[(name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "q", "k", "v", "o", "gate", "up", "down")],
+        *[(name, ctypes.c_void_p) for name in ("keys", "values", "query_norm", "key_norm")],
         ("norm_bytes", ctypes.c_int64 * 4),
         ("linear_bytes", ctypes.c_int64 * 7),
         ("cache_bytes", ctypes.c_int64 * 2),
