@@ -48,7 +48,7 @@ def load(
     check_device(device)
     specs, found = read_checked_headers(folder)
     if kernels and device == "cpu" and (slow := without_kernel(specs.values())) is not None:
-        warnings.warn(f"{path}: {slow}", HalfplateWarning, stacklevel=2)
+        warnings.warn(f"{path}: {slow}", HalfplateWarning, stacklevel=3)  # past the decorator
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from halfplate.runtime.prepare import accelerate, check_options
