@@ -81,7 +81,7 @@ def token_stream(tokenizer: "PreTrainedTokenizerBase", documents: list[str]) -> 
     Special tokens are those that the tokenizer itself adds to a text, once for the whole stream.
     """
     ids = tokenizer(SEPARATOR.join(documents), verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def _plugin(source: str, argument: str) -> EntryPoint | None:

@@ -78,7 +78,7 @@ def sample_text(
     from halfplate.calibration.cache import preallocated_cache
 
     generator = torch.Generator().manual_seed(seed)
-    chances = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64).to(model.device)
+    chances = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64, device="cpu").to(model.device)
     ids = torch.empty(samples, seq_len, dtype=torch.int64, device=model.device)
     at_once = sequences_at_once(token_nbytes(model.config.get_text_config()), seq_len, cache_nbytes)
     batches = -(-samples // at_once)
@@ -99,7 +99,7 @@ def sample_text(
 def _first_tokens(model: "PreTrainedModel", start: Start, uniform: Tensor) -> Tensor:
     """The tokens that sequences open with, int64 (sequences,): the one rule of what precedes self-sampled text."""
     if start.token is not None:
-        return torch.full(uniform.shape, start.token, device=uniform.device)
+        return torch.full(uniform.shape, start.token, dtype=torch.int64, device=uniform.device)
     return (uniform * _vocabulary(model)).long()
 
 

@@ -95,5 +95,7 @@ def _draw_windows(stream: Tensor, source: str, samples: int, seq_len: int, seed:
             f"samples={samples} windows of seq_len={seq_len} need {samples * seq_len} tokens, but calibration={source!r} "
             f"has {len(stream)} ({count} windows); pass a longer text, calibration=self, or {cure}"
         )
-    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu")[
+        :samples
+    ]
     return stream[: count * seq_len].view(count, seq_len)[chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from itertools import chain
 from math import prod
@@ -14,16 +15,19 @@ from torch import Tensor
 from halfplate.arguments import path_text
 from halfplate.checkpoint.config import RECORD_FILE, read_record, read_specs
 from halfplate.checkpoint.weights import StoredTensor, check_layout, read_headers, read_tensors, sha256
+from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
-from halfplate.errors import HalfplateError
+from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.formats import WeightSpec
 from halfplate.formats.checks import check_part
+from halfplate.kernels.capability import without_kernel
 from halfplate.models.trust import check_counts, check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@plain_defaults()
 def load(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -42,7 +46,9 @@ def load(
     """
     folder = Path(path_text("path", path))
     check_device(device)
-    _, found = read_checked_headers(folder)
+    specs, found = read_checked_headers(folder)
+    if kernels and device == "cpu" and (slow := without_kernel(specs.values())) is not None:
+        warnings.warn(f"{path}: {slow}", HalfplateWarning, stacklevel=3)  # past the decorator
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from halfplate.runtime.prepare import accelerate, check_options
@@ -114,6 +120,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
+@plain_defaults()
 def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]:
     """Every compressed matrix of a checkpoint with its bytes and error, and the totals; keys as in `halfplate inspect --json`.
 
@@ -140,6 +147,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
             }
             for name, spec in specs.items()
         ],
+        "without_kernel": without_kernel(specs.values()),
         "tuned": bool(record.get("tuned_blocks")),
         "nbytes": nbytes,
         "dense_nbytes": sum(spec.dense_nbytes for spec in specs.values()),

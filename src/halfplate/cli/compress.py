@@ -62,6 +62,7 @@ def _print(summary: dict[str, Any], serves: str) -> None:
         ("linears, dense at 2 bytes a weight", megabytes(summary["dense_nbytes"])),
         ("linears, compressed", f"{megabytes(summary['nbytes'])} ({summary['nbytes'] / summary['dense_nbytes']:.1%})"),
         ("serves", serves),
+        ("kernels", summary["without_kernel"] or "every matrix has one"),
         ("everything else", megabytes(summary["other_nbytes"])),
         ("source weight files", megabytes(summary["source_nbytes"])),
         (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from halfplate.cli.parser import positive
 from halfplate.errors import HalfplateError
+from halfplate.limits import use_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,15 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
 
     from halfplate.cli.console import silence_libraries
     from halfplate.execution.loading import load_any
     from halfplate.runtime import greedy
 
     silence_libraries()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     model, tokenizer = load_any(args.model, activations=args.activations)
     ids = _token_ids(args, tokenizer)
     length = ids.shape[1]
@@ -67,14 +66,14 @@ def _token_ids(args: argparse.Namespace, tokenizer: Any) -> Tensor:
     check_unicode(args.prompt, "prompt")
 
     if not args.chat:
-        return torch.tensor([tokenizer(args.prompt)["input_ids"]], dtype=torch.int64)
+        return torch.tensor([tokenizer(args.prompt)["input_ids"]], dtype=torch.int64, device="cpu")
     if not tokenizer.chat_template:
         raise HalfplateError(
             f"--chat needs a chat template, and the tokenizer of {args.model!r} has none; leave --chat out"
         )
     message = [{"role": "user", "content": args.prompt}]
     encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
-    return torch.tensor([encoded["input_ids"]], dtype=torch.int64)
+    return torch.tensor([encoded["input_ids"]], dtype=torch.int64, device="cpu")
 
 
 def _stop_ids(model: Any) -> list[int]:

@@ -96,6 +96,7 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
             else []
         ),
         ("serves", served(plan.recipe)),
+        ("kernels", plan.without_kernel or "every matrix has one"),
         ("everything else", megabytes(plan.other_nbytes)),
         ("source weight files", megabytes(plan.source_nbytes)),
     ]

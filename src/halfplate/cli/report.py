@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from halfplate.cli.parser import add_output_arguments, positive
+from halfplate.limits import use_threads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,14 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
 
     from halfplate.cli.console import print_json, progress, silence_libraries
     from halfplate.report import write_report
 
     silence_libraries()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     with progress(args) as report:
         file = write_report(args.path, args.file, _measuring(args), report)
     if args.json:

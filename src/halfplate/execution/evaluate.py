@@ -10,12 +10,14 @@ import torch
 from halfplate.arguments import path_text
 from halfplate.calibration import read_text
 from halfplate.calibration.text import check_seq_len
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.evaluation import perplexity
 from halfplate.evaluation.perplexity import token_windows
 from halfplate.execution.held_out import held_out_tokens
 from halfplate.execution.loading import calibration_seed, load_any
 from halfplate.execution.progress import Report, silent
+from halfplate.limits import use_threads
 from halfplate.models.sources import is_compressed
 
 SEQ_LEN = 1024
@@ -25,6 +27,7 @@ TEXT_SUFFIXES = (".gz", ".txt", ".jsonl")
 MEANS = ("kl", "top1_agreement")
 
 
+@plain_defaults()
 def evaluate(
     model: str | Path,
     text: str | Path | Sequence[str | Path] | None = None,
@@ -60,8 +63,7 @@ def evaluate(
         from halfplate.evaluation.tasks import check_available
 
         check_available()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     documents = {name: read_text(source, "text") for name, source in _names(sources or []).items()}
 
     report("reading", 0, 1)

@@ -47,7 +47,7 @@ class HiddenStates:
 
     def read(self, number: int) -> Tensor:
         """Batch `number`, (samples, L, d)."""
-        tensor = torch.empty(self.samples(number), *self.shape[1:])
+        tensor = torch.empty(self.samples(number), *self.shape[1:], dtype=torch.float32, device="cpu")
         if not tensor.numel():
             return tensor
         data, path = _bytes(tensor), self.file(number)

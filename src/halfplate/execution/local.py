@@ -15,6 +15,7 @@ from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.quantizer import HalfplateConfig
 from halfplate.checkpoint.read import load
 from halfplate.checkpoint.write import amend_record, write_configuration, write_record
+from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate
@@ -38,6 +39,7 @@ from halfplate.execution.self_check import self_check
 from halfplate.execution.tasks import OpenBlocks
 from halfplate.execution.work import WorkFolder
 from halfplate.formats import WeightSpec
+from halfplate.limits import check_threads, check_workers, cores
 from halfplate.models.licence import origin
 from halfplate.models.sources import Source, load_dense, load_tokenizer, open_source
 from halfplate.models.streamed import StreamedModel
@@ -66,6 +68,7 @@ class _Order:
     check: bool
 
 
+@plain_defaults()
 def compress(
     model: str,
     out: str | Path,
@@ -92,6 +95,9 @@ def compress(
     """
     recipe, out = recipe or Recipe(), Path(out)
     choice = EngineChoice(engine, workers, address)
+    if address is None:  # else the machines of the cluster bound them
+        check_threads(recipe.threads)
+        check_workers(workers)
     source = open_source(model)
     check_device(recipe.device)
     check_place(out)
@@ -131,6 +137,9 @@ def _reported(out: Path) -> dict[str, str | None]:
 def _carry_out(order: _Order, plan: Plan, report: Report) -> dict[str, Any]:
     recipe, clock = plan.recipe, Clock()
     report("reading", 0, 1, facts=_plan_facts(plan, order.out))
+    if (threads := order.identity["threads"]) > cores():
+        note = f"{threads}, as it began, more than the {cores()} cores here: slower, and the same bytes"
+        report("threads", 1, 1, note)
     result = _compressed(order, plan, report, clock)
     summary = _summary(order.out, result)
     if recipe.max_kl is not None:
@@ -228,6 +237,7 @@ def _summary(out: Path, result: Result) -> dict[str, Any]:
         "mean_relative_error": sum(errors) / len(errors),
         "error_kind": outcome.records[0].error_kind,
         "tuned_blocks": _tuned(outcome),
+        "without_kernel": plan.without_kernel,
         "levels": _levels(plan) if plan.recipe.budgeted else None,
         "search": None,
         "check": result.check,

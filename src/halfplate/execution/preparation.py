@@ -14,6 +14,7 @@ from halfplate.execution.progress import Report
 from halfplate.execution.ratios import ratio_plan
 from halfplate.execution.work import WorkFolder, load_part, read_json, save_part, write_json
 from halfplate.formats import WeightSpec
+from halfplate.limits import check_resumed_threads, cores
 from halfplate.models.conversion import convert_tensors, converted, whole
 from halfplate.models.sources import Source, load_dense, load_tokenizer
 from halfplate.models.streamed import StreamedModel, needs_conversion
@@ -28,8 +29,9 @@ def fixed_threads(recipe: Recipe, work: WorkFolder, resume: bool) -> int:
     """The threads of every task, which an interrupted run goes on with unless the recipe says otherwise: bits depend on them."""
     begun = work.begun() if resume else None
     if recipe.threads is None and begun is not None:
+        check_resumed_threads(int(begun["threads"]))
         return int(begun["threads"])
-    return recipe.threads or torch.get_num_threads()
+    return recipe.threads or min(torch.get_num_threads(), cores())
 
 
 def readable_source(source: Source, work: WorkFolder, clock: Clock, report: Report) -> Source:

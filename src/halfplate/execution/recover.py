@@ -21,6 +21,7 @@ from halfplate.calibration.text import check_seq_len
 from halfplate.checkpoint.config import RECORD_FILE, other_dtype, read_record, read_specs
 from halfplate.checkpoint.read import load, load_tokenizer
 from halfplate.checkpoint.write import write_checkpoint
+from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate, token_windows
@@ -38,6 +39,7 @@ SAVE_MINUTES = 5.0
 TEXT = "text-"  # and a digest of all that a sampled text depends on: other settings find it again
 
 
+@plain_defaults()
 def recover(
     model: str | Path,
     teacher: str,
@@ -286,7 +288,7 @@ def _sampled(
     settings: Recovery, dense: Any, work: Path, teacher: str, accelerator: Accelerator, report: Report
 ) -> Tensor:
     """Windows that the teacher samples, int64 (windows, L), the same in every process."""
-    windows = torch.empty(settings.samples, settings.seq_len, dtype=torch.int64)
+    windows = torch.empty(settings.samples, settings.seq_len, dtype=torch.int64, device="cpu")
     if accelerator.is_main_process:
         identity = {"teacher": teacher} | {name: getattr(settings, name) for name in ("samples", "seq_len", "seed")}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

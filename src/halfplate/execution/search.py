@@ -54,7 +54,9 @@ class ModelAtLevels:
         """Nats a token on the text of a stage; that of an early one moves on with the generations."""
         self._install(choice)
         count: int = max(1, len(self.ids) // FEWER ** (STAGES - 1 - stage))
-        rows = (torch.arange(count) + generation * count) % len(self.ids) if stage < STAGES - 1 else torch.arange(count)
+        rows = torch.arange(count, dtype=torch.int64, device="cpu")
+        if stage < STAGES - 1:
+            rows = (rows + generation * count) % len(self.ids)
         total = 0.0
         for part in rows.split(BATCH):
             batch = self.blockwise.embed(self.ids[part])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.models import gguf
 from halfplate.models.trust import check_counts, check_folder, check_parameters, count_tensors, read_json_file
@@ -118,6 +119,7 @@ def _load_generation_config(source: Source, model: "PreTrainedModel") -> None:
         model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
 
 
+@plain_defaults()
 def load_dense(model: str | Source, device: str = "cpu") -> LoadedModel:
     """Load a model, by its name or as it was opened, in fp32, in eval mode and without gradients, with its tokenizer.
 

@@ -14,9 +14,11 @@ from halfplate import plugins
 from halfplate.allocation.candidates import CHOICES, candidates
 from halfplate.calibration.documents import check_source
 from halfplate.calibration.text import check_seq_len
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.formats.sharing import share
 from halfplate.formats.spec import WeightSpec
+from halfplate.limits import check_threads, check_workers
 from halfplate.methods.base import Method
 from halfplate.models.linears import FoundLinear, find_linears
 from halfplate.models.sources import Source, open_source, skeleton
@@ -35,12 +37,15 @@ AUTO_BLOCKS = (128, 64, 32, 16, 8)
 AUTO_SHARE = 0.05  # of the dense parameters of the whole plan
 
 
+@plain_defaults()
 def make_plan(model: str, recipe: Recipe, measure: bool | None = False, workers: int = 1) -> Plan:
     """Plan the compression of `model`, reading its configuration and no weight; raises HalfplateError on bad input.
 
     measure: time this machine for a few seconds, reading one tensor, for an estimate of the time; None does so where the run takes
     much longer than that. workers: processes that would share the work.
     """
+    check_threads(recipe.threads)
+    check_workers(workers)
     return plan_source(open_source(model), recipe, measure, workers)
 
 

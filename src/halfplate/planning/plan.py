@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from halfplate.formats.spec import WeightSpec
+from halfplate.kernels.capability import without_kernel
 from halfplate.planning.disk import DiskPlan
 from halfplate.planning.memory import MemoryPlan
 from halfplate.planning.sizes import ModelSizes
@@ -92,6 +93,11 @@ class Plan:
         return replace(self, matrices=tuple(replace(m, spec=specs.get(m.name, m.spec)) for m in self.matrices))
 
     @property
+    def without_kernel(self) -> str | None:
+        """Which matrices no kernel runs, and the nearest settings that have one; None if all have."""
+        return without_kernel(self.specs.values())
+
+    @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
 
@@ -131,6 +137,7 @@ class Plan:
             "parameters": self.parameters,
             "block_size": self.block_size,
             "wrapper_share": self.wrapper_share,
+            "without_kernel": self.without_kernel,
             "flops": self.flops,
             "seconds": seconds,
             "seconds_estimate": None if seconds is None else round(sum(seconds.values()), 1),

@@ -81,6 +81,6 @@ def _answer(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
         )
     ends = model.generation_config.eos_token_id
     stop = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    tokens = greedy(model, torch.tensor([ids], dtype=torch.int64), new_tokens, stop)
+    tokens = greedy(model, torch.tensor([ids], dtype=torch.int64, device="cpu"), new_tokens, stop)
     said: str = tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True)
     return said

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, check_stored, connect
 from halfplate.kernels import native
@@ -53,6 +54,7 @@ def check_options(activations: str, head_dtype: str | None) -> None:
         raise HalfplateError(f"head_dtype={head_dtype!r} is not one of {', '.join(HEAD_DTYPES)}")
 
 
+@plain_defaults()
 @torch.no_grad()
 def accelerate(
     model: Any, activations: str = "float", head_dtype: str | None = None, dense_dtype: str | None = None
@@ -104,6 +106,7 @@ def explain(model: Any) -> Acceleration:
     return Acceleration(paths, decoder.why_not(model) or "native")
 
 
+@plain_defaults()
 def restore(model: Any) -> None:
     """Undo `accelerate`, in place: every linear becomes what it was packed from."""
     decoder.uninstall(model)
