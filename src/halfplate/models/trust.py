@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from halfplate.errors import HalfplateError
 
 LARGEST_JSON = 64 * 2**20
 ADAPTER = "adapter_config.json"
+FEW_MODULES = 20_000
 MOST_OF_ANYTHING = 2**20  # heads, experts, groups: what a configuration counts, blocks apart
 
 
@@ -91,6 +94,42 @@ def check_parameters(name: str, needed: int, room: int) -> None:
         raise HalfplateError(
             f"model={name!r}: its configuration describes {needed} parameters, its files have room for {room}; download it again"
         )
+
+
+@contextmanager
+def bounded(name: str, room: int) -> Iterator[None]:
+    """While inside, raise HalfplateError as soon as a model is built that has far more parameters or modules than files of `room` bytes hold.
+
+    A number in a configuration may ask for millions of modules, which take minutes to build before they can be counted.
+    """
+    from torch.nn.modules.module import (
+        register_module_module_registration_hook,
+        register_module_parameter_registration_hook,
+    )
+
+    here, counted = threading.get_ident(), [0, 0]
+
+    def count(value: int, kind: int, most: int) -> None:
+        if threading.get_ident() == here:
+            counted[kind] += value
+            if counted[kind] > most:
+                check_parameters(name, counted[0], room)
+                raise HalfplateError(
+                    f"model={name!r}: its configuration describes more than {most} modules, its files have {room} bytes; download it again"
+                )
+
+    # The head may be counted twice, before it is tied, and some modules are made to be replaced.
+    hooks = [
+        register_module_parameter_registration_hook(
+            lambda _module, _name, parameter: count(0 if parameter is None else parameter.numel(), 0, 4 * room)
+        ),
+        register_module_module_registration_hook(lambda _module, _name, _inner: count(1, 1, room + FEW_MODULES)),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def count_tensors(paths: Iterable[Path]) -> tuple[int, int]:
