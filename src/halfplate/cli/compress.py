@@ -80,6 +80,7 @@ def _print(summary: dict[str, Any], serves: str) -> None:
         rows.append(("KL of the levels before and after the search", f"{first:.4f}, {last:.4f}"))
     if "held_out" in summary:
         rows.append(("KL on held-out text, nats a token", summary["held_out"]["kl"]))
+    rows += [("note", note) for note in summary["notes"]]
     if summary["skipped"]:
         rows.append(("matrices left dense", f"{len(summary['skipped'])}, e.g. {summary['skipped'][0]['reason']}"))
     print_pairs(f"{summary['out']}: {summary['model']} by {summary['method']}", rows)

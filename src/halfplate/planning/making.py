@@ -83,7 +83,7 @@ def plan_source(
 
     compressed = {matrix.name: matrix.spec for matrix in matrices if matrix.spec is not None}
     specs, statistic = list(compressed.values()), max(statistic, method.requires)
-    sizes = sizes_of(dense, [linear for linear in found if linear.name in compressed])
+    sizes = sizes_of(dense, [linear for linear in found if linear.name in compressed], recipe.seq_len)
     other_nbytes = _other_nbytes(dense, set(compressed), source.other_dtype)
     if measure is None:
         measure = sum(solving_flops(method, spec, recipe, statistic) for spec in specs) > WORTH_FLOPS
@@ -103,6 +103,7 @@ def plan_source(
         disk=disk_plan(sizes, specs, other_nbytes, recipe, statistic, workers, needs_conversion(source)),
         speed=speed,
         seconds=None if speed is None else seconds_of(sizes, specs, source.nbytes, recipe, statistic, speed),
+        notes=source.notes,
     )
 
 
