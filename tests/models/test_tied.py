@@ -14,13 +14,19 @@ from halfplate.checkpoint.export import export_dense
 from halfplate.checkpoint.read import load
 from halfplate.errors import HalfplateError
 from halfplate.execution.convert import convert, export_gguf
+from halfplate.execution.recover import recover
 from halfplate.models import load_dense, open_source
 from halfplate.planning import make_plan
 from halfplate.recipe import Recipe
+from halfplate.recovery.settings import Recovery
 
 IDS = torch.arange(3, 27).reshape(2, 12)
-# With everything stored as it is, the logits of a result are those of its source.
-EXACT = Recipe(method="magnitude", pattern="dense", core_dtype="fp32")
+ROUNDED = Recipe(method="rtn", pattern="dense", core_dtype="int8")
+
+
+def near(logits, expected):
+    """Equal but for the rounding of cores: the embedding in the place of the head would make them differ entirely."""
+    return (logits - expected).norm() < 0.05 * expected.norm()
 
 
 def change(folder, change_weights, **entries):
@@ -55,7 +61,7 @@ def apart(tiny_folder):
 
 @pytest.fixture
 def compressed(apart, tmp_path):
-    return Path(halfplate.compress(str(apart), tmp_path / "out", EXACT, benchmark=False)["out"])
+    return Path(halfplate.compress(str(apart), tmp_path / "out", ROUNDED, benchmark=False)["out"])
 
 
 def test_transformers_does_not_tie_them_either(apart):
@@ -71,7 +77,7 @@ def test_loaded_dense(apart):
         loaded = load_dense(str(apart))
     assert torch.equal(loaded.model(IDS).logits, logits_of_files(apart))
     assert not loaded.model.config.tie_word_embeddings
-    plan = make_plan(str(apart), EXACT)
+    plan = make_plan(str(apart), ROUNDED)
     assert any("lm_head.weight and model.embed_tokens.weight with different values" in note for note in plan.notes)
 
 
@@ -92,10 +98,10 @@ def test_compressed_restored_and_multiplied_out(apart, compressed):
     assert not says_tied(compressed)
     for kernels in (True, False):
         model = load(compressed, kernels=kernels)
-        assert torch.allclose(model(IDS).logits, expected, atol=1e-4)
+        assert near(model(IDS).logits, expected)
         runtime.restore(model)
-        assert torch.allclose(model(IDS).logits, expected, atol=1e-4)
-        assert torch.allclose(model.dequantize()(IDS).logits, expected, atol=1e-4)
+        assert near(model(IDS).logits, expected)
+        assert near(model.dequantize()(IDS).logits, expected)
 
 
 @torch.no_grad()
@@ -109,8 +115,8 @@ def test_a_checkpoint_whose_config_ties_them(apart, compressed, tmp_path):
         assert not model.config.tie_word_embeddings
         model.save_pretrained(tmp_path / "again")
         assert not says_tied(tmp_path / "again")
-        assert torch.allclose(load(tmp_path / "again")(IDS).logits, expected, atol=1e-4)
-        assert torch.allclose(model.dequantize()(IDS).logits, expected, atol=1e-4)
+        assert near(load(tmp_path / "again")(IDS).logits, expected)
+        assert near(model.dequantize()(IDS).logits, expected)
         shutil.rmtree(tmp_path / "again")
 
 
@@ -120,7 +126,7 @@ def test_exported_dense(apart, compressed, tmp_path):
     convert(str(apart), tmp_path / "converted")
     for folder in ("dense", "converted"):
         assert not says_tied(tmp_path / folder)
-        assert torch.allclose(load_dense(str(tmp_path / folder)).model(IDS).logits, logits_of_files(apart), atol=1e-4)
+        assert near(load_dense(str(tmp_path / folder)).model(IDS).logits, logits_of_files(apart))
 
 
 @torch.no_grad()
@@ -129,7 +135,7 @@ def test_exported_as_gguf(apart, compressed, tmp_path):
         export_gguf(model, tmp_path / f"{number}.gguf")
         loaded = load_dense(str(tmp_path / f"{number}.gguf")).model
         # Matrices are F16 there.
-        assert torch.allclose(loaded(IDS).logits, logits_of_files(apart), atol=0.05)
+        assert near(loaded(IDS).logits, logits_of_files(apart))
         weights = load_file(apart / "model.safetensors")
         assert torch.allclose(loaded.lm_head.weight, weights["lm_head.weight"], atol=1e-3)
 
@@ -138,18 +144,18 @@ def test_exported_as_gguf(apart, compressed, tmp_path):
 def test_compressed_while_loading(apart):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(apart, quantization_config=halfplate.HalfplateConfig(recipe=EXACT))
-    assert torch.allclose(model(IDS).logits, logits_of_files(apart), atol=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(apart, quantization_config=halfplate.HalfplateConfig(recipe=ROUNDED))
+    assert near(model(IDS).logits, logits_of_files(apart))
     assert not model.config.tie_word_embeddings
-    assert torch.allclose(model.dequantize()(IDS).logits, logits_of_files(apart), atol=1e-4)
+    assert near(model.dequantize()(IDS).logits, logits_of_files(apart))
 
 
-@torch.no_grad()
 def test_recovered(apart, compressed, tmp_path):
     out = tmp_path / "recovered"
-    halfplate.recover(compressed, out, str(apart), steps=1, batch=1, seq_len=16, lr=1e-9)
+    recover(compressed, str(apart), out, Recovery(tokens=16, samples=2, batch=1, seq_len=16, learning_rate=1e-6))
     assert not says_tied(out)
-    assert torch.allclose(load(out)(IDS).logits, logits_of_files(apart), atol=1e-3)
+    with torch.no_grad():
+        assert near(load(out)(IDS).logits, logits_of_files(apart))
 
 
 @torch.no_grad()
@@ -163,13 +169,17 @@ def test_a_model_that_holds_its_head_alone(tiny_folder, tmp_path):
     loaded = load_dense(str(tiny_folder)).model
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     expected = loaded(IDS).logits
-    halfplate.compress(str(tiny_folder), tmp_path / "out", EXACT, benchmark=False)
-    assert torch.allclose(load(tmp_path / "out")(IDS).logits, expected, atol=1e-4)
+    halfplate.compress(str(tiny_folder), tmp_path / "out", ROUNDED, benchmark=False)
+    assert near(load(tmp_path / "out")(IDS).logits, expected)
     assert not open_source(str(tiny_folder)).notes
 
 
 def test_equal_values_stay_tied(tiny_folder):
-    change(tiny_folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}), tie_word_embeddings=True)
+    change(
+        tiny_folder,
+        lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}),
+        tie_word_embeddings=True,
+    )
     source = open_source(str(tiny_folder))
     assert source.config.tie_word_embeddings
     assert not source.notes
@@ -177,5 +187,7 @@ def test_equal_values_stay_tied(tiny_folder):
 
 def test_an_untied_config_without_a_head_is_refused(tiny_folder):
     change(tiny_folder, lambda weights: weights.pop("lm_head.weight"), tie_word_embeddings=False)
-    with pytest.raises(HalfplateError, match=r"lack lm_head\.weight, and config.json says tie_word_embeddings=false; set it to true"):
+    with pytest.raises(
+        HalfplateError, match=r"lack lm_head\.weight, and config.json says tie_word_embeddings=false; set it to true"
+    ):
         open_source(str(tiny_folder))

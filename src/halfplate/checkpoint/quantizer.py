@@ -189,6 +189,8 @@ class HalfplateQuantizer(HfQuantizer):
 
         restore(model)
         model.__dict__.pop("save_pretrained", None)
+        if isinstance(dtype, str):  # what transformers passes on once the model has been saved
+            dtype = getattr(torch, dtype)
         for name, module in list(_compressed(model)):
             weight = module.matrix.dense().to(dtype)
             linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
