@@ -44,15 +44,14 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 16}
+PLAIN = (
+    "llama mistral qwen2 qwen3 gemma olmo olmo2 olmo3 cohere cohere2 phi3 glm glm4 granite smollm3 starcoder2 stablelm arcee helium"
+    " nemotron exaone4 seed_oss apertus ernie4_5 hunyuan_v1_dense ministral diffllama doge biogpt opt persimmon"
+)
+# What differs from SIZES; None: not given.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        (
-            *("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "olmo2", "olmo3", "cohere", "cohere2", "phi3", "glm", "glm4"),
-            *("granite", "smollm3", "starcoder2", "stablelm", "arcee", "helium", "nemotron", "exaone4", "seed_oss", "apertus"),
-            *("ernie4_5", "hunyuan_v1_dense", "ministral", "diffllama", "doge", "biogpt", "opt", "falcon", "persimmon"),
-        ),
-        {},
-    ),
+    **{kind: {} for kind in PLAIN.split()},
+    "falcon": {"head_dim": None},
     "phi": {"num_key_value_heads": 4},
     "gemma2": {"query_pre_attn_scalar": 8},
     "gemma3_text": {"query_pre_attn_scalar": 8},
@@ -76,7 +75,22 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 NUMBERS = (0, 1, -1, 2, 3, 7, 63, 65, 127, 2**15, 2**31 - 1, 2**31, 2**53, 2**62, 2**63, -(2**63), 10**30)
 VALUES: tuple[Any, ...] = (
     *(None, True, False, "", "foo", "7", "flash_attention_2", "Traceback", "ü\n\x00"),
-    *(0.0, -1.5, 1e-30, 1e300, float("nan"), float("inf"), [], [1], ["full_attention"], [None, None], {}, {"a": 1}, [[[[1]]]], {"a": {"b": [{}]}}),
+    *(
+        0.0,
+        -1.5,
+        1e-30,
+        1e300,
+        float("nan"),
+        float("inf"),
+        [],
+        [1],
+        ["full_attention"],
+        [None, None],
+        {},
+        {"a": 1},
+        [[[[1]]]],
+        {"a": {"b": [{}]}},
+    ),
 )
 LEFTOVERS: tuple[dict[str, Any], ...] = (
     {"quantization_config": {"quant_method": "gptq", "bits": 4}},
@@ -140,7 +154,8 @@ def write_model(kind: str, folder: Path) -> None:
     """A tiny model of the architecture `kind` with weights of zeros, without a tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(kind, **(SIZES | ARCHITECTURES[kind]))
+    sizes = {key: value for key, value in (SIZES | ARCHITECTURES[kind]).items() if value is not None}
+    config = AutoConfig.for_model(kind, **sizes)
     config.architectures = None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=torch.bfloat16)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
-from halfplate.models import load_dense, open_source, skeleton
+from halfplate.models import load_dense, open_source
 from halfplate.models.fit import names_in_model
 from halfplate.models.reading import reading
 from halfplate.planning import make_plan
@@ -194,7 +194,9 @@ def test_configs_that_cannot_be_built_are_refused_at_open(tiny_folder, entries, 
 @pytest.mark.parametrize("text", ["{", "[]", "3"])
 def test_a_broken_generation_config(tiny_folder, text):
     (tiny_folder / "generation_config.json").write_text(text)
-    refused(lambda: open_source(str(tiny_folder)), r"generation_config\.json cannot be read .*remove it to use the defaults")
+    refused(
+        lambda: open_source(str(tiny_folder)), r"generation_config\.json cannot be read .*remove it to use the defaults"
+    )
 
 
 def test_a_million_modules_are_not_built_to_be_counted(tiny_model, tiny_tokenizer, tmp_path):

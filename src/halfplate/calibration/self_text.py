@@ -144,12 +144,12 @@ def token_nbytes(config: "PretrainedConfig", length: int) -> int:
         return max(1, -(-cache_nbytes(config, length) // length))
     # Each model class fails with errors of its own where it asks for values that are not there.
     except Exception:
-        return _plain_token_nbytes(config.get_text_config())
+        return _plain_token_nbytes(config.get_text_config().to_dict())
 
 
-def _plain_token_nbytes(config: "PretrainedConfig") -> int:
+def _plain_token_nbytes(entries: dict[str, Any]) -> int:
     def number(*names: str, otherwise: int) -> int:
-        found = (getattr(config, name, None) for name in names)
+        found = (entries.get(name) for name in names)
         return next((value for value in found if type(value) is int and value > 0), otherwise)
 
     width = number("hidden_size", "n_embd", "d_model", otherwise=4096)

@@ -18,6 +18,7 @@ from halfplate.device import check_device
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
 from halfplate.formats.checks import check_part
+from halfplate.models.reading import reading
 from halfplate.models.trust import check_counts, check_folder
 
 if TYPE_CHECKING:
@@ -49,7 +50,10 @@ def load(
 
     runtime: dict[str, Any] | None = {"activations": activations, "head_dtype": head_dtype} if kernels else None
     check_options(activations, head_dtype)
-    try:
+    # A configuration is data of any shape, and each model class fails on it with errors of its own.
+    with reading(
+        str(path), "it cannot be loaded by transformers", "copy or write the checkpoint again", argument="path"
+    ):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         elements = sum(prod(tensor.shape) for tensor in found.values())
         check_counts(str(path), config, len(found), elements, "path")
@@ -64,14 +68,6 @@ def load(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report names them, the error that it would raise does not
         )
-    except HalfplateError:
-        raise
-    # A configuration is data of any shape, and each model class fails on it with errors of its own.
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise HalfplateError(
-            f"path={str(path)!r} cannot be loaded by transformers ({reason}); copy or write the checkpoint again"
-        ) from error
     model: PreTrainedModel = loaded[0]
     report: dict[str, Any] = loaded[1]
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -105,13 +101,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     if not Path(path).is_dir():
         raise HalfplateError(f"path={str(path)!r} is not a folder; give the folder of a Halfplate checkpoint")
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    # Tokenizers are built by several libraries, each with errors of its own.
-    except Exception as error:
-        raise HalfplateError(
-            f"path={str(path)!r} has no tokenizer that can be read: {' '.join(str(error).split())}"
-        ) from error
+    cure = "put the tokenizer files of its dense model there"
+    with reading(str(path), "it has no tokenizer that can be read", cure, argument="path"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
+    return tokenizer
 
 
 def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]:
