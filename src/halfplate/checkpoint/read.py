@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from halfplate.arguments import path_text
-from halfplate.checkpoint.config import RECORD_FILE, read_record, read_specs
+from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, read_json, read_record, read_specs
 from halfplate.checkpoint.weights import StoredTensor, check_layout, read_headers, read_tensors, sha256
 from halfplate.device import check_device
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
 from halfplate.formats.checks import check_part
 from halfplate.models.reading import reading
-from halfplate.models.trust import check_counts, check_folder
+from halfplate.models.trust import check_counts, check_folder, check_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +54,7 @@ def load(
     with reading(
         str(path), "it cannot be loaded by transformers", "copy or write the checkpoint again", argument="path"
     ):
+        check_layers(str(path), read_json(folder / CONFIG_FILE), "path")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         elements = sum(prod(tensor.shape) for tensor in found.values())
         check_counts(str(path), config, len(found), elements, "path")

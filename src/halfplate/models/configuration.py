@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from halfplate.errors import HalfplateError
 from halfplate.models.reading import in_words, reading
-from halfplate.models.trust import read_json_file
+from halfplate.models.trust import check_layers, read_json_file
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
@@ -95,6 +95,7 @@ def read_config(name: str, path: Path, entries: dict[str, Any]) -> tuple[Pretrai
     from transformers import AutoConfig
 
     kind = entries.get("model_type")
+    check_layers(name, entries)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     # A config is data of any shape, and each model class checks it with errors of its own.

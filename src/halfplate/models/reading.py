@@ -8,7 +8,7 @@ from typing import Any
 
 from halfplate.errors import HalfplateError
 
-LONGEST_REASON = 300  # characters of another library's message
+LONGEST_REASON = 600  # characters of another library's message
 
 
 @contextmanager

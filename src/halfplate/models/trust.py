@@ -19,6 +19,7 @@ from halfplate.errors import HalfplateError
 
 LARGEST_JSON = 64 * 2**20
 ADAPTER = "adapter_config.json"
+MOST_LAYERS = 10_000
 FEW_MODULES = 20_000
 MOST_OF_ANYTHING = 2**20  # heads, experts, groups: what a configuration counts, blocks apart
 
@@ -62,6 +63,20 @@ def read_json_file(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def check_layers(name: str, entries: Any, argument: str = "model") -> None:
+    """Raise HalfplateError where `entries`, config.json as it stands, counts more layers than any model has.
+
+    Some classes make a list of that length before anything can be compared with the files.
+    """
+    for key, value in entries.items() if isinstance(entries, dict) else ():
+        if isinstance(value, dict):
+            check_layers(name, value, argument)
+        elif "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
+            raise HalfplateError(
+                f"{argument}={name!r}: {key}={value} in its config.json, expected at most {MOST_LAYERS}; correct it or download it again"
+            )
 
 
 def check_counts(name: str, config: Any, tensors: int, elements: int, argument: str = "model") -> None:
