@@ -7,6 +7,7 @@ fetched because a file says so.
 from __future__ import annotations
 
 import json
+import re
 import stat
 import threading
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from halfplate.errors import HalfplateError
 
 LARGEST_JSON = 64 * 2**20
 ADAPTER = "adapter_config.json"
+LAYER_COUNT = re.compile(r"(num|n)_(\w+_)?layers?")
 MOST_LAYERS = 10_000
 FEW_MODULES = 20_000
 MOST_OF_ANYTHING = 2**20  # heads, experts, groups: what a configuration counts, blocks apart
@@ -73,7 +75,7 @@ def check_layers(name: str, entries: Any, argument: str = "model") -> None:
     for key, value in entries.items() if isinstance(entries, dict) else ():
         if isinstance(value, dict):
             check_layers(name, value, argument)
-        elif "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
+        elif LAYER_COUNT.fullmatch(key) and isinstance(value, int) and value > MOST_LAYERS:
             raise HalfplateError(
                 f"{argument}={name!r}: {key}={value} in its config.json, expected at most {MOST_LAYERS}; correct it or download it again"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -22,8 +22,8 @@ def run_without_values(model: PreTrainedModel) -> Iterator[None]:
     # torch logs a traceback of its own before it raises.
     loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch._subclasses.fake_utils")]
     told = [logger.level for logger in loggers]
-    experts = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values()
-    before = [(config, getattr(config, "_experts_implementation_internal", None)) for config in experts]
+    experts: dict[int, Any] = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    before = [(config, getattr(config, "_experts_implementation_internal", None)) for config in experts.values()]
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)

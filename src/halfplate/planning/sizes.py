@@ -50,15 +50,16 @@ def sizes_of(dense: PreTrainedModel, linears: list[FoundLinear], seq_len: int) -
     inside = [_values(block) for block in blocks]
     whole = _values(dense)
     output, embedding = dense.get_output_embeddings(), dense.get_input_embeddings()
+    vocabulary, hidden = embedding.weight.shape  # type: ignore[misc,union-attr]
     tied = output is None or any(parameter is embedding.weight for parameter in output.parameters())
     return ModelSizes(
         blocks=tuple(inside),
         outer=whole - sum(inside),
         head=0 if tied else _values(output),
         largest=max(parameter.numel() for parameter in dense.parameters()),
-        hidden=embedding.weight.shape[1],
+        hidden=hidden,
         ffn=max(max(linear.d_in, linear.d_out) for linear in linears),
-        vocabulary=embedding.weight.shape[0],
+        vocabulary=vocabulary,
         cache_nbytes=token_nbytes(dense.config, seq_len),
         stages=_stages(dense, linears),
     )
