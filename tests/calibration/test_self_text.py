@@ -123,7 +123,7 @@ def test_logits_that_are_not_finite_are_refused(tiny_model: Any) -> None:
 
 def test_memory_bounds_the_batch(tiny_model: Any) -> None:
     # 2 blocks of keys and values of 2 heads of 8 in fp32: 256 bytes a token.
-    each_token = self_text.token_nbytes(tiny_model("llama").config)
+    each_token = self_text.token_nbytes(tiny_model("llama").config, 10)
     assert each_token == 256
     assert self_text.sequences_at_once(each_token, 10, 256 * 10 * 5) == 5
     assert self_text.sequences_at_once(each_token, 10_000, 256 * 10 * 5) == 1

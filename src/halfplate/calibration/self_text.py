@@ -80,7 +80,7 @@ def sample_text(
     generator = torch.Generator().manual_seed(seed)
     chances = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64, device="cpu").to(model.device)
     ids = torch.empty(samples, seq_len, dtype=torch.int64, device=model.device)
-    at_once = sequences_at_once(token_nbytes(model.config.get_text_config()), seq_len, cache_nbytes)
+    at_once = sequences_at_once(token_nbytes(model.config, seq_len), seq_len, cache_nbytes)
     batches = -(-samples // at_once)
     done = 0
     # Batches of nearly one size: a small last one would cost almost as many seconds as a full one.
@@ -132,11 +132,30 @@ def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return drawn.clamp_max(logits.shape[-1] - 1)
 
 
-def token_nbytes(config: "PretrainedConfig") -> int:
-    """Bytes of the keys and values of one token in fp32, as far as the config tells."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * head_dim * torch.float32.itemsize)
+def token_nbytes(config: "PretrainedConfig", length: int) -> int:
+    """Bytes that a sequence of `length` tokens holds between two of them in fp32, per token, rounded up.
+
+    Measured on a model without values, whatever it holds: keys and values, of each layer's own size and window, or states. Where
+    such a model does not run, what plain attention with as many heads as there are would hold.
+    """
+    from halfplate.calibration.cache import cache_nbytes
+
+    try:
+        return max(1, -(-cache_nbytes(config, length) // length))
+    # Each model class fails with errors of its own where it asks for values that are not there.
+    except Exception:
+        return _plain_token_nbytes(config.get_text_config().to_dict())
+
+
+def _plain_token_nbytes(entries: dict[str, Any]) -> int:
+    def number(*names: str, otherwise: int) -> int:
+        found = (entries.get(name) for name in names)
+        return next((value for value in found if type(value) is int and value > 0), otherwise)
+
+    width = number("hidden_size", "n_embd", "d_model", otherwise=4096)
+    heads = number("num_attention_heads", "n_head", otherwise=1)
+    each = number("num_key_value_heads", otherwise=heads) * number("head_dim", otherwise=-(-width // heads))
+    return 2 * number("num_hidden_layers", "n_layer", otherwise=32) * each * torch.float32.itemsize
 
 
 def sequences_at_once(each_token: int, seq_len: int, cache_nbytes: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halfplate.arguments import path_text
-from halfplate.checkpoint.config import RECORD_FILE, read_record, read_specs
+from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, read_json, read_record, read_specs
 from halfplate.checkpoint.weights import StoredTensor, check_layout, read_headers, read_tensors, sha256
 from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
@@ -21,7 +21,8 @@ from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.formats import WeightSpec
 from halfplate.formats.checks import check_part
 from halfplate.kernels.capability import without_kernel
-from halfplate.models.trust import check_counts, check_folder
+from halfplate.models.reading import reading
+from halfplate.models.trust import check_counts, check_folder, check_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,7 +56,11 @@ def load(
 
     runtime: dict[str, Any] | None = {"activations": activations, "head_dtype": head_dtype} if kernels else None
     check_options(activations, head_dtype)
-    try:
+    # A configuration is data of any shape, and each model class fails on it with errors of its own.
+    with reading(
+        str(path), "it cannot be loaded by transformers", "copy or write the checkpoint again", argument="path"
+    ):
+        check_layers(str(path), read_json(folder / CONFIG_FILE), "path")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         elements = sum(prod(tensor.shape) for tensor in found.values())
         check_counts(str(path), config, len(found), elements, "path")
@@ -70,14 +75,6 @@ def load(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report names them, the error that it would raise does not
         )
-    except HalfplateError:
-        raise
-    # A configuration is data of any shape, and each model class fails on it with errors of its own.
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise HalfplateError(
-            f"path={str(path)!r} cannot be loaded by transformers ({reason}); copy or write the checkpoint again"
-        ) from error
     model: PreTrainedModel = loaded[0]
     report: dict[str, Any] = loaded[1]
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -111,13 +108,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     if not Path(path).is_dir():
         raise HalfplateError(f"path={str(path)!r} is not a folder; give the folder of a Halfplate checkpoint")
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    # Tokenizers are built by several libraries, each with errors of its own.
-    except Exception as error:
-        raise HalfplateError(
-            f"path={str(path)!r} has no tokenizer that can be read: {' '.join(str(error).split())}"
-        ) from error
+    cure = "put the tokenizer files of its dense model there"
+    with reading(str(path), "it has no tokenizer that can be read", cure, argument="path"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
+    return tokenizer
 
 
 @plain_defaults()

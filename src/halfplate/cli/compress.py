@@ -96,6 +96,7 @@ def _print(summary: dict[str, Any], serves: str) -> None:
                 f"{check['kl']:.4g} nats per token, {check['tokens']} tokens of built-in text",
             )
         )
+    rows += [("note", note) for note in summary["notes"]]
     if summary["skipped"]:
         rows.append(("matrices left dense", f"{len(summary['skipped'])}, e.g. {summary['skipped'][0]['reason']}"))
     print_pairs(f"{summary['out']}: {summary['model']} by {summary['method']}", rows)

@@ -117,4 +117,5 @@ def _needs(plan: "Plan") -> list[tuple[str, str]]:
     else:
         rows.append(("bound of the memory (docs/memory.md)", bound))
     rows.append(("disk", f"{megabytes(plan.disk.total)}, {megabytes(plan.disk.work)} of it until the end"))
+    rows += [("note", note) for note in plan.notes]
     return [*rows, ("fingerprint", plan.fingerprint[:16])]

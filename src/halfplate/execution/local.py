@@ -207,6 +207,7 @@ def _checkpoint_record(result: Result) -> dict[str, Any]:
         "tuned_blocks": _tuned(outcome),
         "skipped": {matrix.name: matrix.reason for matrix in plan.matrices if matrix.skipped},
         **({} if result.check is None else {"check": result.check}),
+        "notes": list(plan.notes),
         **result.told,
     }
 
@@ -229,6 +230,7 @@ def _summary(out: Path, result: Result) -> dict[str, Any]:
             {"name": record.name, **record.to_json(), "seconds": round(record.seconds, 3)} for record in outcome.records
         ],
         "skipped": [{"name": matrix.name, "reason": matrix.reason} for matrix in plan.matrices if matrix.skipped],
+        "notes": list(plan.notes),
         "block_size": plan.block_size,
         "nbytes": plan.nbytes,
         "dense_nbytes": plan.dense_nbytes,

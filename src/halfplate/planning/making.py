@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,7 @@ from halfplate.formats.spec import WeightSpec
 from halfplate.limits import check_threads, check_workers
 from halfplate.methods.base import Method
 from halfplate.models.linears import FoundLinear, find_linears
+from halfplate.models.reading import reading
 from halfplate.models.sources import Source, open_source, skeleton
 from halfplate.models.streamed import needs_conversion
 from halfplate.pattern import Pattern
@@ -58,10 +60,13 @@ def plan_source(
 ) -> Plan:
     """`make_plan` of a source that is already open; statistic: what is collected at least."""
     dense, method = skeleton(source), recipe.create_method()
-    if recipe.runs_text(method.requires):
+    runs_text = recipe.runs_text(method.requires)
+    if runs_text:
         check_source(recipe.calibration)
-        check_seq_len(dense, recipe.seq_len, least=2)
-    found, passed_over = find_linears(dense, include=recipe.include, exclude=recipe.exclude)
+    with _reading_modules(source):
+        if runs_text:
+            check_seq_len(dense, recipe.seq_len, least=2)
+        found, passed_over = find_linears(dense, include=recipe.include, exclude=recipe.exclude)
     pattern = recipe.parsed_pattern
     fitting = [linear for linear in found if linear.d_in % pattern.m == 0]
     if not fitting:
@@ -88,7 +93,8 @@ def plan_source(
 
     compressed = {matrix.name: matrix.spec for matrix in matrices if matrix.spec is not None}
     specs, statistic = list(compressed.values()), max(statistic, method.requires)
-    sizes = sizes_of(dense, [linear for linear in found if linear.name in compressed])
+    with _reading_modules(source):
+        sizes = sizes_of(dense, [linear for linear in found if linear.name in compressed], recipe.seq_len)
     other_nbytes = _other_nbytes(dense, set(compressed), source.other_dtype)
     if measure is None:
         measure = sum(solving_flops(method, spec, recipe, statistic) for spec in specs) > WORTH_FLOPS
@@ -108,7 +114,14 @@ def plan_source(
         disk=disk_plan(sizes, specs, other_nbytes, recipe, statistic, workers, needs_conversion(source)),
         speed=speed,
         seconds=None if speed is None else seconds_of(sizes, specs, source.nbytes, recipe, statistic, speed),
+        notes=source.notes,
     )
+
+
+def _reading_modules(source: Source) -> AbstractContextManager[None]:
+    """The context in which the modules of a model and its configuration are asked for sizes, which may be anything."""
+    what = f"sizes of a {source.config.model_type} model cannot be read"
+    return reading(source.name, what, "correct its config.json or download the model again")
 
 
 def _with_cost(

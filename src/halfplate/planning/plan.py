@@ -65,7 +65,7 @@ class Plan:
     other_nbytes: bytes of all that stays dense (embeddings, norms, biases, lm_head, skipped matrices), as it will be
     stored. source_nbytes: bytes of the weight files read. statistic: what is collected at least. memory: held by a run with the
     workers that the plan was made for. speed: what was measured of this machine, None where it was not; seconds: of each
-    phase in one process, from that.
+    phase in one process, from that. notes: what of the source is left out, one sentence each (`Source.notes`).
     """
 
     model: str
@@ -82,6 +82,7 @@ class Plan:
     disk: DiskPlan
     speed: Speed | None
     seconds: Mapping[str, float] | None
+    notes: tuple[str, ...] = ()
 
     @property
     def specs(self) -> dict[str, WeightSpec]:
@@ -147,6 +148,7 @@ class Plan:
             "whole_model_held_by": list(self.memory.whole_model),
             "disk_bytes": self.disk.total,
             "work_folder_bytes": self.disk.work,
+            "notes": list(self.notes),
         }
 
 

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from halfplate.calibration.collect import input_stages
 from halfplate.calibration.self_text import token_nbytes
 from halfplate.models.blockwise import BlockwiseModel
 from halfplate.models.linears import FoundLinear, find_blocks
+from halfplate.models.without_values import run_without_values
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Numbers of values, but for `cache_nbytes`, the bytes of one token's keys and values.
+    """Numbers of values, but for `cache_nbytes`, the bytes that a calibration sequence's cache holds per token.
 
     blocks: values of each decoder block. outer: of all that is outside the blocks, head: of the output embedding among them, where it is
     a tensor of its own. largest: of one tensor. ffn: the longest side of a linear. stages: d_in of every distinct input of a block's
@@ -44,23 +44,23 @@ class ModelSizes:
         return max(self.blocks)
 
 
-def sizes_of(dense: PreTrainedModel, linears: list[FoundLinear]) -> ModelSizes:
-    """The sizes of a model without values; linears: those that are compressed."""
+def sizes_of(dense: PreTrainedModel, linears: list[FoundLinear], seq_len: int) -> ModelSizes:
+    """The sizes of a model without values; linears: those that are compressed; seq_len: tokens of a calibration sequence."""
     _, blocks = find_blocks(dense)
-    config = dense.config.get_text_config()
     inside = [_values(block) for block in blocks]
     whole = _values(dense)
     output, embedding = dense.get_output_embeddings(), dense.get_input_embeddings()
+    vocabulary, hidden = embedding.weight.shape  # type: ignore[misc,union-attr]
     tied = output is None or any(parameter is embedding.weight for parameter in output.parameters())
     return ModelSizes(
         blocks=tuple(inside),
         outer=whole - sum(inside),
         head=0 if tied else _values(output),
         largest=max(parameter.numel() for parameter in dense.parameters()),
-        hidden=config.hidden_size,
+        hidden=hidden,
         ffn=max(max(linear.d_in, linear.d_out) for linear in linears),
-        vocabulary=config.vocab_size,
-        cache_nbytes=token_nbytes(config),
+        vocabulary=vocabulary,
+        cache_nbytes=token_nbytes(dense.config, seq_len),
         stages=_stages(dense, linears),
     )
 
@@ -82,7 +82,7 @@ def _stages(dense: PreTrainedModel, linears: list[FoundLinear]) -> tuple[int, ..
 
 def shared_inputs(dense: PreTrainedModel, names: dict[int, list[str]]) -> list[list[str]]:
     """The linears `names` of each block by the input that they share, found by a run without any numbers."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with run_without_values(dense):
         blockwise = BlockwiseModel(dense)
         batch = blockwise.embed(torch.zeros(1, 2, dtype=torch.int64, device="meta"))
         stages = {block: input_stages(blockwise, block, batch, inside) for block, inside in names.items()}

@@ -117,7 +117,8 @@ def restore(model: Any) -> None:
             model.set_submodule(name, module.restored().train(module.training))
     connect(model)
     if hasattr(model, "tie_weights"):
-        model.tie_weights()
+        # By what was tied on loading: transformers leaves apart what the files hold with different values, whatever the config says.
+        model.tie_weights(recompute_mapping=False)
 
 
 def bf16_kernels(device: str) -> Callable[[nn.Linear], nn.Module] | None:
