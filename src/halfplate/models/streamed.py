@@ -102,26 +102,28 @@ class StreamedModel:
     @torch.no_grad()
     def embed(self, ids: Tensor) -> BlockInputs:
         """`BlockwiseModel.embed`; everything outside the blocks but the head must be loaded (`outer`)."""
-        # The first block of each class runs once, to see what it returns.
-        kinds = {type(block): index for index, block in reversed(list(enumerate(self._empty)))}
-        for index in kinds.values():
+        # They run once, to see what blocks of their class return.
+        unknown = self.blockwise.unknown_blocks()
+        for index in unknown:
             self.load_block(index)
         try:
             return self.blockwise.embed(ids)
         finally:
-            for index in kinds.values():
+            for index in unknown:
                 self.free_block(index)
 
     @contextmanager
-    def running(self, held: bool, pack: Callable[[nn.Linear], nn.Module] | None = None) -> Iterator[PreTrainedModel]:
+    def running(
+        self, held: bool, pack: Callable[[nn.Linear], nn.Module] | None = None, with_head: bool = True
+    ) -> Iterator[PreTrainedModel]:
         """While inside, the model runs as a whole.
 
         held: its blocks stay in memory; else each is read when it comes to run, and freed after it. pack: makes what runs in the place
-        of each linear of a held model.
+        of each linear of a held model. with_head: the output embedding is loaded too.
         """
         hooks: list[RemovableHandle] = []
         head = self.model.get_output_embeddings()
-        with self.outer(head=True):
+        with self.outer(head=with_head):
             try:
                 for index, block in enumerate(self._empty):
                     if held:
