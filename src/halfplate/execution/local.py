@@ -154,7 +154,7 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
         with clock("calibration text"):
             tokens = prepared_tokens(streamed, plan, work, report) if recipe.runs_text(order.needed) else None
         if tokens is not None:
-            check_blocks(streamed, tokens, work, clock, report)
+            check_blocks(streamed, plan, tokens, work, clock, report)
         plan, told = chosen_levels(source, plan, tokens, work, report, clock)
         job = Job(streamed.source, plan, threads, order.needed, tokens, work, engine, blocks, report, clock)
         outcome = compress_blocks(job)

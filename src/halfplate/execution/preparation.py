@@ -61,16 +61,25 @@ def check_weights(streamed: StreamedModel, work: WorkFolder, clock: Clock, repor
     write_json(done, {"finite": True}, durable=False)
 
 
-def check_blocks(streamed: StreamedModel, tokens: CalibrationTokens, work: WorkFolder, clock: Clock, report: Report) -> None:
+def check_blocks(
+    streamed: StreamedModel, plan: Plan, tokens: CalibrationTokens, work: WorkFolder, clock: Clock, report: Report
+) -> None:
     """Compare the blocks run one at a time with the whole forward on the first tokens, once for all runs."""
     done = work.path / "compared.json"
     if read_json(done) is not None:
         return
     with clock("statistics"):
         report("comparing blocks", 0, 1)
-        check_chain(streamed, tokens.ids)
+        check_chain(streamed, tokens.ids, _splits(plan.recipe))
         report("comparing blocks", 1, 1)
     write_json(done, {"tokens": tokens.protocol()["sha256"]}, durable=False)
+
+
+def _splits(recipe: Recipe) -> str | None:
+    """The option of a recipe that cuts batches into samples."""
+    if recipe.tune_block:
+        return f"tune_block={recipe.tune_block}"
+    return f"search={recipe.search!r}" if recipe.budgeted and recipe.evolution is not None else None
 
 
 def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, report: Report) -> CalibrationTokens:
@@ -98,7 +107,7 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
     if recipe.calibration == "self":
         # Sampling takes long: what a few tokens show is refused before it.
         few = torch.randint(plan.sizes.vocabulary, (SAMPLES, min(recipe.seq_len, FEW)), generator=torch.Generator().manual_seed(0))
-        check_chain(streamed, few)
+        check_chain(streamed, few, _splits(recipe))
         with streamed.running(resident > 0, bf16_kernels(recipe.device)) as model:
             tokens = tokens_of(model)
     else:

@@ -21,12 +21,13 @@ CURE = "use a method that needs no text (magnitude, rtn), or another model"
 
 
 @torch.no_grad()
-def check_chain(streamed: StreamedModel, ids: Tensor) -> None:
+def check_chain(streamed: StreamedModel, ids: Tensor, splits: str | None = None) -> None:
     """Raise HalfplateError unless every block run by itself gives what it gives in the whole forward of the model.
 
     ids: int64 (samples, L), of which the first SAMPLES are taken. One block is in memory at a time, and each is read twice: once for
     the whole forward and once for the chain, in which other tokens run through every block after these, as in a calibration,
-    so that nothing which a module keeps from its last call can help.
+    so that nothing which a module keeps from its last call can help. splits: the option for which batches are cut into samples,
+    which needs hidden states that begin with them.
     """
     ids = ids[:SAMPLES].to(streamed.device)
     expected = _whole(streamed, ids)
@@ -40,6 +41,11 @@ def check_chain(streamed: StreamedModel, ids: Tensor) -> None:
     # Model code fails with errors of its own.
     except Exception as error:
         raise HalfplateError(_refusal(streamed, f"its blocks do not run apart ({_reason(error)})")) from error
+    if splits is not None and inputs.hidden.shape[:2] != ids.shape:
+        raise HalfplateError(
+            f"{splits}: model {type(streamed.model).__name__} has hidden states of shape {tuple(inputs.hidden.shape)} for tokens of shape "
+            f"{tuple(ids.shape)}, expected (samples, length, ...); leave it out"
+        )
     _compare(streamed, 0, inputs.hidden, expected[0])
     for index in range(len(streamed.blocks)):
         streamed.load_block(index)

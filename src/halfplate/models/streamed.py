@@ -154,6 +154,13 @@ class StreamedModel:
     def _fill(self, block: nn.Module, index: int) -> None:
         for name in self.block_names(index):
             _put(block, name.removeprefix(f"{self.prefix}.{index}."), self.read(name))
+        shared = next((name for name, parameter in block.named_parameters() if parameter.is_meta), None)
+        if shared is not None:
+            name = f"{self.prefix}.{index}.{shared}"
+            raise HalfplateError(
+                f"model {type(self.model).__name__}: {name} has no weights of its own (it shares those of {self.tied.get(name, 'another block')}), "
+                "and blocks that share weights cannot be compressed; use a model without shared blocks"
+            )
 
 
 def _replace_linears(block: nn.Module, pack: Callable[[nn.Linear], nn.Module]) -> None:
