@@ -139,7 +139,11 @@ def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
     difference = float((logits - whole).norm() / whole.norm())
     # Kernels round differently for one token and for several; what is forgotten changes far more.
     if cache is None or not difference < WORST_DIFFERENCE:
-        what = "keeps no cache" if cache is None else f"gives other logits with its cache (by {difference:.2g} of their size)"
+        what = (
+            "keeps no cache"
+            if cache is None
+            else f"gives other logits with its cache (by {difference:.2g} of their size)"
+        )
         raise HalfplateError(
             f"calibration=self: {type(model).__name__} {what}, so it cannot sample text; pass a text file with --calibration"
         )

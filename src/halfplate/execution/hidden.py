@@ -58,9 +58,7 @@ class HiddenStates:
 
     def load(self, number: int) -> tuple[Tensor, Carried]:
         """Batch `number`: the hidden state, and what blocks hand on beside it."""
-        tensors = {
-            name: torch.empty(shape, dtype=KINDS[kind]) for name, kind, shape in self._entries(number)
-        }
+        tensors = {name: torch.empty(shape, dtype=KINDS[kind]) for name, kind, shape in self._entries(number)}
         path = self.file(number)
         with path.open("rb", buffering=0) as file:
             for tensor in tensors.values():

@@ -83,9 +83,7 @@ class Streams:
 
     def batches(self, stream: str, block: int) -> Batches:
         """The same as inputs that the block can be called with."""
-        return Batches(
-            self.hidden(stream, block), self._arguments[block], block, self.recipe.device, own=self._own
-        )
+        return Batches(self.hidden(stream, block), self._arguments[block], block, self.recipe.device, own=self._own)
 
     def _embed(self) -> None:
         """The inputs of the first block, and the arguments of all blocks that depend on the tokens."""

@@ -13,6 +13,7 @@ from halfplate.execution.work import load_part, read_json, save_part, write_json
 from halfplate.models.handover import BlockArguments, Places, patched
 from halfplate.tensor_file import read_tensor
 
+
 @dataclass(frozen=True)
 class TokenArguments:
     """What `differing` finds for every batch of the tokens, one part a batch that has any; `folder` holds them all."""
@@ -48,12 +49,12 @@ class TokenArguments:
             return arguments
         part = load_part(self._file(number))
         if part is None:
-            raise HalfplateError(f"the part {str(self._file(number))!r} is damaged; run the same command again with --resume")
+            raise HalfplateError(
+                f"the part {str(self._file(number))!r} is damaged; run the same command again with --resume"
+            )
         device = next((leaf.device for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)), "cpu")
         own = {
-            place: read_tensor(part.tensors[name]).to(device)
-            for at, place, name in part.facts["places"]
-            if at == block
+            place: read_tensor(part.tensors[name]).to(device) for at, place, name in part.facts["places"] if at == block
         }
         return patched(arguments, own)
 

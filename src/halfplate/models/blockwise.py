@@ -59,9 +59,7 @@ class BlockInputs:
 
         def at(first: int) -> "BlockInputs":
             hidden = self.hidden[first : first + size]
-            arguments, carried = tree_map_only(
-                Tensor, lambda part: cut(part, first), (self.arguments, self.carried)
-            )
+            arguments, carried = tree_map_only(Tensor, lambda part: cut(part, first), (self.arguments, self.carried))
             return BlockInputs(hidden, arguments, carried, (len(hidden), length))
 
         return [at(first) for first in range(0, samples, size)]
@@ -249,7 +247,5 @@ class _Replacement:
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether both are the same values in the same place, as a slice that takes all of a tensor is."""
-    place = [
-        (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()) for x in (a, b)
-    ]
+    place = [(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()) for x in (a, b)]
     return a is b or place[0] == place[1]

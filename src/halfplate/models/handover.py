@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,6 +65,14 @@ def with_handed_on(recorded: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> li
     ]
 
 
+def hands_on(arguments: Iterable[BlockArguments]) -> bool:
+    """Whether any of the blocks hands on more than a hidden state, or has a mapping of the model's own to write into."""
+    return any(
+        called.handed_on or any(not isinstance(mapping, dict) for _, mapping in _mappings(called.args, called.kwargs))
+        for called in arguments
+    )
+
+
 def call_arguments(arguments: BlockArguments, carried: Carried) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a block is called with: `arguments` with what earlier blocks have handed on."""
     args, kwargs = filled((arguments.args, arguments.kwargs), lambda place: carried.get(place.name))
@@ -101,7 +109,7 @@ def carried_on(
     before = dict(_mappings(arguments.args, arguments.kwargs))
     for store, mapping in _mappings(*called):
         for key, value in mapping.items():
-            if key in before[store] and before[store][key] is value:
+            if key in before[store] and _identical(before[store][key], value):
                 continue
             if isinstance(value, tuple | list):
                 named = {json.dumps([store, key, at]): _tensor(index, part) for at, part in enumerate(value)}
@@ -115,6 +123,12 @@ def _mappings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tupl
     """The arguments of a block that it may write into, by their names."""
     named = {str(position): value for position, value in enumerate(args)} | dict(kwargs)
     return ((name, value) for name, value in named.items() if isinstance(value, MutableMapping))
+
+
+def _identical(value: Any, other: Any) -> bool:
+    """Whether both hold the same objects, be it in containers of their own."""
+    leaves, others = tree_leaves(value), tree_leaves(other)
+    return len(leaves) == len(others) and all(a is b for a, b in zip(leaves, others, strict=True))
 
 
 def _tensor(index: int, value: Any) -> Tensor:
