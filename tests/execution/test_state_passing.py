@@ -1,5 +1,6 @@
 """Statistics of models whose blocks pass on more than a hidden state, against hooks on the whole forward; and what is refused."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -7,19 +8,20 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from state_passing import MODELS, build_dbrx
-
 from halfplate.errors import HalfplateError
 from halfplate.execution import preparation
 from halfplate.execution.hidden import HiddenStates
 from halfplate.execution.local import compress
 from halfplate.execution.streams import Streams
 from halfplate.execution.token_arguments import TokenArguments
+from halfplate.execution.work import WorkFolder
+from halfplate.methods.wanda import Wanda
 from halfplate.models.handover import BlockArguments, differing
 from halfplate.models.sources import load_dense
 from halfplate.planning import make_plan
 from halfplate.recipe import Recipe
 from halfplate.statistics import Statistic
+from state_passing import MODELS, build_dbrx
 
 TEXT = "One day a small bird sat in a big tree. It saw a red ball near the house. " * 30
 # Inputs differ from call to call, or the weight is read and the linear not called: see `exclude` in the messages.
@@ -189,3 +191,34 @@ def test_arguments_that_differ_in_more_than_tensors_are_refused():
     first, second = ([BlockArguments((), {"count": count})] for count in (1, 2))
     with pytest.raises(HalfplateError, match=r"arguments of block 0 differ .*1 in one is 2 in the other"):
         differing(first, second)
+
+
+@pytest.mark.parametrize("lost", [None, "arguments"])
+def test_the_same_bytes_after_a_break(saved, text_file, tmp_path, monkeypatch, lost):
+    folder, recipe, out = saved("gemma3n_text"), recipe_of("gemma3n_text", text_file), tmp_path / "out"
+    compress(str(folder), tmp_path / "whole", recipe)
+    solved, original = [], Wanda.compress
+
+    def breaking(self, *args):
+        solved.append(None)
+        if len(solved) == 33:  # in the third of four blocks, which shares the keys of an earlier one
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Wanda, "compress", breaking)
+        compress(str(folder), out, recipe)
+    if lost is not None:
+        shutil.rmtree(WorkFolder(out).path / lost)
+    monkeypatch.setattr(preparation, "check_chain", None)  # compared before
+    compress(str(folder), out, recipe, resume=True)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options", [{"ratios": "owl", "pattern": "4:8"}, {"budget": 0.6, "choose": ("pattern",), "search": "evolution"}]
+)
+def test_choosing_runs_through_the_same_blocks(saved, text_file, tmp_path, options):
+    options = options | ({"generations": 2, "offspring": 2} if "budget" in options else {})
+    summary = compress(str(saved("gemma4_text")), tmp_path / "out", recipe_of("gemma4_text", text_file, **options))
+    assert ("search" in summary) or summary["ratios"]

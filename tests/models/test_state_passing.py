@@ -30,9 +30,9 @@ def tokens(seed=0, samples=2):
 def chains(blockwise, batches):
     """Every batch through a block before any runs through the next, with the arguments of the first batch but for what differs."""
     inputs = [blockwise.embed(batch) for batch in batches]
-    reference, own = list(inputs[0].arguments), []
+    reference, own = inputs[0].all_arguments, []
     for one in inputs:
-        found = differing(reference, list(one.arguments))
+        found = differing(reference, one.all_arguments)
         arguments = [
             patched(shared, {place: tensor for (at, place), tensor in found.items() if at == block})
             for block, shared in enumerate(reference)
@@ -58,7 +58,7 @@ def test_what_depends_on_tokens_and_what_is_handed_on(tiny_model, architecture):
     """A guard of the test above: without either, these models come out otherwise."""
     blockwise = BlockwiseModel(tiny_model(architecture, vocab_size=320, **MODELS[architecture]))
     first, second = (blockwise.embed(tokens(seed)) for seed in (0, 1))
-    assert bool(differing(list(first.arguments), list(second.arguments))) == (architecture in BY_TOKEN)
+    assert bool(differing(first.all_arguments, second.all_arguments)) == (architecture in BY_TOKEN)
     # What Rwkv's blocks hand on is nothing without a cache.
     assert hands_on(first.arguments) == (architecture in (*HANDING_ON, "rwkv"))
     for block in range(len(blockwise.blocks) - 1):

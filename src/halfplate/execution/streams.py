@@ -94,7 +94,7 @@ class Streams:
             for number, ids in enumerate(self.job.tokens.ids.to(self.recipe.device).split(BATCH)):
                 inputs = streamed.embed(ids)
                 target.write(number, inputs.hidden)
-                self._own.write(number, differing(self._reference[len(ids)], list(inputs.arguments)))
+                self._own.write(number, differing(self._reference[len(ids)], inputs.all_arguments))
         self._own.finish(target.batches)
 
     def _know_arguments(self) -> None:
@@ -107,7 +107,7 @@ class Streams:
         with streamed.outer(head=False):
             for size in {len(ids) for ids in self.job.tokens.ids.split(BATCH)}:
                 inputs = streamed.embed(self.job.tokens.ids[:size].to(self.recipe.device))
-                self._reference[size] = list(inputs.arguments)
+                self._reference[size] = inputs.all_arguments
         self._arguments = {
             block: {size: arguments[block] for size, arguments in self._reference.items()}
             for block in range(self.job.last + 1)

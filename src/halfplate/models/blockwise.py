@@ -45,6 +45,11 @@ class BlockInputs:
         samples, length = self.hidden.shape[:2] if self.text is None else self.text
         return samples, length
 
+    @property
+    def all_arguments(self) -> list[BlockArguments]:
+        """The arguments of all blocks in their order, as `embed` gives them."""
+        return [self.arguments[block] for block in range(len(self.arguments))]
+
     def split(self, size: int) -> list["BlockInputs"]:
         """The same samples, at most `size` at a time; hidden begins with the samples."""
         samples, length = self.shape

@@ -87,8 +87,8 @@ def _whole(streamed: StreamedModel, ids: Tensor) -> list[Tensor]:
 
 def _with_own_arguments(inputs: BlockInputs, others: BlockInputs) -> BlockInputs:
     """`inputs` with the arguments of `others`, but for those that depend on the tokens, as calibration has them."""
-    reference = list(others.arguments)
-    found = differing(reference, list(inputs.arguments))
+    reference = others.all_arguments
+    found = differing(reference, inputs.all_arguments)
     arguments = [
         patched(shared, {place: tensor for (at, place), tensor in found.items() if at == block})
         for block, shared in enumerate(reference)

@@ -93,7 +93,7 @@ def _run_without_values(dense: PreTrainedModel, linears: list[FoundLinear]) -> t
             passed = [batch]
             stages = _stages(blockwise, batch, {block: list(widths)}, passed)
             between = max(sum(map(_of_a_token, (one.hidden, *one.carried.values()))) for one in passed)
-            arguments = _argument_values(list(batch.arguments))
+            arguments = _argument_values(batch.all_arguments)
         return tuple(widths[stage[0]] for stage in stages), between, arguments
     except Exception:
         pass
@@ -122,7 +122,7 @@ def _stages(
 ) -> list[list[str]]:
     """`shared_inputs` of the blocks from `batch` on; passed: takes what goes from block to block, where that is more than a hidden state."""
     found = []
-    carries = hands_on(batch.arguments[block] for block in range(len(blockwise.blocks)))
+    carries = hands_on(batch.all_arguments)
     for block in range(max(names) + 1):
         if block in names:
             found += input_stages(blockwise, block, batch, names[block])
