@@ -157,18 +157,37 @@ def test_a_real_model_writes_stories(stories260k: Any) -> None:
     assert model(ids, labels=ids).loss.exp() < 8
 
 
-def test_a_model_with_a_cache_of_its_own(tiny_model: Any) -> None:
-    sizes = {"num_hidden_layers": 4, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 8}
-    model = tiny_model("minimax", **sizes)
+OWN_CACHES: dict[str, dict[str, Any]] = {
+    "minimax": {
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "block_size": 8,
+    },
+    # It takes a cache and does not give it back.
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 6, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("architecture", OWN_CACHES)
+def test_a_model_with_a_cache_of_its_own(tiny_model: Any, architecture: str) -> None:
+    model = tiny_model(architecture, **OWN_CACHES[architecture])
     ids = sample_text(model, Start("bos", 1), samples=3, seq_len=12, seed=0)
     assert torch.equal(ids, sample_naively(model, 1, 3, 12, seed=0))
+
+
+def test_a_model_that_mixes_texts_of_a_batch_up_is_refused(tiny_model: Any) -> None:
+    model = tiny_model("rwkv", attention_hidden_size=32, context_length=128)
+    with pytest.raises(HalfplateError, match="RwkvForCausalLM gives other logits token by token"):
+        sample_text(model, Start("bos", 1), samples=2, seq_len=6, seed=0)
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("forgets", r"LlamaForCausalLM gives other logits with its cache \(by [\d.]+ of their size\)"),
-        ("none", "LlamaForCausalLM keeps no cache"),
+        ("forgets", r"LlamaForCausalLM gives other logits token by token .*\(by [\d.]+ of their size\)"),
+        ("none", "LlamaForCausalLM gives other logits token by token"),
         ("fails", r"LlamaForCausalLM cannot sample text \(ValueError: it has a cache of its own\)"),
     ],
 )

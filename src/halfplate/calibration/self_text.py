@@ -114,18 +114,25 @@ def _vocabulary(model: "PreTrainedModel") -> int:
 def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
     """What makes the cache that a batch starts with: one whose room is taken once, or None for models that make one of their own.
 
-    Raises HalfplateError where the model fails, keeps no cache, or gives other logits with its own than without.
+    Raises HalfplateError where the model fails, or gives other logits with its cache than without.
     """
     from transformers import DynamicCache
 
     from halfplate.calibration.cache import preallocated_cache
 
-    ids = torch.arange(PROBED, device=model.device)[None] % _vocabulary(model)
+    def with_room() -> DynamicCache:
+        return preallocated_cache(model.config, seq_len)
+
+    # Two texts: some models mix those of a batch up.
+    ids = torch.arange(2 * PROBED, device=model.device).reshape(2, PROBED) % _vocabulary(model)
     try:
-        logits, cache = _next_logits(model, ids[:, :1], None)
-        if type(cache) is DynamicCache:
-            return lambda: preallocated_cache(model.config, seq_len)
-        for position in range(1, PROBED if cache is not None else 1):
+        _, own = _next_logits(model, ids[:, :1], None)
+        if type(own) is DynamicCache:
+            return with_room
+        # Some models take a cache and do not give it back.
+        new_cache: Callable[[], Any] = with_room if own is None else lambda: None
+        cache = new_cache()
+        for position in range(PROBED):
             logits, cache = _next_logits(model, ids[:, position : position + 1], cache)
         whole = model(input_ids=ids, use_cache=False).logits[:, -1]
     # Each model class fails with errors of its own.
@@ -138,28 +145,25 @@ def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
         ) from error
     difference = float((logits - whole).norm() / whole.norm())
     # Kernels round differently for one token and for several; what is forgotten changes far more.
-    if cache is None or not difference < WORST_DIFFERENCE:
-        what = (
-            "keeps no cache"
-            if cache is None
-            else f"gives other logits with its cache (by {difference:.2g} of their size)"
-        )
+    if not difference < WORST_DIFFERENCE:
         raise HalfplateError(
-            f"calibration=self: {type(model).__name__} {what}, so it cannot sample text; pass a text file with --calibration"
+            f"calibration=self: {type(model).__name__} gives other logits token by token than for a whole text (by {difference:.2g} of their "
+            "size), so it cannot sample text; pass a text file with --calibration"
         )
-    return lambda: None
+    return new_cache
 
 
 def _next_logits(model: "PreTrainedModel", current: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """Logits (sequences, vocabulary) of the token after `current` int64 (sequences, 1), and the cache with it.
 
-    cache: None where the model makes one, and is given back where it keeps none.
+    cache: None where the model makes one; it comes back as the model gives it, if it does.
     """
     taken = inspect.signature(model.forward).parameters
     name = next((name for name in CACHE_NAMES if name in taken), None)
     output = model(input_ids=current, use_cache=True, **({} if name is None or cache is None else {name: cache}))
     logits: Tensor = output.logits
-    return logits[:, -1], None if name is None else getattr(output, name, None)
+    given = None if name is None else getattr(output, name, None)
+    return logits[:, -1], cache if given is None else given
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
