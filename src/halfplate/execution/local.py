@@ -27,6 +27,7 @@ from halfplate.execution.job import Job
 from halfplate.execution.log import run_log
 from halfplate.execution.output import check_place, check_result_folder
 from halfplate.execution.preparation import (
+    check_blocks,
     check_weights,
     chosen_levels,
     fixed_threads,
@@ -162,6 +163,8 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
         check_weights(streamed, work, clock, report)
         with clock("calibration text"):
             tokens = prepared_tokens(streamed, plan, work, report) if recipe.runs_text(order.needed) else None
+        if tokens is not None:
+            check_blocks(streamed, plan, tokens, work, clock, report)
         plan, told = chosen_levels(source, plan, tokens, work, report, clock)
         job = Job(streamed.source, plan, threads, order.needed, tokens, work, engine, blocks, report, clock)
         outcome = compress_blocks(job)

@@ -102,26 +102,28 @@ class StreamedModel:
     @torch.no_grad()
     def embed(self, ids: Tensor) -> BlockInputs:
         """`BlockwiseModel.embed`; everything outside the blocks but the head must be loaded (`outer`)."""
-        # The first block of each class runs once, to see what it returns.
-        kinds = {type(block): index for index, block in reversed(list(enumerate(self._empty)))}
-        for index in kinds.values():
+        # They run once, to see what blocks of their class return.
+        unknown = self.blockwise.unknown_blocks()
+        for index in unknown:
             self.load_block(index)
         try:
             return self.blockwise.embed(ids)
         finally:
-            for index in kinds.values():
+            for index in unknown:
                 self.free_block(index)
 
     @contextmanager
-    def running(self, held: bool, pack: Callable[[nn.Linear], nn.Module] | None = None) -> Iterator[PreTrainedModel]:
+    def running(
+        self, held: bool, pack: Callable[[nn.Linear], nn.Module] | None = None, with_head: bool = True
+    ) -> Iterator[PreTrainedModel]:
         """While inside, the model runs as a whole.
 
         held: its blocks stay in memory; else each is read when it comes to run, and freed after it. pack: makes what runs in the place
-        of each linear of a held model.
+        of each linear of a held model. with_head: the output embedding is loaded too.
         """
         hooks: list[RemovableHandle] = []
         head = self.model.get_output_embeddings()
-        with self.outer(head=True):
+        with self.outer(head=with_head):
             try:
                 for index, block in enumerate(self._empty):
                     if held:
@@ -152,6 +154,13 @@ class StreamedModel:
     def _fill(self, block: nn.Module, index: int) -> None:
         for name in self.block_names(index):
             _put(block, name.removeprefix(f"{self.prefix}.{index}."), self.read(name))
+        shared = next((name for name, parameter in block.named_parameters() if parameter.is_meta), None)
+        if shared is not None:
+            name = f"{self.prefix}.{index}.{shared}"
+            raise HalfplateError(
+                f"model {type(self.model).__name__}: {name} has no weights of its own (it shares those of {self.tied.get(name, 'another block')}), "
+                "and blocks that share weights cannot be compressed; use a model without shared blocks"
+            )
 
 
 def _replace_linears(block: nn.Module, pack: Callable[[nn.Linear], nn.Module]) -> None:

@@ -79,8 +79,12 @@ def memory_plan(
     blocks = block * (recipe.streams(statistic) if runs else 1)
     phases = {"reading": base + reading, "writing": base + 2 * block + (2 * FP32 + 1) * sizes.largest}
     if runs:
-        hidden = BATCH * recipe.seq_len * FP32 * (6 * sizes.hidden + 3 * sizes.ffn)
-        phases["embedding"] = base + FP32 * (sizes.outer - sizes.head) + block + reading + hidden
+        # The first arguments stay, for those of every other batch to be compared with.
+        batch = BATCH * recipe.seq_len * FP32
+        hidden = batch * (6 * sizes.hidden + 3 * sizes.ffn + 3 * sizes.beside + sizes.arguments)
+        phases["embedding"] = (
+            base + FP32 * (sizes.outer - sizes.head) + block + reading + hidden + batch * sizes.arguments
+        )
         if recipe.calibration == "self":
             held, _ = sampling_room(sizes, recipe.device)
             sampling = _sampling(sizes, recipe)
@@ -157,7 +161,7 @@ def _whole(sizes: ModelSizes, specs: Sequence[WeightSpec], recipe: Recipe, base:
     """The phases that hold the whole model."""
     phases = {}
     whole = base + FP32 * sizes.parameters
-    hidden = recipe.samples * recipe.seq_len * FP32 * sizes.hidden
+    hidden = recipe.samples * recipe.seq_len * FP32 * (sizes.hidden + sizes.beside + sizes.arguments)
     if recipe.budgeted:
         grams = FP64 * sum(width**2 for width in sizes.stages)
         solve = max(recipe.create_method().solving_nbytes(spec) for spec in specs)
