@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from halfplate import plugins
 from halfplate.allocation.candidates import CHOICES, candidates
 from halfplate.calibration.documents import check_source
-from halfplate.calibration.text import check_seq_len
+from halfplate.calibration.text import check_seq_len, check_tokens_fit
 from halfplate.errors import HalfplateError
 from halfplate.formats.sharing import share
 from halfplate.formats.spec import WeightSpec
@@ -56,6 +56,7 @@ def plan_source(
     if recipe.runs_text(method.requires):
         check_source(recipe.calibration)
         check_seq_len(dense, recipe.seq_len, least=2)
+        check_tokens_fit("samples", recipe.samples, recipe.seq_len)
     found, passed_over = find_linears(dense, include=recipe.include, exclude=recipe.exclude)
     pattern = recipe.parsed_pattern
     fitting = [linear for linear in found if linear.d_in % pattern.m == 0]
