@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from halfplate.headroom import memory
 from halfplate.limits import cores as cores
 from halfplate.models.linears import find_blocks
 
@@ -175,15 +176,6 @@ class PeakMemory:
         if peak is None or self._baseline is None or self._before is None:
             return None
         return peak - self._before + self._baseline
-
-
-def memory(field: str) -> int | None:
-    """Bytes that the kernel tells of this process under `field` (VmRSS, VmHWM, ...); None where it does not."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    lines = (line.split() for line in status.read_text().splitlines())
-    return next((int(words[1]) * 1024 for words in lines if words and words[0] == f"{field}:"), None)
 
 
 def load_average() -> float | None:

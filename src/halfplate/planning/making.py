@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from halfplate import plugins
 from halfplate.allocation.candidates import CHOICES, candidates
 from halfplate.calibration.documents import check_source
-from halfplate.calibration.text import check_seq_len
+from halfplate.calibration.text import check_seq_len, check_tokens_fit
 from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.formats.sharing import share
@@ -66,6 +66,7 @@ def plan_source(
     with _reading_modules(source):
         if runs_text:
             check_seq_len(dense, recipe.seq_len, least=2)
+            check_tokens_fit("samples", recipe.samples, recipe.seq_len)
         found, passed_over = find_linears(dense, include=recipe.include, exclude=recipe.exclude)
     pattern = recipe.parsed_pattern
     fitting = [linear for linear in found if linear.d_in % pattern.m == 0]

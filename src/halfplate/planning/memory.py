@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from halfplate.calibration.collect import BATCH
 from halfplate.calibration.self_text import CACHE_BYTES, sequences_at_once
-from halfplate.evaluation.speed import memory
+from halfplate.calibration.text import TOKEN_NBYTES
 from halfplate.formats.spec import WeightSpec
+from halfplate.headroom import memory
 from halfplate.methods.base import Method
 from halfplate.planning.sizes import ModelSizes
 from halfplate.recipe import Recipe
@@ -82,15 +83,16 @@ def memory_plan(
         # The first arguments stay, for those of every other batch to be compared with.
         batch = BATCH * recipe.seq_len * FP32
         hidden = batch * (6 * sizes.hidden + 3 * sizes.ffn + 3 * sizes.beside + sizes.arguments)
+        tokens = TOKEN_NBYTES * recipe.samples * recipe.seq_len
         phases["embedding"] = (
-            base + FP32 * (sizes.outer - sizes.head) + block + reading + hidden + batch * sizes.arguments
+            base + tokens + FP32 * (sizes.outer - sizes.head) + block + reading + hidden + batch * sizes.arguments
         )
         if recipe.calibration == "self":
             held, _ = sampling_room(sizes, recipe.device)
             sampling = _sampling(sizes, recipe)
             # What stays is read before the first token, the rest at every token.
             most = max(held + block + reading, sampling) if held else sampling + block + reading
-            phases["calibration text"] = base + FP32 * sizes.outer + most
+            phases["calibration text"] = base + tokens + FP32 * sizes.outer + most
         # While text runs through a block, its finished matrices are whole beside what is stored of them.
         phases["statistics"] = base + blocks + block + hidden + _stage(sizes, recipe, statistic, collecting=True)
     solve = max(solving_memory(method, spec, recipe, statistic) for spec in specs)
