@@ -29,12 +29,11 @@ WINDOW = {"sliding_window": 11}
 
 @dataclass(frozen=True)
 class Case:
-    """A model of transformers' `model_type`: what differs from SIZES. context: tokens that llama.cpp makes room for."""
+    """A model of transformers' `model_type`: what differs from SIZES."""
 
     name: str
     model_type: str
     settings: dict[str, Any] = field(default_factory=dict)
-    context: int = LENGTH
 
 
 def _rope(kind: str, **more: Any) -> dict[str, Any]:
@@ -61,8 +60,16 @@ CASES = (
     Case("llama, biases", "llama", {**HEADS, "attention_bias": True, "mlp_bias": True}),
     Case("llama, linear", "llama", {**HEADS, **_rope("linear", factor=4.0)}),
     Case("llama, yarn", "llama", {**HEADS, **YARN}),
-    Case("llama, yarn, attention factor", "llama", {**HEADS, **_rope("yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.3)}),
-    Case("llama, yarn, other bands", "llama", {**HEADS, **_rope("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=4.0, beta_slow=0.5)}),
+    Case(
+        "llama, yarn, attention factor",
+        "llama",
+        {**HEADS, **_rope("yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.3)},
+    ),
+    Case(
+        "llama, yarn, other bands",
+        "llama",
+        {**HEADS, **_rope("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=4.0, beta_slow=0.5)},
+    ),
     Case("llama, llama3", "llama", {**HEADS, **LLAMA3}),
     Case("llama, longrope, long", "llama", {**HEADS, **LONG}),
     Case("mistral", "mistral", {**HEADS, "sliding_window": None}),
@@ -87,10 +94,26 @@ CASES = (
             },
         },
     ),
-    Case("gemma3, soft cap, own pattern", "gemma3_text", {**WIDE, **WINDOW, "query_pre_attn_scalar": 32, "num_hidden_layers": 4, "layer_types": MIXED, "final_logit_softcapping": 5.0}),
+    Case(
+        "gemma3, soft cap, own pattern",
+        "gemma3_text",
+        {
+            **WIDE,
+            **WINDOW,
+            "query_pre_attn_scalar": 32,
+            "num_hidden_layers": 4,
+            "layer_types": MIXED,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
     Case("phi3", "phi3"),
     Case("phi3, longrope, long", "phi3", {**LONG, "original_max_position_embeddings": 32}),
-    Case("phi3, longrope, short", "phi3", {**LONG, "original_max_position_embeddings": 64}),
+    # llama.cpp chooses by the room for tokens, which it makes in steps of 256.
+    Case(
+        "phi3, longrope, short",
+        "phi3",
+        {**LONG, "original_max_position_embeddings": 256, "max_position_embeddings": 1024},
+    ),
     Case(
         "granite",
         "granite",
@@ -102,7 +125,11 @@ CASES = (
     Case("starcoder2", "starcoder2", {"sliding_window": None}),
     Case("stablelm", "stablelm", {"use_qkv_bias": True}),
     Case("stablelm, parallel", "stablelm", {"use_parallel_residual": True}),
-    Case("phi2", "phi", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
+    Case(
+        "phi2",
+        "phi",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    ),
     Case("exaone", "exaone", HEADS),
     Case("exaone, llama3", "exaone", {**HEADS, **LLAMA3}),
     Case("command-r", "cohere", {"logit_scale": 0.25}),
@@ -112,7 +139,7 @@ CASES = (
     Case("nemotron", "nemotron", {**HEADS, "attention_bias": True, "mlp_bias": True}),
     Case("arcee", "arcee", HEADS),
     Case("seed_oss", "seed_oss", WIDE),
-    Case("olmoe", "olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    Case("olmoe", "olmoe", {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}),
 )
 
 

@@ -1,7 +1,7 @@
 """Import from and export to GGUF against llama.cpp itself: worst difference of logits on a tiny model of every family.
 
-    python benchmarks/gguf_check.py                    # a table for RESULTS.md
-    python benchmarks/gguf_check.py --store tests/models/gguf_logits.json   # logits of llama.cpp for tests without it
+python benchmarks/gguf_check.py                    # a table for RESULTS.md
+python benchmarks/gguf_check.py --store tests/models/gguf_logits.json   # logits of llama.cpp for tests without it
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf_cases import CASES, KEPT, Case, build, digest, logits, text
+from gguf_cases import CASES, KEPT, LENGTH, Case, build, digest, logits, text
 from llama_cpp_model import library
 
 from halfplate.models import gguf
 from halfplate.models.gguf_writer import write_gguf
 
 
-def llama_logits(path: Path, context: int, threads: int = 1) -> np.ndarray[Any, Any]:
+def llama_logits(path: Path) -> np.ndarray[Any, Any]:
     """Of llama.cpp, (tokens, vocabulary), with a cache in fp32 and attention in plain products."""
     llama = library()
     settings = llama.llama_model_default_params()
@@ -30,8 +30,8 @@ def llama_logits(path: Path, context: int, threads: int = 1) -> np.ndarray[Any, 
     if not model:
         raise RuntimeError(f"llama.cpp cannot read {path}")
     options = llama.llama_context_default_params()
-    options.n_ctx = options.n_batch = options.n_ubatch = context
-    options.n_threads = options.n_threads_batch = threads
+    options.n_ctx = options.n_batch = options.n_ubatch = LENGTH
+    options.n_threads = options.n_threads_batch = 1
     options.type_k = options.type_v = 0  # GGML_TYPE_F32
     options.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     state = llama.llama_init_from_model(model, options)
@@ -64,7 +64,7 @@ def check(case: Case, folder: Path) -> dict[str, Any]:
     for kind, half in (("f32", False), ("f16", True)):
         path = folder / f"{kind}.gguf"
         write_gguf(model, None, path, half=half)
-        theirs = llama_logits(path, case.context)
+        theirs = llama_logits(path)
         config = gguf.read_config(path, path.name)
         read, report = gguf.load_model(path, path.name, config)
         if report["missing_keys"] or report["mismatched_keys"]:
@@ -88,7 +88,9 @@ def main() -> None:
             row = check(case, Path(folder))
             rows.append(row)
             figures = (row[f"{way}_{kind}"] for kind in ("f32", "f16") for way in ("import", "export"))
-            print(f"| {row['case']} | {row['model']} | " + " | ".join(f"{one:.1e}" for one in figures) + " |", flush=True)
+            print(
+                f"| {row['case']} | {row['model']} | " + " | ".join(f"{one:.1e}" for one in figures) + " |", flush=True
+            )
     if args.store:
         stored = {
             row["case"]: {

@@ -336,7 +336,15 @@ FAMILIES: tuple[Family, ...] = (
             Setting("expert_count", "num_experts", int),
             Setting("expert_used_count", "num_experts_per_tok", int),
         ),
-        fixed={"hidden_act": "silu", "attention_bias": False, "clip_qkv": None, "norm_topk_prob": False},
+        fixed={
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "clip_qkv": None,
+            "norm_topk_prob": False,
+            "num_key_value_heads": lambda fields: fields[
+                "num_attention_heads"
+            ],  # the norm of k is as wide as the model
+        },
         square=True,
         head="own",
     ),
