@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def build(case: Case) -> Any:
     """The model of a case in fp32; its weights are numpy's, equal on every machine."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(case.model_type, **(SIZES | case.settings))
+    config = AutoConfig.for_model(case.model_type, **deepcopy(SIZES | case.settings))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     numbers = np.random.default_rng(16)
     with torch.no_grad():

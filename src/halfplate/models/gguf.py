@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
 
+LARGEST_ROPE = 2**20  # bytes of a tensor of rotary factors, which has one for each pair in a head
+
+
 @dataclass(frozen=True)
 class GgufHeader:
     """What a GGUF file says of itself: architecture, how its vocabulary splits text and its licence (None: it does not say), what it holds."""
@@ -75,7 +78,7 @@ def read_config(path: Path, name: str) -> "PretrainedConfig":
         rope = {
             key: _load(path, entry).reshape(-1).tolist()
             for key, entry in header.contents.entries.items()
-            if key in ROPE_TENSORS
+            if key in ROPE_TENSORS and entry.nbytes <= LARGEST_ROPE
         }
         shapes = {key: entry.shape for key, entry in header.contents.entries.items()}
         return config_of_contents(family, Contents(header.contents.metadata, shapes, rope))
