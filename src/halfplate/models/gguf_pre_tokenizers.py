@@ -138,8 +138,10 @@ PRE_TOKENIZERS = (
     PreTokenizer(("glm4", "glm5"), (LLAMA3,), ignore_merges=True),
     PreTokenizer(("dbrx", "smaug-bpe", "chatglm-bpe"), (LLAMA3,)),
     PreTokenizer(
-        ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open", "grok-2", "kormo", "f2llmv2")
-        + ("bailingmoe", "bailingmoe2", "llada-moe"),
+        (
+            *("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open", "grok-2", "kormo"),
+            *("f2llmv2", "bailingmoe", "bailingmoe2", "llada-moe"),
+        ),
         (QWEN2,),
     ),
     PreTokenizer(("qwen35",), (QWEN35,)),

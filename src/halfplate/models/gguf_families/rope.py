@@ -132,7 +132,7 @@ def write_rope(family: Family, config: Any) -> tuple[dict[str, Any], dict[str, N
         "rope.freq_base": float(parameters["rope_theta"]),
         "rope.dimension_count": int(size * (parameters.get("partial_rotary_factor") or 1.0)),
     }
-    tensors: dict[str, NDArray[np.float32]] = {}
+    tensors: dict[str, NDArray[Any]] = {}
     if family.rope.local == "key":
         keys["rope.freq_base_swa"] = float(config.rope_parameters[LOCAL]["rope_theta"])
     original = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
