@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Vocabularies (`tokenizer.ggml.pre`) that cut numbers into single digits before GPT-2's own splitting; transformers
-# 5.23 knows none of them and falls back to GPT-2's splitting alone. Source: the regular expressions of llama.cpp.
-DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-
-
 LARGEST_ROPE = 2**20  # bytes of a tensor of rotary factors, which has one for each pair in a head
 
 
@@ -147,21 +142,12 @@ def _load(path: Path, entry: GgufTensor) -> "Values":
     return values
 
 
-def load_tokenizer(path: Path, name: str, header: GgufHeader) -> "PreTrainedTokenizerBase":
-    """The tokenizer inside the file, splitting digits where its vocabulary was trained on split digits."""
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
+def load_tokenizer(path: Path, name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer inside the file, which splits text as llama.cpp does (`gguf_tokenizer_reader`)."""
+    from halfplate.models.gguf_tokenizer_reader import read_tokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    # Metadata is data of any shape, and the libraries fail on it with errors of their own.
-    except Exception as error:
-        raise _cannot_read(name, error) from None
-    if header.pre_tokenizer in DIGIT_SPLITTING:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    return tokenizer
+    with _described(name):
+        return read_tokenizer(path, name)
 
 
 @contextmanager

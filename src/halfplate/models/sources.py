@@ -165,7 +165,7 @@ def load_dense(model: str | Source, device: str = "cpu") -> LoadedModel:
 def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
     """The tokenizer of the model; raises HalfplateError where none loads."""
     if source.gguf_header is not None:
-        return gguf.load_tokenizer(source.path, source.name, source.gguf_header)
+        return gguf.load_tokenizer(source.path, source.name)
     return _load_tokenizer(source)
 
 
