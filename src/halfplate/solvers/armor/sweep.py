@@ -1,4 +1,4 @@
-"""The sweep over the core in torch: the reference of the native one, and the path on a GPU."""
+"""The sweep over the core in torch: the reference of the native one and of the kernel for CUDA."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from halfplate.formats.rounding import GROUP
+from halfplate.kernels import triton
 from halfplate.pattern import Pattern
 
 MAX_MASKS = 256  # above this many masks a group tries its own mask and all single swaps
@@ -45,6 +46,10 @@ def sweep_tiles(
     has where nothing gains more (section 3 of the mathematics in docs/armor.md). With a `grid` the step of each row and its
     columns is solved for its codes first, and then the values of a group are the best found on the grid.
     """
+    if core.device.type == "cuda" and grid is None and triton.sweeps(pattern):
+        from halfplate.kernels.triton.sweep import sweep_tiles as sweep_on_cuda  # it needs triton itself
+
+        return sweep_on_cuda(core, error, out_gram, in_gram)
     core, error = core.clone(), error.clone()
     rows, width, m = core.shape[1], core.shape[2], pattern.m
     for r in range(rows):
