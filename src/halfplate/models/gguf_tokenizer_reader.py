@@ -224,7 +224,7 @@ class _Vocabulary:
     # Parts of the tokenizer.json
 
     def _is_byte_level(self) -> bool:
-        return self.kind == "gpt2"
+        return bool(self.kind == "gpt2")
 
     def _vocabulary(self) -> dict[str, int]:
         """Tokens and their ids, without those that only fill the embedding up."""
