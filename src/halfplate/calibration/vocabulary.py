@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,9 +42,25 @@ def check_tokens(
     )
 
 
-def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> str | None:
+@contextmanager
+def checking_tokens(model: Any, tokenizer: Any, where: str) -> Iterator[None]:
+    """While inside, `check_tokens` sees all that the model is given; for code of others that makes the tokens itself."""
+    if check_tokenizer(tokenizer, vocabulary_of(model)) is None:
+        yield
+        return
+
+    def check(_: Any, args: tuple[Tensor, ...]) -> None:
+        check_tokens(args[0], model, where, tokenizer)
+
+    hook = model.get_input_embeddings().register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def check_tokenizer(tokenizer: Any, vocabulary: int) -> str | None:
     """What to warn of where the tokenizer knows tokens beyond the vocabulary of the model; None where it does not."""
-    vocabulary = vocabulary_of(model)
     beyond = sorted((token, text) for text, token in tokenizer.get_vocab().items() if token >= vocabulary)
     if not beyond:
         return None

@@ -27,6 +27,7 @@ from halfplate.cli import (
     serve,
 )
 from halfplate.cli.parser import Parser, Version
+from halfplate.cli.streams import print_in_any_locale
 from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.limits import bound_environment
 from halfplate.plain_text import visible
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # GNU's OpenMP reads this when torch is imported. It would spin for milliseconds wherever a thread waits, which on cores
     # with other work was seen to take 60 times longer; a short spin costs a quiet machine nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    print_in_any_locale()
     for bounded in bound_environment(os.environ):
         print(f"halfplate: warning: {bounded}", file=sys.stderr)
     out, resumable = None, False

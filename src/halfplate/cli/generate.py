@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from halfplate.cli.parser import positive
+from halfplate.cli.parser import positive, typed_text
 from halfplate.errors import HalfplateError
 from halfplate.limits import use_threads
 
@@ -35,11 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
 
+    from halfplate.calibration.vocabulary import check_tokens
     from halfplate.cli.console import silence_libraries
     from halfplate.execution.loading import load_any
     from halfplate.runtime import greedy
+    from halfplate.runtime.limits import check_generation
 
     silence_libraries()
+    args.prompt = typed_text(args.prompt)
     use_threads(args.threads)
     model, tokenizer = load_any(args.model, activations=args.activations)
     ids = _token_ids(args, tokenizer)
@@ -52,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
             f"max_new_tokens={args.max_new_tokens} after {length} tokens of prompt exceeds the {limit} positions of {args.model!r}; "
             f"try {'--max-new-tokens ' + str(limit - length) if length < limit else 'a shorter prompt'}"
         )
+    check_tokens(ids, model, f"prompt={args.prompt!r}", tokenizer)
+    check_generation(model.config, length, args.max_new_tokens)
     tokens = greedy(model, ids, args.max_new_tokens, _stop_ids(model))
     print(tokenizer.decode(tokens[0, length:] if args.chat else tokens[0], skip_special_tokens=True))
     return 0

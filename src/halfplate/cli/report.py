@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from halfplate.cli.parser import add_output_arguments, positive
+from halfplate.cli.parser import add_output_arguments, positive, typed_text
 from halfplate.limits import use_threads
 
 
@@ -50,7 +50,7 @@ def _measuring(args: argparse.Namespace) -> Any:
     given = {name: getattr(args, name) for name in ("text", "windows", "seq_len", "new_tokens")}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if args.prompt:
-        chosen["prompts"] = tuple(args.prompt)
+        chosen["prompts"] = tuple(map(typed_text, args.prompt))
     if args.against is not None:
         return Measuring(args.against, **chosen)
     if chosen:

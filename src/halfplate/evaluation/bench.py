@@ -262,6 +262,9 @@ class _BringingIn:
                 f"prompt={self._prompt} and new_tokens={self._new_tokens} exceed the {limit} positions of {name!r}; "
                 f"try new_tokens={limit // 3} after a prompt={limit - limit // 3 - 1}"
             )
+        from halfplate.runtime.limits import check_generation
+
+        check_generation(config, self._prompt, self._new_tokens, "new_tokens")
         if not self._name:
             self._name, self.ids = name, speed.random_prompt(config.vocab_size, self._prompt)
         elif int(self.ids.max()) >= config.vocab_size:

@@ -1,5 +1,7 @@
 """The sweep over a 2:4 core, one program a tile; `halfplate.solvers.armor.sweep` has the reference in torch."""
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
 import torch
 import triton
 import triton.language as tl
