@@ -18,7 +18,8 @@ from halfplate.errors import HalfplateError
 from halfplate.formats.sharing import share
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
-from halfplate.models.linears import FoundLinear, find_linears
+from halfplate.models.data_reads import data_reads
+from halfplate.models.linears import FoundLinear, find_blocks, find_linears
 from halfplate.models.sources import Source, open_source, skeleton
 from halfplate.models.streamed import needs_conversion
 from halfplate.pattern import Pattern
@@ -56,7 +57,8 @@ def plan_source(
     if recipe.runs_text(method.requires):
         check_source(recipe.calibration)
         check_seq_len(dense, recipe.seq_len, least=2)
-    found, passed_over = find_linears(dense, include=recipe.include, exclude=recipe.exclude)
+    reads, untraced = data_reads(dense, find_blocks(dense)[0])
+    found, passed_over = find_linears(dense, recipe.include, recipe.exclude, reads)
     pattern = recipe.parsed_pattern
     fitting = [linear for linear in found if linear.d_in % pattern.m == 0]
     if not fitting:
@@ -103,6 +105,7 @@ def plan_source(
         disk=disk_plan(sizes, specs, other_nbytes, recipe, statistic, workers, needs_conversion(source)),
         speed=speed,
         seconds=None if speed is None else seconds_of(sizes, specs, source.nbytes, recipe, statistic, speed),
+        untraced=untraced,
     )
 
 

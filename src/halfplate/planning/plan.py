@@ -14,6 +14,8 @@ from halfplate.planning.speed import Speed
 from halfplate.recipe import Recipe
 from halfplate.statistics import Statistic
 
+LEAST_SHARE = 0.5  # of the parameters of the decoder blocks; below, a plan warns
+
 
 @dataclass(frozen=True)
 class MatrixPlan:
@@ -64,7 +66,7 @@ class Plan:
     other_nbytes: bytes of all that stays dense (embeddings, norms, biases, lm_head, skipped matrices), as it will be
     stored. source_nbytes: bytes of the weight files read. statistic: what is collected at least. memory: held by a run with the
     workers that the plan was made for. speed: what was measured of this machine, None where it was not; seconds: of each
-    phase in one process, from that.
+    phase in one process, from that. untraced: why no run without numbers could tell which weights the code of the model reads, if so.
     """
 
     model: str
@@ -81,6 +83,7 @@ class Plan:
     disk: DiskPlan
     speed: Speed | None
     seconds: Mapping[str, float] | None
+    untraced: str | None = None
 
     @property
     def specs(self) -> dict[str, WeightSpec]:
@@ -111,6 +114,25 @@ class Plan:
         return wrapper_share(list(self.specs.values()))
 
     @property
+    def decoder_share(self) -> float:
+        """Parameters of the matrices to compress over those of all decoder blocks."""
+        return sum(spec.d_out * spec.d_in for spec in self.specs.values()) / sum(self.sizes.blocks)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What of the plan is likely not to be what was hoped for, a sentence each."""
+        found = []
+        if self.decoder_share < LEAST_SHARE:
+            found.append(
+                f"only {self.decoder_share:.1%} of the decoder's parameters will be compressed; the column `why skipped` says why the others stay dense"
+            )
+        if self.untraced is not None:
+            found.append(
+                f"the model does not run without numbers ({self.untraced}), so which weights its code reads as data was taken from its source alone"
+            )
+        return found
+
+    @property
     def flops(self) -> float:
         """Operations of solving all matrices."""
         return sum(matrix.flops for matrix in self.matrices)
@@ -131,6 +153,8 @@ class Plan:
             "parameters": self.parameters,
             "block_size": self.block_size,
             "wrapper_share": self.wrapper_share,
+            "decoder_share": self.decoder_share,
+            "warnings": self.warnings,
             "flops": self.flops,
             "seconds": seconds,
             "seconds_estimate": None if seconds is None else round(sum(seconds.values()), 1),

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from halfplate.calibration.collect import input_stages
 from halfplate.calibration.self_text import token_nbytes
 from halfplate.models.blockwise import BlockwiseModel
+from halfplate.models.data_reads import without_numbers
 from halfplate.models.linears import FoundLinear, find_blocks
 
 
@@ -82,7 +82,7 @@ def _stages(dense: PreTrainedModel, linears: list[FoundLinear]) -> tuple[int, ..
 
 def shared_inputs(dense: PreTrainedModel, names: dict[int, list[str]]) -> list[list[str]]:
     """The linears `names` of each block by the input that they share, found by a run without any numbers."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_numbers(dense):
         blockwise = BlockwiseModel(dense)
         batch = blockwise.embed(torch.zeros(1, 2, dtype=torch.int64, device="meta"))
         stages = {block: input_stages(blockwise, block, batch, inside) for block, inside in names.items()}
