@@ -17,8 +17,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfplate.checkpoint.config import METHOD, RECORD_FILE, SENTENCE, VERSION, parse_modules, read_record
 from halfplate.checkpoint.weights import StoredTensor, check_layout, headers_of
+from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec, check_stored, connect
+from halfplate.formats.plain import is_plain_linear
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -88,6 +90,7 @@ class HalfplateQuantizer(HfQuantizer):
     def __init__(self, quantization_config: HalfplateConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.record = {}
+        self._read: dict[str, str] = {}  # matrices of codes that code of the model asks for their type, and why
         self._source: Path | None = None  # of the dense model that is to be compressed
         if self.pre_quantized and quantization_config.recipe is not None:
             raise HalfplateError(
@@ -132,6 +135,7 @@ class HalfplateQuantizer(HfQuantizer):
         linears = {name: _dense_linear(model, name, spec) for name, spec in specs.items()}
         if found is not None:
             _check_room(model, found, specs)
+        self._read = _read_codes(model, specs)
         for name, spec in specs.items():
             bias = linears[name].bias
             if found is not None and (bias is None) == (f"{name}.bias" in found):
@@ -140,7 +144,11 @@ class HalfplateQuantizer(HfQuantizer):
                     f"{name}.bias is {state}; the checkpoint does not fit its config.json, write it again"
                 )
             module = CompressedLinear(
-                spec, bias is not None, device="meta", bias_dtype=None if bias is None else bias.dtype
+                spec,
+                bias is not None,
+                device="meta",
+                bias_dtype=None if bias is None else bias.dtype,
+                dtype=linears[name].weight.dtype,
             )
             model.set_submodule(name, module)
         connect(model)
@@ -170,6 +178,11 @@ class HalfplateQuantizer(HfQuantizer):
             accelerate(model, **dict(runtime))
         for name, module in _compressed(model):
             check_stored(module.spec, module.stored(), name)  # but for what is offloaded to disk
+            if name in self._read:
+                raise HalfplateError(
+                    f"{name} is stored as {module.spec.core_dtype}, and {self._read[name]}: its results would be wrong without kernels; "
+                    "load it with them, or compress the model again"
+                )
         model.save_pretrained = SavePretrained(model)  # type: ignore[method-assign]
         return model
 
@@ -230,6 +243,19 @@ def _parsed(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     return Recipe.from_mapping(recipe) if isinstance(recipe, Mapping) else Recipe.of(recipe)
 
 
+def _read_codes(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> dict[str, str]:
+    """The matrices of integer codes whose type the code of the model takes for that of its numbers, with the reason."""
+    codes = {name for name, spec in specs.items() if spec.core_dtype in GRIDS}
+    if not codes:
+        return {}
+    # transformers imports this module half-way through its own import.
+    from halfplate.models.data_reads import data_reads
+    from halfplate.models.linears import find_blocks
+
+    reads, failure = data_reads(model, find_blocks(model)[0])
+    return {} if failure else {name: reason.partition(";")[0] for name, reason in reads.items() if name in codes}
+
+
 def _check_room(model: PreTrainedModel, found: Mapping[str, StoredTensor], specs: Mapping[str, WeightSpec]) -> None:
     """Raise HalfplateError where what is not compressed in the model, still empty, is larger than what is stored of it."""
     # A tied tensor is stored once, and not tied yet.
@@ -249,9 +275,9 @@ def _dense_linear(model: nn.Module, name: str, spec: WeightSpec) -> nn.Linear:
         raise HalfplateError(
             f"quantization_config.modules names {name!r}, which {type(model).__name__} does not have; load the checkpoint with AutoModelForCausalLM"
         ) from None
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) or not is_plain_linear(module):
         raise HalfplateError(
-            f"quantization_config.modules names {name!r}, which is a {type(module).__name__}, expected a Linear; write the checkpoint again"
+            f"quantization_config.modules names {name!r}, which is a {type(module).__name__}, expected a plain Linear; write the checkpoint again"
         )
     if (module.out_features, module.in_features) != (spec.d_out, spec.d_in):
         raise HalfplateError(

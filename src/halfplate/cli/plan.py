@@ -62,7 +62,11 @@ def _print(plan: "Plan", refused: str | None) -> None:
             for entry in entries
         ],
     )
-    print_pairs("in all", [*_bytes(plan), *_needs(plan), ("refused", refused or "no: memory and disk will do")])
+    warnings = [("warning", warning) for warning in plan.warnings]
+    print_pairs(
+        "in all",
+        [*_bytes(plan), *_needs(plan), ("refused", refused or "no: memory and disk will do"), *warnings],
+    )
 
 
 def _bytes(plan: "Plan") -> list[tuple[str, str]]:
@@ -88,6 +92,7 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
             )
         ]
     return [
+        ("share of the decoder that is compressed", f"{plan.decoder_share:.1%} of its parameters"),
         ("linears, dense at 2 bytes a weight", megabytes(plan.dense_nbytes)),
         *compressed,
         *(

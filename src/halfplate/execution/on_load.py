@@ -47,7 +47,9 @@ def compress_in_place(
     for name, spec in specs.items():
         linear = cast(nn.Linear, model.get_submodule(name))
         bias = linear.bias
-        module = CompressedLinear(spec, bias is not None, "meta", None if bias is None else bias.dtype)
+        module = CompressedLinear(
+            spec, bias is not None, "meta", None if bias is None else bias.dtype, linear.weight.dtype
+        )
         stored = {part: tensors.pop(f"{name}.{part}").to(linear.weight.device) for part in spec.layout()}
         module.load_state_dict(stored | ({} if bias is None else {"bias": bias.detach()}), assign=True)
         replace_linear(model, name, module.requires_grad_(False))

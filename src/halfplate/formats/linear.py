@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ class CompressedLinear(nn.Module):
     """y = x (A S B)ᵀ + bias, with every stored tensor of `spec.layout()` registered under its name on disk.
 
     spec: shape and types of the matrix. bias: whether a bias (d_out,) is added. device: where the still empty tensors
-    are made (`meta` while transformers builds a model). bias_dtype: element type of the bias. lender: the module whose input
-    wrapper this one shares, where its `spec` names one; it is no part of the state of this module.
+    are made (`meta` while transformers builds a model). bias_dtype: element type of the bias. dtype: that of the linear it stands for, in
+    which its model computes; the stored core, `weight`, has another. lender: the module whose input wrapper this one shares, where
+    its `spec` names one; it is no part of the state of this module.
     """
 
     weight: Tensor
@@ -32,9 +34,10 @@ class CompressedLinear(nn.Module):
         bias: bool,
         device: torch.device | str | None = None,
         bias_dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.dtype = spec, dtype
         self.lend(None)
         self.out_features, self.in_features = spec.d_out, spec.d_in
         for name, (shape, dtype) in spec.layout().items():
@@ -95,6 +98,11 @@ class CompressedLinear(nn.Module):
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """The weight (d_out, d_in) in fp32, multiplied out, and the bias (d_out,)."""
         return self.matrix.dense(), None if self.bias is None else self.bias.float()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) to (..., d_out) in the dtype of `x`."""

@@ -1,17 +1,31 @@
 """Finding the decoder blocks of a model and the linears inside them, and putting another module in a linear's place."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from halfplate.errors import HalfplateError
+from halfplate.formats.plain import is_plain_linear
+from halfplate.models.data_reads import data_reads
 
 # A linear of one of these names with one output for each expert decides where tokens go: tiny, and ruinous to prune.
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
+# Parts of a name that make everything below them a router or an indexer.
+ROUTER = re.compile(r"(^|_)router(_|$)")
+INDEXER = re.compile(r"(^|_)indexer(_|$)")
+GATE = re.compile(r"(^|_)gate$")
+# Gates of linear attention, with one or two outputs for each head.
+HEAD_GATES = ("in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj")
+HEAD_GATE_OUTPUTS = 128
+TINY_OUTPUTS, TINY_SHARE = 64, 16
+# Projections of attention may be as narrow: one head of keys and values for all queries.
+ATTENTION = re.compile(r"(^|_)w?(q|k|v|o|qk|kv|qkv|query|key|value)(_|$)")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -64,21 +78,29 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def find_linears(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    reads: Mapping[str, str] | None = None,
 ) -> tuple[list[FoundLinear], list[SkippedModule]]:
     """The linears to compress, in the order of the blocks, and every other matrix of the blocks with its reason.
 
-    include, exclude: fnmatch patterns on full names; without `include` every linear is taken. Works on the meta device.
+    include, exclude: fnmatch patterns on full names; without `include` every linear is taken. Routers, indexers and gates of heads
+    are never taken, other tiny linears only if a pattern of `include` has more than `*` after its last dot. reads: what
+    `data_reads` says of the model, found out if None. Works on the meta device.
     Raises HalfplateError when a pattern matches nothing, or when no linear is left.
     """
     found: list[FoundLinear] = []
     skipped: list[SkippedModule] = []
     prefix, blocks = find_blocks(model)
     experts = _expert_count(model)
+    reads = data_reads(model, prefix)[0] if reads is None else reads
     for index, block in enumerate(blocks):
         for inner, module in block.named_modules():
             name = f"{prefix}.{index}.{inner}" if inner else f"{prefix}.{index}"
-            reason = _skip_reason(name, module, experts)
+            reason = _skip_reason(inner, module, experts) or reads.get(name)
+            if reason is None and isinstance(module, nn.Linear) and not _asked_for(name, include):
+                reason = _tiny_reason(inner, module)
             if reason is not None:
                 skipped.append(SkippedModule(name, reason))
             elif isinstance(module, nn.Linear):
@@ -86,12 +108,13 @@ def find_linears(
                 found.append(linear)
 
     linear_names = [linear.name for linear in found]
-    known = linear_names + [module.name for module in skipped]
+    reasons = {module.name: module.reason for module in skipped}
     if not found:
         raise HalfplateError(_nothing_left(model, skipped))
-    for argument, patterns, names in (("include", include, linear_names), ("exclude", exclude, known)):
-        for pattern in patterns:
-            _check_pattern(argument, pattern, names)
+    for pattern in include:
+        _check_pattern("include", pattern, linear_names, reasons)
+    for pattern in exclude:
+        _check_pattern("exclude", pattern, [*linear_names, *reasons])
 
     kept: list[FoundLinear] = []
     for linear in found:
@@ -133,15 +156,15 @@ def _expert_count(model: nn.Module) -> int | None:
     return next((count for count in counts if isinstance(count, int)), None)
 
 
-def _skip_reason(name: str, module: nn.Module, experts: int | None) -> str | None:
-    """Why a module with matrices of its own stays dense; None for linears to compress and modules without matrices."""
+def _skip_reason(inner: str, module: nn.Module, experts: int | None) -> str | None:
+    """Why a module with matrices of its own, `inner` by its name in the block, stays dense; None for linears to compress and modules without matrices."""
     matrices = {key: tuple(tensor.shape) for key, tensor in module.named_parameters(recurse=False) if tensor.ndim >= 2}
-    leaf = name.rpartition(".")[2]
-    if isinstance(module, nn.Linear):
-        router = leaf in ROUTER_NAMES and experts is not None and module.out_features in (1, experts)
-        return f"router of {experts} experts: tiny, and decides where tokens go; kept dense" if router else None
     if not matrices:
         return None
+    if isinstance(module, nn.Linear):
+        return _router_reason(inner.split("."), module, experts) or (
+            None if is_plain_linear(module) else f"{type(module).__name__} has a forward of its own; kept dense"
+        )
     key, shape = max(matrices.items(), key=lambda item: len(item[1]))
     if type(module).__name__ == "Conv1D":
         return "Conv1D of GPT-2, which stores its weight as (d_in, d_out), is no nn.Linear; kept dense"
@@ -155,14 +178,53 @@ def _skip_reason(name: str, module: nn.Module, experts: int | None) -> str | Non
     return f"{type(module).__name__} (its {key} has shape {shape}) is no nn.Linear; kept dense"
 
 
+def _router_reason(parts: list[str], module: nn.Linear, experts: int | None) -> str | None:
+    """Why the linear of the name `parts` decides too much to be compressed; None for all others."""
+    leaf = parts[-1]
+    if leaf in ROUTER_NAMES and experts is not None and module.out_features in (1, experts):
+        return f"router of {experts} experts: tiny, and decides where tokens go; kept dense"
+    if any(map(INDEXER.search, parts)):
+        return "indexer: chooses the tokens that attention sees; kept dense"
+    if any(map(ROUTER.search, parts)):
+        return "part of a router: decides where tokens go; kept dense"
+    if any(map(GATE.search, parts[:-1])):
+        return "part of a gate: decides what passes; kept dense"
+    if leaf in HEAD_GATES and module.out_features <= HEAD_GATE_OUTPUTS:
+        return f"gate of the heads of linear attention, {module.out_features} outputs: tiny, and decides what is forgotten; kept dense"
+    return None
+
+
+def _tiny_reason(inner: str, module: nn.Linear) -> str | None:
+    """Why a linear that is tiny beside its input stays dense; None for all others.
+
+    A share of its input, because whole models are as small.
+    """
+    d_out, d_in = module.out_features, module.in_features
+    if d_out > TINY_OUTPUTS or TINY_SHARE * d_out > d_in or ATTENTION.search(inner.rpartition(".")[2]):
+        return None
+    return f"{d_out} outputs of {d_in} inputs: too small to gain by it; kept dense unless --include names it"
+
+
+def _asked_for(name: str, include: Sequence[str]) -> bool:
+    """Whether a pattern that says more than a place, `*.in_proj` and not `*.mlp.*`, takes the linear."""
+    return any(fnmatchcase(name, pattern) and pattern.rpartition(".")[2].strip("*") for pattern in include)
+
+
 def _nothing_left(model: nn.Module, skipped: list[SkippedModule]) -> str:
     example = f" ({len(skipped)} modules skipped, such as {skipped[0].name}: {skipped[0].reason})" if skipped else ""
     return f"model {type(model).__name__} has no nn.Linear to compress in its decoder blocks{example}; pass a model built of nn.Linear, such as LlamaForCausalLM"
 
 
-def _check_pattern(argument: str, pattern: str, names: list[str]) -> None:
+def _check_pattern(
+    argument: str, pattern: str, names: list[str], reasons: Mapping[str, str] = MappingProxyType({})
+) -> None:
     if any(fnmatchcase(name, pattern) for name in names):
         return
+    dense = next((name for name in reasons if fnmatchcase(name, pattern)), None)
+    if dense is not None:
+        raise HalfplateError(
+            f"{argument}={pattern!r} matches nothing that can be compressed ({dense}: {reasons[dense]}); drop it"
+        )
     leaves = dict.fromkeys("*." + name.rpartition(".")[2] for name in names)
     near = get_close_matches(pattern, [*leaves, *names], n=3, cutoff=0.5) or list(leaves)[:3]
     raise HalfplateError(

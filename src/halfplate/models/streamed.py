@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from halfplate.errors import HalfplateError
+from halfplate.formats.plain import is_plain_linear
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
+from halfplate.models.data_reads import stated_reads
 from halfplate.models.fit import check_complete, names_in_model, shared_names
 from halfplate.models.sources import Source, skeleton
 from halfplate.tensor_file import DamagedFile, StoredTensor, read_tensor
@@ -133,7 +135,7 @@ class StreamedModel:
                     else:
                         hooks.append(block.register_forward_pre_hook(self._filling(index)))
                         hooks.append(block.register_forward_hook(_emptying(dict(block.named_parameters()))))
-                if held and pack is not None and type(head) is nn.Linear:
+                if held and pack is not None and head is not None and is_plain_linear(head):
                     self.model.set_output_embeddings(pack(head))
                 yield self.model
             finally:
@@ -164,8 +166,9 @@ class StreamedModel:
 
 
 def _replace_linears(block: nn.Module, pack: Callable[[nn.Linear], nn.Module]) -> None:
+    read = stated_reads(block)
     for name, module in list(block.named_modules()):
-        if type(module) is nn.Linear:
+        if is_plain_linear(module) and name not in read:
             block.set_submodule(name, pack(module))
 
 

@@ -21,7 +21,8 @@ from halfplate.formats.sharing import share
 from halfplate.formats.spec import WeightSpec
 from halfplate.limits import check_threads, check_workers
 from halfplate.methods.base import Method
-from halfplate.models.linears import FoundLinear, find_linears
+from halfplate.models.data_reads import data_reads
+from halfplate.models.linears import FoundLinear, find_blocks, find_linears
 from halfplate.models.reading import reading
 from halfplate.models.sources import Source, open_source, skeleton
 from halfplate.models.streamed import needs_conversion
@@ -67,7 +68,8 @@ def plan_source(
         if runs_text:
             check_seq_len(dense, recipe.seq_len, least=2)
             check_tokens_fit("samples", recipe.samples, recipe.seq_len)
-        found, passed_over = find_linears(dense, include=recipe.include, exclude=recipe.exclude)
+        reads, untraced = data_reads(dense, find_blocks(dense)[0])
+        found, passed_over = find_linears(dense, recipe.include, recipe.exclude, reads)
     pattern = recipe.parsed_pattern
     fitting = [linear for linear in found if linear.d_in % pattern.m == 0]
     if not fitting:
@@ -116,6 +118,7 @@ def plan_source(
         speed=speed,
         seconds=None if speed is None else seconds_of(sizes, specs, source.nbytes, recipe, statistic, speed),
         notes=source.notes,
+        untraced=untraced,
     )
 
 

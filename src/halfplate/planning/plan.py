@@ -15,6 +15,8 @@ from halfplate.planning.speed import Speed
 from halfplate.recipe import Recipe
 from halfplate.statistics import Statistic
 
+LEAST_SHARE = 0.5  # of the parameters of the decoder blocks; below, a plan warns
+
 
 @dataclass(frozen=True)
 class MatrixPlan:
@@ -66,6 +68,7 @@ class Plan:
     stored. source_nbytes: bytes of the weight files read. statistic: what is collected at least. memory: held by a run with the
     workers that the plan was made for. speed: what was measured of this machine, None where it was not; seconds: of each
     phase in one process, from that. notes: what of the source is left out, one sentence each (`Source.notes`).
+    untraced: why no run without numbers could tell which weights the code of the model reads, if so.
     """
 
     model: str
@@ -83,6 +86,7 @@ class Plan:
     speed: Speed | None
     seconds: Mapping[str, float] | None
     notes: tuple[str, ...] = ()
+    untraced: str | None = None
 
     @property
     def specs(self) -> dict[str, WeightSpec]:
@@ -118,6 +122,25 @@ class Plan:
         return wrapper_share(list(self.specs.values()))
 
     @property
+    def decoder_share(self) -> float:
+        """Parameters of the matrices to compress over those of all decoder blocks."""
+        return sum(spec.d_out * spec.d_in for spec in self.specs.values()) / sum(self.sizes.blocks)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What of the plan is likely not to be what was hoped for, a sentence each."""
+        found = []
+        if self.decoder_share < LEAST_SHARE:
+            found.append(
+                f"only {self.decoder_share:.1%} of the decoder's parameters will be compressed; the column `why skipped` says why the others stay dense"
+            )
+        if self.untraced is not None:
+            found.append(
+                f"the model does not run without numbers ({self.untraced}), so which weights its code reads as data was taken from its source alone"
+            )
+        return found
+
+    @property
     def flops(self) -> float:
         """Operations of solving all matrices."""
         return sum(matrix.flops for matrix in self.matrices)
@@ -139,6 +162,8 @@ class Plan:
             "block_size": self.block_size,
             "wrapper_share": self.wrapper_share,
             "without_kernel": self.without_kernel,
+            "decoder_share": self.decoder_share,
+            "warnings": self.warnings,
             "flops": self.flops,
             "seconds": seconds,
             "seconds_estimate": None if seconds is None else round(sum(seconds.values()), 1),

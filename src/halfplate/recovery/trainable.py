@@ -11,6 +11,7 @@ from torch.nn import functional
 from halfplate.errors import HalfplateError
 from halfplate.formats import BlockDiagonal, CompressedLinear, LowRank
 from halfplate.formats.chain import Chain, unpermuted
+from halfplate.formats.plain import WeightView
 from halfplate.formats.rounding import round_to_float
 
 
@@ -31,7 +32,7 @@ class TrainableLinear(nn.Module):
 
     def __init__(self, linear: CompressedLinear, values_too: bool) -> None:
         super().__init__()
-        self.spec, self.start = linear.spec, linear.matrix
+        self.spec, self.start, self.dtype = linear.spec, linear.matrix, linear.dtype
         self.lend(None)
         core = self.start.core
         self.values = nn.Parameter((core.stored if core.grid is None else core.grid.scales).float(), values_too)
@@ -61,6 +62,11 @@ class TrainableLinear(nn.Module):
         if self.integers is None:
             return 1.0
         return max(1.0, float(self.integers.float().square().mean().sqrt()))
+
+    @property
+    def weight(self) -> WeightView:
+        """What the code of a model may ask of it: dtype, device and shape; its values raise a HalfplateError."""
+        return WeightView((self.spec.d_out, self.spec.d_in), self.dtype, self.values.device)
 
     def dense(self) -> Tensor:
         """A S B as it stands, with its graph, in fp32 even under autocast: (d_out, d_in)."""
@@ -105,7 +111,9 @@ class TrainableLinear(nn.Module):
             added = LowRank.rounded(self.left, self.right, self.spec.wrapper_dtype)
         matrix = Chain(self.spec, core, out_wrapper, in_wrapper, added, self.start.permutation)
         assert torch.equal(matrix.core.mask(), self.start.core.mask()), "tuning must not move the mask"
-        return CompressedLinear.from_weight(matrix, self.spec, self.bias)
+        linear = CompressedLinear.from_weight(matrix, self.spec, self.bias)
+        linear.dtype = self.dtype
+        return linear
 
     def _wrapper(self, side: str) -> BlockDiagonal | None:
         owner = self if side == "out" or self.lender is None else self.lender

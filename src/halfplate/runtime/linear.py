@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from halfplate.errors import HalfplateError
 from halfplate.formats import Chain, CompressedLinear, NMSparse, WeightSpec
+from halfplate.formats.plain import WeightView
 from halfplate.kernels.linear import multiply, pack, read_header, unpack
 from halfplate.kernels.operators import linear
 from halfplate.pattern import DENSE
@@ -23,13 +24,19 @@ class PackedLinear(nn.Module):
     packed: Tensor
 
     def __init__(
-        self, spec: WeightSpec, packed: Tensor, bias_dtype: torch.dtype | None, dense_dtype: torch.dtype | None
+        self,
+        spec: WeightSpec,
+        packed: Tensor,
+        bias_dtype: torch.dtype | None,
+        dense_dtype: torch.dtype | None,
+        dtype: torch.dtype,
     ):
         super().__init__()
         self.spec = spec
         self.out_features, self.in_features = spec.d_out, spec.d_in
         self.bias_dtype = bias_dtype
         self.dense_dtype = dense_dtype  # of the weight of the nn.Linear it stands for; None for a CompressedLinear
+        self.dtype = dtype  # that its model computes in
         self.saved = True
         self.register_buffer("packed", packed, persistent=False)
 
@@ -37,7 +44,7 @@ class PackedLinear(nn.Module):
     def of_compressed(cls, module: CompressedLinear, activations: str = "float") -> "PackedLinear":
         """Pack a compressed linear; raises HalfplateError on values that no writer leaves."""
         packed = pack(module.spec.alone, module.tensors(), activations, module.bias)
-        return cls(module.spec, packed, None if module.bias is None else module.bias.dtype, None)
+        return cls(module.spec, packed, None if module.bias is None else module.bias.dtype, None, module.dtype)
 
     @classmethod
     def of_dense(cls, module: nn.Linear, core_dtype: str | None = None, activations: str = "float") -> "PackedLinear":
@@ -53,7 +60,7 @@ class PackedLinear(nn.Module):
             tensors = NMSparse.from_dense(weight.to(torch.float32), None, DENSE, core_dtype).tensors()
         spec = WeightSpec(module.out_features, module.in_features, DENSE, core_dtype)
         packed = pack(spec, tensors, activations, module.bias)
-        return cls(spec, packed, None if module.bias is None else module.bias.dtype, weight.dtype)
+        return cls(spec, packed, None if module.bias is None else module.bias.dtype, weight.dtype, weight.dtype)
 
     @property
     def takes_bytes(self) -> bool:
@@ -80,7 +87,7 @@ class PackedLinear(nn.Module):
         if self.dense_dtype is not None:
             module = nn.Linear(self.in_features, self.out_features, self.bias_dtype is not None, device="meta")
         else:
-            module = CompressedLinear(self.spec, self.bias_dtype is not None, "meta", self.bias_dtype)
+            module = CompressedLinear(self.spec, self.bias_dtype is not None, "meta", self.bias_dtype, self.dtype)
         module.load_state_dict(tensors, assign=True)
         return module.requires_grad_(False)
 
@@ -102,12 +109,15 @@ class PackedLinear(nn.Module):
         weight, bias = self.dense()
         return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise AttributeError(
-                "this linear is in kernel layout and has no weight of its own; call halfplate.runtime.restore(model) first, or load with kernels=False"
-            )
-        return super().__getattr__(name)
+    @property
+    def weight(self) -> WeightView:
+        """What the code of a model may ask of it: dtype, device and shape; its values raise a HalfplateError."""
+        return WeightView((self.out_features, self.in_features), self.dtype, self.packed.device)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (d_out,) in its own type, unpacked; None where there is none."""
+        return None if self.bias_dtype is None else self.stored()["bias"]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -127,11 +137,13 @@ class PackedLinear(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
-        device = fn(torch.empty(0, dtype=torch.float32, device="cpu")).device
+        moved = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
+        device = moved.device
         if device.type != "cpu":
             raise HalfplateError(
                 f"device={str(device)!r}: the linear is packed for the processor; call halfplate.runtime.restore(model) first"
             )
+        self.dtype = moved.dtype
         return self
 
     def extra_repr(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import nn
 from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, check_stored, connect
+from halfplate.formats.plain import is_plain_linear
 from halfplate.kernels import native
 from halfplate.kernels.linear import ACTIVATIONS, unsupported
+from halfplate.models.data_reads import stated_reads
 from halfplate.runtime import decoder, semi_structured
 from halfplate.runtime.embedding import StoredEmbedding
 from halfplate.runtime.linear import PackedLinear
@@ -72,16 +74,19 @@ def accelerate(
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     # A tied head is saved as the embedding, and one that is rounded here is not what the model holds.
     tied = head is not None and embedding is not None and embedding.weight is head.weight
-    paths = []
+    paths, read = list[LinearPath](), stated_reads(model)
     for name, module in list(model.named_modules()):
-        if module is head and type(module) is nn.Linear:
+        if module is head and is_plain_linear(module):
             paths.append(_replace_head(model, name, module, head_dtype, activations, saved=not tied))
         elif type(module) is nn.Embedding and module.weight.device.type == "cpu":
             smaller = StoredEmbedding.of(module)
             if smaller is not None:
                 model.set_submodule(name, smaller.train(module.training))
-        elif isinstance(module, CompressedLinear) or type(module) is nn.Linear:
-            paths.append(_replace(model, name, module, activations, dense_dtype))
+        elif isinstance(module, CompressedLinear | nn.Linear):
+            kept = _kept(name, module, read)
+            paths.append(
+                LinearPath(name, "torch", kept) if kept else _replace(model, name, module, activations, dense_dtype)
+            )
     return Acceleration(tuple(paths), decoder.install(model))
 
 
@@ -97,10 +102,11 @@ def explain(model: Any) -> Acceleration:
     """Which path each linear of a loaded model takes, and what decodes."""
     kinds = (PackedLinear, CompressedLinear, nn.Linear)
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    read = stated_reads(model)
     paths = tuple(
         LinearPath(name, _spoken(module))
         if isinstance(module, PackedLinear)
-        else LinearPath(name, "torch", _why(module))
+        else LinearPath(name, "torch", _kept(name, module, read) or _why(module))
         for name, module in linears
     )
     return Acceleration(paths, decoder.why_not(model) or "native")
@@ -126,6 +132,15 @@ def bf16_kernels(device: str) -> Callable[[nn.Linear], nn.Module] | None:
     if torch.device(device).type != "cpu" or not native.available():
         return None
     return lambda linear: PackedLinear.of_dense(linear, "bf16")
+
+
+def _kept(name: str, module: CompressedLinear | nn.Linear, read: Mapping[str, str]) -> str | None:
+    """What keeps a linear in its place on every device: code that does more with it than multiply."""
+    if isinstance(module, CompressedLinear):
+        return None
+    if not is_plain_linear(module):
+        return f"{type(module).__name__} has a forward of its own"
+    return f"its weight is read as data by {read[name]}" if name in read else None
 
 
 def _why(module: nn.Module) -> str | None:

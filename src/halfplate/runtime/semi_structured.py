@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec
+from halfplate.formats.plain import WeightView
 from halfplate.kernels.capability import NO_ORDER, NO_RANK, Backend, anything, check_tensors, one_of, pattern_of
 
 # Sparse tensor cores came with Ampere.
@@ -66,6 +67,11 @@ class SemiStructuredLinear(nn.Module):
             self.register_buffer(f"{side}_blocks", parts[0], persistent=False)
             self.register_buffer(f"{side}_tail", parts[1], persistent=False)
         self.register_buffer("bias", None if module.bias is None else module.bias.detach(), persistent=False)
+
+    @property
+    def weight(self) -> WeightView:
+        """What the code of a model may ask of it: dtype, device and shape; its values raise a HalfplateError."""
+        return WeightView((self.out_features, self.in_features), self.dtype, self.core.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) to (..., d_out) in the dtype of `x`."""

@@ -1,0 +1,251 @@
+"""Which linears of a model have their weight read by the code around them, beside their own forward."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache, partial, reduce
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+# Methods that make or fill weights; none of them runs on a loaded model.
+INITIALISER = re.compile("_*(init|reset)")
+
+
+@dataclass(frozen=True)
+class _Read:
+    """`<owner>.weight` in a method of a class; path: of the owner below `self`, None where it is reached otherwise."""
+
+    path: tuple[str, ...] | None
+    kind: type
+    method: str
+
+    def __str__(self) -> str:
+        return f"{self.kind.__name__}.{self.method}"
+
+
+def stated_reads(root: nn.Module) -> dict[str, str]:
+    """The linears below `root` whose weight the source of a module names, and the method that does, by their names.
+
+    Left out are methods that fill weights, what a method does in training alone, and weights that are reached otherwise than by
+    `self.<name>.weight`: `data_reads` sees these, too.
+    """
+    return {name: str(reads[0][1]) for name, reads in _stated(root).items()}
+
+
+def data_reads(model: nn.Module, prefix: str = "") -> tuple[dict[str, str], str | None]:
+    """The linears below `prefix` whose weight is read as data, with the reason of each, and why no run could tell, if so.
+
+    Where the sources of the modules leave a doubt, the model runs without numbers, once for a text and once for the next token.
+    A method that did not run there may run elsewhere (a kernel of a GPU), so what its source names counts as read.
+    """
+    root = model.get_submodule(prefix)
+    stated = _stated(root)
+    if not stated and not _doubtful(root):
+        return {}, None
+    seen, ran, failure = _run(model, root, stated)
+    reasons = dict.fromkeys(seen, "the code of the model")
+    for name, reads in stated.items():
+        # A branch that a method which ran has passed by depends on the configuration alone.
+        hidden = [read for owner, read in reads if failure is not None or (owner, read) not in ran]
+        if name in seen or hidden:
+            reasons[name] = str((hidden or [read for _, read in reads])[0])
+    start = f"{prefix}." if prefix else ""
+    return {start + name: f"its weight is read as data by {by}; kept dense" for name, by in reasons.items()}, failure
+
+
+@contextmanager
+def without_numbers(model: nn.Module) -> Iterator[None]:
+    """While inside, `model` runs on shapes alone; raises what its code raises where it asks for values."""
+    config: Any = getattr(model, "config", None)
+    experts = getattr(config, "_experts_implementation", None)
+    # It prints a traceback for every operator that has no rule for shapes.
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        if experts is not None:
+            # Experts that are reached by indices need numbers; all of them at once do not.
+            config._experts_implementation = "batched_mm"
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        logger.disabled = was_disabled
+        if experts is not None:
+            config._experts_implementation = experts
+
+
+def _stated(root: nn.Module) -> dict[str, list[tuple[str, _Read]]]:
+    """By the name of a linear, the name of each module that reads it and the place where that does."""
+    found: dict[str, list[tuple[str, _Read]]] = {}
+    for name, module in root.named_modules():
+        for read in _reads_of(type(module)):
+            target = None if read.path is None else reduce(_child, read.path, module)
+            if isinstance(target, nn.Module) and hasattr(target, "in_features"):
+                found.setdefault(".".join(filter(None, (name, *(read.path or ())))), []).append((name, read))
+    return found
+
+
+def _child(module: Any, name: str) -> Any:
+    return getattr(module, name, None)
+
+
+def _doubtful(root: nn.Module) -> bool:
+    """Whether a weight is reached by another way than `self.<name>.weight` anywhere in the code of the modules."""
+    kinds = {kind for module in root.modules() for kind in type(module).__mro__}
+    return any(read.path is None for kind in kinds for read in _reads_of(kind)) or any(
+        _functions_read(kind.__module__) for kind in kinds if _foreign(kind)
+    )
+
+
+def _foreign(kind: type) -> bool:
+    return issubclass(kind, nn.Module) and kind.__module__.partition(".")[0] not in ("torch", "halfplate")
+
+
+@cache
+def _reads_of(kind: type[Any]) -> tuple[_Read, ...]:
+    """Every read of a weight in the methods of the class and of those that it stands on."""
+    return tuple(
+        _Read(path, base, method.name)
+        for base in filter(_foreign, kind.__mro__)
+        for method in _methods(base)
+        if not INITIALISER.match(method.name)
+        for path in _owners(method)
+    )
+
+
+def _methods(kind: type) -> list[ast.FunctionDef]:
+    for node in _parsed(kind.__module__):
+        if isinstance(node, ast.ClassDef) and node.name == kind.__qualname__:
+            return [part for part in node.body if isinstance(part, ast.FunctionDef)]
+    return []
+
+
+@cache
+def _functions_read(module: str) -> bool:
+    """Whether a function beside the classes of the module `module` reads a weight."""
+    functions = [node for node in _parsed(module) if isinstance(node, ast.FunctionDef)]
+    return any(True for function in functions for _ in _owners(function))
+
+
+@cache
+def _parsed(module: str) -> list[ast.stmt]:
+    try:
+        return ast.parse(inspect.getsource(sys.modules[module])).body
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return []
+
+
+def _owners(node: ast.AST) -> Iterator[tuple[str, ...] | None]:
+    """The owner of each `.weight` below `node`: its path below `self`, or None; a module's own `self.weight` is left out."""
+    if isinstance(node, ast.If | ast.IfExp) and _asks_for_training(node.test):
+        otherwise = node.orelse if isinstance(node.orelse, list) else [node.orelse]
+        for child in otherwise:
+            yield from _owners(child)
+        return
+    if isinstance(node, ast.Attribute) and node.attr == "weight":
+        path: list[str] = []
+        owner: ast.AST = node.value
+        while isinstance(owner, ast.Attribute):
+            path.insert(0, owner.attr)
+            owner = owner.value
+        named = isinstance(owner, ast.Name) and owner.id == "self"
+        if path or not named:
+            yield tuple(path) if named else None
+    for child in ast.iter_child_nodes(node):
+        yield from _owners(child)
+
+
+def _asks_for_training(test: ast.expr) -> bool:
+    """Whether `test` holds in training alone: `self.training`, or that and more."""
+    if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+        return any(map(_asks_for_training, test.values))
+    return isinstance(test, ast.Attribute) and test.attr == "training"
+
+
+def _run(
+    model: nn.Module, root: nn.Module, stated: dict[str, list[tuple[str, _Read]]]
+) -> tuple[set[str], set[tuple[str, _Read]], str | None]:
+    """The linears whose weight was asked for outside of their forward, the places of `stated` that ran, and why the run failed."""
+    run: Any = model
+    places = {place for reads in stated.values() for place in reads}
+    device = next((parameter.device for parameter in model.parameters()), None)
+    with torch.no_grad(), without_numbers(model), _watched(root) as seen, _noted(root, places) as ran:
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        try:
+            run(input_ids=ids, use_cache=False)
+        # Each model class fails with errors of its own where it asks for values that are not there.
+        except Exception as error:
+            return seen, ran, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        with suppress(Exception):
+            cached = run(input_ids=ids, use_cache=True).past_key_values
+            run(input_ids=ids[:, :1], past_key_values=cached, use_cache=True)
+    return seen, ran, None
+
+
+@contextmanager
+def _noted(root: nn.Module, places: set[tuple[str, _Read]]) -> Iterator[set[tuple[str, _Read]]]:
+    """While inside, those of `places` (a module and a method of it) that run gather in the set."""
+    ran: set[tuple[str, _Read]] = set()
+    put: list[tuple[nn.Module, str]] = []
+
+    def noting(place: tuple[str, _Read], method: Any, *args: Any, **kwargs: Any) -> Any:
+        ran.add(place)
+        return method(*args, **kwargs)
+
+    try:
+        for place in places:
+            module, name = root.get_submodule(place[0]), place[1].method
+            # Another class may have put its own in the place of the method that reads.
+            if name not in vars(module) and getattr(type(module), name) is getattr(place[1].kind, name):
+                vars(module)[name] = partial(noting, place, getattr(module, name))
+                put.append((module, name))
+        yield ran
+    finally:
+        for module, name in put:
+            vars(module).pop(name)
+
+
+@contextmanager
+def _watched(root: nn.Module) -> Iterator[set[str]]:
+    """While inside, the names of the linears whose weight is asked for, but by their own forward, gather in the set."""
+    seen: set[str] = set()
+    kinds = {name: type(module) for name, module in root.named_modules() if isinstance(module, nn.Linear)}
+    try:
+        for name, kind in kinds.items():
+            root.get_submodule(name).__class__ = _watching(kind, name, seen)
+        yield seen
+    finally:
+        for name, kind in kinds.items():
+            root.get_submodule(name).__class__ = kind
+
+
+def _watching(kind: Any, name: str, seen: set[str]) -> Any:
+    """A subclass of `kind` that adds `name` to `seen` where the weight is asked for."""
+    inside = False
+
+    class Watching(kind):  # type: ignore[misc]
+        @property
+        def weight(self) -> Any:
+            if not inside:
+                seen.add(name)
+            return self._parameters["weight"]
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            inside = True
+            try:
+                return kind.forward(self, *args, **kwargs)
+            finally:
+                inside = False
+
+    Watching.__name__, Watching.__qualname__ = kind.__name__, kind.__qualname__
+    return Watching
