@@ -150,3 +150,25 @@ def test_fingerprint_tells_recipes_and_models_apart(tiny_folder, tmp_path, tiny_
     folder = tmp_path / "other"
     tiny_model(vocab_size=320, intermediate_size=64).save_pretrained(folder)
     assert make_plan(str(folder), Recipe(method="magnitude")).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_the_share_of_the_decoder_is_told_and_warned_of(tmp_path, tiny_model, tiny_tokenizer, capsys, architecture):
+    model = tiny_model(architecture, vocab_size=len(tiny_tokenizer), num_local_experts=8)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    plan = make_plan(str(tmp_path), Recipe(method="magnitude"))
+    inside = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    taken = sum(model.get_submodule(name).weight.numel() for name in plan.specs)
+    assert plan.decoder_share == pytest.approx(taken / inside)
+    found = plan.to_json()
+    assert found["decoder_share"] == plan.decoder_share
+    few = architecture == "mixtral"
+    assert (plan.decoder_share < 0.5) == few
+    assert [warning.partition(";")[0] for warning in found["warnings"]] == (
+        [f"only {plan.decoder_share:.1%} of the decoder's parameters will be compressed"] if few else []
+    )
+    assert main(["plan", str(tmp_path), "--method", "magnitude", "--no-benchmark"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "share of the decoder that is compressed" in text
+    assert ("warning" in text) == few

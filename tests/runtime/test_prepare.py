@@ -176,3 +176,23 @@ def test_compile_and_export_trace_through(activations):
         packed, (x,), dynamic_shapes=({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
     )
     assert torch.equal(exported.module()(torch.cat([x, x])), torch.cat([expected, expected]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_packed_linears_answer_for_their_weight(tiny_model, dtype):
+    """Codes are int8 or less in memory; what the model computes in is `dtype`."""
+    model = compressed(tiny_model("qwen2"), "int8").to(dtype)
+    names = [name for name, module in model.named_modules() if isinstance(module, CompressedLinear)]
+    biases = {name: model.get_submodule(name).bias for name in names}
+    accelerate(model)
+    for name in [*names, "lm_head"]:
+        packed = model.get_submodule(name)
+        assert isinstance(packed, PackedLinear)
+        assert (packed.weight.dtype, packed.weight.device.type) == (dtype, "cpu")
+        assert tuple(packed.weight.shape) == (packed.out_features, packed.in_features)
+        with pytest.raises(HalfplateError, match="asks for the values of a weight"):
+            packed.weight.float()
+    for name, bias in biases.items():
+        found = model.get_submodule(name).bias
+        assert found is bias if bias is None else torch.equal(found, bias)
