@@ -1,5 +1,6 @@
 """Correctness on the device, against the CPU: the solver, the stored formats, torch's semi-structured products."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from halfplate.execution.matrix import relative_error
 from halfplate.formats import Chain, CompressedLinear, WeightSpec, check_stored
+from halfplate.kernels import triton
 from halfplate.methods import METHODS, create
 from halfplate.pattern import DENSE, Pattern
 from halfplate.runtime.semi_structured import SemiStructuredLinear, prepare
@@ -33,6 +35,8 @@ def inputs(d_out: int, d_in: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def check_solver(session: Session) -> None:
     """Sweeps on integers, whole solves, and every method."""
+    with session.part("the kernel for sweeps"):
+        _kernel(session)
     for name, grid in (("2:4", None), ("2:4 on a grid", Levels(-8, 7, 16))):
         with session.part(f"sweep of {name} on integers"):
             _integer_sweep(session, name, grid)
@@ -44,6 +48,20 @@ def check_solver(session: Session) -> None:
     for name in METHODS:
         with session.part(f"method {name}"):
             _same_method(session, name)
+
+
+def _kernel(session: Session) -> None:
+    """Whether the kernel runs at all; where it does not, the rest of the run takes torch operations in its place."""
+    if not (session.cuda and triton.sweeps(TWO_OF_FOUR)):
+        raise Absent("no CUDA device, or no triton")
+    try:
+        core = torch.zeros(1, 4, 16, device=session.device)
+        sweep_tiles(core, core + 1, torch.eye(4).to(core)[None], torch.eye(16).to(core)[None], TWO_OF_FOUR)
+        torch.cuda.synchronize()
+    except Exception:
+        os.environ["HALFPLATE_TRITON"] = "0"
+        raise
+    session.record.check("the kernel for sweeps runs", True)
 
 
 def _integer_sweep(session: Session, name: str, levels: Levels | None) -> None:

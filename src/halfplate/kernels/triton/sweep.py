@@ -1,7 +1,6 @@
 """The sweep over a 2:4 core, one program a tile; `halfplate.solvers.armor.sweep` has the reference in torch."""
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
-
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +11,7 @@ BLOCK = 1024  # columns of a row of the error that are updated at once
 
 
 @triton.jit
-def _pair(q_a, q_b, c_aa, c_ab, c_bb):  # type: ignore[no-untyped-def]
+def _pair(q_a, q_b, c_aa, c_ab, c_bb):
     """Values of one mask in closed form, and their gain."""
     aa, ab, bb = c_aa.to(tl.float64), c_ab.to(tl.float64), c_bb.to(tl.float64)
     ridge = RIDGE * 0.5 * (aa + bb)
@@ -32,7 +31,7 @@ def _pair(q_a, q_b, c_aa, c_ab, c_bb):  # type: ignore[no-untyped-def]
 @triton.jit
 def _sweep(
     core, error, before, out_gram, in_gram, in_stride, rows: tl.constexpr, cols: tl.constexpr, BLOCK: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """core, error: (tiles, rows, cols), in place. before: (tiles, cols), scratch. in_stride: 0 where tiles share `in_gram`."""
     tile = tl.program_id(0).to(tl.int64)
     core += tile * rows * cols
