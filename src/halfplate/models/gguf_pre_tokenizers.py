@@ -138,8 +138,20 @@ PRE_TOKENIZERS = (
     PreTokenizer(("glm4", "glm5"), (LLAMA3,), ignore_merges=True),
     PreTokenizer(("dbrx", "smaug-bpe", "chatglm-bpe"), (LLAMA3,)),
     PreTokenizer(
-        ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open", "grok-2", "kormo", "f2llmv2")
-        + ("bailingmoe", "bailingmoe2", "llada-moe"),
+        (
+            "qwen2",
+            "deepseek-r1-qwen",
+            "stablelm2",
+            "megrez",
+            "hunyuan",
+            "solar-open",
+            "grok-2",
+            "kormo",
+            "f2llmv2",
+            "bailingmoe",
+            "bailingmoe2",
+            "llada-moe",
+        ),
         (QWEN2,),
     ),
     PreTokenizer(("qwen35",), (QWEN35,)),
@@ -200,6 +212,11 @@ def read_steps(description: dict[str, Any] | None) -> tuple[str, ...]:
     Raises ValueError, in words, for a step that the table has no form for.
     """
     return tuple(_flat(description))
+
+
+def written_steps(steps: tuple[str, ...]) -> str:
+    """The steps for a message."""
+    return ", then ".join(step if step == BYTES else repr(step[:80]) for step in steps)
 
 
 def _flat(step: dict[str, Any] | None) -> Iterable[str]:
