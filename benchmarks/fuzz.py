@@ -1,9 +1,11 @@
-"""Mutations of valid files against every reader of a stranger's file: checkpoint, recipe, GGUF.
+"""Mutations of valid files against every reader of a stranger's file: checkpoint, recipe, GGUF, config.json.
 
-    python benchmarks/fuzz.py --inputs 100000 --seed 0
+    python benchmarks/fuzz.py --inputs 100000 --configs 2000 --seed 0
 
 Each input is a valid file with a few bytes, numbers or lines changed. A reader may take it or refuse it with a HalfplateError; anything
 else is a crash, whose input is kept under --keep. The address space is bounded, so that an allocation by a hostile number fails.
+Configurations (`fuzz_configs.py`) are those of many architectures, and are planned; there, inputs that take longer than a minute and
+libraries that print a traceback count as crashes, too.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from pathlib import Path
 
 import torch
 from common import write_section
+from fuzz_configs import ARCHITECTURES, fuzz_configs
 
 from halfplate.checkpoint.read import inspect_checkpoint
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
 from halfplate.models import gguf
+from halfplate.models.sources import open_source, skeleton
 from halfplate.models.weight_files import find_weight_files
 from halfplate.recipe import Recipe
 
@@ -52,7 +56,8 @@ WORDS = (
     b"9" * 99,
 )
 SHARES = {"recipe": 0.34, "checkpoint": 0.33, "gguf": 0.33}
-CONFIGURED = 10  # of so many GGUF files with a sound header one goes on to transformers
+CONFIG = "config"
+CONFIGURED = 3  # of so many GGUF files with a sound header one is read whole
 
 
 def mutated(content: bytes, chance: random.Random, focus: int) -> bytes:
@@ -109,8 +114,12 @@ def write_models(folder: Path) -> tuple[Path, Path, Path]:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"w{index}" for index in range(32)])
     writer.add_token_types([1] * 32)
-    for name in ("token_embd", "output_norm", "blk.0.attn_q", "blk.0.ffn_up"):
-        writer.add_tensor(f"{name}.weight", np.ones((4, 32), np.float32))
+    outer = {"token_embd": (32, 16), "output": (32, 16), "output_norm": (16,)}
+    block = {f"attn_{name}": (16, 16) for name in ("q", "k", "v", "output")} | {"attn_norm": (16,), "ffn_norm": (16,)}
+    block |= {"ffn_gate": (24, 16), "ffn_up": (24, 16), "ffn_down": (16, 24)}
+    for name, shape in (outer | {f"blk.0.{name}": shape for name, shape in block.items()}).items():
+        writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+    writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -138,7 +147,9 @@ def targets(folder: Path) -> dict[str, tuple[list[Path], Callable[[], object]]]:
         gguf.read_header(model, "tiny.gguf")
         sound += 1
         if sound % CONFIGURED == 0:
-            gguf.read_config(model, "tiny.gguf")
+            source = open_source(str(model))
+            for _ in gguf.read_tensors(model, "tiny.gguf", skeleton(source)):
+                pass
 
     files = [out / name for name in ("config.json", "halfplate.json", "model.safetensors")] + [
         dense / "model.safetensors"
@@ -184,12 +195,17 @@ def fuzz(
 def fuzz_reader(name: str, inputs: int, seed: int, keep: Path) -> tuple[dict[str, int], int]:
     """The counts of one reader, in a process of its own, and the bytes by which its peak memory grew."""
     torch.set_num_threads(1)
+    chance = random.Random(f"{seed} {name}")
     with tempfile.TemporaryDirectory() as scratch:
-        paths, read = targets(Path(scratch))[name]
+        paths, read = ([], lambda: None) if name == CONFIG else targets(Path(scratch))[name]
         pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (pages + ROOM, pages + ROOM))
         start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        counts = fuzz(name, paths, read, inputs, random.Random(f"{seed} {name}"), keep)
+        if name == CONFIG:
+            counts = dict(fuzz_configs(inputs, chance, Path(scratch), keep, tuple(ARCHITECTURES)))
+            counts["crashes"] = sum(counts.get(kind, 0) for kind in ("crashes", "hangs", "tracebacks"))
+        else:
+            counts = fuzz(name, paths, read, inputs, chance, keep)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     seconds = round(time.monotonic() - start)
     print(json.dumps({"reader": name, **counts, "seconds": seconds, "peak_rss_growth": grown}), flush=True)
@@ -199,14 +215,16 @@ def fuzz_reader(name: str, inputs: int, seed: int, keep: Path) -> tuple[dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--configs", type=int, default=2_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, default=Path("fuzz-crashes"), help="folder for inputs that crash a reader")
     parser.add_argument("--results", type=Path, help="file whose section on fuzzing is replaced, e.g. RESULTS.md")
     options = parser.parse_args()
-    with ProcessPoolExecutor(len(SHARES), get_context("spawn")) as pool:
+    inputs = {name: round(options.inputs * share) for name, share in SHARES.items()} | {CONFIG: options.configs}
+    with ProcessPoolExecutor(len(inputs), get_context("spawn")) as pool:
         jobs = {
-            name: pool.submit(fuzz_reader, name, round(options.inputs * share), options.seed, options.keep.resolve())
-            for name, share in SHARES.items()
+            name: pool.submit(fuzz_reader, name, count, options.seed, options.keep.resolve())
+            for name, count in inputs.items()
         }
         rows = [(name, *job.result()) for name, job in jobs.items()]
     table = [

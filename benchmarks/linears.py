@@ -99,10 +99,10 @@ def _native_loop(packed: list[Tensor], spec: WeightSpec, activations: str) -> Gr
             return through_torch(batch, calls)
         # Inputs and outputs stand ready, as in the native decoder: Python's own share is in no figure of the peers either.
         x, y = torch.randn(batch, spec.d_in), torch.empty(batch, spec.d_out)
-        threads = torch.get_num_threads()
+        threads, nbytes = torch.get_num_threads(), packed[0].numel()
 
         def multiply(_: Tensor, address: ctypes.c_void_p) -> None:
-            run_linear(address, x.data_ptr(), spec.d_in, y.data_ptr(), spec.d_out, batch, threads)
+            run_linear(address, nbytes, x.data_ptr(), x.nbytes, spec.d_in, y.data_ptr(), y.nbytes, batch, threads)
 
         return loop(multiply, addresses, spec.d_in, torch.float32)(batch, calls)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
+from halfplate import limits
 from halfplate.cli import main
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
@@ -121,7 +122,8 @@ def test_too_little_memory_is_refused_before_any_work(tiny_folder, tmp_path, tex
         tiny_folder, tmp_path, "memory: .* needs .*B, this process can have 100.0 MB; no option .*", Recipe(**SMALL)
     )
     assert main(["plan", str(tiny_folder), "--method", "magnitude", "--no-benchmark"]) == 0
-    assert "refused memory: writing needs" in " ".join(capsys.readouterr().out.split())
+    assert "refused memory: checking needs" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(limits, "cores", lambda: 4)
     # As much as one process needs is not enough for four.
     monkeypatch.setattr(room, "available_memory", lambda: 2 * plan.memory.peak)
     refused(tiny_folder, tmp_path, "memory: workers needs .*; try --workers 1$", Recipe(**SMALL), workers=4)

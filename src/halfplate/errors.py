@@ -18,6 +18,10 @@ class HalfplateError(Exception):
         self.docs = docs
 
 
+class HalfplateWarning(UserWarning):
+    """What works, but not as one would expect; the command line prints it as one line."""
+
+
 class RuinedResult(HalfplateError):
     """A result that is complete but worse than the user allowed (`--max-kl`)."""
 

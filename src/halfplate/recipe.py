@@ -63,6 +63,11 @@ class RecipeFields(TypedDict, total=False):
     max_kl: float | None
 
 
+def pattern_of(method: str) -> str:
+    """The pattern that `auto` stands for: `2:4`, or `dense` for a method that drops no weights."""
+    return "2:4" if methods.method_class(method).sparse else "dense"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides what `compress` makes of a model; every value is checked when it is made.
@@ -133,7 +138,7 @@ class Recipe:
         options = _typed_options(methods.method_class(self.method), self.method_options)
         object.__setattr__(self, "method_options", options)
         if self.pattern == "auto":
-            object.__setattr__(self, "pattern", "2:4" if methods.method_class(self.method).sparse else "dense")
+            object.__setattr__(self, "pattern", pattern_of(self.method))
         self._check_shape()
         for name, least in (
             ("samples", 1),

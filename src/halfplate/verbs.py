@@ -51,6 +51,7 @@ def compress(
     workers: int | None = None,
     address: str | None = None,
     benchmark: bool = True,
+    check: bool = True,
     **options: Unpack[RecipeFields],
 ) -> dict[str, Any]:
     """Compress `model`, write the checkpoint `out` with its log, and return the JSON object of `halfplate compress --json`.
@@ -58,8 +59,10 @@ def compress(
     recipe, options: as in `plan`. report: told of every step (`halfplate.execution.progress.Report`). statistics: collect at
     least these, so that methods that need less are judged by the true output error too. resume: go on from what an interrupted
     run of the same model, recipe and text left beside `out`. engine, workers, address: who does the work, `local` or `ray`; the result is the same.
-    benchmark: whether the plan of a long run may time this machine for a few seconds. Raises HalfplateError on bad input, and where memory or disk
-    will not do, with nothing written, RuinedResult after writing where the KL exceeds `max_kl`.
+    benchmark: whether the plan of a long run may time this machine for a few seconds.
+    check: compare the result with the solved weights and with the original model before it takes its place.
+    Raises HalfplateError on bad input, and where memory or disk will not do, with nothing written, RuinedResult where the
+    self-check fails, with nothing written, and after writing where the KL exceeds `max_kl`.
 
     ```pycon
     >>> summary = halfplate.compress("tiny", "tiny-armor", samples=4, seq_len=32, method_options={"iterations": 2})
@@ -80,6 +83,7 @@ def compress(
         workers,
         address,
         benchmark,
+        check,
     )
 
 

@@ -123,7 +123,7 @@ def test_logits_that_are_not_finite_are_refused(tiny_model: Any) -> None:
 
 def test_memory_bounds_the_batch(tiny_model: Any) -> None:
     # 2 blocks of keys and values of 2 heads of 8 in fp32: 256 bytes a token.
-    each_token = self_text.token_nbytes(tiny_model("llama").config)
+    each_token = self_text.token_nbytes(tiny_model("llama").config, 10)
     assert each_token == 256
     assert self_text.sequences_at_once(each_token, 10, 256 * 10 * 5) == 5
     assert self_text.sequences_at_once(each_token, 10_000, 256 * 10 * 5) == 1
@@ -155,3 +155,57 @@ def test_a_real_model_writes_stories(stories260k: Any) -> None:
     assert " the " in text
     # Text that the model is likely to write: far below the 512 of a uniform draw.
     assert model(ids, labels=ids).loss.exp() < 8
+
+
+OWN_CACHES: dict[str, dict[str, Any]] = {
+    "minimax": {
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "block_size": 8,
+    },
+    # It takes a cache and does not give it back.
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 6, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("architecture", OWN_CACHES)
+def test_a_model_with_a_cache_of_its_own(tiny_model: Any, architecture: str) -> None:
+    model = tiny_model(architecture, **OWN_CACHES[architecture])
+    ids = sample_text(model, Start("bos", 1), samples=3, seq_len=12, seed=0)
+    assert torch.equal(ids, sample_naively(model, 1, 3, 12, seed=0))
+
+
+def test_a_model_that_mixes_texts_of_a_batch_up_is_refused(tiny_model: Any) -> None:
+    model = tiny_model("rwkv", attention_hidden_size=32, context_length=128)
+    with pytest.raises(HalfplateError, match="RwkvForCausalLM gives other logits token by token"):
+        sample_text(model, Start("bos", 1), samples=2, seq_len=6, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("forgets", r"LlamaForCausalLM gives other logits token by token .*\(by [\d.]+ of their size\)"),
+        ("none", "LlamaForCausalLM gives other logits token by token"),
+        ("fails", r"LlamaForCausalLM cannot sample text \(ValueError: it has a cache of its own\)"),
+    ],
+)
+def test_a_cache_that_does_not_work_is_refused(tiny_model: Any, broken: str, message: str) -> None:
+    model = tiny_model("llama")
+    forward = model.forward
+
+    class Own:
+        """A cache that is none of transformers'."""
+
+    def without(input_ids: torch.Tensor, use_cache: bool, cache: Any = None) -> Any:
+        if broken == "fails" and use_cache:
+            raise ValueError("it has a cache of its own")
+        output = forward(input_ids=input_ids, use_cache=False)
+        output.cache = Own() if broken == "forgets" else None
+        return output
+
+    model.forward = without
+    with pytest.raises(HalfplateError, match=rf"^calibration=self: {message}.*; pass a text file") as refused:
+        sample_text(model, Start("bos", 1), samples=2, seq_len=6, seed=0)
+    assert "\n" not in str(refused.value)

@@ -75,7 +75,7 @@ def test_arguments_serve_every_batch_of_the_same_shape(tiny_model, architecture)
 @torch.no_grad()
 def test_gemma3_blocks_differ_in_mask_and_rope(tiny_model):
     inputs = BlockwiseModel(tiny_model("gemma3_text")).embed(tokens())
-    (_, local), (_, full), (_, third) = inputs.arguments
+    local, full, third = (arguments.kwargs for arguments in inputs.arguments)
     assert not torch.equal(local["position_embeddings"][0], full["position_embeddings"][0])
     assert local["attention_mask"] is not None
     assert local["attention_mask"] is not full["attention_mask"]

@@ -1,4 +1,4 @@
-"""GGUF files that Halfplate writes are what transformers and llama.cpp read."""
+"""GGUF files that Halfplate writes, read back and by llama.cpp; test_gguf_families.py has the families."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXT = "One day a small bird, it's 2024"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_transformers_reads_back_what_was_written(tiny_model: Any, tmp_path: Path, architecture: str) -> None:
+def test_what_was_written_is_read_back(tiny_model: Any, tmp_path: Path, architecture: str) -> None:
     from halfplate.models import gguf
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
@@ -28,7 +28,7 @@ def test_transformers_reads_back_what_was_written(tiny_model: Any, tmp_path: Pat
     if architecture == "qwen2":
         del sizes["head_dim"]
     if architecture == "qwen3":
-        sizes["head_dim"] = 128  # transformers reads no other from a file
+        sizes["head_dim"] = 32
     model = tiny_model(architecture, **sizes, **more)
     write_gguf(model, None, tmp_path / "model.gguf")
     config = gguf.read_config(tmp_path / "model.gguf", "model.gguf")
@@ -79,11 +79,6 @@ def test_the_pieces_of_stories260k_survive(stories260k: Path, tmp_path: Path) ->
 
 
 def test_what_is_not_written_is_refused(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(HalfplateError, match="Gemma2ForCausalLM is not one of LlamaForCausalLM"):
-        write_gguf(tiny_model("gemma2"), None, tmp_path / "no")
-    with pytest.raises(HalfplateError, match="attention in a sliding window is not written"):
-        write_gguf(tiny_model("mistral", sliding_window=8), None, tmp_path / "no")
-    write_gguf(tiny_model("mistral", sliding_window=None), None, tmp_path / "yes")
     with pytest.raises(HalfplateError, match="the model 300 embeddings"):
         write_gguf(tiny_model("llama", vocab_size=300), tiny_tokenizer, tmp_path / "no")
     model = tiny_model("llama")

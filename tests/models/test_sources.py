@@ -184,10 +184,27 @@ def test_multimodal_wrappers(tmp_path, part):
     refused(lambda: open_source(str(tmp_path)), f"is Gemma3ForConditionalGeneration, a multimodal wrapper .*{part}")
 
 
-@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "compressed-tensors", "bitsandbytes", "mxfp4"])
-def test_quantised_sources(tiny_folder, method):
-    edit_config(tiny_folder, quantization_config={"quant_method": method})
-    refused(lambda: load_dense(str(tiny_folder)), f"already quantised .*{method}.*pass the fp32, bf16 or fp16 model")
+@pytest.mark.parametrize(
+    ("method", "part"),
+    [
+        ("fp8", "weight_scale_inv"),
+        ("gptq", "qweight"),
+        ("awq", "qzeros"),
+        ("compressed-tensors", "weight_packed"),
+        ("bitsandbytes", "weight.absmax"),
+        ("mxfp4", "up_proj_blocks"),
+        (None, "weight_scale"),
+    ],
+)
+def test_quantised_sources(tiny_folder, method, part):
+    name = f"model.layers.0.mlp.up_proj.{part}"
+    if method is not None:
+        edit_config(tiny_folder, quantization_config={"quant_method": method})
+    edit_weights(tiny_folder, lambda weights: weights.update({name: torch.ones(4)}))
+    refused(
+        lambda: load_dense(str(tiny_folder)),
+        f"already quantised .*{method or 'unknown'}.*{part}.*pass the fp32, bf16 or fp16 model",
+    )
 
 
 def test_quantised_weights_without_a_word_in_the_config(tiny_folder):

@@ -1,10 +1,15 @@
 """A cache of keys and values whose room is taken once; imports transformers, so it is imported where it is used."""
 
+from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
+
+from halfplate.models.arguments import cache_argument
+from halfplate.models.without_values import run_without_values
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
@@ -41,3 +46,28 @@ def preallocated_cache(config: PretrainedConfig, length: int) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [PreallocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def cache_nbytes(config: PretrainedConfig, length: int) -> int:
+    """Bytes of the cache of one sequence of `length` tokens in fp32, as a model without values fills it; whatever that raises goes on."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(deepcopy(config), dtype=torch.float32)
+    argument = cache_argument(model.forward)
+    with run_without_values(model), torch.no_grad():
+        ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
+        output = model.eval()(input_ids=ids, use_cache=True, **{argument: DynamicCache(config=config)})
+        return _held(getattr(output, argument), set())
+
+
+def _held(found: Any, seen: set[int]) -> int:
+    """Bytes of the distinct tensors inside a cache, whatever class it is of."""
+    if id(found) in seen:
+        return 0
+    seen.add(id(found))
+    if isinstance(found, Tensor):
+        return found.numel() * found.itemsize
+    if isinstance(found, dict):
+        return sum(_held(part, seen) for part in found.values())
+    if isinstance(found, list | tuple):
+        return sum(_held(part, seen) for part in found)
+    return _held(vars(found), seen) if hasattr(found, "__dict__") else 0

@@ -1,39 +1,48 @@
-"""Text from files and Hub data sets, and its tokens as one stream."""
+"""Text from files, plugins and Hub data sets, and its tokens as one stream."""
 
-import gzip
-import json
+from __future__ import annotations
+
 import re
-import zlib
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import EntryPoint
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from halfplate import plugins
+from halfplate.calibration.characters import characters, unix_lines
+from halfplate.calibration.rows import check_unicode, has_template, is_messages, json_lines, json_values, row_text
+from halfplate.calibration.stream import tokens_of
 from halfplate.errors import HalfplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
-# A text is tokenised whole, in memory; a small compressed file may also unpack to any size.
+__all__ = ["Text", "check_source", "check_unicode", "read_text", "token_stream"]
+
+LINES, VALUES = (".jsonl", ".jsonl.gz"), (".json", ".json.gz")
+SUFFIXES = (".txt", ".txt.gz", *LINES, *VALUES)
+# Bounds what is read where all of a text is asked for; a small compressed file may also unpack to any size.
 MAX_FILE_BYTES = 256 * 2**20
 # A Hub data set may be of any size and is read from its beginning: this much gives millions of tokens.
 MAX_HUB_CHARACTERS = 32 * 2**20
 # Blank line between documents: what WikiText perplexity is customarily measured with (GPTQ, SparseGPT, Wanda).
 SEPARATOR = "\n\n"
 
+END = object()  # of what a plugin gives
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+WITH_FIELDS = re.compile(r"(?P<file>.+\.jsonl?(?:\.gz)?):(?P<fields>.+)", re.IGNORECASE | re.DOTALL)
 
 
 def check_source(source: str, argument: str = "calibration") -> None:
-    """Raise HalfplateError where `source` names a file or a plugin that is not there; Hub names are taken on trust."""
+    """Raise HalfplateError if `source` names a file or a plugin that is not there; Hub names are taken on trust."""
     if _plugin(source, argument) is not None:
         return
-    path = Path(source).expanduser()
-    if source.lower().endswith(SUFFIXES):
+    file, _ = split_fields(source)
+    path = Path(file).expanduser()
+    if file.lower().endswith(SUFFIXES):
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise HalfplateError(f"{argument}={source!r} {what}, expected a text file; check the path")
@@ -47,41 +56,110 @@ def check_source(source: str, argument: str = "calibration") -> None:
         )
 
 
-def check_unicode(text: str, where: str) -> None:
-    """Raise HalfplateError where `text` holds half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise HalfplateError(
-            f"{where} holds {text[error.start]!r} at character {error.start}, which is no Unicode text; remove it"
-        ) from None
+def split_fields(source: str) -> tuple[str, str | None]:
+    """The file and the fields of `FILE.jsonl:field` (or `.json`, also `.gz`); None if no field is named."""
+    if not source.lower().endswith(SUFFIXES) and (named := WITH_FIELDS.fullmatch(source)):
+        return named["file"], named["fields"]
+    return source, None
 
 
-def read_text(source: str, argument: str = "calibration") -> list[str]:
-    """The documents of `source`: a file, what a plugin reads, or the field `text` of the train split of a Hub data set.
+class Text:
+    """The text of a source, read piece by piece as far as it is asked for.
 
-    A `.txt` or `.txt.gz` file is one document; a `.jsonl` or `.jsonl.gz` file has one a line, in its field `text`
-    (which may be empty). A Hub data set is named `org/name` or `org/name:config` and needs halfplate[hub]; its first
-    32 Mi characters are read. Other installed packages add sources, `name` or `name:what` (docs/extending.md). argument: the name that error messages give `source`.
-    Raises HalfplateError for a file that is missing, damaged, not UTF-8 or beyond 256 MiB, for lines without text
-    (naming the line), and for data sets that cannot be read.
+    source: a file, `name` or `name:what` of a plugin, or a Hub data set (see `read_text`). argument: the name that error messages
+    give `source`. skipped: rows without text passed over so far. Raises HalfplateError for a source that is not there or
+    whose beginning cannot be read, and later for damage further on.
     """
-    check_source(source, argument)
-    point = _plugin(source, argument)
-    if point is not None:
-        return _read_plugin(point, source, argument)
-    if source.lower().endswith(SUFFIXES):
-        return _read_file(source, Path(source).expanduser(), argument)
-    return _read_hub(source, argument)
+
+    def __init__(self, source: str, argument: str = "calibration") -> None:
+        check_source(source, argument)
+        self.source, self.argument, self.skipped = source, argument, 0
+        self._file, self._fields = split_fields(source)
+        self._plugin = _plugin(source, argument)
+        self._messages: str | None = None
+        if self._is_file:
+            next(self.pieces(), None)
+
+    @property
+    def _is_file(self) -> bool:
+        return self._plugin is None and self._file.lower().endswith(SUFFIXES)
+
+    def pieces(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
+        """The documents joined by blank lines, in pieces of any length; rows of messages are written by the tokenizer's template."""
+        if self._is_file and not self._file.lower().endswith(LINES + VALUES):
+            return self._characters()
+        return joined(self.documents(tokenizer))
+
+    def documents(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
+        """The documents one by one."""
+        where, name = f"{self.argument}={self.source!r}", self._file.lower()
+        if self._plugin is not None:
+            found = _plugin_documents(self._plugin, self.source, self.argument)
+        elif not self._is_file:
+            found = self._texts(_hub_rows(self.source, self.argument), tokenizer)
+        elif name.endswith(LINES + VALUES):
+            read = json_lines if name.endswith(LINES) else json_values
+            found = self._texts(read(self._characters(), where), tokenizer)
+        else:
+            found = iter(["".join(self._characters())])
+        return map(unix_lines, found)
+
+    def facts(self) -> dict[str, Any]:
+        """What a protocol records of the last reading: `skipped_rows`, and how `messages` were written; only what there is to say."""
+        told: dict[str, Any] = {"skipped_rows": self.skipped} if self.skipped else {}
+        return told | ({"messages": self._messages} if self._messages else {})
+
+    def spoken_facts(self) -> str:
+        """What an error adds on the rows that were passed over."""
+        return f", and {self.skipped} rows without text" if self.skipped else ""
+
+    def _characters(self) -> Iterator[str]:
+        return characters(Path(self._file).expanduser(), f"{self.argument}={self.source!r}", MAX_FILE_BYTES)
+
+    def _texts(self, rows: Iterable[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+        self.skipped, self._messages = 0, None
+        for where, row in rows:
+            text = row_text(row, where, self._file, self._fields, tokenizer)
+            if text is None:
+                self.skipped += 1
+                continue
+            if is_messages(row, self._fields):
+                self._messages = "chat template" if has_template(tokenizer) else "contents only"
+            yield text
 
 
-def token_stream(tokenizer: "PreTrainedTokenizerBase", documents: list[str]) -> Tensor:
-    """The tokens of all documents, joined by blank lines and tokenised once: int64 (tokens,).
+def read_text(
+    source: str, argument: str = "calibration", tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[str]:
+    """The documents of `source`: a file, what a plugin reads, or the train split of a Hub data set.
 
-    Special tokens are those that the tokenizer itself adds to a text, once for the whole stream.
+    A `.txt` file is one document. A `.jsonl` file has one a line and a `.json` file one an item of its array: the field `text` (which
+    may be empty), chat messages in `messages` or `conversations`, or the fields named in `FILE.jsonl:field` (`a+b`: one below the
+    other). Each may be gzipped (`.gz`). UTF-8, or UTF-16 with its byte-order mark; line ends become \\n. Rows without text are
+    passed over. A Hub data set is named `org/name` or `org/name:config` and needs halfplate[hub]; its first 32 Mi characters are
+    read. Other installed packages add sources, `name` or `name:what` (docs/extending.md). argument: the name that error messages
+    give `source`. tokenizer: writes chat messages by its template.
+    Raises HalfplateError for a file that is missing, damaged, not text or beyond 256 MiB, for rows of other fields
+    (naming the line and a field), and for data sets that cannot be read.
     """
-    ids = tokenizer(SEPARATOR.join(documents), verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return list(Text(source, argument).documents(tokenizer))
+
+
+def joined(documents: Iterable[str]) -> Iterator[str]:
+    """Documents with a blank line between each two."""
+    return islice(chain.from_iterable((SEPARATOR, document) for document in documents), 1, None)
+
+
+def token_stream(
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str] | Text, most: int | None = None
+) -> Tensor:
+    """The first `most` (None: all) tokens of all documents, joined by blank lines and tokenised once: int64 (tokens,).
+
+    Special tokens are those that the tokenizer itself adds to a text, once for the whole stream. Long texts are tokenised in
+    pieces, with equal tokens.
+    """
+    pieces = documents.pieces(tokenizer) if isinstance(documents, Text) else joined(documents)
+    return tokens_of(tokenizer, pieces, most)
 
 
 def _plugin(source: str, argument: str) -> EntryPoint | None:
@@ -90,74 +168,33 @@ def _plugin(source: str, argument: str) -> EntryPoint | None:
     return plugins.find(plugins.CALIBRATION, name, argument, own=name == "self")
 
 
-def _read_plugin(point: EntryPoint, source: str, argument: str) -> list[str]:
+def _plugin_documents(point: EntryPoint, source: str, argument: str) -> Iterator[str]:
     read = plugins.load(point, argument)
-    try:
-        documents = list(read(source.partition(":")[2]))
-    except HalfplateError:
-        raise
-    # The code of another package fails in ways of its own.
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise plugins.broken(point, argument, f"failed on {source!r} ({reason})") from error
-    for number, text in enumerate(documents, start=1):
+    documents = _stated(lambda: iter(read(source.partition(":")[2])), point, source, argument)
+    for number in count(1):
+        text = _stated(lambda: next(documents, END), point, source, argument)
+        if text is END:
+            return
         if not isinstance(text, str):
             raise plugins.broken(point, argument, f"gave a {type(text).__name__} as document {number}, expected a str")
         check_unicode(text, f"{argument}={source!r}, document {number}")
-    return documents
+        yield text
 
 
-def _read_file(source: str, path: Path, argument: str) -> list[str]:
-    content = _read_bytes(source, path, argument)
-    if path.name.lower().endswith((".jsonl", ".jsonl.gz")):
-        # Lines end in \n alone: JSON strings may hold the other characters that Python takes for line ends.
-        rows = enumerate(content.split(b"\n"), start=1)
-        return [_row_text(source, number, row, argument) for number, row in rows if row.strip()]
+def _stated(call: Callable[[], Any], point: EntryPoint, source: str, argument: str) -> Any:
+    """What `call`, code of another package, gives; its failures as one line."""
     try:
-        return [content.decode("utf-8")]
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise HalfplateError(
-            f"{argument}={source!r}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8"
-        ) from None
+        return call()
+    except HalfplateError:
+        raise
+    # It fails in ways of its own.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise plugins.broken(point, argument, f"failed on {source!r} ({reason})") from error
 
 
-def _read_bytes(source: str, path: Path, argument: str) -> bytes:
-    try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-            content: bytes = file.read(MAX_FILE_BYTES + 1)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise HalfplateError(
-            f"{argument}={source!r} is cut short or not gzip ({error}); download or pack it again"
-        ) from None
-    except OSError as error:
-        raise HalfplateError(
-            f"{argument}={source!r} cannot be read ({error.strerror}); check its permissions"
-        ) from None
-    if len(content) > MAX_FILE_BYTES:
-        raise HalfplateError(
-            f"{argument}={source!r} holds more than {MAX_FILE_BYTES // 2**20} MiB of text, far beyond what is used; pass its first part"
-        )
-    return content
-
-
-def _row_text(source: str, number: int, row: bytes, argument: str) -> str:
-    where = f"{argument}={source!r}, line {number}"
-    try:
-        entry = json.loads(row)
-    except (ValueError, RecursionError) as error:
-        raise HalfplateError(f"{where} is not valid JSON ({error}); expected an object with a field 'text'") from None
-    if not isinstance(entry, dict):
-        raise HalfplateError(f"{where} holds a {type(entry).__name__}, expected an object with a field 'text'")
-    if not isinstance(entry.get("text"), str):
-        known = ", ".join(map(repr, list(entry)[:8])) or "none"
-        raise HalfplateError(f"{where} has no string in field 'text' (fields: {known}); rename the field to 'text'")
-    text: str = entry["text"]
-    check_unicode(text, where)
-    return text
-
-
-def _read_hub(source: str, argument: str) -> list[str]:
+def _hub_rows(source: str, argument: str) -> Iterator[tuple[str, Any]]:
+    """The rows of the train split, until they hold MAX_HUB_CHARACTERS."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -166,17 +203,16 @@ def _read_hub(source: str, argument: str) -> list[str]:
             "pip install 'halfplate[hub]' or pass a text file"
         ) from None
     name, _, config = source.partition(":")
-    documents: list[str] = []
     characters = 0
     try:
-        for row in load_dataset(name, config or None, split="train", streaming=True):
-            text = row.get("text")
-            if not isinstance(text, str):
+        for number, row in enumerate(load_dataset(name, config or None, split="train", streaming=True), start=1):
+            if not any(key in row for key in ("text", "messages", "conversations")):
                 raise HalfplateError(
-                    f"{argument}={source!r} has no column 'text' (columns: {', '.join(row)}); pass a data set that has one"
+                    f"{argument}={source!r} has no column 'text' (columns: {', '.join(row)}); pass a data set that has one, "
+                    "or save it as JSON lines and name the field (FILE.jsonl:field)"
                 )
-            documents.append(text)
-            characters += len(text)
+            yield f"{argument}={source!r}, row {number}", row
+            characters += len(row["text"]) if isinstance(row.get("text"), str) else len(str(row))
             if characters >= MAX_HUB_CHARACTERS:
                 break
     except HalfplateError:
@@ -188,4 +224,3 @@ def _read_hub(source: str, argument: str) -> list[str]:
             f"{argument}={source!r} is no file here and could not be read as a Hub data set ({reason}); "
             "check the name (org/name:config) and the network, or pass a text file"
         ) from None
-    return documents

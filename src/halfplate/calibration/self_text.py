@@ -4,6 +4,7 @@ Calibration on self-generated text: Williams, Chrysostomou and Aletras, "Self-ca
 and Pruning", 2024; LLM-QAT, 2023, did so for training.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
-from halfplate.models.arguments import cache_argument
+from halfplate.models.arguments import CACHE_NAMES
 
 if TYPE_CHECKING:
-    from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # The model's own distribution. Lower ones make small models repeat themselves: at 0.8, 6 % of the runs of 8 tokens that
 # SmolLM2-135M-Instruct writes stand in the same 256 tokens before, against 0.2 % at 1.
@@ -23,6 +24,8 @@ TEMPERATURE = 1.0
 # Bounds the keys and values held, and with them the sequences sampled side by side, where the whole model is held anyway.
 CACHE_BYTES = 3 * 2**29
 MAX_BATCH = 64
+PROBED = 4  # tokens that show whether a model's own cache works
+WORST_DIFFERENCE = 0.2  # of logits with and without it, relative
 
 
 @dataclass(frozen=True)
@@ -75,21 +78,21 @@ def sample_text(
     of keys and values) changes the text by rounding alone. The model runs as a whole, one token at a time.
     progress: called with the tokens sampled so far and in all. Raises HalfplateError where logits are not finite.
     """
-    from halfplate.calibration.cache import preallocated_cache
-
     generator = torch.Generator().manual_seed(seed)
-    chances = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64).to(model.device)
+    chances = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64, device="cpu").to(model.device)
     ids = torch.empty(samples, seq_len, dtype=torch.int64, device=model.device)
-    at_once = sequences_at_once(token_nbytes(model.config.get_text_config()), seq_len, cache_nbytes)
+    at_once = sequences_at_once(token_nbytes(model.config, seq_len), seq_len, cache_nbytes)
     batches = -(-samples // at_once)
     done = 0
+    new_cache = _cache_maker(model, seq_len)
     # Batches of nearly one size: a small last one would cost almost as many seconds as a full one.
     for rows, uniform in zip(ids.tensor_split(batches), chances.tensor_split(batches), strict=True):
-        cache = preallocated_cache(model.config, seq_len)
+        cache = new_cache()
         rows[:, 0] = _first_tokens(model, start, uniform[:, 0])
         for position in range(1, seq_len):
             current = rows[:, position - 1 : position]
-            rows[:, position] = _draw(_next_logits(model, current, cache) / temperature, uniform[:, position])
+            logits, cache = _next_logits(model, current, cache)
+            rows[:, position] = _draw(logits / temperature, uniform[:, position])
             if progress is not None:
                 progress(done + len(rows) * (position + 1), samples * seq_len)
         done += rows.numel()
@@ -99,7 +102,7 @@ def sample_text(
 def _first_tokens(model: "PreTrainedModel", start: Start, uniform: Tensor) -> Tensor:
     """The tokens that sequences open with, int64 (sequences,): the one rule of what precedes self-sampled text."""
     if start.token is not None:
-        return torch.full(uniform.shape, start.token, device=uniform.device)
+        return torch.full(uniform.shape, start.token, dtype=torch.int64, device=uniform.device)
     return (uniform * _vocabulary(model)).long()
 
 
@@ -108,11 +111,59 @@ def _vocabulary(model: "PreTrainedModel") -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def _next_logits(model: "PreTrainedModel", current: Tensor, cache: "Cache") -> Tensor:
-    """Logits (sequences, vocabulary) of the token after `current` int64 (sequences, 1)."""
-    named_cache: dict[str, Any] = {cache_argument(model.forward): cache}
-    logits: Tensor = model(input_ids=current, use_cache=True, **named_cache).logits
-    return logits[:, -1]
+def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
+    """What makes the cache that a batch starts with: one whose room is taken once, or None for models that make one of their own.
+
+    Raises HalfplateError where the model fails, or gives other logits with its cache than without.
+    """
+    from transformers import DynamicCache
+
+    from halfplate.calibration.cache import preallocated_cache
+
+    def with_room() -> DynamicCache:
+        return preallocated_cache(model.config, seq_len)
+
+    # Two texts: some models mix those of a batch up.
+    ids = torch.arange(2 * PROBED, device=model.device).reshape(2, PROBED) % _vocabulary(model)
+    try:
+        _, own = _next_logits(model, ids[:, :1], None)
+        if type(own) is DynamicCache:
+            return with_room
+        # Some models take a cache and do not give it back.
+        new_cache: Callable[[], Any] = with_room if own is None else lambda: None
+        cache = new_cache()
+        for position in range(PROBED):
+            logits, cache = _next_logits(model, ids[:, position : position + 1], cache)
+        whole = model(input_ids=ids, use_cache=False).logits[:, -1]
+    # Each model class fails with errors of its own.
+    except Exception as error:
+        if isinstance(error, HalfplateError):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise HalfplateError(
+            f"calibration=self: {type(model).__name__} cannot sample text ({reason}); pass a text file with --calibration"
+        ) from error
+    difference = float((logits - whole).norm() / whole.norm())
+    # Kernels round differently for one token and for several; what is forgotten changes far more.
+    if not difference < WORST_DIFFERENCE:
+        raise HalfplateError(
+            f"calibration=self: {type(model).__name__} gives other logits token by token than for a whole text (by {difference:.2g} of their "
+            "size), so it cannot sample text; pass a text file with --calibration"
+        )
+    return new_cache
+
+
+def _next_logits(model: "PreTrainedModel", current: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Logits (sequences, vocabulary) of the token after `current` int64 (sequences, 1), and the cache with it.
+
+    cache: None where the model makes one; it comes back as the model gives it, if it does.
+    """
+    taken = inspect.signature(model.forward).parameters
+    name = next((name for name in CACHE_NAMES if name in taken), None)
+    output = model(input_ids=current, use_cache=True, **({} if name is None or cache is None else {name: cache}))
+    logits: Tensor = output.logits
+    given = None if name is None else getattr(output, name, None)
+    return logits[:, -1], cache if given is None else given
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -132,11 +183,30 @@ def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return drawn.clamp_max(logits.shape[-1] - 1)
 
 
-def token_nbytes(config: "PretrainedConfig") -> int:
-    """Bytes of the keys and values of one token in fp32, as far as the config tells."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * head_dim * torch.float32.itemsize)
+def token_nbytes(config: "PretrainedConfig", length: int) -> int:
+    """Bytes that a sequence of `length` tokens holds between two of them in fp32, per token, rounded up.
+
+    Measured on a model without values, whatever it holds: keys and values, of each layer's own size and window, or states. Where
+    such a model does not run, what plain attention with as many heads as there are would hold.
+    """
+    from halfplate.calibration.cache import cache_nbytes
+
+    try:
+        return max(1, -(-cache_nbytes(config, length) // length))
+    # Each model class fails with errors of its own where it asks for values that are not there.
+    except Exception:
+        return _plain_token_nbytes(config.get_text_config().to_dict())
+
+
+def _plain_token_nbytes(entries: dict[str, Any]) -> int:
+    def number(*names: str, otherwise: int) -> int:
+        found = (entries.get(name) for name in names)
+        return next((value for value in found if type(value) is int and value > 0), otherwise)
+
+    width = number("hidden_size", "n_embd", "d_model", otherwise=4096)
+    heads = number("num_attention_heads", "n_head", otherwise=1)
+    each = number("num_key_value_heads", otherwise=heads) * number("head_dim", otherwise=-(-width // heads))
+    return 2 * number("num_hidden_layers", "n_layer", otherwise=32) * each * torch.float32.itemsize
 
 
 def sequences_at_once(each_token: int, seq_len: int, cache_nbytes: int) -> int:

@@ -2,15 +2,18 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from halfplate.calibration.documents import read_text, token_stream
+from halfplate.calibration.documents import Text, read_text, token_stream
 from halfplate.calibration.self_text import CACHE_BYTES, TEMPERATURE, find_start, sample_text
+from halfplate.calibration.stream import first_characters, tokens_of
+from halfplate.calibration.vocabulary import check_tokens
 from halfplate.errors import HalfplateError
+from halfplate.headroom import check_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,12 +21,17 @@ if TYPE_CHECKING:
 
 __all__ = ["CalibrationTokens", "calibration_tokens", "check_seq_len", "read_text", "token_stream"]
 
+TOKEN_NBYTES = 16  # of a token, and of the random number that it is sampled by
+# Windows are drawn from so much of a text: its tokens are held, and take a minute to make.
+DRAWN_CHARACTERS = 8 * 2**20
+
 
 @dataclass(frozen=True, eq=False)
 class CalibrationTokens:
     """Calibration text as tokens, ids int64 (samples, seq_len), and what is needed to make it again.
 
-    temperature, start and start_token are set for source `self` alone (see `self_text.Start`).
+    temperature, start and start_token are set for source `self` alone (see `self_text.Start`). facts: what else there is to say
+    of a text: `skipped_rows`, `messages` (see `documents.Text`), and `drawn_from` where only its beginning was drawn from.
     """
 
     ids: Tensor
@@ -32,6 +40,7 @@ class CalibrationTokens:
     temperature: float | None = None
     start: str | None = None
     start_token: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def protocol(self) -> dict[str, Any]:
         """What a checkpoint records of its calibration; `sha256` is that of the ids as little-endian int64."""
@@ -47,7 +56,7 @@ class CalibrationTokens:
         }
         if self.source == "self":
             record |= {"temperature": self.temperature, "start": self.start, "start_token": self.start_token}
-        return record
+        return record | self.facts
 
 
 def calibration_tokens(
@@ -63,19 +72,38 @@ def calibration_tokens(
     """`samples` windows of `seq_len` tokens from `source`, the same for the same seed.
 
     source: `self` (the model samples its own text, see `self_text.sample_text`) or what `read_text` reads. Text is
-    tokenised as one stream and cut into windows that do not overlap, of which `samples` are drawn without replacement.
+    tokenised as one stream and cut into windows that do not overlap, of which `samples` are drawn without replacement. Of
+    a text of more than 8 Mi characters the first 8 Mi are drawn from, or the first samples · seq_len tokens if these are more.
     progress: called with the tokens sampled so far and in all, cache_nbytes: of keys and values; both for `self` only.
-    Raises HalfplateError for numbers that cannot work, and for a text with fewer windows than samples.
+    Raises HalfplateError for numbers that cannot work or need more memory than there is, for a text with fewer windows than
+    samples, and for tokens beyond the vocabulary.
     """
     if samples < 1:
         raise HalfplateError(f"samples={samples} is not a number of calibration windows; try 64")
     check_seq_len(model, seq_len, least=1)
+    check_tokens_fit("samples", samples, seq_len)
     if source == "self":
         start = find_start(model, tokenizer)
         ids = sample_text(model, start, samples, seq_len, seed, progress=progress, cache_nbytes=cache_nbytes)
         return CalibrationTokens(ids, source, seed, TEMPERATURE, start.kind, start.token)
-    stream = token_stream(tokenizer, read_text(source))
-    return CalibrationTokens(_draw_windows(stream, source, samples, seq_len, seed), source, seed)
+    text = Text(source)
+    stream, facts = _stream(text, tokenizer, samples * seq_len)
+    ids = _draw_windows(stream, text, samples, seq_len, seed)
+    check_tokens(ids, model, f"calibration={source!r}", tokenizer)
+    return CalibrationTokens(ids, source, seed, facts=facts)
+
+
+def _stream(text: Text, tokenizer: "PreTrainedTokenizerBase", least: int) -> tuple[Tensor, dict[str, Any]]:
+    """The tokens that windows are drawn from, int64 (tokens,), and what a protocol says of the text."""
+    pieces, whole = first_characters(text.pieces(tokenizer), DRAWN_CHARACTERS)
+    stream = tokens_of(tokenizer, pieces)
+    if whole():
+        return stream, text.facts()
+    drawn_from = {"characters": DRAWN_CHARACTERS}
+    if len(stream) < least:
+        stream = token_stream(tokenizer, text, least)
+        drawn_from = {"tokens": least}
+    return stream, text.facts() | {"drawn_from": drawn_from}
 
 
 def check_seq_len(model: "PreTrainedModel", seq_len: int, least: int) -> None:
@@ -87,13 +115,29 @@ def check_seq_len(model: "PreTrainedModel", seq_len: int, least: int) -> None:
         raise HalfplateError(f"seq_len={seq_len} is beyond the {most} positions that the model knows; try {most}")
 
 
-def _draw_windows(stream: Tensor, source: str, samples: int, seq_len: int, seed: int) -> Tensor:
+def check_tokens_fit(argument: str, windows: int, seq_len: int) -> None:
+    """Raise HalfplateError if the tokens of so many windows would not fit into the memory that is free."""
+    check_memory(
+        f"{argument}={windows} windows of seq_len={seq_len}", TOKEN_NBYTES * windows * seq_len, argument, windows
+    )
+
+
+def _draw_windows(stream: Tensor, text: Text, samples: int, seq_len: int, seed: int) -> Tensor:
     count = len(stream) // seq_len
     if count < samples:
-        cure = f"samples={count}" if count else f"a seq_len up to {len(stream)}"
         raise HalfplateError(
-            f"samples={samples} windows of seq_len={seq_len} need {samples * seq_len} tokens, but calibration={source!r} "
-            f"has {len(stream)} ({count} windows); pass a longer text, calibration=self, or {cure}"
+            f"samples={samples} windows of seq_len={seq_len} need {samples * seq_len} tokens, but calibration={text.source!r} "
+            f"has {len(stream)} ({count} windows){text.spoken_facts()}; pass a longer text, calibration=self, or "
+            + shorter("samples", count, len(stream))
         )
-    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu")[
+        :samples
+    ]
     return stream[: count * seq_len].view(count, seq_len)[chosen]
+
+
+def shorter(argument: str, count: int, tokens: int) -> str:
+    """The numbers with which a text of so many tokens would do, of which it has `count` windows."""
+    return (
+        f"{argument}={count}" if count else f"a seq_len up to {tokens}" if tokens >= 2 else "a text that is not empty"
+    )

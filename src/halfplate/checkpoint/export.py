@@ -7,8 +7,10 @@ from halfplate.checkpoint.config import RECORD_FILE, other_dtype, read_record
 from halfplate.checkpoint.folder import check_out, new_folder
 from halfplate.checkpoint.read import inspect_checkpoint, load, load_tokenizer
 from halfplate.checkpoint.write import write_model, write_record
+from halfplate.defaults import plain_defaults
 
 
+@plain_defaults()
 def export_dense(path: str | Path, out: str | Path, overwrite: bool = False) -> None:
     """Multiply out every matrix of the checkpoint `path` and write a plain Hugging Face folder to `out`.
 

@@ -147,6 +147,7 @@ class HalfplateQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        note_untied(model)
         if self.pre_quantized:
             _check_loaded(model)
         else:
@@ -188,6 +189,8 @@ class HalfplateQuantizer(HfQuantizer):
 
         restore(model)
         model.__dict__.pop("save_pretrained", None)
+        if isinstance(dtype, str):  # what transformers passes on once the model has been saved
+            dtype = getattr(torch, dtype)
         for name, module in list(_compressed(model)):
             weight = module.matrix.dense().to(dtype)
             linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
@@ -208,6 +211,16 @@ class HalfplateQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Gradients flow through compressed modules to their inputs; `runtime.restore` lets them reach values and wrappers."""
         return True
+
+
+def note_untied(model: PreTrainedModel) -> None:
+    """Have the configuration say so where transformers has left a head untied, because the files hold another than the embedding.
+
+    Whoever ties by the configuration later, as saving and reading again do, would replace the head.
+    """
+    asked = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if asked.keys() - model.all_tied_weights_keys.keys():
+        model.config.tie_word_embeddings = False
 
 
 def _parsed(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:

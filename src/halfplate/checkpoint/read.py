@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from itertools import chain
 from math import prod
@@ -12,18 +13,22 @@ import torch
 from torch import Tensor
 
 from halfplate.arguments import path_text
-from halfplate.checkpoint.config import RECORD_FILE, read_record, read_specs
+from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, read_json, read_record, read_specs
 from halfplate.checkpoint.weights import StoredTensor, check_layout, read_headers, read_tensors, sha256
+from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
-from halfplate.errors import HalfplateError
+from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.formats import WeightSpec
 from halfplate.formats.checks import check_part
-from halfplate.models.trust import check_counts, check_folder
+from halfplate.kernels.capability import without_kernel
+from halfplate.models.reading import reading
+from halfplate.models.trust import check_counts, check_folder, check_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@plain_defaults()
 def load(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -42,14 +47,20 @@ def load(
     """
     folder = Path(path_text("path", path))
     check_device(device)
-    _, found = read_checked_headers(folder)
+    specs, found = read_checked_headers(folder)
+    if kernels and device == "cpu" and (slow := without_kernel(specs.values())) is not None:
+        warnings.warn(f"{path}: {slow}", HalfplateWarning, stacklevel=3)  # past the decorator
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from halfplate.runtime.prepare import accelerate, check_options
 
     runtime: dict[str, Any] | None = {"activations": activations, "head_dtype": head_dtype} if kernels else None
     check_options(activations, head_dtype)
-    try:
+    # A configuration is data of any shape, and each model class fails on it with errors of its own.
+    with reading(
+        str(path), "it cannot be loaded by transformers", "copy or write the checkpoint again", argument="path"
+    ):
+        check_layers(str(path), read_json(folder / CONFIG_FILE), "path")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         elements = sum(prod(tensor.shape) for tensor in found.values())
         check_counts(str(path), config, len(found), elements, "path")
@@ -64,14 +75,6 @@ def load(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report names them, the error that it would raise does not
         )
-    except HalfplateError:
-        raise
-    # A configuration is data of any shape, and each model class fails on it with errors of its own.
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise HalfplateError(
-            f"path={str(path)!r} cannot be loaded by transformers ({reason}); copy or write the checkpoint again"
-        ) from error
     model: PreTrainedModel = loaded[0]
     report: dict[str, Any] = loaded[1]
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -105,15 +108,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     if not Path(path).is_dir():
         raise HalfplateError(f"path={str(path)!r} is not a folder; give the folder of a Halfplate checkpoint")
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    # Tokenizers are built by several libraries, each with errors of its own.
-    except Exception as error:
-        raise HalfplateError(
-            f"path={str(path)!r} has no tokenizer that can be read: {' '.join(str(error).split())}"
-        ) from error
+    cure = "put the tokenizer files of its dense model there"
+    with reading(str(path), "it has no tokenizer that can be read", cure, argument="path"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
+    return tokenizer
 
 
+@plain_defaults()
 def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]:
     """Every compressed matrix of a checkpoint with its bytes and error, and the totals; keys as in `halfplate inspect --json`.
 
@@ -140,6 +143,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
             }
             for name, spec in specs.items()
         ],
+        "without_kernel": without_kernel(specs.values()),
         "tuned": bool(record.get("tuned_blocks")),
         "nbytes": nbytes,
         "dense_nbytes": sum(spec.dense_nbytes for spec in specs.values()),

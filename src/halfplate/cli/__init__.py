@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,9 @@ from halfplate.cli import (
     serve,
 )
 from halfplate.cli.parser import Parser, Version
-from halfplate.errors import HalfplateError
+from halfplate.cli.streams import print_in_any_locale
+from halfplate.errors import HalfplateError, HalfplateWarning
+from halfplate.limits import bound_environment
 from halfplate.plain_text import visible
 
 LONGEST = 2000  # characters of an error
@@ -68,12 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # GNU's OpenMP reads this when torch is imported. It would spin for milliseconds wherever a thread waits, which on cores
     # with other work was seen to take 60 times longer; a short spin costs a quiet machine nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    print_in_any_locale()
+    for bounded in bound_environment(os.environ):
+        print(f"halfplate: warning: {bounded}", file=sys.stderr)
     out, resumable = None, False
     if threading.current_thread() is threading.main_thread():
         # What a scheduler or `kill` sends ends a run as Ctrl-C does: with its last word in the log, and no half-written file.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     # The bar that transformers shows for GGUF files listens to nothing else; it is read when torch imports tqdm.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.showwarning = _show_warning
     try:
         args = build_parser().parse_args(argv)
         out, resumable = getattr(args, "out", None), hasattr(args, "resume")
@@ -105,6 +112,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
+) -> None:
+    """Our own warnings in one line as errors are, others as Python shows them."""
+    if isinstance(message, HalfplateWarning):
+        print(f"halfplate: warning: {_spoken(str(message))}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)
 
 
 def _spoken(message: str) -> str:

@@ -14,6 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the finished parts of the same command, broken off before"
     )
+    parser.add_argument(
+        "--no-check",
+        action="store_false",
+        dest="check",
+        help="skip the self-check, which compares the result with the solved weights and with MODEL on a short text",
+    )
     add_recipe_arguments(parser)
     add_output_arguments(parser)
 
@@ -37,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
             workers=args.workers,
             address=args.address,
             benchmark=args.benchmark,
+            check=args.check,
         )
     if args.json:
         print_json(summary)
@@ -47,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(summary: dict[str, Any], serves: str) -> None:
     from halfplate.cli.console import megabytes, print_pairs
+    from halfplate.execution.self_check import NONSENSE_KL
 
     seconds = ", ".join(f"{phase} {spent:.1f}" for phase, spent in summary["seconds"].items() if phase != "total")
     rows: list[tuple[str, Any]] = [
@@ -54,6 +62,7 @@ def _print(summary: dict[str, Any], serves: str) -> None:
         ("linears, dense at 2 bytes a weight", megabytes(summary["dense_nbytes"])),
         ("linears, compressed", f"{megabytes(summary['nbytes'])} ({summary['nbytes'] / summary['dense_nbytes']:.1%})"),
         ("serves", serves),
+        ("kernels", summary["without_kernel"] or "every matrix has one"),
         ("everything else", megabytes(summary["other_nbytes"])),
         ("source weight files", megabytes(summary["source_nbytes"])),
         (
@@ -80,7 +89,20 @@ def _print(summary: dict[str, Any], serves: str) -> None:
         rows.append(("KL of the levels before and after the search", f"{first:.4f}, {last:.4f}"))
     if "held_out" in summary:
         rows.append(("KL on held-out text, nats a token", summary["held_out"]["kl"]))
+    if check := summary["check"]:
+        rows.append(
+            (
+                "self-check, KL to the original",
+                f"{check['kl']:.4g} nats per token, {check['tokens']} tokens of built-in text",
+            )
+        )
+    rows += [("note", note) for note in summary["notes"]]
     if summary["skipped"]:
         rows.append(("matrices left dense", f"{len(summary['skipped'])}, e.g. {summary['skipped'][0]['reason']}"))
     print_pairs(f"{summary['out']}: {summary['model']} by {summary['method']}", rows)
-    print(f"report: {summary['report'] or 'could not be written'}")
+    print(f"report: {summary['report'] or 'could not be written: ' + summary['report_error']}")
+    if check and check["nonsense"]:
+        print(
+            f"warning: the model is damaged: KL {check['kl']:.3g} to the original, above {NONSENSE_KL}; expect nonsense from it. "
+            "Keep more of it (--pattern dense --core-dtype int4), calibrate on more text, or train it with halfplate recover"
+        )

@@ -1,12 +1,12 @@
 """Say what this machine can run: versions, threads, processor features, kernels, GPU."""
 
 import argparse
-import os
 import platform
 from pathlib import Path
 from typing import Any
 
 from halfplate.cli.parser import add_output_arguments
+from halfplate.limits import cores
 
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy")
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
@@ -40,7 +40,7 @@ def examine() -> dict[str, Any]:
         **{name: installed_version(name) for name in LIBRARIES},
         "platform": platform.platform(),
         "processor": processor,
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": cores(),
         "threads": torch.get_num_threads(),
         "cpu_features": [feature for feature in FEATURES if feature in flags],
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -62,10 +62,11 @@ def _processor() -> tuple[str, set[str]]:
 
 def _kernels() -> dict[str, Any]:
     from halfplate.kernels import native
+    from halfplate.kernels.linear import kernels_for
 
-    if native.available():
-        return {"native_kernels": True, "native_isa": native.isa(), "native_reason": None}
-    return {"native_kernels": False, "native_isa": None, "native_reason": native.reason()}
+    found: dict[str, Any] = {"native_kernels": native.available(), "native_isa": None, "native_reason": None}
+    found |= {"native_isa": native.isa()} if native.available() else {"native_reason": native.reason()}
+    return found | {"kernels_for": kernels_for()}
 
 
 def _spoken(value: Any) -> Any:

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
             for m in sorted(found["matrices"], key=_by_block)
         ],
     )
+    print(f"kernels: {found['without_kernel'] or 'every matrix has one'}")
     if args.verify:
         print("every checksum holds")
     return 0

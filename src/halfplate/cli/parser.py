@@ -1,6 +1,7 @@
 """What all verbs share of their arguments."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -47,6 +48,19 @@ def add_output_arguments(parser: argparse.ArgumentParser, progress: bool = True)
             help="what standard error shows: progress (info, default), also every step (debug), or neither (warning, error)",
         )
         levels.add_argument("--quiet", action="store_const", dest="log_level", const="warning", help="show no progress")
+
+
+def typed_text(text: str) -> str:
+    """What the user typed, which Python decodes by the locale: bytes that the locale does not know, as UTF-8.
+
+    For text alone: the names of files stay as they are, for the system takes them back so. What is not UTF-8 stays too.
+    """
+    if not any("\udc80" <= sign <= "\udcff" for sign in text):
+        return text
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except (UnicodeEncodeError, UnicodeDecodeError):
+        return text
 
 
 def positive(text: str) -> int:

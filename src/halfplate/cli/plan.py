@@ -96,6 +96,7 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
             else []
         ),
         ("serves", served(plan.recipe)),
+        ("kernels", plan.without_kernel or "every matrix has one"),
         ("everything else", megabytes(plan.other_nbytes)),
         ("source weight files", megabytes(plan.source_nbytes)),
     ]
@@ -116,4 +117,5 @@ def _needs(plan: "Plan") -> list[tuple[str, str]]:
     else:
         rows.append(("bound of the memory (docs/memory.md)", bound))
     rows.append(("disk", f"{megabytes(plan.disk.total)}, {megabytes(plan.disk.work)} of it until the end"))
+    rows += [("note", note) for note in plan.notes]
     return [*rows, ("fingerprint", plan.fingerprint[:16])]

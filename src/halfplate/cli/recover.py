@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from halfplate.cli.parser import add_output_arguments, positive
+from halfplate.limits import use_threads
 
 # Those of `Recovery`, which checks them; one that is not given is left to its default there.
 NUMBERS: tuple[tuple[str, Any, str, str], ...] = (
@@ -41,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
 
     from halfplate.cli.console import print_json, progress, silence_libraries
     from halfplate.execution.recover import recover
@@ -51,8 +51,7 @@ def run(args: argparse.Namespace) -> int:
     names = [flag.removeprefix("--").replace("-", "_") for flag, *_ in NUMBERS]
     given = {name: getattr(args, name) for name in (*names, "train", "norms", "text", "precision")}
     settings = Recovery(**{name: value for name, value in given.items() if value is not None})
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     try:
         with progress(args) as report:
             summary = recover(

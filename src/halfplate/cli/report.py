@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from halfplate.cli.parser import add_output_arguments, positive
+from halfplate.cli.parser import add_output_arguments, positive, typed_text
+from halfplate.limits import use_threads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,14 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
 
     from halfplate.cli.console import print_json, progress, silence_libraries
     from halfplate.report import write_report
 
     silence_libraries()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     with progress(args) as report:
         file = write_report(args.path, args.file, _measuring(args), report)
     if args.json:
@@ -51,7 +50,7 @@ def _measuring(args: argparse.Namespace) -> Any:
     given = {name: getattr(args, name) for name in ("text", "windows", "seq_len", "new_tokens")}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if args.prompt:
-        chosen["prompts"] = tuple(args.prompt)
+        chosen["prompts"] = tuple(map(typed_text, args.prompt))
     if args.against is not None:
         return Measuring(args.against, **chosen)
     if chosen:

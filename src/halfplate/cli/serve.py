@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
         read_checked_headers(Path(args.model))
     else:
         open_source(args.model)
+    _warn_of_tokens(args.model)
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
@@ -39,3 +40,19 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.model}: http://{args.host}:{args.port}/v1, until Ctrl-C", file=sys.stderr)
     Serve(force_model=args.model, host=args.host, port=args.port, device=args.device, dtype=args.dtype)
     return 0
+
+
+def _warn_of_tokens(model: str) -> None:
+    """Requests are tokenised by the server of transformers, where a token beyond the vocabulary is an internal error."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from halfplate.calibration.vocabulary import check_tokenizer
+
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    # The server reads both again, and says what is wrong with them.
+    except Exception:
+        return
+    warning = check_tokenizer(tokenizer, config.get_text_config().vocab_size)
+    if warning is not None:
+        print(f"halfplate: warning: {warning}", file=sys.stderr)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from halfplate.arguments import path_text, typed
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.evaluation import speed
 from halfplate.evaluation.speed import Contender, PeakMemory, Speed, WeightBytes
 from halfplate.execution.progress import Report, silent
+from halfplate.limits import use_threads
 from halfplate.models.sources import is_compressed, load_dense
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class Rounds:
         }
 
 
+@plain_defaults()
 def bench(
     model: str | Path,
     against: str | Path | None = None,
@@ -215,7 +218,7 @@ class _BringingIn:
         self._memory = PeakMemory()
         self._name = ""
         self.paths: list[str] = []  # what runs each linear of the checkpoint, and what decodes
-        self.ids = torch.empty(1, 0, dtype=torch.int64)
+        self.ids = torch.empty(1, 0, dtype=torch.int64, device="cpu")
 
     def compressed(self, name: str, activations: str, head_dtype: str | None, loops: bool) -> dict[str, Entry]:
         from halfplate.checkpoint.read import load
@@ -259,6 +262,9 @@ class _BringingIn:
                 f"prompt={self._prompt} and new_tokens={self._new_tokens} exceed the {limit} positions of {name!r}; "
                 f"try new_tokens={limit // 3} after a prompt={limit - limit // 3 - 1}"
             )
+        from halfplate.runtime.limits import check_generation
+
+        check_generation(config, self._prompt, self._new_tokens, "new_tokens")
         if not self._name:
             self._name, self.ids = name, speed.random_prompt(config.vocab_size, self._prompt)
         elif int(self.ids.max()) >= config.vocab_size:
@@ -314,8 +320,7 @@ def _dtype(name: str) -> str:
 def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     try:
-        if count is not None:
-            torch.set_num_threads(count)
+        use_threads(count)
         yield
     finally:
         torch.set_num_threads(before)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from halfplate.calibration.documents import token_stream
-from halfplate.calibration.text import check_seq_len
+from halfplate.calibration.documents import Text, token_stream
+from halfplate.calibration.text import check_seq_len, shorter
+from halfplate.calibration.vocabulary import check_tokens, vocabulary_of
 from halfplate.errors import HalfplateError
+from halfplate.headroom import check_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,25 +24,26 @@ ROWS_AT_ONCE = 8
 
 
 def token_windows(
-    tokenizer: "PreTrainedTokenizerBase", documents: list[str], seq_len: int, windows: int | None = None
+    tokenizer: "PreTrainedTokenizerBase", documents: list[str] | Text, seq_len: int, windows: int | None = None
 ) -> Tensor:
     """The first `windows` (None: all) non-overlapping windows of the documents' one token stream: int64 (n, seq_len).
 
-    Documents are joined by blank lines; no start token is added beyond what the tokenizer adds to the stream itself.
+    Documents are joined by blank lines; no start token is added beyond what the tokenizer adds to the stream itself. No more of
+    a text is read than the windows need.
     Raises HalfplateError for numbers that cannot work, and for a text with fewer windows than asked for.
     """
     if seq_len < 2:
         raise HalfplateError(f"seq_len={seq_len} leaves nothing to predict, expected at least 2 tokens; try 1024")
     if windows is not None and windows < 1:
         raise HalfplateError(f"windows={windows} is not a number of windows; try 16, or leave it out for all")
-    stream = token_stream(tokenizer, documents)
+    stream = token_stream(tokenizer, documents, None if windows is None else windows * seq_len)
     count = len(stream) // seq_len
     wanted = windows or max(1, count)
     if count < wanted:
-        cure = f"windows={count}" if count else f"a seq_len up to {len(stream)}"
+        passed_over = documents.spoken_facts() if isinstance(documents, Text) else ""
         raise HalfplateError(
             f"windows={wanted} of seq_len={seq_len} need {wanted * seq_len} tokens, but the text has {len(stream)} "
-            f"({count} windows); pass a longer text, or {cure}"
+            f"({count} windows){passed_over}; pass a longer text, or {shorter('windows', count, len(stream))}"
         )
     return stream[: wanted * seq_len].view(wanted, seq_len)
 
@@ -79,12 +82,18 @@ def evaluate(
         "seq_len": windows.shape[1],
     }
     if against is not None:
-        result |= {
-            "kl": sums.kl / tokens,
-            "top1_agreement": sums.agreed / tokens,
-            "dense_perplexity": _perplexity(sums.dense_nll, tokens),
-        }
+        result |= sums.against(tokens)
     return result
+
+
+def compare(logits: Tensor, dense: Tensor, targets: Tensor) -> dict[str, float]:
+    """kl, top1_agreement, perplexity and dense_perplexity, as `evaluate` gives them, from logits at hand.
+
+    logits, dense: (tokens, vocabulary), of the model and of the dense one. targets: the true next tokens, int64 (tokens,).
+    """
+    sums = _Sums()
+    _add_batch(sums, logits, dense, targets)
+    return sums.against(len(targets)) | {"perplexity": _perplexity(sums.nll, len(targets))}
 
 
 @dataclass
@@ -96,17 +105,27 @@ class _Sums:
     kl: float = 0.0
     agreed: int = 0
 
+    def against(self, tokens: int) -> dict[str, float]:
+        """The measures beside the dense model, over so many tokens."""
+        return {
+            "kl": self.kl / tokens,
+            "top1_agreement": self.agreed / tokens,
+            "dense_perplexity": _perplexity(self.dense_nll, tokens),
+        }
+
 
 def _check_windows(model: "PreTrainedModel", windows: Tensor) -> None:
     if windows.ndim != 2 or not len(windows):
         raise HalfplateError(f"windows of shape {tuple(windows.shape)}, expected (windows, seq_len) with at least one")
     check_seq_len(model, windows.shape[1], least=2)
-    vocabulary = model.config.get_text_config().vocab_size
-    largest = int(windows.max())
-    if largest >= vocabulary:
-        raise HalfplateError(
-            f"windows hold token {largest}, but the model has a vocabulary of {vocabulary}; use the model's own tokenizer"
-        )
+    check_logits_fit(model, windows.shape[1])
+    check_tokens(windows, model, "the text")
+
+
+def check_logits_fit(model: "PreTrainedModel", seq_len: int) -> None:
+    """Raise HalfplateError if the logits of one window, in fp32, would not fit into the memory that is free."""
+    nbytes = torch.float32.itemsize * seq_len * vocabulary_of(model)
+    check_memory(f"the logits of seq_len={seq_len} tokens", nbytes, "seq_len", seq_len)
 
 
 def _logits(model: "PreTrainedModel", batch: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from halfplate.headroom import memory
+from halfplate.limits import cores as cores
 from halfplate.models.linears import find_blocks
 
 Result = TypeVar("Result")
@@ -88,7 +90,9 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def random_prompt(vocabulary: int, tokens: int, seed: int = 0) -> Tensor:
     """Token ids int64 (1, tokens): speed does not depend on what they say."""
-    return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu"
+    )
 
 
 def weight_bytes(model: nn.Module) -> WeightBytes:
@@ -129,14 +133,14 @@ def read_probe(threads: int) -> Callable[[], float]:
     """
     from halfplate.kernels import native
 
-    data = torch.zeros(PROBE_BYTES // 4)
+    data = torch.zeros(PROBE_BYTES // 4, dtype=torch.float32, device="cpu")
     library = native.library() if native.available() else None
 
     def read() -> None:
         if library is None:
             data.sum()
         else:
-            library.halfplate_read(data.data_ptr(), data.numel(), threads)
+            library.halfplate_read(data.data_ptr(), data.nbytes, threads)
 
     def measure() -> float:
         seconds = []
@@ -172,20 +176,6 @@ class PeakMemory:
         if peak is None or self._baseline is None or self._before is None:
             return None
         return peak - self._before + self._baseline
-
-
-def memory(field: str) -> int | None:
-    """Bytes that the kernel tells of this process under `field` (VmRSS, VmHWM, ...); None where it does not."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    lines = (line.split() for line in status.read_text().splitlines())
-    return next((int(words[1]) * 1024 for words in lines if words and words[0] == f"{field}:"), None)
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_average() -> float | None:

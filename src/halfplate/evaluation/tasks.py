@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from halfplate.calibration.vocabulary import checking_tokens
 from halfplate.errors import HalfplateError
 
 MEASURES = ("acc", "acc_norm")
@@ -47,14 +48,15 @@ def evaluate_tasks(
             f"tasks={','.join(unknown)!r}: lm-eval knows no such task; `lm_eval ls tasks` lists them, --tasks-folder adds your own"
         )
     try:
-        found = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
+        with checking_tokens(model, tokenizer, f"tasks={','.join(tasks)!r}"):
+            found = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=False,
+            )
     # Reading a task's data fails in as many ways as there are sources.
     except (OSError, ConnectionError, ValueError, KeyError, AssertionError) as error:
         # lm-eval's assertions on lengths say nothing.

@@ -17,6 +17,7 @@ from halfplate.errors import HalfplateError
 from halfplate.execution.engines import TRIES, run_task
 from halfplate.execution.needs import Needs
 from halfplate.execution.tasks import Task
+from halfplate.limits import cores
 
 PATIENCE = 600.0  # seconds without a machine that a task fits on, until the run is given up
 PROBE = 5.0  # seconds to answer in
@@ -163,7 +164,7 @@ def _start(workers: int | None, threads: int) -> None:
 
     # Nothing of ours reports to anybody, unless the user has said so.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    workers = workers or max((os.cpu_count() or 1) // threads, 1)
+    workers = workers or max(cores() // threads, 1)
     ray.init(
         address="local",
         num_cpus=workers * threads,

@@ -7,12 +7,14 @@ from halfplate.checkpoint.config import RECORD_FILE
 from halfplate.checkpoint.folder import check_out, new_folder
 from halfplate.checkpoint.read import inspect_checkpoint, load, load_tokenizer
 from halfplate.checkpoint.write import write_model, write_record
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.models.gguf_writer import write_gguf
 from halfplate.models.licence import origin
 from halfplate.models.sources import is_compressed, load_dense
 
 
+@plain_defaults()
 def convert(model: str, out: str | Path, overwrite: bool = False) -> None:
     """Write the dense `model` (a folder, a Hub id or a `.gguf` file) to the folder `out`.
 
@@ -26,6 +28,7 @@ def convert(model: str, out: str | Path, overwrite: bool = False) -> None:
         write_record(target, {"exported": "dense", "model": model} | origin(loaded.source))
 
 
+@plain_defaults()
 def export_gguf(model: str | Path, out: str | Path, overwrite: bool = False) -> None:
     """Write a checkpoint, multiplied out, or a dense model of any source to the GGUF file `out`: matrices in F16, the rest in F32.
 

@@ -8,23 +8,27 @@ from typing import Any
 import torch
 
 from halfplate.arguments import path_text
-from halfplate.calibration import read_text
-from halfplate.calibration.text import check_seq_len
+from halfplate.calibration.documents import Text, split_fields
+from halfplate.calibration.text import check_seq_len, check_tokens_fit
+from halfplate.calibration.vocabulary import check_tokens
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.evaluation import perplexity
-from halfplate.evaluation.perplexity import token_windows
+from halfplate.evaluation.perplexity import check_logits_fit, token_windows
 from halfplate.execution.held_out import held_out_tokens
 from halfplate.execution.loading import calibration_seed, load_any
 from halfplate.execution.progress import Report, silent
+from halfplate.limits import use_threads
 from halfplate.models.sources import is_compressed
 
 SEQ_LEN = 1024
 SELF_SEQ_LEN = 256
 SELF_WINDOWS = 16
-TEXT_SUFFIXES = (".gz", ".txt", ".jsonl")
+TEXT_SUFFIXES = (".gz", ".txt", ".jsonl", ".json")
 MEANS = ("kl", "top1_agreement")
 
 
+@plain_defaults()
 def evaluate(
     model: str | Path,
     text: str | Path | Sequence[str | Path] | None = None,
@@ -60,9 +64,10 @@ def evaluate(
         from halfplate.evaluation.tasks import check_available
 
         check_available()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    documents = {name: read_text(source, "text") for name, source in _names(sources or []).items()}
+    use_threads(threads)
+    documents = {name: Text(source, "text") for name, source in _names(sources or []).items()}
+    if windows is not None:
+        check_tokens_fit("windows", windows, seq_len or SELF_SEQ_LEN)
 
     report("reading", 0, 1)
     judged, tokenizer = load_any(model, activations=activations)
@@ -93,8 +98,10 @@ def evaluate(
             report,
         )
         return scored(held_out.ids, "evaluating") | {"protocol": held_out.protocol()} | scores
-    cuts = {name: token_windows(tokenizer, texts, length, windows) for name, texts in documents.items()}
-    results = {name: scored(cut, f"evaluating {name}") for name, cut in cuts.items()}
+    cuts = {name: token_windows(tokenizer, text, length, windows) for name, text in documents.items()}
+    for name, cut in cuts.items():
+        check_tokens(cut, judged, f"text={documents[name].source!r}", tokenizer)
+    results = {name: scored(cut, f"evaluating {name}") | documents[name].facts() for name, cut in cuts.items()}
     if len(results) == 1:
         return next(iter(results.values())) | scores
     return _together(list(results.values())) | {"texts": results} | scores
@@ -116,6 +123,7 @@ def _seq_len(seq_len: int | None, model: Any, sampled: bool) -> int:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN
         return int(min(SELF_SEQ_LEN if sampled else SEQ_LEN, limit))
     check_seq_len(model, seq_len, least=2)
+    check_logits_fit(model, seq_len)
     return seq_len
 
 
@@ -123,7 +131,7 @@ def _names(sources: Sequence[str]) -> dict[str, str]:
     """A short name for each text: its file name without suffixes, with its folder's where that is not unique."""
 
     def short(source: str) -> str:
-        name = Path(source).name
+        name = Path(split_fields(source)[0]).name
         while (suffix := Path(name).suffix) in TEXT_SUFFIXES and suffix:
             name = name.removesuffix(suffix)
         return name

@@ -3,6 +3,7 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfplate.calibration import CalibrationTokens, calibration_tokens
+from halfplate.calibration.text import check_tokens_fit
 from halfplate.execution.progress import Report
 
 # One seed for all, so that models are comparable, and one that nobody chooses for calibration.
@@ -18,6 +19,7 @@ def held_out_tokens(
     report: Report,
 ) -> CalibrationTokens:
     """Windows (windows, seq_len) of the text of the dense `model`, from another seed than `calibration_seed`."""
+    check_tokens_fit("windows", windows, seq_len)
     seed = HELD_OUT_SEED + (calibration_seed == HELD_OUT_SEED)
     return calibration_tokens(
         "self",

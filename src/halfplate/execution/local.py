@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from collections import Counter
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.quantizer import HalfplateConfig
 from halfplate.checkpoint.read import load
 from halfplate.checkpoint.write import amend_record, write_configuration, write_record
+from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate
@@ -26,6 +27,7 @@ from halfplate.execution.job import Job
 from halfplate.execution.log import run_log
 from halfplate.execution.output import check_place, check_result_folder
 from halfplate.execution.preparation import (
+    check_blocks,
     check_weights,
     chosen_levels,
     fixed_threads,
@@ -34,9 +36,11 @@ from halfplate.execution.preparation import (
 )
 from halfplate.execution.progress import Report, silent
 from halfplate.execution.result import RECORDED, Result, assemble_weights, finished_result, identity_of
+from halfplate.execution.self_check import self_check
 from halfplate.execution.tasks import OpenBlocks
 from halfplate.execution.work import WorkFolder
 from halfplate.formats import WeightSpec
+from halfplate.limits import check_threads, check_workers, cores
 from halfplate.models.licence import origin
 from halfplate.models.sources import Source, load_dense, load_tokenizer, open_source
 from halfplate.models.streamed import StreamedModel
@@ -62,8 +66,10 @@ class _Order:
     work: WorkFolder
     overwrite: bool
     engine: EngineChoice
+    check: bool
 
 
+@plain_defaults()
 def compress(
     model: str,
     out: str | Path,
@@ -76,6 +82,7 @@ def compress(
     workers: int | None = None,
     address: str | None = None,
     benchmark: bool = True,
+    check: bool = True,
 ) -> dict[str, Any]:
     """Compress `model` by `recipe`, write the checkpoint `out` with its log and its report, and return the summary.
 
@@ -83,17 +90,22 @@ def compress(
     least these, e.g. GRAM so that every method is judged by its true output error. resume: go on from what an interrupted
     run of the same model, recipe and text left beside `out`, with the same result. engine, workers, address: who does the
     work (`halfplate.execution.engines.EngineChoice`); the result does not depend on them. benchmark: whether the plan of a long
-    run may time this machine for a few seconds. Raises HalfplateError on bad input, and where memory or disk will not do, with
-    nothing written, RuinedResult after writing where the KL exceeds `recipe.max_kl`.
+    run may time this machine for a few seconds. check: compare the result with the solved weights and with the original model
+    before it takes its place (`halfplate.execution.self_check`). Raises HalfplateError on bad input, and where memory or disk will not do, with
+    nothing written, RuinedResult where the self-check fails, with nothing written, and after writing where the KL exceeds `recipe.max_kl`.
     """
     recipe, out = recipe or Recipe(), Path(out)
     choice = EngineChoice(engine, workers, address)
+    if address is None:  # else the machines of the cluster bound them
+        check_threads(recipe.threads)
+        check_workers(workers)
     source = open_source(model)
     check_device(recipe.device)
     check_place(out)
     if not resume:
         check_result_folder(out, overwrite, source.path)
     plan = plan_source(source, recipe, None if benchmark else False, workers or 1, statistics)
+    plan = plan if check else replace(plan, memory=plan.memory.unchecked())
     needed, work = plan.statistic, WorkFolder(out)
     threads = fixed_threads(recipe, work, resume)
     torch.set_num_threads(threads)
@@ -101,35 +113,34 @@ def compress(
     found = finished_result(out, source, plan, identity, overwrite) if resume else None
     if found is not None:
         work.remove_abandoned()
-        return _summary(out, found) | {
-            "seconds": {"total": 0.0},
-            "peak_rss_bytes": _peak(),
-            "report": _write_report(out),
-        }
+        return _summary(out, found) | {"seconds": {"total": 0.0}, "peak_rss_bytes": _peak()} | _reported(out)
     check_result_folder(out, overwrite, source.path)
     check_room(plan, out, workers or 1)
-    order = _Order(source, out, needed, identity, work, overwrite, choice)
+    order = _Order(source, out, needed, identity, work, overwrite, choice, check)
     try:
         # First the folder: the log of a run that is under way is not ours to write to.
         with work.opened(identity, resume, overwrite), run_log(out, report, resume) as told:
             summary = _carry_out(order, plan, told)
     except RuinedResult:
-        _write_report(out)
+        _reported(out)
         raise
-    return summary | {"report": _write_report(out)}
+    return summary | _reported(out)
 
 
-def _write_report(out: Path) -> str | None:
-    """Where the report stands; None where it could not be written, which takes nothing from the checkpoint."""
+def _reported(out: Path) -> dict[str, str | None]:
+    """Write the report: its file, or None and the reason, which takes nothing from the checkpoint."""
     try:
-        return str(write_report(out))
-    except HalfplateError:
-        return None
+        return {"report": str(write_report(out))}
+    except HalfplateError as error:
+        return {"report": None, "report_error": str(error)}
 
 
 def _carry_out(order: _Order, plan: Plan, report: Report) -> dict[str, Any]:
     recipe, clock = plan.recipe, Clock()
     report("reading", 0, 1, facts=_plan_facts(plan, order.out))
+    if (threads := order.identity["threads"]) > cores():
+        note = f"{threads}, as it began, more than the {cores()} cores here: slower, and the same bytes"
+        report("threads", 1, 1, note)
     result = _compressed(order, plan, report, clock)
     summary = _summary(order.out, result)
     if recipe.max_kl is not None:
@@ -152,6 +163,8 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
         check_weights(streamed, work, clock, report)
         with clock("calibration text"):
             tokens = prepared_tokens(streamed, plan, work, report) if recipe.runs_text(order.needed) else None
+        if tokens is not None:
+            check_blocks(streamed, plan, tokens, work, clock, report)
         plan, told = chosen_levels(source, plan, tokens, work, report, clock)
         job = Job(streamed.source, plan, threads, order.needed, tokens, work, engine, blocks, report, clock)
         outcome = compress_blocks(job)
@@ -162,6 +175,11 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
             quantization = HalfplateConfig.from_specs(plan.specs)
             write_configuration(streamed.model, load_tokenizer(source), folder, source.other_dtype, quantization)
             identity = {key: order.identity[key] for key in RECORDED if key in order.identity}
+            if order.check:
+                report("checking the result", 0, 1)
+                with clock("checking"):
+                    result = replace(result, check=self_check(streamed, job, folder).to_json())
+                report("checking the result", 1, 1)
             record = origin(order.source) | _checkpoint_record(result) | {"identity": identity, "tensors": checksums}
             write_record(folder, record)
     with suppress(OSError):
@@ -191,6 +209,8 @@ def _checkpoint_record(result: Result) -> dict[str, Any]:
         "precision": resolved(plan.recipe.precision, torch.device(plan.recipe.device).type),
         "tuned_blocks": _tuned(outcome),
         "skipped": {matrix.name: matrix.reason for matrix in plan.matrices if matrix.skipped},
+        **({} if result.check is None else {"check": result.check}),
+        "notes": list(plan.notes),
         **result.told,
     }
 
@@ -213,6 +233,7 @@ def _summary(out: Path, result: Result) -> dict[str, Any]:
             {"name": record.name, **record.to_json(), "seconds": round(record.seconds, 3)} for record in outcome.records
         ],
         "skipped": [{"name": matrix.name, "reason": matrix.reason} for matrix in plan.matrices if matrix.skipped],
+        "notes": list(plan.notes),
         "block_size": plan.block_size,
         "nbytes": plan.nbytes,
         "dense_nbytes": plan.dense_nbytes,
@@ -221,8 +242,10 @@ def _summary(out: Path, result: Result) -> dict[str, Any]:
         "mean_relative_error": sum(errors) / len(errors),
         "error_kind": outcome.records[0].error_kind,
         "tuned_blocks": _tuned(outcome),
+        "without_kernel": plan.without_kernel,
         "levels": _levels(plan) if plan.recipe.budgeted else None,
         "search": None,
+        "check": result.check,
         **result.told,
     }
 

@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from halfplate.evaluation.speed import machine, memory
+from halfplate.evaluation.speed import machine
 from halfplate.execution.progress import Listener, Report, Step, TimeLeft, together
+from halfplate.headroom import memory
 from halfplate.json_numbers import finite
 from halfplate.version import versions_of
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from halfplate.checkpoint.config import read_record, read_specs
 from halfplate.checkpoint.weights import read_headers, read_tensors
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
 from halfplate.formats import CompressedLinear, WeightSpec, connect
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@plain_defaults()
 @torch.no_grad()
 def compress_in_place(
     model: PreTrainedModel, source: Path | None, recipe: Recipe | None
@@ -39,7 +41,7 @@ def compress_in_place(
         )
     with TemporaryDirectory(prefix="halfplate-") as scratch:
         out = Path(scratch) / "checkpoint"
-        compress(str(_with_tokenizer(source, model)), out, recipe or Recipe())
+        compress(str(_with_tokenizer(source, model)), out, recipe or Recipe(), check=False)
         specs, record = read_specs(out), read_record(out)
         tensors = dict(read_tensors(read_headers(out)))
     for name, spec in specs.items():

@@ -14,6 +14,8 @@ from halfplate.execution.progress import Report
 from halfplate.execution.ratios import ratio_plan
 from halfplate.execution.work import WorkFolder, load_part, read_json, save_part, write_json
 from halfplate.formats import WeightSpec
+from halfplate.limits import check_resumed_threads, cores
+from halfplate.models.chain_check import SAMPLES, check_chain
 from halfplate.models.conversion import convert_tensors, converted, whole
 from halfplate.models.sources import Source, load_dense, load_tokenizer
 from halfplate.models.streamed import StreamedModel, needs_conversion
@@ -23,13 +25,16 @@ from halfplate.recipe import Recipe
 from halfplate.runtime.prepare import bf16_kernels
 from halfplate.tensor_file import read_tensor
 
+FEW = 16  # tokens of a text that comes before the real one
+
 
 def fixed_threads(recipe: Recipe, work: WorkFolder, resume: bool) -> int:
     """The threads of every task, which an interrupted run goes on with unless the recipe says otherwise: bits depend on them."""
     begun = work.begun() if resume else None
     if recipe.threads is None and begun is not None:
+        check_resumed_threads(int(begun["threads"]))
         return int(begun["threads"])
-    return recipe.threads or torch.get_num_threads()
+    return recipe.threads or min(torch.get_num_threads(), cores())
 
 
 def readable_source(source: Source, work: WorkFolder, clock: Clock, report: Report) -> Source:
@@ -58,6 +63,27 @@ def check_weights(streamed: StreamedModel, work: WorkFolder, clock: Clock, repor
     write_json(done, {"finite": True}, durable=False)
 
 
+def check_blocks(
+    streamed: StreamedModel, plan: Plan, tokens: CalibrationTokens, work: WorkFolder, clock: Clock, report: Report
+) -> None:
+    """Compare the blocks run one at a time with the whole forward on the first tokens, once for all runs."""
+    done = work.path / "compared.json"
+    if read_json(done) is not None:
+        return
+    with clock("statistics"):
+        report("comparing blocks", 0, 1)
+        check_chain(streamed, tokens.ids, _splits(plan.recipe))
+        report("comparing blocks", 1, 1)
+    write_json(done, {"tokens": tokens.protocol()["sha256"]}, durable=False)
+
+
+def _splits(recipe: Recipe) -> str | None:
+    """The option of a recipe that cuts batches into samples."""
+    if recipe.tune_block:
+        return f"tune_block={recipe.tune_block}"
+    return f"search={recipe.search!r}" if recipe.budgeted and recipe.evolution is not None else None
+
+
 def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, report: Report) -> CalibrationTokens:
     """The tokens, kept in the work folder; those of a text are made anew and must be the same."""
     recipe = plan.recipe
@@ -81,6 +107,11 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
         )
 
     if recipe.calibration == "self":
+        # Sampling takes long: what a few tokens show is refused before it.
+        few = torch.randint(
+            plan.sizes.vocabulary, (SAMPLES, min(recipe.seq_len, FEW)), generator=torch.Generator().manual_seed(0)
+        )
+        check_chain(streamed, few, _splits(recipe))
         with streamed.running(resident > 0, bf16_kernels(recipe.device)) as model:
             tokens = tokens_of(model)
     else:

@@ -16,11 +16,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from halfplate.calibration import calibration_tokens, read_text
-from halfplate.calibration.text import check_seq_len
+from halfplate.calibration import calibration_tokens
+from halfplate.calibration.documents import Text
+from halfplate.calibration.text import check_seq_len, check_tokens_fit
+from halfplate.calibration.vocabulary import check_tokens, vocabulary_of
 from halfplate.checkpoint.config import RECORD_FILE, other_dtype, read_record, read_specs
 from halfplate.checkpoint.read import load, load_tokenizer
 from halfplate.checkpoint.write import write_checkpoint
+from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate, token_windows
@@ -28,6 +31,7 @@ from halfplate.execution.clock import Clock
 from halfplate.execution.log import run_log
 from halfplate.execution.output import LOCK_FILE, check_place, check_result_folder, sole_user
 from halfplate.execution.progress import Report, silent
+from halfplate.headroom import check_memory
 from halfplate.models.sources import Source, is_compressed, load_dense, open_source
 from halfplate.models.sources import load_tokenizer as load_dense_tokenizer
 from halfplate.recovery.distillation import Progress, check_trainable, in_training, train
@@ -38,6 +42,7 @@ SAVE_MINUTES = 5.0
 TEXT = "text-"  # and a digest of all that a sampled text depends on: other settings find it again
 
 
+@plain_defaults()
 def recover(
     model: str | Path,
     teacher: str,
@@ -71,6 +76,8 @@ def recover(
     _check_tokenizer(base, source.name, tokenizer)
     accelerator = Accelerator(cpu=device == "cpu")
     report = report if accelerator.is_main_process else silent
+    if settings.text == "self":
+        check_tokens_fit("samples", settings.samples, settings.seq_len)
     given = None if settings.text == "self" else _given_windows(settings, tokenizer)
     identity = _identity(base, source, settings, given)
     finished = _finished(out, identity) if resume else None
@@ -125,6 +132,9 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
         report("reading", 0, 1, facts=asked)
         student = load(order.base, kernels=False)
         _check_teacher(order.source, student, settings)
+        _check_batch(student, settings, accelerator.num_processes)
+        if order.given is not None:
+            check_tokens(order.given, student, f"text={settings.text!r}", load_tokenizer(order.base))
         dense = load_dense(order.source)
         student.to(accelerator.device)  # type: ignore[arg-type]
         dense.model.to(accelerator.device)  # type: ignore[arg-type]
@@ -272,9 +282,18 @@ def _check_teacher(source: Source, student: Any, settings: Recovery) -> None:
     check_seq_len(student, settings.seq_len, least=2)
 
 
+def _check_batch(student: Any, settings: Recovery, processes: int) -> None:
+    """Logits of both models, their softmax and its gradient, in fp32."""
+    each = 4 * torch.float32.itemsize * settings.seq_len * vocabulary_of(student)
+    share = -(-settings.batch // processes)
+    check_memory(
+        f"batch={settings.batch} sequences of seq_len={settings.seq_len}", each * share, "batch", settings.batch
+    )
+
+
 def _given_windows(settings: Recovery, tokenizer: Any) -> Tensor:
     """The windows of the text to train on and to judge by, int64 (windows, L)."""
-    windows = token_windows(tokenizer, read_text(settings.text, "text"), settings.seq_len)
+    windows = token_windows(tokenizer, Text(settings.text, "text"), settings.seq_len)
     if len(windows) < 2:
         raise HalfplateError(
             f"text={settings.text!r} has {len(windows)} window of seq_len={settings.seq_len}, expected at least 2; pass a longer text"
@@ -286,7 +305,7 @@ def _sampled(
     settings: Recovery, dense: Any, work: Path, teacher: str, accelerator: Accelerator, report: Report
 ) -> Tensor:
     """Windows that the teacher samples, int64 (windows, L), the same in every process."""
-    windows = torch.empty(settings.samples, settings.seq_len, dtype=torch.int64)
+    windows = torch.empty(settings.samples, settings.seq_len, dtype=torch.int64, device="cpu")
     if accelerator.is_main_process:
         identity = {"teacher": teacher} | {name: getattr(settings, name) for name in ("samples", "seq_len", "seed")}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

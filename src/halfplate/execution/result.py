@@ -32,12 +32,13 @@ RECORDED = ("model", "statistics", "halfplate", "plugins")  # what of an identit
 
 @dataclass(frozen=True)
 class Result:
-    """A finished compression: the plan with its levels, what became of it, the protocol of the text, and what else the record tells."""
+    """A finished compression: the plan with its levels, what became of it, the protocol of the text, what else the record tells, and what the self-check found."""
 
     plan: Plan
     outcome: Outcome
     calibration: dict[str, Any] | None
     told: dict[str, Any]
+    check: dict[str, Any] | None = None
 
 
 def identity_of(source: Source, plan: Plan, needed: Statistic, threads: int) -> dict[str, Any]:
@@ -102,7 +103,10 @@ def _recorded(
         told["search"] = record["search"] | {
             "trajectory": [dict(step, kl=float(step["kl"])) for step in record["search"]["trajectory"]]
         }
-    return Result(plan.with_specs(specs), Outcome(records, tuned), protocol, told)
+    check = record.get("check")
+    return Result(
+        plan.with_specs(specs), Outcome(records, tuned), protocol, told, None if check is None else dict(check)
+    )
 
 
 def _check_text(source: Source, plan: Plan, protocol: dict[str, Any] | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -54,15 +55,17 @@ class ModelAtLevels:
         """Nats a token on the text of a stage; that of an early one moves on with the generations."""
         self._install(choice)
         count: int = max(1, len(self.ids) // FEWER ** (STAGES - 1 - stage))
-        rows = (torch.arange(count) + generation * count) % len(self.ids) if stage < STAGES - 1 else torch.arange(count)
+        rows = torch.arange(count, dtype=torch.int64, device="cpu")
+        if stage < STAGES - 1:
+            rows = (rows + generation * count) % len(self.ids)
         total = 0.0
         for part in rows.split(BATCH):
             batch = self.blockwise.embed(self.ids[part])
-            arguments = batch.arguments
+            embedded = batch
             for block in range(len(self.blockwise.blocks)):
                 batch = self.blockwise.run_block(block, batch)
             logits = self.blockwise.finish(batch).flatten(0, 1)
-            dense = self.blockwise.finish(type(batch)(self.hidden[part], arguments)).flatten(0, 1)
+            dense = self.blockwise.finish(replace(embedded, hidden=self.hidden[part])).flatten(0, 1)
             total += float(divergence(logits, dense)) * len(part)
         return total / float(count)
 

@@ -39,7 +39,8 @@ class Stopwatch:
             copies = [
                 copy.deepcopy(linear) for _ in range(max(2, COLD_BYTES // max(nbytes, COLD_BYTES // MOST_COPIES)))
             ]
-            x = torch.randn(1, spec.d_in, device=next(iter(linear.state_dict().values())).device)
+            held = next(iter(linear.state_dict().values()))
+            x = torch.randn(1, spec.d_in, dtype=torch.float32, device=held.device)
             rounds = []
             for _ in range(TIMINGS):
                 start = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from halfplate.calibration import BATCH, input_stages
@@ -11,7 +11,9 @@ from halfplate.execution.hidden import Arguments, Batches, HiddenStates
 from halfplate.execution.job import Job
 from halfplate.execution.needs import memory_to_collect, memory_to_run
 from halfplate.execution.tasks import CollectSums, RunBlock, load_sums
+from halfplate.execution.token_arguments import TokenArguments
 from halfplate.execution.work import remove_part
+from halfplate.models.handover import BlockArguments, differing
 from halfplate.statistics import InputStatistics
 
 DENSE, COMPRESSED = "dense", "compressed"  # streams: of the dense model, and through what is compressed
@@ -29,6 +31,8 @@ class Streams:
         self.names = self._names()
         self._limit = None if self.recipe.token_limit == "none" else self.recipe.token_limit
         self._arguments: dict[int, Arguments] = {}
+        self._reference: dict[int, Sequence[BlockArguments]] = {}
+        self._own, self._embedded = TokenArguments(job.work.arguments), False
         self._at = 0  # the block whose inputs they are
 
     def _names(self) -> tuple[str, ...]:
@@ -41,9 +45,12 @@ class Streams:
     def reach(self, block: int) -> None:
         """Bring them to the inputs of `block`, from the nearest block before it that they are known for."""
         start = next((at for at in range(block, 0, -1) if at == self._at or self._whole(at)), 0)
-        if start == 0 and not self._whole(0):
-            self._embed()
         self._know_arguments()
+        if not (self._embedded or self._own.whole()) or (start == 0 and not self._whole(0)):
+            self._embed()
+            if start:
+                self.forget(0)
+        self._embedded = True
         for at in range(start, block):
             self.advance(at, self.job.parts(at))
             self.forget(at)
@@ -76,29 +83,35 @@ class Streams:
 
     def batches(self, stream: str, block: int) -> Batches:
         """The same as inputs that the block can be called with."""
-        return Batches(self.hidden(stream, block), self._arguments[block], block, self.recipe.device)
+        return Batches(self.hidden(stream, block), self._arguments[block], block, self.recipe.device, own=self._own)
 
     def _embed(self) -> None:
+        """The inputs of the first block, and the arguments of all blocks that depend on the tokens."""
         assert self.job.tokens is not None
         streamed = self.job.blocks.model(self.job.view(0, {}))
         target = self.hidden(DENSE, 0)
         with streamed.outer(head=False):
             for number, ids in enumerate(self.job.tokens.ids.to(self.recipe.device).split(BATCH)):
-                target.write(number, streamed.embed(ids).hidden)
+                inputs = streamed.embed(ids)
+                target.write(number, inputs.hidden)
+                self._own.write(number, differing(self._reference[len(ids)], inputs.all_arguments))
+        self._own.finish(target.batches)
 
     def _know_arguments(self) -> None:
-        """The other arguments of every block for every size of batch; they do not depend on the tokens."""
+        """The other arguments of every block for every size of batch, those of the first tokens."""
         if self._arguments:
             return
         assert self.job.tokens is not None
         streamed = self.job.blocks.model(self.job.view(0, {}))
         self.job.blocks.close()
-        self._arguments = {block: {} for block in range(self.job.last + 1)}
         with streamed.outer(head=False):
             for size in {len(ids) for ids in self.job.tokens.ids.split(BATCH)}:
                 inputs = streamed.embed(self.job.tokens.ids[:size].to(self.recipe.device))
-                for block in self._arguments:
-                    self._arguments[block][size] = inputs.arguments[block]
+                self._reference[size] = inputs.all_arguments
+        self._arguments = {
+            block: {size: arguments[block] for size, arguments in self._reference.items()}
+            for block in range(self.job.last + 1)
+        }
 
     def advance(self, block: int, parts: Mapping[str, Path], streams: tuple[str, ...] | None = None) -> None:
         """Run them through a block, whose matrices lie in `parts`; streams: those in question, by default all."""
@@ -111,7 +124,7 @@ class Streams:
         (hidden, out), (dense, dense_out) = (pairs.get(stream, plain) for stream in (COMPRESSED, DENSE))
         arguments, memory = self._arguments[block], self._memory_to_run(block)
         tasks = [
-            RunBlock(view, hidden, out, dense, dense_out, arguments, sum(chunks, ()), memory)
+            RunBlock(view, hidden, out, dense, dense_out, arguments, sum(chunks, ()), memory, self._own)
             for chunks in self._shares()
         ]
         for _ in self.job.engine.run(tasks):
@@ -155,6 +168,7 @@ class Streams:
                 if self.job.engine.elsewhere
                 else None,
                 memory,
+                self._own,
             )
             for chunks in self._shares()
         ]

@@ -18,6 +18,7 @@ from halfplate.execution.heap import trim
 from halfplate.execution.hidden import Arguments, Batches, HiddenStates
 from halfplate.execution.matrix import MatrixRecord, solve_matrices
 from halfplate.execution.needs import Needs, memory_to_solve
+from halfplate.execution.token_arguments import TokenArguments
 from halfplate.execution.work import Part, load_part, save_part
 from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.formats.linear import assembled
@@ -138,7 +139,7 @@ class CollectSums:
 
     dense: where the block's inputs in the dense model lie, if cross moments are wanted. chunks: the batches of each; those of one
     are summed by themselves, and then the chunks in their order. out: a part to leave the sums in, for a process whose memory the
-    caller does not see. memory: bytes.
+    caller does not see. memory: bytes. own: arguments that depend on the tokens.
     """
 
     view: BlockView
@@ -151,6 +152,7 @@ class CollectSums:
     chunks: tuple[tuple[int, ...], ...]
     out: Path | None = None
     memory: int = 0
+    own: TokenArguments | None = None
 
     @property
     def cost(self) -> float:
@@ -176,7 +178,7 @@ class CollectSums:
 
     def _sums(self, blockwise: BlockwiseModel, before: nn.Module | None, chunk: tuple[int, ...]) -> StageSums:
         def batches(hidden: HiddenStates) -> Batches:
-            return Batches(hidden, self.arguments, self.view.index, self.view.device, chunk)
+            return Batches(hidden, self.arguments, self.view.index, self.view.device, chunk, self.own)
 
         dense = None if self.dense is None or before is None else DenseRun(before, batches(self.dense))
         inputs = batches(self.hidden)
@@ -229,7 +231,7 @@ class SolveMatrices:
 class RunBlock:
     """Take some batches through a block: from `hidden` to `out`, and through the dense block from `dense` to `dense_out`.
 
-    memory: bytes.
+    memory: bytes. own: arguments that depend on the tokens.
     """
 
     view: BlockView
@@ -240,6 +242,7 @@ class RunBlock:
     arguments: Arguments
     numbers: tuple[int, ...]
     memory: int = 0
+    own: TokenArguments | None = None
 
     @property
     def cost(self) -> float:
@@ -257,10 +260,11 @@ class RunBlock:
         for source, target, module in ((self.hidden, self.out, None), (self.dense, self.dense_out, before)):
             if source is None or target is None:
                 continue
-            batches = Batches(source, self.arguments, self.view.index, self.view.device, self.numbers)
+            batches = Batches(source, self.arguments, self.view.index, self.view.device, self.numbers, self.own)
             with assembled(blockwise.blocks[self.view.index] if module is None else module):
                 for position, number in enumerate(self.numbers):
-                    target.write(number, blockwise.run_block(self.view.index, batches[position], module).hidden)
+                    after = blockwise.run_block(self.view.index, batches[position], module)
+                    target.write(number, after.hidden, after.carried)
 
 
 def facts_of(records: list[MatrixRecord], specs: Mapping[str, WeightSpec]) -> dict[str, object]:

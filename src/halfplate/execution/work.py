@@ -158,6 +158,10 @@ class WorkFolder:
         """Forget the hidden states between two blocks: they are run anew."""
         shutil.rmtree(self.path / "hidden", ignore_errors=True)
 
+    @property
+    def arguments(self) -> Path:
+        return self.path / "arguments"
+
     def hidden(self, stream: str, index: int) -> Path:
         return self.path / "hidden" / f"{stream}-{index:05d}"
 

@@ -36,7 +36,9 @@ def check_part(spec: WeightSpec, part: str, tensor: Tensor, name: str) -> None:
     elif part == "weight":
         _check_codes(spec, tensor.reshape(spec.d_out, -1), name)
     elif part == "weight_permutation":
-        if not torch.equal(tensor.long().sort().values, torch.arange(spec.d_in, device=tensor.device)):
+        if not torch.equal(
+            tensor.long().sort().values, torch.arange(spec.d_in, dtype=torch.int64, device=tensor.device)
+        ):
             raise HalfplateError(
                 f"{name} is no permutation of 0 to {spec.d_in - 1}; the file is damaged, write it again"
             )

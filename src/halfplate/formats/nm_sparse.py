@@ -138,7 +138,9 @@ class NMSparse:
 
     def columns(self) -> Tensor:
         """The input that each kept value multiplies: int64 (d_out, kept)."""
-        starts = torch.arange(self._kept, device=self.stored.device) // self.pattern.n * self.pattern.m
+        starts = (
+            torch.arange(self._kept, dtype=torch.int64, device=self.stored.device) // self.pattern.n * self.pattern.m
+        )
         if self.index is None:
             return starts.expand(len(self.stored), -1)
         return starts + unpack(self.index, self._kept, self.pattern.index_bits)

@@ -17,27 +17,65 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfplate.dtypes import GRIDS
+from halfplate.dtypes import STORED as STORED_DTYPES
 from halfplate.errors import HalfplateError
 from halfplate.formats.packing import check_padding
 from halfplate.formats.packing import pack as pack_codes
 from halfplate.formats.packing import unpack as unpack_codes
 from halfplate.formats.spec import WeightSpec
 from halfplate.kernels import native
+from halfplate.kernels.capability import NO_ORDER, NO_RANK, Backend, Field, anything, check_tensors, one_of, pattern_of
 
 KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
 TILE = 128  # columns of a scale: as in src/runtime.h
 WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
+PATTERNS = ("2:4", "dense")
+CORES = ("fp32", "bf16", "fp16", "int8", "int4", "int3", "int2")
 ACTIVATIONS = ("float", "int8")
 # From so many tokens on, the core is expanded and the vendor's matrix product does the work. Measured (RESULTS.md): with
 # 512-bit vectors the sparse kernels beat its fp32 product at any size, but not the bf16 one of processors that have it.
 EXPAND_FLOATS_FROM = {"avx512": 1 << 62, "avx2": 256, "baseline": 16}
 EXPAND_HALVES_FROM = 96
+CPU = torch.device("cpu")
 LARGE = 4 * 2**20  # bytes; below, a large page would hold mostly nothing
 REFUSALS = {
     1: "positions that do not rise within their group or padding that is not 0",
     2: "NaN or inf, expected finite values",
     3: "codes outside the range of their type or scales below 0",
 }
+
+
+NATIVE = Backend(
+    "native kernels",
+    {
+        "d_out": anything(),
+        "d_in": anything(),
+        "pattern": pattern_of(PATTERNS, "no kernel for pattern {value}", "--pattern 2:4"),
+        "core_dtype": one_of(
+            "core_dtype",
+            CORES,
+            "no kernel for core_dtype={value!r}",
+            "--core-dtype int8",
+        ),
+        "out_block": anything(),
+        "in_block": anything(),
+        "wrapper_dtype": one_of(
+            "wrapper_dtype",
+            WRAPPER_KINDS,
+            "no kernel for wrapper_dtype={value!r}",
+            "--wrapper-dtype bf16",
+        ),
+        "rank": NO_RANK,
+        "permuted": NO_ORDER,
+        # Cores of floating-point values have no scales.
+        "group": Field(
+            lambda spec: spec.core_dtype in STORED_DTYPES or spec.group == TILE,
+            f"no kernel for scales of {{value}} columns, only of {TILE}",
+            f"--group-size {TILE}",
+        ),
+        "in_shared": anything(),  # the wrapper is packed along
+    },
+)
 
 
 class Header(ctypes.Structure):
@@ -69,26 +107,20 @@ STORED = (
 class Stored(ctypes.Structure):
     """Mirror of `halfplate::Stored` in src/runtime.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name, _ in STORED]
+    _fields_ = [*[(name, ctypes.c_void_p) for name, _ in STORED], ("bytes", ctypes.c_int64 * len(STORED))]
 
 
-def unsupported(spec: WeightSpec, activations: str = "float") -> str | None:
+def unsupported(spec: WeightSpec) -> str | None:
     """Why the kernels cannot run a matrix of `spec`; None where they can."""
     if not native.available():
         return native.reason()
-    if spec.core_dtype not in KINDS and spec.core_dtype not in GRIDS:
-        return f"no kernel for core_dtype={spec.core_dtype!r}"
-    if spec.wrapper_dtype not in WRAPPER_KINDS:
-        return f"no kernel for wrapper_dtype={spec.wrapper_dtype!r}"
-    if spec.rank:
-        return "no kernel for a low-rank part"
-    if spec.permuted:
-        return "no kernel for inputs in an order of the matrix's own"
-    if spec.core_dtype in GRIDS and spec.group != TILE:
-        return f"no kernel for scales of {spec.group} columns, only of {TILE}"
-    if str(spec.pattern) not in ("2:4", "dense"):
-        return f"no kernel for pattern {spec.pattern}"
-    return None
+    refusal = NATIVE.refusal(spec)
+    return None if refusal is None else refusal.reason
+
+
+def kernels_for() -> str:
+    """What a matrix must be to have a kernel, for people."""
+    return f"{' or '.join(PATTERNS)}; cores {', '.join(CORES)}; wrappers {', '.join(WRAPPER_KINDS)}; scales of {TILE} columns"
 
 
 def header_of(spec: WeightSpec, activations: str, bias: bool) -> Header:
@@ -104,7 +136,7 @@ def header_of(spec: WeightSpec, activations: str, bias: bool) -> Header:
         out_block=spec.out_block,
         in_block=spec.in_block,
     )
-    native.library().halfplate_place(ctypes.byref(header), int(bias))
+    native.check(native.library().halfplate_place(ctypes.byref(header), int(bias)), "layout")
     return header
 
 
@@ -117,14 +149,17 @@ def pack(
     for tensors of other shapes or types than `spec` says, and for values that no writer leaves: NaN, inf, positions that do
     not rise within a group, codes out of range.
     """
+    if (refusal := NATIVE.refusal(spec)) is not None:
+        raise HalfplateError(refusal.reason)
+    check_tensors(spec, tensors)
     for name, (shape, dtype) in spec.layout().items():
         found = tensors[name]
         if tuple(found.shape) != shape or found.dtype != dtype or found.device.type != "cpu":
             raise HalfplateError(
                 f"{name} is {found.dtype} {tuple(found.shape)} on {found.device}, expected {dtype} {shape} on cpu"
             )
-    if bias is not None and tuple(bias.shape) != (spec.d_out,):
-        raise HalfplateError(f"bias has shape {tuple(bias.shape)}, expected {(spec.d_out,)}")
+    if bias is not None and (tuple(bias.shape) != (spec.d_out,) or not bias.is_cpu):
+        raise HalfplateError(f"bias is {tuple(bias.shape)} on {bias.device}, expected {(spec.d_out,)} on cpu")
     header = header_of(spec, activations, bias is not None)
     packed = _aligned(header.nbytes)
     ctypes.memmove(packed.data_ptr(), ctypes.byref(header), ctypes.sizeof(header))
@@ -132,7 +167,10 @@ def pack(
     held["weight"] = _recoded(held["weight"], spec, spec.core_dtype, _kernel_spec(spec).core_dtype)
     if bias is not None:
         held["bias"] = bias.detach().to(torch.float32).contiguous()
-    reason = native.library().halfplate_pack(packed.data_ptr(), ctypes.byref(_stored(held)), torch.get_num_threads())
+    reason = native.library().halfplate_pack(
+        packed.data_ptr(), packed.numel(), ctypes.byref(_stored(held)), torch.get_num_threads()
+    )
+    native.check(reason, "packing")
     if reason:
         raise HalfplateError(
             f"the matrix holds {REFUSALS.get(reason, 'values of several kinds that no writer leaves')}; the file is damaged, write it again"
@@ -144,10 +182,14 @@ def unpack(spec: WeightSpec, packed: Tensor) -> dict[str, Tensor]:
     """The stored tensors that `packed` was made of, bit for bit; a bias comes back as fp32."""
     header = read_header(packed)
     kernel_spec = _kernel_spec(spec)
-    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in kernel_spec.layout().items()}
+    layout = kernel_spec.layout()
+    tensors = {name: torch.zeros(shape, dtype=dtype, device=CPU) for name, (shape, dtype) in layout.items()}
     if header.bias:
-        tensors["bias"] = torch.empty(spec.d_out)
-    native.library().halfplate_unpack(packed.data_ptr(), ctypes.byref(_stored(tensors)), torch.get_num_threads())
+        tensors["bias"] = torch.empty(spec.d_out, dtype=torch.float32, device=CPU)
+    status = native.library().halfplate_unpack(
+        packed.data_ptr(), packed.numel(), ctypes.byref(_stored(tensors)), torch.get_num_threads()
+    )
+    native.check(status, "unpacking")
     tensors["weight"] = _recoded(tensors["weight"], spec, kernel_spec.core_dtype, spec.core_dtype)
     return tensors
 
@@ -170,7 +212,11 @@ def _recoded(weight: Tensor, spec: WeightSpec, held: str, wanted: str) -> Tensor
 
 
 def read_header(packed: Tensor) -> Header:
-    """The header at the start of a packed linear."""
+    """The header at the start of a packed linear; raises HalfplateError for a tensor that cannot hold one."""
+    if packed.dtype != torch.uint8 or not packed.is_cpu or packed.numel() < ctypes.sizeof(Header):
+        raise HalfplateError(
+            f"packed is {packed.dtype} of {packed.numel()} on {packed.device}, expected a packed matrix: uint8 on cpu; load the model again"
+        )
     return Header.from_address(packed.data_ptr())
 
 
@@ -182,6 +228,10 @@ def multiply(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     of their token.
     """
     header = read_header(packed)
+    if not x.is_cpu or not x.is_floating_point():
+        raise HalfplateError(
+            f"x is {x.dtype} on {x.device}, expected floating point on cpu; move the input to the model"
+        )
     if x.shape[-1] != header.d_in or header.d_out != d_out or header.nbytes != packed.numel():
         raise HalfplateError(
             f"x has {x.shape[-1]} columns for {d_out} outputs, expected {header.d_in} and {header.d_out}; pass the matrix's own input"
@@ -193,12 +243,19 @@ def multiply(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     if not header.activations and tokens >= expand_from(x.dtype):
         return _multiply_expanded(rows, packed, header).view(*x.shape[:-1], d_out)
     rows = _floats(rows)
-    y = torch.empty(tokens, d_out)
-    failed = native.library().halfplate_linear(
-        packed.data_ptr(), rows.data_ptr(), rows.stride(0), y.data_ptr(), d_out, tokens, torch.get_num_threads()
+    y = torch.empty(tokens, d_out, dtype=torch.float32, device=CPU)
+    status = native.library().halfplate_linear(
+        packed.data_ptr(),
+        packed.numel(),
+        rows.data_ptr(),
+        *_extent(rows),
+        y.data_ptr(),
+        y.nbytes,
+        tokens,
+        torch.get_num_threads(),
     )
-    if failed:
-        raise MemoryError(f"no memory for the intermediates of {tokens} tokens")
+    if status:
+        native.check(status, f"linear of {tokens} tokens")
     return (y if x.dtype == torch.float32 else y.to(x.dtype)).view(*x.shape[:-1], d_out)
 
 
@@ -216,35 +273,53 @@ def _has_bf16_product() -> bool:
 
 def _multiply_expanded(rows: Tensor, packed: Tensor, header: Header) -> Tensor:
     """`rows` (tokens, d_in) through the core as a dense matrix in a scratch that is kept from call to call."""
-    library, threads = native.library(), torch.get_num_threads()
     dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 and _has_bf16_product() else torch.float32
     core = _scratch(header.d_out * header.d_in, dtype).view(header.d_out, header.d_in)
-    library.halfplate_expand(packed.data_ptr(), core.data_ptr(), int(dtype == torch.bfloat16), threads)
+    status = native.library().halfplate_expand(
+        packed.data_ptr(),
+        packed.numel(),
+        core.data_ptr(),
+        core.nbytes,
+        int(dtype == torch.bfloat16),
+        torch.get_num_threads(),
+    )
+    native.check(status, "expansion of the core")
     y = _floats(rows)
     if header.in_block:
-        y = _wrapped(packed, y, False)
-    y = functional.linear(y.to(dtype), core)
+        y = _wrapped(packed, y, False, header.d_in)
+    # Autocast would choose another type for the product than the buffers around it have.
+    with torch.autocast("cpu", enabled=False):
+        y = functional.linear(y.to(dtype), core)
     if header.out_block:
-        y = _wrapped(packed, _floats(y), True)
+        y = _wrapped(packed, _floats(y), True, header.d_out)
     if header.bias:
         start = packed.data_ptr() + header.bias
         y = y + torch.frombuffer((ctypes.c_float * header.d_out).from_address(start), dtype=torch.float32)
     return y.to(rows.dtype)
 
 
-def _wrapped(packed: Tensor, x: Tensor, out_side: bool) -> Tensor:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    native.library().halfplate_wrap(
+def _wrapped(packed: Tensor, x: Tensor, out_side: bool, width: int) -> Tensor:
+    y = torch.empty(x.shape[0], width, dtype=torch.float32, device=CPU)
+    status = native.library().halfplate_wrap(
         packed.data_ptr(),
+        packed.numel(),
         int(out_side),
         x.data_ptr(),
-        x.stride(0),
+        *_extent(x),
         y.data_ptr(),
-        y.stride(0),
+        y.nbytes,
         x.shape[0],
         torch.get_num_threads(),
     )
+    native.check(status, "wrapper")
     return y
+
+
+def _extent(rows: Tensor) -> tuple[int, int]:
+    """Bytes from the first to behind the last number of `rows` (tokens, d), and how many numbers apart the rows start."""
+    tokens, width = rows.shape
+    apart = rows.stride(0) if tokens > 1 else width
+    return ((tokens - 1) * apart + width) * rows.element_size(), apart
 
 
 def _floats(rows: Tensor) -> Tensor:
@@ -268,7 +343,7 @@ _kept = _Kept()
 def _scratch(count: int, dtype: torch.dtype) -> Tensor:
     kept = _kept.buffers.get(dtype)
     if kept is None or kept.numel() < count:
-        kept = _kept.buffers[dtype] = torch.empty(count, dtype=dtype)
+        kept = _kept.buffers[dtype] = torch.empty(count, dtype=dtype, device=CPU)
     return kept[:count]
 
 
@@ -280,10 +355,15 @@ def _aligned(nbytes: int) -> Tensor:
         with suppress(OSError):  # a kernel without large pages
             pages.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(pages, dtype=torch.uint8)
-    room = torch.empty(nbytes + 64, dtype=torch.uint8)
+    room = torch.empty(nbytes + 64, dtype=torch.uint8, device=CPU)
     start = -room.data_ptr() % 64
     return room[start : start + nbytes]
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> Stored:
-    return Stored(**{field: tensors[name].data_ptr() for field, name in STORED if name in tensors})
+    stored = Stored()
+    for place, (field, name) in enumerate(STORED):
+        if name in tensors:
+            setattr(stored, field, tensors[name].data_ptr())
+            stored.bytes[place] = tensors[name].nbytes
+    return stored

@@ -4,41 +4,50 @@
 the library off, so that everything runs on its torch path.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halfplate.errors import HalfplateError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("libhalfplate.so")
+# Mirror of `halfplate::Status` in src/checks.h.
+NO_MEMORY = -1
+STATUS = {
+    -2: "the packed matrix is damaged or was packed by another version; load the model again",
+    -3: "a buffer has another size or element type than the call needs; pass the tensors of this model",
+    -4: "a size, a position or a number of threads is out of range; pass the tensors of this model",
+}
 
 
 class Problem(ctypes.Structure):
     """Mirror of `halfplate::Problem` in src/armor.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "out_blocks", "in_blocks", "moment", "core")] + [
-        (name, ctypes.c_int64)
-        for name in ("row_tiles", "row_tile", "col_tiles", "col_tile", "kept", "group", "threads")
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("weight", "out_blocks", "in_blocks", "moment", "core")],
+        *[(name, ctypes.c_int64) for name in ("row_tiles", "row_tile", "col_tiles", "col_tile")],
+        *[(name, ctypes.c_int64) for name in ("kept", "group", "threads")],
+        ("bytes", ctypes.c_int64 * 5),
     ]
 
 
 class GramSweep(ctypes.Structure):
     """Mirror of `halfplate::GramSweep` in src/armor.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("core", "error", "product", "out_gram", "in_gram", "steps")] + [
-        (name, ctypes.c_int64)
-        for name in (
-            "row_tiles",
-            "row_tile",
-            "cols",
-            "kept",
-            "group",
-            "least",
-            "greatest",
-            "step_width",
-            "off_grid",
-            "threads",
-        )
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("core", "error", "product", "out_gram", "in_gram", "steps")],
+        *[(name, ctypes.c_int64) for name in ("row_tiles", "row_tile", "cols", "kept", "group")],
+        *[(name, ctypes.c_int64) for name in ("least", "greatest", "step_width", "off_grid", "threads")],
+        ("bytes", ctypes.c_int64 * 6),
     ]
 
 
@@ -67,19 +76,18 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
     problem = ctypes.POINTER(Problem)
     for name, result, arguments in (
         ("isa", ctypes.c_char_p, []),
-        ("output_moments", None, [problem, pointer, pointer, pointer]),
-        ("input_moments", None, [problem, pointer, pointer, pointer]),
-        ("sweep", None, [problem, pointer]),
-        ("gram_sweep", None, [ctypes.POINTER(GramSweep)]),
-        ("place", None, [pointer, flag]),
-        ("pack", flag, [pointer, pointer, integer]),
-        ("unpack", None, [pointer, pointer, integer]),
-        ("apply", flag, [pointer, integer, integer, integer]),
-        ("linear", flag, [pointer, pointer, integer, pointer, integer, integer, integer]),
-        ("wrap", None, [pointer, flag, pointer, integer, pointer, integer, integer, integer]),
-        ("expand", None, [pointer, pointer, flag, integer]),
+        ("output_moments", flag, [problem, pointer, pointer, integer, pointer, integer]),
+        ("input_moments", flag, [problem, pointer, pointer, integer, pointer, integer]),
+        ("sweep", flag, [problem, pointer, integer]),
+        ("gram_sweep", flag, [ctypes.POINTER(GramSweep)]),
+        ("place", flag, [pointer, flag]),
+        ("pack", flag, [pointer, integer, pointer, integer]),
+        ("unpack", flag, [pointer, integer, pointer, integer]),
+        ("linear", flag, [pointer, integer, pointer, integer, integer, pointer, integer, integer, integer]),
+        ("wrap", flag, [pointer, integer, flag, pointer, integer, integer, pointer, integer, integer, integer]),
+        ("expand", flag, [pointer, integer, pointer, integer, flag, integer]),
         ("decoder_scratch", integer, [pointer, integer]),
-        ("step", None, [pointer, pointer, integer, pointer, integer]),
+        ("step", flag, [pointer, pointer, integer, integer, pointer, integer, integer]),
         ("read", ctypes.c_float, [pointer, integer, integer]),
     ):
         function = getattr(library, f"halfplate_{name}")
@@ -127,3 +135,21 @@ def library() -> ctypes.CDLL:
     loaded = _open()[0]
     assert loaded is not None
     return loaded
+
+
+def check(status: int, call: str) -> None:
+    """Raise what the native `call` answered: MemoryError, or HalfplateError for arguments that it refuses."""
+    if status == NO_MEMORY:
+        raise MemoryError(f"no memory for the intermediates of the native {call}")
+    if status < 0:
+        raise HalfplateError(f"the native {call} refused its arguments: {STATUS.get(status, f'status {status}')}")
+
+
+def address(tensor: Tensor, dtype: torch.dtype, name: str) -> int:
+    """Where the data of `tensor` lies; raises HalfplateError unless it is contiguous, of `dtype` and on the processor."""
+    if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
+        layout = "" if tensor.is_contiguous() else ", not contiguous,"
+        raise HalfplateError(
+            f"{name} is {tensor.dtype}{layout} on {tensor.device}, expected {dtype}, contiguous, on cpu; the native kernels read no other"
+        )
+    return tensor.data_ptr()

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 OLD_CACHE_ARGUMENT = "past_key_values"  # transformers from 5.24 on still takes it, with a warning
+# In the order of preference, with those of recurrent models.
+CACHE_NAMES = ("cache", OLD_CACHE_ARGUMENT, "cache_params", "state")
 
 
 def cache_argument(forward: Callable[..., Any]) -> str:

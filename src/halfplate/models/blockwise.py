@@ -2,46 +2,72 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from halfplate.errors import HalfplateError
+from halfplate.models.handover import (
+    BlockArguments,
+    Carried,
+    FromBlock,
+    call_arguments,
+    carried_on,
+    copied,
+    filled,
+    with_handed_on,
+)
 from halfplate.models.linears import find_blocks
 from halfplate.precision import products
-
-# Positional and keyword arguments of one block, without the hidden state.
-BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
 class BlockInputs:
     """What the next block is called with.
 
-    hidden: (samples, L, d). arguments: by the index of a block, its other arguments (masks, rotary embeddings, positions);
-    they depend on the shape (samples, L) alone, so batches of one shape may share them.
+    hidden: (samples, L, d) in most models; others have more streams than one, in a dimension before or after the samples.
+    arguments: by the index of a block, its other arguments (masks, rotary embeddings, positions). carried: what earlier blocks
+    hand on beside the hidden state (shared keys and values, the state of a router). text: (samples, L) of the tokens, where hidden
+    does not begin with it.
     """
 
     hidden: Tensor
     arguments: Sequence[BlockArguments] | Mapping[int, BlockArguments]
+    carried: Carried = field(default_factory=dict)
+    text: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(samples, L) of the tokens."""
+        samples, length = self.hidden.shape[:2] if self.text is None else self.text
+        return samples, length
+
+    @property
+    def all_arguments(self) -> list[BlockArguments]:
+        """The arguments of all blocks in their order, as `embed` gives them."""
+        return [self.arguments[block] for block in range(len(self.arguments))]
 
     def split(self, size: int) -> list["BlockInputs"]:
-        """The same samples, at most `size` at a time."""
-        samples, length = self.hidden.shape[:2]
+        """The same samples, at most `size` at a time; hidden begins with the samples."""
+        samples, length = self.shape
 
         def cut(part: Tensor, first: int) -> Tensor:
+            # Some blocks hand on one row for each token.
+            if part.ndim == 2 and len(part) == samples * length != samples:
+                return part[first * length : (first + size) * length]
             # A square of length by length has no samples, though their number may be the same.
             each = part.ndim > 1 and len(part) == samples and (part.ndim > 2 or samples != length)
             return part[first : first + size] if each else part
 
-        return [
-            BlockInputs(part, tree_map_only(Tensor, partial(cut, first=number * size), self.arguments))
-            for number, part in enumerate(self.hidden.split(size))
-        ]
+        def at(first: int) -> "BlockInputs":
+            hidden = self.hidden[first : first + size]
+            arguments, carried = tree_map_only(Tensor, lambda part: cut(part, first), (self.arguments, self.carried))
+            return BlockInputs(hidden, arguments, carried, (len(hidden), length))
+
+        return [at(first) for first in range(0, samples, size)]
 
 
 class BlockwiseModel:
@@ -57,81 +83,147 @@ class BlockwiseModel:
     def __init__(self, model: nn.Module, precision: str = "fp32") -> None:
         self.model, self.precision = model, precision
         self.prefix, self.blocks = find_blocks(model)
-        # Length of the tuple that blocks of a class return, 0 where they return the hidden state itself.
-        self._returned: dict[type[nn.Module], int] = {}
+        # How blocks of a class return what comes beside the hidden state; None where they return that alone.
+        self._returned: dict[type[nn.Module], TreeSpec | None] = {}
+        # What the first block of each class gave beside the hidden state, while the arguments are gathered.
+        self._tried: dict[type[nn.Module], list[Any]] = {}
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> BlockInputs:
         """The input of the first block for `input_ids` int64 (samples, L), and the arguments of every block."""
-        arguments: list[BlockArguments] = []
+        recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         first: Tensor | None = None
         previous: Tensor | None = None
 
         def record(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal first, previous
-            hidden, rest = _split_hidden(args, kwargs)
-            if index != len(arguments) or (previous is not None and hidden is not previous):
+            hidden, rest = self._split_hidden(args, kwargs)
+            if index != len(recorded) or (previous is not None and not _same_memory(hidden, previous)):
                 raise HalfplateError(
-                    f"model {type(self.model).__name__} changes the hidden state between its blocks or does not run "
+                    f"model {self._class} changes the hidden state between its blocks or does not run "
                     "them in order, so it cannot be run block by block; use a model with a plain chain of decoder blocks"
                 )
             first = hidden if first is None else first
-            arguments.append(rest)
-            # A copy, so that the identity test above cannot be met by a hidden state that came from elsewhere.
-            previous = hidden.view_as(hidden)
-            return self._as_returned(self.blocks[index], previous, forward, args, kwargs)
+            recorded.append(copied(rest))
+            # A copy, so that the test above cannot be met by a hidden state that came from elsewhere.
+            previous = hidden.clone()
+            return self._as_returned(index, previous, forward, args, kwargs)
 
         # Without the head, whose logits of a whole batch can be larger than everything else.
         body = getattr(self.model, "base_model", self.model)
         with self._blocks_replaced(record):
-            body(input_ids=input_ids, use_cache=False)
-        if first is None or len(arguments) != len(self.blocks):
+            try:
+                body(input_ids=input_ids, use_cache=False)
+            except (AttributeError, TypeError) as error:
+                # Model code that computes with what a block returns finds a FromBlock there.
+                raise HalfplateError(self._apart("it fails without its blocks", error)) from error
+            finally:
+                self._tried.clear()
+        if first is None or len(recorded) != len(self.blocks):
             raise HalfplateError(
-                f"model {type(self.model).__name__} ran {len(arguments)} of the {len(self.blocks)} blocks under "
+                f"model {self._class} ran {len(recorded)} of the {len(self.blocks)} blocks under "
                 f"{self.prefix!r}, so it cannot be run block by block; use a model with a plain chain of decoder blocks"
             )
-        return BlockInputs(first, arguments)
+        return BlockInputs(first, with_handed_on(recorded), text=(input_ids.shape[0], input_ids.shape[1]))
 
     def run_block(self, index: int, inputs: BlockInputs, block: nn.Module | None = None) -> BlockInputs:
-        """The input of block `index + 1` from that of block `index`; hidden keeps its shape (samples, L, d).
+        """The input of block `index + 1` from that of block `index`; hidden keeps its shape.
 
         block: another module to run in its place.
         """
-        args, kwargs = inputs.arguments[index]
+        arguments = inputs.arguments[index]
+        args, kwargs = called = call_arguments(arguments, inputs.carried)
         with products(self.precision, inputs.hidden.device.type):
             output = (self.blocks[index] if block is None else block)(inputs.hidden, *args, **kwargs)
-        hidden = output[0] if isinstance(output, tuple) else output
-        return BlockInputs(hidden.to(inputs.hidden.dtype), inputs.arguments)
+        hidden, *others = output if isinstance(output, tuple) else (output,)
+        carried = carried_on(index, arguments, called, others, inputs.carried)
+        return BlockInputs(hidden.to(inputs.hidden.dtype), inputs.arguments, carried, inputs.text)
+
+    @torch.no_grad()
+    def run_whole(self, input_ids: Tensor, seen: Callable[[int, Tensor], None]) -> None:
+        """The model's own forward without its head, in the precision of `run_block`.
+
+        seen: called with the input of each block and, under the number of blocks, with the output of the last.
+        """
+
+        def watch(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            hidden, _ = self._split_hidden(args, kwargs)
+            seen(index, hidden)
+            with products(self.precision, hidden.device.type):
+                output = forward(*args, **kwargs)
+            own, *others = output if isinstance(output, tuple) else (output,)
+            own = own.to(hidden.dtype)
+            if index == len(self.blocks) - 1:
+                seen(index + 1, own)
+            return (own, *others) if isinstance(output, tuple) else own
+
+        with self._blocks_replaced(watch):
+            getattr(self.model, "base_model", self.model)(input_ids=input_ids, use_cache=False)
 
     @torch.no_grad()
     def finish(self, inputs: BlockInputs) -> Tensor:
         """Logits (samples, L, vocabulary) from the output of the last block."""
 
         def skip(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            hidden = inputs.hidden if index == len(self.blocks) - 1 else _split_hidden(args, kwargs)[0]
-            return self._as_returned(self.blocks[index], hidden, forward, args, kwargs)
+            hidden = inputs.hidden if index == len(self.blocks) - 1 else self._split_hidden(args, kwargs)[0]
+            return self._as_returned(index, hidden, forward, args, kwargs)
 
         # The tokens do not matter: the last block hands out `inputs.hidden` in any case.
-        ids = torch.zeros(inputs.hidden.shape[:2], dtype=torch.int64, device=inputs.hidden.device)
+        ids = torch.zeros(inputs.shape, dtype=torch.int64, device=inputs.hidden.device)
         with self._blocks_replaced(skip):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        self._tried.clear()
         return logits
+
+    def unknown_blocks(self) -> list[int]:
+        """The first block of each class that has not run yet; `embed` runs it once, to see what it returns."""
+        first = {type(block): index for index, block in reversed(list(enumerate(self.blocks)))}
+        return [index for kind, index in first.items() if kind not in self._returned]
+
+    @property
+    def _class(self) -> str:
+        return type(self.model).__name__
+
+    def _apart(self, what: str, error: Exception) -> str:
+        reason = " ".join(str(error).split())
+        return (
+            f"model {self._class} cannot be run block by block: {what} ({type(error).__name__}: {reason[:200]}); use a method that needs "
+            "no text (magnitude, rtn), or a model with a plain chain of decoder blocks"
+        )
 
     def _as_returned(
         self,
-        block: nn.Module,
+        index: int,
         hidden: Tensor,
         forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """`hidden` in the form that `block` returns it; blocks of a class that is not yet known run once to see it."""
-        kind = type(block)
+        """`hidden` in the form that block `index` returns it; blocks of a class that is not yet known run once to see it."""
+        kind = type(self.blocks[index])
         if kind not in self._returned:
-            output = forward(*args, **kwargs)
-            self._returned[kind] = len(output) if isinstance(output, tuple) else 0
-        length = self._returned[kind]
-        return (hidden, *(None,) * (length - 1)) if length else hidden
+            args, kwargs = filled((args, kwargs), lambda at: self._tried[type(self.blocks[at.block])][at.leaf])
+            try:
+                output = forward(*args, **kwargs)
+            except (KeyError, AttributeError, TypeError, RuntimeError) as error:
+                raise HalfplateError(self._apart(f"block {index} fails by itself", error)) from error
+            self._tried[kind], spec = tree_flatten(list(output[1:]) if isinstance(output, tuple) else [])
+            self._returned[kind] = spec if isinstance(output, tuple) else None
+        returned = self._returned[kind]
+        if returned is None:
+            return hidden
+        return (hidden, *tree_unflatten([FromBlock(index, leaf) for leaf in range(returned.num_leaves)], returned))
+
+    def _split_hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, Any]]:
+        """The hidden state, which comes first or by its name, and the other arguments of a block."""
+        if args:
+            return args[0], (args[1:], kwargs)
+        if "hidden_states" not in kwargs:
+            raise HalfplateError(
+                f"model {self._class} calls its blocks with {', '.join(kwargs)}, expected the hidden state first or as hidden_states; "
+                "use a method that needs no text (magnitude, rtn)"
+            )
+        return kwargs["hidden_states"], ((), {name: value for name, value in kwargs.items() if name != "hidden_states"})
 
     @contextmanager
     def _blocks_replaced(self, instead: Callable[..., Any]) -> Iterator[None]:
@@ -158,8 +250,7 @@ class _Replacement:
         return self.instead(self.index, self.forward, *args, **kwargs)
 
 
-def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockArguments]:
-    """The hidden state, which comes first or by its name, and the other arguments of a block."""
-    if args:
-        return args[0], (args[1:], kwargs)
-    return kwargs["hidden_states"], ((), {name: value for name, value in kwargs.items() if name != "hidden_states"})
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether both are the same values in the same place, as a slice that takes all of a tensor is."""
+    place = [(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()) for x in (a, b)]
+    return a is b or place[0] == place[1]

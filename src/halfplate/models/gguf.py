@@ -1,22 +1,24 @@
-"""Dense models from `.gguf` files, through transformers' own GGUF loading and around its two traps."""
+"""Dense models from `.gguf` files. Every key and tensor of a file is used or refused by name (`gguf_families`)."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfplate.errors import HalfplateError
-from halfplate.models.gguf_header import GgufContents, check_header
+from halfplate.models.gguf_families.configs import Contents
+from halfplate.models.gguf_families.configs import read_config as config_of_contents
+from halfplate.models.gguf_families.rope import ROPE_TENSORS
+from halfplate.models.gguf_families.table import family_of_file
+from halfplate.models.gguf_families.tensors import Values, check_names, read_values
+from halfplate.models.gguf_header import GgufContents, GgufTensor, check_header
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-FIELDS = ("general.architecture", "general.license", "tokenizer.ggml.pre", "split.count")
-
-# Vocabularies (`tokenizer.ggml.pre`) that cut numbers into single digits before GPT-2's own splitting; transformers
-# 5.23 knows none of them and falls back to GPT-2's splitting alone. Source: the regular expressions of llama.cpp.
-DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+LARGEST_ROPE = 2**20  # bytes of a tensor of rotary factors, which has one for each pair in a head
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,8 @@ class GgufHeader:
 def read_header(path: Path, name: str) -> GgufHeader:
     """Read the metadata of the `.gguf` file that the user named `name`.
 
-    Raises HalfplateError when the file is no GGUF file, cut short, or one of several parts.
+    Raises HalfplateError when the file is not a GGUF file, is cut short, or is one of several parts.
     """
-    from gguf import GGUFReader
-
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -44,134 +44,125 @@ def read_header(path: Path, name: str) -> GgufHeader:
         )
     try:
         contents = check_header(path)
-        reader = GGUFReader(path)
-        fields = {key: reader.fields[key].contents() for key in FIELDS if key in reader.fields}
-    # A file that ends inside its metadata or its tensors shows as whatever numpy makes of the missing bytes.
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
+    except (ValueError, OverflowError, MemoryError) as error:
         reason = str(error).partition("\n")[0]
         raise HalfplateError(
             f"model={name!r} is cut short or damaged: {path.name} has {path.stat().st_size} bytes and "
             f"does not hold all that its header names ({reason}); download it again"
         ) from None
-    splits = fields.get("split.count", 1)
+    splits = contents.metadata.get("split.count", 1)
     if isinstance(splits, int) and splits > 1:
         raise HalfplateError(
-            f"model={name!r} is one of {fields['split.count']} parts of a split GGUF file; "
+            f"model={name!r} is one of {splits} parts of a split GGUF file; "
             "join them with `llama-gguf-split --merge` and pass the joined file"
         )
-    pre_tokenizer = fields.get("tokenizer.ggml.pre")
-    licence = fields.get("general.license")
-    spoken = pre_tokenizer if isinstance(pre_tokenizer, str) else None
+    pre_tokenizer, licence = (contents.metadata.get(key) for key in ("tokenizer.ggml.pre", "general.license"))
     return GgufHeader(
-        str(fields.get("general.architecture")), spoken, contents, licence if isinstance(licence, str) else None
+        str(contents.metadata.get("general.architecture")),
+        pre_tokenizer if isinstance(pre_tokenizer, str) else None,
+        contents,
+        licence if isinstance(licence, str) else None,
     )
 
 
 def read_config(path: Path, name: str) -> "PretrainedConfig":
-    """The model's configuration; raises HalfplateError for an architecture that transformers cannot read from GGUF."""
-    from transformers import AutoConfig
-
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    # Metadata is data of any shape, and the libraries fail on it with errors of their own.
-    except Exception as error:
-        raise _cannot_read(name, error) from None
-    return config
+    """The model's configuration; raises HalfplateError for an architecture that is not in the table, and for a key without a meaning in it."""
+    header = read_header(path, name)
+    family = family_of_file(name, header.contents.metadata)
+    with _described(name):
+        rope = {
+            key: _load(path, entry).reshape(-1).tolist()
+            for key, entry in header.contents.entries.items()
+            if key in ROPE_TENSORS and entry.nbytes <= LARGEST_ROPE
+        }
+        shapes = {key: entry.shape for key, entry in header.contents.entries.items()}
+        return config_of_contents(family, Contents(header.contents.metadata, shapes, rope))
 
 
 def load_model(path: Path, name: str, config: "PretrainedConfig") -> "tuple[PreTrainedModel, dict[str, Any]]":
-    """The model in fp32 with plain weights, and transformers' report on loading it."""
+    """The model in fp32, and a report on loading it: `missing_keys`, and `mismatched_keys` with the shapes in the file and the model."""
     import torch
-    import transformers
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    loader: Any = AutoModelForCausalLM
-    options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):
-        # Newer versions may otherwise keep the weights packed in GGUF's own blocks.
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        model, report = loader.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
-    except Exception as error:
-        raise _cannot_read(name, error) from None
-    _forget_quantization(model)
-    return model, report
+    with _described(name), init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    expected = {key: tensor.shape for key, tensor in model.state_dict(keep_vars=True).items()}
+    tied = (model.all_tied_weights_keys or {}).keys()
+    found: dict[str, Tensor] = {}
+    mismatched = []
+    for key, tensor in read_tensors(path, name, model):
+        if tensor.shape == expected[key]:
+            found[key] = tensor
+        else:
+            mismatched.append((key, tuple(tensor.shape), tuple(expected[key])))
+    refused = {key for key, _, _ in mismatched}
+    missing = [key for key in expected if key not in found and key not in tied and key not in refused]
+    if not missing and not mismatched:
+        model.load_state_dict(found, strict=False, assign=True)
+        model.tie_weights()
+    return model.eval(), {"missing_keys": missing, "mismatched_keys": mismatched}
 
 
 def read_tensors(path: Path, name: str, model: "PreTrainedModel") -> "Iterator[tuple[str, Tensor]]":
-    """Every tensor of the file under the name that it has in `model`, in fp32, one at a time.
+    """Every tensor of `model` that the file holds, in fp32, one at a time; a bias that it lacks is zero.
 
-    Parts of experts, which become whole only together, are held to the end.
+    Raises HalfplateError for a tensor of the file that is no part of the model.
     """
-    import numpy as np
     import torch
-    from gguf import GGUFReader, dequantize
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
 
+    contents = read_header(path, name).contents
+    family = family_of_file(name, contents.metadata)
+    tied = (model.all_tied_weights_keys or {}).keys()
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict(keep_vars=True).items() if key not in tied}
+    with _described(name):
+        check_names(family, shapes, contents.entries)
+
+        def load(part: str) -> "Values | None":
+            return _load(path, contents.entries[part]) if part in contents.entries else None
+
+        for key, shape in shapes.items():
+            values = read_values(family, model.config, key, shape, load)
+            if values is not None:
+                yield key, torch.from_numpy(values)
+
+
+def _load(path: Path, entry: GgufTensor) -> "Values":
+    """The values of a tensor, in fp32."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, dequantize
+
+    kind = GGMLQuantizationType(entry.kind)
+    raw = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
+    plain = {"F32": np.float32, "F16": np.float16, "F64": np.float64}.get(kind.name)
+    if plain is not None:
+        return raw.view(plain).astype(np.float32).reshape(entry.shape)
+    rows = raw.reshape(*entry.shape[:-1], -1)
+    values: Values = dequantize(rows, kind).astype(np.float32).reshape(entry.shape)
+    return values
+
+
+def load_tokenizer(path: Path, name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer inside the file, which splits text as llama.cpp does (`gguf_tokenizer_reader`)."""
+    from halfplate.models.gguf_tokenizer_reader import read_tokenizer
+
+    with _described(name):
+        return read_tokenizer(path, name)
+
+
+@contextmanager
+def _described(name: str) -> Iterator[None]:
+    """Turn what the libraries raise on a file's contents, which may be of any shape, into a refusal."""
     try:
-        config = model.config.to_dict()
-        reader = GGUFReader(path)
-        architecture = str(reader.fields["general.architecture"].contents())
-        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
-        names = get_gguf_hf_weights_map(model, processor)
-        parsed: dict[str, dict[str, Tensor]] = {"tensors": {}}
-        for entry in reader.tensors:
-            # The reader maps the file; read so, its pages do not count as ours.
-            raw = np.fromfile(path, np.uint8, entry.n_bytes, offset=int(entry.data_offset))
-            values = dequantize(raw.view(entry.data.dtype).reshape(entry.data.shape), entry.tensor_type)
-            done = processor.process(
-                weights=values, name=entry.name, tensor_key_mapping=names, parsed_parameters=parsed
-            )
-            if done.name in names:
-                yield names[done.name], torch.from_numpy(np.ascontiguousarray(done.weights, dtype=np.float32))
-        yield from parsed["tensors"].items()
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
-        raise _cannot_read(name, error) from None
-
-
-def load_tokenizer(path: Path, name: str, header: GgufHeader) -> "PreTrainedTokenizerBase":
-    """The tokenizer inside the file, splitting digits where its vocabulary was trained on split digits."""
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    # Metadata is data of any shape, and the libraries fail on it with errors of their own.
+        yield
+    except HalfplateError:
+        raise
     except Exception as error:
         raise _cannot_read(name, error) from None
-    if header.pre_tokenizer in DIGIT_SPLITTING:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    return tokenizer
-
-
-def _forget_quantization(model: "PreTrainedModel") -> None:
-    """Drop transformers' note that the weights came quantised: they are plain now, and it refuses to save a model so marked."""
-    for owner, attribute in (
-        (model.config, "quantization_config"),
-        (model, "hf_quantizer"),
-        (model, "is_quantized"),
-        (model, "quantization_method"),
-    ):
-        if attribute in vars(owner):
-            delattr(owner, attribute)
 
 
 def _cannot_read(name: str, error: Exception) -> HalfplateError:
     reason = str(error).strip().partition("\n")[0]
     return HalfplateError(
-        f"model={name!r} cannot be read by transformers' GGUF loading: {reason}; pass the model as a safetensors folder instead"
+        f"model={name!r} cannot be read as GGUF: {reason}; pass the model as a safetensors folder instead"
     )

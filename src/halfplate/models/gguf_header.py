@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
-SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALAR_BYTES = {kind: struct.calcsize(f"<{form}") for kind, form in SCALARS.items()}
 MOST_DIMENSIONS = 4
 LONGEST_NAME = 65_535
 # Python objects that other readers make of the metadata, so many bytes for each in a file of a few.
 MOST_ELEMENTS = 8_000_000
+LONGEST_KEPT = 4096  # values of an array, bytes of a string: settings of a model have fewer, vocabularies more
 
 
 class DamagedHeader(ValueError):
@@ -27,11 +30,23 @@ class DamagedHeader(ValueError):
 
 
 @dataclass(frozen=True)
+class GgufTensor:
+    """Where a tensor lies: rows first in `shape`, ggml's number of its type, its first byte in the file and how many it has."""
+
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class GgufContents:
-    """Tensors in the file, and the values in all of them."""
+    """Tensors in the file, and the values in all of them; the metadata but for long arrays and texts; each tensor by its name."""
 
     tensors: int
     elements: int
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+    entries: dict[str, GgufTensor] = field(default_factory=dict, hash=False)
 
 
 def check_header(path: Path) -> GgufContents:
@@ -44,21 +59,21 @@ def check_header(path: Path) -> GgufContents:
         if walk.take(4) != MAGIC or walk.number("<I") not in VERSIONS:
             raise DamagedHeader("it is not GGUF of version 2 or 3")
         tensors, entries = walk.count(24), walk.count(13)
-        alignment, keys = 32, set()
+        metadata: dict[str, Any] = {}
         for _ in range(entries):
-            key = walk.text(LONGEST_NAME)
-            if key in keys:
+            key = walk.name()
+            if key in metadata:
                 raise DamagedHeader(f"the key {key[:60]!r} stands twice")
-            keys.add(key)
-            start = walk.place + 4
-            walk.value(walk.number("<I"))
-            if key == b"general.alignment":
-                alignment = int.from_bytes(content[start : walk.place], "little")
-        if alignment not in {1 << power for power in range(17)}:
+            metadata[key] = walk.value(walk.number("<I"))
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment not in {1 << power for power in range(17)}:
             raise DamagedHeader(f"the alignment is {alignment}")
-        elements, ends = 0, [0]
+        elements = 0
+        found: dict[str, GgufTensor] = {}
         for _ in range(tensors):
-            walk.text(LONGEST_NAME)
+            name = walk.name()
+            if name in found:
+                raise DamagedHeader(f"the tensor {name[:60]!r} stands twice")
             dimensions = walk.number("<I")
             if dimensions > MOST_DIMENSIONS:
                 raise DamagedHeader(f"a tensor has {dimensions} dimensions")
@@ -70,11 +85,13 @@ def check_header(path: Path) -> GgufContents:
             if offset % alignment or (shape and shape[0] % block):
                 raise DamagedHeader("a tensor is not aligned")
             elements += values
-            ends.append(offset + values // block * nbytes)
+            found[name] = GgufTensor(tuple(reversed(shape)), kind, offset, values // block * nbytes)
         data = -(-walk.place // alignment) * alignment
-        if data + max(ends) > len(content) and tensors:
-            raise DamagedHeader(f"its tensors need {data + max(ends)} bytes")
-        return GgufContents(tensors, elements)
+        end = data + max((one.start + one.nbytes for one in found.values()), default=0)
+        if end > len(content) and tensors:
+            raise DamagedHeader(f"its tensors need {end} bytes")
+        placed = {name: replace(one, start=data + one.start) for name, one in found.items()}
+        return GgufContents(tensors, elements, {key: one for key, one in metadata.items() if one is not None}, placed)
 
 
 class _Walk:
@@ -89,13 +106,12 @@ class _Walk:
         self.place += length
         return self.content[self.place - length : self.place]
 
-    def number(self, form: str) -> int:
-        value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
-        return value
+    def number(self, form: str) -> Any:
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def count(self, least: int) -> int:
         """A number of things that take at least `least` bytes each."""
-        number = self.number("<Q")
+        number: int = self.number("<Q")
         self.elements += number
         if number * least > len(self.content) - self.place or self.elements > MOST_ELEMENTS:
             raise DamagedHeader(f"it counts {number} where the file has no room for them")
@@ -107,18 +123,23 @@ class _Walk:
             raise DamagedHeader(f"a name has {length} bytes")
         return self.take(length)
 
-    def value(self, kind: int, inside: bool = False) -> None:
+    def name(self) -> str:
+        return self.text(LONGEST_NAME).decode("utf-8", "backslashreplace")
+
+    def value(self, kind: int, inside: bool = False) -> Any:
+        """The value that begins here, None if it is longer than any setting of a model."""
         if kind == STRING:
-            self.text(len(self.content))
-        elif kind == ARRAY and not inside:
+            text = self.text(len(self.content))
+            return text.decode("utf-8", "backslashreplace") if len(text) <= LONGEST_KEPT else None
+        if kind == ARRAY and not inside:
             item = self.number("<I")
             number = self.count(8 if item == STRING else SCALAR_BYTES.get(item, 1))
             if item in SCALAR_BYTES:
-                self.take(number * SCALAR_BYTES[item])
-                return
+                content = self.take(number * SCALAR_BYTES[item])
+                return list(struct.unpack(f"<{number}{SCALARS[item]}", content)) if number <= LONGEST_KEPT else None
             for _ in range(number):
                 self.value(item, inside=True)
-        elif kind in SCALAR_BYTES:
-            self.take(SCALAR_BYTES[kind])
-        else:
-            raise DamagedHeader(f"a value has the unknown type {kind}")
+            return None
+        if kind in SCALAR_BYTES:
+            return self.number(f"<{SCALARS[kind]}")
+        raise DamagedHeader(f"a value has the unknown type {kind}")

@@ -65,19 +65,16 @@ NO_EFFECT = {
 MODELS = ("gpt2", "llama", "gemma4")
 
 # Tokens that llama.cpp cuts out of a text by their spelling, whatever type the file gives them.
-# fmt: off
-CONTROL_SPELLINGS = frozenset((
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
-    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
-    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
-    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>",
-    "<|prefix|>", "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>",
-    "<|code_suffix|>", "<|suffix|>", "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>",
-    "▁<MID>", "<|code_middle|>", "<|middle|>", "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]",
-    "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>", "<|channel|>",
-    "<|message|>", "<|start|>", "<|constrain|>",
-))
-# fmt: on
+SPELLINGS = (
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> "
+    "[EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[ "
+    "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|> "
+    "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|> "
+    "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|> "
+    "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|> "
+    "<|channel|> <|message|> <|start|> <|constrain|>"
+)
+CONTROL_SPELLINGS = frozenset(SPELLINGS.split())
 # Vocabularies with one of these have an ordinary </s> (Gemma 4).
 ORDINARY_END = ("<|tool_response>", "<|plamo:eos|>")
 # llama.cpp strips spaces behind the special tokens of a model whose general.name holds one of these, except behind some.
@@ -221,13 +218,13 @@ class _Vocabulary:
         return number
 
     def _flag(self, key: str, otherwise: bool) -> bool:
-        value = self._value(key, bool)
-        return otherwise if value is None else bool(value)
+        value: bool | None = self._value(key, bool)
+        return otherwise if value is None else value
 
     # Parts of the tokenizer.json
 
     def _is_byte_level(self) -> bool:
-        return self.kind == "gpt2"
+        return bool(self.kind == "gpt2")
 
     def _vocabulary(self) -> dict[str, int]:
         """Tokens and their ids, without those that only fill the embedding up."""

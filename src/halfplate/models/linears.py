@@ -46,8 +46,15 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         nested = any(name.startswith(f"{outer}.") for outer, _ in lists)
         if isinstance(module, nn.ModuleList) and len(module) and not nested:
             lists.append((name, module))
+    other = ", ".join(f"{name} of {len(blocks)}" for name, blocks in lists)
     if expected is not None:
         lists = [(name, blocks) for name, blocks in lists if len(blocks) == expected]
+    if not lists and other:
+        raise HalfplateError(
+            f"model {type(model).__name__} has lists of other lengths ({other}) than the {expected} blocks that its configuration names "
+            "(num_hidden_layers), as models whose blocks hold several sublayers or are run more than once have; expected one list of "
+            "decoder blocks that run in order: use another model"
+        )
     if not lists:
         raise HalfplateError(
             f"model {type(model).__name__} has no list of {expected or 'decoder'} blocks; "

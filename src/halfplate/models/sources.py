@@ -1,17 +1,31 @@
 """Where a dense model comes from: a Hugging Face folder, a `.gguf` file or a Hub id, checked before anything heavy loads."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.models import gguf
-from halfplate.models.trust import check_counts, check_folder, check_parameters, count_tensors, read_json_file
+from halfplate.models.configuration import (
+    METHOD,
+    check_causal,
+    check_kind,
+    check_plain,
+    check_saves,
+    read_config,
+    read_entries,
+    read_generation_config,
+)
+from halfplate.models.fit import check_fit, stored_apart
+from halfplate.models.reading import reading
+from halfplate.models.trust import bounded, check_counts, check_folder, check_parameters, count_tensors, read_json_file
 from halfplate.models.weight_files import WeightFiles, find_weight_files, sampled_sha256
 from halfplate.tensor_file import StoredTensor
 
@@ -32,6 +46,7 @@ HUB_FILES = (
     "chat_template*",
     "README.md",
 )
+CORRECT = "correct it or download the model again"
 HUB_IGNORED = ("*/*", "consolidated*")
 
 
@@ -39,10 +54,15 @@ HUB_IGNORED = ("*/*", "consolidated*")
 class Source:
     """A dense model that has been checked but not loaded.
 
-    name: as the user gave it. kind: `folder`, `gguf` or `hub`. path: the local folder or `.gguf` file.
-    nbytes: bytes of the weight files. other_dtype: element type in which tensors that stay dense are stored, the
-    source's own (bf16 for GGUF). gguf_header: set for GGUF files alone. tensors: where each tensor lies, by its name in the
-    files; empty for GGUF.
+    name: as the user gave it.
+    kind: `folder`, `gguf` or `hub`.
+    path: the local folder or `.gguf` file.
+    config: the configuration that the tensors agree with; where config.json says otherwise, `notes` tell.
+    nbytes: bytes of the weight files.
+    other_dtype: element type in which tensors that stay dense are stored: the source's own (bf16 for GGUF).
+    gguf_header: set for GGUF files alone.
+    tensors: where each tensor lies, by its name in the files; empty for GGUF.
+    notes: one sentence for each entry of the configuration and each tensor that is left out.
     """
 
     name: str
@@ -54,6 +74,7 @@ class Source:
     other_dtype: torch.dtype
     gguf_header: gguf.GgufHeader | None = None
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """What tells two models apart without reading them whole: the configuration, the weight files and some bytes of every tensor."""
@@ -95,29 +116,27 @@ def open_source(name: str) -> Source:
 def skeleton(source: Source, buffers: bool = False) -> "PreTrainedModel":
     """The model on the meta device: names and shapes of all tensors, and no values.
 
-    buffers: those that are computed and not stored, such as the frequencies of rotary embeddings, have their values.
+    buffers: those that are computed and not stored, such as the frequencies of rotary embeddings, have their values. Raises
+    HalfplateError where transformers cannot build it, and where it is larger than its files.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    # A copy, because making a model completes its configuration.
-    with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(deepcopy(source.config), dtype=torch.float32)
-    empty: PreTrainedModel = model.eval().requires_grad_(False)
+    what = f"transformers cannot build a {source.config.model_type} model from its configuration"
     # A value of a GGUF file may be less than a bit wide only on average; none is below two bits today.
     room = source.nbytes * (4 if source.gguf_header is not None else 1)
+    place = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
+    # A copy, because making a model completes its configuration.
+    with reading(source.name, what, CORRECT, source.config.to_dict()), bounded(source.name, room), place:
+        model: Any = AutoModelForCausalLM.from_config(deepcopy(source.config), dtype=torch.float32)
+    empty: PreTrainedModel = model.eval().requires_grad_(False)
     check_parameters(source.name, sum(parameter.numel() for parameter in empty.parameters()), room)
-    _load_generation_config(source, empty)
+    if source.gguf_header is None and empty.can_generate():
+        empty.generation_config = read_generation_config(source.name, source.path) or empty.generation_config
     return empty
 
 
-def _load_generation_config(source: Source, model: "PreTrainedModel") -> None:
-    from transformers import GenerationConfig
-
-    if source.gguf_header is None and (source.path / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
-
-
+@plain_defaults()
 def load_dense(model: str | Source, device: str = "cpu") -> LoadedModel:
     """Load a model, by its name or as it was opened, in fp32, in eval mode and without gradients, with its tokenizer.
 
@@ -130,6 +149,8 @@ def load_dense(model: str | Source, device: str = "cpu") -> LoadedModel:
         loaded, report = gguf.load_model(source.path, name, source.config)
     else:
         loaded, report = _load_folder(source)
+    for note in source.notes:
+        warnings.warn(f"model={name!r}: {note}", stacklevel=2)
     tokenizer = load_tokenizer(source)
     _check_complete(name, report)
     _check_finite(name, loaded)
@@ -144,7 +165,7 @@ def load_dense(model: str | Source, device: str = "cpu") -> LoadedModel:
 def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
     """The tokenizer of the model; raises HalfplateError where none loads."""
     if source.gguf_header is not None:
-        return gguf.load_tokenizer(source.path, source.name, source.gguf_header)
+        return gguf.load_tokenizer(source.path, source.name)
     return _load_tokenizer(source)
 
 
@@ -155,7 +176,7 @@ def is_compressed(path: str | Path) -> bool:
         entry = read_json_file(config).get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return False
-    return isinstance(entry, dict) and entry.get("quant_method") == "halfplate"
+    return isinstance(entry, dict) and entry.get("quant_method") == METHOD
 
 
 def _download(name: str) -> Path:
@@ -179,119 +200,60 @@ def _download(name: str) -> Path:
 def _open_gguf(name: str, path: Path) -> Source:
     header = gguf.read_header(path, name)
     config = gguf.read_config(path, name)
-    _check_causal(name, config)
+    check_causal(name, config)
     check_counts(name, config, header.contents.tensors, header.contents.elements)
     return Source(name, "gguf", path, config, (path,), path.stat().st_size, torch.bfloat16, header)
 
 
 def _open_folder(name: str, kind: str, path: Path) -> Source:
     check_folder(name, path)
-    entries = _read_config_json(name, path)
-    _check_dense(name, path, entries)
-    _check_text_only(name, entries)
-    config = _read_config(name, path, entries)
-    _check_causal(name, config)
+    entries = read_entries(name, path)
+    check_kind(name, entries)
+    config, notes = read_config(name, path, entries)
     # Absolute: tasks read them in processes of other working directories.
     weights: WeightFiles = find_weight_files(name, path.absolute())
-    check_counts(name, config, *count_tensors(weights.paths))
-    return Source(name, kind, path, config, weights.paths, weights.nbytes, weights.dtype, tensors=weights.tensors)
+    check_plain(name, entries, weights.tensors)
+    with reading(name, "config.json cannot be used", "correct it or download it again", entries):
+        check_counts(name, config, *count_tensors(weights.paths))
+    source = Source(name, kind, path, config, weights.paths, weights.nbytes, weights.dtype, tensors=weights.tensors)
+    return _fitted(replace(source, notes=notes), entries)
 
 
-def _read_config_json(name: str, path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    if not file.is_file():
-        raise HalfplateError(
-            f"model={name!r} has no config.json; pass the folder that holds config.json and the weights"
-        )
-    try:
-        entries = read_json_file(file)
-    except (OSError, ValueError) as error:
-        raise HalfplateError(f"model={name!r}: config.json is not valid JSON ({error}); download it again") from None
-    if not isinstance(entries, dict):
-        raise HalfplateError(
-            f"model={name!r}: config.json holds a {type(entries).__name__}, expected an object; download it again"
-        )
-    return entries
+def _fitted(source: Source, entries: dict[str, Any]) -> Source:
+    """`source` with the configuration that its tensors agree with; raises HalfplateError where they do not fit it.
 
-
-def _check_dense(name: str, path: Path, entries: dict[str, Any]) -> None:
-    if is_compressed(path):
-        raise HalfplateError(
-            f"model={name!r} is already compressed by Halfplate; pass the dense model it was made from"
-        )
-    # compressed-tensors wrote `compression_config` before transformers settled on one name.
-    quantisation = entries.get("quantization_config") or entries.get("compression_config")
-    if quantisation:
-        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
-        raise HalfplateError(
-            f"model={name!r} is already quantised (quant_method {method!r}); Halfplate compresses dense weights: "
-            "pass the fp32, bf16 or fp16 model it was made from"
-        )
-
-
-def _check_text_only(name: str, entries: dict[str, Any]) -> None:
-    wrapped = [key for key in ("text_config", "vision_config", "audio_config") if entries.get(key)]
-    if wrapped:
-        raise HalfplateError(
-            f"model={name!r} is {_architecture(entries)}, a multimodal wrapper ({', '.join(wrapped)} in config.json); "
-            "expected a text-only *ForCausalLM: save its language model on its own and pass that folder"
-        )
-
-
-def _read_config(name: str, path: Path, entries: dict[str, Any]) -> "PretrainedConfig":
-    import transformers
-    from transformers import AutoConfig
-
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    # A config is data of any shape, and each model class checks it with errors of its own.
-    except Exception as error:
-        kind = entries.get("model_type")
-        if kind in transformers.CONFIG_MAPPING:
-            reason = str(error).strip().replace("\n", " ")
+    Everything that would fail later is found here: what cannot be built, is missing, would be dropped, or cannot be saved.
+    """
+    name, notes = source.name, list(source.notes)
+    model = skeleton(source)
+    apart = stored_apart(model, source.tensors)
+    if apart:
+        config = deepcopy(source.config)
+        config.tie_word_embeddings = False
+        source = replace(source, config=config)
+        model = skeleton(source)
+        if model.all_tied_weights_keys:
+            target, origin = apart[0]
             raise HalfplateError(
-                f"model={name!r}: config.json cannot be read as {kind!r} ({reason}); correct it or download it again"
-            ) from None
-        if entries.get("auto_map"):
-            raise HalfplateError(
-                f"model={name!r} (model_type {kind!r}) needs Python code of its own (auto_map in config.json), which "
-                "Halfplate never runs; pass a model that the transformers library has built in"
-            ) from None
-        raise HalfplateError(
-            f"model={name!r} has model_type {kind!r}, which transformers {transformers.__version__} does not know; "
-            "upgrade transformers or pass a model that it has built in"
-        ) from None
-    return config
-
-
-def _check_causal(name: str, config: "PretrainedConfig") -> None:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    stated = list(getattr(config, "architectures", None) or ())
-    # GPT-2 and others of its age are called LMHeadModel; a file without a statement is taken as what its type maps to.
-    named = not stated or any(one.endswith("ForCausalLM") or one == getattr(known, "__name__", None) for one in stated)
-    if known is None or not named or getattr(config, "is_encoder_decoder", False):
-        raise HalfplateError(
-            f"model={name!r} is {', '.join(stated) or config.model_type}, not a causal language model; "
-            "expected a decoder-only *ForCausalLM such as LlamaForCausalLM"
+                f"model={name!r}: its files hold {target} and {origin} with different values, and {type(model).__name__} shares "
+                "them; download the model again"
+            )
+        notes.append(
+            f"config.json: tie_word_embeddings is taken as false, for the files hold {apart[0][0]} and {apart[0][1]} with different values"
         )
-
-
-def _architecture(entries: dict[str, Any]) -> str:
-    stated = entries.get("architectures")
-    return ", ".join(map(str, stated)) if isinstance(stated, list) and stated else str(entries.get("model_type"))
+    notes += check_fit(name, model, source.tensors)
+    check_saves(name, model.config, entries)
+    return replace(source, notes=tuple(notes))
 
 
 def _load_folder(source: Source) -> "tuple[PreTrainedModel, dict[str, Any]]":
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
-    try:
+    with reading(source.name, "its weights do not fit its config.json", "download the model again"):
         model, report = loader.from_pretrained(
             source.path,
-            config=source.config,
+            config=deepcopy(source.config),
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -299,27 +261,17 @@ def _load_folder(source: Source) -> "tuple[PreTrainedModel, dict[str, Any]]":
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report names them, the error that it would raise does not
         )
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise HalfplateError(
-            f"model={source.name!r}: its weights do not fit its config.json ({reason}); download the model again"
-        ) from None
     return model, report
 
 
 def _load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    try:
+    cure = "put tokenizer.json and tokenizer_config.json beside config.json"
+    with reading(source.name, "it has no tokenizer that loads", cure):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.path, trust_remote_code=False, local_files_only=True
         )
-    # Tokenizers are built by several libraries, each with errors of its own.
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise HalfplateError(
-            f"model={source.name!r} has no tokenizer that loads ({reason}); put tokenizer.json and tokenizer_config.json beside config.json"
-        ) from None
     return tokenizer
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from halfplate.errors import HalfplateError
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
+from halfplate.models.fit import check_complete, names_in_model, shared_names
 from halfplate.models.sources import Source, skeleton
-from halfplate.tensor_file import KINDS, DamagedFile, StoredTensor, read_tensor
+from halfplate.tensor_file import DamagedFile, StoredTensor, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,9 +36,9 @@ class StreamedModel:
         self.prefix, self.blocks = self.blockwise.prefix, self.blockwise.blocks
         expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
         found = _named_as_in_model(self.model, source)
-        self.tied = _tied(self.model, expected, found)
+        self.tied = shared_names(self.model, expected, found)
         self.stored = {name: found[name] for name in expected if name in found and name not in self.tied}
-        _check_complete(source.name, self.model, expected, self.stored.keys() | self.tied.keys(), found)
+        check_complete(source.name, self.model, expected, self.stored.keys() | self.tied.keys(), found)
         self._empty = list(self.blocks)
 
     def read(self, name: str) -> Tensor:
@@ -102,26 +102,28 @@ class StreamedModel:
     @torch.no_grad()
     def embed(self, ids: Tensor) -> BlockInputs:
         """`BlockwiseModel.embed`; everything outside the blocks but the head must be loaded (`outer`)."""
-        # The first block of each class runs once, to see what it returns.
-        kinds = {type(block): index for index, block in reversed(list(enumerate(self._empty)))}
-        for index in kinds.values():
+        # They run once, to see what blocks of their class return.
+        unknown = self.blockwise.unknown_blocks()
+        for index in unknown:
             self.load_block(index)
         try:
             return self.blockwise.embed(ids)
         finally:
-            for index in kinds.values():
+            for index in unknown:
                 self.free_block(index)
 
     @contextmanager
-    def running(self, held: bool, pack: Callable[[nn.Linear], nn.Module] | None = None) -> Iterator[PreTrainedModel]:
+    def running(
+        self, held: bool, pack: Callable[[nn.Linear], nn.Module] | None = None, with_head: bool = True
+    ) -> Iterator[PreTrainedModel]:
         """While inside, the model runs as a whole.
 
         held: its blocks stay in memory; else each is read when it comes to run, and freed after it. pack: makes what runs in the place
-        of each linear of a held model.
+        of each linear of a held model. with_head: the output embedding is loaded too.
         """
         hooks: list[RemovableHandle] = []
         head = self.model.get_output_embeddings()
-        with self.outer(head=True):
+        with self.outer(head=with_head):
             try:
                 for index, block in enumerate(self._empty):
                     if held:
@@ -152,6 +154,13 @@ class StreamedModel:
     def _fill(self, block: nn.Module, index: int) -> None:
         for name in self.block_names(index):
             _put(block, name.removeprefix(f"{self.prefix}.{index}."), self.read(name))
+        shared = next((name for name, parameter in block.named_parameters() if parameter.is_meta), None)
+        if shared is not None:
+            name = f"{self.prefix}.{index}.{shared}"
+            raise HalfplateError(
+                f"model {type(self.model).__name__}: {name} has no weights of its own (it shares those of {self.tied.get(name, 'another block')}), "
+                "and blocks that share weights cannot be compressed; use a model without shared blocks"
+            )
 
 
 def _replace_linears(block: nn.Module, pack: Callable[[nn.Linear], nn.Module]) -> None:
@@ -185,72 +194,8 @@ def needs_conversion(source: Source) -> bool:
     if source.gguf_header is not None:
         return True
     model = skeleton(source)
-    return any(pattern is not None for _, pattern in _renamed(model, list(source.tensors)).values())
+    return any(pattern is not None for _, pattern in names_in_model(model, source.tensors).values())
 
 
 def _named_as_in_model(model: PreTrainedModel, source: Source) -> dict[str, StoredTensor]:
-    return {name: source.tensors[stored] for stored, (name, _) in _renamed(model, list(source.tensors)).items()}
-
-
-def _renamed(model: PreTrainedModel, names: list[str]) -> dict[str, tuple[str, str | None]]:
-    """The name in the model of each stored name, and the conversion that applies to its values, as transformers has it."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    meta = model.state_dict()
-    return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, meta) for name in names}
-
-
-def _tied(
-    model: PreTrainedModel, expected: dict[str, tuple[int, ...]], found: dict[str, StoredTensor]
-) -> dict[str, str]:
-    """Names that share the tensor of another, with the name that is stored; two that are both stored share if they are equal."""
-    tied: dict[str, str] = {}
-    for target, origin in (model.all_tied_weights_keys or {}).items():
-        if target not in expected or origin not in expected:
-            continue
-        if target not in found and origin in found:
-            tied[target] = origin
-        elif origin not in found and target in found:
-            tied[origin] = target
-        elif (
-            target in found and origin in found and torch.equal(read_tensor(found[target]), read_tensor(found[origin]))
-        ):
-            tied[target] = origin
-    return tied
-
-
-def _check_complete(
-    name: str,
-    model: PreTrainedModel,
-    expected: dict[str, tuple[int, ...]],
-    have: set[str],
-    found: dict[str, StoredTensor],
-) -> None:
-    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    for key in sorted(expected):
-        if key in found and found[key].shape != expected[key]:
-            raise HalfplateError(
-                f"model={name!r}: {key} has shape {found[key].shape} in its file, config.json asks for {expected[key]}; "
-                "download the model again"
-            )
-        dtype = KINDS.get(found[key].kind) if key in found else None
-        if key in found and dtype is None:
-            raise HalfplateError(
-                f"model={name!r}: {key} is stored as {found[key].kind}, expected plain numbers; pass an unquantised model"
-            )
-        if dtype is not None and key in parameters and not dtype.is_floating_point:
-            raise HalfplateError(
-                f"model={name!r}: {key} is stored as {found[key].kind}, expected F32, BF16 or F16; download the model again, "
-                "or pass an unquantised one"
-            )
-    missing = sorted(key for key in expected if key not in have and not any(rule.search(key) for rule in ignored))
-    if missing:
-        raise HalfplateError(
-            f"model={name!r}: its files lack {len(missing)} tensors that its config.json asks for ({missing[0]}, ...); "
-            "they would be random: download the model again"
-        )
+    return {name: source.tensors[stored] for stored, (name, _) in names_in_model(model, source.tensors).items()}

@@ -7,8 +7,11 @@ fetched because a file says so.
 from __future__ import annotations
 
 import json
+import re
 import stat
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,9 @@ from halfplate.errors import HalfplateError
 
 LARGEST_JSON = 64 * 2**20
 ADAPTER = "adapter_config.json"
+LAYER_COUNT = re.compile(r"(num|n)_(\w+_)?layers?")
+MOST_LAYERS = 10_000
+FEW_MODULES = 20_000
 MOST_OF_ANYTHING = 2**20  # heads, experts, groups: what a configuration counts, blocks apart
 
 
@@ -61,6 +67,20 @@ def read_json_file(path: Path) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def check_layers(name: str, entries: Any, argument: str = "model") -> None:
+    """Raise HalfplateError where `entries`, config.json as it stands, counts more layers than any model has.
+
+    Some classes make a list of that length before anything can be compared with the files.
+    """
+    for key, value in entries.items() if isinstance(entries, dict) else ():
+        if isinstance(value, dict):
+            check_layers(name, value, argument)
+        elif LAYER_COUNT.fullmatch(key) and isinstance(value, int) and value > MOST_LAYERS:
+            raise HalfplateError(
+                f"{argument}={name!r}: {key}={value} in its config.json, expected at most {MOST_LAYERS}; correct it or download it again"
+            )
+
+
 def check_counts(name: str, config: Any, tensors: int, elements: int, argument: str = "model") -> None:
     """Raise HalfplateError where `config`, a configuration of transformers, asks for more than its files can hold.
 
@@ -91,6 +111,42 @@ def check_parameters(name: str, needed: int, room: int) -> None:
         raise HalfplateError(
             f"model={name!r}: its configuration describes {needed} parameters, its files have room for {room}; download it again"
         )
+
+
+@contextmanager
+def bounded(name: str, room: int) -> Iterator[None]:
+    """While inside, raise HalfplateError as soon as a model is built that has far more parameters or modules than files of `room` bytes hold.
+
+    A number in a configuration may ask for millions of modules, which take minutes to build before they can be counted.
+    """
+    from torch.nn.modules.module import (
+        register_module_module_registration_hook,
+        register_module_parameter_registration_hook,
+    )
+
+    here, counted = threading.get_ident(), [0, 0]
+
+    def count(value: int, kind: int, most: int) -> None:
+        if threading.get_ident() == here:
+            counted[kind] += value
+            if counted[kind] > most:
+                check_parameters(name, counted[0], room)
+                raise HalfplateError(
+                    f"model={name!r}: its configuration describes more than {most} modules, its files have {room} bytes; download it again"
+                )
+
+    # The head may be counted twice, before it is tied, and some modules are made to be replaced.
+    hooks = [
+        register_module_parameter_registration_hook(
+            lambda _module, _name, parameter: count(0 if parameter is None else parameter.numel(), 0, 4 * room)
+        ),
+        register_module_module_registration_hook(lambda _module, _name, _inner: count(1, 1, room + FEW_MODULES)),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def count_tensors(paths: Iterable[Path]) -> tuple[int, int]:

@@ -63,8 +63,9 @@ def disk_plan(
     streams = recipe.streams(statistic)
     hidden = statistics = 0
     if recipe.runs_text(statistic):
-        # Of two neighbouring blocks while one is written.
-        hidden = 2 * streams * FP32 * recipe.samples * recipe.seq_len * sizes.hidden
+        # Of two neighbouring blocks while one is written, and all that blocks are given of each token.
+        values = 2 * streams * (sizes.hidden + sizes.beside) + sizes.arguments
+        hidden = FP32 * recipe.samples * recipe.seq_len * values
         if workers > 1 and statistic >= Statistic.GRAM:
             kinds = 2 if recipe.corrects(statistic) else 1
             chunks = min(CHUNKS, -(-recipe.samples // BATCH))

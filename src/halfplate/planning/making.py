@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -13,12 +14,15 @@ from transformers import PreTrainedModel
 from halfplate import plugins
 from halfplate.allocation.candidates import CHOICES, candidates
 from halfplate.calibration.documents import check_source
-from halfplate.calibration.text import check_seq_len
+from halfplate.calibration.text import check_seq_len, check_tokens_fit
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.formats.sharing import share
 from halfplate.formats.spec import WeightSpec
+from halfplate.limits import check_threads, check_workers
 from halfplate.methods.base import Method
 from halfplate.models.linears import FoundLinear, find_linears
+from halfplate.models.reading import reading
 from halfplate.models.sources import Source, open_source, skeleton
 from halfplate.models.streamed import needs_conversion
 from halfplate.pattern import Pattern
@@ -35,12 +39,15 @@ AUTO_BLOCKS = (128, 64, 32, 16, 8)
 AUTO_SHARE = 0.05  # of the dense parameters of the whole plan
 
 
+@plain_defaults()
 def make_plan(model: str, recipe: Recipe, measure: bool | None = False, workers: int = 1) -> Plan:
     """Plan the compression of `model`, reading its configuration and no weight; raises HalfplateError on bad input.
 
     measure: time this machine for a few seconds, reading one tensor, for an estimate of the time; None does so where the run takes
     much longer than that. workers: processes that would share the work.
     """
+    check_threads(recipe.threads)
+    check_workers(workers)
     return plan_source(open_source(model), recipe, measure, workers)
 
 
@@ -53,10 +60,14 @@ def plan_source(
 ) -> Plan:
     """`make_plan` of a source that is already open; statistic: what is collected at least."""
     dense, method = skeleton(source), recipe.create_method()
-    if recipe.runs_text(method.requires):
+    runs_text = recipe.runs_text(method.requires)
+    if runs_text:
         check_source(recipe.calibration)
-        check_seq_len(dense, recipe.seq_len, least=2)
-    found, passed_over = find_linears(dense, include=recipe.include, exclude=recipe.exclude)
+    with _reading_modules(source):
+        if runs_text:
+            check_seq_len(dense, recipe.seq_len, least=2)
+            check_tokens_fit("samples", recipe.samples, recipe.seq_len)
+        found, passed_over = find_linears(dense, include=recipe.include, exclude=recipe.exclude)
     pattern = recipe.parsed_pattern
     fitting = [linear for linear in found if linear.d_in % pattern.m == 0]
     if not fitting:
@@ -83,7 +94,8 @@ def plan_source(
 
     compressed = {matrix.name: matrix.spec for matrix in matrices if matrix.spec is not None}
     specs, statistic = list(compressed.values()), max(statistic, method.requires)
-    sizes = sizes_of(dense, [linear for linear in found if linear.name in compressed])
+    with _reading_modules(source):
+        sizes = sizes_of(dense, [linear for linear in found if linear.name in compressed], recipe.seq_len)
     other_nbytes = _other_nbytes(dense, set(compressed), source.other_dtype)
     if measure is None:
         measure = sum(solving_flops(method, spec, recipe, statistic) for spec in specs) > WORTH_FLOPS
@@ -103,7 +115,14 @@ def plan_source(
         disk=disk_plan(sizes, specs, other_nbytes, recipe, statistic, workers, needs_conversion(source)),
         speed=speed,
         seconds=None if speed is None else seconds_of(sizes, specs, source.nbytes, recipe, statistic, speed),
+        notes=source.notes,
     )
+
+
+def _reading_modules(source: Source) -> AbstractContextManager[None]:
+    """The context in which the modules of a model and its configuration are asked for sizes, which may be anything."""
+    what = f"sizes of a {source.config.model_type} model cannot be read"
+    return reading(source.name, what, "correct its config.json or download the model again")
 
 
 def _with_cost(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from halfplate.calibration.collect import BATCH
 from halfplate.calibration.self_text import CACHE_BYTES, sequences_at_once
-from halfplate.evaluation.speed import memory
+from halfplate.calibration.text import TOKEN_NBYTES
 from halfplate.formats.spec import WeightSpec
+from halfplate.headroom import memory
 from halfplate.methods.base import Method
 from halfplate.planning.sizes import ModelSizes
 from halfplate.recipe import Recipe
@@ -22,6 +23,8 @@ ALLOWANCE = 1_500_000_000  # of the bound: libraries, hidden states, the solver
 # sequences run side by side, and must be the same everywhere.
 SAMPLING_NBYTES = 700_000_000
 LIBRARIES = 800_000_000  # Python with torch and transformers, where the system does not tell
+CHECKING = "checking"  # the phase of the self-check
+CHECKED = 128  # tokens of the self-check
 HEAP = 100_000_000  # freed and not given back
 
 
@@ -36,6 +39,10 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         return max(self.phases.values())
+
+    def unchecked(self) -> MemoryPlan:
+        """The same without the self-check."""
+        return replace(self, phases={phase: held for phase, held in self.phases.items() if phase != CHECKING})
 
     @property
     def largest(self) -> str:
@@ -73,14 +80,19 @@ def memory_plan(
     blocks = block * (recipe.streams(statistic) if runs else 1)
     phases = {"reading": base + reading, "writing": base + 2 * block + (2 * FP32 + 1) * sizes.largest}
     if runs:
-        hidden = BATCH * recipe.seq_len * FP32 * (6 * sizes.hidden + 3 * sizes.ffn)
-        phases["embedding"] = base + FP32 * (sizes.outer - sizes.head) + block + reading + hidden
+        # The first arguments stay, for those of every other batch to be compared with.
+        batch = BATCH * recipe.seq_len * FP32
+        hidden = batch * (6 * sizes.hidden + 3 * sizes.ffn + 3 * sizes.beside + sizes.arguments)
+        tokens = TOKEN_NBYTES * recipe.samples * recipe.seq_len
+        phases["embedding"] = (
+            base + tokens + FP32 * (sizes.outer - sizes.head) + block + reading + hidden + batch * sizes.arguments
+        )
         if recipe.calibration == "self":
             held, _ = sampling_room(sizes, recipe.device)
             sampling = _sampling(sizes, recipe)
             # What stays is read before the first token, the rest at every token.
             most = max(held + block + reading, sampling) if held else sampling + block + reading
-            phases["calibration text"] = base + FP32 * sizes.outer + most
+            phases["calibration text"] = base + tokens + FP32 * sizes.outer + most
         # While text runs through a block, its finished matrices are whole beside what is stored of them.
         phases["statistics"] = base + blocks + block + hidden + _stage(sizes, recipe, statistic, collecting=True)
     solve = max(solving_memory(method, spec, recipe, statistic) for spec in specs)
@@ -91,9 +103,23 @@ def memory_plan(
         # Each has what it works on, and the caller a stage's sums and one batch's.
         each = max(phases["solving"], phases.get("statistics", 0))
         phases["workers"] = phases["solving"] - solve + workers * each
+    checking = _loaded(sizes, specs) if check_loads_whole(sizes, specs, recipe, statistic) else 0
+    chain = FP32 * sizes.outer + 2 * block + reading + sizes.vocabulary * CHECKED * (3 * FP32 + FP64)
+    phases[CHECKING] = base + max(checking, chain)
     return MemoryPlan(
         phases | _whole(sizes, specs, recipe, base), memory_bound(sizes, recipe, statistic), _holds(recipe)
     )
+
+
+def check_loads_whole(sizes: ModelSizes, specs: Sequence[WeightSpec], recipe: Recipe, statistic: Statistic) -> bool:
+    """Whether the self-check may load the whole result within the bound; a larger one is read layer by layer."""
+    return _loaded(sizes, specs) + LIBRARIES <= memory_bound(sizes, recipe, statistic)
+
+
+def _loaded(sizes: ModelSizes, specs: Sequence[WeightSpec]) -> int:
+    """Bytes of the loaded result: what is compressed as stored and once more while it is packed, the rest in fp32."""
+    compressed = sum(spec.d_out * spec.d_in for spec in specs)
+    return FP32 * (sizes.parameters - compressed) + sum(spec.nbytes for spec in specs) * 5 // 4
 
 
 def solving_memory(method: Method, spec: WeightSpec, recipe: Recipe, statistic: Statistic) -> int:
@@ -137,7 +163,7 @@ def _whole(sizes: ModelSizes, specs: Sequence[WeightSpec], recipe: Recipe, base:
     """The phases that hold the whole model."""
     phases = {}
     whole = base + FP32 * sizes.parameters
-    hidden = recipe.samples * recipe.seq_len * FP32 * sizes.hidden
+    hidden = recipe.samples * recipe.seq_len * FP32 * (sizes.hidden + sizes.beside + sizes.arguments)
     if recipe.budgeted:
         grams = FP64 * sum(width**2 for width in sizes.stages)
         solve = max(recipe.create_method().solving_nbytes(spec) for spec in specs)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from halfplate.formats.spec import WeightSpec
+from halfplate.kernels.capability import without_kernel
 from halfplate.planning.disk import DiskPlan
 from halfplate.planning.memory import MemoryPlan
 from halfplate.planning.sizes import ModelSizes
@@ -64,7 +65,7 @@ class Plan:
     other_nbytes: bytes of all that stays dense (embeddings, norms, biases, lm_head, skipped matrices), as it will be
     stored. source_nbytes: bytes of the weight files read. statistic: what is collected at least. memory: held by a run with the
     workers that the plan was made for. speed: what was measured of this machine, None where it was not; seconds: of each
-    phase in one process, from that.
+    phase in one process, from that. notes: what of the source is left out, one sentence each (`Source.notes`).
     """
 
     model: str
@@ -81,6 +82,7 @@ class Plan:
     disk: DiskPlan
     speed: Speed | None
     seconds: Mapping[str, float] | None
+    notes: tuple[str, ...] = ()
 
     @property
     def specs(self) -> dict[str, WeightSpec]:
@@ -90,6 +92,11 @@ class Plan:
     def with_specs(self, specs: Mapping[str, WeightSpec]) -> Plan:
         """The plan with the matrices in `specs` stored as it says."""
         return replace(self, matrices=tuple(replace(m, spec=specs.get(m.name, m.spec)) for m in self.matrices))
+
+    @property
+    def without_kernel(self) -> str | None:
+        """Which matrices no kernel runs, and the nearest settings that have one; None if all have."""
+        return without_kernel(self.specs.values())
 
     @property
     def nbytes(self) -> int:
@@ -131,6 +138,7 @@ class Plan:
             "parameters": self.parameters,
             "block_size": self.block_size,
             "wrapper_share": self.wrapper_share,
+            "without_kernel": self.without_kernel,
             "flops": self.flops,
             "seconds": seconds,
             "seconds_estimate": None if seconds is None else round(sum(seconds.values()), 1),
@@ -140,6 +148,7 @@ class Plan:
             "whole_model_held_by": list(self.memory.whole_model),
             "disk_bytes": self.disk.total,
             "work_folder_bytes": self.disk.work,
+            "notes": list(self.notes),
         }
 
 

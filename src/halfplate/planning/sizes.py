@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from halfplate.calibration.collect import input_stages
 from halfplate.calibration.self_text import token_nbytes
-from halfplate.models.blockwise import BlockwiseModel
+from halfplate.models.blockwise import BlockInputs, BlockwiseModel
+from halfplate.models.handover import hands_on
 from halfplate.models.linears import FoundLinear, find_blocks
+from halfplate.models.without_values import run_without_values
+
+# Samples and length of a text that stands for any; numbers that no other side of a tensor is likely to have.
+TEXT = (3, 7)
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Numbers of values, but for `cache_nbytes`, the bytes of one token's keys and values.
+    """Numbers of values, but for `cache_nbytes`, the bytes that a calibration sequence's cache holds per token.
 
     blocks: values of each decoder block. outer: of all that is outside the blocks, head: of the output embedding among them, where it is
     a tensor of its own. largest: of one tensor. ffn: the longest side of a linear. stages: d_in of every distinct input of a block's
-    linears, in the order in which they are reached; of the block where these are largest.
+    linears, in the order in which they are reached; of the block where these are largest. beside: values of one token that pass from
+    block to block beyond those of one hidden state. arguments: of one token among the arguments of all blocks.
     """
 
     blocks: tuple[int, ...]
@@ -33,6 +41,8 @@ class ModelSizes:
     vocabulary: int
     cache_nbytes: int
     stages: tuple[int, ...]
+    beside: int = 0
+    arguments: int = 0
 
     @property
     def parameters(self) -> int:
@@ -44,49 +54,119 @@ class ModelSizes:
         return max(self.blocks)
 
 
-def sizes_of(dense: PreTrainedModel, linears: list[FoundLinear]) -> ModelSizes:
-    """The sizes of a model without values; linears: those that are compressed."""
+def sizes_of(dense: PreTrainedModel, linears: list[FoundLinear], seq_len: int) -> ModelSizes:
+    """The sizes of a model without values; linears: those that are compressed; seq_len: tokens of a calibration sequence."""
     _, blocks = find_blocks(dense)
-    config = dense.config.get_text_config()
     inside = [_values(block) for block in blocks]
     whole = _values(dense)
     output, embedding = dense.get_output_embeddings(), dense.get_input_embeddings()
+    vocabulary, hidden = embedding.weight.shape  # type: ignore[misc,union-attr]
+    stages, between, arguments = _run_without_values(dense, linears)
     tied = output is None or any(parameter is embedding.weight for parameter in output.parameters())
     return ModelSizes(
         blocks=tuple(inside),
         outer=whole - sum(inside),
         head=0 if tied else _values(output),
         largest=max(parameter.numel() for parameter in dense.parameters()),
-        hidden=config.hidden_size,
+        hidden=hidden,
         ffn=max(max(linear.d_in, linear.d_out) for linear in linears),
-        vocabulary=config.vocab_size,
-        cache_nbytes=token_nbytes(config),
-        stages=_stages(dense, linears),
+        vocabulary=vocabulary,
+        cache_nbytes=token_nbytes(dense.config, seq_len),
+        stages=stages,
+        beside=max(0, between - hidden),
+        arguments=arguments,
     )
 
 
-def _stages(dense: PreTrainedModel, linears: list[FoundLinear]) -> tuple[int, ...]:
-    """The d_in of every distinct input in the block where they are largest."""
+def _run_without_values(dense: PreTrainedModel, linears: list[FoundLinear]) -> tuple[tuple[int, ...], int, int]:
+    """The d_in of every distinct input in the block where they are largest, and values of one token between and beside blocks."""
     by_block: dict[int, list[FoundLinear]] = {}
     for linear in linears:
         by_block.setdefault(linear.block, []).append(linear)
     block = max(by_block, key=lambda index: (sum(linear.d_in**2 for linear in by_block[index]), -index))
     widths = {linear.name: linear.d_in for linear in by_block[block]}
+    hidden = dense.config.get_text_config().hidden_size
+    # Each model class fails with errors of its own where it asks for values that are not there.
     try:
-        shared = shared_inputs(dense, {block: list(widths)})
-    # Each model class fails with errors of its own where it asks for values that are not there; then none is taken to be shared.
+        with run_without_values(dense):
+            blockwise, batch = _embedded(dense)
+            passed = [batch]
+            stages = _stages(blockwise, batch, {block: list(widths)}, passed)
+            between = max(sum(map(_of_a_token, (one.hidden, *one.carried.values()))) for one in passed)
+            arguments = _argument_values(batch.all_arguments)
+        return tuple(widths[stage[0]] for stage in stages), between, arguments
     except Exception:
-        return tuple(widths.values())
-    return tuple(widths[stage[0]] for stage in shared)
+        pass
+    # Then no input is taken to be shared, and every block to have what the first has.
+    try:
+        with run_without_values(dense):
+            first, beside = _first_inputs(dense)
+        return tuple(widths.values()), _of_a_token(first), _argument_values([beside]) * len(find_blocks(dense)[1])
+    except Exception:
+        return tuple(widths.values()), hidden, 0
 
 
 def shared_inputs(dense: PreTrainedModel, names: dict[int, list[str]]) -> list[list[str]]:
     """The linears `names` of each block by the input that they share, found by a run without any numbers."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        blockwise = BlockwiseModel(dense)
-        batch = blockwise.embed(torch.zeros(1, 2, dtype=torch.int64, device="meta"))
-        stages = {block: input_stages(blockwise, block, batch, inside) for block, inside in names.items()}
-    return [stage for block in stages for stage in stages[block]]
+    with run_without_values(dense):
+        return _stages(*_embedded(dense), names, [])
+
+
+def _embedded(dense: PreTrainedModel) -> tuple[BlockwiseModel, BlockInputs]:
+    blockwise = BlockwiseModel(dense)
+    return blockwise, blockwise.embed(torch.zeros(TEXT, dtype=torch.int64, device="meta"))
+
+
+def _stages(
+    blockwise: BlockwiseModel, batch: BlockInputs, names: dict[int, list[str]], passed: list[BlockInputs]
+) -> list[list[str]]:
+    """`shared_inputs` of the blocks from `batch` on; passed: takes what goes from block to block, where that is more than a hidden state."""
+    found = []
+    carries = hands_on(batch.all_arguments)
+    for block in range(max(names) + 1):
+        if block in names:
+            found += input_stages(blockwise, block, batch, names[block])
+        if carries:
+            with torch.no_grad():
+                batch = blockwise.run_block(block, batch)
+            passed.append(batch)
+    return found
+
+
+def _first_inputs(dense: PreTrainedModel) -> tuple[Tensor, Any]:
+    """The hidden state and the other arguments that the first block is called with."""
+    seen: list[Any] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _Seen
+
+    hook = find_blocks(dense)[1][0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        dense.base_model(input_ids=torch.zeros(TEXT, dtype=torch.int64, device="meta"), use_cache=False)
+    except _Seen:
+        pass
+    finally:
+        hook.remove()
+    args, kwargs = seen[0]
+    hidden = args[0] if args else kwargs.pop("hidden_states")
+    return hidden, (args[1:], kwargs)
+
+
+class _Seen(Exception):
+    """The first block has been called."""
+
+
+def _argument_values(arguments: Any) -> int:
+    """Values of one token among tensors that have them for every token of every sample, each tensor once."""
+    tensors = {id(leaf): leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)}
+    each = [tensor for tensor in tensors.values() if all(tensor.shape.count(side) == 1 for side in TEXT)]
+    return sum(map(_of_a_token, each))
+
+
+def _of_a_token(tensor: Tensor) -> int:
+    """Values of one token, as many as have its bytes in fp32."""
+    return -(-tensor.numel() * tensor.element_size() // (4 * prod(TEXT)))
 
 
 def _values(module: nn.Module) -> int:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from halfplate.tensor_file import DamagedFile, read_tensor
 WORTH_FLOPS = 1e12  # of a run that takes so long that a few seconds of measuring do not matter
 LONGEST_SIDE = 512  # of a matrix that is solved to measure
 LONGEST_READ = 64_000_000  # bytes of a tensor that is read to measure
+FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 SHAPES = 3  # of matrices solved to measure
 LEAST_SECONDS = 0.05  # that a product is repeated for
 SMALL_OPERATIONS = 100  # of one block and one token, whose time is that of the calls
@@ -129,8 +131,8 @@ def _solving(method: Method, specs: Sequence[WeightSpec], device: str) -> float:
     flops = seconds = 0.0
     # The first solve of a process finds nothing warm, and does not count.
     for number, spec in enumerate([small[-1], *small]):
-        weight = torch.randn(spec.d_out, spec.d_in, generator=random).to(device)
-        x = torch.randn(2 * spec.d_in, spec.d_in, generator=random).to(device)
+        weight = torch.randn(spec.d_out, spec.d_in, generator=random, **FLOATS).to(device)
+        x = torch.randn(2 * spec.d_in, spec.d_in, generator=random, **FLOATS).to(device)
         gram = (x.T @ x).double() / len(x)
         statistics = InputStatistics(len(x), gram.diagonal().float(), gram)
 
@@ -158,7 +160,7 @@ def _products(sizes: ModelSizes, recipe: Recipe) -> float:
     """Operations a second of a product of many tokens with a weight."""
     tokens = min(BATCH * recipe.seq_len, 1024)
     d_in, d_out = min(sizes.hidden, 2048), min(sizes.ffn, 2048)
-    x, weight = torch.ones(tokens, d_in, device=recipe.device), torch.ones(d_out, d_in, device=recipe.device)
+    x, weight = (torch.ones(rows, d_in, dtype=torch.float32, device=recipe.device) for rows in (tokens, d_out))
     with products(recipe.precision, torch.device(recipe.device).type):
         return 2.0 * tokens * d_in * d_out / _timed(lambda: functional.linear(x, weight))
 
@@ -170,11 +172,10 @@ def _sampling(sizes: ModelSizes, recipe: Recipe) -> float:
     matrices = max(1, min(24_000_000, sizes.parameters) // min(sizes.largest, 4_000_000))
     d_in = min(sizes.hidden, 2048)
     d_out = max(1, min(sizes.largest, 4_000_000) // d_in)
-    with torch.device(recipe.device):
-        linears = [nn.Linear(d_in, d_out, bias=False) for _ in range(matrices)]
+    linears = [nn.Linear(d_in, d_out, bias=False, dtype=torch.float32, device=recipe.device) for _ in range(matrices)]
     pack = bf16_kernels(recipe.device) if resident else None
     weights = linears if pack is None else [pack(linear) for linear in linears]
-    x = torch.ones(rows, d_in, device=recipe.device)
+    x = torch.ones(rows, d_in, dtype=torch.float32, device=recipe.device)
 
     def step() -> None:
         for weight in weights:
@@ -197,7 +198,7 @@ def _reading(source: Source) -> float:
 
 
 def _call() -> float:
-    x, weight = torch.ones(1, 32), torch.ones(32, 32)
+    x, weight = torch.ones(1, 32, **FLOATS), torch.ones(32, 32, **FLOATS)
     return SMALL_OPERATIONS * _timed(lambda: functional.linear(x, weight), LEAST_SECONDS / 10)
 
 

@@ -69,7 +69,12 @@ def tune_block(
         order: list[int] = []
         for step in range(settings.steps):
             if not order:
-                order = [training[k] for k in torch.randperm(len(training), generator=generator).tolist()]
+                order = [
+                    training[k]
+                    for k in torch.randperm(
+                        len(training), generator=generator, dtype=torch.int64, device="cpu"
+                    ).tolist()
+                ]
             number = order.pop()
             for group in optimizer.param_groups:
                 group["lr"] = group["highest"] * 0.5 * (1 + math.cos(math.pi * step / settings.steps))

@@ -121,7 +121,7 @@ def train(
         optimizer.step()
 
         # The main process's clock counts for all, so that all stop at the same step.
-        told = torch.tensor([time.monotonic() - start, float(loss.detach())], dtype=torch.float64)
+        told = torch.tensor([time.monotonic() - start, float(loss.detach())], dtype=torch.float64, device="cpu")
         seconds, seen = broadcast(told.to(accelerator.device)).tolist() if processes > 1 else told.tolist()
         if not math.isfinite(seen):
             raise HalfplateError(f"learning_rate={settings.learning_rate}: the loss became {seen}; try a tenth of it")
@@ -187,9 +187,9 @@ class _Order:
     def _epoch(self, epoch: int) -> list[int]:
         if epoch not in self.epochs:
             generator = torch.Generator().manual_seed((self.seed * 100_003 + epoch) % 2**63)
-            self.epochs = {epoch: torch.randperm(self.count, generator=generator).tolist()} | {
-                old: order for old, order in self.epochs.items() if old == epoch - 1
-            }
+            self.epochs = {
+                epoch: torch.randperm(self.count, generator=generator, dtype=torch.int64, device="cpu").tolist()
+            } | {old: order for old, order in self.epochs.items() if old == epoch - 1}
         return self.epochs[epoch]
 
 
@@ -197,7 +197,7 @@ def _state(progress: Progress, parameters: dict[str, nn.Parameter], optimizer: t
     tensors = {f"value.{name}": parameter.detach().cpu() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         for key, tensor in optimizer.state[parameter].items():
-            tensors[f"{key}.{name}"] = torch.as_tensor(tensor).cpu()
+            tensors[f"{key}.{name}"] = tensor.detach().cpu()
     return State(tensors, {"progress": vars(progress).copy()})
 
 

@@ -1,10 +1,10 @@
 """The command that makes a checkpoint again."""
 
 import shlex
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
-from halfplate.recipe import Recipe
+from halfplate.recipe import Recipe, pattern_of
 
 REPEATED = ("include", "exclude")
 
@@ -12,10 +12,12 @@ REPEATED = ("include", "exclude")
 def compress_command(model: str, out: str, recipe: Recipe) -> str:
     """The `halfplate compress` command of a recipe, to paste into a shell: every value that is not its default."""
     words = ["halfplate", "compress", model, "-o", out]
-    plain = Recipe(method=recipe.method)
+    # A recipe of defaults alone may be refused: some methods need a core on a grid.
+    defaults = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
+    defaults["pattern"] = pattern_of(recipe.method)
     for name in (field.name for field in fields(Recipe) if field.name not in ("version", "method_options")):
         value = getattr(recipe, name)
-        if value == (Recipe.method if name == "method" else getattr(plain, name)):
+        if value == defaults[name]:
             continue
         flag = f"--{name.replace('_', '-')}"
         if name in REPEATED:

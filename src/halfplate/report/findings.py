@@ -89,6 +89,7 @@ class Findings:
     seconds: dict[str, float]
     peak_rss_bytes: float | None
     recoveries: int
+    check: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
     speed: dict[str, Any] = field(default_factory=dict)
     answers: tuple[dict[str, str], ...] = ()
@@ -180,6 +181,7 @@ def gather(folder: Path) -> Findings:
         seconds=numbers(end.get("seconds")),
         peak_rss_bytes=number(end.get("peak_rss_bytes")),
         recoveries=len(record["recoveries"]) if isinstance(record.get("recoveries"), list) else 0,
+        check=mapping(record.get("check")),
         quality=mapping(end.get("held_out")),
     ).with_measures(measures)
 

@@ -97,6 +97,10 @@ def _quality(found: Findings) -> list[Row]:
         protocol = KINDS.get(found.error_kind or "", "relative to a zero matrix")
         after = "; before recovery" if found.recoveries else ""
         rows.append(Row("Quality", "mean relative error", short(found.mean_error), "0", "", protocol + after))
+    if (kl := number(found.check.get("kl"))) is not None:
+        after = "; before recovery" if found.recoveries else ""
+        protocol = f"self-check: {number(found.check.get('tokens')) or 0:.0f} tokens of Halfplate's built-in text; full vocabulary{after}"
+        rows.append(Row("Quality", "KL to the original, built-in text", short(kl), "0", "", protocol))
     measured = found.quality
     protocol = _text_protocol(found)
     for measure, key, dense in (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from halfplate.calibration import read_text
+from halfplate.calibration.documents import Text
+from halfplate.calibration.vocabulary import check_tokens
 from halfplate.checkpoint.read import load, load_tokenizer
 from halfplate.errors import HalfplateError
 from halfplate.evaluation.bench import bench
@@ -37,8 +38,10 @@ def measure(folder: Path, settings: Measuring, report: Report) -> dict[str, Any]
         held_out = held_out_tokens(dense.model, dense.tokenizer, seed, settings.windows, seq_len, report)
         windows, source = held_out.ids, {"protocol": held_out.protocol()}
     else:
-        windows = token_windows(tokenizer, read_text(settings.text, "text"), seq_len, settings.windows)
-        source = {"text": Path(settings.text).name}
+        text = Text(settings.text, "text")
+        windows = token_windows(tokenizer, text, seq_len, settings.windows)
+        check_tokens(windows, dense.model, f"text={settings.text!r}", tokenizer)
+        source = {"text": Path(settings.text).name} | text.facts()
     measures["quality"] = source | evaluate(
         compressed, windows, dense.model, lambda done, total: report("evaluating", done, total)
     )
@@ -68,6 +71,7 @@ def _answer(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
     import torch
 
     from halfplate.runtime import greedy
+    from halfplate.runtime.limits import check_generation
 
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
@@ -79,8 +83,10 @@ def _answer(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
         raise HalfplateError(
             f"prompt={prompt[:60]!r} has {len(ids)} tokens, expected 1 to {(limit or 0) - new_tokens} for this model; give another"
         )
+    check_tokens(ids, model, f"prompt={prompt[:60]!r}", tokenizer)
+    check_generation(model.config, len(ids), new_tokens, "new_tokens")
     ends = model.generation_config.eos_token_id
     stop = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    tokens = greedy(model, torch.tensor([ids], dtype=torch.int64), new_tokens, stop)
+    tokens = greedy(model, torch.tensor([ids], dtype=torch.int64, device="cpu"), new_tokens, stop)
     said: str = tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True)
     return said

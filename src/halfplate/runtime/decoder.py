@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.kernels import native
+from halfplate.kernels.linear import CPU
 from halfplate.models.arguments import OLD_CACHE_ARGUMENT, cache_argument
 from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.linear import PackedLinear
@@ -39,9 +41,12 @@ class BlockStruct(ctypes.Structure):
     """Mirror of `halfplate::DecoderBlock` in kernels/src/runtime.h."""
 
     _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in ("input_norm", "post_norm", "q", "k", "v", "o", "gate", "up", "down", "keys", "values")
-    ] + [(name, ctypes.c_void_p) for name in ("query_norm", "key_norm")]
+        *[(name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "q", "k", "v", "o", "gate", "up", "down")],
+        *[(name, ctypes.c_void_p) for name in ("keys", "values", "query_norm", "key_norm")],
+        ("norm_bytes", ctypes.c_int64 * 4),
+        ("linear_bytes", ctypes.c_int64 * 7),
+        ("cache_bytes", ctypes.c_int64 * 2),
+    ]
 
 
 class DecoderStruct(ctypes.Structure):
@@ -54,6 +59,9 @@ class DecoderStruct(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("cosines", "sines", "final_norm", "head")],
         ("block", ctypes.POINTER(BlockStruct)),
         ("scratch", ctypes.c_void_p),
+        ("table_bytes", ctypes.c_int64 * 2),
+        *[(name, ctypes.c_int64) for name in ("final_norm_bytes", "head_bytes", "block_bytes", "scratch_bytes")],
+        *[(name, ctypes.c_int64) for name in ("sized_threads", "sized_capacity", "sized_floats")],
     ]
 
 
@@ -123,16 +131,19 @@ class NativeDecoder:
         self._held: list[Tensor] = []
         blocks = (BlockStruct * len(inner.layers))()
         for block, layer in zip(blocks, inner.layers, strict=True):
-            block.input_norm = self._norm(layer.input_layernorm)
-            block.post_norm = self._norm(layer.post_attention_layernorm)
+            norms = [("input_norm", layer.input_layernorm), ("post_norm", layer.post_attention_layernorm)]
             if hasattr(layer.self_attn, "q_norm"):
-                block.query_norm = self._norm(layer.self_attn.q_norm)
-                block.key_norm = self._norm(layer.self_attn.k_norm)
-            for name in LINEARS + MLP:
-                field = name.rpartition(".")[2].removesuffix("_proj")
-                setattr(block, field, self._address(layer.get_submodule(name).packed))
+                norms += [("query_norm", layer.self_attn.q_norm), ("key_norm", layer.self_attn.k_norm)]
+            for place, (name, norm) in enumerate(norms):
+                address, block.norm_bytes[place] = self._norm(norm)
+                setattr(block, name, address)
+            for place, name in enumerate(LINEARS + MLP):
+                address, block.linear_bytes[place] = self._place(layer.get_submodule(name).packed, torch.uint8, name)
+                setattr(block, name.rpartition(".")[2].removesuffix("_proj"), address)
         attention = inner.layers[0].self_attn
         self._blocks = blocks
+        final_norm, final_norm_bytes = self._norm(inner.norm)
+        head, head_bytes = self._place(model.lm_head.packed, torch.uint8, "lm_head")
         self._struct = DecoderStruct(
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -144,21 +155,25 @@ class NativeDecoder:
             epsilon=config.rms_norm_eps,
             embedding_scale=1.0,
             attention_scale=attention.scaling,
-            final_norm=self._norm(inner.norm),
-            head=self._address(model.lm_head.packed),
+            final_norm=final_norm,
+            final_norm_bytes=final_norm_bytes,
+            head=head,
+            head_bytes=head_bytes,
             block=blocks,
+            block_bytes=ctypes.sizeof(blocks),
         )
         self._lock = Lock()
         self._cache: Callable[[], GrowingCache | None] = lambda: None
         self._bound = self._sized = (0, 0)
         self._step = native.library().halfplate_step
 
-    def _norm(self, module: Any) -> int:
-        return self._address(module.weight.detach().to(torch.float32).contiguous())
+    def _norm(self, module: Any) -> tuple[int, int]:
+        return self._place(module.weight.detach().to(torch.float32).contiguous(), torch.float32, "the weight of a norm")
 
-    def _address(self, tensor: Tensor) -> int:
+    def _place(self, tensor: Tensor, dtype: torch.dtype, name: str) -> tuple[int, int]:
+        """The address and the bytes of a tensor, which is kept alive."""
         self._held.append(tensor)
-        return tensor.data_ptr()
+        return native.address(tensor, dtype, name), tensor.nbytes
 
     @torch.no_grad()
     def step(self, token: int, cache: GrowingCache) -> Tensor:
@@ -169,7 +184,7 @@ class NativeDecoder:
         """
         layers: Any = cache.layers
         embedding = self._embedding(token)
-        logits = torch.empty(self._struct.vocabulary)
+        logits = torch.empty(self._struct.vocabulary, dtype=torch.float32, device=CPU)
         with self._lock:
             position, threads = layers[0].length, torch.get_num_threads()
             for layer in layers:
@@ -179,7 +194,17 @@ class NativeDecoder:
             if bound != self._bound or self._cache() is not cache:
                 self._bind(cache, threads)
                 self._bound, self._cache = bound, ref(cache)
-            self._step(ctypes.byref(self._struct), embedding.data_ptr(), position, logits.data_ptr(), threads)
+            status = self._step(
+                ctypes.byref(self._struct),
+                embedding.data_ptr(),
+                embedding.nbytes,
+                position,
+                logits.data_ptr(),
+                logits.nbytes,
+                threads,
+            )
+            if status:
+                native.check(status, "decoder step")
             for layer in layers:
                 layer.length = position + 1
         return logits
@@ -187,7 +212,8 @@ class NativeDecoder:
     def _embedding(self, token: int) -> Tensor:
         if not 0 <= token < self._rows.shape[0]:
             raise HalfplateError(f"token={token} is outside the vocabulary of {self._rows.shape[0]}")
-        row: Tensor = self._rows[token].to(torch.float32)
+        row: Tensor = self._rows[token].detach().to(torch.float32).contiguous()
+        native.address(row, torch.float32, "the embedding")
         return row
 
     def _bind(self, cache: GrowingCache, threads: int) -> None:
@@ -201,16 +227,25 @@ class NativeDecoder:
                 "pass one that this model filled with one sequence"
             )
         for block, layer in zip(self._blocks, layers, strict=True):
-            block.keys, block.values = layer.key_buffer.data_ptr(), layer.value_buffer.data_ptr()
+            for place, (name, buffer) in enumerate((("keys", layer.key_buffer), ("values", layer.value_buffer))):
+                setattr(block, name, native.address(buffer, torch.float32, f"the cache of {name}"))
+                block.cache_bytes[place] = buffer.nbytes
         if self._sized == (capacity, threads):
             return
-        tables = self._rotary(torch.empty(1), torch.arange(capacity)[None])
-        self._tables = [table[0].to(torch.float32).contiguous() for table in tables]
-        struct.cosines, struct.sines = (table.data_ptr() for table in self._tables)
+        like = torch.empty(1, dtype=torch.float32, device=CPU)
+        tables = self._rotary(like, torch.arange(capacity, dtype=torch.int64, device=CPU)[None])
+        self._tables = [table[0].detach().to(torch.float32).contiguous() for table in tables]
+        struct.cosines, struct.sines = (
+            native.address(table, torch.float32, "the rotary embedding") for table in self._tables
+        )
+        struct.table_bytes[:] = [table.nbytes for table in self._tables]
         struct.capacity = capacity
         floats = native.library().halfplate_decoder_scratch(ctypes.byref(struct), threads)
-        self._scratch = torch.empty(floats + 16)
-        struct.scratch = self._scratch.data_ptr() + -self._scratch.data_ptr() % 64
+        native.check(floats, "decoder step")
+        scratch = torch.empty(floats + 16, dtype=torch.float32, device=CPU)
+        start = -scratch.data_ptr() % 64
+        self._scratch, struct.scratch = scratch, scratch.data_ptr() + start
+        struct.scratch_bytes = scratch.nbytes - start
         self._sized = (capacity, threads)
 
 
@@ -347,6 +382,7 @@ class _Told(BaseStreamer):
         pass
 
 
+@plain_defaults()
 @torch.no_grad()
 def greedy(
     model: Any,
@@ -388,4 +424,4 @@ def greedy(
         if len(tokens) == new_tokens or tokens[-1] in stop_ids:
             break
         logits = decoder.step(tokens[-1], cache).to(logits.dtype)
-    return torch.cat([ids, torch.tensor([tokens], dtype=ids.dtype)], dim=1)
+    return torch.cat([ids, torch.tensor([tokens], dtype=ids.dtype, device=ids.device)], dim=1)

@@ -127,7 +127,7 @@ class PackedLinear(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
-        device = fn(torch.empty(0)).device
+        device = fn(torch.empty(0, dtype=torch.float32, device="cpu")).device
         if device.type != "cpu":
             raise HalfplateError(
                 f"device={str(device)!r}: the linear is packed for the processor; call halfplate.runtime.restore(model) first"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, check_stored, connect
 from halfplate.kernels import native
@@ -53,6 +54,7 @@ def check_options(activations: str, head_dtype: str | None) -> None:
         raise HalfplateError(f"head_dtype={head_dtype!r} is not one of {', '.join(HEAD_DTYPES)}")
 
 
+@plain_defaults()
 @torch.no_grad()
 def accelerate(
     model: Any, activations: str = "float", head_dtype: str | None = None, dense_dtype: str | None = None
@@ -83,6 +85,14 @@ def accelerate(
     return Acceleration(tuple(paths), decoder.install(model))
 
 
+@torch.no_grad()
+def accelerate_linears(module: nn.Module) -> None:
+    """Replace the compressed linears below `module` by the fastest that this machine has, in place."""
+    for name, linear in list(module.named_modules()):
+        if isinstance(linear, CompressedLinear):
+            _replace(module, name, linear, "float", None)
+
+
 def explain(model: Any) -> Acceleration:
     """Which path each linear of a loaded model takes, and what decodes."""
     kinds = (PackedLinear, CompressedLinear, nn.Linear)
@@ -96,6 +106,7 @@ def explain(model: Any) -> Acceleration:
     return Acceleration(paths, decoder.why_not(model) or "native")
 
 
+@plain_defaults()
 def restore(model: Any) -> None:
     """Undo `accelerate`, in place: every linear becomes what it was packed from."""
     decoder.uninstall(model)
@@ -106,7 +117,8 @@ def restore(model: Any) -> None:
             model.set_submodule(name, module.restored().train(module.training))
     connect(model)
     if hasattr(model, "tie_weights"):
-        model.tie_weights()
+        # By what was tied on loading: transformers leaves apart what the files hold with different values, whatever the config says.
+        model.tie_weights(recompute_mapping=False)
 
 
 def bf16_kernels(device: str) -> Callable[[nn.Linear], nn.Module] | None:

@@ -10,10 +10,37 @@ from torch.nn import functional
 
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec
+from halfplate.kernels.capability import NO_ORDER, NO_RANK, Backend, anything, check_tensors, one_of, pattern_of
 
 # Sparse tensor cores came with Ampere.
 OLDEST_CAPABILITY = (8, 0)
 Pack = Callable[[Tensor], Tensor]
+SEMI_STRUCTURED = Backend(
+    "semi-structured products of torch",
+    {
+        "d_out": anything(),
+        "d_in": anything(),
+        "pattern": pattern_of(("2:4",), "semi-structured products are for pattern 2:4, not {value}", "--pattern 2:4"),
+        "core_dtype": one_of(
+            "core_dtype",
+            ("bf16", "fp16", "int8", "int4", "int3", "int2"),
+            "semi-structured products of torch take no core of type {value} and pattern 2:4; compress with core_dtype='bf16'",
+            "--core-dtype bf16",
+        ),
+        "out_block": anything(),
+        "in_block": anything(),
+        "wrapper_dtype": one_of(
+            "wrapper_dtype",
+            ("fp32", "bf16", "fp16", "int8"),
+            "semi-structured products have no wrapper_dtype={value!r}",
+            "--wrapper-dtype bf16",
+        ),
+        "rank": NO_RANK,
+        "permuted": NO_ORDER,
+        "group": anything(),  # scales are multiplied in when the core is packed
+        "in_shared": anything(),
+    },
+)
 
 
 class SemiStructuredLinear(nn.Module):
@@ -86,6 +113,7 @@ def prepare(module: CompressedLinear) -> SemiStructuredLinear | str:
     reason = unsupported(module.spec) or _unsupported_device(module.weight.device)
     if reason is not None:
         return reason
+    check_tensors(module.spec.alone, module.tensors())
     dtype = torch.float16 if module.spec.core_dtype == "fp16" else torch.bfloat16
     refusals = []
     for backend, pack in (
@@ -102,15 +130,8 @@ def prepare(module: CompressedLinear) -> SemiStructuredLinear | str:
 
 def unsupported(spec: WeightSpec) -> str | None:
     """Why no semi-structured product of torch can run a matrix of `spec` on any device; None where one may."""
-    if str(spec.pattern) != "2:4":
-        return f"semi-structured products are for pattern 2:4, not {spec.pattern}"
-    if spec.rank:
-        return "semi-structured products are not combined with a low-rank part"
-    if spec.permuted:
-        return "semi-structured products are not combined with inputs in an order of the matrix's own"
-    if spec.core_dtype == "fp32":
-        return "semi-structured products of torch take no fp32 core of pattern 2:4; compress with core_dtype='bf16'"
-    return None
+    refusal = SEMI_STRUCTURED.refusal(spec)
+    return None if refusal is None else refusal.reason
 
 
 def _unsupported_device(device: torch.device) -> str | None:

@@ -65,5 +65,7 @@ def _assigned(score: Tensor, order: Tensor, place: int, pattern: Pattern) -> Ten
         gains[start : start + step] = above.sum(-1)
     chosen, groups = linear_sum_assignment(gains.cpu().numpy(), maximize=True)
     assigned = torch.empty_like(moving)
-    assigned[torch.as_tensor(groups)] = moving[torch.as_tensor(chosen)]
+    assigned[torch.as_tensor(groups, dtype=torch.int64, device="cpu")] = moving[
+        torch.as_tensor(chosen, dtype=torch.int64, device="cpu")
+    ]
     return assigned

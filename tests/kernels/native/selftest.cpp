@@ -10,16 +10,22 @@
 #include <random>
 #include <vector>
 
+#include "armor.h"
 #include "layout.h"
 #include "pack.h"
 #include "runtime.h"
 
 extern "C" {
-void halfplate_place(halfplate::Packed *, int32_t);
-int32_t halfplate_pack(halfplate::Packed *, const halfplate::Stored *, int64_t);
-void halfplate_unpack(const halfplate::Packed *, const halfplate::Stored *, int64_t);
-int32_t halfplate_linear(const halfplate::Packed *, const float *, int64_t, float *, int64_t, int64_t, int64_t);
-void halfplate_expand(const halfplate::Packed *, void *, int32_t, int64_t);
+int32_t halfplate_place(halfplate::Packed *, int32_t);
+int32_t halfplate_pack(halfplate::Packed *, int64_t, const halfplate::Stored *, int64_t);
+int32_t halfplate_unpack(const halfplate::Packed *, int64_t, const halfplate::Stored *, int64_t);
+int32_t halfplate_linear(const halfplate::Packed *, int64_t, const float *, int64_t, int64_t, float *, int64_t, int64_t, int64_t);
+int32_t halfplate_wrap(const halfplate::Packed *, int64_t, int32_t, const float *, int64_t, int64_t, float *, int64_t, int64_t, int64_t);
+int32_t halfplate_expand(const halfplate::Packed *, int64_t, void *, int64_t, int32_t, int64_t);
+int64_t halfplate_decoder_scratch(halfplate::Decoder *, int64_t);
+int32_t halfplate_step(const halfplate::Decoder *, const float *, int64_t, int64_t, float *, int64_t, int64_t);
+int32_t halfplate_sweep(const halfplate::Problem *, double *, int64_t);
+int32_t halfplate_gram_sweep(const halfplate::GramSweep *);
 const char *halfplate_isa();
 }
 
@@ -87,7 +93,10 @@ struct Linear {
     void point() {
         auto data = [](Bytes &b) { return b.empty() ? nullptr : static_cast<void *>(b.data()); };
         stored = {data(weight),  data(index),     data(scales),  data(out_blocks), data(out_tail),
-                  data(out_scales), data(in_blocks), data(in_tail), data(in_scales),  bias.empty() ? nullptr : bias.data()};
+                  data(out_scales), data(in_blocks), data(in_tail), data(in_scales),  bias.empty() ? nullptr : bias.data(), {}};
+        const Bytes *parts[] = {&weight, &index, &scales, &out_blocks, &out_tail, &out_scales, &in_blocks, &in_tail, &in_scales};
+        for (int i = 0; i < 9; ++i) stored.bytes[i] = int64_t(parts[i]->size());
+        stored.bytes[9] = int64_t(4 * bias.size());
     }
     Packed &packed() { return *reinterpret_cast<Packed *>(blob.data() + (64 - reinterpret_cast<uintptr_t>(blob.data()) % 64) % 64); }
 };
@@ -144,7 +153,7 @@ void random_linear(Linear &m, bool random_bytes) {
         for (Bytes *part : {&m.weight, &m.index, &m.scales, &m.out_blocks, &m.out_tail, &m.out_scales, &m.in_blocks, &m.in_tail, &m.in_scales})
             for (uint8_t &b : *part) b = uint8_t(random_below(256));
     m.point();
-    halfplate_place(&p, !m.bias.empty());
+    if (halfplate_place(&p, !m.bias.empty())) std::abort();
     m.blob.assign(size_t(p.nbytes + 64), 0xee);
     m.packed() = p;
 }
@@ -224,7 +233,7 @@ void check_round_trip(Linear &m) {
     back.in_scales.resize(m.in_scales.size());
     back.bias.resize(m.bias.size());
     back.point();
-    halfplate_unpack(&m.packed(), &back.stored, 2);
+    if (halfplate_unpack(&m.packed(), m.head.nbytes, &back.stored, 2)) fail(m.head, "not unpacked", 0);
     const bool same = back.weight == m.weight && back.index == m.index && back.scales == m.scales && back.out_blocks == m.out_blocks &&
                       back.out_tail == m.out_tail && back.out_scales == m.out_scales && back.in_blocks == m.in_blocks &&
                       back.in_tail == m.in_tail && back.in_scales == m.in_scales && back.bias == m.bias;
@@ -239,9 +248,11 @@ void check_product(Linear &m, int64_t tokens) {
     const int64_t ldx = p.d_in + 3;  // rows apart
     std::vector<float> x(size_t(tokens * ldx - 3)), y(size_t(tokens * p.d_out)), again(y.size());
     for (float &v : x) v = random_float();
-    if (halfplate_linear(&m.packed(), x.data(), ldx, y.data(), p.d_out, tokens, 1)) fail(p, "no memory", 0);
+    const int64_t x_bytes = int64_t(4 * x.size()), y_bytes = int64_t(4 * y.size());
+    const int32_t status = halfplate_linear(&m.packed(), p.nbytes, x.data(), x_bytes, ldx, y.data(), y_bytes, tokens, 1);
+    if (status) fail(p, "not multiplied", status);
     for (int64_t threads = 2; threads <= 5; threads += 3) {
-        halfplate_linear(&m.packed(), x.data(), ldx, again.data(), p.d_out, tokens, threads);
+        halfplate_linear(&m.packed(), p.nbytes, x.data(), x_bytes, ldx, again.data(), y_bytes, tokens, threads);
         if (std::memcmp(y.data(), again.data(), 4 * y.size())) fail(p, "threads change the result", double(threads));
     }
     for (int64_t k = 0; k < tokens; ++k) {
@@ -271,9 +282,179 @@ void check_product(Linear &m, int64_t tokens) {
     }
     if (p.activations == halfplate::BYTES) return;
     std::vector<float> dense(size_t(p.d_out * p.d_in));
-    halfplate_expand(&m.packed(), dense.data(), 0, 2);
+    if (halfplate_expand(&m.packed(), p.nbytes, dense.data(), int64_t(4 * dense.size()), 0, 2)) fail(p, "not expanded", 0);
     for (size_t i = 0; i < dense.size(); ++i)
         if (!(std::fabs(double(dense[i]) - s[i]) <= 1e-6 * std::fabs(s[i]))) fail(p, "expanded core", dense[i] - s[i]);
+}
+
+// Every buffer one byte, one number or one element type off, on the heap, where a sanitizer sees the first byte too many.
+void check_refusals(Linear &m, int64_t tokens) {
+    const Packed &p = m.head, *packed = &m.packed();
+    const int64_t size = p.nbytes, x_bytes = 4 * tokens * p.d_in, y_bytes = 4 * tokens * p.d_out;
+    std::vector<float> x(size_t(tokens * p.d_in), 1), y(size_t(tokens * p.d_out), 7);
+    auto expect = [&](int32_t status, const char *what) {
+        if (status >= 0) fail(p, what, status);
+    };
+    for (int64_t off : {-4, -1, 1, 4}) {
+        expect(halfplate_linear(packed, size + off, x.data(), x_bytes, p.d_in, y.data(), y_bytes, tokens, 1), "packed size");
+        expect(halfplate_linear(packed, size, x.data(), x_bytes + off, p.d_in, y.data(), y_bytes, tokens, 1), "x size");
+        expect(halfplate_linear(packed, size, x.data(), x_bytes, p.d_in, y.data(), y_bytes + off, tokens, 1), "y size");
+        expect(halfplate_expand(packed, size, y.data(), 4 * p.d_out * p.d_in + off, 0, 1), "expanded size");
+        for (int side = 0; side < 2; ++side) {
+            const int64_t width = side ? p.d_out : p.d_in;
+            expect(halfplate_wrap(packed, size, side, x.data(), 4 * tokens * width, width, y.data(), 4 * tokens * width + off, tokens, 1), "wrapped size");
+        }
+        for (int part = 0; part < 10; ++part) {
+            Stored wrong = m.stored;
+            wrong.bytes[part] += off;
+            expect(halfplate_unpack(packed, size, &wrong, 1), "stored size");
+            Bytes blob = m.blob;
+            expect(halfplate_pack(reinterpret_cast<Packed *>(blob.data() + (reinterpret_cast<const uint8_t *>(packed) - m.blob.data())), size, &wrong, 1), "stored size to pack");
+        }
+    }
+    for (int64_t wrong : {int64_t(0), int64_t(-1), int64_t(1) << 40, int64_t(1) << 62, INT64_MIN, INT64_MAX}) {
+        expect(halfplate_linear(packed, size, x.data(), x_bytes, p.d_in, y.data(), y_bytes, wrong, 1), "tokens");
+        if (tokens > 1) expect(halfplate_linear(packed, size, x.data(), x_bytes, wrong, y.data(), y_bytes, tokens, 1), "stride");
+        if (wrong <= 0) expect(halfplate_linear(packed, size, x.data(), x_bytes, p.d_in, y.data(), y_bytes, tokens, wrong), "threads");
+    }
+    expect(halfplate_linear(packed, size, nullptr, x_bytes, p.d_in, y.data(), y_bytes, tokens, 1), "no x");
+    expect(halfplate_linear(nullptr, size, x.data(), x_bytes, p.d_in, y.data(), y_bytes, tokens, 1), "no matrix");
+    for (float v : y)
+        if (v != 7) fail(p, "written before it was refused", v);
+    // A damaged header is refused, or describes a matrix of the same size and stays in bounds.
+    Bytes blob(size_t(size) + 64);
+    auto *copy = reinterpret_cast<Packed *>(blob.data() + (64 - reinterpret_cast<uintptr_t>(blob.data()) % 64) % 64);
+    for (int i = 0; i < 8; ++i) {
+        std::memcpy(copy, packed, size_t(size));
+        reinterpret_cast<uint8_t *>(copy)[random_below(int(sizeof(Packed)))] ^= uint8_t(1 + random_below(255));
+        halfplate_linear(copy, size, x.data(), x_bytes, p.d_in, y.data(), y_bytes, tokens, 1 + random_below(3));
+    }
+}
+
+Linear &dense_linear(std::vector<Linear> &all, int64_t d_out, int64_t d_in) {
+    all.emplace_back();
+    Linear &m = all.back();
+    m.head.d_out = d_out;
+    m.head.d_in = d_in;
+    m.head.kind = random_below(5);
+    random_linear(m, false);
+    if (halfplate_pack(&m.packed(), m.head.nbytes, &m.stored, 1)) fail(m.head, "refused", 0);
+    return m;
+}
+
+// A decoder of one block: steps inside the capacity run, anything else is refused before it writes.
+void check_decoder() {
+    constexpr int64_t HIDDEN = 24, HEADS = 4, KV = 2, HEAD = 6, WIDE = 40, VOCABULARY = 50, CAPACITY = 5;
+    std::vector<Linear> all;
+    all.reserve(8);
+    std::vector<float> norm(HIDDEN, 1), keys(KV * CAPACITY * HEAD), values(keys.size()), cosines(CAPACITY * HEAD, 1), sines(cosines.size());
+    std::vector<float> embedding(HIDDEN, 0.5f), logits(VOCABULARY);
+    halfplate::DecoderBlock block{};
+    block.input_norm = block.post_norm = norm.data();
+    block.norm_bytes[0] = block.norm_bytes[1] = 4 * HIDDEN;
+    const int64_t shapes[7][2] = {{HEADS * HEAD, HIDDEN}, {KV * HEAD, HIDDEN}, {KV * HEAD, HIDDEN}, {HIDDEN, HEADS * HEAD},
+                                  {WIDE, HIDDEN}, {WIDE, HIDDEN}, {HIDDEN, WIDE}};
+    const Packed **places[7] = {&block.q, &block.k, &block.v, &block.o, &block.gate, &block.up, &block.down};
+    for (int i = 0; i < 7; ++i) {
+        Linear &m = dense_linear(all, shapes[i][0], shapes[i][1]);
+        *places[i] = &m.packed();
+        block.linear_bytes[i] = m.head.nbytes;
+    }
+    Linear &head = dense_linear(all, VOCABULARY, HIDDEN);
+    block.keys = keys.data();
+    block.values = values.data();
+    block.cache_bytes[0] = block.cache_bytes[1] = int64_t(4 * keys.size());
+    halfplate::Decoder d{};
+    d.hidden = HIDDEN, d.heads = HEADS, d.kv_heads = KV, d.head_dim = HEAD, d.intermediate = WIDE, d.vocabulary = VOCABULARY;
+    d.blocks = 1, d.capacity = CAPACITY, d.epsilon = 1e-5f, d.embedding_scale = 1, d.attention_scale = 0.4f;
+    d.final_norm = norm.data(), d.final_norm_bytes = 4 * HIDDEN;
+    d.head = &head.packed(), d.head_bytes = head.head.nbytes;
+    d.block = &block, d.block_bytes = sizeof block;
+    d.cosines = cosines.data(), d.sines = sines.data();
+    d.table_bytes[0] = d.table_bytes[1] = int64_t(4 * cosines.size());
+    const int64_t floats = halfplate_decoder_scratch(&d, 2);
+    if (floats < 0) fail(head.head, "decoder refused", double(floats));
+    std::vector<float> room(size_t(floats + 16));
+    d.scratch = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) % 64 / 4;
+    d.scratch_bytes = 4 * floats;
+    auto step = [&](const halfplate::Decoder &with, int64_t position, int64_t in, int64_t out, int64_t threads) {
+        return halfplate_step(&with, embedding.data(), in, position, logits.data(), out, threads);
+    };
+    auto expect = [&](bool right, const char *what) {
+        if (!right) fail(head.head, what, 0);
+    };
+    for (int64_t position = 0; position < CAPACITY; ++position) expect(step(d, position, 4 * HIDDEN, 4 * VOCABULARY, 2) == 0, "a step");
+    expect(step(d, CAPACITY, 4 * HIDDEN, 4 * VOCABULARY, 2) < 0, "a position behind the cache");
+    expect(step(d, -1, 4 * HIDDEN, 4 * VOCABULARY, 2) < 0, "a position before the cache");
+    expect(step(d, 0, 2 * HIDDEN, 4 * VOCABULARY, 2) < 0, "an embedding in halves");
+    expect(step(d, 0, 4 * HIDDEN, 8 * VOCABULARY, 2) < 0, "logits in doubles");
+    expect(step(d, 0, 4 * HIDDEN, 4 * VOCABULARY, 3) < 0, "threads that the scratch is not for");
+    auto refused = [&](auto change, const char *what) {
+        halfplate::Decoder wrong = d;
+        halfplate::DecoderBlock other = block;
+        wrong.block = &other;
+        change(wrong, other);
+        const bool stepped = step(wrong, 0, 4 * HIDDEN, 4 * VOCABULARY, 2) == 0;
+        expect(!stepped || halfplate_decoder_scratch(&wrong, 2) < 0, what);
+    };
+    refused([](auto &w, auto &) { w.scratch_bytes -= 4; }, "short scratch");
+    refused([](auto &w, auto &) { w.scratch = nullptr; }, "no scratch");
+    refused([](auto &w, auto &) { w.capacity += 1; }, "a capacity beyond the cache");
+    refused([](auto &w, auto &) { w.table_bytes[1] -= 4; }, "short tables");
+    refused([](auto &w, auto &) { w.final_norm_bytes /= 2; }, "a norm in halves");
+    refused([](auto &, auto &b) { b.cache_bytes[1] -= 4; }, "a short cache");
+    refused([](auto &, auto &b) { b.norm_bytes[0] -= 4; }, "a short norm");
+    refused([](auto &, auto &b) { b.linear_bytes[3] += 64; }, "a matrix of another size");
+    refused([](auto &, auto &b) { std::swap(b.q, b.down), std::swap(b.linear_bytes[0], b.linear_bytes[6]); }, "matrices of other shapes");
+    refused([](auto &, auto &b) { b.o = nullptr; }, "no matrix");
+}
+
+// The solver's sweeps on small problems, and with each buffer one number short.
+void check_solver() {
+    const int64_t patterns[][2] = {{2, 4}, {1, 1}, {3, 8}, {16, 32}, {1, 256}};
+    for (const auto &pattern : patterns) {
+        const int64_t row_tile = 1 + random_below(9), row_tiles = 1 + random_below(3), col_tiles = 1 + random_below(3);
+        const int64_t col_tile = pattern[1] * (1 + random_below(2)), rows = row_tile * row_tiles, cols = col_tile * col_tiles;
+        auto floats = [](int64_t count) {
+            std::vector<float> v(static_cast<size_t>(count));
+            for (float &x : v) x = random_float();
+            return v;
+        };
+        std::vector<float> weight = floats(rows * cols), out = floats(rows * row_tile), in = floats(cols * col_tile), moment(size_t(cols), 1.0f);
+        std::vector<float> core = floats(rows * cols), error = floats(rows * cols), product = floats(rows * cols), gram(size_t(cols * cols));
+        std::vector<float> steps(size_t(rows * halfplate::ceil_div(cols, 2 * pattern[1])), 0.1f);
+        for (int64_t i = 0; i < cols; ++i) gram[size_t(i * cols + i)] = 1;
+        std::vector<double> losses(size_t(row_tiles * col_tiles));
+        auto bytes = [](const auto &v) { return int64_t(v.size() * sizeof v[0]); };
+        // A core of more values than the pattern keeps is wrong, but nothing is written outside of it.
+        halfplate::Problem p{weight.data(), out.data(), in.data(), moment.data(), core.data(), row_tiles, row_tile, col_tiles, col_tile,
+                             pattern[0], pattern[1], 2, {bytes(weight), bytes(out), bytes(in), bytes(moment), bytes(core)}};
+        halfplate::GramSweep g{core.data(), error.data(), product.data(), out.data(), gram.data(), steps.data(), row_tiles, row_tile, cols,
+                               pattern[0], pattern[1], -8, 7, 2 * pattern[1], 1, 2,
+                               {bytes(core), bytes(error), bytes(product), bytes(out), bytes(gram), bytes(steps)}};
+        auto expect = [&](bool right, const char *what) {
+            if (right) return;
+            std::printf("solver %ld:%ld: %s\n", long(pattern[0]), long(pattern[1]), what);
+            std::exit(1);
+        };
+        expect(halfplate_sweep(&p, losses.data(), bytes(losses)) == 0, "sweep refused");
+        expect(halfplate_gram_sweep(&g) == 0, "sweep over the Gram refused");
+        expect(halfplate_sweep(&p, losses.data(), bytes(losses) / 2) < 0, "losses in floats");
+        for (int64_t &size : p.bytes) {
+            size -= 4;
+            expect(halfplate_sweep(&p, losses.data(), bytes(losses)) < 0, "a short buffer");
+            size += 4;
+        }
+        for (int64_t &size : g.bytes) {
+            size += 4;
+            expect(halfplate_gram_sweep(&g) < 0, "a long buffer");
+            size -= 4;
+        }
+        p.kept = 17, p.group = 64;
+        expect(halfplate_sweep(&p, losses.data(), bytes(losses)) < 0, "a pattern there is no room for");
+        g.cols = -4;
+        expect(halfplate_gram_sweep(&g) < 0, "a size below 0");
+    }
 }
 
 }  // namespace
@@ -298,17 +479,20 @@ int main(int count, char **arguments) {
         }
         const bool random_bytes = i % 10 == 9;
         random_linear(m, random_bytes);
-        const int32_t refused = halfplate_pack(&m.packed(), &m.stored, 1 + random_below(3));
+        const int32_t refused = halfplate_pack(&m.packed(), p.nbytes, &m.stored, 1 + random_below(3));
         if (random_bytes) {
             // Whatever a file holds, packing and multiplying stay in bounds; the sanitizers watch.
             std::vector<float> x(size_t(2 * p.d_in), 1), y(size_t(2 * p.d_out));
-            halfplate_linear(&m.packed(), x.data(), p.d_in, y.data(), p.d_out, 2, 2);
+            halfplate_linear(&m.packed(), p.nbytes, x.data(), int64_t(4 * x.size()), p.d_in, y.data(), int64_t(4 * y.size()), 2, 2);
             continue;
         }
         if (refused) fail(p, "refused", refused);
         check_round_trip(m);
         check_product(m, 1 + random_below(7));
+        check_refusals(m, 1 + random_below(3));
     }
+    check_decoder();
+    check_solver();
     std::printf("%d cases on %s\n", cases, halfplate_isa());
     return 0;
 }

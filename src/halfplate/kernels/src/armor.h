@@ -15,6 +15,7 @@ struct Problem {
     int64_t row_tiles, row_tile, col_tiles, col_tile;
     int64_t kept, group;      // N, M
     int64_t threads;
+    int64_t bytes[5];         // of weight, out_blocks, in_blocks, moment and core
 };
 
 // Every stage also writes the loss of each tile as it was on entry: double (row_tiles, col_tiles).
@@ -34,6 +35,7 @@ struct GramSweep {
     int64_t step_width;               // columns that share a step; a multiple of M
     int64_t off_grid;                 // 1 where S is not on the grid yet, so that no group may stay as it is
     int64_t threads;
+    int64_t bytes[6];                 // of core, error, product, out_gram, in_gram and steps
 };
 
 struct Stages {

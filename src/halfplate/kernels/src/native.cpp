@@ -7,7 +7,7 @@
 #include <new>
 
 #include "armor.h"
-#include "layout.h"
+#include "checks.h"
 #include "pack.h"
 #include "runtime.h"
 
@@ -60,94 +60,166 @@ float *scratch(int64_t floats) {
     return kept.data;
 }
 
+// Runs a stage of the solver; what memory it lacks is told, as no exception may leave C.
+template <class Work>
+int32_t guarded(Work work) {
+    try {
+        work();
+    } catch (const std::bad_alloc &) {
+        return NO_MEMORY;
+    }
+    return DONE;
+}
+
+int32_t moments(Stage stage, const Problem *p, double *cross, double *square, int64_t moment_bytes, int64_t wanted,
+                double *losses, int64_t loss_bytes) {
+    if (!holds(cross, moment_bytes, wanted) || !holds(square, moment_bytes, wanted)) return BAD_SIZE;
+    Problem bounded = *p;
+    bounded.threads = team(p->threads);
+    return guarded([&] { stage(bounded, cross, square, losses); });
+}
+
 }  // namespace
 }  // namespace halfplate
 
 #define EXPORT __attribute__((visibility("default")))
 
+// Every entry point that is given a buffer is given its size in bytes, checks it before anything is written, and returns a
+// Status (checks.h).
 extern "C" {
 
 EXPORT const char *halfplate_isa() { return halfplate::stages().isa; }
 
-EXPORT void halfplate_output_moments(const halfplate::Problem *p, double *cross, double *square, double *losses) {
-    halfplate::stages().output_moments(*p, cross, square, losses);
+EXPORT int32_t halfplate_output_moments(const halfplate::Problem *p, double *cross, double *square, int64_t moment_bytes,
+                                        double *losses, int64_t loss_bytes) {
+    if (p == nullptr || p->threads < 1) return halfplate::BAD_NUMBER;
+    if (const int32_t bad = halfplate::check_problem(*p, losses, loss_bytes)) return bad;
+    return halfplate::moments(halfplate::stages().output_moments, p, cross, square, moment_bytes,
+                              8 * p->row_tiles * p->row_tile * p->row_tile, losses, loss_bytes);
 }
 
-EXPORT void halfplate_input_moments(const halfplate::Problem *p, double *cross, double *square, double *losses) {
-    halfplate::stages().input_moments(*p, cross, square, losses);
+EXPORT int32_t halfplate_input_moments(const halfplate::Problem *p, double *cross, double *square, int64_t moment_bytes,
+                                       double *losses, int64_t loss_bytes) {
+    if (p == nullptr || p->threads < 1) return halfplate::BAD_NUMBER;
+    if (const int32_t bad = halfplate::check_problem(*p, losses, loss_bytes)) return bad;
+    return halfplate::moments(halfplate::stages().input_moments, p, cross, square, moment_bytes,
+                              8 * p->col_tiles * p->col_tile * p->col_tile, losses, loss_bytes);
 }
 
-EXPORT void halfplate_sweep(const halfplate::Problem *p, double *losses) {
-    halfplate::stages().sweep(*p, nullptr, nullptr, losses);
+EXPORT int32_t halfplate_sweep(const halfplate::Problem *p, double *losses, int64_t loss_bytes) {
+    if (p == nullptr || p->threads < 1) return halfplate::BAD_NUMBER;
+    if (const int32_t bad = halfplate::check_problem(*p, losses, loss_bytes)) return bad;
+    halfplate::Problem bounded = *p;
+    bounded.threads = halfplate::team(p->threads);
+    return halfplate::guarded([&] { halfplate::stages().sweep(bounded, nullptr, nullptr, losses); });
 }
 
-EXPORT void halfplate_gram_sweep(const halfplate::GramSweep *p) { halfplate::stages().gram_sweep(*p); }
+EXPORT int32_t halfplate_gram_sweep(const halfplate::GramSweep *p) {
+    if (p == nullptr || p->threads < 1) return halfplate::BAD_NUMBER;
+    if (const int32_t bad = halfplate::check_gram_sweep(*p)) return bad;
+    halfplate::GramSweep bounded = *p;
+    bounded.threads = halfplate::team(p->threads);
+    return halfplate::guarded([&] { halfplate::stages().gram_sweep(bounded); });
+}
 
 // Sets the offsets and the size of a header whose other fields are given.
-EXPORT void halfplate_place(halfplate::Packed *header, int32_t bias) { halfplate::place(*header, bias != 0); }
-
-EXPORT int32_t halfplate_pack(halfplate::Packed *packed, const halfplate::Stored *stored, int64_t threads) {
-    return halfplate::pack(*packed, *stored, threads);
+EXPORT int32_t halfplate_place(halfplate::Packed *header, int32_t bias) {
+    if (header == nullptr || !halfplate::sensible(*header)) return halfplate::BAD_HEADER;
+    halfplate::place(*header, bias != 0);
+    return halfplate::DONE;
 }
 
-EXPORT void halfplate_unpack(const halfplate::Packed *packed, const halfplate::Stored *stored, int64_t threads) {
-    halfplate::unpack(*packed, *stored, threads);
+// Also returns the refusals of pack.h.
+EXPORT int32_t halfplate_pack(halfplate::Packed *packed, int64_t packed_bytes, const halfplate::Stored *stored, int64_t threads) {
+    if (!halfplate::sound(packed, packed_bytes)) return halfplate::BAD_HEADER;
+    if (threads < 1) return halfplate::BAD_NUMBER;
+    if (stored == nullptr || !halfplate::holds_stored(*packed, *stored)) return halfplate::BAD_SIZE;
+    return halfplate::pack(*packed, *stored, halfplate::team(threads));
 }
 
-// Linears that read inputs of as many tokens; their scratch is filled in. Returns 1 where memory ran out.
-EXPORT int32_t halfplate_apply(halfplate::Job *jobs, int64_t count, int64_t tokens, int64_t threads) {
+EXPORT int32_t halfplate_unpack(const halfplate::Packed *packed, int64_t packed_bytes, const halfplate::Stored *stored,
+                                int64_t threads) {
+    if (!halfplate::sound(packed, packed_bytes)) return halfplate::BAD_HEADER;
+    if (threads < 1) return halfplate::BAD_NUMBER;
+    if (stored == nullptr || !halfplate::holds_stored(*packed, *stored)) return halfplate::BAD_SIZE;
+    halfplate::unpack(*packed, *stored, halfplate::team(threads));
+    return halfplate::DONE;
+}
+
+// One linear: y (tokens, d_out), contiguous, of x (tokens, d_in), rows ldx apart.
+EXPORT int32_t halfplate_linear(const halfplate::Packed *packed, int64_t packed_bytes, const float *x, int64_t x_bytes,
+                                int64_t ldx, float *y, int64_t y_bytes, int64_t tokens, int64_t threads) {
+    if (!halfplate::sound(packed, packed_bytes)) return halfplate::BAD_HEADER;
+    if (threads < 1) return halfplate::BAD_NUMBER;
+    if (!halfplate::holds_rows(x, x_bytes, tokens, packed->d_in, ldx) ||
+        !halfplate::holds_rows(y, y_bytes, tokens, packed->d_out, packed->d_out))
+        return halfplate::BAD_SIZE;
+    threads = halfplate::team(threads);
     const halfplate::Runtime &run = halfplate::runtime();
-    int64_t floats = 0;
-    for (int64_t j = 0; j < count; ++j) floats += run.scratch_floats(*jobs[j].matrix, tokens, threads);
-    try {
-        float *next = halfplate::scratch(floats);
-        for (int64_t j = 0; j < count; ++j) {
-            jobs[j].scratch = next;
-            next += run.scratch_floats(*jobs[j].matrix, tokens, threads);
-        }
-    } catch (const std::bad_alloc &) {
-        return 1;
-    }
-    if (threads == 1) run.apply(jobs, count, tokens, 0, 1);
+    halfplate::Job job{packed, x, ldx, y, packed->d_out, nullptr};
+    const int32_t failed = halfplate::guarded([&] { job.scratch = halfplate::scratch(run.scratch_floats(*packed, tokens, threads)); });
+    if (failed) return failed;
+    if (threads == 1) run.apply(&job, 1, tokens, 0, 1);
     else {
 #pragma omp parallel num_threads(threads)
-        run.apply(jobs, count, tokens, omp_get_thread_num(), omp_get_num_threads());
+        run.apply(&job, 1, tokens, omp_get_thread_num(), omp_get_num_threads());
     }
-    return 0;
+    return halfplate::DONE;
 }
 
-// One linear: y (tokens, d_out) of x (tokens, d_in), rows ldx and ldy apart.
-EXPORT int32_t halfplate_linear(const halfplate::Packed *packed, const float *x, int64_t ldx, float *y, int64_t ldy,
-                                int64_t tokens, int64_t threads) {
-    halfplate::Job job{packed, x, ldx, y, ldy, nullptr};
-    return halfplate_apply(&job, 1, tokens, threads);
+// One wrapper alone, A where out_side, else B: y contiguous, rows of x ldx apart.
+EXPORT int32_t halfplate_wrap(const halfplate::Packed *packed, int64_t packed_bytes, int32_t out_side, const float *x,
+                              int64_t x_bytes, int64_t ldx, float *y, int64_t y_bytes, int64_t tokens, int64_t threads) {
+    if (!halfplate::sound(packed, packed_bytes) || (out_side ? packed->out_block : packed->in_block) == 0)
+        return halfplate::BAD_HEADER;
+    if (threads < 1) return halfplate::BAD_NUMBER;
+    const int64_t size = out_side ? packed->d_out : packed->d_in;
+    if (!halfplate::holds_rows(x, x_bytes, tokens, size, ldx) || !halfplate::holds_rows(y, y_bytes, tokens, size, size))
+        return halfplate::BAD_SIZE;
+#pragma omp parallel num_threads(halfplate::team(threads))
+    halfplate::runtime().wrap(*packed, out_side != 0, x, ldx, y, size, tokens, omp_get_thread_num(), omp_get_num_threads());
+    return halfplate::DONE;
 }
 
-// One wrapper alone: A where out_side, else B.
-EXPORT void halfplate_wrap(const halfplate::Packed *packed, int32_t out_side, const float *x, int64_t ldx, float *y,
-                           int64_t ldy, int64_t tokens, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-    halfplate::runtime().wrap(*packed, out_side != 0, x, ldx, y, ldy, tokens, omp_get_thread_num(), omp_get_num_threads());
-}
-
-EXPORT void halfplate_expand(const halfplate::Packed *packed, void *out, int32_t bf16, int64_t threads) {
-#pragma omp parallel num_threads(threads)
+EXPORT int32_t halfplate_expand(const halfplate::Packed *packed, int64_t packed_bytes, void *out, int64_t out_bytes, int32_t bf16,
+                                int64_t threads) {
+    if (!halfplate::sound(packed, packed_bytes) || packed->activations == halfplate::BYTES) return halfplate::BAD_HEADER;
+    if (threads < 1) return halfplate::BAD_NUMBER;
+    if (!halfplate::holds(out, out_bytes, packed->d_out * packed->d_in * (bf16 ? 2 : 4))) return halfplate::BAD_SIZE;
+#pragma omp parallel num_threads(halfplate::team(threads))
     halfplate::runtime().expand(*packed, out, bf16 != 0, omp_get_thread_num(), omp_get_num_threads());
+    return halfplate::DONE;
 }
 
-EXPORT int64_t halfplate_decoder_scratch(const halfplate::Decoder *decoder, int64_t threads) {
-    return halfplate::runtime().decoder_scratch(*decoder, threads);
+// Floats of scratch that a step of this decoder takes, or a Status below 0; the cache and the tables need not be there yet.
+EXPORT int64_t halfplate_decoder_scratch(halfplate::Decoder *decoder, int64_t threads) {
+    if (decoder == nullptr || threads < 1) return halfplate::BAD_NUMBER;
+    if (const int32_t bad = halfplate::check_decoder(*decoder, true)) return bad;
+    decoder->sized_threads = halfplate::team(threads);
+    decoder->sized_capacity = decoder->capacity;
+    decoder->sized_floats = halfplate::runtime().decoder_scratch(*decoder, decoder->sized_threads);
+    return decoder->sized_floats;
 }
 
-EXPORT void halfplate_step(const halfplate::Decoder *decoder, const float *embedding, int64_t position, float *logits,
-                           int64_t threads) {
+EXPORT int32_t halfplate_step(const halfplate::Decoder *decoder, const float *embedding, int64_t embedding_bytes, int64_t position,
+                              float *logits, int64_t logits_bytes, int64_t threads) {
+    if (decoder == nullptr || threads < 1) return halfplate::BAD_NUMBER;
+    if (const int32_t bad = halfplate::check_decoder(*decoder, false)) return bad;
+    threads = halfplate::team(threads);
+    if (const int32_t bad =
+            halfplate::check_step(*decoder, embedding, embedding_bytes, position, logits, logits_bytes, threads))
+        return bad;
 #pragma omp parallel num_threads(threads)
     halfplate::runtime().step(*decoder, embedding, position, logits, omp_get_thread_num(), omp_get_num_threads());
+    return halfplate::DONE;
 }
 
-EXPORT float halfplate_read(const float *data, int64_t count, int64_t threads) {
+// Sum of the bytes of a buffer as fast as it can be read, for measuring bandwidth; NaN where there is none.
+EXPORT float halfplate_read(const float *data, int64_t bytes, int64_t threads) {
+    if (data == nullptr || bytes < 4 || threads < 1) return __builtin_nanf("");
+    const int64_t count = bytes / 4;
     float sum = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : sum)
+#pragma omp parallel num_threads(halfplate::team(threads)) reduction(+ : sum)
     {
         const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
         const int64_t from = count * thread / all, to = count * (thread + 1) / all;

@@ -31,6 +31,7 @@ struct Stored {
     void *out_blocks, *out_tail, *out_scales;
     void *in_blocks, *in_tail, *in_scales;
     void *bias;                            // fp32 (d_out)
+    int64_t bytes[10];                     // of each of these, in this order
 };
 
 // Linears that read the same input, applied in one call: y_i (tokens, d_out_i) = x_i (A S B)^T + bias.
@@ -49,6 +50,7 @@ struct DecoderBlock {
     const Packed *q, *k, *v, *o, *gate, *up, *down;
     float *keys, *values;                  // (kv_heads, capacity, head_dim), the cache
     const float *query_norm, *key_norm;    // (head_dim), or null: norms of each head before its rotation
+    int64_t norm_bytes[4], linear_bytes[7], cache_bytes[2];  // of the norms, the linears, and keys and values, in this order
 };
 
 struct Decoder {
@@ -58,7 +60,9 @@ struct Decoder {
     const float *final_norm;               // (hidden)
     const Packed *head;
     const DecoderBlock *block;
-    float *scratch;                        // halfplate_decoder_scratch floats
+    float *scratch;                        // halfplate_decoder_scratch floats, from a multiple of 64 bytes
+    int64_t table_bytes[2], final_norm_bytes, head_bytes, block_bytes, scratch_bytes;  // of what these point to
+    int64_t sized_threads, sized_capacity, sized_floats;  // written by halfplate_decoder_scratch: what its answer was for, and is
 };
 
 struct Runtime {

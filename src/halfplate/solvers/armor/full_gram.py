@@ -73,5 +73,5 @@ def _scaled(weight: Tensor, gram: Tensor, damping: float) -> tuple[Tensor, Tenso
     inputs = torch.where(alive, inputs / mean, 1.0)
     scale = power_of_two(weight)
     scaled = (weight.double() / scale * inputs).to(torch.float32)
-    rows = torch.ones(len(weight), device=weight.device)
+    rows = torch.ones(len(weight), dtype=torch.float32, device=weight.device)
     return scaled, scaled_gram, Normalised(scaled, rows, (1 / inputs).to(torch.float32)), scale

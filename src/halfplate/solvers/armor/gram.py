@@ -10,7 +10,7 @@ from torch.nn import functional
 from halfplate.formats.rounding import GROUP
 from halfplate.kernels import native
 from halfplate.solvers.armor.problem import Factors, Problem, Wrapper
-from halfplate.solvers.armor.stages import Moments, native_pointers
+from halfplate.solvers.armor.stages import Moments, native_buffers
 from halfplate.solvers.armor.sweep import Grid, Levels, sweep_tiles
 from halfplate.solvers.armor.wrappers import regular_inverse, update_out_blocks
 
@@ -148,7 +148,9 @@ def updated_out(problem: GramProblem, point: Point) -> Tensor:
     shape = (tiles.row_tiles, tiles.row_tile, -1)
     core = factors.core.reshape(shape).mT
     moments = Moments(
-        (residual.reshape(shape) @ core).double(), (point.product.reshape(shape) @ core).double(), torch.zeros(0)
+        (residual.reshape(shape) @ core).double(),
+        (point.product.reshape(shape) @ core).double(),
+        torch.zeros(0, dtype=torch.float64, device=core.device),
     )
     return update_out_blocks(factors.out_blocks, moments, tiles.out_wrapper)
 
@@ -266,8 +268,9 @@ def _sweep_native(
     levels: Levels | None,
     off_grid: bool,
 ) -> None:
+    addresses, sizes = native_buffers(core, error, product, out_gram, in_gram, steps)
     arguments = native.GramSweep(
-        *native_pointers(core, error, product, out_gram, in_gram, steps),
+        *addresses,
         tiles.row_tiles,
         tiles.row_tile,
         core.shape[1],
@@ -277,5 +280,6 @@ def _sweep_native(
         GROUP if levels is None else levels.group,
         int(off_grid),
         torch.get_num_threads(),
+        sizes,
     )
-    native.library().halfplate_gram_sweep(ctypes.byref(arguments))
+    native.check(native.library().halfplate_gram_sweep(ctypes.byref(arguments)), "sweep over the core")

@@ -124,13 +124,18 @@ class PaperRun:
         size = size.transpose(1, 2).reshape(-1, row_tile * groups)  # (tiles, groups of the tile)
         # Inverting the cumulative distribution takes one random number a tile.
         cumulative = size.cumsum(1)
-        draws = torch.rand(size.shape[0], 1, generator=self.generator, device=size.device) * cumulative[:, -1:]
+        draws = (
+            torch.rand(size.shape[0], 1, generator=self.generator, dtype=torch.float32, device=size.device)
+            * cumulative[:, -1:]
+        )
         chosen = torch.searchsorted(cumulative, draws, right=True)[:, 0].clamp_max(size.shape[1] - 1)  # (tiles,)
-        tile = torch.arange(chosen.shape[0], device=chosen.device)
+        tile = torch.arange(chosen.shape[0], dtype=torch.int64, device=chosen.device)
         tile_row, tile_col = tile // problem.col_tiles, tile % problem.col_tiles
         local_row, start = chosen // groups, chosen % groups * m
         row = tile_row * row_tile + local_row  # (tiles,)
-        local = start[:, None] + torch.arange(m, device=chosen.device)  # (tiles, m), column inside the tile
+        local = start[:, None] + torch.arange(
+            m, dtype=torch.int64, device=chosen.device
+        )  # (tiles, m), column inside the tile
         column = tile_col[:, None] * col_tile + local
 
         picked = factors.in_blocks[tile_col[:, None], local]  # rows of B: (tiles, m, col_tile)
@@ -153,7 +158,9 @@ class PaperRun:
         problem, factors = self.problem, self.factors
         shape = (problem.row_tiles, problem.row_tile, problem.col_tiles, problem.col_tile)
         across = (problem.row_tiles, problem.col_tiles)
-        columns = tile_col[:, None] * problem.col_tile + torch.arange(problem.col_tile, device=row.device)
+        columns = tile_col[:, None] * problem.col_tile + torch.arange(
+            problem.col_tile, dtype=torch.int64, device=row.device
+        )
         self.right[row[:, None], columns] += step
         left = out_column.view(*across, -1).transpose(1, 2)[..., None]  # (row_tiles, row_tile, col_tiles, 1)
         weighted_step = step.view(*across, -1) * problem.moment.view(problem.col_tiles, -1)

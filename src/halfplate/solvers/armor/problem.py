@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,12 +79,12 @@ class Problem:
 
     def start(self) -> "Factors":
         """Identity wrappers around the core that NoWag-P keeps (section 3.2 of the paper)."""
-        device = self.weight.device
+        like: dict[str, Any] = {"dtype": torch.float32, "device": self.weight.device}
         mask = keep_largest(self.weight.square() * self.moment, self.pattern)
         return Factors(
-            torch.eye(self.row_tile, device=device).repeat(self.row_tiles, 1, 1),
+            torch.eye(self.row_tile, **like).repeat(self.row_tiles, 1, 1),
             self.weight * mask,
-            torch.eye(self.col_tile, device=device).repeat(self.col_tiles, 1, 1),
+            torch.eye(self.col_tile, **like).repeat(self.col_tiles, 1, 1),
         )
 
 

@@ -98,31 +98,48 @@ class NativeStages:
         return self._moments("input_moments", problem, factors, problem.col_tiles, problem.col_tile)
 
     def sweep(self, problem: Problem, factors: Factors) -> float:
-        losses = torch.empty(problem.row_tiles, problem.col_tiles, dtype=torch.float64)
+        losses = _empty(problem.row_tiles, problem.col_tiles)
         arguments = _native_problem(problem, factors)
-        native.library().halfplate_sweep(ctypes.byref(arguments), losses.data_ptr())
+        native.check(
+            native.library().halfplate_sweep(ctypes.byref(arguments), losses.data_ptr(), losses.nbytes), "sweep"
+        )
         return float(losses.sum())
 
     def _moments(self, stage: str, problem: Problem, factors: Factors, tiles: int, size: int) -> Moments:
-        cross, square = torch.empty(2, tiles, size, size, dtype=torch.float64)
-        losses = torch.empty(problem.row_tiles, problem.col_tiles, dtype=torch.float64)
+        cross, square = _empty(tiles, size, size), _empty(tiles, size, size)
+        losses = _empty(problem.row_tiles, problem.col_tiles)
         arguments = _native_problem(problem, factors)
         function = getattr(native.library(), f"halfplate_{stage}")
-        function(ctypes.byref(arguments), cross.data_ptr(), square.data_ptr(), losses.data_ptr())
+        status = function(
+            ctypes.byref(arguments),
+            cross.data_ptr(),
+            square.data_ptr(),
+            cross.nbytes,
+            losses.data_ptr(),
+            losses.nbytes,
+        )
+        native.check(status, stage.replace("_", " "))
         return Moments(cross, square, losses)
 
 
-def native_pointers(*tensors: Tensor | None) -> list[int]:
-    """Where the data of each tensor lies, 0 for None."""
-    for tensor in tensors:
-        assert tensor is None or tensor.dtype == torch.float32, "native stages take fp32 tensors"
-        assert tensor is None or tensor.is_contiguous(), "native stages take contiguous tensors"
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device="cpu")
+
+
+def native_buffers(*tensors: Tensor | None) -> tuple[list[int], tuple[int, ...]]:
+    """Where the data of each tensor lies and how many bytes it has, both 0 for None; fp32, contiguous and on the processor."""
+    addresses = [
+        0 if tensor is None else native.address(tensor, torch.float32, "a matrix of the solver") for tensor in tensors
+    ]
+    return addresses, tuple(0 if tensor is None else tensor.nbytes for tensor in tensors)
 
 
 def _native_problem(problem: Problem, factors: Factors) -> native.Problem:
+    addresses, sizes = native_buffers(
+        problem.weight, factors.out_blocks, factors.in_blocks, problem.moment, factors.core
+    )
     return native.Problem(
-        *native_pointers(problem.weight, factors.out_blocks, factors.in_blocks, problem.moment, factors.core),
+        *addresses,
         problem.row_tiles,
         problem.row_tile,
         problem.col_tiles,
@@ -130,6 +147,7 @@ def _native_problem(problem: Problem, factors: Factors) -> native.Problem:
         problem.pattern.n,
         problem.pattern.m,
         torch.get_num_threads(),
+        sizes,
     )
 
 

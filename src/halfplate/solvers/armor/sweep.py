@@ -1,4 +1,4 @@
-"""The sweep over the core in torch: the reference of the native one, and the path on a GPU."""
+"""The sweep over the core in torch: the reference of the native one and of the kernel for CUDA."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from halfplate.formats.rounding import GROUP
+from halfplate.kernels import triton
 from halfplate.pattern import Pattern
 
 MAX_MASKS = 256  # above this many masks a group tries its own mask and all single swaps
@@ -45,6 +46,10 @@ def sweep_tiles(
     has where nothing gains more (section 3 of the mathematics in docs/armor.md). With a `grid` the step of each row and its
     columns is solved for its codes first, and then the values of a group are the best found on the grid.
     """
+    if core.device.type == "cuda" and grid is None and triton.sweeps(pattern):
+        from halfplate.kernels.triton.sweep import sweep_tiles as sweep_on_cuda  # it needs triton itself
+
+        return sweep_on_cuda(core, error, out_gram, in_gram)
     core, error = core.clone(), error.clone()
     rows, width, m = core.shape[1], core.shape[2], pattern.m
     for r in range(rows):
@@ -101,7 +106,7 @@ def _linear(old: Tensor, pull: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
 def _best(old: Tensor, masks: Tensor, values: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
     """The group (T, m) of the mask of largest gain, and that gain (T,); of equal gains the first."""
     best = gains.argmax(1)
-    take = torch.arange(len(old), device=old.device)
+    take = torch.arange(len(old), dtype=torch.int64, device=old.device)
     new = torch.zeros_like(old).scatter(1, masks[take, best], values[take, best].to(old.dtype))
     return new, gains[take, best]
 
@@ -154,7 +159,7 @@ def _rounded(linear: Tensor, local: Tensor, masks: Tensor, steps: Tensor, levels
         solved = _solve(left, local, masks[..., k:])[0][..., 0]
         codes = (solved * inverse).clamp(levels.least, levels.greatest).round()
         values[..., k] = codes * steps.double()[:, None]
-        take = torch.arange(len(local), device=local.device)[:, None]
+        take = torch.arange(len(local), dtype=torch.int64, device=local.device)[:, None]
         left -= values[..., k, None] * local.double()[take, masks[..., k]]
     return values
 
@@ -163,7 +168,7 @@ def _masks(old: Tensor, pattern: Pattern) -> Tensor:
     """Candidate masks as sorted positions, (1 or T, masks, n), in the order that breaks ties."""
     n, m = pattern.n, pattern.m
     if comb(m, n) <= MAX_MASKS:
-        return torch.tensor(list(combinations(range(m), n)), device=old.device)[None]
+        return torch.tensor(list(combinations(range(m), n)), dtype=torch.int64, device=old.device)[None]
     # Non-zeros first, then zeros from the left, fill the group's own mask.
     own = (old == 0).to(torch.int8).argsort(dim=1, stable=True)[:, :n].sort(1).values  # (T, n)
     free_mask = torch.ones_like(old, dtype=torch.bool).scatter(1, own, False)
@@ -208,7 +213,7 @@ def _solve(linear: Tensor, local: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
 
 def _systems(linear: Tensor, local: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """C_MM (T, masks, n, n) and q_M (T, masks, n) of each mask, fp64. linear: q, (T, m), or one a mask, (T, masks, m)."""
-    take = torch.arange(len(local), device=local.device)[:, None, None]
+    take = torch.arange(len(local), dtype=torch.int64, device=local.device)[:, None, None]
     square = local.double()[take[..., None], masks[..., :, None], masks[..., None, :]]
     each = linear.double().reshape(len(local), -1, local.shape[1]).expand(-1, masks.shape[1], -1)
     return square, each.gather(2, masks)

@@ -1,0 +1,113 @@
+"""What a backend runs, declared field by field of a specification: what is not declared is not supported."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from halfplate.errors import HalfplateError
+from halfplate.formats.spec import WeightSpec
+
+# The tensors that every backend here knows, by their names below the module; the bias is passed apart.
+CORE = ("weight", "weight_index", "weight_scales")
+WRAPPERS = tuple(f"weight_{side}_{part}" for side in ("out", "in") for part in ("blocks", "tail", "scales"))
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a backend makes of one field of a specification.
+
+    takes: whether it runs matrices with this value. refuses: why it does not, with `{value}` for the value. nearest: the
+    setting of the command line that it runs.
+    """
+
+    takes: Callable[[WeightSpec], bool]
+    refuses: str = ""
+    nearest: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a backend does not run a matrix, and the nearest setting that it runs."""
+
+    reason: str
+    nearest: str = ""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run compressed matrices. fields: what it takes of each field of a specification; it refuses any other field."""
+
+    name: str
+    fields: Mapping[str, Field]
+
+    def refusal(self, spec: WeightSpec) -> Refusal | None:
+        """Why it does not run a matrix of `spec`; None if it does."""
+        for field in fields(spec):
+            known = self.fields.get(field.name)
+            if known is None:
+                return Refusal(f"no kernel knows {field.name}={getattr(spec, field.name)!r}")
+            if not known.takes(spec):
+                return Refusal(known.refuses.format(value=getattr(spec, field.name)), known.nearest)
+        for name in spec.layout():
+            if name not in CORE and name not in WRAPPERS:
+                return Refusal(f"no kernel knows the tensor {name}")
+        return None
+
+
+def anything() -> Field:
+    """A field that a backend runs whatever its value is."""
+    return Field(lambda _: True)
+
+
+def one_of(name: str, values: Iterable[Any], refuses: str, nearest: str) -> Field:
+    """A field of which a backend runs these values."""
+    known = frozenset(values)
+    return Field(lambda spec: getattr(spec, name) in known, refuses, nearest)
+
+
+def pattern_of(values: Iterable[str], refuses: str, nearest: str) -> Field:
+    """The patterns that a backend runs, as text."""
+    known = frozenset(values)
+    return Field(lambda spec: str(spec.pattern) in known, refuses, nearest)
+
+
+# Fields that say what is stored beside the core, which no backend runs yet.
+NO_RANK = one_of(
+    "rank", (0,), "no kernel for a low-rank part (rank={value})", "a method without one, e.g. --method armor"
+)
+NO_ORDER = one_of(
+    "permuted", (False,), "no kernel for inputs in an order of the matrix's own", "a method that leaves them in order"
+)
+
+
+def check_tensors(spec: WeightSpec, tensors: Iterable[str]) -> None:
+    """Raise HalfplateError for a tensor that is no part of `spec`: skipping it would give wrong numbers without a word."""
+    strangers = set(tensors) - spec.layout().keys() - {"bias"}
+    if strangers:
+        raise HalfplateError(
+            f"{min(strangers)} is no tensor of a matrix of {spec.format} {spec.pattern} {spec.core_dtype}; "
+            "the file was written by another version, update halfplate"
+        )
+
+
+def without_kernel(specs: Iterable[WeightSpec], backend: Backend | None = None) -> str | None:
+    """One line on the matrices that have no kernel on a processor and the nearest settings that have one; None if all have.
+
+    It does not depend on the machine: whether the kernels are built there is what `halfplate doctor` says.
+    """
+    from halfplate.kernels.linear import NATIVE
+
+    backend, count = backend or NATIVE, 0
+    refusals = Counter[Refusal]()
+    for spec in specs:
+        count += 1
+        if (refusal := backend.refusal(spec)) is not None:
+            refusals[refusal] += 1
+    if not refusals:
+        return None
+    spoken = [
+        f"{refusal.reason}{f', nearest setting with one: {refusal.nearest}' if refusal.nearest else ''}"
+        for refusal, _ in refusals.most_common(3)
+    ]
+    return f"{refusals.total()} of {count} matrices run by torch, slower than the dense model: {'; '.join(spoken)}"

@@ -1,0 +1,158 @@
+// What the entry points ask before anything is read or written. Sizes of buffers are in bytes, so that a buffer of another
+// element type has the wrong size. Everything is integer arithmetic on a few numbers.
+#pragma once
+
+#include <omp.h>
+
+#include <cstring>
+#include <initializer_list>
+
+#include "armor.h"
+#include "layout.h"
+#include "pack.h"
+#include "runtime.h"
+
+namespace halfplate {
+
+// Returned by every entry point; above 0 are the refusals of pack.h. Mirrored in kernels/native.py.
+enum Status : int32_t { DONE = 0, NO_MEMORY = -1, BAD_HEADER = -2, BAD_SIZE = -3, BAD_NUMBER = -4 };
+
+// Above these, products of sizes could overflow; no matrix and no batch that fits a machine reaches them.
+constexpr int64_t LARGEST_SIDE = int64_t(1) << 26, LARGEST_BATCH = int64_t(1) << 30;
+constexpr int64_t LARGEST_GROUP = 256, LARGEST_KEPT = 16;  // M, and N that the solver has room for
+constexpr int64_t THREADS_PER_CORE = 8;
+
+static inline bool within(int64_t value, int64_t least, int64_t most) { return value >= least && value <= most; }
+
+// The team that serves a call which asks for `threads`: results do not depend on it, and a process has room for so many only.
+static inline int64_t team(int64_t threads) {
+    static const int64_t most = THREADS_PER_CORE * omp_get_num_procs();
+    return threads < most ? threads : most;
+}
+
+// A buffer of exactly so many bytes; one of none may have no address.
+static inline bool holds(const void *data, int64_t bytes, int64_t wanted) {
+    return bytes == wanted && (wanted == 0 || data != nullptr);
+}
+
+// Whether the numbers that a header is placed by can be those of a matrix.
+static inline bool sensible(const Packed &p) {
+    return within(p.d_out, 1, LARGEST_SIDE) && within(p.d_in, 1, LARGEST_SIDE) && within(p.kind, FP32, INT4) &&
+           within(p.sparse, 0, 1) && within(p.activations, FLOAT, p.kind >= INT8 ? BYTES : FLOAT) &&
+           within(p.wrapper_kind, FP32, INT8) && within(p.out_block, 0, LARGEST_SIDE) &&
+           within(p.in_block, 0, LARGEST_SIDE) && (!p.sparse || p.d_in % 4 == 0);
+}
+
+// Whether `p` starts a packed matrix of `bytes` bytes. Cheap enough for every token.
+static inline bool intact(const Packed *p, int64_t bytes) {
+    return p != nullptr && bytes >= int64_t(sizeof(Packed)) && p->magic == MAGIC && p->nbytes == bytes;
+}
+
+// `intact`, and whether every part lies where the sizes of the matrix say.
+static inline bool sound(const Packed *p, int64_t bytes) {
+    if (!intact(p, bytes) || !sensible(*p)) return false;
+    Packed placed = *p;
+    place(placed, p->bias != 0);
+    return std::memcmp(&placed, p, sizeof placed) == 0;
+}
+
+// Rows of `columns` floats, `apart` floats apart, in a buffer that ends with the last of them.
+static inline bool holds_rows(const float *data, int64_t bytes, int64_t rows, int64_t columns, int64_t apart) {
+    return within(rows, 1, LARGEST_BATCH) && within(apart, rows == 1 ? 0 : columns, LARGEST_BATCH) &&
+           holds(data, bytes, 4 * ((rows - 1) * apart + columns));
+}
+
+// Whether the stored tensors are exactly those of the matrix, each of its size.
+static inline bool holds_stored(const Packed &p, const Stored &s) {
+    const int64_t kept = p.sparse ? p.d_in / 2 : p.d_in;
+    const int64_t row = p.kind == FP32 ? 4 * kept : p.kind == INT8 ? kept : p.kind == INT4 ? ceil_div(kept, 2) : 2 * kept;
+    const int64_t width = p.wrapper_kind == FP32 ? 4 : p.wrapper_kind == INT8 ? 1 : 2;
+    auto wrapper = [&](int64_t size, int64_t block, void *blocks, void *tail, void *scales, const int64_t *bytes) {
+        const int64_t count = block ? size / block : 0, rest = block ? size % block : 0;
+        return holds(blocks, bytes[0], count * block * block * width) &&
+               holds(tail, bytes[1], rest * rest * width) &&
+               holds(scales, bytes[2], block && p.wrapper_kind == INT8 ? 2 * size : 0);
+    };
+    return holds(s.weight, s.bytes[0], p.d_out * row) &&
+           holds(s.index, s.bytes[1], p.sparse ? p.d_out * ceil_div(p.d_in / 4, 2) : 0) &&
+           holds(s.scales, s.bytes[2], p.kind >= INT8 ? 2 * p.d_out * tiles(p) : 0) &&
+           wrapper(p.d_out, p.out_block, s.out_blocks, s.out_tail, s.out_scales, s.bytes + 3) &&
+           wrapper(p.d_in, p.in_block, s.in_blocks, s.in_tail, s.in_scales, s.bytes + 6) &&
+           holds(s.bias, s.bytes[9], p.bias ? 4 * p.d_out : 0);
+}
+
+// Whether a decoder's sizes and matrices fit each other. whole: before the first step, matrices are looked at closely.
+static inline int32_t check_decoder(const Decoder &d, bool whole) {
+    const int64_t queries = d.heads * d.head_dim, keys = d.kv_heads * d.head_dim;
+    if (whole) {
+        for (int64_t size : {d.hidden, d.heads, d.kv_heads, d.head_dim, d.intermediate, d.vocabulary, d.blocks, d.capacity})
+            if (!within(size, 1, LARGEST_SIDE)) return BAD_NUMBER;
+        if (d.heads % d.kv_heads || d.head_dim % 2 || !within(queries, 1, LARGEST_SIDE)) return BAD_NUMBER;
+        if (!holds(d.block, d.block_bytes, d.blocks * int64_t(sizeof(DecoderBlock)))) return BAD_SIZE;
+        if (!holds(d.final_norm, d.final_norm_bytes, 4 * d.hidden)) return BAD_SIZE;
+    }
+    auto fits = [whole](const Packed *p, int64_t bytes, int64_t d_in, int64_t d_out) {
+        return (whole ? sound(p, bytes) : intact(p, bytes)) && p->d_in == d_in && p->d_out == d_out;
+    };
+    if (!fits(d.head, d.head_bytes, d.hidden, d.vocabulary)) return BAD_HEADER;
+    for (int64_t i = 0; i < d.blocks; ++i) {
+        const DecoderBlock &b = d.block[i];
+        const int64_t *bytes = b.linear_bytes;
+        if (!fits(b.q, bytes[0], d.hidden, queries) || !fits(b.k, bytes[1], d.hidden, keys) ||
+            !fits(b.v, bytes[2], d.hidden, keys) || !fits(b.o, bytes[3], queries, d.hidden) ||
+            !fits(b.gate, bytes[4], d.hidden, d.intermediate) || !fits(b.up, bytes[5], d.hidden, d.intermediate) ||
+            !fits(b.down, bytes[6], d.intermediate, d.hidden))
+            return BAD_HEADER;
+        if (!whole) continue;
+        const int64_t head_norm = b.query_norm || b.key_norm ? 4 * d.head_dim : 0;
+        if (!holds(b.input_norm, b.norm_bytes[0], 4 * d.hidden) || !holds(b.post_norm, b.norm_bytes[1], 4 * d.hidden) ||
+            !holds(b.query_norm, b.norm_bytes[2], head_norm) || !holds(b.key_norm, b.norm_bytes[3], head_norm))
+            return BAD_SIZE;
+    }
+    return DONE;
+}
+
+// Whether one step of a team of `threads` stays inside the cache, the tables and the scratch.
+static inline int32_t check_step(const Decoder &d, const float *embedding, int64_t embedding_bytes, int64_t position,
+                                 const float *logits, int64_t logits_bytes, int64_t threads) {
+    const int64_t table = 4 * d.capacity * d.head_dim;
+    if (!within(position, 0, d.capacity - 1) || d.sized_threads != threads || d.sized_capacity != d.capacity) return BAD_NUMBER;
+    if (!holds(embedding, embedding_bytes, 4 * d.hidden) || !holds(logits, logits_bytes, 4 * d.vocabulary) ||
+        !holds(d.cosines, d.table_bytes[0], table) || !holds(d.sines, d.table_bytes[1], table) || d.scratch == nullptr ||
+        reinterpret_cast<uintptr_t>(d.scratch) % 64 || d.scratch_bytes < 4 * d.sized_floats)
+        return BAD_SIZE;
+    for (int64_t i = 0; i < d.blocks; ++i)
+        for (int side = 0; side < 2; ++side)
+            if (!holds(side ? d.block[i].values : d.block[i].keys, d.block[i].cache_bytes[side], d.kv_heads * table)) return BAD_SIZE;
+    return DONE;
+}
+
+// Whether the matrices of a problem of the solver have the sizes that its tiles say.
+static inline int32_t check_problem(const Problem &p, const double *losses, int64_t loss_bytes) {
+    if (!within(p.row_tiles, 1, LARGEST_SIDE) || !within(p.row_tile, 1, LARGEST_SIDE) || !within(p.col_tiles, 1, LARGEST_SIDE) ||
+        !within(p.col_tile, 1, LARGEST_SIDE) || !within(p.group, 1, LARGEST_GROUP) || !within(p.kept, 1, p.group < LARGEST_KEPT ? p.group : LARGEST_KEPT) ||
+        p.col_tile % p.group || !within(p.row_tiles * p.row_tile, 1, LARGEST_SIDE) ||
+        !within(p.col_tiles * p.col_tile, 1, LARGEST_SIDE))
+        return BAD_NUMBER;
+    const int64_t rows = p.row_tiles * p.row_tile, cols = p.col_tiles * p.col_tile;
+    const bool fits = holds(p.weight, p.bytes[0], 4 * rows * cols) && holds(p.out_blocks, p.bytes[1], 4 * rows * p.row_tile) &&
+                      holds(p.in_blocks, p.bytes[2], 4 * cols * p.col_tile) && holds(p.moment, p.bytes[3], 4 * cols) &&
+                      holds(p.core, p.bytes[4], 4 * rows * cols) && holds(losses, loss_bytes, 8 * p.row_tiles * p.col_tiles);
+    return fits ? DONE : BAD_SIZE;
+}
+
+static inline int32_t check_gram_sweep(const GramSweep &p) {
+    if (!within(p.row_tiles, 1, LARGEST_SIDE) || !within(p.row_tile, 1, LARGEST_SIDE) || !within(p.cols, 1, LARGEST_SIDE) ||
+        !within(p.row_tiles * p.row_tile, 1, LARGEST_SIDE) || !within(p.group, 1, LARGEST_GROUP) ||
+        !within(p.kept, 1, p.group < LARGEST_KEPT ? p.group : LARGEST_KEPT) || p.cols % p.group || !within(p.off_grid, 0, 1))
+        return BAD_NUMBER;
+    const bool grid = p.steps != nullptr;
+    if (grid && (!within(p.step_width, p.group, LARGEST_SIDE) || p.step_width % p.group || p.least > p.greatest)) return BAD_NUMBER;
+    const int64_t rows = p.row_tiles * p.row_tile, matrix = 4 * rows * p.cols;
+    const bool fits = holds(p.core, p.bytes[0], matrix) && holds(p.error, p.bytes[1], matrix) && holds(p.product, p.bytes[2], matrix) &&
+                      holds(p.out_gram, p.bytes[3], 4 * rows * p.row_tile) && holds(p.in_gram, p.bytes[4], 4 * p.cols * p.cols) &&
+                      holds(p.steps, p.bytes[5], grid ? 4 * rows * ceil_div(p.cols, p.step_width) : 0);
+    return fits ? DONE : BAD_SIZE;
+}
+
+}  // namespace halfplate

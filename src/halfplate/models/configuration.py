@@ -1,0 +1,191 @@
+"""`config.json` and `generation_config.json` of a model folder: read, checked, and freed of what does not belong to the weights."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterable
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfplate.errors import HalfplateError
+from halfplate.models.reading import in_words, reading
+from halfplate.models.trust import check_layers, read_json_file
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig
+
+METHOD = "halfplate"
+# These quantise plain weights whenever the model runs, so the weights alone are not the model.
+QUANTISED_AT_RUN_TIME = ("bitnet",)
+# What quantised files hold beside or in place of a weight, in the words of GPTQ, AWQ, compressed-tensors, bitsandbytes, FP8 and MXFP4.
+QUANTISED_PARTS = re.compile(
+    r"[._](weight_(scale|scale_inv|scale_2|packed|zero_point|g_idx)|(input|activation|[kv])_scale|qweight|qzeros|g_idx|SCB|absmax"
+    r"|nested_absmax|quant_map|quant_state\..*|codebooks|proj_(blocks|scales))$"
+)
+PLAIN_ATTENTION = (None, "eager", "sdpa")
+PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
+
+
+def read_entries(name: str, path: Path) -> dict[str, Any]:
+    """`config.json` in the folder `path` as it stands; raises HalfplateError where it is missing or not an object of JSON."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise HalfplateError(
+            f"model={name!r} has no config.json; pass the folder that holds config.json and the weights"
+        )
+    try:
+        entries = read_json_file(file)
+    except (OSError, ValueError) as error:
+        raise HalfplateError(f"model={name!r}: config.json is not valid JSON ({error}); download it again") from None
+    if not isinstance(entries, dict):
+        raise HalfplateError(
+            f"model={name!r}: config.json holds a {type(entries).__name__}, expected an object; download it again"
+        )
+    return entries
+
+
+def quantisation_of(entries: dict[str, Any]) -> str | None:
+    """The method that `config.json` says the weights are quantised by, or None."""
+    # compressed-tensors wrote `compression_config` before transformers settled on one name.
+    stated = entries.get("quantization_config") or entries.get("compression_config")
+    if not stated:
+        return None
+    return str(stated.get("quant_method", "unknown")) if isinstance(stated, dict) else "unknown"
+
+
+def check_plain(name: str, entries: dict[str, Any], tensors: Iterable[str]) -> None:
+    """Raise HalfplateError where the names of `tensors` show quantised weights; a mere entry of `config.json` does not."""
+    part = next((tensor for tensor in tensors if QUANTISED_PARTS.search(tensor)), None)
+    if part is not None:
+        raise _already_quantised(name, quantisation_of(entries), f"its files hold {part}")
+
+
+def _already_quantised(name: str, method: str | None, reason: str) -> HalfplateError:
+    return HalfplateError(
+        f"model={name!r} is already quantised (quant_method {method or 'unknown'!r}, {reason}); Halfplate compresses dense weights: "
+        "pass the fp32, bf16 or fp16 model it was made from"
+    )
+
+
+def check_kind(name: str, entries: dict[str, Any]) -> None:
+    """Raise HalfplateError for what `config.json` alone shows not to be a dense text model."""
+    method = quantisation_of(entries)
+    if method == METHOD:
+        raise HalfplateError(
+            f"model={name!r} is already compressed by Halfplate; pass the dense model it was made from"
+        )
+    if method in QUANTISED_AT_RUN_TIME:
+        raise _already_quantised(name, method, "which rounds weights and activations whenever the model runs")
+    wrapped = [key for key in ("text_config", "vision_config", "audio_config") if entries.get(key)]
+    if wrapped:
+        raise HalfplateError(
+            f"model={name!r} is {_architecture(entries)}, a multimodal wrapper ({', '.join(wrapped)} in config.json); "
+            "expected a text-only *ForCausalLM: save its language model on its own and pass that folder"
+        )
+
+
+def read_config(name: str, path: Path, entries: dict[str, Any]) -> tuple[PretrainedConfig, tuple[str, ...]]:
+    """The configuration in the folder `path`, ready to build the model on any machine, and notes on what was changed in it.
+
+    entries: as `read_entries` gave them. Raises HalfplateError where its class refuses it, or is not a causal language model.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    kind = entries.get("model_type")
+    check_layers(name, entries)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    # A config is data of any shape, and each model class checks it with errors of its own.
+    except Exception as error:
+        if isinstance(kind, str) and kind in transformers.CONFIG_MAPPING:
+            raise HalfplateError(
+                f"model={name!r}: config.json cannot be read as {kind!r} ({in_words(error, entries)}); correct it or download it again"
+            ) from None
+        if entries.get("auto_map"):
+            raise HalfplateError(
+                f"model={name!r} (model_type {kind!r}) needs Python code of its own (auto_map in config.json), which "
+                "Halfplate never runs; pass a model that the transformers library has built in"
+            ) from None
+        raise HalfplateError(
+            f"model={name!r} has model_type {kind!r}, which transformers {transformers.__version__} does not know; "
+            "upgrade transformers or pass a model that it has built in"
+        ) from None
+    with reading(name, "config.json cannot be used", "correct it or download it again", entries):
+        check_causal(name, config)
+        return config, tuple(_freed(config, entries))
+
+
+def check_causal(name: str, config: PretrainedConfig) -> None:
+    """Raise HalfplateError for anything but a decoder-only language model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    stated = [str(one) for one in getattr(config, "architectures", None) or ()]
+    # GPT-2 and others of its age are called LMHeadModel; a file without a statement is taken as what its type maps to.
+    named = not stated or any(one.endswith("ForCausalLM") or one == getattr(known, "__name__", None) for one in stated)
+    if known is None or not named or getattr(config, "is_encoder_decoder", False):
+        raise HalfplateError(
+            f"model={name!r} is {', '.join(stated) or config.model_type}, not a causal language model; "
+            "expected a decoder-only *ForCausalLM such as LlamaForCausalLM"
+        )
+
+
+def check_saves(name: str, config: PretrainedConfig, entries: dict[str, Any]) -> None:
+    """Raise HalfplateError where transformers would refuse to save `config`, as the run does at its end."""
+    what = "transformers does not save this config.json, so no result could be written"
+    with tempfile.TemporaryDirectory(prefix="halfplate-") as scratch, reading(name, what, "correct it", entries):
+        deepcopy(config).save_pretrained(scratch)
+
+
+def read_generation_config(name: str, path: Path) -> GenerationConfig | None:
+    """`generation_config.json` in the folder `path`, None where there is none; raises HalfplateError for a broken one."""
+    from transformers import GenerationConfig
+
+    if not (path / "generation_config.json").is_file():
+        return None
+    cure = "correct it, or remove it to use the defaults"
+    with reading(name, "generation_config.json cannot be read", cure):
+        read_json_file(path / "generation_config.json")
+        found: GenerationConfig = GenerationConfig.from_pretrained(path, local_files_only=True)
+        found.to_json_string()
+        return found
+
+
+def _freed(config: PretrainedConfig, entries: dict[str, Any]) -> list[str]:
+    """Take out of `config`, in place, what says how to run it elsewhere, or nothing; what is said of it."""
+    notes = []
+    attention, experts = config._attn_implementation, config._experts_implementation
+    if attention not in PLAIN_ATTENTION:
+        config._attn_implementation = None
+        notes.append(f"config.json: attn_implementation={attention!r} is left out; attention runs as torch has it here")
+    if experts not in PLAIN_EXPERTS:
+        config._experts_implementation = None
+        notes.append(f"config.json: experts_implementation={experts!r} is left out; experts run as torch has it here")
+    for key, plain in (("output_attentions", False), ("output_hidden_states", False), ("return_dict", True)):
+        stated = entries.get(key)
+        if stated is not None and bool(stated) is not plain:
+            setattr(config, key, plain)
+            notes.append(f"config.json: {key}={stated!r} is left out, which says what a call returns")
+    method = quantisation_of(entries)
+    for key in ("quantization_config", "compression_config"):
+        if key in vars(config):
+            delattr(config, key)
+    if method is not None:
+        notes.append(
+            f"config.json: says that the weights are quantised ({method!r}), but the files hold plain ones; the entry is left out"
+        )
+    vocabulary, padding = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
+    if isinstance(vocabulary, int) and isinstance(padding, int) and not 0 <= padding < vocabulary:
+        config.pad_token_id = None
+        notes.append(
+            f"config.json: pad_token_id={padding} is not in the vocabulary of {vocabulary} tokens, and is left out"
+        )
+    return notes
+
+
+def _architecture(entries: dict[str, Any]) -> str:
+    stated = entries.get("architectures")
+    return ", ".join(map(str, stated)) if isinstance(stated, list) and stated else str(entries.get("model_type"))

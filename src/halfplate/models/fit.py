@@ -1,0 +1,243 @@
+"""How the tensors of a model's files fit the model: each is used, or named; none is missing, of another shape, or dropped silently."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from halfplate.errors import HalfplateError
+from halfplate.models.linears import find_blocks
+from halfplate.tensor_file import KINDS, PIECE, DamagedFile, StoredTensor, read_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Heads that predict further tokens, which generation one token at a time does not use.
+FURTHER_TOKENS = re.compile(r"(^|\.)(mtp|mtp_layers|nextn\w*|medusa\w*|multi_token\w*)\.")
+COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids)$")
+MASKS = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$")
+LAYER_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
+NAMED_AT_ONCE = 3
+
+
+def names_in_model(model: PreTrainedModel, names: Collection[str]) -> dict[str, tuple[str, str | None]]:
+    """The name in the model of each stored name, and the conversion that applies to its values, as transformers has it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    prefix, meta = model.base_model_prefix, model.state_dict()
+    found: dict[str, tuple[str, str | None]] = {}
+    # In the order of transformers: what a renaming does may depend on the names before.
+    for name in names:
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, meta)
+        if renamed not in meta and name in meta:
+            # The name is one of the model already, and a rule for older files has spoilt it.
+            renamed, pattern = rename_source_key(name, [], [], prefix, meta)
+        found[name] = renamed, pattern
+    return found
+
+
+def check_fit(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    """Compare the stored `tensors` with an empty `model`; returns notes on those that are not part of the model.
+
+    Raises HalfplateError for tensors that are missing, of another shape or kind, or that the model does not have though they would
+    matter. name: as the user gave the model.
+    """
+    renamed = names_in_model(model, tensors)
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict(keep_vars=True).items()}
+    found = {key: tensors[stored] for stored, (key, pattern) in renamed.items() if pattern is None}
+    made = {key for key, pattern in renamed.values() if pattern is not None}
+    extra = sorted(stored for stored, (key, _) in renamed.items() if key not in expected)
+    have = (found.keys() | made) & expected.keys()
+    _check_prefix(name, expected.keys() - have, extra)
+    notes = _left_over(name, model, {stored: (renamed[stored][0], tensors[stored]) for stored in extra})
+    tied = shared_names(model, expected, found).keys()
+    check_complete(name, model, expected, have | tied, found)
+    return notes
+
+
+def check_complete(
+    name: str,
+    model: PreTrainedModel,
+    expected: Mapping[str, tuple[int, ...]],
+    have: Collection[str],
+    found: Mapping[str, StoredTensor],
+) -> None:
+    """Raise HalfplateError unless every tensor of the model is in `have`, and those in `found` have its shape and hold floats."""
+    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    for key in sorted(expected.keys() & found.keys()):
+        stored, dtype = found[key], KINDS.get(found[key].kind)
+        if stored.shape != expected[key]:
+            raise HalfplateError(
+                f"model={name!r}: {key} has shape {stored.shape} in its file, config.json asks for {expected[key]}; "
+                "download the model again"
+            )
+        if dtype is None:
+            raise HalfplateError(
+                f"model={name!r}: {key} is stored as {stored.kind}, expected plain numbers; pass an unquantised model"
+            )
+        if key in parameters and not dtype.is_floating_point:
+            raise HalfplateError(
+                f"model={name!r}: {key} is stored as {stored.kind}, expected F32, BF16 or F16; download the model again, "
+                "or pass an unquantised one"
+            )
+    missing = sorted(key for key in expected if key not in have and not any(rule.search(key) for rule in ignored))
+    if not missing:
+        return
+    output = model.get_output_embeddings()
+    heads = [key for key, parameter in model.named_parameters() if output is not None and parameter is output.weight]
+    if missing == heads and not getattr(model.config, "tie_word_embeddings", False):
+        raise HalfplateError(
+            f"model={name!r}: its files lack {missing[0]}, and config.json says tie_word_embeddings=false; "
+            "set it to true if the model shares its embeddings with its head, else download the model again"
+        )
+    raise HalfplateError(
+        f"model={name!r}: its files lack {len(missing)} tensors that its config.json asks for ({missing[0]}, ...); "
+        "they would be random: download the model again"
+    )
+
+
+def shared_names(
+    model: PreTrainedModel, expected: Collection[str], found: Mapping[str, StoredTensor]
+) -> dict[str, str]:
+    """Names that share the tensor of another, with the name that is stored; two that are both stored share if they are equal."""
+    shared: dict[str, str] = {}
+    for target, origin in (model.all_tied_weights_keys or {}).items():
+        if target not in expected or origin not in expected:
+            continue
+        if target not in found and origin in found:
+            shared[target] = origin
+        elif origin not in found and target in found:
+            shared[origin] = target
+        elif target in found and origin in found and same_values(found[target], found[origin]):
+            shared[target] = origin
+    return shared
+
+
+def stored_apart(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> list[tuple[str, str]]:
+    """Names that the configuration ties and the files hold with different values: transformers does not tie these."""
+    tied = (model.all_tied_weights_keys or {}).items()
+    if not tied:
+        return []
+    found = {
+        key: tensors[stored] for stored, (key, pattern) in names_in_model(model, tensors).items() if pattern is None
+    }
+    return [
+        (target, origin)
+        for target, origin in tied
+        if target in found and origin in found and not same_values(found[target], found[origin])
+    ]
+
+
+def same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two stored tensors are equal, found without holding either; raises HalfplateError where they cannot be read."""
+    if first.shape != second.shape:
+        return False
+    if first.kind != second.kind:
+        return torch.equal(read_tensor(first).double(), read_tensor(second).double())
+    try:
+        with first.path.open("rb") as ours, second.path.open("rb") as theirs:
+            ours.seek(first.start)
+            theirs.seek(second.start)
+            left = first.nbytes
+            while left:
+                piece = ours.read(min(PIECE, left))
+                if not piece or piece != theirs.read(len(piece)):
+                    return False
+                left -= len(piece)
+    except OSError as error:
+        raise DamagedFile(f"{first.path.name} cannot be read ({error.strerror or error})") from None
+    return True
+
+
+def _left_over(name: str, model: PreTrainedModel, extra: Mapping[str, tuple[str, StoredTensor]]) -> tuple[str, ...]:
+    """Notes on stored tensors that the model does not have; raises HalfplateError for those that would matter.
+
+    extra: by the stored name, the name after transformers' renaming, and the tensor.
+    """
+    count, block = _numbered_blocks(model)
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    buffers = {buffer for buffer, _ in model.named_buffers()}
+    further = _further_layers(model)
+    groups: dict[str, list[str]] = {}
+    wrong: list[str] = []
+    beyond = -1
+    for stored, (key, tensor) in extra.items():
+        number = block.search(stored)
+        index = int(number[1]) if number else -1
+        if key in buffers or COMPUTED.search(stored) or (MASKS.search(stored) and len(tensor.shape) != 1):
+            groups.setdefault("which the model computes itself", []).append(stored)
+        elif FURTHER_TOKENS.search(stored) or count <= index < count + further:
+            groups.setdefault("which predict further tokens and are not part of the model", []).append(stored)
+        elif any(rule.search(key) for rule in ignored):
+            groups.setdefault("which transformers leaves out of the model", []).append(stored)
+        elif stored.endswith("bias") and _all_zero(tensor):
+            groups.setdefault("biases of zeros, which change nothing", []).append(stored)
+        else:
+            wrong.append(stored)
+            beyond = max(beyond, index if index >= count else -1)
+    if beyond >= 0:
+        raise HalfplateError(
+            f"model={name!r}: its files hold {beyond + 1} decoder blocks, config.json says num_hidden_layers={count}; "
+            "correct the number, or download the model again"
+        )
+    if wrong:
+        raise HalfplateError(
+            f"model={name!r}: its files hold {_spoken(wrong)}, which {type(model).__name__} with this config.json does not have; "
+            f"{_cure(wrong)}"
+        )
+    return tuple(f"left out: {_spoken(group)}, {why}" for why, group in groups.items())
+
+
+def _numbered_blocks(model: PreTrainedModel) -> tuple[int, re.Pattern[str]]:
+    """The number of decoder blocks, and what finds the number of a block in a stored name; nothing where there are none."""
+    try:
+        prefix, blocks = find_blocks(model)
+    except HalfplateError:
+        return 0, re.compile(r"(?!)")
+    return len(blocks), re.compile(r"(?:^|\.)" + re.escape(prefix.rpartition(".")[2]) + r"\.(\d{1,9})\.")
+
+
+def _spoken(names: list[str]) -> str:
+    shown = ", ".join(name[:120] for name in names[:NAMED_AT_ONCE])
+    more = f" and {len(names) - NAMED_AT_ONCE} more" if len(names) > NAMED_AT_ONCE else ""
+    return f"{shown}{more}"
+
+
+def _cure(wrong: list[str]) -> str:
+    biases = "where the model has biases, config.json must say so (attention_bias, mlp_bias), else "
+    return (
+        f"without them it would be another model: {biases if any(one.endswith('.bias') for one in wrong) else ''}"
+        "upgrade transformers or download the model again"
+    )
+
+
+def _further_layers(model: PreTrainedModel) -> int:
+    """Blocks after the last one that predict further tokens, as the configuration counts them."""
+    counts = (getattr(model.config, key, None) for key in LAYER_COUNTS)
+    return max((count for count in counts if isinstance(count, int)), default=0)
+
+
+def _all_zero(stored: StoredTensor) -> bool:
+    return stored.kind in KINDS and not bool(read_tensor(stored).count_nonzero())
+
+
+def _check_prefix(name: str, missing: Collection[str], extra: list[str]) -> None:
+    """Raise HalfplateError where all names are the model's but for a prefix that a training tool has put before them."""
+    for stored in extra[:1]:
+        rest = stored
+        while "." in rest:
+            rest = rest.partition(".")[2]
+            prefix = stored.removesuffix(rest)
+            if rest in missing and all(one.startswith(prefix) for one in extra):
+                raise HalfplateError(
+                    f"model={name!r}: its files name {stored} what the model names {rest}: a training tool has put {prefix!r} "
+                    "before every name; save the model itself there (peft: merge_and_unload, then save_pretrained) and pass that folder"
+                )

@@ -1,0 +1,1 @@
+"""Models in GGUF files: one table that reading and writing share."""

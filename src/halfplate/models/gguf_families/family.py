@@ -1,0 +1,105 @@
+"""How one family of models lies in a GGUF file: its metadata keys, tensor names and what llama.cpp takes as given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# A module of a block, or a parameter that several tensors of the file make together, by the name in transformers.
+Names = Mapping[str, str | tuple[str, ...]]
+
+REQUIRED: Any = object()
+
+OUTER: Names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+ATTENTION: Names = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+}
+QK_NORM: Names = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+MLP: Names = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+EXPERTS: Names = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+    "mlp.experts.down_proj": ("ffn_down_exps.weight",),
+}
+LLAMA: Names = {**ATTENTION, "post_attention_layernorm": "ffn_norm", **MLP}
+# Two norms around each half of a block, as in Gemma 2 and GLM 4.
+GEMMA2: Names = {
+    **ATTENTION,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    **MLP,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A metadata key (without the name of the architecture) and the field of the configuration that means the same.
+
+    default: the value that llama.cpp takes if the key is absent. kind: int, float or bool.
+    """
+
+    key: str
+    field: str
+    kind: type
+    default: Any = REQUIRED
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Which rotary scalings llama.cpp applies to a family.
+
+    factors: it reads `rope_freqs.weight`, a divisor per frequency. longrope: it reads two such sets. yarn: it applies
+    YaRN as transformers does. local: the layers with a sliding window have frequencies of their own, unscaled, with the base
+    of the key `rope.freq_base_swa` ("key") or the base of all layers ("same").
+    """
+
+    factors: bool = False
+    longrope: bool = False
+    yarn: bool = True
+    local: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model: llama.cpp's name of its architecture, transformers' model_type, and the table between the two.
+
+    block, outer: names of modules. settings: keys beyond those that all families have. eps: key and field of the
+    epsilon of the norms. flags: fields that are true if a block has one of these tensors. fixed: fields that no key says, with
+    the value that llama.cpp computes with; a function takes the fields that are known. turned: llama.cpp rotates
+    neighbours in a head and transformers its halves, so the rows of q and k change places. offset: the file holds
+    the weights of norms plus this. square: the heads together are as wide as the model. head_dim: the configuration
+    names the head size. head: `output.weight` may be missing ("either"), must be ("tied") or must not be ("own").
+    partial: part of a head may be rotated. period: every so many layers one has no sliding window, if the file does not
+    list them; 0: no layer has a window. window_default: the window of a file that names none, None for no window.
+    unused_window: the file names a window that llama.cpp does not apply; it is read, and a model that has one is not written.
+    marker: key that tells the family from others of its architecture. imported: False if a file of this
+    architecture is read as another family. ignored: keys without an effect.
+    """
+
+    architecture: str
+    model_type: str
+    block: Names = field(default_factory=lambda: LLAMA)
+    outer: Names = field(default_factory=lambda: OUTER)
+    settings: tuple[Setting, ...] = ()
+    eps: tuple[str, str] = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
+    flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fixed: Mapping[str, Any | Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
+    rope: Rope = field(default_factory=Rope)
+    turned: bool = False
+    offset: float = 0.0
+    square: bool = False
+    head_dim: bool = False
+    head: str = "either"
+    partial: bool = False
+    period: int = 0
+    window_default: Any = None
+    unused_window: bool = False
+    marker: str | None = None
+    imported: bool = True
+    ignored: tuple[str, ...] = ()

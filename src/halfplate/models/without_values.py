@@ -1,0 +1,40 @@
+"""Running a model on the meta device: shapes and the order of calls, and no numbers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The one way to run experts in which no shape depends on which experts are chosen.
+EXPERTS = "batched_mm"
+
+
+@contextmanager
+def run_without_values(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, `model`, on the meta device, runs as far as it asks for no values; what fails raises, and prints nothing."""
+    # torch logs a traceback of its own before it raises.
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch._subclasses.fake_utils")]
+    told = [logger.level for logger in loggers]
+    experts: dict[int, Any] = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    before = [(config, getattr(config, "_experts_implementation_internal", None)) for config in experts.values()]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        for config, chosen in before:
+            if chosen is not None:
+                config._experts_implementation_internal = EXPERTS
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        for logger, level in zip(loggers, told, strict=True):
+            logger.setLevel(level)
+        for config, chosen in before:
+            if chosen is not None:
+                config._experts_implementation_internal = chosen

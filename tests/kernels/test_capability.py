@@ -1,0 +1,90 @@
+"""Backends declare what they run: a field or a tensor that is not declared is refused, and every verb says what has no kernel."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from stored_linears import random_linear
+
+import halfplate
+from halfplate.cli import main
+from halfplate.errors import HalfplateError, HalfplateWarning
+from halfplate.formats import CompressedLinear, WeightSpec
+from halfplate.kernels import linear
+from halfplate.kernels.capability import check_tensors, without_kernel
+from halfplate.kernels.linear import NATIVE
+from halfplate.pattern import DENSE, Pattern
+from halfplate.runtime.semi_structured import SEMI_STRUCTURED, prepare
+
+BACKENDS = (NATIVE, SEMI_STRUCTURED)
+GROUPS_OF_32 = "no kernel for scales of 32 columns, only of 128, nearest setting with one: --group-size 128"
+
+
+@dataclass(frozen=True)
+class Offset(WeightSpec):
+    """A specification with a field that came later."""
+
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Zeros(WeightSpec):
+    """A specification with a tensor that came later."""
+
+    def layout(self):
+        return super().layout() | {"weight_zeros": ((self.d_out,), torch.int8)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_a_new_field_or_tensor_is_refused_by_every_backend(backend):
+    assert backend.refusal(WeightSpec(8, 16)) is None
+    assert "offset=0" in backend.refusal(Offset(8, 16)).reason
+    assert "weight_zeros" in backend.refusal(Zeros(8, 16)).reason
+
+
+def test_no_backend_runs_what_it_does_not_know():
+    for spec in (Offset(8, 16), Zeros(8, 16)):
+        with pytest.raises(HalfplateError, match="no kernel knows"):
+            linear.pack(spec, random_linear(WeightSpec(8, 16)))
+        assert "no kernel knows" in prepare(CompressedLinear(spec, False))
+
+
+def test_a_tensor_that_is_no_part_of_the_matrix_is_an_error():
+    spec = WeightSpec(8, 16)
+    with pytest.raises(HalfplateError, match="weight_zeros is no tensor of a matrix of nm 2:4 bf16"):
+        linear.pack(spec, random_linear(spec) | {"weight_zeros": torch.zeros(8)})
+    check_tensors(spec, [*spec.layout(), "bias"])
+
+
+def test_what_has_no_kernel_is_said_with_the_nearest_setting():
+    fine, small = WeightSpec(8, 128), WeightSpec(8, 128, DENSE, "int4", group=32)
+    assert without_kernel([fine]) is None
+    said = without_kernel([fine, small, small])
+    assert said == f"2 of 3 matrices run by torch, slower than the dense model: {GROUPS_OF_32}"
+    assert "--pattern 2:4" in without_kernel([WeightSpec(8, 16, Pattern(4, 8))])
+    assert "low-rank part (rank=2)" in without_kernel([WeightSpec(8, 16, rank=2)])
+    assert "order of the matrix's own" in without_kernel([WeightSpec(8, 16, permuted=True)])
+
+
+def test_every_verb_says_it(tiny_folder, tmp_path, capsys):
+    out, options = str(tmp_path / "out"), ["--pattern", "dense", "--core-dtype", "int4", "--group-size", "32"]
+    options += ["--method", "rtn", "--no-benchmark"]
+    said = " ".join(GROUPS_OF_32.split())
+
+    def spoken(*command):
+        assert main(list(command)) == 0
+        captured = capsys.readouterr()
+        return " ".join((captured.out + captured.err).split())
+
+    assert said in spoken("plan", str(tiny_folder), *options)
+    assert said in spoken("compress", str(tiny_folder), "-o", out, *options, "--quiet")
+    assert f"kernels: 14 of 14 matrices run by torch, slower than the dense model: {said}" in spoken("inspect", out)
+    assert f"halfplate: warning: {out}: 14 of 14" in spoken("generate", out, "One day", "--max-new-tokens", "1")
+    assert "scales of 128 columns" in spoken("doctor")
+    with pytest.warns(HalfplateWarning, match="--group-size 128"):
+        halfplate.load(out)
+    assert halfplate.plan(str(tiny_folder), method="magnitude").without_kernel is None
