@@ -204,6 +204,11 @@ def read_steps(description: dict[str, Any] | None) -> tuple[str, ...]:
     return tuple(_flat(description))
 
 
+def written_steps(steps: tuple[str, ...]) -> str:
+    """The steps for a message."""
+    return ", then ".join(step if step == BYTES else repr(step[:80]) for step in steps)
+
+
 def _flat(step: dict[str, Any] | None) -> Iterable[str]:
     match step:
         case {"type": "Sequence", "pretokenizers": [*inner]}:

@@ -1,6 +1,5 @@
 """A dense model as a GGUF file that llama.cpp runs, tokenizer included, through the `gguf` package."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,10 @@ from halfplate.models.gguf_families.family import Family
 from halfplate.models.gguf_families.keys import Unreadable
 from halfplate.models.gguf_families.table import family_of_model
 from halfplate.models.gguf_families.tensors import Values, names_in_file, write_values
+from halfplate.models.gguf_tokenizer_writer import add_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# How a byte-level vocabulary cuts text before it merges, by what is particular of each in tokenizer.json (`tokenizer.ggml.pre`).
-LLAMA3_SPLIT = r"\p{N}{1,3}"
-QWEN2_SPLIT = r"|\p{N}|"
 
 
 def write_gguf(
@@ -55,7 +51,7 @@ def write_gguf(
     if tokenizer is None:
         writer.add_tokenizer_model("none")
     else:
-        _add_tokenizer(writer, tokenizer, config.vocab_size)
+        add_tokenizer(writer, tokenizer, config.vocab_size)
     for name, shape in shapes.items():
         kind = np.dtype(np.float16 if half and _is_matrix(name, shape) else np.float32)
         writer.add_tensor_info(name, shape, kind, int(np.prod(shape)) * kind.itemsize)
@@ -98,83 +94,3 @@ def _half(key: str, values: Values) -> Any:
     if not np.isfinite(half).all():
         raise HalfplateError(f"format='gguf': {key} holds values beyond the range of F16; export it as dense")
     return half
-
-
-def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
-    """The vocabulary, its merges or scores, and the tokens with a meaning of their own."""
-    from gguf import TokenType
-
-    if not tokenizer.is_fast:
-        raise HalfplateError("format='gguf': the tokenizer has no tokenizer.json; save its fast form beside the model")
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = described["model"]
-    if model["type"] != "BPE":
-        raise HalfplateError(f"format='gguf': a tokenizer of type {model['type']} is not written; export it as dense")
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    tokens = [f"[PAD{number}]" for number in range(vocab_size)]
-    kinds = [TokenType.UNUSED] * vocab_size
-    for text, number in tokenizer.get_vocab().items():
-        if number >= vocab_size:
-            raise HalfplateError(
-                f"format='gguf': the tokenizer has {text!r} at {number}, the model {vocab_size} embeddings; give it the tokenizer it was trained with, or export it as dense"
-            )
-        tokens[number], kinds[number] = text, TokenType.NORMAL
-    for added in described["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-    if model.get("byte_fallback"):
-        _add_sentence_pieces(writer, tokenizer, tokens, kinds, merges)
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_splitting(described["pre_tokenizer"]))
-        writer.add_token_merges(merges)
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    for add, number in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_unk_token_id, tokenizer.unk_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
-    ):
-        if number is not None:
-            add(number)
-    ids = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def _add_sentence_pieces(writer: Any, tokenizer: Any, tokens: list[str], kinds: list[Any], merges: list[str]) -> None:
-    """llama.cpp merges the pair whose union has the highest score: what is merged first must score most."""
-    from gguf import TokenType
-
-    scores = dict.fromkeys(tokens, -1e6)
-    for rank, pair in reversed(list(enumerate(merges))):
-        scores[pair.replace(" ", "")] = -float(rank)
-    for number, text in enumerate(tokens):
-        if len(text) == 6 and text.startswith("<0x"):
-            kinds[number] = TokenType.BYTE
-        elif number == tokenizer.unk_token_id:
-            kinds[number] = TokenType.UNKNOWN
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_scores([scores[text] for text in tokens])
-    writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith("▁"))
-
-
-def _splitting(described: Any) -> str:
-    """llama.cpp's name for how a byte-level vocabulary cuts text; raises HalfplateError where that is not known."""
-    steps = described["pretokenizers"] if described and described["type"] == "Sequence" else [described]
-    kinds = [step["type"] if step else None for step in steps]
-    if kinds == ["ByteLevel"]:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"]:
-        pattern = str(steps[0]["pattern"].get("Regex"))
-        for mark, name in ((LLAMA3_SPLIT, "llama-bpe"), (QWEN2_SPLIT, "qwen2")):
-            if mark in pattern:
-                return name
-    raise HalfplateError(
-        f"format='gguf': a vocabulary split by {', '.join(map(str, kinds))} is not known to be one of llama.cpp's; export it as dense and use llama.cpp's converter"
-    )
