@@ -30,6 +30,7 @@ from halfplate.checkpoint.read import inspect_checkpoint
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
 from halfplate.models import gguf
+from halfplate.models.sources import open_source, skeleton
 from halfplate.models.weight_files import find_weight_files
 from halfplate.recipe import Recipe
 
@@ -52,7 +53,7 @@ WORDS = (
     b"9" * 99,
 )
 SHARES = {"recipe": 0.34, "checkpoint": 0.33, "gguf": 0.33}
-CONFIGURED = 10  # of so many GGUF files with a sound header one goes on to transformers
+CONFIGURED = 3  # of so many GGUF files with a sound header one is read whole
 
 
 def mutated(content: bytes, chance: random.Random, focus: int) -> bytes:
@@ -109,8 +110,12 @@ def write_models(folder: Path) -> tuple[Path, Path, Path]:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"w{index}" for index in range(32)])
     writer.add_token_types([1] * 32)
-    for name in ("token_embd", "output_norm", "blk.0.attn_q", "blk.0.ffn_up"):
-        writer.add_tensor(f"{name}.weight", np.ones((4, 32), np.float32))
+    outer = {"token_embd": (32, 16), "output": (32, 16), "output_norm": (16,)}
+    block = {f"attn_{name}": (16, 16) for name in ("q", "k", "v", "output")} | {"attn_norm": (16,), "ffn_norm": (16,)}
+    block |= {"ffn_gate": (24, 16), "ffn_up": (24, 16), "ffn_down": (16, 24)}
+    for name, shape in (outer | {f"blk.0.{name}": shape for name, shape in block.items()}).items():
+        writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+    writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -138,7 +143,9 @@ def targets(folder: Path) -> dict[str, tuple[list[Path], Callable[[], object]]]:
         gguf.read_header(model, "tiny.gguf")
         sound += 1
         if sound % CONFIGURED == 0:
-            gguf.read_config(model, "tiny.gguf")
+            source = open_source(str(model))
+            for _ in gguf.read_tensors(model, "tiny.gguf", skeleton(source)):
+                pass
 
     files = [out / name for name in ("config.json", "halfplate.json", "model.safetensors")] + [
         dense / "model.safetensors"

@@ -74,13 +74,13 @@ def _scaling(
             raise Unreadable(f"{keys.prefix}rope.scaling.type is 'yarn', which is not read together with other scaling")
         yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         return yarn if attention == 1 else yarn | {"attention_factor": attention * _magnitude(factor)}
-    if FACTORS in tensors:
+    if FACTORS in tensors and set(tensors[FACTORS]) != {1.0}:
         if factor == 1 and attention == 1 and (found := _llama3(tensors[FACTORS], base, original, context)):
             return found
         return _divided(tensors[FACTORS], tensors[FACTORS], factor, attention, context, context)
     if SHORT in tensors and LONG in tensors:
         return _divided(tensors[SHORT], tensors[LONG], factor, attention, original, context)
-    if tensors or kind == "longrope":
+    if tensors.keys() - {FACTORS} or kind == "longrope":
         raise Unreadable(f"a longrope scaling needs both {SHORT} and {LONG}")
     if attention != 1:
         raise Unreadable(f"{keys.prefix}rope.scaling.attn_factor is {attention} without a scaling that uses it")
@@ -132,7 +132,7 @@ def write_rope(family: Family, config: Any) -> tuple[dict[str, Any], dict[str, N
         "rope.freq_base": float(parameters["rope_theta"]),
         "rope.dimension_count": int(size * (parameters.get("partial_rotary_factor") or 1.0)),
     }
-    tensors: dict[str, NDArray[np.float32]] = {}
+    tensors: dict[str, NDArray[Any]] = {}
     if family.rope.local == "key":
         keys["rope.freq_base_swa"] = float(config.rope_parameters[LOCAL]["rope_theta"])
     original = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
