@@ -266,6 +266,8 @@ def test_a_bias_that_is_missing_is_zero(tmp_path: Path) -> None:
 def test_factors_of_no_known_scaling(tmp_path: Path) -> None:
     """Any divisors of the frequencies are kept, and one of all ones is no scaling."""
     model = written("llama", tmp_path / "source.gguf")
+    path = changed(tmp_path / "source.gguf", tmp_path / "model.gguf", {}, {"rope_freqs.weight": np.ones(8)})
+    assert read(path).config.rope_parameters["rope_type"] == "default"
     factors = np.linspace(1, 3, 8)
     path = changed(tmp_path / "source.gguf", tmp_path / "model.gguf", {}, {"rope_freqs.weight": factors})
     again = read(path)

@@ -74,13 +74,13 @@ def _scaling(
             raise Unreadable(f"{keys.prefix}rope.scaling.type is 'yarn', which is not read together with other scaling")
         yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         return yarn if attention == 1 else yarn | {"attention_factor": attention * _magnitude(factor)}
-    if FACTORS in tensors:
+    if FACTORS in tensors and set(tensors[FACTORS]) != {1.0}:
         if factor == 1 and attention == 1 and (found := _llama3(tensors[FACTORS], base, original, context)):
             return found
         return _divided(tensors[FACTORS], tensors[FACTORS], factor, attention, context, context)
     if SHORT in tensors and LONG in tensors:
         return _divided(tensors[SHORT], tensors[LONG], factor, attention, original, context)
-    if tensors or kind == "longrope":
+    if tensors.keys() - {FACTORS} or kind == "longrope":
         raise Unreadable(f"a longrope scaling needs both {SHORT} and {LONG}")
     if attention != 1:
         raise Unreadable(f"{keys.prefix}rope.scaling.attn_factor is {attention} without a scaling that uses it")
