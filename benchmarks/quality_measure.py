@@ -57,6 +57,7 @@ class Remembered:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.config, self.device = model, model.config, model.device
         self.hidden: dict[bytes, Tensor] = {}
+        self.get_input_embeddings = model.get_input_embeddings
 
     def __call__(self, input_ids: Tensor, use_cache: bool) -> Any:
         key = input_ids.numpy().tobytes()

@@ -43,7 +43,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "gpt_oss": (MOE | {"head_dim": 8}, {"router": "router of 8", "experts": "3-D"}),
     "mixtral": (MOE, {"gate": "router of 8", "experts": "3-D"}),
     "olmoe": (MOE, {"gate": "router of 8", "experts": "3-D"}),
-    "granitemoe": (MOE, {"layer": "router", "input_linear": "", "output_linear": ""}),
+    "granitemoe": (MOE, {"router": "router of 8", "experts": "3-D"}),
     "phimoe": (MOE, {"router": "router of 8", "experts": "3-D"}),
     "jamba": (
         MOE | {"mamba_dt_rank": 4, "mamba_d_state": 8, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},

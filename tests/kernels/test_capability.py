@@ -1,13 +1,9 @@
 """Backends declare what they run: a field or a tensor that is not declared is refused, and every verb says what has no kernel."""
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from stored_linears import random_linear
 
 import halfplate

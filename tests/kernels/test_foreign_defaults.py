@@ -2,15 +2,11 @@
 
 import ctypes
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "stress"))
 from fuzz_operators import OPERATORS, case, fuzz
+from safetensors.torch import load_file
 from stored_linears import random_linear
 
 import halfplate

@@ -1,9 +1,7 @@
 """Models whose blocks pass on more than a hidden state run block by block as they run whole, or are refused in one line."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +12,6 @@ from halfplate.models.chain_check import check_chain
 from halfplate.models.handover import differing, hands_on, patched
 from halfplate.models.sources import open_source
 from halfplate.models.streamed import StreamedModel
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from state_passing import MODELS
 
 LENGTH = 12  # longer than the windows

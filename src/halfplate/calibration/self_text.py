@@ -124,7 +124,7 @@ def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
         return preallocated_cache(model.config, seq_len)
 
     # Two texts: some models mix those of a batch up.
-    ids = torch.arange(2 * PROBED, device=model.device).reshape(2, PROBED) % _vocabulary(model)
+    ids = torch.arange(2 * PROBED, dtype=torch.int64, device=model.device).reshape(2, PROBED) % _vocabulary(model)
     try:
         _, own = _next_logits(model, ids[:, :1], None)
         if type(own) is DynamicCache:

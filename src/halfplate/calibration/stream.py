@@ -49,7 +49,9 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, parts: Iterable[str], most: in
     if most is None or len(done) < most:
         done.extend(ids[skipped:])
     # Copied, for the array is freed and its memory with it.
-    return torch.frombuffer(done, dtype=torch.int64)[:most].clone() if done else torch.empty(0, dtype=torch.int64)
+    if not done:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    return torch.frombuffer(done, dtype=torch.int64)[:most].clone()
 
 
 def first_characters(parts: Iterable[str], most: int) -> tuple[Iterator[str], Callable[[], bool]]:

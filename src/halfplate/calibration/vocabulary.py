@@ -31,7 +31,7 @@ def check_tokens(
 
     where: what gave the tokens, such as `prompt` or `text='a.txt'`.
     """
-    found, vocabulary = torch.as_tensor(ids), vocabulary_of(model)
+    found, vocabulary = torch.as_tensor(ids, dtype=torch.int64, device="cpu"), vocabulary_of(model)
     beyond = found[(found >= vocabulary) | (found < 0)]
     if not len(beyond):
         return

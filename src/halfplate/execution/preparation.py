@@ -109,7 +109,11 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
     if recipe.calibration == "self":
         # Sampling takes long: what a few tokens show is refused before it.
         few = torch.randint(
-            plan.sizes.vocabulary, (SAMPLES, min(recipe.seq_len, FEW)), generator=torch.Generator().manual_seed(0)
+            plan.sizes.vocabulary,
+            (SAMPLES, min(recipe.seq_len, FEW)),
+            generator=torch.Generator().manual_seed(0),
+            dtype=torch.int64,
+            device="cpu",
         )
         check_chain(streamed, few, _splits(recipe))
         with streamed.running(resident > 0, bf16_kernels(recipe.device)) as model:

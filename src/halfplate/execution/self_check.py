@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from halfplate.checkpoint.read import load, load_tokenizer, read_checked_headers
 from halfplate.checkpoint.weights import read_tensors
-from halfplate.errors import HalfplateError, RuinedResult
+from halfplate.errors import HalfplateError, HalfplateWarning, RuinedResult
 from halfplate.evaluation.perplexity import compare
 from halfplate.execution.job import Job
 from halfplate.execution.work import load_part
 from halfplate.formats import CompressedLinear, WeightSpec
-from halfplate.models.blockwise import BlockInputs, BlockwiseModel
+from halfplate.models.blockwise import BlockwiseModel
 from halfplate.models.linears import replace_linear
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning.memory import check_loads_whole
@@ -112,8 +113,8 @@ def check_tokens(tokenizer: Any, model: Any) -> Tensor:
     length = max(2, min(TOKENS, context))
     ids = [token for token in tokenizer(TEXT)["input_ids"] if token < config.vocab_size][:length]
     if len(ids) < min(LEAST_TOKENS, length):
-        ids = torch.linspace(0, config.vocab_size - 1, length, dtype=torch.float64).long().tolist()
-    return torch.tensor([ids], dtype=torch.int64)
+        ids = [number * (config.vocab_size - 1) // (length - 1) for number in range(length)]
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
 
 def _logits(streamed: StreamedModel, ids: Tensor, variants: list[Callable[[int], None]]) -> list[Tensor]:
@@ -121,18 +122,17 @@ def _logits(streamed: StreamedModel, ids: Tensor, variants: list[Callable[[int],
     blockwise = streamed.blockwise
     with streamed.outer(head=True), _in_fp32(blockwise):
         _round_outer(streamed)
-        first = streamed.embed(ids)
-        hidden = [first.hidden for _ in variants]
+        # Each variant has arguments of its own: layers may write into them (shared keys and values, caches).
+        states = [streamed.embed(ids) for _ in variants]
         for index in range(len(streamed.blocks)):
             for number, variant in enumerate(variants):
                 streamed.load_block(index)
                 try:
                     variant(index)
-                    inputs = BlockInputs(hidden[number], first.arguments)
-                    hidden[number] = blockwise.run_block(index, inputs).hidden
+                    states[number] = blockwise.run_block(index, states[number])
                 finally:
                     streamed.free_block(index)
-        return [blockwise.finish(BlockInputs(state, first.arguments)).float().cpu() for state in hidden]
+        return [blockwise.finish(state).float().cpu() for state in states]
 
 
 @contextmanager
@@ -212,7 +212,10 @@ class _Written:
 
 def _loaded_logits(folder: Path, ids: Tensor, device: str) -> Tensor:
     """Logits of the checkpoint as `halfplate.load` gives it, the last tokens one by one where decoding is native."""
-    model: Any = load(folder, device=device)
+    with warnings.catch_warnings():
+        # What has no kernel was said at the start; the folder has no name of the user's yet.
+        warnings.simplefilter("ignore", HalfplateWarning)
+        model: Any = load(folder, device=device)
     if decoder.why_not(model) is not None or ids.shape[1] <= DECODED:
         return cast(Tensor, model(input_ids=ids, use_cache=False).logits).float().cpu()
     found = model(input_ids=ids[:, :-DECODED], use_cache=True)

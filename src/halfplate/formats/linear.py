@@ -100,7 +100,7 @@ class CompressedLinear(nn.Module):
         return self.matrix.dense(), None if self.bias is None else self.bias.float()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         super()._apply(fn, recurse)
         return self
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from halfplate.models.without_values import run_without_values
 
 # Methods that make or fill weights; none of them runs on a loaded model.
 INITIALISER = re.compile("_*(init|reset)")
@@ -63,31 +63,11 @@ def data_reads(model: nn.Module, prefix: str = "") -> tuple[dict[str, str], str 
     return {start + name: f"its weight is read as data by {by}; kept dense" for name, by in reasons.items()}, failure
 
 
-@contextmanager
-def without_numbers(model: nn.Module) -> Iterator[None]:
-    """While inside, `model` runs on shapes alone; raises what its code raises where it asks for values."""
-    config: Any = getattr(model, "config", None)
-    experts = getattr(config, "_experts_implementation", None)
-    # It prints a traceback for every operator that has no rule for shapes.
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        if experts is not None:
-            # Experts that are reached by indices need numbers; all of them at once do not.
-            config._experts_implementation = "batched_mm"
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        logger.disabled = was_disabled
-        if experts is not None:
-            config._experts_implementation = experts
-
-
 def _stated(root: nn.Module) -> dict[str, list[tuple[str, _Read]]]:
     """By the name of a linear, the name of each module that reads it and the place where that does."""
     found: dict[str, list[tuple[str, _Read]]] = {}
     for name, module in root.named_modules():
-        for read in _reads_of(type(module)):
+        for read in _reads_of(module.__class__):
             target = None if read.path is None else reduce(_child, read.path, module)
             if isinstance(target, nn.Module) and hasattr(target, "in_features"):
                 found.setdefault(".".join(filter(None, (name, *(read.path or ())))), []).append((name, read))
@@ -147,9 +127,8 @@ def _parsed(module: str) -> list[ast.stmt]:
 def _owners(node: ast.AST) -> Iterator[tuple[str, ...] | None]:
     """The owner of each `.weight` below `node`: its path below `self`, or None; a module's own `self.weight` is left out."""
     if isinstance(node, ast.If | ast.IfExp) and _asks_for_training(node.test):
-        otherwise = node.orelse if isinstance(node.orelse, list) else [node.orelse]
-        for child in otherwise:
-            yield from _owners(child)
+        for otherwise in node.orelse if isinstance(node.orelse, list) else [node.orelse]:
+            yield from _owners(otherwise)
         return
     if isinstance(node, ast.Attribute) and node.attr == "weight":
         path: list[str] = []
@@ -178,7 +157,7 @@ def _run(
     run: Any = model
     places = {place for reads in stated.values() for place in reads}
     device = next((parameter.device for parameter in model.parameters()), None)
-    with torch.no_grad(), without_numbers(model), _watched(root) as seen, _noted(root, places) as ran:
+    with torch.no_grad(), run_without_values(model), _watched(root) as seen, _noted(root, places) as ran:
         ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
         try:
             run(input_ids=ids, use_cache=False)

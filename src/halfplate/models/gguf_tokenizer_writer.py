@@ -191,10 +191,8 @@ def _unreachable(model: dict[str, Any], vocabulary: dict[str, int]) -> str | Non
     """A token that merging its own characters does not give; None if there is none."""
     from tokenizers.models import BPE
 
-    merging = BPE(
-        model["vocab"],
-        [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in model["merges"]],
-    )
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    merging = BPE(model["vocab"], [(first, second) for first, second in pairs])
     return next((token for token in vocabulary if len(merging.tokenize(token)) > 1), None)
 
 

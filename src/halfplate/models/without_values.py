@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # The one way to run experts in which no shape depends on which experts are chosen.
 EXPERTS = "batched_mm"
 
 
 @contextmanager
-def run_without_values(model: PreTrainedModel) -> Iterator[None]:
+def run_without_values(model: nn.Module) -> Iterator[None]:
     """While inside, `model`, on the meta device, runs as far as it asks for no values; what fails raises, and prints nothing."""
     # torch logs a traceback of its own before it raises.
     loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch._subclasses.fake_utils")]

@@ -70,7 +70,7 @@ def accelerate(
     """
     check_options(activations, head_dtype)
     check_options(activations, dense_dtype)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     # A tied head is saved as the embedding, and one that is rounded here is not what the model holds.
     tied = head is not None and embedding is not None and embedding.weight is head.weight

@@ -128,7 +128,7 @@ def sweep_tiles(core: Tensor, error: Tensor, out_gram: Tensor, in_gram: Tensor) 
     core, error = core.clone(memory_format=torch.contiguous_format), error.clone(memory_format=torch.contiguous_format)
     if in_gram.stride()[1:] != (cols, 1):
         in_gram = in_gram.contiguous()
-    before = torch.empty(tiles, cols, device=core.device)
+    before = torch.empty(tiles, cols, dtype=torch.float32, device=core.device)
     block = min(BLOCK, triton.next_power_of_2(cols))
     _sweep[(tiles,)](core, error, before, out_gram.contiguous(), in_gram, in_gram.stride(0), rows, cols, BLOCK=block)
     return core
