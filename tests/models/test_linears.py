@@ -61,7 +61,7 @@ def test_the_meta_device_gives_the_same(tiny_model):
     [("opt", "model.decoder.layers"), ("gpt_neox", "gpt_neox.layers"), ("bloom", "transformer.h")],
 )
 def test_other_architectures(tiny_model, architecture, prefix):
-    model = tiny_model(architecture)
+    model = tiny_model(architecture, ffn_dim=64)
     assert find_blocks(model)[0] == prefix
     found, skipped = find_linears(model)
     assert len(found) >= 8

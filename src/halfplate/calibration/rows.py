@@ -70,21 +70,30 @@ def json_values(blocks: Iterable[str], where: str) -> Iterator[tuple[str, Any]]:
             held = _stripped(held[1:], source)
         number += 1
         place = f"{where}, row {number}"
-        while True:
-            try:
-                value, end = decoder.raw_decode(held)
-                break
-            except (ValueError, RecursionError) as error:
-                # A value that is not whole yet; as much again is read, so that a long one is parsed a few times only.
-                more = _more(source, len(held))
-                if not more:
-                    raise _not_json(place, error) from None
-                held += more
-                _check_length(held, place)
-        held = held[end:]
+        value, held = _next_value(held, source, decoder, place)
         yield place, value
     if in_array:
         raise HalfplateError(f"{where} ends inside its array; download it again")
+
+
+def _next_value(held: str, source: Iterator[str], decoder: json.JSONDecoder, place: str) -> tuple[Any, str]:
+    """The value that `held` begins with, reading on from `source` as far as it takes, and what follows it."""
+    while True:
+        reason = None
+        try:
+            value, end = decoder.raw_decode(held)
+            if not _may_go_on(value, held[end:]):
+                return value, held[end:]
+        except (ValueError, RecursionError) as error:
+            reason = error
+        _check_length(held, place)
+        # As much again is read, so that a long value is parsed a few times only.
+        more = _more(source, len(held))
+        if not more:
+            if reason is not None:
+                raise _not_json(place, reason)
+            return value, held[end:]
+        held += more
 
 
 def row_text(
@@ -218,6 +227,11 @@ def _stripped(held: str, source: Iterator[str]) -> str:
             return ""
         held = more
     return held
+
+
+def _may_go_on(value: Any, rest: str) -> bool:
+    """Whether `value` may be the beginning of a longer number, of which `rest` is all that was read."""
+    return isinstance(value, int | float) and not rest.lstrip("0123456789.eE+-")
 
 
 def _more(source: Iterator[str], least: int) -> str:

@@ -19,6 +19,7 @@ from halfplate.evaluation.perplexity import compare
 from halfplate.execution.job import Job
 from halfplate.execution.work import load_part
 from halfplate.formats import CompressedLinear, WeightSpec
+from halfplate.models.arguments import cache_argument
 from halfplate.models.blockwise import BlockwiseModel
 from halfplate.models.linears import replace_linear
 from halfplate.models.streamed import StreamedModel
@@ -219,9 +220,10 @@ def _loaded_logits(folder: Path, ids: Tensor, device: str) -> Tensor:
     if decoder.why_not(model) is not None or ids.shape[1] <= DECODED:
         return cast(Tensor, model(input_ids=ids, use_cache=False).logits).float().cpu()
     found = model(input_ids=ids[:, :-DECODED], use_cache=True)
-    logits = [found.logits]
+    name = cache_argument(model.forward)
+    cache, logits = {name: getattr(found, name)}, [found.logits]
     for token in ids[:, -DECODED:].split(1, dim=1):
-        logits.append(model(input_ids=token, past_key_values=found.past_key_values, use_cache=True).logits)
+        logits.append(model(input_ids=token, use_cache=True, **cache).logits)
     return torch.cat(logits, 1).float().cpu()
 
 

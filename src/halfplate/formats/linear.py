@@ -19,7 +19,8 @@ class CompressedLinear(nn.Module):
     spec: shape and types of the matrix. bias: whether a bias (d_out,) is added. device: where the still empty tensors
     are made (`meta` while transformers builds a model). bias_dtype: element type of the bias. dtype: that of the linear it stands for, in
     which its model computes; the stored core, `weight`, has another. lender: the module whose input wrapper this one shares, where
-    its `spec` names one; it is no part of the state of this module.
+    its `spec` names one; it is no part of the state of this module. `to(dtype)` changes the types of the bias and of what the
+    linear computes in; stored tensors keep theirs.
     """
 
     weight: Tensor
@@ -101,7 +102,13 @@ class CompressedLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        stored = {name: getattr(self, name).data for name in self.spec.layout()}
         super()._apply(fn, recurse)
+        # `model.to(dtype)` names the type to compute in; in another, what is stored would round.
+        for name, before in stored.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                after.data = before.to(after.device)
         return self
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfplate.models.arguments import cache_argument
 from halfplate.models.without_values import run_without_values
 
 # Methods that make or fill weights; none of them runs on a loaded model.
@@ -165,8 +166,9 @@ def _run(
         except Exception as error:
             return seen, ran, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         with suppress(Exception):
-            cached = run(input_ids=ids, use_cache=True).past_key_values
-            run(input_ids=ids[:, :1], past_key_values=cached, use_cache=True)
+            name = cache_argument(model.forward)
+            cache = {name: getattr(run(input_ids=ids, use_cache=True), name)}
+            run(input_ids=ids[:, :1], use_cache=True, **cache)
     return seen, ran, None
 
 
