@@ -124,7 +124,7 @@ def _complete(stated: Mapping[str, Any]) -> dict[str, Any]:
 
     try:
         recipe = Recipe.from_mapping({**stated, "calibration": "self"})
-        version = methods.method_class(recipe.method).version
+        version = methods.METHODS.get(recipe.method).version
     except HalfplateError:
         return dict(stated)
     complete = recipe.fingerprint_json() | {"calibration": stated["calibration"], "method_version": version}

@@ -29,13 +29,15 @@ def workplace(tiny_folder, tmp_path, monkeypatch):
     return tmp_path
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def test_every_command_of_the_readme_runs(workplace, capsys):
-    lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ halfplate")]
-    assert len(lines) >= 10
+@pytest.mark.parametrize(("page", "commands"), [("README.md", 5), ("docs/commands.md", 20)])
+def test_every_command_of_the_readme_and_of_the_examples_runs(workplace, capsys, page, commands):
+    text = (ROOT / page).read_text()
+    lines = [line for block in blocks("console", text) for line in block.splitlines() if line.startswith("$ halfplate")]
+    assert len(lines) >= commands
     for line in lines:
         words = shlex.split(line.removeprefix("$ "), comments=True)[1:]
         if words[0] in ("plan", "compress"):
@@ -52,7 +54,7 @@ def test_every_command_of_a_page_runs(workplace, capsys, page, commands):
     assert len(lines) == commands
     for line in lines:
         assert main([*shlex.split(line), *QUICK]) == 0, line + capsys.readouterr().err
-        assert "serves" in capsys.readouterr().out
+        assert "optimised for" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", ["index.md", "export.md", "troubleshooting.md"])

@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfplate import plugins
 from halfplate.calibration import read_text
+from halfplate.calibration.documents import SOURCES
 from halfplate.cli import main
 from halfplate.errors import HalfplateError
 from halfplate.execution.result import identity_of
 from halfplate.execution.work import check_same
 from halfplate.formats import WeightSpec
-from halfplate.methods import create, method_class, method_names
+from halfplate.methods import METHODS, create
 from halfplate.models.sources import open_source
 from halfplate.pattern import DENSE, Pattern
 from halfplate.planning import make_plan
 from halfplate.recipe import Recipe
+from halfplate.registry import installed
 from halfplate.statistics import InputStatistics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,10 +52,10 @@ def install(tmp_path, monkeypatch):
         (info / "entry_points.txt").write_text(text)
         for module, code in modules.items():
             (site / f"{module}.py").write_text(code)
-        plugins.installed.cache_clear()
+        installed.cache_clear()
 
     yield put
-    plugins.installed.cache_clear()
+    installed.cache_clear()
     for module in set(sys.modules) - loaded:
         if str(getattr(sys.modules[module], "__file__", "")).startswith(str(site)):
             del sys.modules[module]
@@ -164,9 +165,9 @@ def test_commands_of_the_page_run_with_the_package_installed(tiny_folder, tmp_pa
 
 
 def test_nothing_of_a_plugin_is_imported_before_it_is_asked_for(install):
-    install("lazy", points=[(plugins.METHODS, "lazy = lazy_module:Lazy")], lazy_module="raise SystemExit('imported')")
-    assert "lazy" in method_names()
-    assert method_class("wanda").name == "wanda"
+    install("lazy", points=[(METHODS.group, "lazy = lazy_module:Lazy")], lazy_module="raise SystemExit('imported')")
+    assert "lazy" in METHODS.names()
+    assert METHODS.get("wanda").name == "wanda"
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_nothing_of_a_plugin_is_imported_before_it_is_asked_for(install):
         ("import no_such_module", "cannot be imported (ModuleNotFoundError: No module named 'no_such_module')"),
         ("1 / 0", "cannot be imported (ZeroDivisionError: division by zero)"),
         ("", "cannot be imported (AttributeError"),
-        ("class Plugin: pass", "is no dataclass derived from halfplate.methods.Method"),
+        ("class Plugin: pass", "is not a dataclass derived from halfplate.methods.Method"),
         ("from halfplate.methods.wanda import Wanda as Plugin", "calls itself 'wanda'"),
         (
             "from halfplate.methods import Method\nclass Plugin(Method):\n    name = 'broken'",
@@ -184,7 +185,7 @@ def test_nothing_of_a_plugin_is_imported_before_it_is_asked_for(install):
     ],
 )
 def test_a_broken_method_is_one_line(install, capsys, tiny_folder, code, reason):
-    install("bad", "0.3", [(plugins.METHODS, "broken = bad_module:Plugin")], bad_module=code)
+    install("bad", "0.3", [(METHODS.group, "broken = bad_module:Plugin")], bad_module=code)
     assert main(["plan", str(tiny_folder), "--method", "broken"]) == 2
     error, docs = capsys.readouterr().err.splitlines()
     assert error.startswith("halfplate: error: method='broken' of bad 0.3 " + reason)
@@ -198,14 +199,14 @@ def test_a_broken_method_is_one_line(install, capsys, tiny_folder, code, reason)
 
 
 def test_a_name_that_is_taken_is_refused_and_no_other(install):
-    install("one", points=[(plugins.METHODS, "wanda = m:W"), (plugins.METHODS, "twice = m:W")])
-    install("two", "2.0", [(plugins.METHODS, "twice = m:W"), (plugins.CALIBRATION, "self = m:read")])
+    install("one", points=[(METHODS.group, "wanda = m:W"), (METHODS.group, "twice = m:W")])
+    install("two", "2.0", [(METHODS.group, "twice = m:W"), (SOURCES.group, "self = m:read")])
     for name, claims in {"wanda": "halfplate itself and by one 1.0", "twice": "one 1.0 and by two 2.0"}.items():
         with pytest.raises(HalfplateError, match=f"method='{name}' is claimed by {claims}; uninstall one of them"):
-            method_class(name)
+            METHODS.get(name)
     with pytest.raises(HalfplateError, match=r"calibration='self' is claimed by halfplate itself and by two 2\.0"):
         read_text("self")
-    assert method_class("armor").name == "armor"
+    assert METHODS.get("armor").name == "armor"
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_a_name_that_is_taken_is_refused_and_no_other(install):
     ],
 )
 def test_a_broken_calibration_source_is_one_line(install, code, reason):
-    install("text", "5.1", [(plugins.CALIBRATION, "own = text_module:read")], text_module=code)
+    install("text", "5.1", [(SOURCES.group, "own = text_module:read")], text_module=code)
     with pytest.raises(HalfplateError, match=re.escape(f"calibration='own' of text 5.1 {reason}")):
         read_text("own:x")
 
@@ -225,7 +226,7 @@ def test_a_broken_calibration_source_is_one_line(install, code, reason):
 def test_half_a_surrogate_pair_of_a_plugin_is_no_text(install):
     install(
         "text",
-        points=[(plugins.CALIBRATION, "own = text_module:read")],
+        points=[(SOURCES.group, "own = text_module:read")],
         text_module="def read(what): return ['\\ud800']",
     )
     with pytest.raises(HalfplateError, match=r"calibration='own', document 1 .* no Unicode text"):
@@ -238,7 +239,7 @@ def test_another_version_of_a_plugin_is_another_plan(install, examples, tiny_fol
     first, begun = plan.fingerprint, identity_of(open_source(str(tiny_folder)), plan, plan.statistic, 1)
     info = tmp_path / "site" / "halfplate-extensions-1.0.dist-info" / "METADATA"
     info.write_text(info.read_text().replace("Version: 1.0", "Version: 1.1"))
-    plugins.installed.cache_clear()
+    installed.cache_clear()
     plan = make_plan(str(tiny_folder), recipe)
     assert plan.fingerprint != first
     now = identity_of(open_source(str(tiny_folder)), plan, plan.statistic, 1)

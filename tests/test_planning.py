@@ -4,9 +4,9 @@ from typing import ClassVar
 
 import pytest
 
-from halfplate import methods
 from halfplate.cli import main
 from halfplate.errors import HalfplateError
+from halfplate.methods import METHODS
 from halfplate.methods.magnitude import Magnitude
 from halfplate.planning import make_plan
 from halfplate.recipe import Recipe
@@ -20,8 +20,7 @@ class Wrapped(Magnitude):
 
 @pytest.fixture
 def wrapped(monkeypatch):
-    monkeypatch.setattr(methods, "METHODS", methods.METHODS | {"wrapped": f"{__name__}:Wrapped"})
-    monkeypatch.setattr(methods, "method_class", lambda name: Wrapped)
+    monkeypatch.setitem(METHODS.own, "wrapped", f"{__name__}:Wrapped")
     return "wrapped"
 
 

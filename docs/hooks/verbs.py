@@ -71,9 +71,9 @@ def page(name: str, parser: argparse.ArgumentParser, lines: list[str], root: Pat
 
 
 def examples(root: Path) -> dict[str, list[str]]:
-    """The commands of the README by verb; the tests run them."""
+    """The commands of docs/commands.md by verb; the tests run them."""
     found: dict[str, list[str]] = {}
-    for line in re.findall(r"^\$ halfplate .*$", (root / "README.md").read_text(), re.MULTILINE):
+    for line in re.findall(r"^\$ halfplate .*$", (root / "docs" / "commands.md").read_text(), re.MULTILINE):
         found.setdefault(line.split()[2], []).append(re.sub(r"\s{2,}#", "  #", line))
     return found
 

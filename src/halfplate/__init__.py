@@ -11,11 +11,11 @@ from halfplate.errors import HalfplateError
 from halfplate.registration import register
 
 if TYPE_CHECKING:
-    from halfplate.checkpoint.export import export_dense as export
     from halfplate.checkpoint.quantizer import HalfplateConfig
     from halfplate.checkpoint.read import load
     from halfplate.evaluation.bench import bench
     from halfplate.execution.evaluate import evaluate
+    from halfplate.exports import export
     from halfplate.recipe import Recipe
     from halfplate.recovery.settings import Recovery
     from halfplate.verbs import compress, plan, recover
@@ -44,7 +44,7 @@ _FOUND_IN = {
     "bench": ("halfplate.evaluation.bench", "bench"),
     "compress": ("halfplate.verbs", "compress"),
     "evaluate": ("halfplate.execution.evaluate", "evaluate"),
-    "export": ("halfplate.checkpoint.export", "export_dense"),
+    "export": ("halfplate.exports", "export"),
     "load": ("halfplate.checkpoint.read", "load"),
     "plan": ("halfplate.verbs", "plan"),
     "recover": ("halfplate.verbs", "recover"),

@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse(text: str | bytes) -> Any:
-    """The value that `text` stands for; raises ValueError for what is no YAML of plain values, or beyond the bounds."""
+    """The value that `text` stands for; raises ValueError for what is not YAML of plain values, or beyond the bounds."""
     if len(text) > LARGEST:
         raise ValueError(f"it has more than {LARGEST} bytes")
     try:

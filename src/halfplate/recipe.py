@@ -19,7 +19,7 @@ from halfplate.formats.rounding import GROUP
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern
-from halfplate.plugins import unknown
+from halfplate.registry import unknown
 from halfplate.statistics import Statistic
 
 VERSION = 1
@@ -65,7 +65,7 @@ class RecipeFields(TypedDict, total=False):
 
 def pattern_of(method: str) -> str:
     """The pattern that `auto` stands for: `2:4`, or `dense` for a method that drops no weights."""
-    return "2:4" if methods.method_class(method).sparse else "dense"
+    return "2:4" if methods.METHODS.get(method).sparse else "dense"
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Recipe:
             raise HalfplateError(
                 f"method_options={self.method_options!r} is not a mapping; write one `name: value` a line below it"
             )
-        options = _typed_options(methods.method_class(self.method), self.method_options)
+        options = _typed_options(methods.METHODS.get(self.method), self.method_options)
         object.__setattr__(self, "method_options", options)
         if self.pattern == "auto":
             object.__setattr__(self, "pattern", pattern_of(self.method))
@@ -252,7 +252,7 @@ class Recipe:
 
     def spec(self, d_out: int, d_in: int, block: int) -> WeightSpec:
         """How a matrix is stored: wrappers of the size `block`, or a low-rank part of as many bytes, as the method has it."""
-        wrapper, rank = (0, block) if methods.method_class(self.method).low_rank else (block, 0)
+        wrapper, rank = (0, block) if methods.METHODS.get(self.method).low_rank else (block, 0)
         out_wrapper = wrapper if self.out_block_size is None else self.out_block_size
         return WeightSpec(
             d_out,
@@ -286,14 +286,14 @@ class Recipe:
 
     def create_method(self) -> Method:
         """The method with its options; where it has a seed of its own, the recipe's unless the options say otherwise."""
-        seeded = any(f.name == "seed" for f in fields(methods.method_class(self.method)))
+        seeded = any(f.name == "seed" for f in fields(methods.METHODS.get(self.method)))
         return methods.create(self.method, **{**({"seed": self.seed} if seeded else {}), **self.method_options})
 
     @classmethod
     def of(cls, recipe: Recipe | str | Path | None = None, **changes: Unpack[RecipeFields]) -> Recipe:
         """A recipe, or the one in a YAML file, or the defaults, with `changes` in place of what it says.
 
-        Raises HalfplateError for what `from_yaml` and Recipe refuse, and for a name that is no field.
+        Raises HalfplateError for what `from_yaml` and Recipe refuse, and for a name that is not a field.
         """
         # Checked here, because a misspelt keyword of a verb must not look like a bug.
         values: dict[str, Any] = dict(changes)
@@ -322,7 +322,7 @@ class Recipe:
         """Read a recipe file, or one that comes with Halfplate by its name, with `changes` in place of what it says.
 
         Options of the method are added to those of the file, unless the method itself changes. Raises HalfplateError where
-        the file is missing, is no YAML mapping, or holds a wrong value.
+        the file is missing, is not a YAML mapping, or holds a wrong value.
         """
         values = _read_yaml(recipes.shipped(str(path)) or path)
         options = values.get("method_options", {})

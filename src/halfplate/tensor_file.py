@@ -59,7 +59,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     size = status.st_size
     # Opening a pipe waits for whoever writes to it, a device has no end.
     if not stat.S_ISREG(status.st_mode):
-        raise DamagedFile(f"{path.name} is no regular file; download it again")
+        raise DamagedFile(f"{path.name} is not a regular file; download it again")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, LONGEST_HEADER):

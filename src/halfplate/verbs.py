@@ -10,9 +10,9 @@ from halfplate.execution import local
 from halfplate.execution import recover as recovery
 from halfplate.execution.progress import Report, silent
 from halfplate.planning import Plan, make_plan
-from halfplate.plugins import unknown
 from halfplate.recipe import Recipe, RecipeFields
 from halfplate.recovery.settings import Recovery
+from halfplate.registry import unknown
 from halfplate.statistics import Statistic
 
 

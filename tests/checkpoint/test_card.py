@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from halfplate.checkpoint.export import export_dense
 from halfplate.checkpoint.read import inspect_checkpoint
 from halfplate.checkpoint.write import amend_record
+from halfplate.exports import export
 from halfplate.models.licence import licence_of
 from halfplate.models.sources import open_source
 
@@ -70,7 +70,7 @@ def test_a_dense_copy_says_that_it_is_one(written: Any, tmp_path: Path) -> None:
     one = written()
     one.record |= {"model": "some/where/bird", "license": "mit"}
     one.write(one.folder, overwrite=True)
-    export_dense(one.folder, tmp_path / "dense")
+    export(one.folder, tmp_path / "dense")
     data, body = card(tmp_path / "dense")
     assert data["license"] == "mit"
     assert body.strip().startswith("# bird, a dense copy")

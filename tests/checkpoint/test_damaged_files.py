@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from halfplate.checkpoint.export import export_dense
 from halfplate.checkpoint.read import inspect_checkpoint, load, load_tokenizer
 from halfplate.errors import HalfplateError
+from halfplate.exports import export
 
 NAME = "model.layers.0.self_attn.q_proj"  # 2:4, tails on both sides
 
@@ -237,7 +237,7 @@ def test_an_order_of_inputs_that_is_none_is_refused(written: Any) -> None:
     good = load_file(one.folder / "model.safetensors")[part]
     for value in (-1, 32, int(good[1])):
         edit_tensors(one.folder, lambda tensors, value=value: tensors[part].view(-1)[:1].fill_(value))
-        refused(one.folder, rf"{complaint} is no permutation of 0 to 31", every)
+        refused(one.folder, rf"{complaint} is not a permutation of 0 to 31", every)
     for bad, words in (
         (good.int(), r" in .*int32 .* expected int16"),
         (good[:-1], r" in .*\(31,\)"),
@@ -367,7 +367,7 @@ def test_export_compares_checksums(written: Any, tmp_path: Path) -> None:
     checkpoint = written().folder
     edit_tensors(checkpoint, lambda tensors: tensors[f"{NAME}.weight"].view(-1)[:1].add_(1))
     load(checkpoint)  # a value is as good as another to a reader without checksums
-    refused(checkpoint, "does not have the checksum", (lambda folder: export_dense(folder, tmp_path / "dense"),))
+    refused(checkpoint, "does not have the checksum", (lambda folder: export(folder, tmp_path / "dense"),))
     assert not (tmp_path / "dense").exists()
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfplate.checkpoint.export import export_dense
 from halfplate.errors import HalfplateError
+from halfplate.exports import export
 
 LOAD_WITHOUT_HALFPLATE = """
 import sys
@@ -37,7 +37,7 @@ torch.save(tensors, sys.argv[2])
 
 def test_transformers_alone_loads_the_export(written: Any, tmp_path: Path) -> None:
     one = written("qwen2", other_dtype=torch.float32)
-    export_dense(one.folder, tmp_path / "dense")
+    export(one.folder, tmp_path / "dense")
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert not {"quantization_config", "transformers_weights"} & config.keys()
     assert config["dtype"] == "float32"
@@ -66,7 +66,7 @@ def test_an_export_in_bf16_differs_by_its_rounding_only(
     from transformers import AutoModelForCausalLM
 
     one = written("llama", other_dtype=torch.bfloat16)
-    export_dense(one.folder, tmp_path / "dense")
+    export(one.folder, tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     torch.testing.assert_close(logits_of(dense), one.logits(), rtol=0.05, atol=0.05)
 
@@ -75,7 +75,7 @@ def test_exported_weights_are_the_products(written: Any, tmp_path: Path) -> None
     from safetensors.torch import load_file
 
     one = written(other_dtype=torch.float16)
-    export_dense(one.folder, tmp_path / "dense")
+    export(one.folder, tmp_path / "dense")
     stored = load_file(tmp_path / "dense" / "model.safetensors")
     for name in one.specs:
         assert torch.equal(stored[f"{name}.weight"], one.model.get_submodule(name).matrix.dense().half())
@@ -86,15 +86,15 @@ def test_out_is_protected(written: Any, tmp_path: Path, tiny_folder: Path) -> No
     one = written()
     before = sorted(path.name for path in tiny_folder.iterdir())
     with pytest.raises(HalfplateError, match="holds files that Halfplate did not write"):
-        export_dense(one.folder, tiny_folder, overwrite=True)
+        export(one.folder, tiny_folder, overwrite=True)
     assert sorted(path.name for path in tiny_folder.iterdir()) == before
-    export_dense(one.folder, tmp_path / "dense")
+    export(one.folder, tmp_path / "dense")
     with pytest.raises(HalfplateError, match="--overwrite"):
-        export_dense(one.folder, tmp_path / "dense")
-    export_dense(one.folder, tmp_path / "dense", overwrite=True)
+        export(one.folder, tmp_path / "dense")
+    export(one.folder, tmp_path / "dense", overwrite=True)
 
 
 def test_a_dense_model_is_not_exported(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(HalfplateError, match="is not a Halfplate checkpoint"):
-        export_dense(tiny_folder, tmp_path / "dense")
+        export(tiny_folder, tmp_path / "dense")
     assert not (tmp_path / "dense").exists()

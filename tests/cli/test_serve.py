@@ -66,6 +66,6 @@ def test_streaming_chat_and_eight_at_once(client: Any, checkpoint: Path) -> None
 
 def test_what_cannot_be_served_is_refused(halfplate: Callable[..., Any], tmp_path: Path, checkpoint: Path) -> None:
     halfplate("serve", tmp_path / "absent").refused("does not exist")
-    halfplate("serve", checkpoint, "--port", 70000).refused("--port 70000 is no port")
+    halfplate("serve", checkpoint, "--port", 70000).refused("--port 70000 is not a port")
     (checkpoint / "model.safetensors").write_bytes(b"cut")
     halfplate("serve", checkpoint).refused("damaged or cut short")

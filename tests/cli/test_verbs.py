@@ -16,9 +16,9 @@ def test_plan_writes_and_computes_nothing(halfplate, tiny_folder, tmp_path, monk
 
 def test_plan_says_which_wish_a_recipe_serves(halfplate, tiny_folder):
     for options, wish in (
-        (["--method", "magnitude"], "time with the weights kept in floats"),
-        (["--core-dtype", "int4"], "decode time"),
-        (["--method", "rtn", "--core-dtype", "int4"], "fewest bytes"),
+        (["--method", "magnitude"], "speed (float weights)"),
+        (["--core-dtype", "int4"], "speed; at the same bytes"),
+        (["--method", "rtn", "--core-dtype", "int4"], "size; for speed"),
         (["--budget", "0.6"], "within the budget"),
     ):
         assert wish in halfplate("plan", tiny_folder, "--seq-len", "32", *options).out

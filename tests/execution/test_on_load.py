@@ -49,7 +49,7 @@ def test_what_cannot_work_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
         )
     with pytest.raises(HalfplateError, match="HalfplateConfig needs a recipe"):
         halfplate.HalfplateConfig()
-    with pytest.raises(HalfplateError, match="LlamaModel is no language model; load it with AutoModelForCausalLM"):
+    with pytest.raises(HalfplateError, match="LlamaModel is not a language model; load it with AutoModelForCausalLM"):
         AutoModel.from_pretrained(tiny_folder, quantization_config=halfplate.HalfplateConfig(recipe=RECIPE))
 
 

@@ -347,7 +347,7 @@ def test_a_recovery_that_ruins_says_so(wrapped, tiny_folder, tmp_path):
         ({"tokens": 5, "precision": "fp8"}, "precision='fp8'"),
         ({"tokens": 5, "batch": 0}, "batch=0 is too small"),
         ({"tokens": 5, "seed": 2**63}, "is too large; expected less than 2^63"),
-        ({"tokens": 5, "square_head": -1.0}, "square_head=-1.0 is no weight"),
+        ({"tokens": 5, "square_head": -1.0}, "square_head=-1.0 is not a weight"),
         ({"tokens": "many"}, "tokens='many' is not of the right type; expected a whole number"),
         ({"tokens": 5, "norms": 2}, "norms=2 is not of the right type; expected true or false"),
     ],

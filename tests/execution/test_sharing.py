@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import halfplate
-from halfplate.checkpoint.export import export_dense
 from halfplate.checkpoint.read import inspect_checkpoint
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
+from halfplate.exports import export
 from halfplate.formats import CompressedLinear
 from halfplate.models.sources import load_dense
 from halfplate.planning import make_plan
@@ -100,7 +100,7 @@ def test_automodel_and_export_and_the_documents_reader(shared, tmp_path):
     expected = halfplate.load(shared, kernels=False)
     model = AutoModelForCausalLM.from_pretrained(shared, dtype=torch.float32)
     torch.testing.assert_close(model(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-4)
-    export_dense(shared, tmp_path / "dense")
+    export(shared, tmp_path / "dense")
     dense = load_dense(str(tmp_path / "dense")).model
     document = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```", document, re.DOTALL | re.MULTILINE)

@@ -62,9 +62,9 @@ def test_what_is_written_passes(spec: WeightSpec) -> None:
         (ODD, "weight", 0x80, "has padding bits that are not 0"),
         (DENSE4, "weight", 0x10, "has padding bits that are not 0"),
         (WeightSpec(3, 8), "weight", torch.nan, "holds NaN or inf"),
-        (PERMUTED, "weight_permutation", -1, "is no permutation of 0 to 39"),
-        (PERMUTED, "weight_permutation", 40, "is no permutation of 0 to 39"),
-        (PERMUTED, "weight_permutation", 32767, "is no permutation of 0 to 39"),
+        (PERMUTED, "weight_permutation", -1, "is not a permutation of 0 to 39"),
+        (PERMUTED, "weight_permutation", 40, "is not a permutation of 0 to 39"),
+        (PERMUTED, "weight_permutation", 32767, "is not a permutation of 0 to 39"),
     ],
 )
 def test_one_wrong_value_is_refused(spec: WeightSpec, part: str, value: float, complaint: str) -> None:
@@ -78,7 +78,7 @@ def test_one_wrong_value_is_refused(spec: WeightSpec, part: str, value: float, c
 def test_an_input_that_is_named_twice_is_refused() -> None:
     tensors = stored(PERMUTED)
     tensors["weight_permutation"][3] = tensors["weight_permutation"][4]
-    with pytest.raises(HalfplateError, match=r"^up\.weight_permutation is no permutation"):
+    with pytest.raises(HalfplateError, match=r"^up\.weight_permutation is not a permutation"):
         check_stored(PERMUTED, tensors, "up")
 
 

@@ -51,7 +51,7 @@ def test_no_backend_runs_what_it_does_not_know():
 
 def test_a_tensor_that_is_no_part_of_the_matrix_is_an_error():
     spec = WeightSpec(8, 16)
-    with pytest.raises(HalfplateError, match="weight_zeros is no tensor of a matrix of nm 2:4 bf16"):
+    with pytest.raises(HalfplateError, match="weight_zeros is not a tensor of a matrix of nm 2:4 bf16"):
         linear.pack(spec, random_linear(spec) | {"weight_zeros": torch.zeros(8)})
     check_tensors(spec, [*spec.layout(), "bias"])
 

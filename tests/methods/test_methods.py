@@ -17,7 +17,7 @@ from torch import Tensor
 from halfplate.dtypes import CORE_DTYPES, GRIDS, WRAPPER_DTYPES
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
-from halfplate.methods import METHODS, Method, Solution, create, method_class
+from halfplate.methods import METHODS, Method, Solution, create
 from halfplate.pattern import DENSE, Pattern
 from halfplate.statistics import InputStatistics, Statistic
 
@@ -87,14 +87,14 @@ def example_method(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType(line[1].partition(":")[0])
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(code, str(CONTRIBUTING), "exec"), module.__dict__)
-    monkeypatch.setitem(METHODS, *line)
+    monkeypatch.setitem(METHODS.own, *line)
 
 
 def spec_for(row: Row, pattern: Pattern = TWO_FOUR, core_dtype: str | None = None) -> WeightSpec:
-    if not method_class(row.name).sparse:
+    if not METHODS.get(row.name).sparse:
         pattern = DENSE
     block = -(-row.block // pattern.m) * pattern.m  # wrappers of inputs hold whole groups
-    wrapper, rank = (0, block) if method_class(row.name).low_rank else (block, 0)
+    wrapper, rank = (0, block) if METHODS.get(row.name).low_rank else (block, 0)
     return WeightSpec(
         D_OUT,
         D_IN,
@@ -172,9 +172,9 @@ def test_every_stored_type(row: Row, core_dtype: str) -> None:
     spec = spec_for(row, core_dtype=core_dtype)
     grid = "bf16" if spec.rank else "int8"  # low-rank parts have no grid
     spec = replace(spec, wrapper_dtype=core_dtype if core_dtype in WRAPPER_DTYPES and core_dtype != "int8" else grid)
-    if core_dtype not in GRIDS and not method_class(row.name).sparse:
+    if core_dtype not in GRIDS and not METHODS.get(row.name).sparse:
         with pytest.raises(
-            HalfplateError, match=rf"core_dtype='{core_dtype}' is no grid .*; use int8 or int4 or int3 or int2"
+            HalfplateError, match=rf"core_dtype='{core_dtype}' is not a grid .*; use int8 or int4 or int3 or int2"
         ):
             compress(row, random_weight(), random_statistics(), spec)
         return
@@ -375,7 +375,7 @@ FLOATS_UNWRAPPED = [row for row in METHODS_UNDER_TEST if not row.block and row.c
 
 @every_row
 def test_a_pattern_that_the_method_does_not_make_is_refused(row: Row) -> None:
-    made = method_class(row.name)
+    made = METHODS.get(row.name)
     for pattern, text, makes in ((DENSE, "dense", made.dense), (TWO_FOUR, "2:4", made.sparse)):
         if not makes:
             spec = replace(spec_for(row), pattern=pattern)
@@ -391,7 +391,7 @@ def test_overflow_of_the_stored_type_is_refused(row: Row) -> None:
 
 @every_row
 def test_unknown_option_is_refused(row: Row) -> None:
-    known = [option.name for option in fields(method_class(row.name))]
+    known = [option.name for option in fields(METHODS.get(row.name))]
     with pytest.raises(HalfplateError, match=f"temperature=1 is not an option of method {row.name!r}") as caught:
         create(row.name, temperature=1)
     assert ", ".join(known) in str(caught.value)

@@ -10,11 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import halfplate
 from halfplate import runtime
-from halfplate.checkpoint.export import export_dense
 from halfplate.checkpoint.read import load
 from halfplate.errors import HalfplateError
-from halfplate.execution.convert import convert, export_gguf
 from halfplate.execution.recover import recover
+from halfplate.exports import export
 from halfplate.models import load_dense, open_source
 from halfplate.planning import make_plan
 from halfplate.recipe import Recipe
@@ -122,8 +121,8 @@ def test_a_checkpoint_whose_config_ties_them(apart, compressed, tmp_path):
 
 @torch.no_grad()
 def test_exported_dense(apart, compressed, tmp_path):
-    export_dense(compressed, tmp_path / "dense")
-    convert(str(apart), tmp_path / "converted")
+    export(compressed, tmp_path / "dense")
+    export(str(apart), tmp_path / "converted")
     for folder in ("dense", "converted"):
         assert not says_tied(tmp_path / folder)
         assert near(load_dense(str(tmp_path / folder)).model(IDS).logits, logits_of_files(apart))
@@ -132,7 +131,7 @@ def test_exported_dense(apart, compressed, tmp_path):
 @torch.no_grad()
 def test_exported_as_gguf(apart, compressed, tmp_path):
     for number, model in enumerate((apart, compressed)):
-        export_gguf(model, tmp_path / f"{number}.gguf")
+        export(model, tmp_path / f"{number}.gguf", "gguf")
         loaded = load_dense(str(tmp_path / f"{number}.gguf")).model
         # Matrices are F16 there.
         assert near(loaded(IDS).logits, logits_of_files(apart))

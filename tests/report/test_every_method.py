@@ -10,7 +10,7 @@ import pytest
 from halfplate.cli import build_parser
 from halfplate.cli.recipe_options import recipe_from
 from halfplate.execution.local import compress
-from halfplate.methods import METHODS, method_class
+from halfplate.methods import METHODS
 from halfplate.recipe import Recipe
 from halfplate.report.command import compress_command
 
@@ -22,7 +22,7 @@ def test_every_method_has_its_report(method: str, tiny_folder: Path, tmp_path: P
     recipe = Recipe(
         method=method,
         method_options=QUICK.get(method, {}),
-        core_dtype="bf16" if method_class(method).sparse else "int8",
+        core_dtype="bf16" if METHODS.get(method).sparse else "int8",
         samples=2,
         seq_len=16,
         threads=1,

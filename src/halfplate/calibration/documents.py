@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from halfplate import plugins
 from halfplate.calibration.characters import characters, unix_lines
 from halfplate.calibration.rows import check_unicode, has_template, is_messages, json_lines, json_values, row_text
 from halfplate.calibration.stream import tokens_of
 from halfplate.errors import HalfplateError
+from halfplate.registry import Registry, broken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +31,10 @@ MAX_HUB_CHARACTERS = 32 * 2**20
 # Blank line between documents: what WikiText perplexity is customarily measured with (GPTQ, SparseGPT, Wanda).
 SEPARATOR = "\n\n"
 
+# Sources with a name of their own; files and Hub data sets need none. Each is a function from what follows `name:` to documents.
+SOURCES: Registry[Callable[[str], Iterable[str]]] = Registry(
+    "calibration", "halfplate.calibration", {"self": "halfplate.calibration.self_text:sample_text"}
+)
 END = object()  # of what a plugin gives
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 WITH_FIELDS = re.compile(r"(?P<file>.+\.jsonl?(?:\.gz)?):(?P<fields>.+)", re.IGNORECASE | re.DOTALL)
@@ -165,18 +169,18 @@ def token_stream(
 def _plugin(source: str, argument: str) -> EntryPoint | None:
     """The entry point that reads `name` or `name:what`, None where no installed package has that name."""
     name = source.partition(":")[0]
-    return plugins.find(plugins.CALIBRATION, name, argument, own=name == "self")
+    return SOURCES.point(name, argument)
 
 
 def _plugin_documents(point: EntryPoint, source: str, argument: str) -> Iterator[str]:
-    read = plugins.load(point, argument)
+    read = SOURCES.load(point, argument)
     documents = _stated(lambda: iter(read(source.partition(":")[2])), point, source, argument)
     for number in count(1):
         text = _stated(lambda: next(documents, END), point, source, argument)
         if text is END:
             return
         if not isinstance(text, str):
-            raise plugins.broken(point, argument, f"gave a {type(text).__name__} as document {number}, expected a str")
+            raise broken(point, argument, f"gave a {type(text).__name__} as document {number}, expected a str")
         check_unicode(text, f"{argument}={source!r}, document {number}")
         yield text
 
@@ -190,7 +194,7 @@ def _stated(call: Callable[[], Any], point: EntryPoint, source: str, argument: s
     # It fails in ways of its own.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise plugins.broken(point, argument, f"failed on {source!r} ({reason})") from error
+        raise broken(point, argument, f"failed on {source!r} ({reason})") from error
 
 
 def _hub_rows(source: str, argument: str) -> Iterator[tuple[str, Any]]:

@@ -83,7 +83,7 @@ def read_specs(folder: Path) -> dict[str, WeightSpec]:
 
 
 def other_dtype(folder: Path) -> torch.dtype:
-    """The element type in which a checkpoint stores what is no compressed matrix; raises HalfplateError where it says none."""
+    """The element type in which a checkpoint stores what is not a compressed matrix; raises HalfplateError where it says none."""
     named = read_json(folder / CONFIG_FILE).get("dtype")
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
     if named not in dtypes:

@@ -122,7 +122,7 @@ class HalfplateQuantizer(HfQuantizer):
         if not self.pre_quantized:
             if model.get_output_embeddings() is None:
                 raise HalfplateError(
-                    f"recipe: {type(model).__name__} is no language model; load it with AutoModelForCausalLM"
+                    f"recipe: {type(model).__name__} is not a language model; load it with AutoModelForCausalLM"
                 )
             self._source = folder
             return model

@@ -87,7 +87,7 @@ def headers_of(files: Iterable[Path]) -> dict[str, StoredTensor]:
                     f"the weight file {str(file)!r} does not exist; copy or write the checkpoint again"
                 )
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - the handle is no mapping
+                for name in tensors.keys():  # noqa: SIM118 - the handle is not a mapping
                     piece = tensors.get_slice(name)
                     if name in found:
                         raise HalfplateError(

@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     parser = Parser(
         prog="halfplate",
-        description="Compress language models to 2:4 sparsity with ARMOR, in one shot and at the least loss of quality.",
+        description="Compress large language models in one shot, and run, measure and export the result.",
     )
     parser.add_argument("--version", action=Version)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)

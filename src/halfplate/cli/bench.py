@@ -1,4 +1,4 @@
-"""Measure prefill and decode speed, weight bytes and memory, alternating with the dense model."""
+"""Measure prefill and decode speed, weight bytes and memory, alternating with the original model."""
 
 import argparse
 import sys
@@ -13,31 +13,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="a Halfplate checkpoint, a Hugging Face folder, a Hub id or a .gguf file"
     )
     parser.add_argument(
-        "--against", metavar="DENSE", help="the dense model to compare with, timed in fp32 and in bf16 by transformers"
+        "--against", metavar="DENSE", help="original model to compare with; transformers runs it in fp32 and in bf16"
     )
     numbers = (
         ("--prompt", "N", 128, "tokens of the prompt"),
-        ("--new-tokens", "N", 64, "tokens to write after it"),
-        ("--rounds", "R", 5, "rounds, in each of which every model runs once"),
+        ("--new-tokens", "N", 64, "tokens to generate"),
+        ("--rounds", "R", 5, "rounds; every model runs once per round"),
     )
     for option, metavar, default, what in numbers:
         parser.add_argument(option, type=positive, metavar=metavar, default=default, help=f"{what} (default {default})")
-    parser.add_argument("--threads", type=positive, metavar="T", help="threads of torch and of the kernels")
+    parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
     parser.add_argument(
         "--activations",
         choices=("float", "int8"),
         default="float",
-        help="int8 rounds activations for int8 and int4 cores (default float)",
+        help="int8 quantises activations for int8 and int4 cores (default float)",
     )
     parser.add_argument(
         "--head-dtype",
         choices=("fp32", "bf16", "int8"),
-        help="type in which the output head is held (default bf16 where that is exact, else fp32)",
+        help="type of the output head in memory (default bf16 if that is exact, else fp32)",
     )
     parser.add_argument(
         "--loops",
         action="store_true",
-        help="also time the checkpoint through generate of transformers, and the dense weights through the loop of the checkpoint",
+        help="also time the checkpoint in transformers' own generate, and the original weights in the native decoder",
     )
     add_output_arguments(parser)
 

@@ -1,4 +1,4 @@
-"""Print a script that completes verbs, options and their values in bash, zsh or fish."""
+"""Print a shell script that completes commands, options and values in bash, zsh or fish."""
 
 import argparse
 from dataclasses import dataclass

@@ -11,14 +11,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a local Hugging Face folder, a Hub id or a .gguf file")
     parser.add_argument("-o", "--out", metavar="OUT", required=True, help="folder to write the checkpoint to")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds a model already")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the finished parts of the same command, broken off before"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue the same command after an interruption")
     parser.add_argument(
         "--no-check",
         action="store_false",
         dest="check",
-        help="skip the self-check, which compares the result with the solved weights and with MODEL on a short text",
+        help="skip the self-check of the written checkpoint against the solved weights and MODEL",
     )
     add_recipe_arguments(parser)
     add_output_arguments(parser)
@@ -52,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print(summary: dict[str, Any], serves: str) -> None:
+def _print(summary: dict[str, Any], wish: str) -> None:
     from halfplate.cli.console import megabytes, print_pairs
     from halfplate.execution.self_check import NONSENSE_KL
 
@@ -61,7 +59,7 @@ def _print(summary: dict[str, Any], serves: str) -> None:
         ("matrices compressed", len(summary["matrices"])),
         ("linears, dense at 2 bytes a weight", megabytes(summary["dense_nbytes"])),
         ("linears, compressed", f"{megabytes(summary['nbytes'])} ({summary['nbytes'] / summary['dense_nbytes']:.1%})"),
-        ("serves", serves),
+        ("optimised for", wish),
         ("kernels", summary["without_kernel"] or "every matrix has one"),
         ("everything else", megabytes(summary["other_nbytes"])),
         ("source weight files", megabytes(summary["source_nbytes"])),

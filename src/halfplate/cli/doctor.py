@@ -1,4 +1,4 @@
-"""Say what this machine can run: versions, threads, processor features, kernels, GPU."""
+"""Show what this machine can run: versions, threads, processor features, kernels, GPU."""
 
 import argparse
 import platform

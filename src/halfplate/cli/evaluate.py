@@ -1,4 +1,4 @@
-"""Measure perplexity and, against a dense model, KL divergence and top-1 agreement."""
+"""Measure perplexity and, against the original model, KL divergence and top-1 agreement."""
 
 import argparse
 from typing import Any
@@ -13,32 +13,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a Halfplate checkpoint, a Hugging Face folder, a Hub id or a .gguf file"
     )
-    text = "texts to score (.txt or .jsonl, also .gz; or a Hub data set); default: held-out text sampled from the dense model"
+    text = "text files or Hub data sets to score (default: held-out text that the original model generates)"
     parser.add_argument("--text", metavar="FILE", nargs="+", action="extend", help=text)
-    parser.add_argument("--against", metavar="DENSE", help="the dense model to compare with")
+    parser.add_argument("--against", metavar="DENSE", help="original model to compare with")
     parser.add_argument(
         "--seq-len",
         type=positive,
         metavar="L",
-        help="tokens of a window (default 1024, 256 for sampled text)",
+        help="tokens per window (default 1024, or 256 for generated text)",
     )
     parser.add_argument(
         "--windows",
         type=positive,
         metavar="N",
-        help="only the first N windows (default all, 16 of sampled text)",
+        help="score only the first N windows (default all, or 16 of generated text)",
     )
-    parser.add_argument("--threads", type=positive, metavar="T", help="threads of torch")
+    parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
     parser.add_argument(
-        "--tasks", metavar="A,B", help="tasks of lm-eval to score on (needs halfplate[tasks]); alone, no text is scored"
+        "--tasks",
+        metavar="A,B",
+        help="lm-eval tasks to score (needs halfplate[tasks]); without --text, no text is scored",
     )
-    parser.add_argument("--tasks-folder", metavar="DIR", help="folder with more task definitions of lm-eval")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each task")
+    parser.add_argument("--tasks-folder", metavar="DIR", help="folder with more lm-eval task definitions")
+    parser.add_argument("--limit", type=positive, metavar="N", help="score only the first N rows of each task")
     parser.add_argument(
         "--activations",
         choices=("float", "int8"),
         default="float",
-        help="int8 rounds activations for int8 and int4 cores (default float)",
+        help="int8 quantises activations for int8 and int4 cores (default float)",
     )
     add_output_arguments(parser)
 

@@ -1,4 +1,4 @@
-"""Continue a prompt, greedily."""
+"""Generate text from a prompt by greedy decoding."""
 
 from __future__ import annotations
 
@@ -19,17 +19,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
     parser.add_argument(
-        "--max-new-tokens", type=positive, metavar="N", default=64, help="tokens to add at most (default 64)"
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        default=64,
+        help="maximum number of tokens to generate (default 64)",
     )
     parser.add_argument(
-        "--chat", action="store_true", help="give the prompt as a user's message in the model's chat template"
+        "--chat", action="store_true", help="format the prompt as a user message with the model's chat template"
     )
-    parser.add_argument("--threads", type=positive, metavar="T", help="threads of torch")
+    parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
     parser.add_argument(
         "--activations",
         choices=("float", "int8"),
         default="float",
-        help="int8 rounds activations for int8 and int4 cores (default float)",
+        help="int8 quantises activations for int8 and int4 cores (default float)",
     )
 
 

@@ -9,7 +9,7 @@ from halfplate.cli.parser import add_output_arguments
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="OUT", help="a Halfplate checkpoint")
-    parser.add_argument("--verify", action="store_true", help="check every checksum")
+    parser.add_argument("--verify", action="store_true", help="compare every tensor with its checksum")
     add_output_arguments(parser, progress=False)
 
 

@@ -15,12 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from halfplate.cli.console import print_json, print_table
-    from halfplate.methods import create, method_class, method_names
+    from halfplate.methods import METHODS, create
 
     listed: list[dict[str, Any]] = []
-    for name in method_names():
+    for name in METHODS.names():
         try:
-            found = method_class(name)
+            found = METHODS.get(name)
         except HalfplateError as error:  # that of another package; the rest is listed all the same
             print(f"halfplate: warning: {error}", file=sys.stderr)
             continue

@@ -36,18 +36,18 @@ class Version(argparse.Action):
 
 def add_output_arguments(parser: argparse.ArgumentParser, progress: bool = True) -> None:
     """`--json` and, for verbs that take long, `--log-level` and `--quiet`."""
-    parser.add_argument(
-        "--json", action="store_true", help="print the result as JSON, and nothing else, to standard output"
-    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON document to standard output")
     if progress:
         levels = parser.add_mutually_exclusive_group()
         levels.add_argument(
             "--log-level",
             choices=LOG_LEVELS,
             default="info",
-            help="what standard error shows: progress (info, default), also every step (debug), or neither (warning, error)",
+            help="messages on standard error: info (default) shows progress, debug every step, warning and error neither",
         )
-        levels.add_argument("--quiet", action="store_const", dest="log_level", const="warning", help="show no progress")
+        levels.add_argument(
+            "--quiet", action="store_const", dest="log_level", const="warning", help="do not show progress"
+        )
 
 
 def typed_text(text: str) -> str:

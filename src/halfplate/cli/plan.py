@@ -1,4 +1,4 @@
-"""Show what compress would do: every matrix, the bytes before and after, what is skipped and why."""
+"""Show what compress would do: every matrix, bytes before and after, and what is skipped and why."""
 
 import argparse
 from pathlib import Path
@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a local Hugging Face folder, a Hub id or a .gguf file")
-    parser.add_argument(
-        "-o", "--out", metavar="OUT", type=Path, help="where the result would go, to see whether the disk will do"
-    )
+    parser.add_argument("-o", "--out", metavar="OUT", type=Path, help="folder of the result, to check its disk space")
     add_recipe_arguments(parser)
     add_output_arguments(parser, progress=False)
 
@@ -65,7 +63,7 @@ def _print(plan: "Plan", refused: str | None) -> None:
     warnings = [("warning", warning) for warning in plan.warnings]
     print_pairs(
         "in all",
-        [*_bytes(plan), *_needs(plan), ("refused", refused or "no: memory and disk will do"), *warnings],
+        [*_bytes(plan), *_needs(plan), ("fits", f"no: {refused}" if refused else "yes"), *warnings],
     )
 
 
@@ -100,7 +98,7 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
             if plan.recipe.ratios != "uniform"
             else []
         ),
-        ("serves", served(plan.recipe)),
+        ("optimised for", served(plan.recipe)),
         ("kernels", plan.without_kernel or "every matrix has one"),
         ("everything else", megabytes(plan.other_nbytes)),
         ("source weight files", megabytes(plan.source_nbytes)),

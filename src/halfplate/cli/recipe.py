@@ -5,7 +5,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "action", choices=("show", "validate"), help="show: every value, defaults included; validate: check it"
+        "action", choices=("show", "validate"), help="show prints every value with defaults; validate checks the recipe"
     )
     parser.add_argument(
         "name",

@@ -9,20 +9,20 @@ from halfplate.limits import use_threads
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="OUT", help="a Halfplate checkpoint")
-    parser.add_argument("-o", "--file", metavar="FILE.html", help="where to write it (default OUT/report.html)")
+    parser.add_argument("-o", "--file", metavar="FILE.html", help="file to write (default OUT/report.html)")
     parser.add_argument(
         "--against",
         metavar="DENSE",
-        help="measure quality, speed and answers beside this dense model; kept for later reports",
+        help="original model to measure quality, speed and answers against; kept for later reports",
     )
     parser.add_argument(
-        "--text", metavar="FILE", help="text to measure on (default: text that the dense model samples)"
+        "--text", metavar="FILE", help="text to measure on (default: text that the original model generates)"
     )
-    parser.add_argument("--windows", type=positive, metavar="N", help="windows of text (default 16)")
-    parser.add_argument("--seq-len", type=positive, metavar="L", help="tokens of a window (default 256)")
-    parser.add_argument("--prompt", metavar="TEXT", action="append", help="what both models are asked; repeatable")
-    parser.add_argument("--new-tokens", type=positive, metavar="N", help="tokens of an answer (default 48)")
-    parser.add_argument("--threads", type=positive, metavar="T", help="threads of torch")
+    parser.add_argument("--windows", type=positive, metavar="N", help="number of text windows (default 16)")
+    parser.add_argument("--seq-len", type=positive, metavar="L", help="tokens per window (default 256)")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", help="prompt for both models; may be repeated")
+    parser.add_argument("--new-tokens", type=positive, metavar="N", help="tokens per answer (default 48)")
+    parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
     add_output_arguments(parser)
 
 

@@ -9,17 +9,19 @@ from halfplate.errors import HalfplateError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Halfplate checkpoint, a Hugging Face folder or a Hub id")
-    parser.add_argument("--host", metavar="NAME", default="localhost", help="where to listen (default localhost)")
-    parser.add_argument("--port", type=positive, metavar="N", default=8000, help="port to listen on (default 8000)")
-    parser.add_argument("--device", metavar="NAME", default="cpu", help="where to compute: cpu (default) or cuda")
     parser.add_argument(
-        "--dtype", metavar="TYPE", default="auto", help="type of the activations (default auto, that of the checkpoint)"
+        "--host", metavar="NAME", default="localhost", help="host name to listen on (default localhost)"
+    )
+    parser.add_argument("--port", type=positive, metavar="N", default=8000, help="port to listen on (default 8000)")
+    parser.add_argument("--device", metavar="NAME", default="cpu", help="device to compute on: cpu (default) or cuda")
+    parser.add_argument(
+        "--dtype", metavar="TYPE", default="auto", help="type of the activations (default auto: as the checkpoint)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     if args.port > 65535:
-        raise HalfplateError(f"--port {args.port} is no port; expected 1 to 65535")
+        raise HalfplateError(f"--port {args.port} is not a port; expected 1 to 65535")
     # What is wrong with the model shows now and not at the first request.
     from pathlib import Path
 

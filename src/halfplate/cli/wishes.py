@@ -11,11 +11,9 @@ def served(recipe: "Recipe") -> str:
     from halfplate.dtypes import GRIDS
 
     if recipe.budgeted:
-        return "the least loss within the budget; bytes go to dense cores of few bits, time to 2:4 (docs/choosing.md)"
+        return "least loss within the budget (docs/choosing.md)"
     if recipe.parsed_pattern.is_dense:
-        return "fewest bytes at a loss; for decode time: --pattern 2:4 (docs/choosing.md)"
+        return "size; for speed: --pattern 2:4 (docs/choosing.md)"
     if recipe.core_dtype in GRIDS:
-        return "decode time; at the same bytes --pattern dense with more bits loses less (docs/choosing.md)"
-    return (
-        "time with the weights kept in floats; for fewest bytes: --pattern dense --core-dtype int4 (docs/choosing.md)"
-    )
+        return "speed; at the same bytes, --pattern dense with more bits loses less (docs/choosing.md)"
+    return "speed (float weights); for size: --pattern dense --core-dtype int4 (docs/choosing.md)"

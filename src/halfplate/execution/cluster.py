@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from halfplate.errors import HalfplateError
-from halfplate.execution.engines import TRIES, run_task
+from halfplate.execution.engines import TRIES, EngineChoice, run_task
 from halfplate.execution.needs import Needs
-from halfplate.execution.tasks import Task
+from halfplate.execution.tasks import OpenBlocks, Task
 from halfplate.limits import cores
 
 PATIENCE = 600.0  # seconds without a machine that a task fits on, until the run is given up
@@ -25,6 +25,11 @@ PROBE = 5.0  # seconds to answer in
 SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS
 OBJECT_STORE_NBYTES = 2**28  # of a cluster that we start: what is large goes through files
+
+
+def open_ray(choice: EngineChoice, blocks: OpenBlocks, threads: int, folder: Path) -> RayCluster:
+    """The cluster at the address of the choice, or one of this machine's."""
+    return RayCluster(choice.address, choice.workers, threads, folder)
 
 
 class RayCluster:

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 from halfplate.errors import HalfplateError
 from halfplate.execution.tasks import OpenBlocks, Task
+from halfplate.registry import Registry, unknown
 
-ENGINES = ("local", "ray")
 TRIES = 3  # of a task whose process died
 
 
@@ -37,11 +37,11 @@ class EngineChoice:
     address: str | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in ENGINES:
-            raise HalfplateError(f"engine={self.name!r} is not available; available: {', '.join(ENGINES)}")
+        if self.name not in ENGINES.names():
+            raise unknown("engine", self.name, ENGINES.names())
         if self.workers is not None and self.workers < 1:
             raise HalfplateError(f"workers={self.workers} must be at least 1")
-        if self.address is not None and self.name != "ray":
+        if self.address is not None and self.name == "local":
             raise HalfplateError(
                 f"address={self.address!r} is that of a Ray cluster, and engine={self.name!r} uses none; add --engine ray, or leave it out"
             )
@@ -178,6 +178,26 @@ def run_task(task: Task) -> object:
     return task.run(_blocks_of_this_process())
 
 
+def open_local(choice: EngineChoice, blocks: OpenBlocks, threads: int, folder: Path) -> Engine:
+    """Tasks in this process, or in several of this machine."""
+    workers = choice.workers or 1
+    return Serial(blocks) if workers == 1 else Processes(workers)
+
+
+class OpenEngine(Protocol):
+    """Makes the engine of a choice; the arguments are those of `open_engine`."""
+
+    def __call__(self, choice: EngineChoice, blocks: OpenBlocks, threads: int, folder: Path) -> Engine: ...
+
+
+# To add an engine: write its file with a function of the type `OpenEngine`, and add a line here.
+ENGINES: Registry[OpenEngine] = Registry(
+    "engine",
+    "halfplate.engines",
+    {"local": "halfplate.execution.engines:open_local", "ray": "halfplate.execution.cluster:open_ray"},
+)
+
+
 @contextmanager
 def open_engine(choice: EngineChoice, blocks: OpenBlocks, threads: int, folder: Path) -> Iterator[Engine]:
     """The engine that was chosen; raises HalfplateError where it cannot be had.
@@ -185,14 +205,7 @@ def open_engine(choice: EngineChoice, blocks: OpenBlocks, threads: int, folder: 
     blocks: what the caller itself has open, for tasks that run in its process. threads: of each task. folder: what tasks
     write to and every machine must see.
     """
-    engine: Engine
-    if choice.name == "ray":
-        from halfplate.execution.cluster import RayCluster
-
-        engine = RayCluster(choice.address, choice.workers, threads, folder)
-    else:
-        workers = choice.workers or 1
-        engine = Serial(blocks) if workers == 1 else Processes(workers)
+    engine = ENGINES.get(choice.name)(choice, blocks, threads, folder)
     try:
         yield engine
     finally:

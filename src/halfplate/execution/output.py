@@ -30,9 +30,7 @@ def check_place(out: Path) -> Path:
             place.exists()
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise HalfplateError(
-            f"out={str(out)[:80]!r} is no place to write to ({reason}); choose another folder"
-        ) from None
+        raise HalfplateError(f"out={str(out)[:80]!r} cannot be written to ({reason}); choose another folder") from None
     return target
 
 

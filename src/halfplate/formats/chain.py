@@ -16,7 +16,7 @@ from halfplate.formats.spec import WeightSpec
 class Chain:
     """The matrix `out · core · in + added`, applied from the right; a missing wrapper is the identity.
 
-    spec: how it is stored; where it shares the input wrapper of another matrix, that is no stored tensor of this one.
+    spec: how it is stored; where it shares the input wrapper of another matrix, that is not a stored tensor of this one.
     permutation: int16 or int32 (d_in,), the input that each column of that matrix multiplies; None where they are in order.
     y = W x = (W P)(Pᵀ x): inputs are put in that order before anything else.
     """

@@ -40,7 +40,7 @@ def check_part(spec: WeightSpec, part: str, tensor: Tensor, name: str) -> None:
             tensor.long().sort().values, torch.arange(spec.d_in, dtype=torch.int64, device=tensor.device)
         ):
             raise HalfplateError(
-                f"{name} is no permutation of 0 to {spec.d_in - 1}; the file is damaged, write it again"
+                f"{name} is not a permutation of 0 to {spec.d_in - 1}; the file is damaged, write it again"
             )
     elif tensor.dtype == torch.int8 and bool((tensor == -128).any()):
         raise HalfplateError(f"{name} holds -128, expected -127 to 127; the file is damaged, write it again")

@@ -19,7 +19,7 @@ class CompressedLinear(nn.Module):
     spec: shape and types of the matrix. bias: whether a bias (d_out,) is added. device: where the still empty tensors
     are made (`meta` while transformers builds a model). bias_dtype: element type of the bias. dtype: that of the linear it stands for, in
     which its model computes; the stored core, `weight`, has another. lender: the module whose input wrapper this one shares, where
-    its `spec` names one; it is no part of the state of this module. `to(dtype)` changes the types of the bias and of what the
+    its `spec` names one; it is not a part of the state of this module. `to(dtype)` changes the types of the bias and of what the
     linear computes in; stored tensors keep theirs.
     """
 

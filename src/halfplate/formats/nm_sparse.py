@@ -73,7 +73,7 @@ class NMSparse:
         """Store numbers that already lie on a grid, as they are.
 
         integers: q, int8 (d_out, d_in). scales: fp16 (d_out, ceil(d_in / group)). mask: bool (d_out, d_in) with exactly N true
-        entries in each group, None if the pattern is dense. Raises HalfplateError where a q is no code of `core_dtype`, or a
+        entries in each group, None if the pattern is dense. Raises HalfplateError where a q is not a code of `core_dtype`, or a
         scale is not finite.
         """
         bits = GRIDS[core_dtype]
@@ -81,7 +81,7 @@ class NMSparse:
         outside = (integers < least) | (integers > greatest)
         if bool(outside.any()):
             raise HalfplateError(
-                f"integers={int(integers[outside][0])} is no code of core_dtype={core_dtype!r}, expected {least} to {greatest}"
+                f"integers={int(integers[outside][0])} is not a code of core_dtype={core_dtype!r}, expected {least} to {greatest}"
             )
         if not bool(scales.isfinite().all()):
             raise HalfplateError(

@@ -57,7 +57,7 @@ class WeightSpec:
             raise HalfplateError(f"rank={self.rank} must be 0 (nothing added) or positive")
         if self.rank and self.wrapper_dtype not in STORED:
             raise HalfplateError(
-                f"wrapper_dtype={self.wrapper_dtype!r} is no type for a low-rank part (rank={self.rank}); use {', '.join(STORED)}"
+                f"wrapper_dtype={self.wrapper_dtype!r} is not a type for a low-rank part (rank={self.rank}); use {', '.join(STORED)}"
             )
         if self.in_shared is not None and not (self.in_shared and self.in_block):
             raise HalfplateError(

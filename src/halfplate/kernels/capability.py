@@ -82,11 +82,11 @@ NO_ORDER = one_of(
 
 
 def check_tensors(spec: WeightSpec, tensors: Iterable[str]) -> None:
-    """Raise HalfplateError for a tensor that is no part of `spec`: skipping it would give wrong numbers without a word."""
+    """Raise HalfplateError for a tensor that is not a part of `spec`: skipping it would give wrong numbers without a word."""
     strangers = set(tensors) - spec.layout().keys() - {"bias"}
     if strangers:
         raise HalfplateError(
-            f"{min(strangers)} is no tensor of a matrix of {spec.format} {spec.pattern} {spec.core_dtype}; "
+            f"{min(strangers)} is not a tensor of a matrix of {spec.format} {spec.pattern} {spec.core_dtype}; "
             "the file was written by another version, update halfplate"
         )
 

@@ -1,7 +1,7 @@
 """Compressed linears in kernel layout: packing, unpacking and multiplying, over plain tensors.
 
 A packed linear is one uint8 tensor: a header (`Packed` in src/runtime.h) and the parts that it points to (src/layout.h).
-The layout serves every instruction set, but it is no file format and changes with the kernels.
+The layout serves every instruction set, but it is not a file format and changes with the kernels.
 """
 
 import ctypes

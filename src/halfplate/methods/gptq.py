@@ -35,7 +35,7 @@ class GPTQ(Method):
         super().check_spec(spec)
         if spec.core_dtype not in GRIDS:
             raise HalfplateError(
-                f"core_dtype={spec.core_dtype!r} is no grid to round to, which is all that method 'gptq' does; use {' or '.join(GRIDS)}"
+                f"core_dtype={spec.core_dtype!r} is not a grid to round to, which is all that method 'gptq' does; use {' or '.join(GRIDS)}"
             )
 
     @property

@@ -107,7 +107,7 @@ def load_model(path: Path, name: str, config: "PretrainedConfig") -> "tuple[PreT
 def read_tensors(path: Path, name: str, model: "PreTrainedModel") -> "Iterator[tuple[str, Tensor]]":
     """Every tensor of `model` that the file holds, in fp32, one at a time; a bias that it lacks is zero.
 
-    Raises HalfplateError for a tensor of the file that is no part of the model.
+    Raises HalfplateError for a tensor of the file that is not a part of the model.
     """
     import torch
 

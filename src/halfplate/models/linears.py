@@ -167,7 +167,7 @@ def _skip_reason(inner: str, module: nn.Module, experts: int | None) -> str | No
         )
     key, shape = max(matrices.items(), key=lambda item: len(item[1]))
     if type(module).__name__ == "Conv1D":
-        return "Conv1D of GPT-2, which stores its weight as (d_in, d_out), is no nn.Linear; kept dense"
+        return "Conv1D of GPT-2, which stores its weight as (d_in, d_out), is not an nn.Linear; kept dense"
     if len(shape) == 3 and shape[0] == experts:
         return (
             f"{shape[0]} experts held in 3-D tensors ({key} of shape {shape}) instead of linears; kept dense: "
@@ -175,7 +175,7 @@ def _skip_reason(inner: str, module: nn.Module, experts: int | None) -> str | No
         )
     if len(shape) == 2 and shape[0] == experts:
         return f"router of {experts} experts: tiny, and decides where tokens go; kept dense"
-    return f"{type(module).__name__} (its {key} has shape {shape}) is no nn.Linear; kept dense"
+    return f"{type(module).__name__} (its {key} has shape {shape}) is not an nn.Linear; kept dense"
 
 
 def _router_reason(parts: list[str], module: nn.Linear, experts: int | None) -> str | None:

@@ -54,11 +54,11 @@ def _end(link: Path) -> Path:
 
 
 def read_json_file(path: Path) -> Any:
-    """The content of a JSON file; raises OSError, or ValueError for one that is no regular file, too large, too deep or not JSON."""
+    """The content of a JSON file; raises OSError, or ValueError for one that is not a regular file, too large, too deep or not JSON."""
     status = path.stat()
     size = status.st_size
     if not stat.S_ISREG(status.st_mode):  # opening a pipe waits for whoever writes to it
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     if size > LARGEST_JSON:
         raise ValueError(f"it has {size} bytes, expected at most {LARGEST_JSON}")
     try:

@@ -11,16 +11,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from halfplate import plugins
 from halfplate.allocation.candidates import CHOICES, candidates
-from halfplate.calibration.documents import check_source
+from halfplate.calibration.documents import SOURCES, check_source
 from halfplate.calibration.text import check_seq_len, check_tokens_fit
 from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.formats.sharing import share
 from halfplate.formats.spec import WeightSpec
 from halfplate.limits import check_threads, check_workers
-from halfplate.methods.base import Method
+from halfplate.methods import METHODS, Method
 from halfplate.models.data_reads import data_reads
 from halfplate.models.linears import FoundLinear, find_blocks, find_linears
 from halfplate.models.reading import reading
@@ -221,8 +220,8 @@ def _fingerprint(source: Source, recipe: Recipe) -> str:
 def foreign_packages(recipe: Recipe) -> dict[str, dict[str, str]]:
     """Under `plugins`, the packages that the method and the text come from, with their versions, where they are not Halfplate's own."""
     found = {
-        field: plugins.origin(points[0])
-        for field, group in (("method", plugins.METHODS), ("calibration", plugins.CALIBRATION))
-        if (points := plugins.installed(group).get(getattr(recipe, field).partition(":")[0]))
+        field: package
+        for field, registry in (("method", METHODS), ("calibration", SOURCES))
+        if (package := registry.package(getattr(recipe, field).partition(":")[0])) is not None
     }
     return {"plugins": found} if found else {}

@@ -22,7 +22,7 @@ LEAST_SHARE = 0.5  # of the parameters of the decoder blocks; below, a plan warn
 class MatrixPlan:
     """One matrix of the model: how it will be stored, or why it stays dense.
 
-    shape: (d_out, d_in), or None where a skipped module is no single matrix. spec: None where it is skipped. flops: operations of
+    shape: (d_out, d_in), or None where a skipped module is not a single matrix. spec: None where it is skipped. flops: operations of
     solving it; memory: bytes held meanwhile beside the process itself; seconds: None where this machine was not measured.
     """
 

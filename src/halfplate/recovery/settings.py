@@ -57,7 +57,7 @@ class Recovery:
             if getattr(self, name) >= 2**63:
                 raise HalfplateError(f"{name}={getattr(self, name)} is too large; expected less than 2^63")
         if not 0 <= self.square_head < float("inf"):
-            raise HalfplateError(f"square_head={self.square_head} is no weight; try 1, or 0 for none")
+            raise HalfplateError(f"square_head={self.square_head} is not a weight; try 1, or 0 for none")
 
     def to_json(self) -> dict[str, Any]:
         """All fields and the `version`."""

@@ -140,7 +140,7 @@ class Findings:
 
 
 def gather(folder: Path) -> Findings:
-    """Read what `folder`, a checkpoint, and its log say; raises HalfplateError where it is no whole checkpoint."""
+    """Read what `folder`, a checkpoint, and its log say; raises HalfplateError where it is not a whole checkpoint."""
     found = inspect_checkpoint(folder)
     specs, _ = read_checked_headers(folder)
     record = read_record(folder) if (folder / RECORD_FILE).is_file() else {}

@@ -35,7 +35,7 @@ def write_report(
     """Write the report of the checkpoint in `folder` to `file` (default `report.html` in it), and return where it stands.
 
     measuring: also measure quality and speed against the dense model, and keep the result in the log of the checkpoint, where
-    later reports find it. Raises HalfplateError for a folder that is no whole checkpoint and a file that cannot be written.
+    later reports find it. Raises HalfplateError for a folder that is not a whole checkpoint and a file that cannot be written.
     """
     place = Path(folder) / REPORT_FILE if file is None else Path(file)
     found = gather(Path(folder))

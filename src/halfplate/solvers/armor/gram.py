@@ -205,7 +205,7 @@ def _point(problem: GramProblem, factors: Factors, steps: Tensor | None, against
 
 
 def _precise_loss(problem: GramProblem, factors: Factors) -> float:
-    """tr(R H Rᵀ) in fp64; infinite where it is no number or below 0, which no step may be taken for."""
+    """tr(R H Rᵀ) in fp64; infinite where it is not a number or is below 0, which no step may be taken for."""
     loss, in_blocks = 0.0, factors.in_blocks.double()
     tiles = max(ROWS // problem.tiles.row_tile, 1)
     rows = tiles * problem.tiles.row_tile

@@ -1,0 +1,45 @@
+"""Export to a GGUF file for llama.cpp: matrices in F16, the rest in F32."""
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+from halfplate.checkpoint.config import RECORD_FILE
+from halfplate.checkpoint.read import inspect_checkpoint, load, load_tokenizer
+from halfplate.errors import HalfplateError
+from halfplate.models.gguf_writer import write_gguf
+from halfplate.models.sources import is_compressed, load_dense
+
+
+def export_gguf(source: str, out: Path, overwrite: bool) -> str:
+    """Write a checkpoint, multiplied out, or a dense model of any source as one file (see `halfplate.exports.Exporter`).
+
+    Raises HalfplateError for what llama.cpp cannot compute, too.
+    """
+    if out.suffix != ".gguf":
+        raise HalfplateError(f"out={str(out)!r} is not a .gguf file; name one, e.g. model.gguf")
+    if out.exists() and not (overwrite and out.is_file()):
+        raise HalfplateError(f"out={str(out)!r} exists; choose another name, or pass --overwrite to replace a file")
+    dense, tokenizer = _dense_model(source)
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    try:
+        write_gguf(dense, tokenizer, partial)
+        partial.replace(out)
+    except OSError as error:
+        raise HalfplateError(
+            f"out={str(out)!r} could not be written ({error.strerror or error}); check that the place exists and has room"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return f"{out}: {source} in F16 for llama.cpp"
+
+
+def _dense_model(source: str) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    if not is_compressed(source):
+        loaded = load_dense(source)
+        return loaded.model, loaded.tokenizer
+    folder = Path(source)
+    # The file carries no checksums of its own, so damage must not pass from here unseen.
+    inspect_checkpoint(folder, verify=(folder / RECORD_FILE).is_file())
+    return load(folder, kernels=False).dequantize(), load_tokenizer(folder)

@@ -1,0 +1,109 @@
+"""Named things of one kind: Halfplate's own, and those of other installed packages, found by entry points (docs/extending.md)."""
+
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from halfplate.errors import HalfplateError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """The things that a user chooses from by name; nothing is imported before it is asked for.
+
+    argument: what error messages call the name. group: the group of entry points by which other packages add theirs.
+    own: `module:attribute` by name. fault: what is wrong with an object of another package, None if nothing is.
+    """
+
+    def __init__(
+        self,
+        argument: str,
+        group: str,
+        own: dict[str, str],
+        fault: Callable[[Any, str], str | None] = lambda found, name: None,
+    ) -> None:
+        self.argument, self.group, self.own, self._fault = argument, group, own, fault
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def names(self) -> list[str]:
+        """Halfplate's own names, then those of other packages, whether they work or not."""
+        return [*self.own, *(name for name in installed(self.group) if name not in self.own)]
+
+    def get(self, name: str) -> T:
+        """The thing of that name; raises HalfplateError with the nearest name if there is none, and for a broken package."""
+        point = self.point(name)
+        if point is not None:
+            return self.load(point)
+        if name not in self.own:
+            raise unknown(self.argument, name, self.names())
+        module, _, attribute = self.own[name].partition(":")
+        found: T = getattr(import_module(module), attribute)
+        return found
+
+    def point(self, name: str, argument: str | None = None) -> EntryPoint | None:
+        """The entry point of another package, None if none has that name.
+
+        argument: as of the class. Raises HalfplateError for a name that is claimed twice: it would be chance which is used.
+        """
+        points = installed(self.group).get(name, ())
+        claims = ["halfplate itself"] * (name in self.own) + [origin(point) for point in points]
+        if len(claims) > 1:
+            raise HalfplateError(
+                f"{argument or self.argument}={name!r} is claimed by {' and by '.join(claims)}; uninstall one of them",
+                docs="docs/extending.md",
+            )
+        return points[0] if points else None
+
+    def load(self, point: EntryPoint, argument: str | None = None) -> T:
+        """Import what an entry point names; raises HalfplateError, whatever goes wrong inside it."""
+        argument = argument or self.argument
+        try:
+            found: T = point.load()
+        # The code of another package fails in ways of its own.
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise broken(point, argument, f"cannot be imported ({reason})") from error
+        fault = self._fault(found, point.name)
+        if fault is not None:
+            raise broken(point, argument, fault)
+        return found
+
+    def package(self, name: str) -> str | None:
+        """The other package that `name` comes from, with its version; None if it is Halfplate's own or unknown."""
+        points = installed(self.group).get(name, ())
+        return origin(points[0]) if points else None
+
+
+@cache
+def installed(group: str) -> dict[str, tuple[EntryPoint, ...]]:
+    """The entry points of `group` by name, nothing of them imported; more than one if packages claim one name."""
+    found: dict[str, tuple[EntryPoint, ...]] = {}
+    for point in sorted(entry_points(group=group), key=lambda point: (point.name, origin(point))):
+        found[point.name] = (*found.get(point.name, ()), point)
+    return found
+
+
+def origin(point: EntryPoint) -> str:
+    """The package that an entry point comes from, with its version."""
+    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown package"
+
+
+def broken(point: EntryPoint, argument: str, fault: str) -> HalfplateError:
+    """The error for an object of another package that is not what its group asks for."""
+    return HalfplateError(
+        f"{argument}={point.name!r} of {origin(point)} {fault}; update or uninstall that package",
+        docs="docs/extending.md",
+    )
+
+
+def unknown(argument: str, name: str, known: list[str]) -> HalfplateError:
+    """The error for a name that nobody registers, with the nearest one."""
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return HalfplateError(f"{argument}={name!r} is unknown; {hint}available: {', '.join(known)}")
