@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from halfplate.formats.spec import WeightSpec
@@ -88,8 +89,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     untraced: str | None = None
 
-    @property
-    def specs(self) -> dict[str, WeightSpec]:
+    @cached_property
+    def specs(self) -> Mapping[str, WeightSpec]:
         """The matrices that will be compressed, by name."""
         return {matrix.name: matrix.spec for matrix in self.matrices if matrix.spec is not None}
 
@@ -102,7 +103,7 @@ class Plan:
         """Which matrices no kernel runs, and the nearest settings that have one; None if all have."""
         return without_kernel(self.specs.values())
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
 
@@ -113,7 +114,7 @@ class Plan:
             return self.nbytes
         return None if self.recipe.budget is None else int(self.recipe.budget * self.dense_nbytes)
 
-    @property
+    @cached_property
     def dense_nbytes(self) -> int:
         return sum(spec.dense_nbytes for spec in self.specs.values())
 
