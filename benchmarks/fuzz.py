@@ -19,6 +19,7 @@ import struct
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -202,6 +203,8 @@ def fuzz(
 def fuzz_reader(name: str, inputs: int, seed: int, keep: Path) -> tuple[dict[str, int], int]:
     """The counts of one reader, in a process of its own, and the bytes by which its peak memory grew."""
     torch.set_num_threads(1)
+    # What divides by a stranger's number has not looked at it.
+    warnings.simplefilter("error", RuntimeWarning)
     chance = random.Random(f"{seed} {name}")
     with tempfile.TemporaryDirectory() as scratch:
         paths, read = ([], lambda _: None) if name == CONFIG else targets(Path(scratch))[name]
