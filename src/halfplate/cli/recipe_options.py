@@ -24,7 +24,11 @@ FIELDS = (
     ("--core-dtype", "TYPE", "element type of the kept values: bf16 (default), fp16, fp32, int8, int4, int3 or int2"),
     ("--group-size", "N", "columns that share a scale where the core is int8 to int2: 128 (default), 64 or 32"),
     ("--wrapper-dtype", "TYPE", "element type of the wrappers: bf16 (default), fp16, fp32 or int8"),
-    ("--calibration", "SRC", "self (default: the model's own text), a .txt/.jsonl file, also .gz, or a Hub data set"),
+    (
+        "--calibration",
+        "SRC",
+        "self (default: the model's own text), a .txt/.jsonl/.json file (FILE.jsonl:field), also .gz, or a Hub data set",
+    ),
     ("--samples", "N", "calibration sequences (default 64)"),
     ("--seq-len", "L", "tokens of each (default 512)"),
     ("--inputs", "WHICH", "what calibration runs through: the compressed blocks so far (compressed, default) or dense"),
