@@ -1,10 +1,10 @@
-"""Mutations of valid files against every reader of a stranger's file: checkpoint, recipe, GGUF, config.json.
+"""Mutations of valid files against every reader of a stranger's file: checkpoint, recipe, GGUF, text, config.json.
 
     python benchmarks/fuzz.py --inputs 100000 --configs 2000 --seed 0
 
 Each input is a valid file with a few bytes, numbers or lines changed. A reader may take it or refuse it with a HalfplateError; anything
 else is a crash, whose input is kept under --keep. The address space is bounded, so that an allocation by a hostile number fails.
-Configurations (`fuzz_configs.py`) are those of many architectures, and are planned; there, inputs that take longer than a minute and
+Texts (`fuzz_texts.py`) are read twice, at once and in small blocks, and must come out alike. Configurations (`fuzz_configs.py`) are those of many architectures, and are planned; there, inputs that take longer than a minute and
 libraries that print a traceback count as crashes, too.
 """
 
@@ -19,12 +19,14 @@ import struct
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import fuzz_texts
 import torch
 from common import write_section
 from fuzz_configs import ARCHITECTURES, fuzz_configs
@@ -55,17 +57,21 @@ WORDS = (
     b"\xff",
     b"9" * 99,
 )
-SHARES = {"recipe": 0.34, "checkpoint": 0.33, "gguf": 0.33}
+KINDS = (0, 1, 2, 3, 4, 5)  # a bit, a number of 8 or 4 bytes, a word, bytes left out or doubled
+TEXT_KINDS = (0, 3, 3, 3, 4, 5)  # numbers are no text
+SHARES = {"recipe": 0.2, "checkpoint": 0.2, "gguf": 0.3, "text": 0.3}
 CONFIG = "config"
 CONFIGURED = 3  # of so many GGUF files with a sound header one is read whole
 
 
-def mutated(content: bytes, chance: random.Random, focus: int) -> bytes:
+def mutated(
+    content: bytes, chance: random.Random, focus: int, words: tuple[bytes, ...] = WORDS, kinds: tuple[int, ...] = KINDS
+) -> bytes:
     """A few changes, most of them in the first `focus` bytes, where headers lie."""
     data = bytearray(content)
     for _ in range(chance.choice((1, 1, 1, 2, 3, 8))):
         place = chance.randrange(max(1, min(len(data), focus if chance.random() < 0.9 else len(data))))
-        kind = chance.randrange(6)
+        kind = chance.choice(kinds)
         if kind == 0 and data:
             data[place % len(data)] ^= 1 << chance.randrange(8)
         elif kind == 1:
@@ -73,7 +79,7 @@ def mutated(content: bytes, chance: random.Random, focus: int) -> bytes:
         elif kind == 2:
             data[place : place + 4] = struct.pack("<I", chance.choice(NUMBERS) % 2**32)
         elif kind == 3:
-            word = chance.choice(WORDS)
+            word = chance.choice(words)
             data[place : place + chance.choice((0, len(word)))] = word
         elif kind == 4:
             del data[place : place + chance.choice((1, 2, 8, 64))]
@@ -127,8 +133,8 @@ def write_models(folder: Path) -> tuple[Path, Path, Path]:
     return dense, out, file
 
 
-def targets(folder: Path) -> dict[str, tuple[list[Path], Callable[[], object]]]:
-    """Files to mutate and the reading to try, by reader."""
+def targets(folder: Path) -> dict[str, tuple[list[Path], Callable[[Path], object]]]:
+    """Files to mutate and the reading to try, given the one that was, by reader."""
     dense, out, model = write_models(folder)
     recipe = folder / "recipe.yaml"
     recipe.write_text(
@@ -136,13 +142,13 @@ def targets(folder: Path) -> dict[str, tuple[list[Path], Callable[[], object]]]:
         "cross_damping: 1e-1\ntoken_limit: none\nexclude:\n  - '*.k_proj'\n  - \"*.0.*\"\nchoose: [block_size, core_dtype]\nbudget: 0.5\nmax_kl: 1.0\n"
     )
 
-    def read_checkpoint() -> object:
+    def read_checkpoint(_: Path) -> object:
         find_weight_files("dense", dense)
         return inspect_checkpoint(out, verify=True)
 
     sound = 0
 
-    def read_gguf() -> None:
+    def read_gguf(_: Path) -> None:
         nonlocal sound
         gguf.read_header(model, "tiny.gguf")
         sound += 1
@@ -155,9 +161,10 @@ def targets(folder: Path) -> dict[str, tuple[list[Path], Callable[[], object]]]:
         dense / "model.safetensors"
     ]
     return {
-        "recipe": ([recipe], lambda: Recipe.from_yaml(recipe)),
+        "recipe": ([recipe], lambda _: Recipe.from_yaml(recipe)),
         "checkpoint": (files, read_checkpoint),
         "gguf": ([model], read_gguf),
+        "text": (fuzz_texts.write_texts(folder), fuzz_texts.text_reader()),
     }
 
 
@@ -169,16 +176,17 @@ def focus_of(path: Path, content: bytes) -> int:
 
 
 def fuzz(
-    name: str, paths: list[Path], read: Callable[[], object], inputs: int, chance: random.Random, keep: Path
+    name: str, paths: list[Path], read: Callable[[Path], object], inputs: int, chance: random.Random, keep: Path
 ) -> dict[str, int]:
     """How many inputs were taken, refused, and crashed the reader."""
     counts: Counter[str] = Counter(inputs=inputs)
     whole = {path: path.read_bytes() for path in paths}
+    changes = (WORDS + fuzz_texts.WORDS, TEXT_KINDS) if name == "text" else (WORDS, KINDS)
     for number in range(inputs):
         path = chance.choice(paths)
-        path.write_bytes(mutated(whole[path], chance, focus_of(path, whole[path])))
+        path.write_bytes(mutated(whole[path], chance, focus_of(path, whole[path]), *changes))
         try:
-            read()
+            read(path)
             counts["taken"] += 1
         except HalfplateError as refusal:
             counts["refused"] += 1
@@ -195,9 +203,11 @@ def fuzz(
 def fuzz_reader(name: str, inputs: int, seed: int, keep: Path) -> tuple[dict[str, int], int]:
     """The counts of one reader, in a process of its own, and the bytes by which its peak memory grew."""
     torch.set_num_threads(1)
+    # What divides by a stranger's number has not looked at it.
+    warnings.simplefilter("error", RuntimeWarning)
     chance = random.Random(f"{seed} {name}")
     with tempfile.TemporaryDirectory() as scratch:
-        paths, read = ([], lambda: None) if name == CONFIG else targets(Path(scratch))[name]
+        paths, read = ([], lambda _: None) if name == CONFIG else targets(Path(scratch))[name]
         pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (pages + ROOM, pages + ROOM))
         start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -221,6 +231,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="file whose section on fuzzing is replaced, e.g. RESULTS.md")
     options = parser.parse_args()
     inputs = {name: round(options.inputs * share) for name, share in SHARES.items()} | {CONFIG: options.configs}
+    inputs = {name: count for name, count in inputs.items() if count}
     with ProcessPoolExecutor(len(inputs), get_context("spawn")) as pool:
         jobs = {
             name: pool.submit(fuzz_reader, name, count, options.seed, options.keep.resolve())

@@ -1,5 +1,7 @@
 """The commands and the Python code of the README run as written, on a tiny model under the names they use."""
 
+import doctest
+import json
 import re
 import shlex
 import shutil
@@ -128,6 +130,24 @@ def test_commands_of_the_page_on_the_report_run(workplace, capsys):
     for line in lines:
         assert main(shlex.split(line, comments=True)[1:]) == 0, line + capsys.readouterr().err
     assert (workplace / "page.html").is_file()
+
+
+def test_the_page_on_texts_is_true(workplace, capsys):
+    page = (ROOT / "docs" / "texts.md").read_text()
+    (code,) = re.findall(r"```pycon\n(.*?)```", page, re.DOTALL)
+    runner = doctest.DocTestRunner()
+    runner.run(doctest.DocTestParser().get_doctest(code, {}, "texts.md", None, 0))
+    assert runner.summarize(verbose=False) == (0, 11), capsys.readouterr().out
+    for name in ("pairs.jsonl", "story.txt"):
+        content = Path(name).read_bytes()
+        Path(name).write_bytes(
+            content * 100 if name == "pairs.jsonl" else ("Tom came home.\r\n" * 100).encode("utf-16")
+        )
+    lines = re.findall(r"^\$ halfplate (.*)$", page, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        assert main([*shlex.split(line), *(QUICK if line.startswith("compress") else [])]) == 0, capsys.readouterr().err
+    assert json.loads(Path("SmolLM2-pairs/halfplate.json").read_text())["calibration"]["skipped_rows"] == 100
 
 
 def test_tensorboard_example_runs(workplace):

@@ -1,5 +1,6 @@
 """What users give, by flag, file or call, checked and brought to the types that are declared for it."""
 
+import os
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -14,6 +15,18 @@ def path_text(argument: str, value: Any) -> str:
             f"{argument}={value!r} is of type {type(value).__name__}, expected a path or a name as text"
         )
     return str(value)
+
+
+def check_name(argument: str, path: str | Path) -> None:
+    """Raise HalfplateError for a name of a file that is no UTF-8 to the system: safetensors and tokenizers, and what a result tells of it, need that."""
+    try:
+        if os.fsencode(path) == str(path).encode("utf-8"):
+            return
+    except UnicodeEncodeError:
+        pass
+    raise HalfplateError(
+        f"{argument}={str(path)[:80]!r} is no name in UTF-8 to this process; set LC_ALL=C.UTF-8, or choose another name"
+    )
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from halfplate.arguments import check_name
 from halfplate.calibration.characters import characters, unix_lines
 from halfplate.calibration.rows import check_unicode, has_template, is_messages, json_lines, json_values, row_text
 from halfplate.calibration.stream import tokens_of
@@ -45,6 +46,7 @@ def check_source(source: str, argument: str = "calibration") -> None:
     if _plugin(source, argument) is not None:
         return
     file, _ = split_fields(source)
+    check_name(argument, file)
     path = Path(file).expanduser()
     if file.lower().endswith(SUFFIXES):
         if not path.is_file():

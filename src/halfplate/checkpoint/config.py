@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from halfplate.arguments import check_name
 from halfplate.dtypes import STORED
 from halfplate.errors import HalfplateError
 from halfplate.formats.sharing import check_shared
@@ -70,6 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_specs(folder: Path) -> dict[str, WeightSpec]:
     """The specifications of the compressed modules of a checkpoint; raises HalfplateError where `folder` is none."""
+    check_name("path", folder)
     if not folder.is_dir():
         raise HalfplateError(f"path={str(folder)!r} is not a folder; give the folder of a Halfplate checkpoint")
     quantization = read_json(folder / CONFIG_FILE).get("quantization_config")

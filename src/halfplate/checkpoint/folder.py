@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from halfplate.arguments import check_name
 from halfplate.checkpoint.config import CONFIG_FILE, METHOD, RECORD_FILE, read_json
 from halfplate.errors import HalfplateError
 
@@ -19,6 +20,7 @@ def check_out(out: Path, overwrite: bool) -> None:
 
     What exists is replaced only with `overwrite`, and only if Halfplate wrote it; an empty folder is no obstacle.
     """
+    check_name("out", out)
     if not (out.exists() or out.is_symlink()):
         return
     if not out.is_dir():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halfplate.arguments import path_text
+from halfplate.arguments import check_name, path_text
 from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, read_json, read_record, read_specs
 from halfplate.checkpoint.weights import StoredTensor, check_layout, read_headers, read_tensors, sha256
 from halfplate.defaults import plain_defaults
@@ -106,6 +106,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the checkpoint in the folder `path`; raises HalfplateError where there is none."""
     from transformers import AutoTokenizer
 
+    check_name("path", path)
     if not Path(path).is_dir():
         raise HalfplateError(f"path={str(path)!r} is not a folder; give the folder of a Halfplate checkpoint")
     cure = "put the tokenizer files of its dense model there"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from halfplate.arguments import check_name
 from halfplate.checkpoint.folder import check_out
 from halfplate.errors import HalfplateError
 from halfplate.planning.disk import work_place
@@ -15,6 +16,7 @@ LOCK_FILE = "lock"
 
 def check_place(out: Path) -> Path:
     """The absolute path of `out`; raises HalfplateError where the system knows no such place, or has no name left beside it."""
+    check_name("out", out)
     try:
         target = out.resolve()
         if not target.name:

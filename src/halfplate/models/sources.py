@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from halfplate.arguments import check_name
 from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.models import gguf
@@ -102,6 +103,7 @@ def open_source(name: str) -> Source:
     if not name.strip():
         raise HalfplateError(f"model={name!r} is empty; pass a local folder, a .gguf file, or a Hub id")
     path = Path(name).expanduser()
+    check_name("model", path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise HalfplateError(

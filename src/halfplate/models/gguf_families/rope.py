@@ -29,13 +29,24 @@ def read_rope(
     family: Family, keys: Keys, head_dim: int, context: int, tensors: Mapping[str, list[float]]
 ) -> dict[str, Any]:
     """`rope_parameters` for a file with these keys and rotary tensors; raises Unreadable for what transformers cannot express."""
-    base = keys.take("rope.freq_base", float, LOCAL_BASE)
+    base = _positive(f"{keys.prefix}rope.freq_base", keys.take("rope.freq_base", float, LOCAL_BASE))
+    for name, factors in tensors.items():
+        for value in factors:
+            _positive(name, value)
     parameters: dict[str, Any] = {"rope_theta": base, **_partial(family, keys, head_dim)}
     parameters |= _scaling(family, keys, context, base, tensors)
     if family.rope.local is None:
         return parameters
-    local = keys.take("rope.freq_base_swa", float, LOCAL_BASE) if family.rope.local == "key" else base
+    local = base
+    if family.rope.local == "key":
+        local = _positive(f"{keys.prefix}rope.freq_base_swa", keys.take("rope.freq_base_swa", float, LOCAL_BASE))
     return {FULL: parameters, LOCAL: {"rope_type": "default", "rope_theta": local}}
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise Unreadable(f"{name} holds {value}, expected a finite number above 0")
+    return value
 
 
 def _partial(family: Family, keys: Keys, head_dim: int) -> dict[str, float]:
@@ -57,8 +68,8 @@ def _scaling(
     """What `rope_parameters` says besides base and share of a head."""
     kind = keys.take("rope.scaling.type", str, "linear")
     old = keys.take("rope.scale_linear", float, 0.0)
-    factor = keys.take("rope.scaling.factor", float, old) or 1.0
-    attention = keys.take("rope.scaling.attn_factor", float, 1.0)
+    factor = _positive(f"{keys.prefix}rope.scaling.factor", keys.take("rope.scaling.factor", float, old) or 1.0)
+    attention = _positive(f"{keys.prefix}rope.scaling.attn_factor", keys.take("rope.scaling.attn_factor", float, 1.0))
     original = keys.take("rope.scaling.original_context_length", int, context) or context
     for name, value in YARN.items():
         keys.expect(f"rope.scaling.{name}", float, value, f"llama.cpp computes with {value}")
