@@ -134,6 +134,24 @@ def test_by_layer_reads_no_more_than_a_layer(
     ]
 
 
+def test_a_run_broken_off_in_the_check_goes_on(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compress(str(tiny_folder), tmp_path / "whole", recipe("rtn"))
+
+    def breaking(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(self_check, "check_tokens", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            compress(str(tiny_folder), tmp_path / "out", recipe("rtn"))
+    assert not (tmp_path / "out").exists()
+    assert compress(str(tiny_folder), tmp_path / "out", recipe("rtn"), resume=True)["check"] == whole["check"]
+    one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "out"))
+    assert one == two
+
+
 def test_single_tokens_may_differ_more_than_most() -> None:
     """As where the near-tie of a router falls otherwise; not where a GPU multiplies in halves."""
     solved, stored = torch.ones(1, 100, 8), torch.ones(1, 100, 8)
