@@ -41,6 +41,17 @@ def test_quiet_table(halfplate, tiny_folder, tmp_path):
     assert "\x1b" not in outcome.out
 
 
+def test_the_self_check_is_said_or_left_out(halfplate, tiny_folder, tmp_path, monkeypatch):
+    command = ("compress", tiny_folder, "--method", "magnitude", "--quiet", "-o")
+    assert "self-check, KL to the original" in halfplate(*command, tmp_path / "one").out
+    monkeypatch.setattr("halfplate.execution.self_check.NONSENSE_KL", -1.0)
+    assert "the model is damaged: KL" in halfplate(*command, tmp_path / "two").out
+    monkeypatch.setattr("halfplate.execution.local.self_check", None)
+    outcome = halfplate(*command, tmp_path / "three", "--no-check")
+    assert outcome.status == 0
+    assert "self-check" not in outcome.out
+
+
 @pytest.mark.parametrize(
     ("method", "core"),
     [

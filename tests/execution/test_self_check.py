@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from halfplate.errors import RuinedResult
 from halfplate.evaluation.perplexity import evaluate
 from halfplate.execution import local, self_check
-from halfplate.execution.local import compress
+from halfplate.execution.local import assemble_weights, compress
 from halfplate.models.sources import load_dense
 from halfplate.recipe import Recipe
 
@@ -74,6 +74,93 @@ def test_a_file_that_is_not_what_was_solved_is_refused(
         compress(str(tiny_folder), tmp_path / "out", recipe("magnitude"))
     assert not (tmp_path / "out").exists()
     assert compress(str(tiny_folder), tmp_path / "out", recipe("magnitude"), resume=True, check=False)["check"] is None
+
+
+def change(name: str, factor: float) -> Any:
+    """`assemble_weights`, and one tensor of the file multiplied afterwards."""
+
+    def changed(streamed: Any, plan: Any, work: Any, folder: Path, progress: Any) -> dict[str, str]:
+        checksums = assemble_weights(streamed, plan, work, folder, progress)
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | {name: tensors[name] * factor}, folder / "model.safetensors")
+        return checksums
+
+    return changed
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["loaded whole", "by layer"])
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("model.layers.1.self_attn.q_proj.weight_scales", 1.03),
+        ("model.layers.0.input_layernorm.weight", 1.05),
+        ("model.norm.weight", 1.05),
+        ("model.embed_tokens.weight", 1.05),
+        ("lm_head.weight", 1.05),
+    ],
+)
+def test_small_faults_anywhere_are_found(
+    whole: bool, name: str, factor: float, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_check, "check_loads_whole", lambda *_: whole)
+    monkeypatch.setattr(local, "assemble_weights", change(name, factor))
+    with pytest.raises(RuinedResult, match=r"self-check: .*the written checkpoint"):
+        compress(str(tiny_folder), tmp_path / "out", recipe("rtn"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_by_layer_reads_no_more_than_a_layer(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[set[str]] = []
+    read_tensors = self_check.read_tensors
+
+    def watched(found: Any) -> Any:
+        read.append(set())
+        for name, tensor in read_tensors(found):
+            read[-1].add(name)
+            yield name, tensor
+
+    monkeypatch.setattr(self_check, "read_tensors", watched)
+    monkeypatch.setattr(self_check, "check_loads_whole", lambda *_: False)
+    compress(str(tiny_folder), tmp_path / "out", recipe("rtn"))
+    places = ({name.partition(".layers.")[2][:2] or name for name in names} for names in read)
+    assert sorted(map(sorted, places)) == [
+        ["0."],
+        ["1."],
+        ["lm_head.weight"],
+        ["model.embed_tokens.weight"],
+        ["model.norm.weight"],
+    ]
+
+
+def test_a_run_broken_off_in_the_check_goes_on(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compress(str(tiny_folder), tmp_path / "whole", recipe("rtn"))
+
+    def breaking(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(self_check, "check_tokens", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            compress(str(tiny_folder), tmp_path / "out", recipe("rtn"))
+    assert not (tmp_path / "out").exists()
+    assert compress(str(tiny_folder), tmp_path / "out", recipe("rtn"), resume=True)["check"] == whole["check"]
+    one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "out"))
+    assert one == two
+
+
+def test_single_tokens_may_differ_more_than_most() -> None:
+    """As where the near-tie of a router falls otherwise; not where a GPU multiplies in halves."""
+    solved, stored = torch.ones(1, 100, 8), torch.ones(1, 100, 8)
+    stored[0, 7] += 0.1
+    assert self_check._checked_error(stored, solved, exact=True) == pytest.approx(0.01)
+    even = solved * 1.005
+    with pytest.raises(RuinedResult, match=r"by 0\.005 of their norm at half of the tokens, expected at most 0\.001"):
+        self_check._checked_error(even, solved, exact=True)
+    assert self_check._checked_error(even, solved, exact=False) == pytest.approx(0.005)
 
 
 def test_a_result_that_loads_as_another_model_is_refused(

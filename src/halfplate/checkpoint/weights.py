@@ -149,7 +149,8 @@ def read_tensors(found: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tenso
     """Every tensor with its name, one at a time."""
     for file in sorted({tensor.file for tensor in found.values()}):
         with safe_open(file, framework="pt") as tensors:
-            for name in sorted(tensors.keys()):
+            # The file may hold others, which the caller has no memory for.
+            for name in sorted(name for name, tensor in found.items() if tensor.file == file):
                 yield name, tensors.get_tensor(name)
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 FURTHER_TOKENS = re.compile(r"(^|\.)(mtp|mtp_layers|nextn\w*|medusa\w*|multi_token\w*)\.")
 COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids)$")
 MASKS = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$")
+# Of peft: LoRA and what is made from it, and the weights that they stand beside.
+ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save)\.")
 LAYER_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
 NAMED_AT_ONCE = 3
 
@@ -212,6 +214,8 @@ def _spoken(names: list[str]) -> str:
 
 
 def _cure(wrong: list[str]) -> str:
+    if any(ADAPTER.search(one) for one in wrong):
+        return "they are parts of an adapter beside the weights; merge it (peft: merge_and_unload, then save_pretrained) and pass that folder"
     biases = "where the model has biases, config.json must say so (attention_bias, mlp_bias), else "
     return (
         f"without them it would be another model: {biases if any(one.endswith('.bias') for one in wrong) else ''}"
