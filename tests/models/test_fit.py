@@ -182,6 +182,9 @@ def test_entries_that_say_how_to_run_elsewhere(tiny_folder, tmp_path, entries, n
     [
         ({"hidden_act": "foo"}, "hidden_act='foo' is unknown to transformers"),
         ({"rope_scaling": {"type": "su", "factor": 2.0}}, "type='su' is unknown to transformers"),
+        ({"rope_scaling": {"type": "linear", "factor": -2.0}}, "factor=-2.0, expected a number above 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta=0, expected a number above 0"),
+        ({"quantization_config": "fp8"}, "quantization_config='fp8', expected an object"),
         ({"dtype": "float17"}, "float17"),
         ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
         ({"num_key_value_heads": 3}, "k_proj.weight has shape"),

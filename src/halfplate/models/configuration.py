@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ QUANTISED_PARTS = re.compile(
     r"[._](weight_(scale|scale_inv|scale_2|packed|zero_point|g_idx)|(input|activation|[kv])_scale|qweight|qzeros|g_idx|SCB|absmax"
     r"|nested_absmax|quant_map|quant_state\..*|codebooks|proj_(blocks|scales))$"
 )
+ROTARY_NUMBERS = ("rope_theta", "rope_local_base_freq", "factor", "low_freq_factor", "high_freq_factor")
 PLAIN_ATTENTION = (None, "eager", "sdpa")
 PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
 
@@ -69,6 +71,30 @@ def _already_quantised(name: str, method: str | None, reason: str) -> HalfplateE
     )
 
 
+def check_values(name: str, entries: dict[str, Any]) -> None:
+    """Raise HalfplateError for values that transformers takes without a word and that make another model, or none."""
+    for key in ("quantization_config", "compression_config"):
+        if entries.get(key) and not isinstance(entries[key], dict):
+            raise HalfplateError(
+                f"model={name!r}: config.json: {key}={entries[key]!r}, expected an object; remove the entry if the weights are plain"
+            )
+    for key, value in _rotary_numbers(entries):
+        if not 0 < value < inf:
+            raise HalfplateError(
+                f"model={name!r}: config.json: {key}={value!r}, expected a number above 0; correct it or download it again"
+            )
+
+
+def _rotary_numbers(entries: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The names and values of the base and the factors of rotary positions, those of each kind of layer, too."""
+    for key, value in entries.items():
+        if key in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
+            inner = [value, *(part for part in value.values() if isinstance(part, dict))]
+            yield from (pair for part in inner for pair in _rotary_numbers(part))
+        elif key in ROTARY_NUMBERS and isinstance(value, int | float):
+            yield key, value
+
+
 def check_kind(name: str, entries: dict[str, Any]) -> None:
     """Raise HalfplateError for what `config.json` alone shows not to be a dense text model."""
     method = quantisation_of(entries)
@@ -96,6 +122,7 @@ def read_config(name: str, path: Path, entries: dict[str, Any]) -> tuple[Pretrai
 
     kind = entries.get("model_type")
     check_layers(name, entries)
+    check_values(name, entries)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     # A config is data of any shape, and each model class checks it with errors of its own.
