@@ -159,6 +159,9 @@ def _name(steps: tuple[str, ...], described: dict[str, Any], vocabulary: dict[st
     """llama.cpp's name for the steps; raises ValueError if it has none, or merges otherwise under it."""
     candidates = [entry for entry in PRE_TOKENIZERS if _fits(entry, steps, vocabulary)]
     if not candidates:
+        for entry in PRE_TOKENIZERS:
+            if any((*meant, BYTES) == steps for meant in entry.meant):
+                raise ValueError(f"what llama.cpp calls {entry.names[0]!r} splits {entry.differs} otherwise than it")
         raise ValueError(f"it splits text by {written_steps(steps)}, which is none of its pre-tokenizers")
     whole = bool(described["model"].get("ignore_merges"))
     for entry in candidates:
@@ -269,8 +272,13 @@ def _space_prefix(described: dict[str, Any], vocabulary: dict[str, int]) -> bool
         case [], [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}]:
             if split and any("▁" in piece[1:] for piece in vocabulary):
                 raise ValueError("it splits text at spaces (Metaspace with split) and has pieces over several words")
-            # SentencePiece, and llama.cpp, write the space also before a text that begins with one; Metaspace does not.
-            return bool(scheme != "never")
+            if scheme != "never":
+                where = "the first word" if scheme == "first" else "words"
+                raise ValueError(
+                    f"it writes ▁ before {where} unless a space stands there (Metaspace, {scheme}), llama.cpp before every text, "
+                    "also behind special tokens and before a space: use the normalizers Prepend and Replace"
+                )
+            return False
     kinds = [step["type"] for step in (*normalizer, *steps)]
     raise ValueError(f"it prepares text by {', '.join(kinds) or 'nothing'}, expected spaces replaced by ▁")
 
