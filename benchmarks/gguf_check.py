@@ -117,7 +117,7 @@ def check_tokens(case: TokenizerCase, folder: Path) -> dict[str, Any]:
 
 def differing(tokenizer: Any, case: TokenizerCase, theirs: list[list[int]]) -> int:
     """Texts of which the tokenizer makes other tokens."""
-    return sum(tokenizer(text)["input_ids"] != ids for text, ids in zip(case.texts, theirs, strict=True))
+    return sum(ours != ids for ours, ids in zip(tokenizer(case.texts)["input_ids"], theirs, strict=True))
 
 
 def logits_table(rows: list[dict[str, Any]]) -> str:

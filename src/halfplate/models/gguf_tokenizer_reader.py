@@ -13,6 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from halfplate.errors import HalfplateError
 from halfplate.models.gguf_pre_tokenizers import BY_NAME, described, split_step
+from halfplate.models.gguf_special_tokens import (
+    CONTROL_SPELLINGS,
+    NOT_STRIPPED,
+    ORDINARY_END,
+    STRIPPING_NAMES,
+    overlapping,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,23 +71,6 @@ NO_EFFECT = {
 }
 MODELS = ("gpt2", "llama", "gemma4")
 
-# Tokens that llama.cpp cuts out of a text by their spelling, whatever type the file gives them.
-SPELLINGS = (
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> "
-    "[EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[ "
-    "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|> "
-    "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|> "
-    "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|> "
-    "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|> "
-    "<|channel|> <|message|> <|start|> <|constrain|>"
-)
-CONTROL_SPELLINGS = frozenset(SPELLINGS.split())
-# Vocabularies with one of these have an ordinary </s> (Gemma 4).
-ORDINARY_END = ("<|tool_response>", "<|plamo:eos|>")
-# llama.cpp strips spaces behind the special tokens of a model whose general.name holds one of these, except behind some.
-STRIPPING_NAMES = ("phi-3", "phi3")
-NOT_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")
-
 
 def read_tokenizer(path: Path, name: str) -> PreTrainedTokenizerBase:
     """The fast tokenizer of the `.gguf` file that the user named `name`; its header is checked already.
@@ -124,6 +114,8 @@ class _Vocabulary:
         self.tokens = self._tokens()
         self.ids = {token: number for number, token in enumerate(self.tokens)}
         self.types = self._types()
+        if pair := overlapping([token for number, token in enumerate(self.tokens) if self._is_whole(number)]):
+            raise _Refused(f"where its special tokens {pair[0]!r} and {pair[1]!r} overlap, llama.cpp takes another one")
         self.special = {key: self._id(key) for key in SPECIAL_IDS}
         for key in OTHER_IDS:
             self._id(key)

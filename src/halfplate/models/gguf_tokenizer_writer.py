@@ -12,7 +12,13 @@ from typing import Any
 
 from halfplate.errors import HalfplateError
 from halfplate.models.gguf_pre_tokenizers import BYTES, PRE_TOKENIZERS, Cut, PreTokenizer, read_steps, written_steps
-from halfplate.models.gguf_tokenizer_reader import CONTROL_SPELLINGS, NOT_STRIPPED, ORDINARY_END, STRIPPING_NAMES
+from halfplate.models.gguf_special_tokens import (
+    CONTROL_SPELLINGS,
+    NOT_STRIPPED,
+    ORDINARY_END,
+    STRIPPING_NAMES,
+    overlapping,
+)
 
 SPECIAL = {
     "bos_token": "bos",
@@ -110,6 +116,8 @@ def _check_added(
         # Matched after normalising it may match other text.
         if token["normalized"] and _prepends(normalizer):
             raise ValueError(f"the token {token['content']!r} is looked for in normalised text (normalized)")
+    if pair := overlapping([token["content"] for token in added]):
+        raise ValueError(f"where its tokens {pair[0]!r} and {pair[1]!r} overlap, llama.cpp takes another one")
     stripping = [token for token in added if token["rstrip"]]
     if not stripping:
         return
