@@ -189,7 +189,11 @@ def _bert(whole: dict[str, Any]) -> None:
         (BYTE_LEVEL, _lacks("Ċ"), "no token for 1 of the 256 bytes"),
         (BYTE_LEVEL, steps(split_step("[a-z]+")), r"splits text by '\[a-z\]\+', then bytes, which is none"),
         (BYTE_LEVEL, steps({"type": "Whitespace"}), "Whitespace.* is not one of llama.cpp's"),
-        (BYTE_LEVEL, _model(ignore_merges=True), "with 'gpt-2', ignore_merges=False there, it would make '.*' otherwise"),
+        (
+            BYTE_LEVEL,
+            _model(ignore_merges=True),
+            "with 'gpt-2', ignore_merges=False there, it would make '.*' otherwise",
+        ),
         (BYTE_LEVEL, _model(dropout=0.1), "its model has dropout=0.1"),
         (BYTE_LEVEL, _model(end_of_word_suffix="</w>"), "its model has end_of_word_suffix"),
         (BYTE_LEVEL, _ordinary("<|im_end|>"), "is an ordinary token of it, which llama.cpp takes for a special one"),
