@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfplate.errors import HalfplateError
-from halfplate.models.gguf_pre_tokenizers import BY_NAME, described, split_step
+from halfplate.models.gguf_pre_tokenizers import BY_NAME, described
 from halfplate.models.gguf_special_tokens import (
     CONTROL_SPELLINGS,
     NOT_STRIPPED,
@@ -69,7 +69,7 @@ NO_EFFECT = {
     *(GGML + key for key in ("normalizer.lowercase", "normalizer.strip_accents")),
     "tokenizer.huggingface.json",
 }
-MODELS = ("gpt2", "llama", "gemma4")
+MODELS = ("gpt2", "llama")
 
 
 def read_tokenizer(path: Path, name: str) -> PreTrainedTokenizerBase:
@@ -277,7 +277,7 @@ class _Vocabulary:
 
     def _pieces(self) -> dict[str, Any]:
         """A SentencePiece vocabulary: spaces are written as ▁, unknown characters as their bytes."""
-        prefix = self.kind == "llama" and self._flag("add_space_prefix", True)
+        prefix = self._flag("add_space_prefix", True)
         normalizer: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
         decoders: list[dict[str, Any]] = [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
@@ -288,20 +288,18 @@ class _Vocabulary:
             normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, normalizer]}
             decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
         unknown = self.special[GGML + "unknown_token_id"]
-        if unknown is None and self.kind == "llama":
+        if unknown is None:
             unknown = 0
-        gemma4 = self.kind == "gemma4"
         return {
             "normalizer": normalizer,
-            "pre_tokenizer": split_step(r"[^\n]+|[\n]+") if gemma4 else None,
+            "pre_tokenizer": None,
             "decoder": {"type": "Sequence", "decoders": decoders},
             "model": _bpe(
                 self._vocabulary(),
-                self._merges() if gemma4 else self._merges_of_scores(),
-                ignore_merges=gemma4,
+                self._merges_of_scores(),
                 byte_fallback=True,
                 fuse_unk=True,
-                unk_token=None if unknown is None else self.tokens[unknown],
+                unk_token=self.tokens[unknown],
             ),
         }
 
@@ -326,8 +324,6 @@ class _Vocabulary:
         """The tokens that llama.cpp puts before and behind every text."""
         entry = BY_NAME.get(self._pre()) if self._is_byte_level() else None
         add_bos = self._flag("add_bos_token", entry.add_bos if entry else True)
-        if self.kind == "gemma4":
-            add_bos = True  # llama.cpp does not believe the file here
         ends = {}
         for side, key, otherwise, wanted in (
             ("bos", "bos_token_id", 1, add_bos),
