@@ -2,6 +2,7 @@
 
 import ctypes
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,34 @@ def _library() -> tuple[Any, Any]:
     llama_cpp.llama_log_set(silence, None)
     llama_cpp.llama_backend_init()
     return llama_cpp, silence
+
+
+def version() -> str:
+    """Of llama_cpp, for the line above a table."""
+    return f"llama-cpp-python {library().__version__}"
+
+
+def tokens(path: Path, texts: Sequence[str]) -> list[list[int]]:
+    """llama.cpp's tokens of each text, special tokens in it and around it included; the file may hold a vocabulary alone."""
+    llama = library()
+    settings = llama.llama_model_default_params()
+    settings.vocab_only = True
+    model = llama.llama_model_load_from_file(str(path).encode(), settings)
+    if not model:
+        raise RuntimeError(f"llama.cpp cannot read {path}")
+    try:
+        vocabulary = llama.llama_model_get_vocab(model)
+        return [_tokens(vocabulary, text.encode()) for text in texts]
+    finally:
+        llama.llama_model_free(model)
+
+
+def _tokens(vocabulary: Any, text: bytes) -> list[int]:
+    ids = (ctypes.c_int32 * (len(text) + 16))()
+    count = library().llama_tokenize(vocabulary, text, len(text), ids, len(ids), True, True)
+    if count < 0:
+        raise RuntimeError(f"llama.cpp cannot tokenise {text!r}: it failed with {count}")
+    return list(ids[:count])
 
 
 class LlamaCppLogits:

@@ -1,7 +1,7 @@
 """How byte-level vocabularies split text before they merge, and llama.cpp's names for it (`tokenizer.ggml.pre`).
 
-A GGUF file holds the name alone; a tokenizer.json holds the steps. The patterns are those of the tokenizer.json that each
-name stands for, in the syntax of the `tokenizers` library.
+A GGUF file holds the name alone; a tokenizer.json holds the steps. The patterns are what llama.cpp computes under each name, in
+the syntax of the `tokenizers` library. For most names it is what their tokenizer.json says; where it is not, `meant` has that.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ THREE_DIGITS = r"\p{N}{1,3}"
 THREE_ASCII_DIGITS = "[0-9][0-9][0-9]"
 # Groups of three counted from the right, as in 1,234,567.
 THREE_FROM_THE_RIGHT = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
+# llama.cpp cuts behind the first group and not before it.
+THREE_WITH_TEXT_BEFORE = rf"[^\p{{N}}]*{THREE_FROM_THE_RIGHT}"
 PUNCTUATION = r"[\p{P}$+<=>^~|`]+"  # the step Punctuation with the behaviour Contiguous
 
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -52,6 +54,23 @@ def _cased(suffix: str, digits: str) -> str:
 TEKKEN = _cased("", r"\p{N}")
 GPT4O = _cased(f"{_SUFFIX}?", r"\p{N}{1,3}")
 YOUTU = _cased(f"{_SUFFIX}?", r"\p{N}")
+
+_ASCII_SUFFIX = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?"
+
+
+def _cased_by_llama(suffix: str, digits: str) -> str:
+    """`_cased` as llama.cpp has it: letters beyond ASCII count as capital and as small, marks are no part of words."""
+    start, upper, lower = r"[^\r\n\p{L}\p{N}]?", r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]"
+    words = f"{start}{upper}*{lower}+{suffix}|{start}{upper}+{lower}*{suffix}"
+    return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+
+
+def _caseless(digits: str) -> str:
+    """`_cased` as llama.cpp computes it where it is given the expression of the tokenizer.json: all letters are alike."""
+    words = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+{_ASCII_SUFFIX}"
+    return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+
+
 YOUTU_SCRIPTS = "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+"
 
 _ASCII_WORD = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
@@ -59,6 +78,7 @@ DEEPSEEK_V3 = rf"{_ASCII_WORD}| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 SPARK = rf"{_ASCII_WORD}| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+"
 HAN_AND_KANA = "[一-龥\u3040-ゟ゠-ヿ]+"
 HAN_AND_HANGUL = "[一-龥ࠀ-一가-\ud7ff]+"
+HAN_AND_HANGUL_NO_SPACES = r"[[一-龥ࠀ-一가-\ud7ff]&&[^\s]]+"
 AFMOE_SCRIPTS = "[一-鿿㐀-䶿豈-\ufaff\u3040-ゟ゠-ヿ･-ﾟ⼀-\u2fdfเ-\u0e7f\u0e80-\u0effក-\u17ffက-႟ꩠ-ꩿꧠ-\ua9ff가-\ud7afᄀ-ᇿ]+"
 # Letters with case, by blocks of Unicode, as DeepSeek LLM lists them.
 CASED_LETTERS = (
@@ -68,6 +88,7 @@ CASED_LETTERS = (
     "𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
 )
 PUNCTUATION_BLOCKS = r"\s?[!-/:-~！-／：-～‘-‟　-。]+"
+PUNCTUATION_BLOCKS_NO_SPACES = r"\s?[!-/:-~！-／：-～‘-‟、-。]+"
 BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 COHERE_DIGITS = r"\d{1,3}(?=(?:\d{3})*\b)"
 
@@ -92,6 +113,8 @@ class PreTokenizer:
     ignore_merges: a whole piece that is a token is taken without merging
     add_bos: whether llama.cpp starts texts with the bos token if the file does not say
     cuts: tokenizer.json files with one more step
+    meant: the steps of the tokenizer.json that the names stand for, where llama.cpp splits otherwise; such a one is not written
+    differs: on which text, for the message
     """
 
     names: tuple[str, ...]
@@ -99,6 +122,8 @@ class PreTokenizer:
     ignore_merges: bool = False
     add_bos: bool = False
     cuts: tuple[Cut, ...] = ()
+    meant: tuple[tuple[str, ...], ...] = ()
+    differs: str = ""
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -107,6 +132,12 @@ class PreTokenizer:
 
 BYTES = "bytes"  # the step that turns text into the 256 characters of GPT-2; no regular expression of the table
 _DEEPSEEK_LLM = ("[\r\n]", CASED_LETTERS, PUNCTUATION_BLOCKS, r"\s+$", HAN_AND_HANGUL)
+_DEEPSEEK_LLM_BY_LLAMA = (
+    *("[\r\n]", CASED_LETTERS, PUNCTUATION_BLOCKS_NO_SPACES, r"\s+$", HAN_AND_HANGUL_NO_SPACES),
+    DIGITS,
+)
+_MARKS = "words with combining marks (as of Hindi and Thai) and with capitals beyond ASCII"
+_WIDE_SPACES = "around spaces beyond ASCII, as U+3000"
 
 PRE_TOKENIZERS = (
     PreTokenizer(("default",), (PUNCTUATION.replace("`", ""), GPT2, DIGITS, THREE_ASCII_DIGITS)),
@@ -145,18 +176,47 @@ PRE_TOKENIZERS = (
         (QWEN2,),
     ),
     PreTokenizer(("qwen35",), (QWEN35,)),
-    PreTokenizer(("tekken",), (TEKKEN,), ignore_merges=True, add_bos=True),
-    PreTokenizer(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), (GPT4O,)),
-    PreTokenizer(("tiny_aya", "cohere2moe"), (COHERE_DIGITS, GPT4O)),
+    PreTokenizer(
+        ("tekken",),
+        (_cased_by_llama("", DIGIT),),
+        ignore_merges=True,
+        add_bos=True,
+        meant=((TEKKEN,),),
+        differs=_MARKS,
+    ),
+    PreTokenizer(
+        ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"),
+        (_cased_by_llama(_ASCII_SUFFIX, THREE_DIGITS),),
+        meant=((GPT4O,),),
+        differs=_MARKS,
+    ),
+    PreTokenizer(
+        ("tiny_aya", "cohere2moe"),
+        (THREE_WITH_TEXT_BEFORE, _caseless(THREE_DIGITS)),
+        meant=((COHERE_DIGITS, GPT4O),),
+        differs="words like camelCase, and text before numbers",
+    ),
     PreTokenizer(
         ("deepseek-llm",),
-        (*_DEEPSEEK_LLM, DIGITS),
-        cuts=(Cut((*_DEEPSEEK_LLM, DIGIT, BYTES), DIGIT, on_bytes=False),),
+        _DEEPSEEK_LLM_BY_LLAMA,
+        meant=((*_DEEPSEEK_LLM, DIGIT), (*_DEEPSEEK_LLM, DIGITS)),
+        differs=_WIDE_SPACES,
     ),
-    PreTokenizer(("deepseek-coder",), ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN_AND_HANGUL, DIGIT)),
+    PreTokenizer(
+        ("deepseek-coder",),
+        ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN_AND_HANGUL_NO_SPACES, DIGIT),
+        meant=(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN_AND_HANGUL, DIGIT),),
+        differs=_WIDE_SPACES,
+    ),
     PreTokenizer(("deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"), (THREE_DIGITS, HAN_AND_KANA, DEEPSEEK_V3)),
     PreTokenizer(("spark2_5",), (THREE_DIGITS, HAN_AND_KANA, SPARK, DIGIT)),
-    PreTokenizer(("youtu",), (YOUTU_SCRIPTS, YOUTU), ignore_merges=True),
+    PreTokenizer(
+        ("youtu",),
+        (YOUTU_SCRIPTS, _caseless(DIGIT)),
+        ignore_merges=True,
+        meant=((YOUTU_SCRIPTS, YOUTU),),
+        differs="words like camelCase",
+    ),
     PreTokenizer(
         ("falcon",),
         (PUNCTUATION, GPT2, THREE_ASCII_DIGITS),
@@ -165,9 +225,19 @@ PRE_TOKENIZERS = (
     PreTokenizer(("bloom", "poro-chat", "gpt3-finnish"), (BLOOM,)),
     PreTokenizer(("viking",), (BLOOM, DIGIT)),
     PreTokenizer(("seed-coder",), (SEED_CODER,)),
-    PreTokenizer(("superbpe",), (DIGITS, r"(?=(\d{3})+(?!\d))")),
+    PreTokenizer(
+        ("superbpe",),
+        (DIGITS, "(?=([0-9]{3})+(?![0-9]))"),
+        meant=((DIGITS, r"(?=(\d{3})+(?!\d))"),),
+        differs="numbers with digits beyond ASCII",
+    ),
     PreTokenizer(("ufakzeka",), (NO_SUFFIX,)),
-    PreTokenizer(("afmoe",), (THREE_FROM_THE_RIGHT, AFMOE_SCRIPTS, DEEPSEEK_V3)),
+    PreTokenizer(
+        ("afmoe",),
+        (THREE_WITH_TEXT_BEFORE, AFMOE_SCRIPTS, DEEPSEEK_V3),
+        meant=((THREE_FROM_THE_RIGHT, AFMOE_SCRIPTS, DEEPSEEK_V3),),
+        differs="spaces before numbers",
+    ),
     PreTokenizer(("laguna",), (r"[^\n]+|[\n]+", QWEN2)),
     PreTokenizer(("exaone-moe",), (EXAONE_MOE,)),
     PreTokenizer(("jais-2",), (JAIS2,)),

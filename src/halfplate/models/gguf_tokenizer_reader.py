@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfplate.errors import HalfplateError
-from halfplate.models.gguf_pre_tokenizers import BY_NAME, described, split_step
+from halfplate.models.gguf_pre_tokenizers import BY_NAME, described
+from halfplate.models.gguf_special_tokens import (
+    CONTROL_SPELLINGS,
+    NOT_STRIPPED,
+    ORDINARY_END,
+    STRIPPING_NAMES,
+    overlapping,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,24 +69,7 @@ NO_EFFECT = {
     *(GGML + key for key in ("normalizer.lowercase", "normalizer.strip_accents")),
     "tokenizer.huggingface.json",
 }
-MODELS = ("gpt2", "llama", "gemma4")
-
-# Tokens that llama.cpp cuts out of a text by their spelling, whatever type the file gives them.
-SPELLINGS = (
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> "
-    "[EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[ "
-    "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|> "
-    "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|> "
-    "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|> "
-    "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|> "
-    "<|channel|> <|message|> <|start|> <|constrain|>"
-)
-CONTROL_SPELLINGS = frozenset(SPELLINGS.split())
-# Vocabularies with one of these have an ordinary </s> (Gemma 4).
-ORDINARY_END = ("<|tool_response>", "<|plamo:eos|>")
-# llama.cpp strips spaces behind the special tokens of a model whose general.name holds one of these, except behind some.
-STRIPPING_NAMES = ("phi-3", "phi3")
-NOT_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")
+MODELS = ("gpt2", "llama")
 
 
 def read_tokenizer(path: Path, name: str) -> PreTrainedTokenizerBase:
@@ -124,6 +114,8 @@ class _Vocabulary:
         self.tokens = self._tokens()
         self.ids = {token: number for number, token in enumerate(self.tokens)}
         self.types = self._types()
+        if pair := overlapping([token for number, token in enumerate(self.tokens) if self._is_whole(number)]):
+            raise _Refused(f"where its special tokens {pair[0]!r} and {pair[1]!r} overlap, llama.cpp takes another one")
         self.special = {key: self._id(key) for key in SPECIAL_IDS}
         for key in OTHER_IDS:
             self._id(key)
@@ -285,7 +277,7 @@ class _Vocabulary:
 
     def _pieces(self) -> dict[str, Any]:
         """A SentencePiece vocabulary: spaces are written as ▁, unknown characters as their bytes."""
-        prefix = self.kind == "llama" and self._flag("add_space_prefix", True)
+        prefix = self._flag("add_space_prefix", True)
         normalizer: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
         decoders: list[dict[str, Any]] = [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
@@ -296,20 +288,18 @@ class _Vocabulary:
             normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, normalizer]}
             decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
         unknown = self.special[GGML + "unknown_token_id"]
-        if unknown is None and self.kind == "llama":
+        if unknown is None:
             unknown = 0
-        gemma4 = self.kind == "gemma4"
         return {
             "normalizer": normalizer,
-            "pre_tokenizer": split_step(r"[^\n]+|[\n]+") if gemma4 else None,
+            "pre_tokenizer": None,
             "decoder": {"type": "Sequence", "decoders": decoders},
             "model": _bpe(
                 self._vocabulary(),
-                self._merges() if gemma4 else self._merges_of_scores(),
-                ignore_merges=gemma4,
+                self._merges_of_scores(),
                 byte_fallback=True,
                 fuse_unk=True,
-                unk_token=None if unknown is None else self.tokens[unknown],
+                unk_token=self.tokens[unknown],
             ),
         }
 
@@ -334,8 +324,6 @@ class _Vocabulary:
         """The tokens that llama.cpp puts before and behind every text."""
         entry = BY_NAME.get(self._pre()) if self._is_byte_level() else None
         add_bos = self._flag("add_bos_token", entry.add_bos if entry else True)
-        if self.kind == "gemma4":
-            add_bos = True  # llama.cpp does not believe the file here
         ends = {}
         for side, key, otherwise, wanted in (
             ("bos", "bos_token_id", 1, add_bos),

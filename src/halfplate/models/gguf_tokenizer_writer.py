@@ -12,7 +12,13 @@ from typing import Any
 
 from halfplate.errors import HalfplateError
 from halfplate.models.gguf_pre_tokenizers import BYTES, PRE_TOKENIZERS, Cut, PreTokenizer, read_steps, written_steps
-from halfplate.models.gguf_tokenizer_reader import CONTROL_SPELLINGS, NOT_STRIPPED, ORDINARY_END, STRIPPING_NAMES
+from halfplate.models.gguf_special_tokens import (
+    CONTROL_SPELLINGS,
+    NOT_STRIPPED,
+    ORDINARY_END,
+    STRIPPING_NAMES,
+    overlapping,
+)
 
 SPECIAL = {
     "bos_token": "bos",
@@ -110,6 +116,8 @@ def _check_added(
         # Matched after normalising it may match other text.
         if token["normalized"] and _prepends(normalizer):
             raise ValueError(f"the token {token['content']!r} is looked for in normalised text (normalized)")
+    if pair := overlapping([token["content"] for token in added]):
+        raise ValueError(f"where its tokens {pair[0]!r} and {pair[1]!r} overlap, llama.cpp takes another one")
     stripping = [token for token in added if token["rstrip"]]
     if not stripping:
         return
@@ -159,6 +167,9 @@ def _name(steps: tuple[str, ...], described: dict[str, Any], vocabulary: dict[st
     """llama.cpp's name for the steps; raises ValueError if it has none, or merges otherwise under it."""
     candidates = [entry for entry in PRE_TOKENIZERS if _fits(entry, steps, vocabulary)]
     if not candidates:
+        for entry in PRE_TOKENIZERS:
+            if any((*meant, BYTES) == steps for meant in entry.meant):
+                raise ValueError(f"what llama.cpp calls {entry.names[0]!r} splits {entry.differs} otherwise than it")
         raise ValueError(f"it splits text by {written_steps(steps)}, which is none of its pre-tokenizers")
     whole = bool(described["model"].get("ignore_merges"))
     for entry in candidates:
@@ -269,8 +280,13 @@ def _space_prefix(described: dict[str, Any], vocabulary: dict[str, int]) -> bool
         case [], [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}]:
             if split and any("▁" in piece[1:] for piece in vocabulary):
                 raise ValueError("it splits text at spaces (Metaspace with split) and has pieces over several words")
-            # SentencePiece, and llama.cpp, write the space also before a text that begins with one; Metaspace does not.
-            return bool(scheme != "never")
+            if scheme != "never":
+                where = "the first word" if scheme == "first" else "words"
+                raise ValueError(
+                    f"it writes ▁ before {where} unless a space stands there (Metaspace, {scheme}), llama.cpp before every text, "
+                    "also behind special tokens and before a space: use the normalizers Prepend and Replace"
+                )
+            return False
     kinds = [step["type"] for step in (*normalizer, *steps)]
     raise ValueError(f"it prepares text by {', '.join(kinds) or 'nothing'}, expected spaces replaced by ▁")
 
