@@ -79,7 +79,7 @@ def test_bad_usage_is_one_line(halfplate, tmp_path):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--engine", "dask"], ["engine='dask' is not available", "available: local, ray"]),
+        (["--engine", "dask"], ["engine='dask' is unknown", "available: local, ray"]),
         (["--workers", "0"], ["--workers", "at least 1"]),
         (["--address", "x:1"], ["address='x:1'", "engine='local' uses none", "--engine ray"]),
         (["--inputs", "compresed"], ["inputs='compresed'", "dense, compressed"]),

@@ -67,7 +67,7 @@ class HalfplateConfig(QuantizationConfigMixin):
         return {"quant_method": self.quant_method, "version": self.version, "modules": self.modules}
 
     @classmethod
-    def from_specs(cls, specs: dict[str, WeightSpec]) -> HalfplateConfig:
+    def from_specs(cls, specs: Mapping[str, WeightSpec]) -> HalfplateConfig:
         """The configuration of a model whose compressed modules, by their paths, are `specs`."""
         return cls({name: spec.to_json() for name, spec in specs.items()}, VERSION)
 

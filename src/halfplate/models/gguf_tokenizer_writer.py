@@ -7,10 +7,11 @@ vocabularies, which it merges by score. It applies no normaliser: text that is n
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from halfplate.errors import HalfplateError
+from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.models.gguf_pre_tokenizers import BYTES, PRE_TOKENIZERS, Cut, PreTokenizer, read_steps, written_steps
 from halfplate.models.gguf_special_tokens import (
     CONTROL_SPELLINGS,
@@ -280,13 +281,16 @@ def _space_prefix(described: dict[str, Any], vocabulary: dict[str, int]) -> bool
         case [], [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}]:
             if split and any("▁" in piece[1:] for piece in vocabulary):
                 raise ValueError("it splits text at spaces (Metaspace with split) and has pieces over several words")
-            if scheme != "never":
-                where = "the first word" if scheme == "first" else "words"
-                raise ValueError(
-                    f"it writes ▁ before {where} unless a space stands there (Metaspace, {scheme}), llama.cpp before every text, "
-                    "also behind special tokens and before a space: use the normalizers Prepend and Replace"
-                )
-            return False
+            if scheme == "never":
+                return False
+            # As SentencePiece, by which such models were trained, and unlike what transformers 5 makes of their tokenizers.
+            warnings.warn(
+                "format='gguf': llama.cpp writes a space before every text, also behind special tokens and before a space; "
+                f"this tokenizer (Metaspace, {scheme}) does not where a space stands or behind special tokens, so such texts get other tokens there",
+                HalfplateWarning,
+                stacklevel=2,
+            )
+            return True
     kinds = [step["type"] for step in (*normalizer, *steps)]
     raise ValueError(f"it prepares text by {', '.join(kinds) or 'nothing'}, expected spaces replaced by ▁")
 
