@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
-from halfplate.execution.loading import load_any
+from halfplate.checkpoint.loading import load_any
 
 PROMPTS = (
     "The history of the city begins with",

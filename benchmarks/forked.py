@@ -25,9 +25,9 @@ import transformers.models.llama.modeling_llama  # noqa: F401  (so that no fork 
 import halfplate.methods.armor  # noqa: F401
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
-from halfplate.execution.progress import Listener, Step
 from halfplate.kernels import native
 from halfplate.recipe import Recipe
+from halfplate.telemetry.progress import Listener, Step
 
 native.available()  # loaded here, for the same reason
 

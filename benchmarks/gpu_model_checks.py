@@ -13,8 +13,8 @@ import transformers
 from gpu_session import Session
 
 import halfplate
-from halfplate.checkpoint import quantizer
 from halfplate.checkpoint.weights import read_headers, read_tensors
+from halfplate.integrations import quantizer
 from halfplate.runtime import accelerate, explain, restore
 
 TEXT = "One day a small bird sat in a big tree. The bird saw a red ball near the house, and it wanted to play. "

@@ -12,7 +12,7 @@ from gpu_model_checks import check_model
 from gpu_session import Section, Session, versions
 from gpu_solver import compress_whole, solve_times
 
-from halfplate.evaluation.speed import machine
+from halfplate.telemetry.machine import machine
 
 PACKAGES = (
     "torch",

@@ -42,6 +42,7 @@ from halfplate.models.sources import LoadedModel, load_dense
 from halfplate.recipe import Recipe
 from halfplate.recovery.settings import Recovery
 from halfplate.statistics import InputStatistics, Statistic
+from halfplate.telemetry import machine as this_machine
 
 TASKS = ("piqa", "arc_easy", "openbookqa", "hellaswag")
 TOKEN_LIMIT = 10.0  # in the layer error on held-out text, as in calibration
@@ -335,7 +336,7 @@ class Bench:
             "dense_decode": found.get("dense", {}).get("decode_tokens_per_s"),
             "speedup": found.get("decode_speedup"),
             "over_same_loop": found.get("weights_speedup"),
-            "machine": speed.machine(),
+            "machine": this_machine.machine(),
         }
 
     def _decode_peer(self, file: Path, threads: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from halfplate.recipe import Recipe
 
 
 class TensorBoard:
-    """A report (`halfplate.execution.progress.Report`) that draws what it is told of every matrix."""
+    """A report (`halfplate.telemetry.progress.Report`) that draws what it is told of every matrix."""
 
     def __init__(self, folder: str) -> None:
         self.writer = SummaryWriter(folder)

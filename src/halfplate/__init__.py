@@ -11,7 +11,7 @@ from halfplate.errors import HalfplateError
 from halfplate.registration import register
 
 if TYPE_CHECKING:
-    from halfplate.checkpoint.quantizer import HalfplateConfig
+    from halfplate.checkpoint.quantization import HalfplateConfig
     from halfplate.checkpoint.read import load
     from halfplate.evaluation.bench import bench
     from halfplate.execution.evaluate import evaluate
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _FOUND_IN = {
-    "HalfplateConfig": ("halfplate.checkpoint.quantizer", "HalfplateConfig"),
+    "HalfplateConfig": ("halfplate.checkpoint.quantization", "HalfplateConfig"),
     "Recipe": ("halfplate.recipe", "Recipe"),
     "Recovery": ("halfplate.recovery.settings", "Recovery"),
     "bench": ("halfplate.evaluation.bench", "bench"),

@@ -50,7 +50,7 @@ def register() -> None:
 
 def _register_quantizer() -> None:
     # Where the import of the quantizer is what imports transformers, it is half done here and registers when it ends.
-    import_module("halfplate.checkpoint.quantizer")
+    import_module("halfplate.integrations.quantizer")
 
 
 def _register_lm_eval_model() -> None:

@@ -8,12 +8,12 @@ from halfplate.arguments import path_text
 from halfplate.errors import HalfplateError
 from halfplate.execution import local
 from halfplate.execution import recover as recovery
-from halfplate.execution.progress import Report, silent
 from halfplate.planning import Plan, make_plan
 from halfplate.recipe import Recipe, RecipeFields
 from halfplate.recovery.settings import Recovery
 from halfplate.registry import unknown
 from halfplate.statistics import Statistic
+from halfplate.telemetry.progress import Report, silent
 
 
 def plan(
@@ -56,7 +56,7 @@ def compress(
 ) -> dict[str, Any]:
     """Compress `model`, write the checkpoint `out` with its log, and return the JSON object of `halfplate compress --json`.
 
-    recipe, options: as in `plan`. report: told of every step (`halfplate.execution.progress.Report`). statistics: collect at
+    recipe, options: as in `plan`. report: told of every step (`halfplate.telemetry.progress.Report`). statistics: collect at
     least these, so that methods that need less are judged by the true output error too. resume: go on from what an interrupted
     run of the same model, recipe and text left beside `out`. engine, workers, address: who does the work, `local` or `ray`; the result is the same.
     benchmark: whether the plan of a long run may time this machine for a few seconds.

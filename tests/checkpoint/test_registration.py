@@ -64,8 +64,9 @@ def test_transformers_first(expected: tuple[Path, Path]) -> None:
     run("import sys, torch, transformers\nimport transformers.modeling_utils\nimport halfplate\n" + LOAD, *expected)
 
 
-def test_the_quantizer_module_first(expected: tuple[Path, Path]) -> None:
-    run("import sys, torch\nimport halfplate.checkpoint.quantizer\nimport transformers\n" + LOAD, *expected)
+@pytest.mark.parametrize("module", ["integrations.quantizer", "checkpoint.quantization"])
+def test_our_modules_first(expected: tuple[Path, Path], module: str) -> None:
+    run(f"import sys, torch\nimport halfplate.{module}\nimport transformers\n" + LOAD, *expected)
 
 
 def test_without_the_import_loading_fails_loudly(expected: tuple[Path, Path]) -> None:

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from halfplate.checkpoint.loading import load_any
 from halfplate.errors import HalfplateError
 from halfplate.evaluation.perplexity import evaluate
-from halfplate.execution.loading import load_any
 from halfplate.execution.local import compress
 from halfplate.models.sources import load_dense
 from halfplate.planning import make_plan
@@ -34,8 +34,8 @@ def test_a_budget_loses_less_than_one_level_for_all(stories260k, tmp_path):
     plain = compress(str(stories260k), tmp_path / "plain", Recipe(**common, pattern="2:4"))
     share = plain["nbytes"] / plain["dense_nbytes"]
     compress(str(stories260k), tmp_path / "budget", Recipe(**common, pattern="2:4", budget=share, choose=("pattern",)))
-    from halfplate.execution.held_out import held_out_tokens
-    from halfplate.execution.progress import silent
+    from halfplate.calibration.held_out import held_out_tokens
+    from halfplate.telemetry.progress import silent
 
     windows = held_out_tokens(dense.model, dense.tokenizer, 0, 16, 128, silent).ids
     kl = [evaluate(load_any(str(tmp_path / name))[0], windows, dense.model)["kl"] for name in ("plain", "budget")]

@@ -6,11 +6,11 @@ import torch
 
 import halfplate
 from halfplate.calibration import calibration_tokens
+from halfplate.checkpoint.output import check_result_folder
 from halfplate.cli import main
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
 from halfplate.execution.matrix import relative_error
-from halfplate.execution.output import check_result_folder
 from halfplate.execution.recover import recover
 from halfplate.methods.magnitude import Magnitude
 from halfplate.models.sources import load_dense
@@ -216,9 +216,9 @@ def test_result_folder(tmp_path):
 
 def test_stories260k(stories260k, tmp_path):
     """On a trained model, ARMOR's closeness to the dense model exceeds that of the mask it starts from."""
+    from halfplate.calibration.held_out import held_out_tokens
     from halfplate.evaluation.perplexity import evaluate
-    from halfplate.execution.held_out import held_out_tokens
-    from halfplate.execution.progress import silent
+    from halfplate.telemetry.progress import silent
 
     dense = load_dense(str(stories260k))
     held_out = held_out_tokens(dense.model, dense.tokenizer, 0, 4, 64, silent)

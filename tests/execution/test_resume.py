@@ -16,11 +16,11 @@ import pytest
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.execution import preparation
 from halfplate.execution.local import compress
-from halfplate.execution.progress import NO_FACTS
 from halfplate.execution.work import WorkFolder, load_part
 from halfplate.methods.wanda import Wanda
 from halfplate.pattern import Pattern
 from halfplate.recipe import Recipe
+from halfplate.telemetry.progress import NO_FACTS
 
 SMALL = {"samples": 12, "seq_len": 16, "threads": 1}
 ARGUMENTS = ["--samples", "12", "--seq-len", "16", "--threads", "1"]

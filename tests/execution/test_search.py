@@ -10,11 +10,11 @@ from halfplate.evaluation.perplexity import evaluate
 from halfplate.execution.level_store import LevelStore
 from halfplate.execution.levels import LevelMeasurement
 from halfplate.execution.local import compress
-from halfplate.execution.progress import silent
 from halfplate.execution.search import ModelAtLevels, search_levels, search_samples
 from halfplate.models.sources import load_dense
 from halfplate.planning import make_plan
 from halfplate.recipe import Recipe
+from halfplate.telemetry.progress import silent
 
 QUICK = {"samples": 8, "seq_len": 32, "method": "sparsegpt", "choose": ("pattern",), "budget": 0.7}
 
@@ -113,8 +113,8 @@ def test_some_text_is_kept_from_the_solves():
 
 
 def test_on_held_out_text_it_is_no_worse_than_the_knapsack(stories260k, tmp_path):
-    from halfplate.execution.held_out import held_out_tokens
-    from halfplate.execution.loading import load_any
+    from halfplate.calibration.held_out import held_out_tokens
+    from halfplate.checkpoint.loading import load_any
 
     dense = load_dense(str(stories260k))
     windows = held_out_tokens(dense.model, dense.tokenizer, 0, 16, 128, silent).ids

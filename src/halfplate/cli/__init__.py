@@ -52,12 +52,13 @@ VERBS: dict[str, Any] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs."""
+    """The parser of all verbs; it is in what it parses, for the verb that describes the others."""
     parser = Parser(
         prog="halfplate",
         description="Compress large language models in one shot, and run, measure and export the result.",
     )
     parser.add_argument("--version", action=Version)
+    parser.set_defaults(parser=parser)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module in VERBS.items():
         summary = module.__doc__.strip().splitlines()[0]

@@ -45,9 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.new_tokens < 2:
         raise HalfplateError(f"--new-tokens {args.new_tokens}: the first belongs to the prefill; expected at least 2")
+    from halfplate import bench
     from halfplate.cli.console import print_json, progress, silence_libraries
-    from halfplate.evaluation.bench import bench
-    from halfplate.evaluation.speed import cores, load_average
+    from halfplate.limits import cores
+    from halfplate.telemetry.machine import load_average
 
     silence_libraries()
     load = load_average()

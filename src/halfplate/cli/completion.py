@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from halfplate.cli import build_parser
-
-    print(script(args.shell, build_parser()), end="")
+    print(script(args.shell, args.parser), end="")
     return 0
 
 

@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     recipe = recipe_from(args)
+    from halfplate import compress
     from halfplate.cli.console import print_json, progress, silence_libraries
     from halfplate.cli.wishes import served
-    from halfplate.execution.local import compress
 
     silence_libraries()
     with progress(args) as report:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(summary: dict[str, Any], wish: str) -> None:
     from halfplate.cli.console import megabytes, print_pairs
-    from halfplate.execution.self_check import NONSENSE_KL
+    from halfplate.evaluation.perplexity import NONSENSE_KL
 
     seconds = ", ".join(f"{phase} {spent:.1f}" for phase, spent in summary["seconds"].items() if phase != "total")
     rows: list[tuple[str, Any]] = [

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from halfplate.execution.progress import Listener, Report, Step, TimeLeft, silent
 from halfplate.json_numbers import finite
 from halfplate.plain_text import visible
+from halfplate.telemetry.progress import Listener, Report, Step, TimeLeft, silent
 
 LOG_SECONDS = 15.0  # between two lines of one phase where there is no terminal
 PLAIN_WIDTH = 140

@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.seq_len is not None and args.seq_len < 2:
         raise HalfplateError(f"--seq-len {args.seq_len} leaves no token to score; expected at least 2")
+    from halfplate import evaluate
     from halfplate.cli.console import print_json, progress, silence_libraries
-    from halfplate.execution.evaluate import evaluate
 
     silence_libraries()
     options = ("against", "seq_len", "windows", "tasks_folder", "limit", "threads", "activations")

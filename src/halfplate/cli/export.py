@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from halfplate import export
     from halfplate.cli.console import silence_libraries
-    from halfplate.exports import export
 
     silence_libraries()
     print(export(args.path, args.out, args.format, overwrite=args.overwrite), file=sys.stderr)

@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
 
     from halfplate.calibration.vocabulary import check_tokens
+    from halfplate.checkpoint.loading import load_any
     from halfplate.cli.console import silence_libraries
-    from halfplate.execution.loading import load_any
     from halfplate.runtime import greedy
     from halfplate.runtime.limits import check_generation
 

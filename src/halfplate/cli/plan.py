@@ -20,15 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     recipe = recipe_from(args)
+    import halfplate
+    from halfplate.checkpoint.output import check_place
     from halfplate.cli.console import print_json, silence_libraries
-    from halfplate.execution.output import check_place
-    from halfplate.planning import make_plan
     from halfplate.planning.room import refusal
 
     silence_libraries()
     if args.out is not None:
         check_place(args.out)
-    plan = make_plan(args.model, recipe, args.benchmark, args.workers or 1)
+    plan = halfplate.plan(args.model, recipe, args.benchmark, args.workers or 1)
     refused = refusal(plan, args.out, args.workers or 1)
     if args.json:
         print_json(plan.to_json() | {"refusal": refused})

@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
 
+    from halfplate import recover
     from halfplate.cli.console import print_json, progress, silence_libraries
-    from halfplate.execution.recover import recover
     from halfplate.recovery.settings import Recovery
 
     silence_libraries()

@@ -16,9 +16,10 @@ from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.evaluation import speed
 from halfplate.evaluation.speed import Contender, PeakMemory, Speed, WeightBytes
-from halfplate.execution.progress import Report, silent
-from halfplate.limits import use_threads
+from halfplate.limits import cores, use_threads
 from halfplate.models.sources import is_compressed, load_dense
+from halfplate.telemetry.machine import load_average, machine
+from halfplate.telemetry.progress import Report, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +99,7 @@ def bench(
     report = progress or silent
     with _threads(threads), torch.inference_mode():
         # Before the work of this process counts in the load.
-        where, load = speed.machine(), speed.load_average()
+        where, load = machine(), load_average()
         bringing_in = _BringingIn(prompt, new_tokens, report)
         if is_compressed(model):
             subject = bringing_in.compressed(model, activations, head_dtype, loops)
@@ -116,7 +117,7 @@ def bench(
             "activations": activations,
             "head_dtype": head_dtype,
             "machine": where,
-            "cores": speed.cores(),
+            "cores": cores(),
             "load_average": load,
             "paths": bringing_in.paths,
             "read_gb_per_s": median(result.bandwidth) / 1e9,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from halfplate.execution.loading import load_any
+from halfplate.checkpoint.loading import load_any
 
 
 class HalfplateLM(HFLM):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 1024
 # Rows of logits held in fp64 at once: few enough to stay in the processor's cache, four times faster than 128.
 ROWS_AT_ONCE = 8
+# Above this KL to its original, SmolLM2 writes no sentences any more (RESULTS.md: Wanda with 2:4).
+NONSENSE_KL = 1.5
 
 
 def token_windows(

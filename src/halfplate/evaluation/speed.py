@@ -1,7 +1,5 @@
 """Measuring speed on a machine that others use too: alternating rounds, medians, paired ratios, bytes and bandwidth."""
 
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from halfplate.headroom import memory
-from halfplate.limits import cores as cores
 from halfplate.models.linears import find_blocks
 
 Result = TypeVar("Result")
@@ -176,22 +173,3 @@ class PeakMemory:
         if peak is None or self._baseline is None or self._before is None:
             return None
         return peak - self._before + self._baseline
-
-
-def load_average() -> float | None:
-    """Processes that ran or waited in the last minute, None where the system does not count them."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def machine() -> str:
-    """Processor, instruction set, cores, threads, torch and load, for the line beside a table."""
-    info = Path("/proc/cpuinfo")
-    lines = [line.partition(":") for line in info.read_text(errors="replace").splitlines()] if info.is_file() else []
-    fields = {key.strip(): value.strip() for key, _, value in reversed(lines)}
-    name = fields.get("model name", platform.processor() or platform.machine())
-    load = load_average()
-    busy = "unknown" if load is None else f"{load:.1f}"
-    return (
-        f"{name} ({torch.backends.cpu.get_cpu_capability()}), {cores()} cores, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, load {busy}"
-    )

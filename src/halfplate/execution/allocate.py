@@ -14,10 +14,10 @@ from halfplate.errors import HalfplateError
 from halfplate.execution.clock import Clock
 from halfplate.execution.level_store import LevelStore
 from halfplate.execution.levels import LevelMeasurement, Unit
-from halfplate.execution.progress import Report
 from halfplate.execution.search import search_levels, search_samples
 from halfplate.models.sources import LoadedModel
 from halfplate.planning import Plan
+from halfplate.telemetry.progress import Report
 
 
 @torch.no_grad()

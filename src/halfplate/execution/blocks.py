@@ -14,7 +14,6 @@ from halfplate.errors import HalfplateError
 from halfplate.execution.hidden import HiddenStates
 from halfplate.execution.job import Job
 from halfplate.execution.matrix import MatrixRecord
-from halfplate.execution.progress import NO_FACTS
 from halfplate.execution.streams import COMPRESSED, DENSE, Streams
 from halfplate.execution.tasks import SolveMatrices, facts_of, records_in, save_statistics
 from halfplate.execution.work import Part, load_part, remove_part, save_part
@@ -22,6 +21,7 @@ from halfplate.formats import CompressedLinear
 from halfplate.formats.sharing import sharing_groups
 from halfplate.recovery.block import BlockTuning, TunedBlock, tune_block
 from halfplate.statistics import InputStatistics
+from halfplate.telemetry.progress import NO_FACTS
 
 AHEAD = 2  # matrices that wait for each worker before no other block begins
 

@@ -9,17 +9,17 @@ import torch
 
 from halfplate.arguments import path_text
 from halfplate.calibration.documents import Text, split_fields
+from halfplate.calibration.held_out import held_out_tokens
 from halfplate.calibration.text import check_seq_len, check_tokens_fit
 from halfplate.calibration.vocabulary import check_tokens
+from halfplate.checkpoint.loading import calibration_seed, load_any
 from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.evaluation import perplexity
 from halfplate.evaluation.perplexity import check_logits_fit, token_windows
-from halfplate.execution.held_out import held_out_tokens
-from halfplate.execution.loading import calibration_seed, load_any
-from halfplate.execution.progress import Report, silent
 from halfplate.limits import use_threads
 from halfplate.models.sources import is_compressed
+from halfplate.telemetry.progress import Report, silent
 
 SEQ_LEN = 1024
 SELF_SEQ_LEN = 256

@@ -11,12 +11,12 @@ from pathlib import Path
 from halfplate.calibration import CalibrationTokens
 from halfplate.execution.clock import Clock
 from halfplate.execution.engines import Engine
-from halfplate.execution.progress import Report
 from halfplate.execution.tasks import BlockView, OpenBlocks
 from halfplate.execution.work import WorkFolder
 from halfplate.models.sources import Source
 from halfplate.planning import Plan
 from halfplate.statistics import Statistic
+from halfplate.telemetry.progress import Report
 
 
 @dataclass

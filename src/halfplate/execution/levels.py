@@ -15,7 +15,6 @@ from halfplate.calibration import BATCH, collect_block
 from halfplate.errors import HalfplateError
 from halfplate.execution.level_store import LevelStore
 from halfplate.execution.matrix import relative_error, solve_group
-from halfplate.execution.progress import Report
 from halfplate.execution.stopwatch import Stopwatch
 from halfplate.formats import Chain, CompressedLinear, WeightSpec
 from halfplate.formats.sharing import share, sharing_groups
@@ -25,6 +24,7 @@ from halfplate.models.sources import LoadedModel
 from halfplate.planning import Plan
 from halfplate.recovery.loss import divergence
 from halfplate.statistics import InputStatistics, Statistic
+from halfplate.telemetry.progress import Report
 
 # Every candidate is measured in one block of so many; in between only those that were worth their cost there.
 FULLY_MEASURED = 10

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from halfplate.calibration.held_out import held_out_tokens
 from halfplate.checkpoint.folder import new_folder
-from halfplate.checkpoint.quantizer import HalfplateConfig
+from halfplate.checkpoint.output import check_place, check_result_folder
+from halfplate.checkpoint.quantization import HalfplateConfig
 from halfplate.checkpoint.read import load
 from halfplate.checkpoint.write import amend_record, write_configuration, write_record
 from halfplate.defaults import plain_defaults
@@ -22,10 +24,7 @@ from halfplate.evaluation.perplexity import evaluate
 from halfplate.execution.blocks import Outcome, compress_blocks
 from halfplate.execution.clock import Clock
 from halfplate.execution.engines import EngineChoice, open_engine
-from halfplate.execution.held_out import held_out_tokens
 from halfplate.execution.job import Job
-from halfplate.execution.log import run_log
-from halfplate.execution.output import check_place, check_result_folder
 from halfplate.execution.preparation import (
     check_blocks,
     check_weights,
@@ -34,7 +33,6 @@ from halfplate.execution.preparation import (
     prepared_tokens,
     readable_source,
 )
-from halfplate.execution.progress import Report, silent
 from halfplate.execution.result import RECORDED, Result, assemble_weights, finished_result, identity_of
 from halfplate.execution.self_check import self_check
 from halfplate.execution.tasks import OpenBlocks
@@ -50,6 +48,8 @@ from halfplate.precision import resolved
 from halfplate.recipe import Recipe
 from halfplate.report import write_report
 from halfplate.statistics import Statistic
+from halfplate.telemetry.log import run_log
+from halfplate.telemetry.progress import Report, silent
 
 MAX_KL_WINDOWS = 8
 MAX_KL_SEQ_LEN = 256
@@ -86,7 +86,7 @@ def compress(
 ) -> dict[str, Any]:
     """Compress `model` by `recipe`, write the checkpoint `out` with its log and its report, and return the summary.
 
-    report: told of every step (`halfplate.execution.progress.Report`), for progress and trackers. statistics: collect at
+    report: told of every step (`halfplate.telemetry.progress.Report`), for progress and trackers. statistics: collect at
     least these, e.g. GRAM so that every method is judged by its true output error. resume: go on from what an interrupted
     run of the same model, recipe and text left beside `out`, with the same result. engine, workers, address: who does the
     work (`halfplate.execution.engines.EngineChoice`); the result does not depend on them. benchmark: whether the plan of a long

@@ -10,7 +10,6 @@ from halfplate.calibration import CalibrationTokens, calibration_tokens
 from halfplate.errors import HalfplateError
 from halfplate.execution.allocate import allocate_plan
 from halfplate.execution.clock import Clock
-from halfplate.execution.progress import Report
 from halfplate.execution.ratios import ratio_plan
 from halfplate.execution.work import WorkFolder, load_part, read_json, save_part, write_json
 from halfplate.formats import WeightSpec
@@ -23,6 +22,7 @@ from halfplate.planning import Plan
 from halfplate.planning.memory import sampling_room
 from halfplate.recipe import Recipe
 from halfplate.runtime.prepare import bf16_kernels
+from halfplate.telemetry.progress import Report
 from halfplate.tensor_file import read_tensor
 
 FEW = 16  # tokens of a text that comes before the real one

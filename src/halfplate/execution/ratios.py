@@ -10,12 +10,12 @@ from torch import nn
 from halfplate.allocation.layer_ratios import kept_of_groups, kept_ratios, outlier_share
 from halfplate.calibration import BATCH, CalibrationTokens, collect_block
 from halfplate.execution.clock import Clock
-from halfplate.execution.progress import Report
 from halfplate.models.blockwise import BlockwiseModel
 from halfplate.models.sources import LoadedModel
 from halfplate.pattern import Pattern
 from halfplate.planning import MatrixPlan, Plan
 from halfplate.statistics import Statistic
+from halfplate.telemetry.progress import Report
 
 
 @dataclass(frozen=True)

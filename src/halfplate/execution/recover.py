@@ -21,6 +21,7 @@ from halfplate.calibration.documents import Text
 from halfplate.calibration.text import check_seq_len, check_tokens_fit
 from halfplate.calibration.vocabulary import check_tokens, vocabulary_of
 from halfplate.checkpoint.config import RECORD_FILE, other_dtype, read_record, read_specs
+from halfplate.checkpoint.output import LOCK_FILE, check_place, check_result_folder, sole_user
 from halfplate.checkpoint.read import load, load_tokenizer
 from halfplate.checkpoint.write import write_checkpoint
 from halfplate.defaults import plain_defaults
@@ -28,15 +29,14 @@ from halfplate.device import check_device
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate, token_windows
 from halfplate.execution.clock import Clock
-from halfplate.execution.log import run_log
-from halfplate.execution.output import LOCK_FILE, check_place, check_result_folder, sole_user
-from halfplate.execution.progress import Report, silent
 from halfplate.headroom import check_memory
 from halfplate.models.sources import Source, is_compressed, load_dense, open_source
 from halfplate.models.sources import load_tokenizer as load_dense_tokenizer
 from halfplate.recovery.distillation import Progress, check_trainable, in_training, train
 from halfplate.recovery.settings import HELD_OUT, Recovery
 from halfplate.recovery.state import State, load_state, save_state
+from halfplate.telemetry.log import run_log
+from halfplate.telemetry.progress import Report, silent
 
 SAVE_MINUTES = 5.0
 TEXT = "text-"  # and a digest of all that a sampled text depends on: other settings find it again

@@ -14,9 +14,9 @@ from halfplate.allocation.evolution import STAGES
 from halfplate.calibration import BATCH
 from halfplate.execution.level_store import LevelStore
 from halfplate.execution.levels import Unit
-from halfplate.execution.progress import Report
 from halfplate.models.blockwise import BlockwiseModel
 from halfplate.recovery.loss import divergence
+from halfplate.telemetry.progress import Report
 
 TOKENS = 8192  # of the last stage
 FEWER = 4  # each stage before has so many times fewer

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from halfplate.checkpoint.read import load, load_tokenizer, read_checked_headers
 from halfplate.checkpoint.weights import read_tensors
 from halfplate.errors import HalfplateError, HalfplateWarning, RuinedResult
-from halfplate.evaluation.perplexity import compare
+from halfplate.evaluation.perplexity import NONSENSE_KL, compare
 from halfplate.execution.job import Job
 from halfplate.execution.work import load_part
 from halfplate.formats import CompressedLinear, WeightSpec
@@ -37,8 +37,6 @@ TOLERANCE = 0.02
 # tenth, in one matrix of a small model, shows at 4e-3, and at less in a deep one.
 TYPICAL_TOLERANCE = 1e-3
 FULL_PRECISION = ("none", "ieee")
-# Above it, SmolLM2 writes no sentences any more (RESULTS.md: Wanda with 2:4).
-NONSENSE_KL = 1.5
 # Plain words, which the smallest models know, too.
 TEXT = """Once there was an old lighthouse on a hill above the sea. Every evening Anna climbed the long stairs, lit the lamp and \
 looked for ships. One day a little boy asked her, "Why do you do this every night?" Anna smiled. "Because somebody has to," she \

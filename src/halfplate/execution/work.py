@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfplate.checkpoint.output import LOCK_FILE, sole_user, work_place
 from halfplate.errors import HalfplateError
-from halfplate.execution.output import LOCK_FILE, sole_user
-from halfplate.planning.disk import work_place
 from halfplate.tensor_file import DamagedFile, StoredTensor, TensorFileWriter, read_header, sha256_of
 
 VERSION = 1

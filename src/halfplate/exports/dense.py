@@ -4,9 +4,9 @@ from pathlib import Path
 
 from halfplate.checkpoint.config import RECORD_FILE, other_dtype, read_record
 from halfplate.checkpoint.folder import new_folder
+from halfplate.checkpoint.output import check_result_folder
 from halfplate.checkpoint.read import inspect_checkpoint, load, load_tokenizer
 from halfplate.checkpoint.write import write_model, write_record
-from halfplate.execution.output import check_result_folder
 from halfplate.models.licence import origin
 from halfplate.models.sources import is_compressed, load_dense
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from halfplate.calibration.collect import BATCH, CHUNKS
 from halfplate.formats.spec import WeightSpec
@@ -37,11 +36,6 @@ class DiskPlan:
     @property
     def total(self) -> int:
         return self.result + self.work
-
-
-def work_place(out: Path) -> Path:
-    """The folder beside the result `out`, an absolute path, in which it is made; the longest name that is needed there."""
-    return out.parent / f".{out.name}.compress"
 
 
 def disk_plan(

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from halfplate.checkpoint.output import work_place
 from halfplate.errors import HalfplateError
 from halfplate.headroom import available_memory, spoken
-from halfplate.planning.disk import work_place
 from halfplate.planning.memory import CHECKING, memory_plan
 from halfplate.planning.plan import Plan
 from halfplate.statistics import Statistic

@@ -20,10 +20,10 @@ from typing import Any
 from halfplate.checkpoint.config import RECORD_FILE, read_record
 from halfplate.checkpoint.read import inspect_checkpoint, read_checked_headers
 from halfplate.errors import HalfplateError
-from halfplate.execution.log import LOG_FILE
 from halfplate.formats.spec import WeightSpec
 from halfplate.recipe import Recipe
 from halfplate.report.command import compress_command
+from halfplate.telemetry.log import LOG_FILE
 
 LARGEST_LOG = 256 * 2**20
 WORST = 10

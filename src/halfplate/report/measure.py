@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from halfplate.calibration.documents import Text
+from halfplate.calibration.held_out import held_out_tokens
 from halfplate.calibration.vocabulary import check_tokens
+from halfplate.checkpoint.loading import calibration_seed
 from halfplate.checkpoint.read import load, load_tokenizer
 from halfplate.errors import HalfplateError
 from halfplate.evaluation.bench import bench
 from halfplate.evaluation.perplexity import evaluate, token_windows
-from halfplate.execution.held_out import held_out_tokens
-from halfplate.execution.loading import calibration_seed
-from halfplate.execution.progress import Report
 from halfplate.models.sources import load_dense
 from halfplate.report.settings import Measuring
+from halfplate.telemetry.progress import Report
 
 
 def measure(folder: Path, settings: Measuring, report: Report) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from halfplate.checkpoint.folder import replace_file
-from halfplate.execution.log import append
-from halfplate.execution.progress import Report, silent
 from halfplate.plain_text import visible
 from halfplate.report.findings import Findings, gather, number, text
 from halfplate.report.headline import headline, measuring_command, tiles
 from halfplate.report.pictures import bars, byte_bars, heat_map, loss_panels, share_bars
 from halfplate.report.settings import Measuring
 from halfplate.report.words import count, percent, short
+from halfplate.telemetry.log import append
+from halfplate.telemetry.progress import Report, silent
 from halfplate.version import package_version
 
 REPORT_FILE = "report.html"

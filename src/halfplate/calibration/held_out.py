@@ -4,7 +4,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfplate.calibration import CalibrationTokens, calibration_tokens
 from halfplate.calibration.text import check_tokens_fit
-from halfplate.execution.progress import Report
+from halfplate.telemetry.progress import Report
 
 # One seed for all, so that models are comparable, and one that nobody chooses for calibration.
 HELD_OUT_SEED = 1_000_003

@@ -13,9 +13,9 @@ import transformers
 from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from halfplate.checkpoint.config import METHOD, RECORD_FILE, SENTENCE, VERSION, parse_modules, read_record
+from halfplate.checkpoint.config import METHOD, RECORD_FILE, SENTENCE, read_record
+from halfplate.checkpoint.quantization import HalfplateConfig
 from halfplate.checkpoint.weights import StoredTensor, check_layout, headers_of
 from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
@@ -25,56 +25,8 @@ from halfplate.formats.plain import is_plain_linear
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from halfplate.recipe import Recipe
 
 OLDEST_TRANSFORMERS = (5, 23)
-
-
-class HalfplateConfig(QuantizationConfigMixin):
-    """`quantization_config` of a checkpoint, or of a dense model that is to be compressed while it is loaded.
-
-    modules: `WeightSpec.to_json()` by module name. version: of this object. runtime: the arguments of
-    `halfplate.runtime.accelerate` for the loaded model, or None for the torch path. recipe: for a dense model, in place of
-    modules; a `Recipe`, a mapping of its fields, or a YAML file. Neither recipe nor runtime is written to disk. Raises HalfplateError
-    where a module's entry or the recipe cannot be read.
-    """
-
-    def __init__(
-        self,
-        modules: Any = None,
-        version: Any = None,
-        runtime: Any = (),
-        recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
-        **_: Any,
-    ) -> None:
-        if recipe is None and modules is None and version is None:
-            raise HalfplateError(
-                "HalfplateConfig needs a recipe for a dense model, HalfplateConfig(recipe=Recipe(...)); a checkpoint is loaded without a quantization_config"
-            )
-        if recipe is None:
-            parse_modules(version, modules)
-        elif modules is not None:
-            raise HalfplateError(
-                "recipe and modules are both given; give the recipe for a dense model, the modules for a checkpoint"
-            )
-        self.quant_method = METHOD  # type: ignore[assignment]
-        self.version = VERSION if recipe is not None else version
-        self.modules = {} if recipe is not None else modules
-        self.runtime = runtime
-        self.recipe = None if recipe is None else _parsed(recipe)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method, "version": self.version, "modules": self.modules}
-
-    @classmethod
-    def from_specs(cls, specs: Mapping[str, WeightSpec]) -> HalfplateConfig:
-        """The configuration of a model whose compressed modules, by their paths, are `specs`."""
-        return cls({name: spec.to_json() for name, spec in specs.items()}, VERSION)
-
-    @property
-    def specs(self) -> dict[str, WeightSpec]:
-        """What each compressed module looks like, by its path; raises HalfplateError where `modules` says what cannot be."""
-        return parse_modules(self.version, self.modules)
 
 
 class HalfplateQuantizer(HfQuantizer):
@@ -234,13 +186,6 @@ def note_untied(model: PreTrainedModel) -> None:
     asked = model.get_expanded_tied_weights_keys(all_submodels=True)
     if asked.keys() - model.all_tied_weights_keys.keys():
         model.config.tie_word_embeddings = False
-
-
-def _parsed(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
-    # Loading a checkpoint needs none of it.
-    from halfplate.recipe import Recipe
-
-    return Recipe.from_mapping(recipe) if isinstance(recipe, Mapping) else Recipe.of(recipe)
 
 
 def _read_codes(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> dict[str, str]:

@@ -3,7 +3,7 @@ import io
 import pytest
 
 from halfplate.cli import console
-from halfplate.execution.progress import TimeLeft, silent, together
+from halfplate.telemetry.progress import TimeLeft, silent, together
 
 
 class Clock:

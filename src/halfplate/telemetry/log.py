@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from halfplate.evaluation.speed import machine
-from halfplate.execution.progress import Listener, Report, Step, TimeLeft, together
 from halfplate.headroom import memory
 from halfplate.json_numbers import finite
+from halfplate.telemetry.machine import machine
+from halfplate.telemetry.progress import Listener, Report, Step, TimeLeft, together
 from halfplate.version import versions_of
 
 LOG_FILE = "log.jsonl"

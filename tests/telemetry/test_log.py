@@ -5,10 +5,10 @@ import pytest
 
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.execution.local import compress
-from halfplate.execution.log import append, run_log
-from halfplate.execution.progress import NO_FACTS, silent
 from halfplate.methods.wanda import Wanda
 from halfplate.recipe import Recipe
+from halfplate.telemetry.log import append, run_log
+from halfplate.telemetry.progress import NO_FACTS, silent
 
 SMALL = {"method": "wanda", "samples": 4, "seq_len": 32}
 

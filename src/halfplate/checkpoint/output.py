@@ -9,9 +9,13 @@ from pathlib import Path
 from halfplate.arguments import check_name
 from halfplate.checkpoint.folder import check_out
 from halfplate.errors import HalfplateError
-from halfplate.planning.disk import work_place
 
 LOCK_FILE = "lock"
+
+
+def work_place(out: Path) -> Path:
+    """The folder beside the result `out`, an absolute path, in which it is made; the longest name that is needed there."""
+    return out.parent / f".{out.name}.compress"
 
 
 def check_place(out: Path) -> Path:

@@ -1,0 +1,70 @@
+"""`quantization_config` of a checkpoint: which modules are compressed, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from halfplate.checkpoint.config import METHOD, VERSION, parse_modules
+from halfplate.errors import HalfplateError
+from halfplate.formats import WeightSpec
+
+if TYPE_CHECKING:
+    from halfplate.recipe import Recipe
+
+
+class HalfplateConfig(QuantizationConfigMixin):
+    """`quantization_config` of a checkpoint, or of a dense model that is to be compressed while it is loaded.
+
+    modules: `WeightSpec.to_json()` by module name. version: of this object. runtime: the arguments of
+    `halfplate.runtime.accelerate` for the loaded model, or None for the torch path. recipe: for a dense model, in place of
+    modules; a `Recipe`, a mapping of its fields, or a YAML file. Neither recipe nor runtime is written to disk. Raises HalfplateError
+    where a module's entry or the recipe cannot be read.
+    """
+
+    def __init__(
+        self,
+        modules: Any = None,
+        version: Any = None,
+        runtime: Any = (),
+        recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+        **_: Any,
+    ) -> None:
+        if recipe is None and modules is None and version is None:
+            raise HalfplateError(
+                "HalfplateConfig needs a recipe for a dense model, HalfplateConfig(recipe=Recipe(...)); a checkpoint is loaded without a quantization_config"
+            )
+        if recipe is None:
+            parse_modules(version, modules)
+        elif modules is not None:
+            raise HalfplateError(
+                "recipe and modules are both given; give the recipe for a dense model, the modules for a checkpoint"
+            )
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version = VERSION if recipe is not None else version
+        self.modules = {} if recipe is not None else modules
+        self.runtime = runtime
+        self.recipe = None if recipe is None else _parsed(recipe)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method, "version": self.version, "modules": self.modules}
+
+    @classmethod
+    def from_specs(cls, specs: Mapping[str, WeightSpec]) -> HalfplateConfig:
+        """The configuration of a model whose compressed modules, by their paths, are `specs`."""
+        return cls({name: spec.to_json() for name, spec in specs.items()}, VERSION)
+
+    @property
+    def specs(self) -> dict[str, WeightSpec]:
+        """What each compressed module looks like, by its path; raises HalfplateError where `modules` says what cannot be."""
+        return parse_modules(self.version, self.modules)
+
+
+def _parsed(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    # Loading a checkpoint needs none of it.
+    from halfplate.recipe import Recipe
+
+    return Recipe.from_mapping(recipe) if isinstance(recipe, Mapping) else Recipe.of(recipe)

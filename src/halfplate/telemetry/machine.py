@@ -1,0 +1,28 @@
+"""The machine that a figure was measured on."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from halfplate.limits import cores
+
+
+def load_average() -> float | None:
+    """Processes that ran or waited in the last minute, None where the system does not count them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def machine() -> str:
+    """Processor, instruction set, cores, threads, torch and load, for the line beside a table."""
+    info = Path("/proc/cpuinfo")
+    lines = [line.partition(":") for line in info.read_text(errors="replace").splitlines()] if info.is_file() else []
+    fields = {key.strip(): value.strip() for key, _, value in reversed(lines)}
+    name = fields.get("model name", platform.processor() or platform.machine())
+    load = load_average()
+    busy = "unknown" if load is None else f"{load:.1f}"
+    return (
+        f"{name} ({torch.backends.cpu.get_cpu_capability()}), {cores()} cores, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, load {busy}"
+    )
