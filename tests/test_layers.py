@@ -33,7 +33,7 @@ LAYERS = (
     "__main__",
 )
 # Imports that break a rule, and why each may.
-EXCEPTIONS = {
+EXCEPTIONS: dict[tuple[str, str], str] = {
     (
         "halfplate.kernels.capability",
         "halfplate.kernels.linear",
