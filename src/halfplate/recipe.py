@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_type_hints
 
@@ -252,7 +253,8 @@ class Recipe:
 
     def spec(self, d_out: int, d_in: int, block: int) -> WeightSpec:
         """How a matrix is stored: wrappers of the size `block`, or a low-rank part of as many bytes, as the method has it."""
-        wrapper, rank = (0, block) if methods.METHODS.get(self.method).low_rank else (block, 0)
+        method = self.create_method()
+        wrapper, rank = (0, block) if method.low_rank else (block, 0)
         out_wrapper = wrapper if self.out_block_size is None else self.out_block_size
         return WeightSpec(
             d_out,
@@ -263,11 +265,11 @@ class Recipe:
             wrapper,
             self.wrapper_dtype,
             rank,
-            self.create_method().permutes,
+            method.permutes,
             self.group_size,
         )
 
-    @property
+    @cached_property
     def parsed_pattern(self) -> Pattern:
         """The pattern as N and M."""
         return Pattern.parse(self.pattern)
@@ -285,7 +287,11 @@ class Recipe:
         return 2 if self.corrects(statistic) or self.tune_block else 1
 
     def create_method(self) -> Method:
-        """The method with its options; where it has a seed of its own, the recipe's unless the options say otherwise."""
+        """The method with its options; if it has a seed of its own, the recipe's unless the options say otherwise."""
+        return self._method
+
+    @cached_property
+    def _method(self) -> Method:
         seeded = any(f.name == "seed" for f in fields(methods.METHODS.get(self.method)))
         return methods.create(self.method, **{**({"seed": self.seed} if seeded else {}), **self.method_options})
 

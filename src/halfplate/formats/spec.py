@@ -1,6 +1,7 @@
 """What a compressed matrix looks like in memory and on disk, known before it is computed."""
 
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -122,7 +123,7 @@ class WeightSpec:
         """The same matrix with all its tensors of its own."""
         return replace(self, in_shared=None) if self.in_shared else self
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all stored tensors, positions included, bias and what another module stores excluded."""
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.layout().values())

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,14 +78,19 @@ def plan_source(
         raise HalfplateError(_nothing_fits(source.name, found, pattern))
     block = _block_size(recipe, fitting) if method.wrapped or method.low_rank else 0
 
+    @cache
+    def spec_of(d_out: int, d_in: int) -> WeightSpec:
+        spec = recipe.spec(d_out, d_in, block)
+        method.check_spec(spec)
+        return spec
+
     matrices = []
     for linear in found:
         spec, reason = None, None
         if linear.d_in % pattern.m:
             reason = f"d_in={linear.d_in} is not a multiple of M={pattern.m} (pattern {pattern})"
         else:
-            spec = recipe.spec(linear.d_out, linear.d_in, block)
-            method.check_spec(spec)
+            spec = spec_of(linear.d_out, linear.d_in)
         matrices.append(MatrixPlan(linear.name, (linear.d_out, linear.d_in), linear.block, recipe.method, spec, reason))
     matrices += [
         MatrixPlan(skip.name, _shape(dense, skip.name), None, recipe.method, None, skip.reason) for skip in passed_over
@@ -101,10 +109,11 @@ def plan_source(
     if measure is None:
         measure = sum(solving_flops(method, spec, recipe, statistic) for spec in specs) > WORTH_FLOPS
     speed = measure_speed(source, sizes, specs, recipe) if measure else None
+    cost_of = cache(lambda spec: _cost(method, spec, recipe, statistic, speed))
     return Plan(
         model=source.name,
         recipe=recipe,
-        matrices=tuple(_with_cost(matrix, method, recipe, statistic, speed) for matrix in matrices),
+        matrices=tuple(m if m.spec is None else replace(m, **cost_of(m.spec)) for m in matrices),
         block_size=block,
         parameters=sizes.parameters,
         other_nbytes=other_nbytes,
@@ -127,14 +136,13 @@ def _reading_modules(source: Source) -> AbstractContextManager[None]:
     return reading(source.name, what, "correct its config.json or download the model again")
 
 
-def _with_cost(
-    matrix: MatrixPlan, method: Method, recipe: Recipe, statistic: Statistic, speed: Speed | None
-) -> MatrixPlan:
-    if matrix.spec is None:
-        return matrix
-    flops = solving_flops(method, matrix.spec, recipe, statistic)
+def _cost(
+    method: Method, spec: WeightSpec, recipe: Recipe, statistic: Statistic, speed: Speed | None
+) -> dict[str, Any]:
+    """What solving a matrix takes, as fields of MatrixPlan."""
+    flops = solving_flops(method, spec, recipe, statistic)
     seconds = None if speed is None else flops / speed.solving
-    return replace(matrix, flops=flops, seconds=seconds, memory=solving_memory(method, matrix.spec, recipe, statistic))
+    return {"flops": flops, "seconds": seconds, "memory": solving_memory(method, spec, recipe, statistic)}
 
 
 def _sharing(dense: PreTrainedModel, matrices: list[MatrixPlan]) -> list[MatrixPlan]:
@@ -183,10 +191,10 @@ def _block_size(recipe: Recipe, linears: list[FoundLinear]) -> int:
     """The block size asked for; for `auto` the largest whose wrappers stay within AUTO_SHARE, else the smallest."""
     if recipe.block_size != "auto":
         return recipe.block_size
-    m = recipe.parsed_pattern.m
+    m, shapes = recipe.parsed_pattern.m, Counter((linear.d_out, linear.d_in) for linear in linears)
     blocks = [max(size // m, 1) * m for size in AUTO_BLOCKS]
     for block in blocks:
-        if wrapper_share([recipe.spec(linear.d_out, linear.d_in, block) for linear in linears]) <= AUTO_SHARE:
+        if wrapper_share({recipe.spec(*shape, block): count for shape, count in shapes.items()}) <= AUTO_SHARE:
             return block
     # A model so small that no block is cheap gains more from wrappers than it pays.
     return blocks[-1]

@@ -95,7 +95,7 @@ def memory_plan(
             phases["calibration text"] = base + tokens + FP32 * sizes.outer + most
         # While text runs through a block, its finished matrices are whole beside what is stored of them.
         phases["statistics"] = base + blocks + block + hidden + _stage(sizes, recipe, statistic, collecting=True)
-    solve = max(solving_memory(method, spec, recipe, statistic) for spec in specs)
+    solve = max(solving_memory(method, spec, recipe, statistic) for spec in set(specs))
     phases["solving"] = base + blocks + _stage(sizes, recipe, statistic) + solve
     if recipe.tune_block:
         phases["tuning"] = base + 7 * block + BATCH * recipe.seq_len * FP32 * (20 * sizes.hidden + 8 * sizes.ffn)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -120,7 +121,7 @@ class Plan:
 
     @property
     def wrapper_share(self) -> float:
-        return wrapper_share(list(self.specs.values()))
+        return wrapper_share(Counter(self.specs.values()))
 
     @property
     def decoder_share(self) -> float:
@@ -178,13 +179,13 @@ class Plan:
         }
 
 
-def wrapper_share(specs: Sequence[WeightSpec]) -> float:
-    """Parameters of wrappers and low-rank parts over dense parameters."""
+def wrapper_share(specs: Mapping[WeightSpec, int]) -> float:
+    """Parameters of wrappers and low-rank parts over dense parameters; specs: with the number of matrices of each."""
     wrappers = 0
-    for spec in specs:
-        wrappers += spec.rank * (spec.d_out + spec.d_in)
+    for spec, count in specs.items():
+        wrappers += count * spec.rank * (spec.d_out + spec.d_in)
         in_block = 0 if spec.in_shared else spec.in_block
         for size, block in ((spec.d_out, spec.out_block), (spec.d_in, in_block)):
             if block:
-                wrappers += size // block * block**2 + (size % block) ** 2
-    return wrappers / sum(spec.d_out * spec.d_in for spec in specs)
+                wrappers += count * (size // block * block**2 + (size % block) ** 2)
+    return wrappers / sum(count * spec.d_out * spec.d_in for spec, count in specs.items())
