@@ -17,10 +17,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfplate.checkpoint.config import METHOD, RECORD_FILE, SENTENCE, VERSION, parse_modules, read_record
 from halfplate.checkpoint.weights import StoredTensor, check_layout, headers_of
-from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec, check_stored, connect
 from halfplate.formats.plain import is_plain_linear
+from halfplate.formats.quantizers import QUANTIZERS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -245,7 +245,7 @@ def _parsed(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
 
 def _read_codes(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> dict[str, str]:
     """The matrices of integer codes whose type the code of the model takes for that of its numbers, with the reason."""
-    codes = {name for name, spec in specs.items() if spec.core_dtype in GRIDS}
+    codes = {name for name, spec in specs.items() if spec.core_dtype in QUANTIZERS}
     if not codes:
         return {}
     # transformers imports this module half-way through its own import.
