@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from halfplate.execution.matrix import relative_error
 from halfplate.formats import Chain, CompressedLinear, WeightSpec, check_stored
+from halfplate.formats.quantizers.uniform import INT4
 from halfplate.kernels import triton
 from halfplate.methods import METHODS, create
 from halfplate.pattern import DENSE, Pattern
@@ -37,7 +38,7 @@ def check_solver(session: Session) -> None:
     """Sweeps on integers, whole solves, and every method."""
     with session.part("the kernel for sweeps"):
         _kernel(session)
-    for name, grid in (("2:4", None), ("2:4 on a grid", Levels(-8, 7, 16))):
+    for name, grid in (("2:4", None), ("2:4 on a grid", Levels(INT4, 16))):
         with session.part(f"sweep of {name} on integers"):
             _integer_sweep(session, name, grid)
     d_out, d_in, block = session.size(128, 16), session.size(256, 32), session.size(32, 8)

@@ -7,9 +7,6 @@ import torch
 from halfplate.errors import HalfplateError
 
 STORED: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Bits of a code; numbers on a grid are a code and a scale that they share (halfplate.formats.rounding).
-GRIDS: dict[str, int] = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
-CORE_DTYPES = (*STORED, *GRIDS)
 WRAPPER_DTYPES = (*STORED, "int8")
 
 

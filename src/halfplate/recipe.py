@@ -14,8 +14,8 @@ from halfplate import methods, plain_yaml, recipes
 from halfplate.allocation import CHOICES, Evolution
 from halfplate.arguments import path_text, typed
 from halfplate.device import device_kind
-from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
+from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.rounding import GROUP
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
@@ -241,14 +241,14 @@ class Recipe:
         if self.share_wrappers and self.block_size == 0:
             raise HalfplateError("share_wrappers=True with block_size=0 has no wrapper to share; try --block-size 16")
         method.check_spec(self.spec(1, pattern.m, block))
-        if self.group_size != GROUP and self.core_dtype not in GRIDS and not self.budgeted:
+        if self.group_size != GROUP and self.core_dtype not in QUANTIZERS and not self.budgeted:
             raise HalfplateError(
                 f"group_size={self.group_size} is for cores on a grid, and core_dtype={self.core_dtype!r} has no scales; "
-                f"leave it out or use {', '.join(GRIDS)}"
+                f"leave it out or use {', '.join(QUANTIZERS)}"
             )
-        if pattern.is_dense and self.core_dtype not in GRIDS:
+        if pattern.is_dense and self.core_dtype not in QUANTIZERS:
             raise HalfplateError(
-                f"core_dtype={self.core_dtype!r} makes pattern dense no smaller than the model; use {' or '.join(GRIDS)}"
+                f"core_dtype={self.core_dtype!r} makes pattern dense no smaller than the model; use {' or '.join(QUANTIZERS)}"
             )
 
     def spec(self, d_out: int, d_in: int, block: int) -> WeightSpec:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """The things that a user chooses from by name; nothing is imported before it is asked for.
 
-    argument: what error messages call the name. group: the group of entry points by which other packages add theirs.
+    argument: what error messages call the name. group: the group of entry points by which other packages add theirs, empty if they cannot.
     own: `module:attribute` by name. fault: what is wrong with an object of another package, None if nothing is.
     """
 

@@ -2,8 +2,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfplate.dtypes import CORE_DTYPES, WRAPPER_DTYPES
+from halfplate.dtypes import WRAPPER_DTYPES
 from halfplate.formats import BlockDiagonal, Chain, NMSparse, WeightSpec
+from halfplate.formats.quantizers import core_dtypes
 from halfplate.pattern import Pattern
 
 
@@ -14,7 +15,7 @@ def specs(draw: st.DrawFn) -> WeightSpec:
         d_out=draw(st.integers(1, 20)),
         d_in=pattern.m * draw(st.integers(1, 40)),
         pattern=pattern,
-        core_dtype=draw(st.sampled_from(CORE_DTYPES)),
+        core_dtype=draw(st.sampled_from(core_dtypes())),
         out_block=draw(st.integers(0, 24)),
         in_block=draw(st.sampled_from([0, 1, pattern.m, 2 * pattern.m, 8 * pattern.m])),
         wrapper_dtype=draw(st.sampled_from(WRAPPER_DTYPES)),

@@ -4,9 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from halfplate.dtypes import GRIDS, STORED
+from halfplate.dtypes import STORED
 from halfplate.errors import HalfplateError
 from halfplate.formats import NMSparse, WeightSpec
+from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.pattern import DENSE, Pattern
 
 PATTERNS = st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (2, 5), (4, 8), (1, 8), (7, 16)])
@@ -81,7 +82,7 @@ GRID_PATTERNS = st.sampled_from([(2, 4), (1, 4), (2, 5), (4, 8), (7, 16), (3, 12
     GRID_PATTERNS,
     st.integers(1, 4),
     st.integers(1, 300),
-    st.sampled_from(sorted(GRIDS)),
+    st.sampled_from(sorted(QUANTIZERS)),
     st.integers(0, 99),
     st.sampled_from([32, 64, 128]),
 )

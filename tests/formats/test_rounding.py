@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
-from halfplate.formats.rounding import grid_range, round_rows, round_to_float, round_to_grid
+from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.formats.rounding import round_groups, round_rows, round_to_float
 
 BITS = st.sampled_from([8, 4, 3, 2])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
@@ -27,6 +28,17 @@ def half_above(value: float) -> float:
     return float(half)
 
 
+def rounded(values: Tensor, bits: int, width: int) -> tuple[Tensor, Tensor]:
+    """q and scales of the uniform quantizer of `bits`."""
+    integers, (scales,) = round_groups(values, QUANTIZERS.get(f"int{bits}"), width)
+    return integers, scales
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """-127 to 127 of eight bits, else all that two's complement has."""
+    return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
 def restored(integers: Tensor, scales: Tensor, width: int) -> Tensor:
     return integers.double() * scales.double().repeat_interleave(width, 1)[:, : integers.shape[1]]
 
@@ -37,8 +49,8 @@ def test_every_group_has_the_best_of_the_scales_that_are_tried(
     bits: int, rows: int, count: int, width: int, dtype: torch.dtype, seed: int
 ) -> None:
     values = random_values(rows, count, seed, tails=1.5).to(dtype)
-    integers, scales = round_to_grid(values, bits, width, "int8")
-    least, greatest = grid_range(bits)
+    integers, scales = rounded(values, bits, width)
+    least, greatest = code_range(bits)
     assert (integers.dtype, integers.shape) == (torch.int8, (rows, count))
     assert (scales.dtype, scales.shape) == (torch.float16, (rows, -(-count // width)))
     assert least <= int(integers.min())
@@ -64,8 +76,8 @@ def test_values_that_are_not_clipped_are_off_by_half_a_step(
     bits: int, rows: int, count: int, seed: int, size: float
 ) -> None:
     values = random_values(rows, count, seed) * size
-    integers, scales = round_to_grid(values, bits, 64, "int8")
-    least, greatest = grid_range(bits)
+    integers, scales = rounded(values, bits, 64)
+    least, greatest = code_range(bits)
     step = scales.double().repeat_interleave(64, 1)[:, :count]
     inside = (values >= least * step) & (values <= greatest * step)
     assert bool(((restored(integers, scales, 64) - values).abs() <= step * 0.50001)[inside].all())
@@ -73,7 +85,7 @@ def test_values_that_are_not_clipped_are_off_by_half_a_step(
 
 def test_outliers_are_clipped_where_that_helps() -> None:
     values = random_values(64, 128, 0)
-    integers, scales = round_to_grid(values, 4, 128, "int4")
+    integers, scales = rounded(values, 4, 128)
     plain = values.abs().amax(1, keepdim=True) / 7
     unclipped = (values / plain).round() * plain
     errors = [float((values - other).square().sum()) for other in (restored(integers, scales, 128), unclipped)]
@@ -84,8 +96,8 @@ def test_outliers_are_clipped_where_that_helps() -> None:
 @pytest.mark.parametrize("tails", [1.0, 1.5])
 def test_the_scales_that_are_tried_reach_down_to_the_best(bits: int, tails: float) -> None:
     values = random_values(64, 128, 0, tails).double()
-    least, greatest = grid_range(bits)
-    found = restored(*round_to_grid(values, bits, 128, "int8"), 128)
+    least, greatest = code_range(bits)
+    found = restored(*rounded(values, bits, 128), 128)
     errors = []
     for share in torch.linspace(0.05, 1.0, 96).tolist():
         scale = values.abs().amax(1, keepdim=True) / greatest * share
@@ -98,7 +110,7 @@ def test_groups_of_zeros() -> None:
     values = random_values(3, 256, 0)
     values[1] = 0
     values[2, :128] = 0
-    integers, scales = round_to_grid(values, 4, 128, "int4")
+    integers, scales = rounded(values, 4, 128)
     assert scales[1].tolist() == [0, 0]
     assert scales[2, 0] == 0
     assert not integers[1].any()
@@ -106,16 +118,16 @@ def test_groups_of_zeros() -> None:
 
 
 def test_values_below_all_of_fp16_become_zero() -> None:
-    integers, scales = round_to_grid(torch.full((2, 128), 1e-12), 8, 128, "int8")
+    integers, scales = rounded(torch.full((2, 128), 1e-12), 8, 128)
     assert not integers.any()
     assert scales.isfinite().all()
 
 
 def test_chunks_of_rows_change_nothing() -> None:
     values = random_values(600, 512, 0)
-    whole = round_to_grid(values, 4, 128, "int4")
+    whole = rounded(values, 4, 128)
     for start in (0, 77, 599):
-        part = round_to_grid(values[start : start + 1], 4, 128, "int4")
+        part = rounded(values[start : start + 1], 4, 128)
         assert all(torch.equal(a[start : start + 1], b) for a, b in zip(whole, part, strict=True))
 
 
@@ -125,7 +137,7 @@ def test_what_no_scale_holds_is_refused(value: float, bits: int) -> None:
     values = random_values(700, 300, 0)
     values[650, 200] = value
     with pytest.raises(HalfplateError, match=rf"core_dtype='int{bits}' cannot hold .* expected at most .*; use bf16"):
-        round_to_grid(values, bits, 128, f"int{bits}")
+        rounded(values, bits, 128)
 
 
 @given(st.integers(1, 4), st.integers(1, 20), st.integers(0, 99), st.sampled_from([1e-9, 1e-7, 1e-5, 1.0, 1e3]))

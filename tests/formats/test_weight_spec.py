@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfplate.dtypes import CORE_DTYPES, WRAPPER_DTYPES
+from halfplate.dtypes import WRAPPER_DTYPES
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
+from halfplate.formats.quantizers import core_dtypes
 from halfplate.pattern import DENSE, Pattern
 
 GOOD = WeightSpec(10, 12, out_block=4, in_block=8).to_json()
@@ -20,7 +21,7 @@ GOOD = WeightSpec(10, 12, out_block=4, in_block=8).to_json()
     st.integers(1, 500),
     st.integers(0, 300),
     st.integers(0, 40),
-    st.sampled_from(CORE_DTYPES),
+    st.sampled_from(core_dtypes()),
     st.sampled_from(WRAPPER_DTYPES),
     st.booleans(),
     st.sampled_from([32, 64, 128]),

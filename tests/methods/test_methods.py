@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfplate.dtypes import CORE_DTYPES, GRIDS, WRAPPER_DTYPES
+from halfplate.dtypes import WRAPPER_DTYPES
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
+from halfplate.formats.quantizers import QUANTIZERS, core_dtypes
 from halfplate.methods import METHODS, Method, Solution, create
 from halfplate.pattern import DENSE, Pattern
 from halfplate.statistics import InputStatistics, Statistic
@@ -167,12 +168,12 @@ def test_exactly_n_of_every_m(row: Row, pattern: Pattern) -> None:
 
 
 @every_row
-@pytest.mark.parametrize("core_dtype", CORE_DTYPES)
+@pytest.mark.parametrize("core_dtype", core_dtypes())
 def test_every_stored_type(row: Row, core_dtype: str) -> None:
     spec = spec_for(row, core_dtype=core_dtype)
     grid = "bf16" if spec.rank else "int8"  # low-rank parts have no grid
     spec = replace(spec, wrapper_dtype=core_dtype if core_dtype in WRAPPER_DTYPES and core_dtype != "int8" else grid)
-    if core_dtype not in GRIDS and not METHODS.get(row.name).sparse:
+    if core_dtype not in QUANTIZERS and not METHODS.get(row.name).sparse:
         with pytest.raises(
             HalfplateError, match=rf"core_dtype='{core_dtype}' is not a grid .*; use int8 or int4 or int3 or int2"
         ):
@@ -316,7 +317,7 @@ def test_hostile_input_gives_finite_values(row: Row, damage: Any) -> None:
     weight, inputs = random_weight(), torch.randn(3 * D_IN, D_IN, generator=torch.Generator().manual_seed(1))
     damage(weight, inputs)
     spec = spec_for(row)
-    if row.core_dtype in GRIDS and damage in (huge_weight, unequal_rows):  # out of the range of fp16 scales
+    if row.core_dtype in QUANTIZERS and damage in (huge_weight, unequal_rows):  # out of the range of fp16 scales
         with pytest.raises(HalfplateError, match=f"core_dtype='{row.core_dtype}' cannot hold .*; use bf16"):
             compress(row, weight, statistics_of(inputs), spec)
         return
@@ -370,7 +371,7 @@ def test_what_is_not_finite_is_refused(row: Row, value: float) -> None:
             compress(row, weight, replace(random_statistics(), gram=damaged), spec)
 
 
-FLOATS_UNWRAPPED = [row for row in METHODS_UNDER_TEST if not row.block and row.core_dtype not in GRIDS]
+FLOATS_UNWRAPPED = [row for row in METHODS_UNDER_TEST if not row.block and row.core_dtype not in QUANTIZERS]
 
 
 @every_row

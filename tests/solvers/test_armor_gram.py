@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
-from halfplate.formats.rounding import GROUP, grid_range, round_to_grid
+from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.formats.rounding import GROUP, round_groups
 from halfplate.formats.spec import WeightSpec
 from halfplate.kernels import native
 from halfplate.methods import create
@@ -135,8 +135,9 @@ def test_native_and_torch_sweep_alike(bits, pattern, d_out, d_in, block, group, 
     problem = problem_of(d_out, d_in, block, block, seed=7, pattern=pattern)
     factors, steps, levels = moved(problem, 2), None, None
     if bits is not None:
-        _, steps = round_to_grid(factors.core, bits, group, "int8")
-        steps, levels = steps.float(), Levels(*grid_range(bits), group)
+        quantizer = QUANTIZERS.get(f"int{bits}")
+        _, (steps,) = round_groups(factors.core, quantizer, group)
+        steps, levels = steps.float(), Levels(quantizer, group)
     points = []
     for available in (True, False):
         monkeypatch.setattr(full.native, "available", lambda answer=available: answer)
@@ -206,7 +207,7 @@ def test_it_beats_the_diagonal_on_correlated_inputs():
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "dense", "1:4"])
-@pytest.mark.parametrize("name", list(GRIDS))
+@pytest.mark.parametrize("name", list(QUANTIZERS))
 @pytest.mark.parametrize("wrapper", ["bf16", "int8"])
 def test_grid_in_the_solver_beats_rounding_after_it(pattern, name, wrapper):
     weight, gram = weight_of(48, 160, 5), inputs_of(160, 6)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from halfplate.formats.rounding import grid_range, round_to_grid
+from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.formats.rounding import round_groups
 from halfplate.pattern import Pattern
 from halfplate.solvers.obs import obs_sweep
 from halfplate.solvers.selection import keep_largest
@@ -162,10 +163,11 @@ def naive_rounding(weight: Tensor, gram: Tensor, bits: int, group: int = 128) ->
     d_in = weight.shape[1]
     hessian = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(d_in, dtype=torch.float64)
     result = weight.double().clone()
-    least, greatest = grid_range(bits)
+    quantizer = QUANTIZERS.get(f"int{bits}")
+    least, greatest = quantizer.range
     for j in range(d_in):
         if j % group == 0:
-            scales = round_to_grid(result[:, j : j + group], bits, group, "int8")[1].double()
+            scales = round_groups(result[:, j : j + group], quantizer, group)[1][0].double()
         inverse = torch.linalg.inv(hessian[j:, j:])
         rounded = (result[:, j] / scales[:, 0]).round().clamp(least, greatest) * scales[:, 0]
         error = result[:, j] - rounded
@@ -183,9 +185,8 @@ def test_rounding_in_the_sweep_is_that_of_the_definition(name: str, bits: int, p
     inverse = torch.linalg.inv(gram + 0.01 * gram.diagonal().mean() * torch.eye(24, dtype=torch.float64))
     pivots = torch.linalg.cholesky(inverse, upper=True).diagonal()
     first = keep_largest(weight.abs() / pivots, pattern)
-    scales = round_to_grid(torch.where(first, weight, 0), bits, 128, name)[1]
-    assert found.scales is not None
-    assert torch.equal(found.scales, scales)
+    scales = round_groups(torch.where(first, weight, 0), QUANTIZERS.get(name), 128)[1][0]
+    assert torch.equal(found.parameters[0], scales)
     if pattern.is_dense:
         torch.testing.assert_close(found.weight, naive_rounding(weight, gram, bits))
     torch.testing.assert_close(found.integers() * scales.double(), found.weight)
@@ -197,19 +198,18 @@ def test_each_group_of_columns_has_the_scale_of_what_stands_there(group: int) ->
     weight, gram = random_weight(5, 72, 3), correlated_gram(72, 4)
     found = obs_sweep(weight, gram, Pattern(1, 1), 0.01, core_dtype="int4", group=group)
     torch.testing.assert_close(found.weight, naive_rounding(weight, gram, 4, group))
-    assert found.scales is not None
-    assert found.scales.shape == (5, -(-72 // group))
-    scales = found.scales.double().repeat_interleave(group, 1)[:, :72]
+    assert found.parameters[0].shape == (5, -(-72 // group))
+    scales = found.parameters[0].double().repeat_interleave(group, 1)[:, :72]
     torch.testing.assert_close(found.integers() * scales, found.weight)
 
 
 @pytest.mark.parametrize("name", ["int4", "int3"])
 def test_rounding_in_the_sweep_beats_rounding_to_nearest(name: str) -> None:
-    bits, ratios = int(name[-1]), []
+    ratios = []
     for seed in range(8):
         weight, gram = random_weight(16, 160, seed), correlated_gram(160, seed + 50)
         found = obs_sweep(weight, gram, Pattern(1, 1), 0.01, core_dtype=name)
-        codes, scales = round_to_grid(weight, bits, 128, name)
+        codes, (scales,) = round_groups(weight, QUANTIZERS.get(name), 128)
         nearest = codes * scales.double().repeat_interleave(128, 1)[:, :160]
         ratios.append(output_error(weight, found.weight, gram) / output_error(weight, nearest, gram))
     assert max(ratios) < 1

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from stored_linears import factors, random_linear
 
 from halfplate.formats import WeightSpec
+from halfplate.formats.quantizers.uniform import INT4
 from halfplate.kernels import linear
 from halfplate.pattern import DENSE, Pattern
 from halfplate.runtime import accelerate
@@ -171,7 +172,7 @@ def a_gram_sweep(chance: random.Random) -> Operator:
     x = torch.randn(3 * spec.d_in, spec.d_in, generator=generator).double()
     tiles = Problem.from_weight(weight, torch.ones(spec.d_in), spec)
     problem = full.GramProblem.from_tiles(tiles, x.T @ x / len(x))
-    start, levels = tiles.start(), Levels(-8, 7) if chance.random() < 0.5 else None
+    start, levels = tiles.start(), Levels(INT4) if chance.random() < 0.5 else None
     steps = None
     if levels is not None:
         steps = (

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 
-from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
+from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern
@@ -13,7 +13,7 @@ from halfplate.pattern import Pattern
 CHOICES = ("block_size", "pattern", "core_dtype")
 BLOCKS = (0, 8, 16, 32)
 PATTERNS = ("1:4", "2:4", "4:8", "3:4", "dense")
-CORES = ("bf16", *GRIDS)
+CORES = ("bf16", *QUANTIZERS)
 
 
 def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[WeightSpec]:
@@ -69,7 +69,7 @@ def uneven(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[Weig
 
 
 def _is_smaller(spec: WeightSpec) -> bool:
-    return spec.nbytes < spec.dense_nbytes and not (spec.pattern.is_dense and spec.core_dtype not in GRIDS)
+    return spec.nbytes < spec.dense_nbytes and not (spec.pattern.is_dense and spec.core_dtype not in QUANTIZERS)
 
 
 def _by_bytes(specs: Iterable[WeightSpec]) -> list[WeightSpec]:

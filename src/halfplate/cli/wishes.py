@@ -8,12 +8,12 @@ if TYPE_CHECKING:
 
 def served(recipe: "Recipe") -> str:
     """One line: the wish that the core of `recipe` serves, and what would serve the other."""
-    from halfplate.dtypes import GRIDS
+    from halfplate.formats.quantizers import QUANTIZERS
 
     if recipe.budgeted:
         return "least loss within the budget (docs/choosing.md)"
     if recipe.parsed_pattern.is_dense:
         return "size; for speed: --pattern 2:4 (docs/choosing.md)"
-    if recipe.core_dtype in GRIDS:
+    if recipe.core_dtype in QUANTIZERS:
         return "speed; at the same bytes, --pattern dense with more bits loses less (docs/choosing.md)"
     return "speed (float weights); for size: --pattern dense --core-dtype int4 (docs/choosing.md)"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfplate.formats.quantizers.uniform import INT8
 from halfplate.formats.rounding import round_rows, round_to_float
 
 
@@ -81,9 +82,9 @@ class BlockDiagonal:
         if self.scales is not None:
             scales = self.scales.float()[:, None]
             if blocks is not None:
-                blocks = blocks * scales[: self._full].reshape(*blocks.shape[:2], 1)
+                blocks = INT8.decode(blocks, scales[: self._full].reshape(*blocks.shape[:2], 1))
             if tail is not None:
-                tail = tail * scales[self._full :]
+                tail = INT8.decode(tail, scales[self._full :])
         return None if blocks is None else blocks.to(dtype), None if tail is None else tail.to(dtype)
 
     def transposed(self, dtype: torch.dtype) -> "BlockDiagonal":

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
-from halfplate.formats.packing import check_padding, check_positions
+from halfplate.formats.packing import check_padding, check_positions, unpack
+from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 
 
@@ -46,7 +46,14 @@ def check_part(spec: WeightSpec, part: str, tensor: Tensor, name: str) -> None:
         raise HalfplateError(f"{name} holds -128, expected -127 to 127; the file is damaged, write it again")
 
 
-def _check_codes(spec: WeightSpec, codes: Tensor, name: str) -> None:
-    if spec.core_dtype == "int8" and bool((codes == 0).any()):
-        raise HalfplateError(f"{name} holds the code 0, expected 1 to 255; the file is damaged, write it again")
-    check_padding(codes, spec.pattern.kept(spec.d_in), GRIDS[spec.core_dtype], name)
+def _check_codes(spec: WeightSpec, packed: Tensor, name: str) -> None:
+    quantizer, kept = QUANTIZERS.get(spec.core_dtype), spec.pattern.kept(spec.d_in)
+    least, greatest = (number + (1 << quantizer.bits - 1) for number in quantizer.range)
+    if (least, greatest) != (0, (1 << quantizer.bits) - 1):
+        codes = unpack(packed, kept, quantizer.bits)
+        outside = (codes < least) | (codes > greatest)
+        if bool(outside.any()):
+            raise HalfplateError(
+                f"{name} holds the code {int(codes[outside][0])}, expected {least} to {greatest}; the file is damaged, write it again"
+            )
+    check_padding(packed, kept, quantizer.bits, name)

@@ -1,28 +1,35 @@
 """Cores: N:M sparse matrices as kept values and their positions, or dense ones."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats.packing import pack, unpack
-from halfplate.formats.rounding import GROUP, grid_range, round_to_float, round_to_grid
+from halfplate.formats.quantizers import QUANTIZERS, Quantizer, quantizer_of
+from halfplate.formats.rounding import GROUP, round_groups, round_to_float
 from halfplate.formats.spec import WeightSpec
 from halfplate.pattern import Pattern
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """What turns codes into values: fp16 scales (d_out, ceil(d_in / group)), bits of a code, codes in a row, columns of a scale."""
+    """What turns codes into values: the quantizer, codes in a row, columns of a scale.
 
-    scales: Tensor
-    bits: int
+    parameters: for each of `quantizer.stored` a tensor, fp16 (d_out, ceil(d_in / group)).
+    """
+
+    parameters: tuple[Tensor, ...]
+    quantizer: Quantizer
     count: int
     group: int = GROUP
+
+    def rows(self, rows: slice) -> "Grid":
+        """The same for some of the rows."""
+        return replace(self, parameters=tuple(part[rows].contiguous() for part in self.parameters))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,23 +55,23 @@ class NMSparse:
         is too large for `core_dtype`.
         """
         values, positions, index = _kept(weight, mask, pattern)
-        if core_dtype not in GRIDS:
+        quantizer = quantizer_of(core_dtype)
+        if quantizer is None:
             return cls(round_to_float(values, core_dtype, "core_dtype"), index, pattern)
-        bits = GRIDS[core_dtype]
         if group % pattern.m == 0:
-            integers, scales = round_to_grid(values, bits, group // pattern.m * pattern.n, core_dtype)
+            integers, parameters = round_groups(values, quantizer, group // pattern.m * pattern.n)
         else:  # groups straddle the columns of two scales; zeros change neither scale nor error
             assert positions is not None, "a dense pattern straddles nothing"
             assert mask is not None, "a sparse pattern needs its mask"
-            integers, scales = round_to_grid(weight.masked_fill(~mask, 0), bits, group, core_dtype)
+            integers, parameters = round_groups(weight.masked_fill(~mask, 0), quantizer, group)
             integers = integers.reshape(len(weight), -1, pattern.m).gather(-1, positions).reshape(len(weight), -1)
-        return cls._of_integers(integers, scales, index, pattern, bits, group)
+        return cls._of_integers(integers, parameters, index, pattern, quantizer, group)
 
     @classmethod
     def from_codes(
         cls,
         integers: Tensor,
-        scales: Tensor,
+        scales: Tensor | tuple[Tensor, ...],
         mask: Tensor | None,
         pattern: Pattern,
         core_dtype: str,
@@ -72,38 +79,45 @@ class NMSparse:
     ) -> "NMSparse":
         """Store numbers that already lie on a grid, as they are.
 
-        integers: q, int8 (d_out, d_in). scales: fp16 (d_out, ceil(d_in / group)). mask: bool (d_out, d_in) with exactly N true
-        entries in each group, None if the pattern is dense. Raises HalfplateError where a q is not a code of `core_dtype`, or a
-        scale is not finite.
+        integers: q, int8 (d_out, d_in). scales: fp16 (d_out, ceil(d_in / group)); a tuple of such tensors for a quantizer that stores
+        others. mask: bool (d_out, d_in) with exactly N true entries in each group, None if the pattern is dense. Raises
+        HalfplateError where a q is not a code of `core_dtype`, or a scale is not finite.
         """
-        bits = GRIDS[core_dtype]
-        least, greatest = grid_range(bits)
+        quantizer = QUANTIZERS.get(core_dtype)
+        parameters = scales if isinstance(scales, tuple) else (scales,)
+        least, greatest = quantizer.range
         outside = (integers < least) | (integers > greatest)
         if bool(outside.any()):
             raise HalfplateError(
                 f"integers={int(integers[outside][0])} is not a code of core_dtype={core_dtype!r}, expected {least} to {greatest}"
             )
-        if not bool(scales.isfinite().all()):
+        if not all(bool(part.isfinite().all()) for part in parameters):
             raise HalfplateError(
                 f"core_dtype={core_dtype!r} cannot hold a scale above {torch.finfo(torch.float16).max:.3g}; use bf16"
             )
         values, _, index = _kept(integers, mask, pattern)
-        return cls._of_integers(values, scales, index, pattern, bits, group)
+        return cls._of_integers(values, parameters, index, pattern, quantizer, group)
 
     @classmethod
     def _of_integers(
-        cls, integers: Tensor, scales: Tensor, index: Tensor | None, pattern: Pattern, bits: int, group: int
+        cls,
+        integers: Tensor,
+        parameters: tuple[Tensor, ...],
+        index: Tensor | None,
+        pattern: Pattern,
+        quantizer: Quantizer,
+        group: int,
     ) -> "NMSparse":
-        codes = pack(integers.to(torch.int16) + (1 << bits - 1), bits)
-        return cls(codes, index, pattern, Grid(scales, bits, integers.shape[1], group))
+        codes = pack(integers.to(torch.int16) + (1 << quantizer.bits - 1), quantizer.bits)
+        return cls(codes, index, pattern, Grid(parameters, quantizer, integers.shape[1], group))
 
     @classmethod
     def from_tensors(cls, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> "NMSparse":
         """Put the stored tensors of the core of a matrix, named as in `spec.layout()`, back together."""
         stored, grid = tensors["weight"].reshape(spec.d_out, -1), None
-        if spec.core_dtype in GRIDS:
-            kept = spec.pattern.kept(spec.d_in)
-            grid = Grid(tensors["weight_scales"], GRIDS[spec.core_dtype], kept, spec.group)
+        if (quantizer := quantizer_of(spec.core_dtype)) is not None:
+            parameters = tuple(tensors[f"weight_{name}"] for name in quantizer.stored)
+            grid = Grid(parameters, quantizer, spec.pattern.kept(spec.d_in), spec.group)
         return cls(stored, tensors.get("weight_index"), spec.pattern, grid)
 
     @property
@@ -121,7 +135,8 @@ class NMSparse:
         if self.index is not None:
             tensors["weight_index"] = self.index
         if self.grid is not None:
-            tensors["weight_scales"] = self.grid.scales
+            named = zip(self.grid.quantizer.stored, self.grid.parameters, strict=True)
+            tensors |= {f"weight_{name}": part for name, part in named}
         return tensors
 
     @property
@@ -129,12 +144,16 @@ class NMSparse:
         """The kept values: (d_out, kept), as stored, or exact in fp32 where they are on a grid."""
         if self.grid is None:
             return self.stored
-        return self.integers() * self.grid.scales.float().gather(1, self.columns() // self.grid.group)
+        groups = self.columns() // self.grid.group
+        return self.grid.quantizer.decode(
+            self.integers(), *(part.float().gather(1, groups) for part in self.grid.parameters)
+        )
 
     def integers(self) -> Tensor:
         """The q of each kept value on a grid: fp32 (d_out, kept)."""
         assert self.grid is not None, "floating-point values have no q"
-        return unpack(self.stored, self.grid.count, self.grid.bits).float() - (1 << self.grid.bits - 1)
+        bits = self.grid.quantizer.bits
+        return unpack(self.stored, self.grid.count, bits).float() - (1 << bits - 1)
 
     def columns(self) -> Tensor:
         """The input that each kept value multiplies: int64 (d_out, kept)."""

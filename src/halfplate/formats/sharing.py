@@ -106,7 +106,7 @@ def _padded(spec: WeightSpec) -> int:
 
 
 def _rows(core: NMSparse, rows: slice) -> NMSparse:
-    grid = None if core.grid is None else replace(core.grid, scales=core.grid.scales[rows].contiguous())
+    grid = None if core.grid is None else core.grid.rows(rows)
     index = None if core.index is None else core.index[rows].contiguous()
     return replace(core, stored=core.stored[rows].contiguous(), index=index, grid=grid)
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from halfplate.dtypes import CORE_DTYPES, GRIDS, STORED, WRAPPER_DTYPES, check_dtype
+from halfplate.dtypes import STORED, WRAPPER_DTYPES, check_dtype
 from halfplate.errors import HalfplateError
 from halfplate.formats.packing import packed_nbytes
+from halfplate.formats.quantizers import core_dtypes, quantizer_of
 from halfplate.formats.rounding import GROUP, GROUPS
 from halfplate.pattern import Pattern
 
@@ -23,7 +24,8 @@ class WeightSpec:
     """Shape, pattern, block sizes, rank and element types of one compressed matrix `A · S · B + L · R`.
 
     A block size of 0 means that the wrapper is absent, 1 that it is diagonal; a rank of 0 that nothing is added. core_dtype:
-    one of CORE_DTYPES, wrapper_dtype, which is also that of L and R, of WRAPPER_DTYPES (halfplate.dtypes). permuted: whether
+    one of `core_dtypes()` (halfplate.formats.quantizers), wrapper_dtype, which is also that of L and R, of WRAPPER_DTYPES
+    (halfplate.dtypes). permuted: whether
     the inputs are taken in an order of the matrix's own. group: columns that share a scale where the core lies on a grid, one
     of GROUPS (halfplate.formats.rounding); it says nothing of other cores. in_shared: name of the module that stores B, where
     that is another one (halfplate.formats.sharing). This is the entry of one matrix under
@@ -43,7 +45,7 @@ class WeightSpec:
     in_shared: str | None = None
 
     def __post_init__(self) -> None:
-        check_dtype(self.core_dtype, "core_dtype", CORE_DTYPES)
+        check_dtype(self.core_dtype, "core_dtype", core_dtypes())
         check_dtype(self.wrapper_dtype, "wrapper_dtype", WRAPPER_DTYPES)
         self.pattern.kept(self.d_in)
         for side in ("d_out", "d_in"):
@@ -104,8 +106,8 @@ class WeightSpec:
         return layout
 
     def _core_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        kept, bits = self.pattern.kept(self.d_in), GRIDS.get(self.core_dtype)
-        shape: tuple[int, ...] = (self.d_out, kept if bits is None else packed_nbytes(kept, bits))
+        kept, quantizer = self.pattern.kept(self.d_in), quantizer_of(self.core_dtype)
+        shape: tuple[int, ...] = (self.d_out, kept if quantizer is None else packed_nbytes(kept, quantizer.bits))
         # The dense layer that a stranger builds must refuse this tensor, which has the dense name, for its shape.
         if self.pattern.is_dense:
             shape = (1, *shape)
@@ -114,8 +116,8 @@ class WeightSpec:
         }
         if not self.pattern.is_dense:
             layout["weight_index"] = ((self.d_out, self.pattern.index_nbytes(self.d_in)), torch.uint8)
-        if bits is not None:
-            layout["weight_scales"] = ((self.d_out, -(-self.d_in // self.group)), torch.float16)
+        for name in () if quantizer is None else quantizer.stored:
+            layout[f"weight_{name}"] = ((self.d_out, -(-self.d_in // self.group)), torch.float16)
         return layout
 
     @property

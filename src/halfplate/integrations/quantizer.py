@@ -17,10 +17,10 @@ from transformers.quantizers.base import HfQuantizer
 from halfplate.checkpoint.config import METHOD, RECORD_FILE, SENTENCE, read_record
 from halfplate.checkpoint.quantization import HalfplateConfig
 from halfplate.checkpoint.weights import StoredTensor, check_layout, headers_of
-from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec, check_stored, connect
 from halfplate.formats.plain import is_plain_linear
+from halfplate.formats.quantizers import QUANTIZERS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -190,7 +190,7 @@ def note_untied(model: PreTrainedModel) -> None:
 
 def _read_codes(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> dict[str, str]:
     """The matrices of integer codes whose type the code of the model takes for that of its numbers, with the reason."""
-    codes = {name for name, spec in specs.items() if spec.core_dtype in GRIDS}
+    codes = {name for name, spec in specs.items() if spec.core_dtype in QUANTIZERS}
     if not codes:
         return {}
     # transformers imports this module half-way through its own import.

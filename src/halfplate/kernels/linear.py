@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halfplate.dtypes import GRIDS
 from halfplate.dtypes import STORED as STORED_DTYPES
 from halfplate.errors import HalfplateError
 from halfplate.formats.packing import check_padding
 from halfplate.formats.packing import pack as pack_codes
 from halfplate.formats.packing import unpack as unpack_codes
+from halfplate.formats.quantizers import QUANTIZERS, quantizer_of
 from halfplate.formats.spec import WeightSpec
 from halfplate.kernels import native
 from halfplate.kernels.capability import NO_ORDER, NO_RANK, Backend, Field, anything, check_tensors, one_of, pattern_of
@@ -125,7 +125,7 @@ def kernels_for() -> str:
 
 def header_of(spec: WeightSpec, activations: str, bias: bool) -> Header:
     """The header of a matrix of `spec`, its offsets filled in; int8 activations are for cores on a grid only."""
-    as_bytes = activations == "int8" and spec.core_dtype in GRIDS
+    as_bytes = activations == "int8" and spec.core_dtype in QUANTIZERS
     header = Header(
         d_out=spec.d_out,
         d_in=spec.d_in,
@@ -196,14 +196,15 @@ def unpack(spec: WeightSpec, packed: Tensor) -> dict[str, Tensor]:
 
 def _kernel_spec(spec: WeightSpec) -> WeightSpec:
     """The matrix as the kernels hold it: int3 and int2 as int4."""
-    return replace(spec, core_dtype="int4") if GRIDS.get(spec.core_dtype, 4) < 4 else spec
+    quantizer = quantizer_of(spec.core_dtype)
+    return spec if quantizer is None or quantizer.bits >= 4 else replace(spec, core_dtype="int4")
 
 
 def _recoded(weight: Tensor, spec: WeightSpec, held: str, wanted: str) -> Tensor:
     """The stored core of a matrix of `spec`, its codes of type `held` rewritten as those of `wanted`."""
     if held == wanted:
         return weight
-    bits, wanted_bits = GRIDS[held], GRIDS[wanted]
+    bits, wanted_bits = QUANTIZERS.get(held).bits, QUANTIZERS.get(wanted).bits
     kept, rows = spec.pattern.kept(spec.d_in), weight.reshape(spec.d_out, -1)
     check_padding(rows, kept, bits, "weight")
     codes = unpack_codes(rows, kept, bits)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
+from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method, Solution, check_inputs
 from halfplate.solvers.armor.exact import DiagonalObjective, solve_exact
@@ -76,10 +76,10 @@ class Armor(Method):
             raise HalfplateError(
                 f"pattern={spec.pattern} keeps more than {LARGEST_N} of a group, which method 'armor' does not solve; try 2:4 or 16:32"
             )
-        if spec.pattern.is_dense and (self.objective != "gram" or spec.core_dtype not in GRIDS):
+        if spec.pattern.is_dense and (self.objective != "gram" or spec.core_dtype not in QUANTIZERS):
             raise HalfplateError(
                 f"pattern='dense' with objective={self.objective!r} and core_dtype={spec.core_dtype!r} leaves method 'armor' nothing "
-                f"to solve; use objective gram and a core_dtype of {', '.join(GRIDS)}"
+                f"to solve; use objective gram and a core_dtype of {', '.join(QUANTIZERS)}"
             )
 
     @property
@@ -92,7 +92,7 @@ class Armor(Method):
         if self.objective != "gram":
             return diagonal * (self._schedule().iterations if self.solver == "paper" else self._diagonal_iterations)
         schedule = self._gram_schedule()
-        iterations = schedule.gram + (schedule.grid if spec.core_dtype in GRIDS else 0)
+        iterations = schedule.gram + (schedule.grid if spec.core_dtype in QUANTIZERS else 0)
         # Each takes S C, TᵀT and a sweep whose groups are coupled to all later ones.
         return diagonal * schedule.diagonal + 2.0 * weights * spec.d_in * (3 * iterations + 2)
 

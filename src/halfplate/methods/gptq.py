@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
+from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method, Solution, check_inputs
 from halfplate.methods.sparsegpt import on_grid
@@ -33,9 +33,9 @@ class GPTQ(Method):
 
     def check_spec(self, spec: WeightSpec) -> None:
         super().check_spec(spec)
-        if spec.core_dtype not in GRIDS:
+        if spec.core_dtype not in QUANTIZERS:
             raise HalfplateError(
-                f"core_dtype={spec.core_dtype!r} is not a grid to round to, which is all that method 'gptq' does; use {' or '.join(GRIDS)}"
+                f"core_dtype={spec.core_dtype!r} is not a grid to round to, which is all that method 'gptq' does; use {' or '.join(QUANTIZERS)}"
             )
 
     @property

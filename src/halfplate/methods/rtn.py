@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
 from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method, Solution, check_inputs
 from halfplate.statistics import InputStatistics, Statistic
@@ -23,9 +23,9 @@ class RoundToNearest(Method):
 
     def check_spec(self, spec: WeightSpec) -> None:
         super().check_spec(spec)
-        if spec.core_dtype not in GRIDS:
+        if spec.core_dtype not in QUANTIZERS:
             raise HalfplateError(
-                f"core_dtype={spec.core_dtype!r} is not a grid to round to, which is all that method 'rtn' does; use {' or '.join(GRIDS)}"
+                f"core_dtype={spec.core_dtype!r} is not a grid to round to, which is all that method 'rtn' does; use {' or '.join(QUANTIZERS)}"
             )
 
     @property

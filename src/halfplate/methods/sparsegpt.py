@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from halfplate.dtypes import GRIDS
 from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
 from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method, Solution, check_inputs
 from halfplate.solvers.obs import Swept, obs_sweep
@@ -46,7 +46,7 @@ class SparseGPT(Method):
 
 def swept_core(weight: Tensor, gram: Tensor, spec: WeightSpec, damping: float, column_block: int = 128) -> NMSparse:
     """The core that the sweep of SparseGPT makes of `weight` (d_out, d_in), in the core dtype of `spec`."""
-    if spec.core_dtype not in GRIDS or spec.group % spec.pattern.m:
+    if spec.core_dtype not in QUANTIZERS or spec.group % spec.pattern.m:
         swept = obs_sweep(weight, gram, spec.pattern, damping, column_block)
         return NMSparse.from_dense(swept.weight, swept.mask, spec.pattern, spec.core_dtype, spec.group)
     return on_grid(obs_sweep(weight, gram, spec.pattern, damping, core_dtype=spec.core_dtype, group=spec.group), spec)
@@ -54,6 +54,5 @@ def swept_core(weight: Tensor, gram: Tensor, spec: WeightSpec, damping: float, c
 
 def on_grid(swept: Swept, spec: WeightSpec) -> NMSparse:
     """The core that a sweep left on the grid of `spec`, stored as it is."""
-    assert swept.scales is not None, "the sweep had no grid"
     mask = None if spec.pattern.is_dense else swept.mask
-    return NMSparse.from_codes(swept.integers(), swept.scales, mask, spec.pattern, spec.core_dtype, spec.group)
+    return NMSparse.from_codes(swept.integers(), swept.parameters, mask, spec.pattern, spec.core_dtype, spec.group)

@@ -11,7 +11,9 @@ from torch.nn import functional
 from halfplate.errors import HalfplateError
 from halfplate.formats import BlockDiagonal, CompressedLinear, LowRank
 from halfplate.formats.chain import Chain, unpermuted
+from halfplate.formats.nm_sparse import Grid
 from halfplate.formats.plain import WeightView
+from halfplate.formats.quantizers import has_scales_alone
 from halfplate.formats.rounding import round_to_float
 
 
@@ -35,7 +37,7 @@ class TrainableLinear(nn.Module):
         self.spec, self.start, self.dtype = linear.spec, linear.matrix, linear.dtype
         self.lend(None)
         core = self.start.core
-        self.values = nn.Parameter((core.stored if core.grid is None else core.grid.scales).float(), values_too)
+        self.values = nn.Parameter((core.stored if core.grid is None else _scales(core.grid)).float(), values_too)
         self.register_buffer("columns", core.columns(), persistent=False)
         self.register_buffer("integers", None if core.grid is None else core.integers(), persistent=False)
         for side, wrapper in (("out", self.start.out_wrapper), ("in", self.start.in_wrapper)):
@@ -61,7 +63,10 @@ class TrainableLinear(nn.Module):
         """How far a weight moves with a step of `values`, as a root mean square: that of the codes where these are scales."""
         if self.integers is None:
             return 1.0
-        return max(1.0, float(self.integers.float().square().mean().sqrt()))
+        grid = self.start.core.grid
+        assert grid is not None, "codes have a quantizer"
+        moved = grid.quantizer.decode(self.integers, torch.ones((), device=self.integers.device))
+        return max(1.0, float(moved.square().mean().sqrt()))
 
     @property
     def weight(self) -> WeightView:
@@ -77,7 +82,9 @@ class TrainableLinear(nn.Module):
         values: Tensor = self.values
         if self.integers is not None:
             # A scale that training takes past 0 comes back on the positive side, the only one that is stored.
-            values = self.integers * values.abs().gather(1, self.columns // self.spec.group)
+            grid = self.start.core.grid
+            assert grid is not None, "codes have a quantizer"
+            values = grid.quantizer.decode(self.integers, values.abs().gather(1, self.columns // self.spec.group))
         matrix = values.new_zeros(self.spec.d_out, self.spec.d_in).scatter(1, self.columns, values)
         if (out_wrapper := self._wrapper("out")) is not None:
             matrix = out_wrapper.forward(matrix.T).T
@@ -101,7 +108,7 @@ class TrainableLinear(nn.Module):
             core = replace(core, stored=round_to_float(self.values, self.spec.core_dtype, "core_dtype"))
         else:
             scales = round_to_float(self.values.abs(), "fp16", "core_dtype")
-            core = replace(core, grid=replace(core.grid, scales=scales))
+            core = replace(core, grid=replace(core.grid, parameters=(scales,)))
         out_wrapper, in_wrapper = (
             None if wrapper is None else BlockDiagonal.rounded(wrapper.blocks, wrapper.tail, self.spec.wrapper_dtype)
             for wrapper in (self._wrapper("out"), self._wrapper("in"))
@@ -119,6 +126,14 @@ class TrainableLinear(nn.Module):
         owner = self if side == "out" or self.lender is None else self.lender
         blocks, tail = getattr(owner, f"{side}_blocks"), getattr(owner, f"{side}_tail")
         return None if blocks is None and tail is None else BlockDiagonal(blocks, tail)
+
+
+def _scales(grid: Grid) -> Tensor:
+    if not has_scales_alone(grid.quantizer):
+        raise HalfplateError(
+            f"core_dtype={grid.quantizer.name!r} stores {' and '.join(grid.quantizer.stored)}, expected scales alone; only those can be trained"
+        )
+    return grid.parameters[0]
 
 
 @contextmanager

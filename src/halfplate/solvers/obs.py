@@ -1,12 +1,13 @@
 """Optimal brain surgeon: prune and round column after column, every later column making up for the error so far."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from halfplate.dtypes import GRIDS
-from halfplate.formats.rounding import GROUP, grid_range, round_to_grid
+from halfplate.formats.quantizers import QUANTIZERS, Quantizer
+from halfplate.formats.rounding import GROUP, round_groups
 from halfplate.pattern import Pattern
 from halfplate.solvers.selection import keep_largest
 
@@ -16,18 +17,24 @@ SMALLEST_PIVOT = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Swept:
-    """weight: updated, zero where pruned, (d_out, d_in). mask: bool, likewise. scales: fp16 (d_out, ceil(d_in / group)) of a grid."""
+    """weight: updated, zero where pruned, (d_out, d_in). mask: bool, likewise.
+
+    quantizer: whose values the weights are, None if they are of floating point. parameters: for each of its `stored` a
+    tensor, fp16 (d_out, ceil(d_in / group)).
+    """
 
     weight: Tensor
     mask: Tensor
-    scales: Tensor | None = None
+    quantizer: Quantizer | None = None
+    parameters: tuple[Tensor, ...] = ()
     group: int = GROUP
 
     def integers(self) -> Tensor:
-        """The q of every weight on its grid: int8 (d_out, d_in)."""
-        assert self.scales is not None, "floating-point values have no q"
-        scales = self.scales.float().repeat_interleave(self.group, 1)[:, : self.weight.shape[1]]
-        return torch.where(scales > 0, self.weight / scales, 0).round().to(torch.int8)
+        """The q of every weight: int8 (d_out, d_in)."""
+        assert self.quantizer is not None, "floating-point values have no q"
+        each = [part.float().repeat_interleave(self.group, 1) for part in self.parameters]
+        found = self.quantizer.nearest(self.weight, *(part[:, : self.weight.shape[1]] for part in each))
+        return found.to(torch.int8)
 
 
 def obs_sweep(
@@ -44,11 +51,11 @@ def obs_sweep(
     weight: (d_out, d_in) fp32 or fp64, left as it is. gram: (d_in, d_in), the second moment H of the inputs, any common
     factor. damping: added to the diagonal of H, as a fraction of its mean over the inputs that are not dead; raised
     tenfold until H can be factorised. column_block: columns between two updates of all later columns, rounded down to
-    groups; it changes the speed, not the result. A dead input (zero second moment) gets weight zero. core_dtype: a grid on
-    which kept values are rounded as the sweep reaches them; each row has a scale for `group` columns (of which M must be
-    a divisor), the best for what stands there when the sweep arrives.
+    groups; it changes the speed, not the result. A dead input (zero second moment) gets weight zero. core_dtype: name of
+    the quantizer that rounds kept values as the sweep reaches them; each row has parameters for `group` columns (of which M
+    must be a divisor), the best for what stands there when the sweep arrives.
 
-    Source: SparseGPT, arXiv 2301.00774, Algorithm 1; with a grid and all weights kept, GPTQ, arXiv 2210.17323. With
+    Source: SparseGPT, arXiv 2301.00774, Algorithm 1; with a quantizer and all weights kept, GPTQ, arXiv 2210.17323. With
     H⁻¹ = UᵀU, U upper triangular, a group is chosen by W² / U_jj² when the sweep reaches it, and the error e of column j
     takes e · U_j: / U_jj from the columns from j on.
     """
@@ -58,29 +65,36 @@ def obs_sweep(
     remaining = weight.T.clone(memory_format=torch.contiguous_format)  # (d_in, d_out): a column of W is contiguous
     remaining[gram.diagonal() <= 0] = 0
     mask = torch.zeros_like(remaining, dtype=torch.bool)
-    step = group if core_dtype else max(column_block // pattern.m, 1) * pattern.m
-    scales = []
+    quantizer = QUANTIZERS.get(core_dtype) if core_dtype else None
+    step = group if quantizer else max(column_block // pattern.m, 1) * pattern.m
+    parameters = []
     for start in range(0, d_in, step):
         end = min(start + step, d_in)
         rows = _inverse_rows(factor, start, end)
         pivots = rows.diagonal().to(weight.dtype)
         # What an error of 1 takes from the columns at and after it: (columns, d_in - start).
         spread = (rows / rows.diagonal()[:, None]).to(weight.dtype)
-        grid = None
-        if core_dtype:
-            scales.append(_scales(remaining[start:end], pivots, pattern, core_dtype))
-            grid = scales[-1][:, 0].to(weight.dtype), *grid_range(GRIDS[core_dtype])
-        error = _sweep_block(remaining[start:end], mask[start:end], spread, pivots, pattern, grid)
+        rounded = None
+        if quantizer:
+            parameters.append(_parameters(remaining[start:end], pivots, pattern, quantizer))
+            rounded = _rounding(quantizer, [part[:, 0].to(weight.dtype) for part in parameters[-1]])
+        error = _sweep_block(remaining[start:end], mask[start:end], spread, pivots, pattern, rounded)
         remaining[end:].addmm_(spread[:, end - start :].T, error, alpha=-1)
-    return Swept(remaining.T.contiguous(), mask.T.contiguous(), torch.cat(scales, 1) if scales else None, group)
+    joined = tuple(torch.cat(parts, 1) for parts in zip(*parameters, strict=True))
+    return Swept(remaining.T.contiguous(), mask.T.contiguous(), quantizer, joined, group)
 
 
 def _sweep_block(
-    block: Tensor, mask: Tensor, spread: Tensor, pivots: Tensor, pattern: Pattern, grid: tuple[Tensor, int, int] | None
+    block: Tensor,
+    mask: Tensor,
+    spread: Tensor,
+    pivots: Tensor,
+    pattern: Pattern,
+    rounded: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     """Sweep over columns of W: updates `block` and fills `mask`, both (columns, d_out); returns what each column lost.
 
-    grid: scales (d_out,), least and greatest q.
+    rounded: what a column (d_out,) is stored as, None if as it is.
     """
     lost = torch.zeros_like(block)
     width = block.shape[0]
@@ -88,10 +102,7 @@ def _sweep_block(
         columns = slice(group, group + pattern.m)
         mask[columns] = _choice(block[columns], pivots[columns], pattern)
         for j in range(group, group + pattern.m):
-            kept = block[j]
-            if grid is not None:
-                scale, least, greatest = grid
-                kept = torch.where(scale > 0, kept / scale, 0).round().clamp(least, greatest) * scale
+            kept = block[j] if rounded is None else rounded(block[j])
             kept = kept.masked_fill(~mask[j], 0)
             lost[j] = block[j] - kept
             block[j] = kept
@@ -105,10 +116,15 @@ def _choice(columns: Tensor, pivots: Tensor, pattern: Pattern) -> Tensor:
     return keep_largest((columns.abs() / pivots[:, None]).T, pattern).T
 
 
-def _scales(columns: Tensor, pivots: Tensor, pattern: Pattern, core_dtype: str) -> Tensor:
-    """fp16 scales (d_out, 1) for what would be kept of `columns` (those of one scale, d_out) as they stand."""
+def _parameters(columns: Tensor, pivots: Tensor, pattern: Pattern, quantizer: Quantizer) -> tuple[Tensor, ...]:
+    """fp16 parameters (d_out, 1) for what would be kept of `columns` (those that share them, d_out) as they stand."""
     kept = columns.masked_fill(~_choice(columns, pivots, pattern), 0)
-    return round_to_grid(kept.T, GRIDS[core_dtype], len(kept), core_dtype)[1]
+    return round_groups(kept.T, quantizer, len(kept))[1]
+
+
+def _rounding(quantizer: Quantizer, parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Rounds columns (d_out,) with parameters (d_out,)."""
+    return lambda column: quantizer.decode(quantizer.nearest(column, *parameters), *parameters)
 
 
 def damped_inverse(gram: Tensor, damping: float) -> Tensor:

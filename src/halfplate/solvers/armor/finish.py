@@ -7,6 +7,7 @@ from torch.nn import functional
 from halfplate.formats.block_diagonal import BlockDiagonal
 from halfplate.formats.chain import Chain
 from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 from halfplate.solvers.armor.exact import Refit
 from halfplate.solvers.armor.problem import Factors, Problem
@@ -73,7 +74,7 @@ def _stored_core(core: Tensor, scale: float, spec: WeightSpec, steps: Tensor | N
         return NMSparse.from_dense(values * scale, mask, spec.pattern, spec.core_dtype, spec.group)
     steps = steps[: spec.d_out, : -(-spec.d_in // spec.group)]
     each = steps.repeat_interleave(spec.group, 1)[:, : spec.d_in]
-    integers = torch.where(each != 0, values / torch.where(each != 0, each, 1.0), 0.0).round().to(torch.int8)
+    integers = QUANTIZERS.get(spec.core_dtype).nearest(values, each).to(torch.int8)
     return NMSparse.from_codes(integers, (steps * scale).half(), mask, spec.pattern, spec.core_dtype, spec.group)
 
 

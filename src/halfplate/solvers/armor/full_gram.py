@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfplate.dtypes import GRIDS
 from halfplate.formats.chain import Chain
-from halfplate.formats.rounding import grid_range, round_to_grid
+from halfplate.formats.quantizers import has_scales_alone, quantizer_of
+from halfplate.formats.rounding import round_groups
 from halfplate.formats.spec import WeightSpec
 from halfplate.solvers.armor.exact import descend, solve_exact
 from halfplate.solvers.armor.finish import balanced, finish
@@ -50,13 +50,13 @@ def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSch
         factors = at.factors
         del at  # and with it two matrices of the weight's size
     factors = balanced(tiles, factors, normalised)
-    bits = GRIDS.get(spec.core_dtype)
-    # Groups that straddle the columns of two scales are rounded to nearest instead.
-    if bits is None or spec.group % spec.pattern.m:
+    quantizer = quantizer_of(spec.core_dtype)
+    # The sweep knows steps alone. Groups that straddle the columns of two of them are rounded to nearest instead.
+    if quantizer is None or not has_scales_alone(quantizer) or spec.group % spec.pattern.m:
         return finish(objective, factors, normalised, scale, spec), losses
-    levels = Levels(*grid_range(bits), spec.group)
+    levels = Levels(quantizer, spec.group)
     objective = GramObjective(problem, levels)
-    _, steps = round_to_grid(factors.core, bits, spec.group, spec.core_dtype)  # that suit the values of the core
+    _, (steps,) = round_groups(factors.core, quantizer, spec.group)  # that suit the values of the core
     start = swept(problem, factors, steps.float(), levels, off_grid=True)
     at, grid_losses = descend(objective, start, schedule.grid, problem.total, moves_core=False)
     return finish(objective, at.factors, normalised, scale, spec, at.steps), losses + grid_losses

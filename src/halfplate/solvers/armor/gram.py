@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from halfplate.formats.quantizers import Uniform
 from halfplate.formats.rounding import GROUP
 from halfplate.kernels import native
 from halfplate.solvers.armor.problem import Factors, Problem, Wrapper
@@ -110,7 +111,7 @@ def swept(
     before, factors = factors.core if off_grid else None, replace(factors, core=factors.core.clone())
     core = factors.core
     steps = None if steps is None else steps.clone()
-    if core.device.type == "cpu" and native.available():
+    if core.device.type == "cpu" and native.available() and (levels is None or isinstance(levels.quantizer, Uniform)):
         _sweep_native(tiles, core, error, product, out_gram, in_gram, steps, levels, off_grid)
     else:
         shape = (tiles.row_tiles, tiles.row_tile, -1)
@@ -135,10 +136,9 @@ def _felt(tiles: Problem, out_gram: Tensor, in_gram: Tensor) -> Tensor:
 
 
 def _nearest(core: Tensor, steps: Tensor, levels: Levels) -> Tensor:
-    """The number on the grid that is nearest to each of `core` (rows, cols)."""
+    """The value of the quantizer that is nearest to each of `core` (rows, cols)."""
     each = steps.repeat_interleave(levels.group, 1)[:, : core.shape[1]]
-    codes = (core / torch.where(each > 0, each, 1.0)).round()
-    return codes.clamp(levels.least, levels.greatest) * each
+    return levels.quantizer.decode(levels.quantizer.nearest(core, each), each)
 
 
 def updated_out(problem: GramProblem, point: Point) -> Tensor:
@@ -276,7 +276,7 @@ def _sweep_native(
         core.shape[1],
         tiles.pattern.n,
         tiles.pattern.m,
-        *((0, 0) if levels is None else (levels.least, levels.greatest)),
+        *((0, 0) if levels is None else levels.quantizer.range),
         GROUP if levels is None else levels.group,
         int(off_grid),
         torch.get_num_threads(),

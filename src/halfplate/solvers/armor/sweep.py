@@ -7,6 +7,7 @@ from math import comb
 import torch
 from torch import Tensor
 
+from halfplate.formats.quantizers import Quantizer
 from halfplate.formats.rounding import GROUP
 from halfplate.kernels import triton
 from halfplate.pattern import Pattern
@@ -17,16 +18,15 @@ RIDGE = 1e-6  # relative to the mean diagonal; the gain is measured without it
 
 @dataclass(frozen=True)
 class Levels:
-    """Least and greatest whole number of a grid, and the columns of a step; values are a step times one of the numbers."""
+    """A quantizer whose values are a step, its scale, times what the code stands for, and the columns of a step."""
 
-    least: int
-    greatest: int
+    quantizer: Quantizer
     group: int = GROUP
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Values of a core are steps · q: fp32 steps (T, r, ceil(c / levels.group)), refitted in place, as fp16 holds them.
+    """Values of a core are those of the quantizer for fp32 steps (T, r, ceil(c / levels.group)), refitted in place, as fp16 holds them.
 
     off: whether the core is not on the grid yet, so that no group may stay as it is.
     """
@@ -65,6 +65,7 @@ def sweep_tiles(
                     core[:, r, columns],
                     error[:, r, columns] * inverse,
                     in_gram[:, columns, columns],
+                    grid.levels.quantizer,
                 )
                 error[:, r] -= (scale[:, None, None] * moved[:, None, :] @ in_gram[:, columns, :])[:, 0]
             group = slice(start, start + m)
@@ -111,13 +112,14 @@ def _best(old: Tensor, masks: Tensor, values: Tensor, gains: Tensor) -> tuple[Te
     return new, gains[take, best]
 
 
-def refit_steps(steps: Tensor, values: Tensor, pull: Tensor, local: Tensor) -> Tensor:
+def refit_steps(steps: Tensor, values: Tensor, pull: Tensor, local: Tensor, quantizer: Quantizer) -> Tensor:
     """Give each row the fp16 step that is best for its codes, where that gains; returns the change of `values`.
 
     steps: (T,), in place. values: (T, c), in place. pull: E/G_rr, (T, c). local: C of these columns, (T, c, c).
     """
     alive = steps != 0
-    codes = torch.where(alive[:, None], values / torch.where(alive, steps, 1)[:, None], 0).round()
+    numbers = quantizer.nearest(values, steps[:, None])
+    codes = quantizer.decode(numbers, torch.ones_like(steps)[:, None])  # what is multiplied by the step
     slope = (codes.double() * pull).sum(1)
     curvature = (codes.double()[:, None, :] @ local.double() @ codes.double()[:, :, None])[:, 0, 0]
     usable = alive & (curvature > 0)
@@ -126,7 +128,7 @@ def refit_steps(steps: Tensor, values: Tensor, pull: Tensor, local: Tensor) -> T
     rounded = torch.where(fits, wished, 1).half().float()
     change = rounded.double() - steps
     gains = usable & fits & (2 * change * slope - change.square() * curvature > 0)
-    moved = torch.where(gains[:, None], codes * rounded[:, None] - values, 0).to(values.dtype)
+    moved = torch.where(gains[:, None], quantizer.decode(numbers, rounded[:, None]) - values, 0).to(values.dtype)
     steps.copy_(torch.where(gains, rounded, steps))
     values += moved
     return moved
@@ -135,7 +137,7 @@ def refit_steps(steps: Tensor, values: Tensor, pull: Tensor, local: Tensor) -> T
 def best_group_on_grid(
     old: Tensor, pull: Tensor, local: Tensor, pattern: Pattern, steps: Tensor, levels: Levels, may_stay: bool = True
 ) -> Tensor:
-    """`best_group` among values steps · q, steps (T,): of a mask the values are rounded one after the other.
+    """`best_group` among the values of the quantizer for steps (T,): of a mask the values are rounded one after the other.
 
     Those to come are solved again given those before. A pair of 2:4 is tried in both orders.
     """
@@ -155,10 +157,12 @@ def _rounded(linear: Tensor, local: Tensor, masks: Tensor, steps: Tensor, levels
     values = torch.zeros(masks.shape, dtype=torch.float64, device=local.device)
     alive = steps != 0
     inverse = torch.where(alive, 1 / torch.where(alive, steps, 1), 0).double()[:, None]
+    units = alive.double()[:, None]
     for k in range(masks.shape[2]):
         solved = _solve(left, local, masks[..., k:])[0][..., 0]
-        codes = (solved * inverse).clamp(levels.least, levels.greatest).round()
-        values[..., k] = codes * steps.double()[:, None]
+        # In units of the step, by its reciprocal in fp32 as the native code does.
+        numbers = levels.quantizer.nearest(solved * inverse, units)
+        values[..., k] = levels.quantizer.decode(numbers, steps.double()[:, None])
         take = torch.arange(len(local), dtype=torch.int64, device=local.device)[:, None]
         left -= values[..., k, None] * local.double()[take, masks[..., k]]
     return values

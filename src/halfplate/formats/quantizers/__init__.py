@@ -1,0 +1,33 @@
+"""Quantizers, one file each: which values a core of a few bits a weight can hold.
+
+To add one: write its file, add a line to `QUANTIZERS`, and describe its values in docs/format.md. Its name is a value of
+`core_dtype`. Other packages cannot add any: a checkpoint must be readable without the package that wrote it.
+"""
+
+from halfplate.dtypes import STORED
+from halfplate.formats.quantizers.base import Quantizer, has_scales_alone
+from halfplate.formats.quantizers.uniform import Uniform
+from halfplate.registry import Registry
+
+__all__ = ["QUANTIZERS", "Quantizer", "Uniform", "core_dtypes", "has_scales_alone", "quantizer_of"]
+
+QUANTIZERS: Registry[Quantizer] = Registry(
+    "quantizer",
+    "",
+    {
+        "int8": "halfplate.formats.quantizers.uniform:INT8",
+        "int4": "halfplate.formats.quantizers.uniform:INT4",
+        "int3": "halfplate.formats.quantizers.uniform:INT3",
+        "int2": "halfplate.formats.quantizers.uniform:INT2",
+    },
+)
+
+
+def quantizer_of(core_dtype: str) -> Quantizer | None:
+    """The quantizer of cores of `core_dtype`, None if they are floating-point numbers; raises HalfplateError if it is unknown."""
+    return None if core_dtype in STORED else QUANTIZERS.get(core_dtype)
+
+
+def core_dtypes() -> tuple[str, ...]:
+    """All values of `core_dtype`."""
+    return (*STORED, *QUANTIZERS)

@@ -1,0 +1,59 @@
+"""Evenly spaced values around 0: q times a scale."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from halfplate.formats.quantizers.base import best_scales, shares_down_to
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The values q · scale, q from −2^(bits − 1) to 2^(bits − 1) − 1; eight bits leave out -128, so that |q| fits seven.
+
+    least_share: of the scale that clips nothing, down to which `refit` looks for a better one.
+    """
+
+    name: str
+    bits: int
+    least_share: float = 0.6
+    stored: ClassVar[tuple[str, ...]] = ("scales",)
+
+    @property
+    def range(self) -> tuple[int, int]:
+        return (-127 if self.bits == 8 else -(1 << self.bits - 1)), (1 << self.bits - 1) - 1
+
+    def nearest(self, values: Tensor, *parameters: Tensor) -> Tensor:
+        (scales,) = parameters
+        return torch.where(scales > 0, values / scales, 0).round_().clamp_(*self.range)
+
+    def decode(self, numbers: Tensor, *parameters: Tensor) -> Tensor:
+        (scales,) = parameters
+        return numbers * scales
+
+    def refit(
+        self, values: Tensor, shares: Sequence[float] | None = None, energy: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        unclipped = values.abs().amax(-1) / self.range[1]
+        shares = shares_down_to(self.least_share) if shares is None else shares
+
+        def rounded(scales: Tensor) -> Tensor:
+            return self._numbers(values, scales).mul_(scales.float()[..., None])
+
+        scales = best_scales(values, unclipped, shares, rounded, energy)
+        return self._numbers(values, scales), (scales,)
+
+    def _numbers(self, values: Tensor, scales: Tensor) -> Tensor:
+        """`nearest` over whole groups (..., width): one division a group, not one a value."""
+        inverse = torch.where(scales > 0, scales.float().reciprocal(), 0.0)
+        return (values * inverse[..., None]).round_().clamp_(*self.range)
+
+
+INT8 = Uniform("int8", 8)
+INT4 = Uniform("int4", 4)
+INT3 = Uniform("int3", 3)
+# Of the four values of two bits the best scale leaves all of a group's tail out.
+INT2 = Uniform("int2", 2, least_share=0.25)
