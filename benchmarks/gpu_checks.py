@@ -15,7 +15,8 @@ from halfplate.formats.quantizers.uniform import INT4
 from halfplate.kernels import triton
 from halfplate.methods import METHODS, create
 from halfplate.pattern import DENSE, Pattern
-from halfplate.runtime.semi_structured import SemiStructuredLinear, prepare
+from halfplate.runtime.backends import Options, pack
+from halfplate.runtime.backends.cuda import SEMI_STRUCTURED_PRODUCTS, SemiStructuredLinear
 from halfplate.solvers.armor.full_gram import GramSchedule, solve_gram
 from halfplate.solvers.armor.sweep import Grid, Levels, sweep_tiles
 from halfplate.statistics import InputStatistics
@@ -188,7 +189,7 @@ def prepared(session: Session, module: CompressedLinear) -> nn.Module:
     if not session.cuda:
         dtype = torch.float16 if module.spec.core_dtype == "fp16" else torch.bfloat16
         return SemiStructuredLinear(module, dtype, pack=lambda dense: dense)
-    found = prepare(module)
+    found = pack(module, Options(), [SEMI_STRUCTURED_PRODUCTS])
     if isinstance(found, str):
         raise Absent(found)
     return found
@@ -219,7 +220,8 @@ def check_semi_structured(session: Session) -> None:
         if session.cuda:
             _compiled(session)
     with session.part("matrices without a product stay on the torch path"):
-        reason = prepare(random_linear(WeightSpec(32, 64, Pattern(4, 8)), session.device))
+        module = random_linear(WeightSpec(32, 64, Pattern(4, 8)), session.device)
+        reason = pack(module, Options(), [SEMI_STRUCTURED_PRODUCTS])
         session.record.check("4:8 keeps the torch path and says why", isinstance(reason, str), str(reason))
 
 

@@ -6,7 +6,7 @@ import torch
 import halfplate
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear
-from halfplate.runtime.linear import PackedLinear
+from halfplate.runtime.backends.cpu import PackedLinear
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install '.[peft]')")
 from halfplate.adapters import LoraCompressed, adapted  # noqa: E402

@@ -7,7 +7,7 @@ from torch import nn
 
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear
-from halfplate.runtime.linear import PackedLinear
+from halfplate.runtime.backends import Packed
 
 try:
     from peft import LoraConfig
@@ -27,9 +27,6 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
         self.fan_in_fan_out = False  # as peft does for an nn.Linear: the weight is (d_out, d_in)
-        base = self.get_base_layer()
-        if isinstance(base, PackedLinear):
-            base.qweight = base.packed  # peft looks there for the device that the adapter is to be on
 
     def resolve_lora_variant(self, **kwargs: Any) -> None:
         """Plain LoRA and no other, whichever way its configuration arrives: peft asks here what else to compute."""
@@ -42,7 +39,7 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter; peft calls this. Raises HalfplateError where `config` trains what the kernels hold packed."""
-        if isinstance(self.get_base_layer(), PackedLinear):
+        if isinstance(self.get_base_layer(), Packed):
             for name, frozen in (("bias", "none"), ("modules_to_save", None), ("trainable_token_indices", None)):
                 value = getattr(config, name)
                 if value and value != frozen:
@@ -64,7 +61,7 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
         Raises HalfplateError with `safe_merge` where the sum holds NaN or infinity.
         """
         base = self.get_base_layer()
-        assert isinstance(base, CompressedLinear | PackedLinear)
+        assert isinstance(base, CompressedLinear | Packed)
         if not merge:
             return base
         weight, bias = base.dense()
@@ -95,5 +92,5 @@ def adapted(config: LoraConfig) -> LoraConfig:
         raise HalfplateError(
             f"use_dora={config.use_dora}, init_lora_weights={config.init_lora_weights!r} need dense weights; leave them at their defaults"
         )
-    config._register_custom_module({CompressedLinear: LoraCompressed, PackedLinear: LoraCompressed})
+    config._register_custom_module({CompressedLinear: LoraCompressed, Packed: LoraCompressed})
     return config

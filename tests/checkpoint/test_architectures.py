@@ -13,7 +13,7 @@ from halfplate.formats import CompressedLinear
 from halfplate.kernels import native
 from halfplate.models.linears import find_linears
 from halfplate.recipe import Recipe
-from halfplate.runtime.linear import PackedLinear
+from halfplate.runtime.backends.cpu import PackedLinear
 
 IDS = torch.arange(3, 19)[None]
 

@@ -21,7 +21,7 @@ from halfplate.checkpoint.write import round_others, write_checkpoint
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.pattern import DENSE, Pattern
-from halfplate.runtime.linear import PackedLinear
+from halfplate.runtime.backends.cpu import PackedLinear
 
 Logits = Callable[[Any], Tensor]
 needs_accelerate = pytest.mark.skipif(

@@ -11,12 +11,10 @@ from halfplate.cli import main
 from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.kernels import linear
-from halfplate.kernels.capability import check_tensors, without_kernel
-from halfplate.kernels.linear import NATIVE
+from halfplate.kernels.capability import check_tensors
 from halfplate.pattern import DENSE, Pattern
-from halfplate.runtime.semi_structured import SEMI_STRUCTURED, prepare
+from halfplate.runtime.backends import BACKENDS, Options, backends, pack, refusal, without_kernel
 
-BACKENDS = (NATIVE, SEMI_STRUCTURED)
 GROUPS_OF_32 = "no kernel for scales of 32 columns, only of 128, nearest setting with one: --group-size 128"
 
 
@@ -35,18 +33,28 @@ class Zeros(WeightSpec):
         return super().layout() | {"weight_zeros": ((self.d_out,), torch.int8)}
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
-def test_a_new_field_or_tensor_is_refused_by_every_backend(backend):
-    assert backend.refusal(WeightSpec(8, 16)) is None
-    assert "offset=0" in backend.refusal(Offset(8, 16)).reason
-    assert "weight_zeros" in backend.refusal(Zeros(8, 16)).reason
+@pytest.mark.parametrize("spec", [Offset(8, 16), Offset(8, 16, offset=3), Zeros(8, 16)], ids=repr)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_new_field_or_tensor_is_refused_by_every_backend(name, spec):
+    backend = BACKENDS.get(name)
+    word = "weight_zeros" if isinstance(spec, Zeros) else f"offset={spec.offset}"
+    for device in map(torch.device, backend.devices):
+        assert (
+            f"no kernel knows {'the tensor ' * isinstance(spec, Zeros)}{word}" in backend.refusal(spec, device).reason
+        )
+        assert "no kernel knows" in refusal(spec, device, backends())
+    assert backend.capability.refusal(WeightSpec(8, 16)) is None
 
 
-def test_no_backend_runs_what_it_does_not_know():
+def test_no_backend_packs_what_it_does_not_know():
     for spec in (Offset(8, 16), Zeros(8, 16)):
         with pytest.raises(HalfplateError, match="no kernel knows"):
             linear.pack(spec, random_linear(WeightSpec(8, 16)))
-        assert "no kernel knows" in prepare(CompressedLinear(spec, False))
+        module = CompressedLinear(spec, False)
+        assert "no kernel knows" in pack(module, Options(), backends())
+        for backend in backends():
+            with pytest.raises(HalfplateError, match="no kernel knows"):
+                backend.pack(module)
 
 
 def test_a_tensor_that_is_no_part_of_the_matrix_is_an_error():

@@ -13,7 +13,7 @@ from halfplate.kernels import native
 from halfplate.models.linears import replace_linear
 from halfplate.pattern import Pattern
 from halfplate.runtime import accelerate, explain, restore
-from halfplate.runtime.linear import PackedLinear
+from halfplate.runtime.backends.cpu import PackedLinear
 from halfplate.solvers.selection import keep_largest
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")

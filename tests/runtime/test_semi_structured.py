@@ -9,8 +9,8 @@ import torch
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.pattern import Pattern
-from halfplate.runtime import semi_structured
-from halfplate.runtime.semi_structured import SemiStructuredLinear, prepare, unsupported
+from halfplate.runtime.backends import Options, cuda, pack
+from halfplate.runtime.backends.cuda import SEMI_STRUCTURED_PRODUCTS, SemiStructuredLinear, SemiStructuredProducts
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -104,40 +104,89 @@ def test_module_packs_a_contiguous_2_4_matrix_of_its_type():
     assert int((dense.view(32, 16, 4) != 0).sum(-1).max()) <= 2
 
 
-def test_a_prepared_module_is_not_saved():
-    prepared = SemiStructuredLinear(random_linear(WeightSpec(32, 64)), torch.bfloat16, pack=lambda dense: dense)
-    with pytest.raises(HalfplateError, match="kernels=False"):
-        prepared.state_dict()
-    assert "out_features=32" in repr(prepared)
+@pytest.mark.parametrize(("core_dtype", "wrapper_dtype"), [("bf16", "fp32"), ("int8", "bf16"), ("int2", "int8")])
+def test_what_was_packed_comes_back_bit_for_bit(core_dtype, wrapper_dtype):
+    module = random_linear(WeightSpec(32, 64, Pattern(2, 4), core_dtype, 8, 24, wrapper_dtype), bias=True)
+    module.weight[:, ::3] = 1  # zero as a code, and no zero keeps its place in the products
+    state = module.state_dict()
+    packed = SemiStructuredLinear(module, torch.bfloat16, pack=lambda dense: dense).train(module.training)
+    for found in (packed.state_dict(), packed.restored().state_dict()):
+        assert found.keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
+    assert packed.restored().spec == module.spec
+    assert torch.equal(packed.dense()[0], module.dense()[0])
+    assert torch.equal(packed.bias, module.bias)
+    assert packed.path == "semi-structured products of torch"
+    assert "out_features=32" in repr(packed)
+
+
+def test_gradients_reach_inputs():
+    module = random_linear(WeightSpec(32, 64, Pattern(2, 4), "bf16", 8, 8), bias=True)
+    packed = SemiStructuredLinear(module, torch.bfloat16, pack=lambda dense: dense)
+    grads = []
+    for linear in (module, packed):
+        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        linear(x).square().sum().backward()
+        grads.append(x.grad)
+    assert float((grads[0] - grads[1]).norm() / grads[0].norm()) < 0.02  # products in bf16
+
+
+def test_moving_and_loading_name_the_cure():
+    packed = SemiStructuredLinear(random_linear(WeightSpec(32, 64)), torch.bfloat16, pack=lambda dense: dense)
+    for act in (lambda: packed.to("meta"), lambda: packed.load_state_dict(packed.state_dict())):
+        with pytest.raises(HalfplateError, match="restore"):
+            act()
+    assert packed.to(torch.float16).weight.dtype == torch.float16
+    assert packed.core.dtype == torch.bfloat16
+
+
+def unsupported(spec):
+    """Why no product of torch runs `spec` on any GPU."""
+    refusal = SEMI_STRUCTURED_PRODUCTS.capability.refusal(spec)
+    return refusal and refusal.reason
 
 
 def test_reasons_to_stay():
-    assert prepare(random_linear(WeightSpec(32, 64))) == "semi-structured products need a CUDA device, not cpu"
+    with pytest.raises(HalfplateError, match="semi-structured products of torch are for cuda, not for cpu"):
+        SEMI_STRUCTURED_PRODUCTS.pack(random_linear(WeightSpec(32, 64)))
     assert "pattern 2:4, not 4:8" in unsupported(WeightSpec(32, 64, Pattern(4, 8)))
     assert "fp32" in unsupported(WeightSpec(32, 64, core_dtype="fp32"))
     assert "order" in unsupported(WeightSpec(32, 64, permuted=True))
     assert unsupported(WeightSpec(32, 64, core_dtype="fp16")) is None
 
 
-@pytest.fixture
-def pretended_gpu(monkeypatch):
-    """A device that passes for a GPU, so that the choice of backend can be followed."""
-    monkeypatch.setattr(semi_structured, "_unsupported_device", lambda device: None)
+class Pretended(SemiStructuredProducts):
+    """The processor passes for a GPU, so that the choice of library can be followed."""
+
+    devices = frozenset({"cpu"})
+
+    def unavailable(self, device):
+        return None
 
 
-def test_backends_are_tried_in_turn(pretended_gpu, monkeypatch):
+def packed_or_why(module):
+    return pack(module, Options(), [Pretended()])
+
+
+def test_libraries_are_tried_in_turn(monkeypatch):
     def refuse(dense):
         raise RuntimeError("no cuSPARSELt\nin this build")
 
     module = random_linear(WeightSpec(32, 64))
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", refuse)
-    monkeypatch.setattr(semi_structured, "_cutlass", lambda dense: dense)
-    prepared = prepare(module)
-    assert isinstance(prepared, SemiStructuredLinear)
-    assert prepared.dtype == torch.bfloat16
-    monkeypatch.setattr(semi_structured, "_cutlass", refuse)
-    assert prepare(module).count("no cuSPARSELt") == 2
+    monkeypatch.setattr(cuda, "_cutlass", lambda dense: dense)
+    packed = packed_or_why(module)
+    assert isinstance(packed, SemiStructuredLinear)
+    assert packed.product_dtype == torch.bfloat16
+    monkeypatch.setattr(cuda, "_cutlass", refuse)
+    assert packed_or_why(module).count("no cuSPARSELt") == 2
 
 
-def test_torch_itself_refuses_the_processor(pretended_gpu):
-    assert "Only CUDA tensors" in prepare(random_linear(WeightSpec(32, 64)))
+def test_torch_itself_refuses_the_processor():
+    assert "Only CUDA tensors" in packed_or_why(random_linear(WeightSpec(32, 64)))
+
+
+def test_old_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    refusal = SEMI_STRUCTURED_PRODUCTS.refusal(WeightSpec(32, 64), torch.device("cuda"))
+    assert refusal.reason == "compute capability 7.5 has no sparse tensor cores, which need 8.0"

@@ -20,9 +20,9 @@ from halfplate.device import check_device
 from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.formats import WeightSpec
 from halfplate.formats.checks import check_part
-from halfplate.kernels.capability import without_kernel
 from halfplate.models.reading import reading
 from halfplate.models.trust import check_counts, check_folder, check_layers
+from halfplate.runtime.backends import without_kernel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from halfplate.checkpoint.weights import INDEX_FILE, SINGLE_FILE, read_headers, read_tensors, sha256
 from halfplate.checkpoint.write import add_sentence, write_record
 from halfplate.errors import HalfplateError
+from halfplate.formats import CompressedLinear
+from halfplate.runtime.backends import Packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +70,7 @@ def _check_savable(model: Any, folder: Path, variant: str | None) -> None:
         raise HalfplateError(f"save_directory={str(folder)!r} is a file; name a folder")
     for name in model.hf_quantizer.quantization_config.modules:
         module = model.get_submodule(name)
-        if not hasattr(module, "spec") or getattr(module, "dense_dtype", None) is not None:
+        if not isinstance(module, CompressedLinear) and not (isinstance(module, Packed) and module.dense_dtype is None):
             raise HalfplateError(
                 f"{name} is a {type(module).__name__}, no compressed matrix any more; call model.dequantize() and save a dense model, "
                 "or take adapters off with unload()"

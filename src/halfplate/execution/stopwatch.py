@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from halfplate.formats import CompressedLinear, WeightSpec
-from halfplate.kernels.linear import unsupported
 from halfplate.pattern import DENSE
-from halfplate.runtime.linear import PackedLinear
+from halfplate.runtime.backends import Options, backends, pack, pack_dense
 
 COLD_BYTES = 96 * 2**20  # copies of a matrix that are read in turn, so that each comes from memory
 MOST_COPIES = 200
@@ -25,13 +24,13 @@ class Stopwatch:
 
     def dense(self, linear: nn.Linear) -> float:
         spec = WeightSpec(linear.out_features, linear.in_features, DENSE, "bf16")
-        packed = None if unsupported(spec) else PackedLinear.of_dense(linear, "bf16")
-        return self._time(spec, linear if packed is None else packed)
+        packed = pack_dense(linear, Options(dense_dtype="bf16"), backends())
+        return self._time(spec, linear if isinstance(packed, str) else packed)
 
     def compressed(self, linear: CompressedLinear) -> float:
-        packed = None if unsupported(linear.spec) else PackedLinear.of_compressed(linear)
+        packed = pack(linear, Options(), backends())
         # One that shares a wrapper applies it as one of its own does.
-        return self._time(linear.spec.alone, linear if packed is None else packed)
+        return self._time(linear.spec.alone, linear if isinstance(packed, str) else packed)
 
     def _time(self, spec: WeightSpec, linear: nn.Module) -> float:
         if spec not in self._known:
@@ -39,8 +38,8 @@ class Stopwatch:
             copies = [
                 copy.deepcopy(linear) for _ in range(max(2, COLD_BYTES // max(nbytes, COLD_BYTES // MOST_COPIES)))
             ]
-            held = next(iter(linear.state_dict().values()))
-            x = torch.randn(1, spec.d_in, dtype=torch.float32, device=held.device)
+            device: torch.device = linear.weight.device  # type: ignore[assignment]
+            x = torch.randn(1, spec.d_in, dtype=torch.float32, device=device)
             rounds = []
             for _ in range(TIMINGS):
                 start = time.perf_counter()

@@ -1,6 +1,5 @@
 """What a backend runs, declared field by field of a specification: what is not declared is not supported."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
 
-# The tensors that every backend here knows, by their names below the module; the bias is passed apart.
+# Names of tensors below the module, for those that backends declare; the bias is passed apart.
 CORE = ("weight", "weight_index", "weight_scales")
 WRAPPERS = tuple(f"weight_{side}_{part}" for side in ("out", "in") for part in ("blocks", "tail", "scales"))
 
@@ -35,14 +34,14 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Backend:
-    """A way to run compressed matrices. fields: what it takes of each field of a specification; it refuses any other field."""
+class Capability:
+    """What a backend runs. fields: what it takes of each field of a specification. tensors: those it knows. It refuses any other."""
 
-    name: str
     fields: Mapping[str, Field]
+    tensors: frozenset[str]
 
     def refusal(self, spec: WeightSpec) -> Refusal | None:
-        """Why it does not run a matrix of `spec`; None if it does."""
+        """Why the backend does not run a matrix of `spec` on any machine; None if it does."""
         for field in fields(spec):
             known = self.fields.get(field.name)
             if known is None:
@@ -50,7 +49,7 @@ class Backend:
             if not known.takes(spec):
                 return Refusal(known.refuses.format(value=getattr(spec, field.name)), known.nearest)
         for name in spec.layout():
-            if name not in CORE and name not in WRAPPERS:
+            if name not in self.tensors:
                 return Refusal(f"no kernel knows the tensor {name}")
         return None
 
@@ -89,25 +88,3 @@ def check_tensors(spec: WeightSpec, tensors: Iterable[str]) -> None:
             f"{min(strangers)} is not a tensor of a matrix of {spec.format} {spec.pattern} {spec.core_dtype}; "
             "the file was written by another version, update halfplate"
         )
-
-
-def without_kernel(specs: Iterable[WeightSpec], backend: Backend | None = None) -> str | None:
-    """One line on the matrices that have no kernel on a processor and the nearest settings that have one; None if all have.
-
-    It does not depend on the machine: whether the kernels are built there is what `halfplate doctor` says.
-    """
-    from halfplate.kernels.linear import NATIVE
-
-    backend, count = backend or NATIVE, 0
-    refusals = Counter[Refusal]()
-    for spec in specs:
-        count += 1
-        if (refusal := backend.refusal(spec)) is not None:
-            refusals[refusal] += 1
-    if not refusals:
-        return None
-    spoken = [
-        f"{refusal.reason}{f', nearest setting with one: {refusal.nearest}' if refusal.nearest else ''}"
-        for refusal, _ in refusals.most_common(3)
-    ]
-    return f"{refusals.total()} of {count} matrices run by torch, slower than the dense model: {'; '.join(spoken)}"

@@ -24,7 +24,18 @@ from halfplate.formats.packing import unpack as unpack_codes
 from halfplate.formats.quantizers import QUANTIZERS, quantizer_of
 from halfplate.formats.spec import WeightSpec
 from halfplate.kernels import native
-from halfplate.kernels.capability import NO_ORDER, NO_RANK, Backend, Field, anything, check_tensors, one_of, pattern_of
+from halfplate.kernels.capability import (
+    CORE,
+    NO_ORDER,
+    NO_RANK,
+    WRAPPERS,
+    Capability,
+    Field,
+    anything,
+    check_tensors,
+    one_of,
+    pattern_of,
+)
 
 KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
 TILE = 128  # columns of a scale: as in src/runtime.h
@@ -45,8 +56,7 @@ REFUSALS = {
 }
 
 
-NATIVE = Backend(
-    "native kernels",
+NATIVE = Capability(
     {
         "d_out": anything(),
         "d_in": anything(),
@@ -75,6 +85,7 @@ NATIVE = Backend(
         ),
         "in_shared": anything(),  # the wrapper is packed along
     },
+    frozenset(CORE + WRAPPERS),
 )
 
 

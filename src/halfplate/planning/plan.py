@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import Any
 
 from halfplate.formats.spec import WeightSpec
-from halfplate.kernels.capability import without_kernel
 from halfplate.planning.disk import DiskPlan
 from halfplate.planning.memory import MemoryPlan
 from halfplate.planning.sizes import ModelSizes
 from halfplate.planning.speed import Speed
 from halfplate.recipe import Recipe
+from halfplate.runtime.backends import without_kernel
 from halfplate.statistics import Statistic
 
 LEAST_SHARE = 0.5  # of the parameters of the decoder blocks; below, a plan warns

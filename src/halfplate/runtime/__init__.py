@@ -1,6 +1,17 @@
 """Running compressed models fast: which kernel each linear takes, and decoding without Python between the layers."""
 
-from halfplate.runtime.decoder import greedy
-from halfplate.runtime.prepare import Acceleration, accelerate, explain, restore
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halfplate.runtime.decoder import greedy
+    from halfplate.runtime.prepare import Acceleration, accelerate, explain, restore
 
 __all__ = ["Acceleration", "accelerate", "explain", "greedy", "restore"]
+
+
+def __getattr__(name: str) -> Any:
+    # Whoever asks a backend what it runs needs none of transformers, which these import.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{'decoder' if name == 'greedy' else 'prepare'}"), name)

@@ -18,51 +18,17 @@ from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.kernels import native
 from halfplate.kernels.linear import CPU
-from halfplate.models.arguments import OLD_CACHE_ARGUMENT, cache_argument
+from halfplate.models.arguments import cache_argument
+from halfplate.runtime.backends.cpu import PackedLinear
 from halfplate.runtime.cache import GrowingCache
-from halfplate.runtime.linear import PackedLinear
+from halfplate.runtime.calls import DTYPES, cache_of, single_token, wants_growing_cache
+from halfplate.runtime.structures import BlockStruct, DecoderStruct
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-# Of a model's other numbers; the native step computes in fp32 and rounds its logits.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Their tables depend on how long the sequence is.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-# What a call with one new token may say besides its cache, and the values that leave the native step right.
-HARMLESS = {"output_attentions": (None, False), "output_hidden_states": (None, False), "labels": (None,)} | {
-    "inputs_embeds": (None,),
-    "return_dict": (None, True),
-    "use_cache": (None, True),
-}
-
-
-class BlockStruct(ctypes.Structure):
-    """Mirror of `halfplate::DecoderBlock` in kernels/src/runtime.h."""
-
-    _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "q", "k", "v", "o", "gate", "up", "down")],
-        *[(name, ctypes.c_void_p) for name in ("keys", "values", "query_norm", "key_norm")],
-        ("norm_bytes", ctypes.c_int64 * 4),
-        ("linear_bytes", ctypes.c_int64 * 7),
-        ("cache_bytes", ctypes.c_int64 * 2),
-    ]
-
-
-class DecoderStruct(ctypes.Structure):
-    """Mirror of `halfplate::Decoder` in kernels/src/runtime.h."""
-
-    _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary")],
-        *[(name, ctypes.c_int64) for name in ("blocks", "capacity")],
-        *[(name, ctypes.c_float) for name in ("epsilon", "embedding_scale", "attention_scale")],
-        *[(name, ctypes.c_void_p) for name in ("cosines", "sines", "final_norm", "head")],
-        ("block", ctypes.POINTER(BlockStruct)),
-        ("scratch", ctypes.c_void_p),
-        ("table_bytes", ctypes.c_int64 * 2),
-        *[(name, ctypes.c_int64) for name in ("final_norm_bytes", "head_bytes", "block_bytes", "scratch_bytes")],
-        *[(name, ctypes.c_int64) for name in ("sized_threads", "sized_capacity", "sized_floats")],
-    ]
 
 
 def install(model: Any) -> str:
@@ -288,83 +254,22 @@ def _native_class(dense: type) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return dense.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-        token = None if args else _single_token(self, kwargs, cache_name)
+        token = None if args else single_token(self, kwargs, cache_name)
         if token is None or (self._native_decoder is None and why_not(self) is not None):
             self._native_decoder = None  # weights may have changed since the last prompt
             return dense.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-        cache = _cache_of(kwargs, cache_name)
+        cache = cache_of(kwargs, cache_name)
         logits = self.native_decoder.step(token, cache)[None, None].to(self.dtype)
         return CausalLMOutputWithPast(logits=logits, **{cache_name: cache})
 
     @wraps(dense.generate)  # type: ignore[attr-defined]
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _wants_growing_cache(self, args, kwargs):
+        if wants_growing_cache(self, args, kwargs):
             kwargs[cache_name] = GrowingCache(self.config.num_hidden_layers)
         return dense.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     body = {"forward": forward, "generate": generate, "__module__": dense.__module__, "__doc__": dense.__doc__}
     return type(dense.__name__, (NativeDecoding, dense), body)
-
-
-def _cache_of(kwargs: dict[str, Any], cache_name: str) -> Any:
-    """The cache that a call gives under its name in this transformers, or under the old one."""
-    return kwargs.get(cache_name, kwargs.get(OLD_CACHE_ARGUMENT))
-
-
-def _single_token(model: Any, kwargs: dict[str, Any], cache_name: str) -> int | None:
-    """The new token of a call that the native step answers, else None."""
-    cache, ids = _cache_of(kwargs, cache_name), kwargs.get("input_ids")
-    if not isinstance(cache, GrowingCache) or ids is None or tuple(ids.shape) != (1, 1):
-        return None
-    length = cache.get_seq_length()
-    if torch.is_grad_enabled() or model.training or not length or not cache.fits_one_sequence_in_floats:
-        return None
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and (tuple(mask.shape) != (1, length + 1) or not bool(mask.all())):
-        return None
-    if positions is not None and positions.tolist() != [[length]]:
-        return None
-    config = model.config
-    if config.output_attentions or config.output_hidden_states or not (kwargs.get("return_dict") or config.return_dict):
-        return None
-    if not isinstance(kwargs.get("logits_to_keep", 0), int):
-        return None
-    known = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "cache_position"}
-    known |= {cache_name, OLD_CACHE_ARGUMENT}
-    for name, value in kwargs.items():
-        if name not in known and (name not in HARMLESS or value not in HARMLESS[name]):
-            return None
-    return int(ids[0, 0])
-
-
-def _wants_growing_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of `generate` decodes one sequence and leaves the choice of its cache open."""
-    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    config = config or model.generation_config
-
-    def setting(name: str) -> Any:
-        return kwargs[name] if name in kwargs else getattr(config, name, None)
-
-    inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    return (
-        inputs is not None
-        and inputs.shape[0] == 1
-        and model.dtype in DTYPES
-        and setting("use_cache") is not False
-        and (setting("num_beams") or 1) == 1
-        and (setting("num_return_sequences") or 1) == 1
-        and all(
-            setting(name) is None
-            for name in (
-                "cache",
-                OLD_CACHE_ARGUMENT,
-                "cache_implementation",
-                "assistant_model",
-                "custom_generate",
-                "prompt_lookup_num_tokens",
-            )
-        )
-    )
 
 
 class _Told(BaseStreamer):

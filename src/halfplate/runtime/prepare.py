@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,12 @@ from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, check_stored, connect
 from halfplate.formats.plain import is_plain_linear
-from halfplate.kernels import native
-from halfplate.kernels.linear import ACTIVATIONS, unsupported
+from halfplate.kernels.linear import ACTIVATIONS
 from halfplate.models.data_reads import stated_reads
-from halfplate.runtime import decoder, semi_structured
+from halfplate.runtime import decoder
+from halfplate.runtime.backends import Backend, Options, Packed, pack, pack_dense, refusal, refusal_of_dense
+from halfplate.runtime.backends import backends as named_backends
 from halfplate.runtime.embedding import StoredEmbedding
-from halfplate.runtime.linear import PackedLinear
 
 HEAD_DTYPES = ("fp32", "bf16", "int8")
 
@@ -59,17 +59,23 @@ def check_options(activations: str, head_dtype: str | None) -> None:
 @plain_defaults()
 @torch.no_grad()
 def accelerate(
-    model: Any, activations: str = "float", head_dtype: str | None = None, dense_dtype: str | None = None
+    model: Any,
+    activations: str = "float",
+    head_dtype: str | None = None,
+    dense_dtype: str | None = None,
+    backends: Sequence[str] | None = None,
 ) -> Acceleration:
     """Replace the linears of a transformers model, compressed or dense, by the fastest that this machine has, in place.
 
     activations: `float`, or `int8` (a scale a token and 128 inputs) where cores are int8 or int4. head_dtype: how the output
     layer is stored for the runtime, `fp32`, `bf16` or `int8`; None takes bf16 where that is exact, else fp32. dense_dtype: the
-    same for linears that are not compressed. Embeddings are kept in bf16 where that is exact. On CUDA, 2:4 cores go through torch's semi-structured products. What no kernel
+    same for linears that are not compressed. backends: names of those that may run linears, the first choice first; None
+    asks all. Embeddings are kept in bf16 where that is exact. On CUDA, 2:4 cores go through torch's semi-structured products. What no kernel
     runs keeps its torch path, and the result says why. Raises HalfplateError for an unknown option and a damaged matrix.
     """
     check_options(activations, head_dtype)
     check_options(activations, dense_dtype)
+    among, options = named_backends(backends), Options(activations, dense_dtype)
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     # A tied head is saved as the embedding, and one that is rounded here is not what the model holds.
@@ -77,39 +83,37 @@ def accelerate(
     paths, read = list[LinearPath](), stated_reads(model)
     for name, module in list(model.named_modules()):
         if module is head and is_plain_linear(module):
-            paths.append(_replace_head(model, name, module, head_dtype, activations, saved=not tied))
+            rounded = Options(activations, head_dtype)
+            paths.append(_replace(model, name, module, rounded, among, saved=not tied))
         elif type(module) is nn.Embedding and module.weight.device.type == "cpu":
             smaller = StoredEmbedding.of(module)
             if smaller is not None:
                 model.set_submodule(name, smaller.train(module.training))
         elif isinstance(module, CompressedLinear | nn.Linear):
             kept = _kept(name, module, read)
-            paths.append(
-                LinearPath(name, "torch", kept) if kept else _replace(model, name, module, activations, dense_dtype)
-            )
+            paths.append(LinearPath(name, "torch", kept) if kept else _replace(model, name, module, options, among))
     return Acceleration(tuple(paths), decoder.install(model))
 
 
 @torch.no_grad()
 def accelerate_linears(module: nn.Module) -> None:
     """Replace the compressed linears below `module` by the fastest that this machine has, in place."""
+    among = named_backends()
     for name, linear in list(module.named_modules()):
         if isinstance(linear, CompressedLinear):
-            _replace(module, name, linear, "float", None)
+            _replace(module, name, linear, Options(), among)
 
 
 def explain(model: Any) -> Acceleration:
     """Which path each linear of a loaded model takes, and what decodes."""
-    kinds = (PackedLinear, CompressedLinear, nn.Linear)
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
-    read = stated_reads(model)
-    paths = tuple(
-        LinearPath(name, _spoken(module))
-        if isinstance(module, PackedLinear)
-        else LinearPath(name, "torch", _kept(name, module, read) or _why(module))
-        for name, module in linears
-    )
-    return Acceleration(paths, decoder.why_not(model) or "native")
+    among, read = named_backends(), stated_reads(model)
+    paths = []
+    for name, module in model.named_modules():
+        if isinstance(module, Packed):
+            paths.append(LinearPath(name, module.path))
+        elif isinstance(module, CompressedLinear | nn.Linear):
+            paths.append(LinearPath(name, "torch", _kept(name, module, read) or _why(module, among)))
+    return Acceleration(tuple(paths), decoder.why_not(model) or "native")
 
 
 @plain_defaults()
@@ -117,7 +121,7 @@ def restore(model: Any) -> None:
     """Undo `accelerate`, in place: every linear becomes what it was packed from."""
     decoder.uninstall(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
+        if isinstance(module, Packed):
             model.set_submodule(name, module.restored())
         elif isinstance(module, StoredEmbedding):
             model.set_submodule(name, module.restored().train(module.training))
@@ -129,73 +133,55 @@ def restore(model: Any) -> None:
 
 def bf16_kernels(device: str) -> Callable[[nn.Linear], nn.Module] | None:
     """What puts the kernels with weights in bf16 in the place of a dense linear; None where `device` has none."""
-    if torch.device(device).type != "cpu" or not native.available():
+    among = named_backends()
+    if refusal_of_dense(torch.device(device), among) is not None:
         return None
-    return lambda linear: PackedLinear.of_dense(linear, "bf16")
+
+    def in_bf16(linear: nn.Linear) -> nn.Module:
+        packed = pack_dense(linear, Options(dense_dtype="bf16"), among)
+        return linear if isinstance(packed, str) else packed
+
+    return in_bf16
 
 
 def _kept(name: str, module: CompressedLinear | nn.Linear, read: Mapping[str, str]) -> str | None:
     """What keeps a linear in its place on every device: code that does more with it than multiply."""
     if isinstance(module, CompressedLinear):
-        return None
+        own = type(module).forward is not CompressedLinear.forward
+        return f"{type(module).__name__} has a forward of its own" if own else None
     if not is_plain_linear(module):
         return f"{type(module).__name__} has a forward of its own"
     return f"its weight is read as data by {read[name]}" if name in read else None
 
 
-def _why(module: nn.Module) -> str | None:
-    """What keeps a linear of torch from the kernels, if anything does."""
-    return unsupported(module.spec) if isinstance(module, CompressedLinear) else _native_reason()
+def _why(module: CompressedLinear | nn.Linear, among: Sequence[Backend]) -> str | None:
+    """What keeps a linear of torch from every backend, if anything does."""
+    device = module.weight.device
+    if isinstance(module, CompressedLinear):
+        return refusal(module.spec, device, among)
+    return refusal_of_dense(device, among)
 
 
 def _replace(
-    model: nn.Module, name: str, module: CompressedLinear | nn.Linear, activations: str, dense_dtype: str | None
+    model: nn.Module,
+    name: str,
+    module: CompressedLinear | nn.Linear,
+    options: Options,
+    among: Sequence[Backend],
+    saved: bool = True,
 ) -> LinearPath:
-    device = module.weight.device.type
-    if device == "cuda" and isinstance(module, CompressedLinear):
-        prepared = semi_structured.prepare(module)
-        if isinstance(prepared, str):
-            return LinearPath(name, "torch", prepared)
-        model.set_submodule(name, prepared)
-        return LinearPath(name, "semi-structured products of torch")
-    if device != "cpu":
-        return LinearPath(name, "torch", f"on device {device}")
-    reason = _why(module)
-    if reason is not None:
-        return LinearPath(name, "torch", reason)
+    """Put the linear as a backend packs it in the place of `module`. saved: whether the state dictionary is to hold it."""
     try:
-        packed = (
-            PackedLinear.of_compressed(module, activations)
-            if isinstance(module, CompressedLinear)
-            else PackedLinear.of_dense(module, dense_dtype, activations)
-        )
-    except HalfplateError as refusal:
+        if isinstance(module, CompressedLinear):
+            packed = pack(module, options, among)
+        else:
+            packed = pack_dense(module, options, among)
+    except HalfplateError as refused:
         if isinstance(module, CompressedLinear):
             check_stored(module.spec, module.stored(), name)  # says exactly what the packer only noticed
-        raise HalfplateError(f"{name}: {refusal}") from None
-    model.set_submodule(name, packed.train(module.training))
-    return LinearPath(name, _spoken(packed))
-
-
-def _replace_head(
-    model: nn.Module, name: str, module: nn.Linear, head_dtype: str | None, activations: str, saved: bool
-) -> LinearPath:
-    reason = f"on device {module.weight.device.type}" if module.weight.device.type != "cpu" else _native_reason()
-    if reason is not None:
-        return LinearPath(name, "torch", reason)
-    packed = PackedLinear.of_dense(module, head_dtype, activations)
+        raise HalfplateError(f"{name}: {refused}") from None
+    if isinstance(packed, str):
+        return LinearPath(name, "torch", packed)
     packed.saved = saved
-    model.set_submodule(name, packed)
-    return LinearPath(name, _spoken(packed))
-
-
-def _native_reason() -> str | None:
-    return None if native.available() else native.reason()
-
-
-def _spoken(packed: PackedLinear) -> str:
-    spec = packed.spec
-    kind = "dense" if str(spec.pattern) == "dense" else str(spec.pattern)
-    wrappers = f", wrappers {spec.wrapper_dtype}" if spec.format == "chain" else ""
-    inputs = ", int8 activations" if packed.takes_bytes else ""
-    return f"native {native.isa()} {kind} {spec.core_dtype}{wrappers}{inputs}"
+    model.set_submodule(name, packed.train(module.training))
+    return LinearPath(name, packed.path)

@@ -1,0 +1,55 @@
+"""Every matrix multiplied out once: more memory, and no unpacking at each call, for what the native kernels do not run."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halfplate.formats import CompressedLinear
+from halfplate.kernels.capability import CORE, WRAPPERS
+from halfplate.runtime.backends import Backend, Capability, Options, Packed, anything
+
+FIELDS = ("d_out", "d_in", "pattern", "core_dtype", "out_block", "in_block", "wrapper_dtype")
+MORE = ("rank", "permuted", "group", "in_shared")
+TENSORS = ("weight_left", "weight_right", "weight_permutation")
+
+
+class Expanded(Packed):
+    """y = x Wᵀ + bias with W (d_out, d_in) in the type of the model."""
+
+    matrix: Tensor
+    added: Tensor | None
+
+    def __init__(self, linear: CompressedLinear) -> None:
+        super().__init__(linear.spec, None if linear.bias is None else linear.bias.dtype, linear.dtype)
+        matrix, bias = linear.dense()
+        self.register_buffer("matrix", matrix.detach().to(linear.dtype), persistent=False)
+        self.register_buffer("added", None if bias is None else bias.detach(), persistent=False)
+        self._held = {name: tensor.detach() for name, tensor in linear.tensors().items()}
+
+    @property
+    def path(self) -> str:
+        return f"expanded {self.spec.pattern} in {self.matrix.dtype}"
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self._held)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.matrix.to(x.dtype), None if self.added is None else self.added.to(x.dtype))
+
+
+class Expanding(Backend):
+    """It takes whatever the format holds today; a field or a tensor that comes later is refused until it is declared."""
+
+    name = "expanded matrices"
+    devices = frozenset({"cpu", "cuda"})
+    capability = Capability(dict.fromkeys(FIELDS + MORE, anything()), frozenset(CORE + WRAPPERS + TENSORS))
+
+    def _pack(self, linear: CompressedLinear, options: Options) -> Packed:
+        return Expanded(linear)
+
+
+EXPANDING = Expanding()

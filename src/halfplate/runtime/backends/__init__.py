@@ -1,0 +1,164 @@
+"""Backends, one file each: ways to run compressed linears that are faster than torch's own products.
+
+To add one: write its file with a `Backend`, and add a line to `BACKENDS`. Other packages add theirs by an entry point of
+the group `halfplate.backends` (docs/extending.md). They are asked in the order of the registry; the first that does not
+refuse a matrix runs it.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfplate.errors import HalfplateError, HalfplateWarning
+from halfplate.formats import CompressedLinear, WeightSpec
+from halfplate.kernels.capability import Capability, Field, Refusal, anything, one_of, pattern_of
+from halfplate.registry import Registry
+from halfplate.runtime.backends.base import Backend, CannotPack, Options, Packed
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "CannotPack",
+    "Capability",
+    "Field",
+    "Options",
+    "Packed",
+    "anything",
+    "backends",
+    "one_of",
+    "pack",
+    "pack_dense",
+    "pattern_of",
+    "refusal",
+    "refusal_of_dense",
+    "without_kernel",
+]
+
+
+def _fault(found: Any, name: str) -> str | None:
+    if not isinstance(found, Backend):
+        return f"is a {type(found).__name__}, expected an instance of halfplate.runtime.backends.Backend"
+    for method in ("refusal", "pack"):
+        # They hold the checks that keep a backend from what it does not know.
+        if getattr(type(found), method) is not getattr(Backend, method):
+            return f"overrides {method}, expected `unavailable` and `_pack`"
+    missing = [part for part in ("name", "devices", "capability") if not hasattr(found, part)]
+    return f"lacks {', '.join(missing)}" if missing else None
+
+
+BACKENDS: Registry[Backend] = Registry(
+    "backend",
+    "halfplate.backends",
+    {
+        "cpu": "halfplate.runtime.backends.cpu:NATIVE_KERNELS",
+        "cuda": "halfplate.runtime.backends.cuda:SEMI_STRUCTURED_PRODUCTS",
+    },
+    _fault,
+)
+
+
+def backends(names: Sequence[str] | None = None) -> list[Backend]:
+    """The backends of these names, in this order; None takes all, and warns of those of other packages that are broken.
+
+    Raises HalfplateError for an unknown name and for a broken package that is asked for by name.
+    """
+    if names is not None:
+        return [BACKENDS.get(name) for name in names]
+    found = []
+    for name in BACKENDS:
+        try:
+            found.append(BACKENDS.get(name))
+        except HalfplateError as error:
+            if name in BACKENDS.own:
+                raise
+            warnings.warn(str(error), HalfplateWarning, stacklevel=2)
+    return found
+
+
+def refusal(spec: WeightSpec, device: torch.device, among: Iterable[Backend]) -> str | None:
+    """Why none of the backends runs a matrix of `spec` on `device`; None if one does."""
+    refusals = []
+    for backend in _for(device, among):
+        refused = backend.refusal(spec, device)
+        if refused is None:
+            return None
+        refusals.append((backend, refused.reason))
+    return _spoken(refusals, device)
+
+
+def refusal_of_dense(device: torch.device, among: Iterable[Backend]) -> str | None:
+    """Why none of the backends packs a linear on `device` that is not compressed; None if one does."""
+    refusals = []
+    for backend in _for(device, among):
+        if backend.packs_dense:
+            reason = backend.unavailable(device)
+            if reason is None:
+                return None
+            refusals.append((backend, reason))
+    return _spoken(refusals, device)
+
+
+def pack(linear: CompressedLinear, options: Options, among: Iterable[Backend]) -> Packed | str:
+    """`linear` as the first backend that takes it packs it, or the reasons of all that refused.
+
+    Raises HalfplateError for a damaged matrix.
+    """
+    device, refusals = linear.weight.device, []
+    for backend in _for(device, among):
+        refused = backend.refusal(linear.spec, device)
+        if refused is None:
+            try:
+                return backend.pack(linear, options)
+            except CannotPack as error:
+                refused = Refusal(str(error))
+        refusals.append((backend, refused.reason))
+    return _spoken(refusals, device)
+
+
+def pack_dense(linear: nn.Linear, options: Options, among: Iterable[Backend]) -> Packed | str:
+    """`pack` of a linear that is not compressed."""
+    device, refusals = linear.weight.device, []
+    for backend in _for(device, among):
+        if backend.packs_dense:
+            reason = backend.unavailable(device)
+            if reason is None:
+                return backend.pack_dense(linear, options)
+            refusals.append((backend, reason))
+    return _spoken(refusals, device)
+
+
+def _for(device: torch.device, among: Iterable[Backend]) -> list[Backend]:
+    return [backend for backend in among if device.type in backend.devices]
+
+
+def _spoken(refusals: Sequence[tuple[Backend, str]], device: torch.device) -> str:
+    if not refusals:
+        return f"on device {device.type}"
+    if len(refusals) == 1:
+        return refusals[0][1]
+    return "; ".join(f"{backend.name}: {reason}" for backend, reason in refusals)
+
+
+def without_kernel(specs: Iterable[WeightSpec]) -> str | None:
+    """One line on the matrices that no backend runs on a processor and the nearest settings that one does; None if all run.
+
+    It does not depend on the machine: whether the kernels are built there is what `halfplate doctor` says.
+    """
+    capabilities = [backend.capability for backend in backends() if "cpu" in backend.devices]
+    count, refusals = 0, Counter[Refusal]()
+    for spec in specs:
+        count += 1
+        refused = [capability.refusal(spec) for capability in capabilities]
+        if None not in refused:
+            refusals[refused[0] or Refusal("no kernel")] += 1
+    if not refusals:
+        return None
+    spoken = [
+        f"{refusal.reason}{f', nearest setting with one: {refusal.nearest}' if refusal.nearest else ''}"
+        for refusal, _ in refusals.most_common(3)
+    ]
+    return f"{refusals.total()} of {count} matrices run by torch, slower than the dense model: {'; '.join(spoken)}"
