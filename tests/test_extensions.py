@@ -138,6 +138,7 @@ def test_bad_values_of_the_examples_are_one_line(examples, tmp_path, tiny_folder
         read_text(f"folder:{tmp_path / 'empty'}")
 
 
+@pytest.mark.slow
 def test_commands_of_the_page_run_with_the_package_installed(tiny_folder, tmp_path):
     """In a process of its own, on the package as pip installs it."""
     site = tmp_path / "site"

@@ -37,10 +37,15 @@ def build(tmp_path, what, compiler="false"):
     return built
 
 
-def install(tmp_path, compiler):
-    """Build and install the sdist with `compiler`; returns the folder to import from."""
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The sdist, which no compiler takes part in."""
+    return build(tmp_path_factory.mktemp("sdist"), "sdist")
+
+
+def install(sdist, tmp_path, compiler):
+    """Install the sdist with `compiler`; returns the folder to import from."""
     target = tmp_path / "site"
-    sdist = build(tmp_path, "sdist")
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", target, sdist]
     run = subprocess.run(command, env=os.environ | {"CXX": compiler}, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -55,8 +60,8 @@ def halfplate(site, *arguments):
     return run.stdout
 
 
-def test_install_without_a_compiler_compresses_and_generates(tmp_path, tiny_folder):
-    site = install(tmp_path, "false")
+def test_install_without_a_compiler_compresses_and_generates(sdist, tmp_path, tiny_folder):
+    site = install(sdist, tmp_path, "false")
     assert not list(site.rglob("*.so"))
     assert "not built" in halfplate(site, "doctor")
     out = tmp_path / "out"
@@ -65,17 +70,17 @@ def test_install_without_a_compiler_compresses_and_generates(tmp_path, tiny_fold
     assert halfplate(site, "generate", out, "The bird", "--max-new-tokens", "4").startswith("The bird")
 
 
-def test_install_with_a_compiler_has_native_kernels(tmp_path):
+def test_install_with_a_compiler_has_native_kernels(sdist, tmp_path):
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler on this machine")
-    site = install(tmp_path, compiler)
+    site = install(sdist, tmp_path, compiler)
     assert [path.name for path in site.rglob("*.so")] == ["libhalfplate.so"]
     assert "not built" not in halfplate(site, "doctor")
 
 
-def test_sdist_holds_all_sources_and_the_licence(tmp_path):
-    with tarfile.open(build(tmp_path, "sdist")) as archive:
+def test_sdist_holds_all_sources_and_the_licence(sdist):
+    with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tracked = [path for path in (ROOT / "src").rglob("*") if path.suffix in (".py", ".cpp", ".inc", ".h", ".typed")]
     assert len(tracked) > 100

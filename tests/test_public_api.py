@@ -116,6 +116,7 @@ def test_examples_in_docstrings_run(workplace):
         assert runner.failures == 0
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(workplace, capsys):
     cells = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)
     session: dict[str, object] = {}

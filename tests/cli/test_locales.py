@@ -67,6 +67,7 @@ COMMANDS = [
 REFUSED = 5  # of these, the last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_every_verb_prints_in_any_encoding(places, monkeypatch, encoding):
     assert {command[0] for command in COMMANDS} == set(VERBS)
@@ -94,6 +95,7 @@ def test_signs_of_ours_have_words_in_ascii():
     assert all(word.isascii() and len(sign) == 1 for sign, word in IN_ASCII.items())
 
 
+@pytest.mark.slow
 def test_a_process_in_the_plain_c_locale(places, tmp_path):
     plain = tmp_path / "model"
     Path(places["MODEL"]).rename(plain)

@@ -68,6 +68,7 @@ def test_a_dense_model_scores_as_by_lm_eval_itself(tiny_folder, tasks_folder, ca
     assert found["rows"] == 12
 
 
+@pytest.mark.slow
 def test_the_tasks_of_the_benchmarks_score_as_by_lm_eval_itself(stories260k, monkeypatch, capsys):
     """A trained model on real rows, so that no figure agrees by being chance or zero."""
     import lm_eval
@@ -165,6 +166,7 @@ def harness(tasks_folder, model, arguments):
     return scores["acc,none"], scores["acc_norm,none"]
 
 
+@pytest.mark.slow
 def test_lm_evals_command_line_scores_a_checkpoint_as_eval_does(tiny_folder, tasks_folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["compress", str(tiny_folder), "-o", str(out), "--method", "magnitude", "--quiet"]) == 0

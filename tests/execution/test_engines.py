@@ -26,6 +26,7 @@ class Deadly:
         os._exit(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", ["compressed", "dense"])
 def test_two_workers_give_the_bytes_of_one_though_a_worker_is_killed(tiny_folder, tmp_path, monkeypatch, inputs):
     monkeypatch.setattr(hidden, "CHUNKS", 2)  # of 5 batches, so that chunks hold several
@@ -137,6 +138,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_where_their_parent_is_killed(tmp_path):
     script = tmp_path / "survivors.py"
     script.write_text(SURVIVORS)

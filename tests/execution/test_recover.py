@@ -157,6 +157,7 @@ def test_an_interrupted_recovery_ends_in_the_same_bytes(wrapped, tiny_folder, tm
     assert "after" not in again
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_nothing_that_was_saved(wrapped, tiny_folder, tmp_path):
     out, whole = tmp_path / "out", tmp_path / "whole"
     options = ("--tokens", "2560", "--seq-len", "32", "--samples", "16", "--learning-rate", "0.0001", "--threads", "1")
@@ -177,6 +178,7 @@ def test_a_killed_process_loses_nothing_that_was_saved(wrapped, tiny_folder, tmp
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(wrapped, tiny_folder, tmp_path):
     words = ("-m", "halfplate", "recover", wrapped, "--teacher", tiny_folder, "--tokens", "512", "--seq-len", "32")
     words = (*words, "--samples", "64", "--precision", "fp32", "--json", "--quiet", "-o")

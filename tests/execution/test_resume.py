@@ -309,6 +309,7 @@ def test_a_full_disk_loses_nothing(tiny_folder, tmp_path, monkeypatch):
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_killed_for_real_at_random_moments(tiny_folder, tmp_path):
     """Each round kills the process with SIGKILL, the next goes on; the result is that of a run which nobody disturbed."""
     command = [sys.executable, "-m", "halfplate", "compress", str(tiny_folder), *ARGUMENTS, "--iterations", "6"]

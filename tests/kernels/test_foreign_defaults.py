@@ -28,6 +28,7 @@ def test_every_operator_under_foreign_defaults(name):
     case(random.Random(0), name)
 
 
+@pytest.mark.slow
 def test_operators_under_random_defaults():
     fuzz(80, seed=1)
 
@@ -57,6 +58,7 @@ def foreign(request):
         yield
 
 
+@pytest.mark.slow
 def test_compress_writes_the_same_bytes(foreign, compressed, tiny_folder_once, tmp_path):
     halfplate.compress(str(tiny_folder_once), tmp_path / "out", **QUICK)
     assert files(tmp_path / "out") == files(compressed)

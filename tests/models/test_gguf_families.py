@@ -1,16 +1,14 @@
-"""Families of GGUF files against logits that llama.cpp computed with our exports (`benchmarks/gguf_check.py --store`)."""
+"""Families of GGUF files against logits that llama.cpp computed with our exports (`tests/stress/gguf_check.py --store`)."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf as writing
+import gguf_cases as cases
 import numpy as np
 import pytest
 import torch
@@ -21,22 +19,11 @@ from halfplate.models.gguf_families.table import FAMILIES
 from halfplate.models.gguf_header import check_header
 from halfplate.models.gguf_writer import write_gguf
 
-ROOT = Path(__file__).resolve().parents[2]
 STORED = json.loads((Path(__file__).parent / "data" / "gguf_logits.json").read_text())
 # llama.cpp looks GELU up in a table of half precision; all else differs in the order of sums.
 WITH_GELU = ("gemma", "starcoder2", "phi2")
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = _load("gguf_cases")
 CASES = {case.name: case for case in cases.CASES}
 
 
@@ -89,10 +76,10 @@ def test_half_precision_rounds_and_changes_nothing_else(name: str, tmp_path: Pat
         torch.testing.assert_close(again[key], tensor, rtol=1e-3, atol=1e-6)
 
 
-def test_llama_cpp_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_cpp_itself(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    check = _load("gguf_check").check
+    from gguf_check import check
+
     for case in cases.CASES[::5]:
         row = check(case, tmp_path)
         for way in ("import", "export"):

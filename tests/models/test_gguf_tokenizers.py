@@ -1,16 +1,15 @@
-"""Tokenizers written to GGUF files and read from them, against tokens of llama.cpp (`benchmarks/gguf_check.py --store`)."""
+"""Tokenizers written to GGUF files and read from them, against tokens of llama.cpp (`tests/stress/gguf_check.py --store`)."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
+import gguf_tokenizer_cases as cases
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models
@@ -27,17 +26,6 @@ from halfplate.models.sources import load_dense
 STORED = json.loads((Path(__file__).parent / "data" / "gguf_tokens.json").read_text())
 
 
-def _cases() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "gguf_tokenizer_cases.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = _cases()
 CASES = {case.name: case for case in cases.CASES}
 BYTE_LEVEL = CASES["byte-level, gpt-2"]
 PIECES = CASES["pieces, prefix"]

@@ -4,8 +4,9 @@
 
 A case takes an operator (a linear of any core, pattern and wrappers; a step of the decoder; a sweep or a moment of the solver),
 computes it under the usual defaults and beside it by torch, and then again under foreign ones: default dtype, default device
-meta, inference mode, autocast, another thread, several OpenMP threads. The results must be equal, bit for bit. The sanitizers
-run over the same native code in tests/kernels/native.
+meta, inference mode, autocast, another thread, several OpenMP threads. The results must be equal, bit for bit; those with products of
+torch itself, whose sums follow the number of threads on some processors, must be near. The sanitizers run over the same native code
+in tests/kernels/native.
 """
 
 import argparse
@@ -38,7 +39,10 @@ from halfplate.solvers.armor.sweep import Levels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BLOCKS = (0, 0, 1, 4, 8, 12, 32, 200)
-Operator = Callable[[], list[Tensor]]
+Results = tuple[
+    list[Tensor], list[Tensor]
+]  # those that must be equal, and those with products of torch, which must be near
+Operator = Callable[[], Results]
 
 
 @contextmanager
@@ -77,12 +81,11 @@ def a_linear(chance: random.Random) -> Operator:
     bias = torch.randn(spec.d_out, generator=generator) if chance.random() < 0.5 else None
     x = torch.randn(chance.randint(1, 6), spec.d_in, generator=generator).to(chance.choice(DTYPES))
 
-    def run() -> list[Tensor]:
+    def run() -> Results:
         packed = linear.pack(spec, tensors, activations, bias)
         results = [linear.multiply(x, packed, spec.d_out), *linear.unpack(spec, packed).values()]
-        if not linear.read_header(packed).activations:
-            results.append(linear._multiply_expanded(x, packed, linear.read_header(packed)))
-        return results
+        header = linear.read_header(packed)
+        return results, [] if header.activations else [linear._multiply_expanded(x, packed, header)]
 
     if activations == "float":
         f = factors(spec, tensors)
@@ -90,7 +93,7 @@ def a_linear(chance: random.Random) -> Operator:
         # Rounding is relative to the sum of magnitudes.
         bound = x.double().abs() @ (f.out.abs() @ f.core.abs() @ f.into.abs()).T + (0 if bias is None else bias.abs())
         step = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(x.dtype, 1e-6)
-        found = run()[0].double()
+        found = run()[0][0].double()
         assert ((found - expected).abs() <= 2 * step * bound)[found.isfinite()].all(), spec  # fp16 may overflow
     return run
 
@@ -108,16 +111,16 @@ def a_decoder(chance: random.Random) -> Operator:
         expected = plain(ids).logits[0, 4:]
     accelerate(plain)
 
-    def run() -> list[Tensor]:
+    def run() -> Results:
         from halfplate.models.arguments import cache_argument
 
         plain._native_decoder = None  # its tables and its scratch are made anew
         cache = GrowingCache(plain.config.num_hidden_layers)
         with torch.no_grad(), usual():
             plain(input_ids=ids[:, :4], **{cache_argument(plain.forward): cache}, use_cache=True)
-        return [plain.native_decoder.step(int(token), cache) for token in ids[0, 4:].tolist()]
+        return [plain.native_decoder.step(int(token), cache) for token in ids[0, 4:].tolist()], []
 
-    torch.testing.assert_close(torch.stack(run()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(run()[0]), expected, rtol=1e-4, atol=1e-4)
     return run
 
 
@@ -149,15 +152,15 @@ def a_stage(chance: random.Random) -> Operator:
     start = problem.start()
     core = start.core.clone()
 
-    def run() -> list[Tensor]:
+    def run() -> Results:
         factors = Factors(start.out_blocks, core.clone(), start.in_blocks)
         stages = NativeStages()
         out, into = stages.output_moments(problem, factors), stages.input_moments(problem, factors)
         stages.sweep(problem, factors)
-        return [out.cross, out.square, into.cross, into.square, out.tile_losses, factors.core]
+        return [out.cross, out.square, into.cross, into.square, out.tile_losses, factors.core], []
 
     slow = TorchStages().output_moments(problem, start)
-    torch.testing.assert_close(run()[1], slow.square, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(run()[0][1], slow.square, rtol=1e-3, atol=1e-3)
     return run
 
 
@@ -180,9 +183,9 @@ def a_gram_sweep(chance: random.Random) -> Operator:
         )
         steps = steps.half().float()
 
-    def run() -> list[Tensor]:
+    def run() -> Results:
         point = full.swept(problem, start, steps, levels, off_grid=levels is not None)
-        return [point.factors.core, point.product] + ([] if point.steps is None else [point.steps])
+        return [], [point.factors.core, point.product] + ([] if point.steps is None else [point.steps])
 
     return run
 
@@ -200,7 +203,7 @@ def case(chance: random.Random, name: str) -> None:
     run = OPERATORS[name][0](chance)
     expected = run()
 
-    def again() -> tuple[str, list[Tensor]]:
+    def again() -> tuple[str, Results]:
         with foreign(chance) as told:
             # The products of torch inside the Gram sweep follow autocast as any of the caller's do, so plain ones are asked for.
             if name == "gram":
@@ -213,13 +216,15 @@ def case(chance: random.Random, name: str) -> None:
             told, found = pool.submit(again).result()
     else:
         told, found = again()
-    for one, other in zip(expected, found, strict=True):
-        assert one.dtype == other.dtype, (name, told)
-        assert one.device == other.device, (name, told)
-        if name == "gram":  # torch's own products in it may differ with the number of threads
-            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3, msg=f"{name}: {told}")
-        else:
-            assert torch.equal(one, other), (name, told)
+    for place, near in enumerate((False, True)):
+        for one, other in zip(expected[place], found[place], strict=True):
+            assert one.dtype == other.dtype, (name, told)
+            assert one.device == other.device, (name, told)
+            if near:
+                far = max(1e-3, 2 * torch.finfo(one.dtype).eps) * float(one.nan_to_num().abs().max())
+                torch.testing.assert_close(other, one, rtol=0, atol=far, equal_nan=True, msg=f"{name}: {told}")
+            else:
+                assert torch.equal(one, other), (name, told)
 
 
 def fuzz(cases: int, seed: int) -> dict[str, int]:

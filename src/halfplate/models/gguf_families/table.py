@@ -1,4 +1,4 @@
-"""The families that are checked against llama.cpp, in both directions (benchmarks/gguf_check.py); no other is read or written."""
+"""The families that are checked against llama.cpp, in both directions (tests/stress/gguf_check.py); no other is read or written."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_peak_stays_under_the_bound_and_is_drawn(tmp_path):
     results = tmp_path / "results.md"
     results.write_text("<!-- memory_tiny: begin -->\n<!-- memory_tiny: end -->\n")
-    command = [sys.executable, ROOT / "benchmarks" / "memory.py", "--size", "tiny", "--folder", tmp_path]
+    command = [sys.executable, ROOT / "tests" / "stress" / "memory.py", "--size", "tiny", "--folder", tmp_path]
     run = subprocess.run(
         [*command, "--results", results, "--picture", tmp_path / "memory.svg"],
         capture_output=True,

@@ -1,6 +1,6 @@
 """Mutations of valid files against every reader of a stranger's file: checkpoint, recipe, GGUF, text, config.json.
 
-    python benchmarks/fuzz.py --inputs 100000 --configs 2000 --seed 0
+    python tests/stress/fuzz.py --inputs 100000 --configs 2000 --seed 0
 
 Each input is a valid file with a few bytes, numbers or lines changed. A reader may take it or refuse it with a HalfplateError; anything
 else is a crash, whose input is kept under --keep. The address space is bounded, so that an allocation by a hostile number fails.
@@ -16,6 +16,7 @@ import random
 import resource
 import shutil
 import struct
+import sys
 import tempfile
 import time
 import traceback
@@ -26,8 +27,10 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import fuzz_texts
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import fuzz_texts
 from common import write_section
 from fuzz_configs import ARCHITECTURES, fuzz_configs
 

@@ -1,7 +1,7 @@
 """Resident memory of `halfplate compress` on models of random weights that are larger than what it may hold.
 
-    python benchmarks/memory.py                  # 3B parameters in bf16, then growth with depth; twenty minutes on two quiet cores
-    python benchmarks/memory.py --size growth    # growth with depth alone
+    python tests/stress/memory.py                  # 3B parameters in bf16, then growth with depth; twenty minutes on two quiet cores
+    python tests/stress/memory.py --size growth    # growth with depth alone
 
 A Llama of 68 blocks (hidden 2048, ffn 5632) is written block by block and compressed by ARMOR from a text file, few tokens and two iterations; every
 17th block is solved, all are read, run and written. Another process reads the memory of that one ten times a second. The bound is that
@@ -23,8 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from common import RESULTS, ROOT, machine, table, write_section
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from common import RESULTS, ROOT, machine, table, write_section
 
 from halfplate.tensor_file import TensorFileWriter
 
@@ -280,7 +282,7 @@ def main() -> None:
             write_section(
                 "memory_curve", f"![Resident memory over time]({options.picture.relative_to(PAGE.parent)})", PAGE
             )
-        command = f"`python benchmarks/memory.py --size {size}`"
+        command = f"`python tests/stress/memory.py --size {size}`"
         write_section(f"memory_{size}", f"{command} · {machine()}\n\n{peak_table(found)}", options.results)
     if too_much:
         raise SystemExit(f"above the bound: {', '.join(too_much)}")

@@ -1,20 +1,23 @@
 """Import from and export to GGUF against llama.cpp itself: logits of a tiny model of every family, tokens of every kind of tokenizer.
 
-python benchmarks/gguf_check.py                              # the section of RESULTS.md
-python benchmarks/gguf_check.py --only phi3                  # some cases, printed
-python benchmarks/gguf_check.py --store tests/models/data    # what llama.cpp said, for tests without it
+python tests/stress/gguf_check.py                              # the section of RESULTS.md
+python tests/stress/gguf_check.py --only phi3                  # some cases, printed
+python tests/stress/gguf_check.py --store tests/models/data    # what llama.cpp said, for tests without it
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from common import RESULTS, machine, table, write_section
 from gguf_cases import CASES, KEPT, LENGTH, Case, build, digest, logits, text
 from gguf_tokenizer_cases import CASES as TOKENIZERS
@@ -149,7 +152,7 @@ def report(families: list[dict[str, Any]], tokenizers: list[dict[str, Any]]) -> 
     architectures = len({family.architecture for family in FAMILIES})
     differ = sum(row["import"] + row["export"] for row in tokenizers)
     return (
-        f"`python benchmarks/gguf_check.py` · {version()} · {machine()}\n\n"
+        f"`python tests/stress/gguf_check.py` · {version()} · {machine()}\n\n"
         f"{architectures} architectures in {len(families)} cases; worst difference of logits in F32 {worst[0]:.1e}, {worst[1]:.1e} with GELU. "
         f"{len(tokenizers)} kinds of tokenizers; texts with other tokens: {differ}.\n\n"
         f"{logits_table(families)}\n\n{tokens_table(tokenizers)}"

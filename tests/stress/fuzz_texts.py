@@ -1,4 +1,4 @@
-"""Calibration texts in every form that is read, and a reading that finds more than crashes: reader `text` of `benchmarks/fuzz.py`."""
+"""Calibration texts in every form that is read, and a reading that finds more than crashes: reader `text` of `tests/stress/fuzz.py`."""
 
 from __future__ import annotations
 

@@ -1,16 +1,11 @@
-"""A few of the fuzzed texts of `benchmarks/fuzz.py`: each is read, or refused in one line, in blocks of any size alike."""
+"""A few of the fuzzed texts of `tests/stress/fuzz.py`: each is read, or refused in one line, in blocks of any size alike."""
 
 import random
-import sys
-from pathlib import Path
 from types import SimpleNamespace
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import fuzz
 import fuzz_texts
+import pytest
 
 from halfplate.calibration import characters
 

@@ -1,10 +1,6 @@
-"""A few of the fuzzed configurations of `benchmarks/fuzz.py`: each is planned, or refused in one line."""
+"""A few of the fuzzed configurations of `tests/stress/fuzz.py`: each is planned, or refused in one line."""
 
 import random
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from fuzz_configs import ARCHITECTURES, fuzz_configs
 

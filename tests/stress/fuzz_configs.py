@@ -1,6 +1,6 @@
 """Configurations of many architectures with entries changed, beside tiny weights: what `plan` makes of them.
 
-Used by `benchmarks/fuzz.py` (reader `config`) and, with a few inputs, by the tests.
+Used by `tests/stress/fuzz.py` (reader `config`) and, with a few inputs, by the tests.
 """
 
 from __future__ import annotations

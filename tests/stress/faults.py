@@ -1,8 +1,8 @@
 """kill -9 at random moments, and every other fault that can be injected for real: what is lost, what differs, what the user reads.
 
-    python benchmarks/faults.py                      # 52 kills by engine local with 1 worker, 52 with 2, and all kinds of faults
-    python benchmarks/faults.py --engine ray --kills 60 --faults
-    python benchmarks/faults.py --resume-cost        # what --resume costs where nothing is left to do, and how right the plan is; needs a quiet machine
+    python tests/stress/faults.py                      # 52 kills by engine local with 1 worker, 52 with 2, and all kinds of faults
+    python tests/stress/faults.py --engine ray --kills 60 --faults
+    python tests/stress/faults.py --resume-cost        # what --resume costs where nothing is left to do, and how right the plan is; needs a quiet machine
 
 Half of the kills come after a random time, half at a random operation on a file, a write of which is left half done. After each, `--resume` must give the bytes
 of a run that nobody disturbed, and solve nothing that was finished. Runs on stories260K, or on a model made for it where that is not there.
@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from common import RESULTS, SHARED, machine, table, write_section
 from fault_kinds import FAULTS, Bench, NotHere, digests, finished_matrices
 from forked import Order, run
@@ -207,7 +208,7 @@ def main() -> None:
 
         text = resume_cost(options.model or smollm2_gguf())
         write_section(
-            "resume_cost", f"`python benchmarks/faults.py --resume-cost` · {machine()}\n\n{text}", options.results
+            "resume_cost", f"`python tests/stress/faults.py --resume-cost` · {machine()}\n\n{text}", options.results
         )
         return
     bad = 0

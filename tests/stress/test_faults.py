@@ -18,7 +18,7 @@ def test_kills_and_faults_in_short(tmp_path):
     faults = ["bit flipped in a part", "another seed", "folder that may not be written"]
     command = [
         sys.executable,
-        ROOT / "benchmarks" / "faults.py",
+        ROOT / "tests" / "stress" / "faults.py",
         "--kills",
         "3",
         "--workers",
