@@ -124,5 +124,5 @@ def test_the_tutorial_runs(workplace, capsys):
         exec(cell, session)
     printed = capsys.readouterr().out
     assert "14 matrices" in printed
-    assert "times the dense model" in printed
+    assert "times the original" in printed
     assert Path("plain", "model.safetensors").exists()

@@ -29,7 +29,7 @@ def test_method_bytes_and_what_was_not_measured(written: Any) -> None:
     assert data["tags"] == ["halfplate", "magnitude"]
     assert f"{found['nbytes']:,} | {found['dense_nbytes']:,}" in body
     assert f"{found['other_nbytes']:,}" in body
-    assert "KL to the dense model, perplexity, tasks | not measured" in body
+    assert "KL to the original model, perplexity, tasks | not measured" in body
     assert "| 0.25 |" in body
     assert "import halfplate" in body
     assert "name no licence" in body
@@ -58,7 +58,7 @@ def test_what_was_measured_comes_with_its_protocol(written: Any) -> None:
     measures = {"kl": 0.125, "perplexity": float("inf"), "tokens": 1234, "protocol": {"source": "self", "seed": 7}}
     amend_record(one.folder, {"held_out": measures})
     _, body = card(one.folder)
-    assert "KL to the dense model, nats a token | 0.125" in body
+    assert "KL to the original model, nats per token | 0.125" in body
     assert "| perplexity | not finite |" in body
     assert "| tokens scored | 1,234 |" in body
     assert "source self, seed 7" in body
@@ -73,7 +73,7 @@ def test_a_dense_copy_says_that_it_is_one(written: Any, tmp_path: Path) -> None:
     export(one.folder, tmp_path / "dense")
     data, body = card(tmp_path / "dense")
     assert data["license"] == "mit"
-    assert body.strip().startswith("# bird, a dense copy")
+    assert body.strip().startswith("# bird, an uncompressed copy")
     assert "import halfplate" not in body
 
 

@@ -37,9 +37,9 @@ def test_the_tables_say_what_was_kept(halfplate, tiny_folder, tmp_path):
     planned = halfplate("plan", tiny_folder, "--method", "magnitude", *QUICK)
     assert "chosen in the run" in planned.out
     done = halfplate("compress", tiny_folder, "-o", tmp_path / "out", "--method", "magnitude", *QUICK, "--quiet")
-    assert "kept by block" in done.out
+    assert "kept by layer" in done.out
     plain = halfplate("compress", tiny_folder, "-o", tmp_path / "plain", "--method", "magnitude", "--quiet")
-    assert "kept by block" not in plain.out
+    assert "kept by layer" not in plain.out
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_inspect(halfplate, checkpoint):
     assert all(keys <= matrix.keys() for matrix in found["matrices"])
     table = halfplate("inspect", checkpoint)
     assert "model.layers.1.mlp.down_proj" in table.out
-    assert "every checksum holds" in halfplate("inspect", checkpoint, "--verify").out
+    assert "all checksums are correct" in halfplate("inspect", checkpoint, "--verify").out
 
 
 def test_inspect_refuses(halfplate, checkpoint, tiny_folder, tmp_path):
@@ -137,7 +137,7 @@ def test_eval_without_a_text_samples_it(halfplate, checkpoint, tiny_folder):
 
 
 def test_eval_refuses(halfplate, checkpoint, tiny_folder, tiny_model, tmp_path, text_file):
-    halfplate("eval", checkpoint).refused("--text FILE or --against DENSE")
+    halfplate("eval", checkpoint).refused("--text FILE or --against ORIGINAL")
     halfplate("eval", checkpoint, "--text", "none.txt").refused("text='none.txt' does not exist")
     halfplate("eval", tiny_folder, "--text", text_file, "--seq-len", "4096").refused("seq_len=4096", "128")
     short = tmp_path / "short.txt"

@@ -140,7 +140,7 @@ def _carry_out(
             notes.write(json.dumps({"error": " ".join(str(error).split()), "clean": True}) + "\n")
         except MemoryError:
             # The command line makes this line of it.
-            told_so = "out of memory (); what is finished is kept, --resume goes on from it; docs/troubleshooting.md says what takes less"
+            told_so = "out of memory (); finished work is kept, run the same command with --resume to continue; docs/troubleshooting.md says how to use less memory"
             notes.write(json.dumps({"error": told_so, "clean": True}) + "\n")
         except BaseException as error:
             last = traceback.format_exc().strip().splitlines()[-1]

@@ -16,13 +16,13 @@ from halfplate.formats import WeightSpec
 CARD_FILE = "README.md"
 NOT_MEASURED = "not measured"
 MEASURES = {
-    "kl": "KL to the dense model, nats a token",
-    "top1_agreement": "share of tokens whose most likely successor is the dense model's",
+    "kl": "KL to the original model, nats per token",
+    "top1_agreement": "share of tokens with the same most likely next token as the original",
     "perplexity": "perplexity",
-    "dense_perplexity": "perplexity of the dense model",
+    "dense_perplexity": "perplexity of the original model",
     "tokens": "tokens scored",
     "windows": "windows",
-    "seq_len": "tokens of a window",
+    "seq_len": "tokens per window",
 }
 LOADING = """\
 ```python
@@ -33,7 +33,7 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER)  # this folder, or where it
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
-`pip install halfplate` first; without the import transformers refuses this folder with a sentence that says so.
+Run `pip install halfplate` first. Without `import halfplate`, transformers does not load this folder and says why.
 """
 LOADING_DENSE = """\
 ```python
@@ -43,7 +43,7 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER)  # this folder, or where it
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
-A plain dense model: it needs no Halfplate, and has the size and the speed of one.
+This is an ordinary model of full size. It does not need Halfplate, and has the speed of the original.
 """
 
 
@@ -57,8 +57,8 @@ def model_card(folder: Path, record: Mapping[str, Any]) -> str:
     quantization = read_json(folder / CONFIG_FILE).get("quantization_config")
     compressed = isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
     specs = read_specs(folder) if compressed else {}
-    base = _words(record.get("model")) or "a dense model"
-    title = f"# {Path(base).name}, compressed by Halfplate" if specs else f"# {Path(base).name}, a dense copy"
+    base = _words(record.get("model")) or "a model"
+    title = f"# {Path(base).name}, compressed by Halfplate" if specs else f"# {Path(base).name}, an uncompressed copy"
     parts = [_front_matter(record, bool(specs)), title]
     if specs:
         parts += [_what(record, base, specs), "## Bytes", _bytes(folder, specs), "## Quality", _quality(record)]
@@ -91,20 +91,20 @@ def _what(record: Mapping[str, Any], base: str, specs: Mapping[str, WeightSpec])
         *(
             (
                 f"{count} matrices",
-                f"{pattern}, values in {dtype}" + (f", wrappers of blocks of {block}" if block else ""),
+                f"{pattern}, values in {dtype}" + (f", wrappers with blocks of {block}" if block else ""),
             )
             for (pattern, dtype, block), count in kinds.most_common()
         ),
     ]
     skipped = record.get("skipped")
     if isinstance(skipped, Mapping) and skipped:
-        rows.append((f"{len(skipped)} matrices", "left dense, for the reasons in `halfplate.json`"))
+        rows.append((f"{len(skipped)} matrices", "not compressed; the reasons are in `halfplate.json`"))
     if tuned := _tuned(record):
         won = sum(after < before for before, after in tuned)
-        rows.append(("tuned", f"{won} of {len(tuned)} blocks nearer to the dense model's, masks fixed"))
+        rows.append(("tuned", f"{won} of {len(tuned)} layers are closer to the original, masks fixed"))
     for recovery in record.get("recoveries") or ():
         rows.append(("recovered", f"{recovery.get('steps')} steps, {recovery.get('tokens')} tokens, masks fixed"))
-    return _table(("", ""), rows) + "\n\nThe whole recipe, and the error of each matrix, stand in `halfplate.json`."
+    return _table(("", ""), rows) + "\n\n`halfplate.json` contains the whole recipe and the error of each matrix."
 
 
 def _tuned(record: Mapping[str, Any]) -> list[tuple[float, float]]:
@@ -126,7 +126,7 @@ def _bytes(folder: Path, specs: Mapping[str, WeightSpec]) -> str:
         ("compressed matrices", f"{nbytes:,}", f"{dense:,}", f"{nbytes / dense:.3f}"),
         ("everything else", f"{everything - nbytes:,}", "the same", "1"),
     ]
-    return _table(("", "bytes", "dense, 2 bytes a weight", "share"), rows)
+    return _table(("", "bytes", "original, 2 bytes per weight", "share"), rows)
 
 
 def _quality(record: Mapping[str, Any]) -> str:
@@ -141,23 +141,25 @@ def _quality(record: Mapping[str, Any]) -> str:
         kinds = ", ".join(sorted({str(kind) for _, kind in found}))
         mean = sum(error for error, _ in found) / len(found)
         when = ", before tuning" if _tuned(record) else ""
-        rows.append((f"relative error of a matrix on its calibration inputs{when}, mean ({kinds})", f"{mean:.4g}"))
+        rows.append((f"mean relative error of the matrices on their calibration inputs{when} ({kinds})", f"{mean:.4g}"))
     held_out = record.get("held_out")
     if isinstance(held_out, Mapping):
         rows += [(text, _number(held_out[key])) for key, text in MEASURES.items() if key in held_out]
         protocol = _pairs(held_out.get("protocol")) or "not recorded"
-        note = f"Text of the model measures, held out from calibration: {protocol}."
+        note = f"KL, agreement and perplexity are measured on text held out from calibration: {protocol}."
     else:
-        rows.append(("KL to the dense model, perplexity, tasks", NOT_MEASURED))
-        note = "`halfplate eval FOLDER --against DENSE --text FILE` measures them."
+        rows.append(("KL to the original model, perplexity, tasks", NOT_MEASURED))
+        note = "`halfplate eval FOLDER --against ORIGINAL --text FILE` measures them."
     return _table(("measure", "value"), rows) + f"\n\n{note}"
 
 
 def _licence(record: Mapping[str, Any]) -> str:
     licence = _words(record.get("license"))
     if licence:
-        return f"The base model says `{licence}`, which goes with its compressed form."
-    return "The base model's files name no licence; the terms of the base model hold for its compressed form."
+        return f"The licence of the base model is `{licence}`. It also applies to this compressed form."
+    return (
+        "The files of the base model name no licence. The terms of the base model also apply to this compressed form."
+    )
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -94,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"see {error.docs}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        left = "" if out is None else f"; nothing half-written is left in {out}"
-        left += ", --resume goes on from what is finished" if resumable else ""
+        left = "" if out is None else f"; {out} has no partial result"
+        left += "; run the same command with --resume to continue" if resumable else ""
         print(f"halfplate: interrupted{left}", file=sys.stderr)
         return 1
     except BrokenPipeError:
@@ -106,10 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _out_of_memory(error):
             traceback.print_exc()
             return 1
-        left = "; what is finished is kept, --resume goes on from it" if resumable else ""
+        left = "; finished work is kept, run the same command with --resume to continue" if resumable else ""
         text = " ".join(str(error).split())[:200]
         print(
-            f"halfplate: error: out of memory ({text}){left}; docs/troubleshooting.md says what takes less",
+            f"halfplate: error: out of memory ({text}){left}; docs/troubleshooting.md says how to use less memory",
             file=sys.stderr,
         )
         return 1

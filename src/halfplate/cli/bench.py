@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="a Halfplate checkpoint, a Hugging Face folder, a Hub id or a .gguf file"
     )
     parser.add_argument(
-        "--against", metavar="DENSE", help="original model to compare with; transformers runs it in fp32 and in bf16"
+        "--against", metavar="ORIGINAL", help="original model to compare with; transformers runs it in fp32 and in bf16"
     )
     numbers = (
         ("--prompt", "N", 128, "tokens of the prompt"),
@@ -73,11 +73,11 @@ def _print(result: dict[str, Any]) -> None:
 
     dense = result.get("dense", {})
     rows = {_label(result): result}
-    rows |= {f"dense {dtype}, generate": figures for dtype, figures in dense.get("dtypes", {}).items()}
+    rows |= {f"original {dtype}, generate": figures for dtype, figures in dense.get("dtypes", {}).items()}
     rows |= {LOOPS[name]: figures for name, figures in result.get("loops", {}).items()}
     columns = ("", "decode tokens/s", "prefill tokens/s", "weights", "linears", "peak memory", "GB/s", "of read speed")
     print_table(
-        f"{result['model']}: {result['prompt']} tokens of prompt, {result['new_tokens']} new, "
+        f"{result['model']}: prompt of {result['prompt']} tokens, {result['new_tokens']} new tokens, "
         f"median of {result['rounds']} alternating rounds",
         columns,
         [
@@ -100,7 +100,9 @@ def _print(result: dict[str, Any]) -> None:
             f"prefill: {result['prefill_speedup']:.2f} times that in {dense['prefill_dtype']}"
         )
     if "weights_speedup" in result:
-        print(f"of it by the weights: {result['weights_speedup']:.2f} times the dense weights through the same loop")
+        print(
+            f"from the smaller weights alone: {result['weights_speedup']:.2f} times the original weights in the same decoder"
+        )
     for path in result["paths"]:
         print(path)
     print(f"memory reads {result['read_gb_per_s']:.1f} GB/s; {result['machine']}")
@@ -108,7 +110,7 @@ def _print(result: dict[str, Any]) -> None:
 
 LOOPS = {
     "generate": "halfplate, generate",
-    "dense_same_loop": "dense bf16, the loop of halfplate",
+    "dense_same_loop": "original bf16, native decoder",
 }
 
 

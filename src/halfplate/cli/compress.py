@@ -57,7 +57,7 @@ def _print(summary: dict[str, Any], wish: str) -> None:
     seconds = ", ".join(f"{phase} {spent:.1f}" for phase, spent in summary["seconds"].items() if phase != "total")
     rows: list[tuple[str, Any]] = [
         ("matrices compressed", len(summary["matrices"])),
-        ("linears, dense at 2 bytes a weight", megabytes(summary["dense_nbytes"])),
+        ("linears, original at 2 bytes per weight", megabytes(summary["dense_nbytes"])),
         ("linears, compressed", f"{megabytes(summary['nbytes'])} ({summary['nbytes'] / summary['dense_nbytes']:.1%})"),
         ("optimised for", wish),
         ("kernels", summary["without_kernel"] or "every matrix has one"),
@@ -71,22 +71,25 @@ def _print(summary: dict[str, Any], wish: str) -> None:
         ("seconds", f"{summary['seconds']['total']:.1f} ({seconds})"),
     ]
     if summary["levels"]:
-        rows.append(("levels chosen", "; ".join(f"{count} x {level}" for level, count in summary["levels"].items())))
+        rows.append(("formats chosen", "; ".join(f"{count} x {level}" for level, count in summary["levels"].items())))
     if "ratios" in summary:
         rows.append(
-            ("kept by block", ", ".join(f"{ratio['block']}: {ratio['pattern']}" for ratio in summary["ratios"]))
+            ("kept by layer", ", ".join(f"{ratio['block']}: {ratio['pattern']}" for ratio in summary["ratios"]))
         )
     if tuned := summary["tuned_blocks"].values():
         won = sum(block["after"] < block["before"] for block in tuned)
         before, after = (sum(block[end] for block in tuned) / len(tuned) for end in ("before", "after"))
         rows.append(
-            ("tuning, error of a block on held-out text", f"{before:.4f} to {after:.4f}, {won} of {len(tuned)} won")
+            (
+                "tuning, mean error of a layer on held-out text",
+                f"{before:.4f} to {after:.4f}, {won} of {len(tuned)} improved",
+            )
         )
     if summary["search"]:
         first, last = (summary["search"]["trajectory"][end]["kl"] for end in (0, -1))
-        rows.append(("KL of the levels before and after the search", f"{first:.4f}, {last:.4f}"))
+        rows.append(("KL before and after the search", f"{first:.4f}, {last:.4f}"))
     if "held_out" in summary:
-        rows.append(("KL on held-out text, nats a token", summary["held_out"]["kl"]))
+        rows.append(("KL on held-out text, nats per token", summary["held_out"]["kl"]))
     if check := summary["check"]:
         rows.append(
             (
@@ -96,7 +99,7 @@ def _print(summary: dict[str, Any], wish: str) -> None:
         )
     rows += [("note", note) for note in summary["notes"]]
     if summary["skipped"]:
-        rows.append(("matrices left dense", f"{len(summary['skipped'])}, e.g. {summary['skipped'][0]['reason']}"))
+        rows.append(("matrices not compressed", f"{len(summary['skipped'])}, e.g. {summary['skipped'][0]['reason']}"))
     print_pairs(f"{summary['out']}: {summary['model']} by {summary['method']}", rows)
     print(f"report: {summary['report'] or 'could not be written: ' + summary['report_error']}")
     if check and check["nonsense"]:

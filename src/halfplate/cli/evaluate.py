@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "text files or Hub data sets to score (default: held-out text that the original model generates)"
     parser.add_argument("--text", metavar="FILE", nargs="+", action="extend", help=text)
-    parser.add_argument("--against", metavar="DENSE", help="original model to compare with")
+    parser.add_argument("--against", metavar="ORIGINAL", help="original model to compare with")
     parser.add_argument(
         "--seq-len",
         type=positive,

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     length = ids.shape[1]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if length == 0:
-        raise HalfplateError(f"prompt={args.prompt!r} holds no token; give some text")
+        raise HalfplateError(f"prompt={args.prompt!r} has no tokens; give some text")
     if limit is not None and length + args.max_new_tokens > limit:
         raise HalfplateError(
             f"max_new_tokens={args.max_new_tokens} after {length} tokens of prompt exceeds the {limit} positions of {args.model!r}; "

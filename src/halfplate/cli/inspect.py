@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     error = f"relative error{', before tuning' * found['tuned']}"
     print_table(
-        f"{args.path}: linears {megabytes(found['nbytes'])}, dense {megabytes(found['dense_nbytes'])}",
-        ("name", "format", "core", "shape", "bytes", "dense bytes", error),
+        f"{args.path}: linears {megabytes(found['nbytes'])}, original {megabytes(found['dense_nbytes'])}",
+        ("name", "format", "core", "shape", "bytes", "original bytes", error),
         [
             (
                 m["name"],
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"kernels: {found['without_kernel'] or 'every matrix has one'}")
     if args.verify:
-        print("every checksum holds")
+        print("all checksums are correct")
     return 0
 
 

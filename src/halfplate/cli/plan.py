@@ -43,7 +43,7 @@ def _print(plan: "Plan", refused: str | None) -> None:
     entries = [matrix.to_json() for matrix in plan.matrices]
     print_table(
         f"{plan.model}: {len(plan.specs)} matrices to compress by {plan.recipe.method}",
-        ("name", "format", "core", "shape", "dense bytes", "bytes", "GFLOP", "MB held", "s", "why skipped"),
+        ("name", "format", "core", "shape", "original bytes", "bytes", "GFLOP", "MB held", "s", "why skipped"),
         [
             (
                 entry["name"],
@@ -62,7 +62,7 @@ def _print(plan: "Plan", refused: str | None) -> None:
     )
     warnings = [("warning", warning) for warning in plan.warnings]
     print_pairs(
-        "in all",
+        "total",
         [*_bytes(plan), *_needs(plan), ("fits", f"no: {refused}" if refused else "yes"), *warnings],
     )
 
@@ -71,7 +71,7 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
     from halfplate.cli.console import megabytes
     from halfplate.cli.wishes import served
 
-    share = f"{plan.wrapper_share:.1%} of the dense parameters"
+    share = f"{plan.wrapper_share:.1%} of the original parameters"
     compressed = [
         ("linears, compressed", f"{megabytes(plan.nbytes)} ({plan.nbytes / plan.dense_nbytes:.1%})"),
         ("wrappers", f"blocks of {plan.block_size}, {share}" if plan.block_size else "none"),
@@ -86,15 +86,15 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
         compressed = [
             (
                 "linears, compressed",
-                f"within {within}, the level of each chosen in the run; the table shows the first ones",
+                f"within {within}; the run chooses the format of each matrix, the table shows the initial ones",
             )
         ]
     return [
         ("share of the decoder that is compressed", f"{plan.decoder_share:.1%} of its parameters"),
-        ("linears, dense at 2 bytes a weight", megabytes(plan.dense_nbytes)),
+        ("linears, original at 2 bytes per weight", megabytes(plan.dense_nbytes)),
         *compressed,
         *(
-            [("N of M by block", "chosen in the run, this pattern on average")]
+            [("N of M by layer", "chosen in the run; the average is this pattern")]
             if plan.recipe.ratios != "uniform"
             else []
         ),
@@ -108,7 +108,7 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
 def _needs(plan: "Plan") -> list[tuple[str, str]]:
     from halfplate.cli.console import duration, megabytes
 
-    rows = [("operations of solving", f"{plan.flops / 1e12:,.2f} TFLOP")]
+    rows = [("operations for solving", f"{plan.flops / 1e12:,.2f} TFLOP")]
     if plan.seconds is not None:
         phases = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in plan.seconds.items())
         rows.append(("time in one process, as measured here", f"{duration(sum(plan.seconds.values()))} ({phases})"))
@@ -118,7 +118,7 @@ def _needs(plan: "Plan") -> list[tuple[str, str]]:
     if held.whole_model:
         rows.append(("holds the whole model", f"{', '.join(held.whole_model)}; without it the bound is {bound}"))
     else:
-        rows.append(("bound of the memory (docs/memory.md)", bound))
-    rows.append(("disk", f"{megabytes(plan.disk.total)}, {megabytes(plan.disk.work)} of it until the end"))
+        rows.append(("memory bound (docs/memory.md)", bound))
+    rows.append(("disk", f"{megabytes(plan.disk.total)}, {megabytes(plan.disk.work)} of it only during the run"))
     rows += [("note", note) for note in plan.notes]
     return [*rows, ("fingerprint", plan.fingerprint[:16])]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # The recipe gives values their type and checks them, so that a flag and a file are refused in the same words.
 FIELDS = (
     ("--method", "NAME", "compression method (default armor); `halfplate methods` lists them"),
-    ("--pattern", "N:M", "keep N of every M inputs (default 2:4), or dense for an unpruned core on a grid"),
+    ("--pattern", "N:M", "keep N of every M inputs (default 2:4), or dense for an unpruned core"),
     ("--block-size", "N", "size of the wrappers' blocks: auto (default), 0 for no wrappers, 1 for diagonal ones"),
     ("--out-block-size", "N", "size of the output wrappers' blocks, if it differs from --block-size"),
     ("--core-dtype", "TYPE", "type of the kept values: bf16 (default), fp16, fp32, int8, int4, int3 or int2"),

@@ -23,7 +23,7 @@ NUMBERS: tuple[tuple[str, Any, str, str], ...] = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Halfplate checkpoint")
     parser.add_argument(
-        "--teacher", metavar="DENSE", required=True, help="original model that MODEL was compressed from"
+        "--teacher", metavar="ORIGINAL", required=True, help="original model that MODEL was compressed from"
     )
     parser.add_argument("-o", "--out", metavar="OUT", required=True, help="folder to write the trained checkpoint to")
     parser.add_argument(
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             )
     except KeyboardInterrupt:
         print(
-            f"halfplate: interrupted; the same command with --resume goes on from the last save, at most {args.save_every:g} minutes old",
+            f"halfplate: interrupted; run the same command with --resume to continue from the last save, at most {args.save_every:g} minutes old",
             file=sys.stderr,
         )
         return 1
@@ -99,9 +99,9 @@ def _print(summary: dict[str, Any]) -> None:
         rows += [
             ("KL on held-out text, before", before["kl"]),
             ("KL on held-out text, after", after["kl"]),
-            ("perplexity there, before", before["perplexity"]),
-            ("perplexity there, after", after["perplexity"]),
-            ("perplexity there, dense", before["dense_perplexity"]),
+            ("perplexity on it, before", before["perplexity"]),
+            ("perplexity on it, after", after["perplexity"]),
+            ("perplexity on it, original", before["dense_perplexity"]),
             ("seconds", summary["seconds"]["total"]),
         ]
     print_pairs(f"{summary['out']}: recovered from {summary['teacher']}", rows)

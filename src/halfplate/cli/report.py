@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--file", metavar="FILE.html", help="file to write (default OUT/report.html)")
     parser.add_argument(
         "--against",
-        metavar="DENSE",
+        metavar="ORIGINAL",
         help="original model to measure quality, speed and answers against; kept for later reports",
     )
     parser.add_argument(
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measuring(args: argparse.Namespace) -> Any:
-    """What is to be measured, None without a dense model."""
+    """What is to be measured, None without an original model."""
     from halfplate.errors import HalfplateError
     from halfplate.report.settings import Measuring
 
@@ -55,5 +55,5 @@ def _measuring(args: argparse.Namespace) -> Any:
         return Measuring(args.against, **chosen)
     if chosen:
         option = next(iter(chosen)).replace("prompts", "prompt").replace("_", "-")
-        raise HalfplateError(f"--{option} says how to measure, which needs the dense model; add --against DENSE")
+        raise HalfplateError(f"--{option} says how to measure, which needs the original model; add --against ORIGINAL")
     return None

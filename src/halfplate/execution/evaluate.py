@@ -58,7 +58,7 @@ def evaluate(
     sampler = against or model
     if sources is None and is_compressed(sampler) and not tasks:
         raise HalfplateError(
-            f"text=None: {sampler!r} is compressed, so no dense model is at hand to sample held-out text from; give --text FILE or --against DENSE"
+            f"text=None: {sampler!r} is compressed, and held-out text must come from an original model; give --text FILE or --against ORIGINAL"
         )
     if tasks is not None:
         from halfplate.evaluation.tasks import check_available

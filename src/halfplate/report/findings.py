@@ -57,7 +57,7 @@ class Matrix:
     def alarm(self) -> str | None:
         """What is wrong with it, where something is."""
         if self.relative_error is not None and self.relative_error >= 1:
-            return "its outputs are further from the dense ones than zeros would be"
+            return "its output error is larger than that of a zero matrix"
         if self.losses and (self.losses[-1] > self.losses[0] or min(self.losses) < 0):
             return "its solver diverged"
         return None

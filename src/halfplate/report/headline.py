@@ -1,4 +1,4 @@
-"""The headline table: bytes, quality and speed, each with the protocol it was measured by; what was not measured says so."""
+"""The headline table: bytes, quality and speed, each with its measurement protocol; what was not measured is marked so."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from halfplate.report.findings import Findings, mapping, number, text
 from halfplate.report.words import NOT_MEASURED, count, percent, short
 
 KINDS = {
-    "gram": "squared error of the outputs on the calibration text, over that of a zero matrix (by the Gram matrix)",
-    "diagonal": "squared error weighted by the mean square of each input, over that of a zero matrix",
-    "weight": "squared error of the weights, over that of a zero matrix",
+    "gram": "squared output error on the calibration text (from the Gram matrix), relative to a zero matrix",
+    "diagonal": "squared error, weighted by the mean square of each input, relative to a zero matrix",
+    "weight": "squared error of the weights, relative to a zero matrix",
 }
 
 
@@ -39,13 +39,13 @@ def headline(found: Findings) -> list[Row]:
 
 def tiles(found: Findings) -> list[tuple[str, str]]:
     """The few figures that open the page: (figure, what it is)."""
-    chosen = [(percent(found.nbytes / found.dense_nbytes), "of the dense linears' bytes")]
+    chosen = [(percent(found.nbytes / found.dense_nbytes), "of the bytes of the original linears")]
     if (kl := number(found.quality.get("kl"))) is not None:
-        chosen.append((short(kl), "KL to the dense model, nats a token"))
+        chosen.append((short(kl), "KL to the original model, nats per token"))
     elif found.mean_error is not None:
         chosen.append((short(found.mean_error), "mean relative error of a matrix"))
     if (speedup := number(found.speed.get("decode_speedup"))) is not None:
-        chosen.append((f"{speedup:.2f}×", "decode speed of the dense model"))
+        chosen.append((f"{speedup:.2f}×", "decode speed, relative to the original"))
     if total := found.seconds.get("total"):
         chosen.append((count(total, "seconds"), "to compress"))
     return [*chosen, (f"{len(found.matrices)}", "matrices compressed")]
@@ -53,7 +53,7 @@ def tiles(found: Findings) -> list[tuple[str, str]]:
 
 def measuring_command(found: Findings) -> str:
     """The command that measures what was not."""
-    return shlex.join(["halfplate", "report", found.folder, "--against", found.model or "DENSE"])
+    return shlex.join(["halfplate", "report", found.folder, "--against", found.model or "ORIGINAL"])
 
 
 def _bytes(found: Findings) -> list[Row]:
@@ -65,7 +65,7 @@ def _bytes(found: Findings) -> list[Row]:
             count(found.nbytes),
             count(found.dense_nbytes),
             percent(found.nbytes / found.dense_nbytes),
-            "every stored tensor, positions and scales included; dense at 2 bytes a weight",
+            "all stored tensors, including positions and scales; the original at 2 bytes per weight",
         ),
         Row(
             "Bytes",
@@ -73,7 +73,7 @@ def _bytes(found: Findings) -> list[Row]:
             count(whole),
             count(dense),
             percent(whole / dense),
-            f"with embeddings, norms, head and skipped matrices as stored ({count(found.other_nbytes)})",
+            f"including embeddings, norms, head and skipped matrices as stored ({count(found.other_nbytes)})",
         ),
     ]
     if found.source_nbytes:
@@ -85,7 +85,7 @@ def _bytes(found: Findings) -> list[Row]:
                 count(whole),
                 count(found.source_nbytes),
                 ratio,
-                "weight files as they were read",
+                "the weight files of the original model",
             )
         )
     return rows
@@ -104,7 +104,7 @@ def _quality(found: Findings) -> list[Row]:
     measured = found.quality
     protocol = _text_protocol(found)
     for measure, key, dense in (
-        ("KL to dense, nats a token", "kl", "0"),
+        ("KL to the original, nats per token", "kl", "0"),
         ("top-1 agreement", "top1_agreement", "100 %"),
         ("perplexity", "perplexity", _figure(measured, "dense_perplexity")),
     ):
@@ -124,7 +124,7 @@ def _quality(found: Findings) -> list[Row]:
 def _text_protocol(found: Findings) -> str:
     measured, protocol = found.quality, mapping(found.quality.get("protocol"))
     source = protocol.get("source", measured.get("text"))
-    what = "text that the dense model sampled" if source == "self" else f"{text(source) or 'text'}"
+    what = "text that the original model generated" if source == "self" else f"{text(source) or 'text'}"
     seed = f", seed {protocol['seed']} (calibration used another)" if source == "self" and "seed" in protocol else ""
     return f"{measured.get('windows')} windows of {measured.get('seq_len')} tokens of {what}{seed}; full vocabulary"
 
@@ -133,8 +133,8 @@ def _speed(found: Findings) -> list[Row]:
     measured, dense = found.speed, mapping(found.speed.get("dense"))
     rows = []
     for measure, key, ratio in (
-        ("decode, tokens a second", "decode_tokens_per_s", "decode_speedup"),
-        ("prefill, tokens a second", "prefill_tokens_per_s", "prefill_speedup"),
+        ("decode, tokens per second", "decode_tokens_per_s", "decode_speedup"),
+        ("prefill, tokens per second", "prefill_tokens_per_s", "prefill_speedup"),
     ):
         if number(measured.get(key)) is None:
             rows.append(Row("Speed", measure, NOT_MEASURED, "", "", ""))
@@ -157,8 +157,8 @@ def _speed_protocol(measured: dict[str, Any], dense: dict[str, Any]) -> str:
     load = number(measured.get("load_average"))
     busy = "" if load is None else f", load {load:.1f}"
     return (
-        f"one sequence, {measured.get('prompt')} tokens in, {measured.get('new_tokens')} out, median of {measured.get('rounds')} alternating rounds, "
-        f"{measured.get('threads')} threads{busy}; dense by transformers in {dense.get('dtype', 'fp32')}, the faster of fp32 and bf16"
+        f"one sequence, prompt of {measured.get('prompt')} tokens, {measured.get('new_tokens')} new tokens, median of {measured.get('rounds')} alternating rounds, "
+        f"{measured.get('threads')} threads{busy}; the original in transformers in {dense.get('dtype', 'fp32')}, the faster of fp32 and bf16"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a report can measure when the dense model is at hand: quality, speed, and what both models answer."""
+"""What a report measures if the original model is given: quality, speed, and what both models answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from halfplate.telemetry.progress import Report
 
 
 def measure(folder: Path, settings: Measuring, report: Report) -> dict[str, Any]:
-    """The `measures` line of the log; raises HalfplateError on a dense model that does not fit."""
+    """The `measures` line of the log; raises HalfplateError on an original model that does not fit."""
     measures: dict[str, Any] = {"event": "measures", "against": settings.against}
     report("reading", 0, 1)
     dense = load_dense(settings.against)
@@ -27,7 +27,7 @@ def measure(folder: Path, settings: Measuring, report: Report) -> dict[str, Any]
     tokenizer = load_tokenizer(folder)
     if dense.model.config.get_text_config().vocab_size != compressed.config.get_text_config().vocab_size:
         raise HalfplateError(
-            f"against={settings.against!r} has another vocabulary than {str(folder)!r}; give the dense model that it was compressed from"
+            f"against={settings.against!r} has another vocabulary than {str(folder)!r}; give the original model that it was compressed from"
         )
     report("reading", 1, 1)
     limit = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None) or settings.seq_len
@@ -81,7 +81,7 @@ def _answer(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not ids or (limit is not None and len(ids) + new_tokens > limit):
         raise HalfplateError(
-            f"prompt={prompt[:60]!r} has {len(ids)} tokens, expected 1 to {(limit or 0) - new_tokens} for this model; give another"
+            f"prompt={prompt[:60]!r} has {len(ids)} tokens, expected 1 to {(limit or 0) - new_tokens} for this model; give another prompt"
         )
     check_tokens(ids, model, f"prompt={prompt[:60]!r}", tokenizer)
     check_generation(model.config, len(ids), new_tokens, "new_tokens")

@@ -32,9 +32,9 @@ def write_report(
     measuring: Measuring | None = None,
     report: Report = silent,
 ) -> Path:
-    """Write the report of the checkpoint in `folder` to `file` (default `report.html` in it), and return where it stands.
+    """Write the report of the checkpoint in `folder` to `file` (default `report.html` in it), and return the path of the file.
 
-    measuring: also measure quality and speed against the dense model, and keep the result in the log of the checkpoint, where
+    measuring: also measure quality and speed against the original model, and keep the result in the log of the checkpoint, where
     later reports find it. Raises HalfplateError for a folder that is not a whole checkpoint and a file that cannot be written.
     """
     place = Path(folder) / REPORT_FILE if file is None else Path(file)
@@ -109,7 +109,7 @@ def _title(found: Findings) -> str:
 def _lead(found: Findings) -> str:
     levels = sorted({matrix.level for matrix in found.matrices})
     how = f"compressed by {found.method}" if found.method else "compressed"
-    level = f", {levels[0]}" if len(levels) == 1 else f", {len(levels)} levels"
+    level = f", {levels[0]}" if len(levels) == 1 else f", {len(levels)} formats"
     when = f" on {found.began[:10]}" if found.began else ""
     again = f", then recovered {found.recoveries}×" if found.recoveries else ""
     return f"{len(found.matrices)} matrices {how}{level}{when}{again}. The checkpoint is {found.folder}."
@@ -119,10 +119,10 @@ def _error_words(found: Findings) -> str:
     if found.median_error is None:
         return ""
     worst = found.worst[0]
-    tuned = ", before the blocks were tuned" if found.recipe is not None and found.recipe.tune_block else ""
+    tuned = ", before the layers were tuned" if found.recipe is not None and found.recipe.tune_block else ""
     return (
-        f"Relative error{tuned}: {short(found.median_error)} in the median, "
-        f"{short(worst.relative_error or 0)} at the most, in {worst.name}."
+        f"Relative error{tuned}: median {short(found.median_error)}, "
+        f"maximum {short(worst.relative_error or 0)} in {worst.name}."
     )
 
 
@@ -132,7 +132,7 @@ def _charts(found: Findings) -> list[tuple[str, Markup | None, str]]:
     phases = {name: value for name, value in found.seconds.items() if name != "total"}
     return [
         (
-            "Bytes by linear, of dense at 2 bytes a weight",
+            "Bytes by linear, of the original at 2 bytes per weight",
             bars(byte_bars(found.total("nbytes"), found.total("dense_nbytes")), "Bytes by linear"),
             "",
         ),
@@ -163,11 +163,11 @@ def _facts(found: Findings) -> list[tuple[str, str]]:
         (
             "Calibration",
             source
-            and f"{'text that the model sampled itself' if source == 'self' else source}, {calibration.get('samples')} sequences of "
+            and f"{'text that the model generated itself' if source == 'self' else source}, {calibration.get('samples')} sequences of "
             f"{calibration.get('seq_len')} tokens ({tokens or 0:,.0f}), seed {calibration.get('seed')}",
         ),
         ("Calibration tokens, SHA-256", text(calibration.get("sha256"))),
         ("Fingerprint of model and recipe", found.fingerprint),
-        ("Began", found.began),
+        ("Start", found.began),
     ]
     return [(name, str(value)) for name, value in told if value]

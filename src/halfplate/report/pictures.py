@@ -88,10 +88,10 @@ def heat_map(matrices: Sequence[Matrix], kinds: Sequence[str]) -> Markup | None:
     for column, block in enumerate(blocks):
         if column % step == 0:
             pieces.append(_text(LABEL_WIDTH + (column + 0.5) * cell, height + 16, str(block), "middle"))
-    pieces.append(_text(LABEL_WIDTH - 10, height + 16, "block", "end"))
+    pieces.append(_text(LABEL_WIDTH - 10, height + 16, "layer", "end"))
     pieces += _legend(scale, height + 38)
     return _picture(
-        max(width, LABEL_WIDTH + 420), height + 78, "Relative error of every matrix, by block and linear", pieces
+        max(width, LABEL_WIDTH + 420), height + 78, "Relative error of every matrix, by layer and linear", pieces
     )
 
 

@@ -1,4 +1,4 @@
-"""What a report measures against the dense model."""
+"""What a report measures against the original model."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Measuring:
-    """against: the dense model. text: a text file, or None for text that the dense model samples; in windows of seq_len tokens.
+    """against: the original model. text: a text file, or None for text that the original generates; in windows of seq_len tokens.
 
     prompts: what both models are asked, new_tokens at most in an answer. bench_prompt, rounds: of the timing. Raises
     HalfplateError for numbers that cannot work.
