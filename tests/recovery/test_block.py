@@ -36,7 +36,7 @@ def test_tuning_lowers_the_error_of_the_blocks(tiny_folder, tmp_path):
     assert [inspect_checkpoint(tmp_path / name)["tuned"] for name in ("plain", "tuned")] == [False, True]
     card = (tmp_path / "tuned" / "README.md").read_text()
     assert "2 of 2 layers are closer to the original" in card
-    assert "on its calibration inputs, before tuning" in card
+    assert "on their calibration inputs, before tuning" in card
     assert output_error(tmp_path / "tuned", tiny_folder) < output_error(tmp_path / "plain", tiny_folder)
 
 
