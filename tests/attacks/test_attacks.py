@@ -344,9 +344,9 @@ def test_names_that_steer_a_terminal(checkpoint, capsys):
         {"search": {"trajectory": [{}]}},
     ],
 )
-def test_records_that_resume_believes(checkpoint, tiny_folder, record):
+def test_records_that_resume_believes(checkpoint, tiny_folder_once, record):
     edit(checkpoint / "halfplate.json", **record)
-    refused(lambda: compress(str(tiny_folder), checkpoint, Recipe(method="magnitude"), resume=True), "exists")
+    refused(lambda: compress(str(tiny_folder_once), checkpoint, Recipe(method="magnitude"), resume=True), "exists")
 
 
 # Calibration text
