@@ -15,6 +15,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from halfplate.recipe import Recipe
+
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 
@@ -155,6 +157,24 @@ def tiny_folder_once(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: P
 def tiny_folder(tmp_path: Path, tiny_folder_once: Path) -> Path:
     """A copy of it to change."""
     return Path(shutil.copytree(tiny_folder_once, tmp_path / "tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def compressed_once(tiny_folder_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
+    """`compressed_once(recipe)` is the model of `tiny_folder_once` compressed by it, to read or to copy; each recipe is carried out once."""
+    made: dict[str, Path] = {}
+
+    def make(recipe: Recipe) -> Path:
+        from halfplate.execution.local import compress
+
+        key = repr(recipe)
+        if key not in made:
+            out = tmp_path_factory.mktemp("compressed") / "out"
+            compress(str(tiny_folder_once), out, recipe)
+            made[key] = out
+        return made[key]
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -115,9 +116,8 @@ def test_gguf(tmp_path, attack):
 
 
 @pytest.fixture
-def checkpoint(tiny_folder: Path, tmp_path: Path) -> Path:
-    compress(str(tiny_folder), tmp_path / "out", Recipe(method="magnitude"))
-    return tmp_path / "out"
+def checkpoint(compressed_once, tmp_path: Path) -> Path:
+    return shutil.copytree(compressed_once(Recipe(method="magnitude")), tmp_path / "out")
 
 
 @pytest.fixture(params=["dense", "checkpoint"])
@@ -344,9 +344,9 @@ def test_names_that_steer_a_terminal(checkpoint, capsys):
         {"search": {"trajectory": [{}]}},
     ],
 )
-def test_records_that_resume_believes(checkpoint, tiny_folder, record):
+def test_records_that_resume_believes(checkpoint, tiny_folder_once, record):
     edit(checkpoint / "halfplate.json", **record)
-    refused(lambda: compress(str(tiny_folder), checkpoint, Recipe(method="magnitude"), resume=True), "exists")
+    refused(lambda: compress(str(tiny_folder_once), checkpoint, Recipe(method="magnitude"), resume=True), "exists")
 
 
 # Calibration text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +62,18 @@ def text_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def checkpoint(halfplate: Callable[..., Outcome], tiny_folder: Path, tmp_path: Path, text_file: Path) -> Path:
+def checkpoint(checkpoint_once: Path, tmp_path: Path) -> Path:
     """The tiny model compressed by Wanda."""
-    out = tmp_path / "checkpoint"
-    outcome = halfplate("compress", tiny_folder, "-o", out, *WANDA, "--calibration", text_file)
-    assert outcome.status == 0, outcome.err
+    return Path(shutil.copytree(checkpoint_once, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint_once(tiny_folder_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It once for all tests, made by the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    text, out = folder / "story.txt", folder / "checkpoint"
+    text.write_text(SENTENCES * 30, encoding="utf-8")
+    assert main(["compress", str(tiny_folder_once), "-o", str(out), *WANDA, "--calibration", str(text)]) == 0
     return out
 
 

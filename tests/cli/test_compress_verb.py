@@ -65,9 +65,21 @@ def test_the_self_check_is_said_or_left_out(halfplate, tiny_folder, tmp_path, mo
         ("rtn", ["--core-dtype", "int8", "--pattern", "dense"]),
     ],
 )
-def test_plan_foretells_the_bytes(halfplate, tiny_folder, tmp_path, method, core):
+def test_plan_foretells_the_bytes(halfplate, tiny_folder, tmp_path, text_file, method, core):
     out = tmp_path / "out"
-    options = ["--method", method, "--samples", "4", "--seq-len", "32", "--exclude", "*.k_proj", *core]
+    options = [
+        "--method",
+        method,
+        "--samples",
+        "4",
+        "--seq-len",
+        "32",
+        "--calibration",
+        text_file,
+        "--exclude",
+        "*.k_proj",
+        *core,
+    ]
     if method == "armor":
         options += ["--block-size", "16", "--iterations", "2"]
     plan = halfplate("plan", tiny_folder, *options, "--json").json()
@@ -269,6 +281,7 @@ def test_interrupt_leaves_nothing(halfplate, tiny_folder, tmp_path, text_file, m
     assert leftovers(tmp_path, *before) == {"out"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_kill_of_a_real_process(tiny_folder, tmp_path, sent):

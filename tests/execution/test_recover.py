@@ -27,16 +27,14 @@ ARMOR = {"method": "armor", "block_size": 4, "pattern": "1:4"}  # far enough fro
 
 
 @pytest.fixture(params=[{"method": "magnitude", "pattern": "1:4"}, ARMOR], ids=["plain", "wrapped"])
-def compressed(request, tiny_folder, tmp_path):
-    compress(str(tiny_folder), tmp_path / "compressed", Recipe(**request.param, samples=8, seq_len=32))
-    return tmp_path / "compressed"
+def compressed(request, compressed_once, tmp_path):
+    made = compressed_once(Recipe(**request.param, samples=8, seq_len=32))
+    return shutil.copytree(made, tmp_path / "compressed")
 
 
 @pytest.fixture
-def wrapped(tiny_folder, tmp_path):
-    recipe = Recipe(**ARMOR, samples=8, seq_len=32)
-    compress(str(tiny_folder), tmp_path / "compressed", recipe)
-    return tmp_path / "compressed"
+def wrapped(compressed_once, tmp_path):
+    return shutil.copytree(compressed_once(Recipe(**ARMOR, samples=8, seq_len=32)), tmp_path / "compressed")
 
 
 def weights(folder):

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 
+from conftest import build_model
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.execution import preparation
 from halfplate.execution.local import compress
@@ -68,17 +69,19 @@ def broken_off(folder, out, recipe, monkeypatch, stop_at, **options):
 
 @pytest.mark.parametrize("inputs", ["dense", "compressed"])
 @pytest.mark.parametrize("stop_at", [0, 2, 6, 7, 9, 13])
-def test_the_same_bytes_after_a_break_and_nothing_solved_twice(tiny_folder, tmp_path, monkeypatch, inputs, stop_at):
+def test_the_same_bytes_after_a_break_and_nothing_solved_twice(
+    tiny_folder_once, tmp_path, monkeypatch, inputs, stop_at, compressed_once
+):
     recipe = Recipe(method="wanda", inputs=inputs, **SMALL)
-    compress(str(tiny_folder), tmp_path / "whole", recipe)
+    whole = digests(compressed_once(recipe))
     out = tmp_path / "out"
-    work = broken_off(tiny_folder, out, recipe, monkeypatch, stop_at)
+    work = broken_off(tiny_folder_once, out, recipe, monkeypatch, stop_at)
     assert not out.exists()
     assert work.path.exists() == (stop_at > 0)  # nothing finished, nothing left
     names = solved(monkeypatch)
-    compress(str(tiny_folder), out, recipe, resume=True)
+    compress(str(tiny_folder_once), out, recipe, resume=True)
     assert len(names) == 14 - stop_at
-    assert digests(out) == digests(tmp_path / "whole")
+    assert digests(out) == whole
     assert not work.path.exists()
 
 
@@ -157,17 +160,28 @@ def flip(path, at):
     path.write_bytes(data)
 
 
+@pytest.fixture(scope="module")
+def deep(tiny_folder_once, tmp_path_factory):
+    """A model of four blocks, the digests of its whole result, and a work folder in which three blocks and four matrices are finished."""
+    place = tmp_path_factory.mktemp("deep")
+    folder = place / "deep"
+    build_model(vocab_size=320, num_hidden_layers=4).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_folder_once / file, folder)
+    recipe = Recipe(method="wanda", **SMALL)
+    compress(str(folder), place / "whole", recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        work = broken_off(folder, place / "out", recipe, patch, 7 * 3 + 4)
+    return folder, digests(place / "whole"), work.path
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "note", "gone"])
 @pytest.mark.parametrize("what", ["block", "matrix", "hidden", "tokens"])
-def test_only_the_damaged_part_is_done_again(tiny_folder, tmp_path, monkeypatch, damage, what, tiny_model):
-    folder = tmp_path / "deep"
-    tiny_model(vocab_size=320, num_hidden_layers=4).save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / file).write_bytes((tiny_folder / file).read_bytes())
-    recipe = Recipe(method="wanda", **SMALL)
-    compress(str(folder), tmp_path / "whole", recipe)
-    out = tmp_path / "out"
-    work = broken_off(folder, out, recipe, monkeypatch, 7 * 3 + 4)
+def test_only_the_damaged_part_is_done_again(deep, tmp_path, monkeypatch, damage, what):
+    folder, whole, broken = deep
+    recipe, out = Recipe(method="wanda", **SMALL), tmp_path / "out"
+    work = WorkFolder(out)
+    shutil.copytree(broken, work.path)
     path = {
         "block": work.block(1),
         "matrix": next(iter(sorted((work.path / "matrices").glob("*.safetensors")))),
@@ -187,7 +201,7 @@ def test_only_the_damaged_part_is_done_again(tiny_folder, tmp_path, monkeypatch,
     names = solved(monkeypatch)
     compress(str(folder), out, recipe, resume=True)
     assert len(names) == 3 + {"block": 7, "matrix": 1, "hidden": 0, "tokens": 0}[what]
-    assert digests(out) == digests(tmp_path / "whole")
+    assert digests(out) == whole
 
 
 def test_the_identity_is_there_twice(tiny_folder, tmp_path, monkeypatch):
@@ -286,9 +300,9 @@ def test_a_converted_model_that_is_damaged_is_converted_anew(tiny_folder, tmp_pa
     assert digests(out) == digests(tmp_path / "whole")
 
 
-def test_a_full_disk_loses_nothing(tiny_folder, tmp_path, monkeypatch):
+def test_a_full_disk_loses_nothing(tiny_folder_once, tmp_path, monkeypatch, compressed_once):
     recipe = Recipe(method="wanda", **SMALL)
-    compress(str(tiny_folder), tmp_path / "whole", recipe)
+    whole = digests(compressed_once(recipe))
     original, written = os.pwrite, []
 
     def full(descriptor, data, offset):
@@ -302,11 +316,11 @@ def test_a_full_disk_loses_nothing(tiny_folder, tmp_path, monkeypatch):
         with pytest.raises(
             HalfplateError, match=r"the disk is full .*what is finished is kept, --resume goes on from it"
         ):
-            compress(str(tiny_folder), tmp_path / "out", recipe)
+            compress(str(tiny_folder_once), tmp_path / "out", recipe)
     names = solved(monkeypatch)
-    compress(str(tiny_folder), tmp_path / "out", recipe, resume=True)
+    compress(str(tiny_folder_once), tmp_path / "out", recipe, resume=True)
     assert 0 < len(names) < 14
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert digests(tmp_path / "out") == whole
 
 
 @pytest.mark.slow
@@ -333,9 +347,9 @@ def test_killed_for_real_at_random_moments(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
 )
-def test_memory_that_runs_out_loses_nothing(tiny_folder, tmp_path, monkeypatch, error):
+def test_memory_that_runs_out_loses_nothing(tiny_folder_once, tmp_path, monkeypatch, error, compressed_once):
     recipe = Recipe(method="wanda", **SMALL)
-    compress(str(tiny_folder), tmp_path / "whole", recipe)
+    whole = digests(compressed_once(recipe))
     with monkeypatch.context() as patched:
         names, original = [], Wanda.compress
 
@@ -347,17 +361,17 @@ def test_memory_that_runs_out_loses_nothing(tiny_folder, tmp_path, monkeypatch, 
 
         patched.setattr(Wanda, "compress", starved)
         with pytest.raises(type(error)):
-            compress(str(tiny_folder), tmp_path / "out", recipe)
+            compress(str(tiny_folder_once), tmp_path / "out", recipe)
     names = solved(monkeypatch)
-    compress(str(tiny_folder), tmp_path / "out", recipe, resume=True)
+    compress(str(tiny_folder_once), tmp_path / "out", recipe, resume=True)
     assert len(names) == 14 - 9
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert digests(tmp_path / "out") == whole
 
 
-def test_a_mount_that_vanishes_and_comes_back_loses_nothing(tiny_folder, tmp_path, monkeypatch):
+def test_a_mount_that_vanishes_and_comes_back_loses_nothing(tiny_folder_once, tmp_path, monkeypatch, compressed_once):
     """The folder of OUT goes in the middle, as a network disk does, and is there again for --resume."""
     recipe = Recipe(method="wanda", **SMALL)
-    compress(str(tiny_folder), tmp_path / "whole", recipe)
+    whole = digests(compressed_once(recipe))
     place, away = tmp_path / "disk", tmp_path / "away"
     place.mkdir()
 
@@ -368,11 +382,11 @@ def test_a_mount_that_vanishes_and_comes_back_loses_nothing(tiny_folder, tmp_pat
     with pytest.raises(
         HalfplateError, match=r"cannot be used .*; check that the place is there .* --resume goes on from it"
     ):
-        compress(str(tiny_folder), place / "out", recipe, report=vanish)
+        compress(str(tiny_folder_once), place / "out", recipe, report=vanish)
     if place.exists():
         shutil.rmtree(place)
     away.rename(place)
     names = solved(monkeypatch)
-    compress(str(tiny_folder), place / "out", recipe, resume=True)
+    compress(str(tiny_folder_once), place / "out", recipe, resume=True)
     assert 0 < len(names) < 14
-    assert digests(place / "out") == digests(tmp_path / "whole")
+    assert digests(place / "out") == whole

@@ -38,10 +38,9 @@ def test_what_was_written_is_read_back(tiny_model: Any, tmp_path: Path, architec
 
 
 @pytest.fixture
-def exported(tiny_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
+def exported(compressed_once: Any, tmp_path: Path) -> tuple[Path, Path]:
     """A checkpoint, and the GGUF file that the command line made of it."""
-    out, file = tmp_path / "out", tmp_path / "model.gguf"
-    halfplate.compress(str(tiny_folder), out, Recipe(method="magnitude"))
+    out, file = compressed_once(Recipe(method="magnitude")), tmp_path / "model.gguf"
     assert main(["export", str(out), "--format", "gguf", "-o", str(file)]) == 0
     assert main(["export", str(out), "--format", "gguf", "-o", str(file)]) == 2
     assert main(["export", str(out), "--format", "gguf", "-o", str(file), "--overwrite"]) == 0
