@@ -227,7 +227,7 @@ def test_pipes(folder, file):
     (folder / file).unlink()
     os.mkfifo(folder / file)
     if file == "halfplate.json":
-        refused(lambda: inspect_checkpoint(folder, verify=True), "no regular file")
+        refused(lambda: inspect_checkpoint(folder, verify=True), "regular file")
     else:
         refused(lambda: reads(folder))
 
