@@ -33,12 +33,7 @@ LAYERS = (
     "__main__",
 )
 # Imports that break a rule, and why each may.
-EXCEPTIONS: dict[tuple[str, str], str] = {
-    (
-        "halfplate.kernels.capability",
-        "halfplate.kernels.linear",
-    ): "the backend of a processor is the default of a check",
-}
+EXCEPTIONS: dict[tuple[str, str], str] = {}
 VERBS = {name for name in halfplate.__all__ if name.islower() and not name.startswith("_")}
 
 
