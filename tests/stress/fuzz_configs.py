@@ -274,7 +274,7 @@ def _outcome(folder: Path, keep: Path, news: Callable[[], str]) -> tuple[str, in
     except Exception:
         outcome, told = "crashes", traceback.format_exc()
     heard = news()
-    if "Traceback" in heard:
+    if "Traceback (most recent call last)" in heard:
         outcome, told = "tracebacks", heard
     if outcome in ("crashes", "hangs", "tracebacks"):
         keep.mkdir(parents=True, exist_ok=True)
