@@ -1,6 +1,8 @@
 """A cache of keys and values whose room is taken once; imports transformers, so it is imported where it is used."""
 
 from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,8 +50,23 @@ def preallocated_cache(config: PretrainedConfig, length: int) -> DynamicCache:
     return cache
 
 
+@dataclass(frozen=True)
+class _Described:
+    """A configuration that equals another with the same entries."""
+
+    entries: str
+    config: PretrainedConfig = field(compare=False)
+
+
 def cache_nbytes(config: PretrainedConfig, length: int) -> int:
     """Bytes of the cache of one sequence of `length` tokens in fp32, as a model without values fills it; whatever that raises goes on."""
+    return _measured(_Described(config.to_json_string(use_diff=False), config), length)
+
+
+# A plan and the run after it ask the same, and a model of many layers takes seconds to answer.
+@lru_cache(maxsize=8)
+def _measured(described: _Described, length: int) -> int:
+    config = described.config
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(deepcopy(config), dtype=torch.float32)
     argument = cache_argument(model.forward)
