@@ -74,7 +74,7 @@ def test_a_budget_says_what_the_matrices_take_at_most(tiny_folder, capsys):
     assert bytes_.disk.result - plain.disk.result == max(0, int(0.9 * plain.dense_nbytes) - plain.nbytes)
     assert time.disk.result - plain.disk.result == max(0, plain.dense_nbytes - plain.nbytes)
     assert main(["plan", str(tiny_folder), "--seq-len", "32", "--budget", "0.9", "--no-benchmark"]) == 0
-    assert "(90.0%), the level of each chosen in the run" in " ".join(capsys.readouterr().out.split())
+    assert "(90.0%); the run chooses the format of each matrix" in " ".join(capsys.readouterr().out.split())
 
 
 def test_other_bytes_count_tied_tensors_once(tiny_folder, tmp_path, tiny_model):

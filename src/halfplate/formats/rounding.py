@@ -64,8 +64,9 @@ def round_rows(matrix: Tensor, argument: str = "wrapper_dtype", energy: Tensor |
 def _check_fits(values: Tensor, quantizer: Quantizer, parameters: tuple[Tensor, ...], argument: str) -> None:
     if all(bool(part.isfinite().all()) for part in parameters):
         return
-    largest = [torch.tensor(torch.finfo(torch.float16).max)] * len(parameters)
-    limit = float(quantizer.decode(torch.tensor(quantizer.range), *largest).abs().max())
+    largest = torch.tensor(torch.finfo(torch.float16).max, dtype=torch.float32, device="cpu")
+    ends = torch.tensor(quantizer.range, dtype=torch.int64, device="cpu")
+    limit = float(quantizer.decode(ends, *[largest] * len(parameters)).abs().max())
     raise _too_large(values, limit, quantizer.name, argument)
 
 

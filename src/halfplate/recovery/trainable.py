@@ -65,7 +65,7 @@ class TrainableLinear(nn.Module):
             return 1.0
         grid = self.start.core.grid
         assert grid is not None, "codes have a quantizer"
-        moved = grid.quantizer.decode(self.integers, torch.ones((), device=self.integers.device))
+        moved = grid.quantizer.decode(self.integers, torch.ones((), dtype=torch.float32, device=self.integers.device))
         return max(1.0, float(moved.square().mean().sqrt()))
 
     @property
