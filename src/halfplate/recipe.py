@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_type_hints
@@ -20,7 +19,7 @@ from halfplate.formats.rounding import GROUP
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern
-from halfplate.registry import unknown
+from halfplate.registry import available, unknown
 from halfplate.statistics import Statistic
 
 VERSION = 1
@@ -318,9 +317,7 @@ class Recipe:
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:
-                near = get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise HalfplateError(f"{source}: key {key!r} is unknown; {hint}available: {', '.join(known)}")
+                raise HalfplateError(f"{source}: key {key!r} is unknown; {available(str(key), known)}")
         return cls(**values)
 
     @classmethod

@@ -37,14 +37,19 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """The thing of that name; raises HalfplateError with the nearest name if there is none, and for a broken package."""
-        point = self.point(name)
+        point = self.check(name)
         if point is not None:
             return self.load(point)
-        if name not in self.own:
-            raise unknown(self.argument, name, self.names())
         module, _, attribute = self.own[name].partition(":")
         found: T = getattr(import_module(module), attribute)
         return found
+
+    def check(self, name: str) -> EntryPoint | None:
+        """`point`, but raises HalfplateError with the nearest name if nothing is registered under `name`; imports nothing."""
+        point = self.point(name)
+        if point is None and name not in self.own:
+            raise unknown(self.argument, name, self.names())
+        return point
 
     def point(self, name: str, argument: str | None = None) -> EntryPoint | None:
         """The entry point of another package, None if none has that name.
@@ -104,6 +109,11 @@ def broken(point: EntryPoint, argument: str, fault: str) -> HalfplateError:
 
 def unknown(argument: str, name: str, known: list[str]) -> HalfplateError:
     """The error for a name that nobody registers, with the nearest one."""
+    return HalfplateError(f"{argument}={name!r} is unknown; {available(name, known)}")
+
+
+def available(name: str, known: list[str]) -> str:
+    """The nearest of the known names, and all of them, as an error ends."""
     near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return HalfplateError(f"{argument}={name!r} is unknown; {hint}available: {', '.join(known)}")
+    return f"{hint}available: {', '.join(known)}"

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from halfplate.errors import HalfplateError
 from halfplate.execution.tasks import OpenBlocks, Task
-from halfplate.registry import Registry, unknown
+from halfplate.registry import Registry
 
 TRIES = 3  # of a task whose process died
 
@@ -37,8 +37,7 @@ class EngineChoice:
     address: str | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in ENGINES.names():
-            raise unknown("engine", self.name, ENGINES.names())
+        ENGINES.check(self.name)
         if self.workers is not None and self.workers < 1:
             raise HalfplateError(f"workers={self.workers} must be at least 1")
         if self.address is not None and self.name == "local":
