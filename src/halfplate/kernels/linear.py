@@ -121,14 +121,6 @@ class Stored(ctypes.Structure):
     _fields_ = [*[(name, ctypes.c_void_p) for name, _ in STORED], ("bytes", ctypes.c_int64 * len(STORED))]
 
 
-def unsupported(spec: WeightSpec) -> str | None:
-    """Why the kernels cannot run a matrix of `spec`; None where they can."""
-    if not native.available():
-        return native.reason()
-    refusal = NATIVE.refusal(spec)
-    return None if refusal is None else refusal.reason
-
-
 def kernels_for() -> str:
     """What a matrix must be to have a kernel, for people."""
     return f"{' or '.join(PATTERNS)}; cores {', '.join(CORES)}; wrappers {', '.join(WRAPPER_KINDS)}; scales of {TILE} columns"
