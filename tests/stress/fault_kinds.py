@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -21,7 +22,7 @@ from halfplate.evaluation.speed import memory
 from halfplate.execution.work import WorkFolder, load_part
 
 TOLD = ("log.jsonl", "report.html")  # of a result: these have times in them
-NOBODY = 65534
+LINUX_CAPABILITY_VERSION_3 = 0x20080522  # of linux/capability.h
 MEGABYTE = 2**20
 LONGEST_FILE = 24_000  # bytes: less than a finished block takes, more than the log
 
@@ -193,7 +194,7 @@ def work_folder_removed(bench: Bench) -> Outcome:
 def read_only_folder(bench: Bench) -> Outcome:
     order = bench.fresh("readonly")
     order.out.parent.chmod(0o555)
-    return refused(bench, order, run(order, before=_nobody))
+    return refused(bench, order, run(order, before=_without_privileges))
 
 
 def out_exists(bench: Bench) -> Outcome:
@@ -205,11 +206,16 @@ def out_exists(bench: Bench) -> Outcome:
     return Outcome(error.error or "none", error.clean and kept, "the files there are as they were" if kept else "LOST")
 
 
-def _nobody() -> None:
-    """Root may write everywhere, so the run goes on as somebody else."""
-    if os.geteuid() == 0:
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+def _without_privileges() -> None:
+    """Drop what lets root read and write everything; modes of files then hold for it too.
+
+    The user stays root, so that a Python installed in root's own folder can still import.
+    """
+    if os.geteuid() != 0:
+        return
+    header = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0)
+    if ctypes.CDLL(None, use_errno=True).capset(header, bytes(24)):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 # Parts of the work folder.
@@ -343,7 +349,7 @@ def shard_unreadable(bench: Bench) -> Outcome:
     order = bench.with_copy("unreadable").fresh("unreadable")
     _weights(order).chmod(0)
     order.out.parent.chmod(0o777)
-    return refused(bench, order, run(order, before=_nobody))
+    return refused(bench, order, run(order, before=_without_privileges))
 
 
 def shard_cut_short(bench: Bench) -> Outcome:

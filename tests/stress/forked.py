@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import transformers.models.llama.modeling_llama  # noqa: F401  (so that no fork has to, and one that is nobody could not)
+import transformers.models.llama.modeling_llama  # noqa: F401  (so that no fork has to)
 
 import halfplate.methods.armor  # noqa: F401
 from halfplate.errors import HalfplateError
