@@ -15,7 +15,7 @@ from common import ROOT, SHARED
 from torch import Tensor
 
 from halfplate import methods
-from halfplate.formats import WeightSpec
+from halfplate.formats import InWrapper, OutWrapper, WeightSpec
 from halfplate.statistics import InputStatistics
 
 PICTURES = ROOT / "docs" / "pictures"
@@ -64,14 +64,15 @@ def form() -> str:
     statistics = InputStatistics(400, inputs.square().mean(0), inputs.T @ inputs / 400)
     spec = WeightSpec(16, 16, core_dtype="fp32", wrapper_dtype="fp32", out_block=4, in_block=4)
     chain = methods.create("armor").compress(weight, statistics, spec).weight
-    assert chain.out_wrapper is not None
-    assert chain.in_wrapper is not None
+    left, right = chain.part(OutWrapper), chain.part(InWrapper)
+    assert left is not None
+    assert right is not None
     parts, size, top = [], 9.5, 40
     for x, values, kind, name, words in (
         (10, weight, "d", "W", "dense: d × d values"),
-        (206, chain.out_wrapper.dense(), "w", "A", "blocks: d · b values"),
+        (206, left.dense(), "w", "A", "blocks: d · b values"),
         (390, chain.core.dense(), "d", "S", "2 of every 4 inputs kept"),
-        (574, chain.in_wrapper.dense(), "w", "B", "blocks: d · b values"),
+        (574, right.dense(), "w", "B", "blocks: d · b values"),
     ):
         parts += [
             *cells(values, x, top, size, kind),

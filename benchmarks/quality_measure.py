@@ -34,7 +34,7 @@ from halfplate.evaluation import evaluate, speed, token_windows
 from halfplate.evaluation.tasks import evaluate_tasks
 from halfplate.execution.matrix import relative_error
 from halfplate.formats import CompressedLinear
-from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.parts.core import NMSparse
 from halfplate.models.blockwise import BlockwiseModel
 from halfplate.models.gguf_writer import write_gguf
 from halfplate.models.linears import find_linears, replace_linear

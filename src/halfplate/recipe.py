@@ -14,8 +14,8 @@ from halfplate.allocation import CHOICES, Evolution
 from halfplate.arguments import path_text, typed
 from halfplate.device import device_kind
 from halfplate.errors import HalfplateError
+from halfplate.formats.encoding.rounding import GROUP
 from halfplate.formats.quantizers import QUANTIZERS
-from halfplate.formats.rounding import GROUP
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern
@@ -266,6 +266,7 @@ class Recipe:
             rank,
             method.permutes,
             self.group_size,
+            parts=method.parts,
         )
 
     @cached_property

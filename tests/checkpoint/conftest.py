@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from halfplate.checkpoint.write import write_checkpoint
-from halfplate.formats import BlockDiagonal, Chain, CompressedLinear, LowRank, NMSparse, WeightSpec
+from halfplate.formats import Chain, CompressedLinear, InWrapper, LowRank, NMSparse, OutWrapper, Permutation, WeightSpec
 from halfplate.pattern import DENSE, Pattern
 from halfplate.runtime import restore
 
@@ -49,17 +49,15 @@ def compress_linear(linear: nn.Linear, options: dict[str, Any], seed: int) -> Co
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(spec.pattern.n).indices, True)
     core = NMSparse.from_dense(weight, mask.reshape(weight.shape), spec.pattern, spec.core_dtype, spec.group)
     wrappers = []
-    for size, block in ((spec.d_out, spec.out_block), (spec.d_in, spec.in_block)):
+    for kind, size, block in ((OutWrapper, spec.d_out, spec.out_block), (InWrapper, spec.d_in, spec.in_block)):
         noise = 0.05 * torch.randn(-(-size // max(block, 1)), block, block, generator=generator)
-        wrappers.append(
-            BlockDiagonal.from_padded(torch.eye(block) + noise, size, block, spec.wrapper_dtype) if block else None
-        )
+        wrappers.append(kind.from_padded(torch.eye(block) + noise, size, block, spec.wrapper_dtype) if block else None)
     added = None
     if spec.rank:
         factors = (torch.randn(size, generator=generator) for size in ((spec.d_out, spec.rank), (spec.rank, spec.d_in)))
         added = LowRank.rounded(*factors, spec.wrapper_dtype)
-    order = torch.randperm(spec.d_in, generator=generator).to(torch.int16) if spec.permuted else None
-    return CompressedLinear.from_weight(Chain(spec, core, *wrappers, added, order), spec, linear.bias)
+    order = Permutation.of(torch.randperm(spec.d_in, generator=generator)) if spec.permuted else None
+    return CompressedLinear.from_weight(Chain.of(spec, core, *wrappers, added, order), spec, linear.bias)
 
 
 def compress_by_hand(model: PreTrainedModel, variety: Sequence[dict[str, Any]] = VARIETY) -> dict[str, WeightSpec]:

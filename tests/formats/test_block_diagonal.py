@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from halfplate.dtypes import STORED
 from halfplate.errors import HalfplateError
-from halfplate.formats import BlockDiagonal
+from halfplate.formats import BlockDiagonal, InWrapper, OutWrapper
 
 DTYPES = st.sampled_from(["fp32", "bf16", "fp16"])
 
@@ -26,8 +26,10 @@ def test_dense_is_the_blocks_along_the_diagonal(size: int, block: int, name: str
     assert torch.equal(matrix.dense(dtype), expected[:size, :size])
     assert (matrix.blocks is None) == (block > size)
     assert (matrix.tail is None) == (size % block == 0)
-    assert matrix.nbytes == sum(part.nbytes for part in matrix.parts)
-    assert all(part.dtype == dtype and part.is_contiguous() for part in matrix.parts)
+    assert matrix.nbytes == sum(part.nbytes for part in (matrix.blocks, matrix.tail) if part is not None)
+    assert all(
+        part.dtype == dtype and part.is_contiguous() for part in (matrix.blocks, matrix.tail) if part is not None
+    )
 
 
 @given(st.integers(1, 20), st.integers(1, 24), st.sampled_from([(3,), (2, 3), (0,), (2, 0), ()]))
@@ -47,17 +49,17 @@ def test_forward_computes_in_the_type_of_its_input(dtype: torch.dtype) -> None:
 
 
 def test_stored_names_leave_out_what_is_absent() -> None:
-    assert BlockDiagonal.from_padded(random_padded(8, 4), 8, 4, "fp32").tensors("in").keys() == {"weight_in_blocks"}
-    assert BlockDiagonal.from_padded(random_padded(9, 4), 9, 4, "fp32").tensors("out").keys() == {
+    assert InWrapper.from_padded(random_padded(8, 4), 8, 4, "fp32").tensors().keys() == {"weight_in_blocks"}
+    assert OutWrapper.from_padded(random_padded(9, 4), 9, 4, "fp32").tensors().keys() == {
         "weight_out_blocks",
         "weight_out_tail",
     }
-    assert BlockDiagonal.from_padded(random_padded(3, 4), 3, 4, "fp32").tensors("out").keys() == {"weight_out_tail"}
+    assert OutWrapper.from_padded(random_padded(3, 4), 3, 4, "fp32").tensors().keys() == {"weight_out_tail"}
 
 
 def test_gradients_reach_blocks_and_tail() -> None:
     matrix = BlockDiagonal.from_padded(random_padded(7, 3), 7, 3, "fp32")
-    for part in matrix.parts:
+    for part in matrix.held().values():
         part.requires_grad_(True)
     dense = matrix.dense().detach().requires_grad_(True)
     x = torch.randn(5, 7)
@@ -74,10 +76,14 @@ def test_int8_rows_have_scales_and_clip_nothing(size: int, block: int) -> None:
     padded = random_padded(size, block)
     exact = BlockDiagonal.from_padded(padded, size, block, "fp32")
     matrix = BlockDiagonal.from_padded(padded, size, block, "int8")
-    assert all(part.dtype == torch.int8 and int(part.min()) >= -127 for part in matrix.parts)
+    assert all(
+        part.dtype == torch.int8 and int(part.min()) >= -127
+        for part in (matrix.blocks, matrix.tail)
+        if part is not None
+    )
     assert matrix.scales is not None
     assert (matrix.scales.dtype, matrix.scales.shape) == (torch.float16, (size,))
-    assert matrix.nbytes == sum(part.nbytes for part in matrix.parts) + 2 * size
+    assert matrix.nbytes == sum(part.nbytes for part in (matrix.blocks, matrix.tail) if part is not None) + 2 * size
     integers = BlockDiagonal(matrix.blocks, matrix.tail).dense(torch.float64)
     dense = integers * matrix.scales.double()[:, None]  # a factor of each row
     assert torch.equal(matrix.dense(torch.float64), dense)

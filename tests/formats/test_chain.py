@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfplate.dtypes import WRAPPER_DTYPES
-from halfplate.formats import BlockDiagonal, Chain, NMSparse, WeightSpec
+from halfplate.formats import BlockDiagonal, Chain, InWrapper, NMSparse, OutWrapper, Permutation, WeightSpec
 from halfplate.formats.quantizers import core_dtypes
 from halfplate.pattern import Pattern
 
@@ -31,15 +31,15 @@ def random_chain(spec: WeightSpec, seed: int = 0) -> Chain:
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(spec.pattern.n).indices, True)
     core = NMSparse.from_dense(weight, mask.reshape(weight.shape), spec.pattern, spec.core_dtype, spec.group)
     wrappers = [
-        BlockDiagonal.from_padded(
+        kind.from_padded(
             torch.randn(-(-size // block), block, block, generator=generator), size, block, spec.wrapper_dtype
         )
         if block
         else None
-        for size, block in ((spec.d_out, spec.out_block), (spec.d_in, spec.in_block))
+        for kind, size, block in ((OutWrapper, spec.d_out, spec.out_block), (InWrapper, spec.d_in, spec.in_block))
     ]
-    order = torch.randperm(spec.d_in, generator=generator).to(torch.int16) if spec.permuted else None
-    return Chain.from_tensors(spec, Chain(spec, core, *wrappers, permutation=order).tensors())
+    order = Permutation.of(torch.randperm(spec.d_in, generator=generator)) if spec.permuted else None
+    return Chain.from_tensors(spec, Chain.of(spec, core, *wrappers, order).tensors())
 
 
 def whole(wrapper: BlockDiagonal | None, size: int) -> torch.Tensor:
@@ -51,11 +51,13 @@ def whole(wrapper: BlockDiagonal | None, size: int) -> torch.Tensor:
 def test_dense_is_the_product_of_its_parts(spec: WeightSpec) -> None:
     chain = random_chain(spec)
     expected = (
-        whole(chain.out_wrapper, spec.d_out) @ chain.core.dense(torch.float64) @ whole(chain.in_wrapper, spec.d_in)
+        whole(chain.part(OutWrapper), spec.d_out)
+        @ chain.core.dense(torch.float64)
+        @ whole(chain.part(InWrapper), spec.d_in)
     )
-    if chain.permutation is not None:
+    if (permutation := chain.part(Permutation)) is not None:
         moves = torch.zeros(spec.d_in, spec.d_in, dtype=torch.float64)  # Pᵀ: its row j picks the input of column j
-        for column, of_input in enumerate(chain.permutation.tolist()):
+        for column, of_input in enumerate(permutation.order.tolist()):
             moves[column, of_input] = 1
         expected = expected @ moves
     assert chain.shape == (spec.d_out, spec.d_in)

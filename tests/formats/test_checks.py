@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
-from halfplate.formats import BlockDiagonal, Chain, NMSparse, WeightSpec, check_stored
+from halfplate.formats import Chain, InWrapper, NMSparse, OutWrapper, Permutation, WeightSpec, check_stored
 from halfplate.pattern import DENSE, Pattern
 
 INT8 = WeightSpec(5, 132, core_dtype="int8", out_block=2, in_block=8, wrapper_dtype="int8")
@@ -22,16 +22,16 @@ def stored(spec: WeightSpec) -> dict[str, Tensor]:
     mask = (torch.arange(spec.d_in) % spec.pattern.m < spec.pattern.n).expand(spec.d_out, -1)
     weight = torch.randn(spec.d_out, spec.d_in, generator=generator)
     wrappers = [
-        BlockDiagonal.from_padded(
+        kind.from_padded(
             torch.randn(-(-size // block), block, block, generator=generator), size, block, spec.wrapper_dtype
         )
         if block
         else None
-        for size, block in ((spec.d_out, spec.out_block), (spec.d_in, spec.in_block))
+        for kind, size, block in ((OutWrapper, spec.d_out, spec.out_block), (InWrapper, spec.d_in, spec.in_block))
     ]
     core = NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype, spec.group)
-    order = torch.randperm(spec.d_in, generator=generator).to(torch.int16) if spec.permuted else None
-    tensors = Chain(spec, core, *wrappers, permutation=order).tensors()
+    order = Permutation.of(torch.randperm(spec.d_in, generator=generator)) if spec.permuted else None
+    tensors = Chain.of(spec, core, *wrappers, order).tensors()
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from halfplate.formats import BlockDiagonal, Chain, CompressedLinear, NMSparse, WeightSpec
+from halfplate.formats import Chain, CompressedLinear, InWrapper, NMSparse, OutWrapper, WeightSpec
 from halfplate.formats.linear import assembled
 from halfplate.pattern import DENSE, Pattern
 
@@ -16,15 +16,15 @@ def random_linear(spec: WeightSpec, bias: bool, seed: int = 0) -> CompressedLine
     weight = torch.randn(spec.d_out, spec.d_in, generator=generator)
     core = NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype)
     wrappers = [
-        BlockDiagonal.from_padded(
+        kind.from_padded(
             torch.randn(-(-size // block), block, block, generator=generator), size, block, spec.wrapper_dtype
         )
         if block
         else None
-        for size, block in ((spec.d_out, spec.out_block), (spec.d_in, spec.in_block))
+        for kind, size, block in ((OutWrapper, spec.d_out, spec.out_block), (InWrapper, spec.d_in, spec.in_block))
     ]
     return CompressedLinear.from_weight(
-        Chain(spec, core, *wrappers), spec, torch.randn(spec.d_out, generator=generator) if bias else None
+        Chain.of(spec, core, *wrappers), spec, torch.randn(spec.d_out, generator=generator) if bias else None
     )
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
-from halfplate.formats.packing import check_padding, check_positions, pack, packed_nbytes, unpack
+from halfplate.formats.encoding.packing import check_padding, check_positions, pack, packed_nbytes, unpack
 from halfplate.pattern import Pattern
 
 PATTERNS = st.sampled_from(

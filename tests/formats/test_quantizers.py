@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, NMSparse, WeightSpec, check_stored
-from halfplate.formats.packing import pack
+from halfplate.formats.encoding.packing import pack
+from halfplate.formats.encoding.rounding import round_groups
 from halfplate.formats.quantizers import QUANTIZERS, quantizer_of
 from halfplate.formats.quantizers.base import best_scales, half_above, shares_down_to
-from halfplate.formats.rounding import round_groups
 from halfplate.kernels.linear import NATIVE
 from halfplate.methods import create
 from halfplate.pattern import Pattern
@@ -214,8 +214,8 @@ def test_scales_of_a_codebook_can_be_trained_and_those_with_minima_are_refused(r
     trained, x = TrainableLinear(linears[0], values_too=True), random_values(3, 64, 7)
     torch.testing.assert_close(trained(x), linears[0](x), rtol=1e-4, atol=1e-4)
     trained(x).square().sum().backward()
-    assert isinstance(trained.values, nn.Parameter)
-    assert bool((trained.values.grad != 0).all())
+    assert isinstance(trained.core.values, nn.Parameter)
+    assert bool((trained.core.values.grad != 0).all())
     assert torch.equal(trained.compressed().stored()["weight_scales"], linears[0].stored()["weight_scales"])
     with pytest.raises(HalfplateError, match="core_dtype='affine3' stores scales and minima, expected scales alone"):
         TrainableLinear(linears[1], values_too=True)
@@ -248,5 +248,5 @@ def test_floats_have_no_quantizer_and_unknown_names_are_refused() -> None:
     for find in (QUANTIZERS.get, quantizer_of):
         with pytest.raises(HalfplateError) as caught:
             find("int5")
-        assert str(caught.value).startswith("quantizer='int5' is unknown; ")
+        assert str(caught.value).startswith("core_dtype='int5' is unknown; ")
         assert str(caught.value).endswith("available: int8, int4, int3, int2")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from halfplate.errors import HalfplateError
-from halfplate.formats import CompressedLinear, WeightSpec, check_shared, connect
+from halfplate.formats import CompressedLinear, InWrapper, WeightSpec, check_shared, connect
 from halfplate.formats.sharing import share, sharing_groups, split, stacked, stacked_spec
 from halfplate.methods import create
 from halfplate.pattern import DENSE, Pattern
@@ -52,7 +52,7 @@ def test_a_stack_is_split_exactly(sizes, out_block, in_block, core, wrapper_dtyp
         shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in part.tensors().items()}
         assert shapes == spec.layout()
         assert part.nbytes == spec.nbytes
-        assert part.in_wrapper is parts[0].in_wrapper
+        assert part.part(InWrapper) is parts[0].part(InWrapper)
         error = (part.dense() - weight).norm() / weight.norm()
         assert error < 0.8, error
 

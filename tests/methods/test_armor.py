@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from halfplate.errors import HalfplateError
-from halfplate.formats import BlockDiagonal, NMSparse, WeightSpec
+from halfplate.formats import NMSparse, WeightSpec
 from halfplate.methods import create
 from halfplate.pattern import Pattern
 from halfplate.statistics import InputStatistics
@@ -64,11 +64,8 @@ def test_wrappers_repair_rounding():
     fine = diagonal_armor(iterations=30).compress(weight, statistics, spec_of(weight))
     coarse = diagonal_armor(iterations=30).compress(weight, statistics, spec_of(weight, core="bf16", wrapper="bf16"))
     naive = fine.weight.core.values.bfloat16().float()
-    blunt = type(fine.weight)(
-        fine.weight.spec,
-        replace(fine.weight.core, stored=naive),
-        *(type(w)(w.blocks.bfloat16().float(), None) for w in (fine.weight.out_wrapper, fine.weight.in_wrapper)),
-    )
+    outer = tuple(type(w)(w.blocks.bfloat16().float(), None) for w in fine.weight.outer)
+    blunt = replace(fine.weight, core=replace(fine.weight.core, stored=naive), outer=outer)
     assert proxy_error(weight, statistics, coarse.weight) <= proxy_error(weight, statistics, blunt) * (1 + 1e-4)
 
 
@@ -80,10 +77,8 @@ def test_wrappers_repair_the_grid_of_the_core(core, wrapper):
     coarse = diagonal_armor(iterations=30).compress(weight, statistics, spec_of(weight, core=core, wrapper=wrapper))
     chain = fine.weight
     rounded = NMSparse.from_dense(chain.core.dense(), chain.core.mask(), chain.core.pattern, core)
-    wrappers = [
-        BlockDiagonal.from_padded(kept.blocks, kept.size, 16, wrapper) for kept in (chain.out_wrapper, chain.in_wrapper)
-    ]
-    blunt = type(chain)(chain.spec, rounded, *wrappers)
+    wrappers = tuple(type(kept).from_padded(kept.blocks, kept.size, 16, wrapper) for kept in chain.outer)
+    blunt = replace(chain, core=rounded, outer=wrappers)
     errors = [proxy_error(weight, statistics, one) for one in (chain, coarse.weight, blunt)]
     assert errors[0] * (1 - 1e-3) <= errors[1]
     assert errors[1] <= errors[2] * (1 + 1e-3)

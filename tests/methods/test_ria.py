@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from halfplate.formats import WeightSpec
+from halfplate.formats import Permutation, WeightSpec
 from halfplate.methods import create
 from halfplate.methods.ria import relative_importance
 from halfplate.pattern import Pattern
@@ -41,8 +41,7 @@ def test_the_order_is_stored_and_its_bytes_count() -> None:
     weight, statistics = problem()
     spec = WeightSpec(32, 64, permuted=True)
     chain = create("ria", permute=True).compress(weight, statistics, spec).weight
-    assert chain.permutation is not None
-    assert chain.permutation.dtype == torch.int16
+    assert chain.part(Permutation).order.dtype == torch.int16
     assert chain.nbytes == spec.nbytes == WeightSpec(32, 64).nbytes + 2 * 64
     x = torch.randn(5, 64, dtype=torch.float64)
     torch.testing.assert_close(chain.forward(x), x @ chain.dense(torch.float64).T)

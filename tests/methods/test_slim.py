@@ -2,7 +2,7 @@
 
 import torch
 
-from halfplate.formats import WeightSpec
+from halfplate.formats import LowRank, WeightSpec
 from halfplate.methods import create
 from halfplate.statistics import InputStatistics
 
@@ -44,7 +44,7 @@ def test_no_small_change_of_the_low_rank_part_is_better():
     kept = solved.core.mask()
     # The low-rank part was the best for what pruning took, before the kept values were taken again.
     target = torch.where(kept, 0, weight)
-    left, right = solved.added.left, solved.added.right
+    left, right = solved.part(LowRank).left, solved.part(LowRank).right
     best = weighted(target - left @ right, moments)
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)

@@ -66,7 +66,7 @@ def test_wrappers_alone_leave_the_core():
     linear = linear_of(SPECS[1])
     trained = TrainableLinear(linear, values_too=False)
     names = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
-    assert names == {"out_blocks", "out_tail", "in_blocks"}
+    assert names == {"OutWrapper.blocks", "OutWrapper.tail", "InWrapper.blocks"}
 
 
 def test_an_exception_puts_the_linears_back():
@@ -82,7 +82,7 @@ def test_a_scale_that_falls_below_zero_is_stored_above(spec):
     linear, x = linear_of(spec), torch.randn(3, spec.d_in)
     trained = TrainableLinear(linear, values_too=True)
     with torch.no_grad():
-        trained.values[::2] *= -1
+        trained.core.values[::2] *= -1
     scales = trained.compressed().stored()["weight_scales"]
     assert bool((scales >= 0).all())
     assert torch.equal(scales, linear.stored()["weight_scales"])

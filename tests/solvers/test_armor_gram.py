@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfplate.errors import HalfplateError
+from halfplate.formats.encoding.rounding import GROUP, round_groups
 from halfplate.formats.quantizers import QUANTIZERS
-from halfplate.formats.rounding import GROUP, round_groups
 from halfplate.formats.spec import WeightSpec
 from halfplate.kernels import native
 from halfplate.methods import create
@@ -225,7 +225,7 @@ def test_grid_in_the_solver_beats_rounding_after_it(pattern, name, wrapper):
     else:
         fine, _ = solve_gram(weight, gram, replace(spec, core_dtype="fp32"), GramSchedule())
         rounded = type(fine.core).from_dense(fine.core.dense(), fine.core.mask(), spec.pattern, name)
-        after = type(fine)(spec, rounded, fine.out_wrapper, fine.in_wrapper)
+        after = replace(fine, spec=spec, core=rounded)
         assert error <= true_error(weight, after.dense(), gram) * (1.02 if name == "int8" else 0.9)
 
 

@@ -44,4 +44,4 @@ class Ternary(Method):
         scales = (size.nan_to_num() * large).sum(-1) / large.sum(-1).clamp(min=1)  # (d_out, groups)
         codes = weight.sign() * large.view(spec.d_out, -1)[:, : spec.d_in]
         core = NMSparse.from_codes(codes.to(torch.int8), scales.half(), None, spec.pattern, spec.core_dtype, spec.group)
-        return Solution(Chain(spec, core))
+        return Solution(Chain.of(spec, core))

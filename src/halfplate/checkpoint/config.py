@@ -9,9 +9,11 @@ import torch
 from halfplate.arguments import check_name
 from halfplate.dtypes import STORED
 from halfplate.errors import HalfplateError
+from halfplate.formats.needs import check_known, needs_of
 from halfplate.formats.sharing import check_shared
 from halfplate.formats.spec import WeightSpec
 from halfplate.models.trust import read_json_file
+from halfplate.version import package_version
 
 METHOD = "halfplate"
 VERSION = 1  # of `quantization_config`
@@ -25,23 +27,31 @@ SENTENCE = "this checkpoint holds Halfplate compressed weights; run `pip install
 
 def quantization_config(specs: Mapping[str, WeightSpec]) -> dict[str, Any]:
     """The `quantization_config` of a model whose modules are compressed as `specs` says."""
+    needs = needs_of(specs.values())
     return {
         "quant_method": METHOD,
         "version": VERSION,
         "modules": {name: spec.to_json() for name, spec in specs.items()},
-    }
+    } | ({"needs": needs} if needs else {})
 
 
-def parse_modules(version: Any, modules: Any) -> dict[str, WeightSpec]:
-    """The specifications in a `quantization_config`, by module name; raises HalfplateError on any that cannot be read."""
+def parse_modules(version: Any, modules: Any, needs: Any = None) -> dict[str, WeightSpec]:
+    """The specifications in a `quantization_config`, by module name; raises HalfplateError on any that cannot be read.
+
+    needs: what a reader has to know (halfplate.formats.needs), if it says anything of that; `halfplate` is the least version that reads all.
+    """
     if type(version) is not int or version < 1:
         raise HalfplateError(
             f"quantization_config.version={version!r} must be a positive integer; the checkpoint is damaged, write it again"
         )
     if version > VERSION:
+        least = needs.get("halfplate") if isinstance(needs, dict) else None
         raise HalfplateError(
-            f"quantization_config.version={version} is newer than this Halfplate reads ({VERSION}); upgrade halfplate"
+            f"quantization_config.version={version} is newer than halfplate {package_version()} reads ({VERSION}); "
+            f"upgrade halfplate{f' to {least} or later' if least else ''}"
         )
+    if needs is not None:
+        check_known(needs)
     if not isinstance(modules, dict):
         raise HalfplateError(
             f"quantization_config.modules is of type {type(modules).__name__}, expected an object of module names; "
@@ -81,7 +91,7 @@ def read_specs(folder: Path) -> dict[str, WeightSpec]:
         raise HalfplateError(
             f"path={str(folder)!r} is not a Halfplate checkpoint: quantization_config.quant_method in its config.json is {method!r}, expected {METHOD!r}"
         )
-    return parse_modules(quantization.get("version"), quantization.get("modules"))
+    return parse_modules(quantization.get("version"), quantization.get("modules"), quantization.get("needs"))
 
 
 def other_dtype(folder: Path) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from halfplate.checkpoint.config import METHOD, VERSION, parse_modules
+from halfplate.checkpoint.config import METHOD, VERSION, parse_modules, quantization_config
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
 
@@ -21,7 +21,7 @@ class HalfplateConfig(QuantizationConfigMixin):
 
     modules: `WeightSpec.to_json()` by module name. version: of this object. runtime: the arguments of
     `halfplate.runtime.accelerate` for the loaded model, or None for the torch path. recipe: for a dense model, in place of
-    modules; a `Recipe`, a mapping of its fields, or a YAML file. Neither recipe nor runtime is written to disk. Raises HalfplateError
+    modules; a `Recipe`, a mapping of its fields, or a YAML file. needs: as in the file (docs/format.md). Neither recipe nor runtime is written to disk. Raises HalfplateError
     where a module's entry or the recipe cannot be read.
     """
 
@@ -31,6 +31,7 @@ class HalfplateConfig(QuantizationConfigMixin):
         version: Any = None,
         runtime: Any = (),
         recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+        needs: Any = None,
         **_: Any,
     ) -> None:
         if recipe is None and modules is None and version is None:
@@ -38,7 +39,7 @@ class HalfplateConfig(QuantizationConfigMixin):
                 "HalfplateConfig needs a recipe for a dense model, HalfplateConfig(recipe=Recipe(...)); a checkpoint is loaded without a quantization_config"
             )
         if recipe is None:
-            parse_modules(version, modules)
+            parse_modules(version, modules, needs)
         elif modules is not None:
             raise HalfplateError(
                 "recipe and modules are both given; give the recipe for a dense model, the modules for a checkpoint"
@@ -46,21 +47,22 @@ class HalfplateConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.version = VERSION if recipe is not None else version
         self.modules = {} if recipe is not None else modules
-        self.runtime = runtime
+        self.runtime, self.needs = runtime, needs
         self.recipe = None if recipe is None else _parsed(recipe)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method, "version": self.version, "modules": self.modules}
+        needs = {} if self.needs is None else {"needs": self.needs}
+        return {"quant_method": self.quant_method, "version": self.version, "modules": self.modules} | needs
 
     @classmethod
     def from_specs(cls, specs: Mapping[str, WeightSpec]) -> HalfplateConfig:
         """The configuration of a model whose compressed modules, by their paths, are `specs`."""
-        return cls({name: spec.to_json() for name, spec in specs.items()}, VERSION)
+        return cls(**quantization_config(specs))
 
     @property
     def specs(self) -> dict[str, WeightSpec]:
         """What each compressed module looks like, by its path; raises HalfplateError where `modules` says what cannot be."""
-        return parse_modules(self.version, self.modules)
+        return parse_modules(self.version, self.modules, self.needs)
 
 
 def _parsed(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:

@@ -19,7 +19,7 @@ from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
 from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.formats import WeightSpec
-from halfplate.formats.checks import check_part
+from halfplate.formats.checks import check_tensor
 from halfplate.models.reading import reading
 from halfplate.models.trust import check_counts, check_folder, check_layers
 from halfplate.runtime.backends import without_kernel
@@ -182,4 +182,4 @@ def _verify(folder: Path, specs: dict[str, WeightSpec], found: dict[str, StoredT
             )
         module, _, part = name.rpartition(".")
         if module in specs:
-            check_part(specs[module], part, tensor, name)
+            check_tensor(specs[module], part, tensor, name)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfplate.checkpoint.config import read_json
 from halfplate.errors import HalfplateError
+from halfplate.formats.parts.core import INDEX
 from halfplate.formats.spec import WeightSpec
 
 SINGLE_FILE = "model.safetensors"
@@ -115,7 +116,7 @@ def check_layout(found: Mapping[str, StoredTensor], specs: Mapping[str, WeightSp
         module, _, name = full.rpartition(".")
         if module in below:
             below[module][name] = tensor
-        elif name == "weight_index":
+        elif name == INDEX:
             raise HalfplateError(
                 f"{full} belongs to a compressed matrix that quantization_config.modules does not name; copy or write the checkpoint again"
             )

@@ -1,20 +1,31 @@
 """Weight formats: what a compressed matrix is made of, its bytes, its dense equivalent and its forward."""
 
-from halfplate.formats.block_diagonal import BlockDiagonal
 from halfplate.formats.chain import Chain
 from halfplate.formats.checks import check_stored
 from halfplate.formats.linear import CompressedLinear
-from halfplate.formats.low_rank import LowRank
-from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.parts import PARTS
+from halfplate.formats.parts.base import Outer, Part
+from halfplate.formats.parts.block_diagonal import BlockDiagonal
+from halfplate.formats.parts.core import NMSparse
+from halfplate.formats.parts.low_rank import LowRank
+from halfplate.formats.parts.permutation import Permutation
+from halfplate.formats.parts.wrapper import InWrapper, OutWrapper
 from halfplate.formats.sharing import check_shared, connect
-from halfplate.formats.spec import WeightSpec
+from halfplate.formats.spec import ExtraPart, WeightSpec
 
 __all__ = [
+    "PARTS",
     "BlockDiagonal",
     "Chain",
     "CompressedLinear",
+    "ExtraPart",
+    "InWrapper",
     "LowRank",
     "NMSparse",
+    "OutWrapper",
+    "Outer",
+    "Part",
+    "Permutation",
     "WeightSpec",
     "check_shared",
     "check_stored",

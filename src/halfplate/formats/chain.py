@@ -1,45 +1,46 @@
-"""A · S · B + L · R: a core between optional block-diagonal wrappers, what may be added to it, and the order of its inputs."""
+"""A compressed matrix: a core and the parts around it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from halfplate.formats.block_diagonal import BlockDiagonal
-from halfplate.formats.low_rank import LowRank
-from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.parts.base import Forward, Outer
+from halfplate.formats.parts.core import NMSparse
 from halfplate.formats.spec import WeightSpec
+
+T = TypeVar("T", bound=Outer)
 
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """The matrix `out · core · in + added`, applied from the right; a missing wrapper is the identity.
+    """The matrix of a core with each of `outer` around what stands before it, e.g. A · S · B + L · R.
 
-    spec: how it is stored; where it shares the input wrapper of another matrix, that is not a stored tensor of this one.
-    permutation: int16 or int32 (d_in,), the input that each column of that matrix multiplies; None where they are in order.
-    y = W x = (W P)(Pᵀ x): inputs are put in that order before anything else.
+    spec: how it is stored. outer: from the core outwards, also what another matrix stores for this one.
     """
 
     spec: WeightSpec
     core: NMSparse
-    out_wrapper: BlockDiagonal | None = None
-    in_wrapper: BlockDiagonal | None = None
-    added: LowRank | None = None
-    permutation: Tensor | None = None
+    outer: tuple[Outer, ...] = ()
+
+    @classmethod
+    def of(cls, spec: WeightSpec, core: NMSparse, *outer: Outer | None) -> "Chain":
+        """The matrix of these parts, whatever their order; None is left out."""
+        there = (part for part in outer if part is not None)
+        return cls(spec, core, tuple(sorted(there, key=lambda part: spec.outer.index(type(part)))))
 
     @classmethod
     def from_tensors(cls, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> "Chain":
         """Put the tensors of a matrix, named as in `spec.alone.layout()`, back together."""
-        wrappers = {
-            side: BlockDiagonal(*(tensors.get(f"weight_{side}_{part}") for part in ("blocks", "tail", "scales")))
-            if block
-            else None
-            for side, block in (("out", spec.out_block), ("in", spec.in_block))
-        }
-        added = LowRank(tensors["weight_left"], tensors["weight_right"]) if spec.rank else None
-        permutation = tensors["weight_permutation"] if spec.permuted else None
-        return cls(spec, NMSparse.from_tensors(spec, tensors), wrappers["out"], wrappers["in"], added, permutation)
+        outer = tuple(part.from_tensors(spec, tensors) for part in spec.outer)
+        return cls(spec, NMSparse.from_tensors(spec, tensors), outer)
+
+    def part(self, kind: type[T]) -> T | None:
+        """The part of that class, if there is one."""
+        return next((part for part in self.outer if isinstance(part, kind)), None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,35 +53,20 @@ class Chain:
     def tensors(self) -> dict[str, Tensor]:
         """Stored tensors by their name below the module."""
         tensors = self.core.tensors()
-        for side, wrapper in (("out", self.out_wrapper), ("in", self.in_wrapper)):
-            if wrapper is not None and not (side == "in" and self.spec.in_shared):
-                tensors |= wrapper.tensors(side)
-        if self.added is not None:
-            tensors |= self.added.tensors()
-        return tensors if self.permutation is None else tensors | {"weight_permutation": self.permutation}
+        for part in self.outer:
+            if not part.borrowed(self.spec):
+                tensors |= part.tensors()
+        return tensors
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix it stands for: (d_out, d_in)."""
-        product = self.core.dense(dtype)
-        if self.out_wrapper is not None:
-            product = self.out_wrapper.forward(product.T).T
-        if self.in_wrapper is not None:
-            # forward multiplies rows by the transpose; that of the transpose gives rows times the wrapper itself.
-            product = self.in_wrapper.transposed(dtype).forward(product)
-        if self.added is not None:
-            product = product + self.added.dense(dtype)
-        return product.contiguous() if self.permutation is None else unpermuted(product, self.permutation)
+        return reduce(lambda matrix, part: part.around(matrix), self.outer, self.core.dense(dtype)).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., d_in) to x (A S B + L R)ᵀ (..., d_out), in the dtype of `x`."""
-        if self.permutation is not None:
-            x = x[..., self.permutation.long()]
-        y = self.core.forward(x if self.in_wrapper is None else self.in_wrapper.forward(x))
-        if self.out_wrapper is not None:
-            y = self.out_wrapper.forward(y)
-        return y if self.added is None else y + self.added.forward(x)
+        """x (..., d_in) to x Wᵀ (..., d_out), in the dtype of `x`."""
+        core: Forward = self.core.forward
+        return reduce(_wrapped, self.outer, core)(x)
 
 
-def unpermuted(matrix: Tensor, permutation: Tensor) -> Tensor:
-    """The columns of `matrix` (d_out, d_in) back in the order of the inputs that they multiply."""
-    return matrix[:, permutation.long().argsort()]
+def _wrapped(inner: Forward, part: Outer) -> Forward:
+    return lambda x: part.apply(x, inner)

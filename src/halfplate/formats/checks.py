@@ -2,12 +2,9 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
-from halfplate.formats.packing import check_padding, check_positions, unpack
-from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 
 
@@ -19,41 +16,18 @@ def check_stored(spec: WeightSpec, tensors: Mapping[str, Tensor], name: str) -> 
     """
     for part, tensor in tensors.items():
         if not tensor.is_meta:
-            check_part(spec, part, tensor, f"{name}.{part}")
+            check_tensor(spec, part, tensor, f"{name}.{part}")
 
 
-def check_part(spec: WeightSpec, part: str, tensor: Tensor, name: str) -> None:
-    """`check_stored` of the one tensor `part`, whose full name is `name`."""
-    if tensor.is_floating_point():
-        if not bool(tensor.isfinite().all()):
+def check_tensor(spec: WeightSpec, tensor: str, values: Tensor, name: str) -> None:
+    """`check_stored` of the one tensor called `tensor`, whose full name is `name`."""
+    if values.is_floating_point():
+        if not bool(values.isfinite().all()):
             raise HalfplateError(f"{name} holds NaN or inf, expected finite values; copy or write the checkpoint again")
-        if part.endswith("_scales") and bool((tensor < 0).any()):
+        if tensor.endswith("_scales") and bool((values < 0).any()):
             raise HalfplateError(
-                f"{name} holds {tensor.min().item():.3g}, expected scales of 0 or more; the file is damaged, write it again"
+                f"{name} holds {values.min().item():.3g}, expected scales of 0 or more; the file is damaged, write it again"
             )
-    elif part == "weight_index":
-        check_positions(tensor, spec.pattern.kept(spec.d_in), spec.pattern, name)
-    elif part == "weight":
-        _check_codes(spec, tensor.reshape(spec.d_out, -1), name)
-    elif part == "weight_permutation":
-        if not torch.equal(
-            tensor.long().sort().values, torch.arange(spec.d_in, dtype=torch.int64, device=tensor.device)
-        ):
-            raise HalfplateError(
-                f"{name} is not a permutation of 0 to {spec.d_in - 1}; the file is damaged, write it again"
-            )
-    elif tensor.dtype == torch.int8 and bool((tensor == -128).any()):
-        raise HalfplateError(f"{name} holds -128, expected -127 to 127; the file is damaged, write it again")
-
-
-def _check_codes(spec: WeightSpec, packed: Tensor, name: str) -> None:
-    quantizer, kept = QUANTIZERS.get(spec.core_dtype), spec.pattern.kept(spec.d_in)
-    least, greatest = (number + (1 << quantizer.bits - 1) for number in quantizer.range)
-    if (least, greatest) != (0, (1 << quantizer.bits) - 1):
-        codes = unpack(packed, kept, quantizer.bits)
-        outside = (codes < least) | (codes > greatest)
-        if bool(outside.any()):
-            raise HalfplateError(
-                f"{name} holds the code {int(codes[outside][0])}, expected {least} to {greatest}; the file is damaged, write it again"
-            )
-    check_padding(packed, kept, quantizer.bits, name)
+    for part in spec.classes:
+        if tensor in part.layout(spec):
+            part.check(spec, tensor, values, name)

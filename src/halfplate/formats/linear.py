@@ -84,7 +84,8 @@ class CompressedLinear(nn.Module):
             raise HalfplateError(
                 f"in_shared={self.spec.in_shared!r}: the module that holds the input wrapper is not at hand; call halfplate.formats.connect(model)"
             )
-        shared = {name: tensor for name, tensor in self.lender.stored().items() if name.startswith("weight_in_")}
+        borrowed = self.spec.borrowed()
+        shared = {name: tensor for name, tensor in self.lender.stored().items() if name in borrowed}
         if any(tensor.is_meta for tensor in shared.values()) and not self.weight.is_meta:
             raise HalfplateError(
                 f"in_shared={self.spec.in_shared!r}: that module is offloaded while its input wrapper is needed; load the model without offloading it"

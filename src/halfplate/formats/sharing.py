@@ -2,17 +2,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from math import lcm
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from halfplate.errors import HalfplateError
-from halfplate.formats.block_diagonal import BlockDiagonal
 from halfplate.formats.chain import Chain
 from halfplate.formats.linear import CompressedLinear
-from halfplate.formats.nm_sparse import NMSparse
 from halfplate.formats.spec import WeightSpec
 
 
@@ -63,7 +61,7 @@ def sharing_groups(specs: Mapping[str, WeightSpec]) -> list[list[str]]:
 
 
 def stacked_spec(specs: Sequence[WeightSpec]) -> WeightSpec:
-    """The one matrix that the rows of all `specs` make, each padded to whole blocks of A so that none straddles two.
+    """The one matrix that the rows of all `specs` make, each padded so that no block of A straddles two.
 
     Raises HalfplateError unless they differ in d_out alone.
     """
@@ -91,31 +89,15 @@ def split(matrix: Chain, specs: Sequence[WeightSpec]) -> list[Chain]:
     """The matrices of `specs` from the stacked one, exactly; all have its input wrapper."""
     if len(specs) == 1:
         return [matrix]
-    parts, start = [], 0
+    matrices, start = [], 0
     for spec in specs:
-        rows = slice(start, start + spec.d_out)
-        out_wrapper = None if matrix.out_wrapper is None else _cut(matrix.out_wrapper, start, spec)
-        parts.append(Chain(spec, _rows(matrix.core, rows), out_wrapper, matrix.in_wrapper))
+        outer = tuple(part.rows(spec, start) for part in matrix.outer)
+        matrices.append(Chain(spec, matrix.core.rows(spec, start), outer))
         start += _padded(spec)
-    return parts
+    return matrices
 
 
 def _padded(spec: WeightSpec) -> int:
-    """Rows up to the end of the last block of A."""
-    return -(-spec.d_out // spec.out_block) * spec.out_block if spec.out_block else spec.d_out
-
-
-def _rows(core: NMSparse, rows: slice) -> NMSparse:
-    grid = None if core.grid is None else core.grid.rows(rows)
-    index = None if core.index is None else core.index[rows].contiguous()
-    return replace(core, stored=core.stored[rows].contiguous(), index=index, grid=grid)
-
-
-def _cut(wrapper: BlockDiagonal, start: int, spec: WeightSpec) -> BlockDiagonal:
-    """The wrapper of the `spec.d_out` rows from `start` on, which begin a block."""
-    blocks = cast(Tensor, wrapper.blocks)  # whole by construction: the stack is padded to blocks
-    first, (full, rest) = start // spec.out_block, divmod(spec.d_out, spec.out_block)
-    whole = blocks[first : first + full].contiguous() if full else None
-    tail = blocks[first + full, :rest, :rest].contiguous() if rest else None
-    scales = None if wrapper.scales is None else wrapper.scales[start : start + spec.d_out].contiguous()
-    return BlockDiagonal(whole, tail, scales)
+    """Rows up to where the next matrix can begin, so that nothing straddles two."""
+    together = lcm(*(part.rows_together(spec) for part in spec.classes))
+    return -(-spec.d_out // together) * together

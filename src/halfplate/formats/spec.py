@@ -1,35 +1,52 @@
 """What a compressed matrix looks like in memory and on disk, known before it is computed."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
 
-import torch
-
-from halfplate.dtypes import STORED, WRAPPER_DTYPES, check_dtype
+from halfplate.dtypes import WRAPPER_DTYPES, check_dtype
 from halfplate.errors import HalfplateError
-from halfplate.formats.packing import packed_nbytes
-from halfplate.formats.quantizers import core_dtypes, quantizer_of
-from halfplate.formats.rounding import GROUP, GROUPS
+from halfplate.formats.encoding.rounding import GROUP, GROUPS
+from halfplate.formats.parts import FIRST, classes_of
+from halfplate.formats.parts.base import Layout, Outer, Part
+from halfplate.formats.quantizers import core_dtypes
 from halfplate.pattern import Pattern
 
 TWO_OF_FOUR = Pattern(2, 4)
 # Fields that the JSON leaves out where they have these values.
-OPTIONAL: dict[str, Any] = {"rank": 0, "permuted": False, "group": GROUP, "in_shared": None}
+OPTIONAL: dict[str, Any] = {"rank": 0, "permuted": False, "group": GROUP, "in_shared": None, "parts": ()}
+
+
+@dataclass(frozen=True)
+class ExtraPart:
+    """A part that no field of a specification asks for: its name in `PARTS` (halfplate.formats.parts), and its options."""
+
+    name: str
+    options: tuple[tuple[str, str | int | float | bool], ...] = ()
+
+    @classmethod
+    def of(cls, name: str, **options: str | int | float | bool) -> "ExtraPart":
+        """The part `name` with these options, in an order of their own."""
+        return cls(name, tuple(sorted(options.items())))
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """Shape, pattern, block sizes, rank and element types of one compressed matrix `A · S · B + L · R`.
+    """Shape, pattern, block sizes, rank and element types of one compressed matrix, e.g. `A · S · B + L · R`.
 
-    A block size of 0 means that the wrapper is absent, 1 that it is diagonal; a rank of 0 that nothing is added. core_dtype:
-    one of `core_dtypes()` (halfplate.formats.quantizers), wrapper_dtype, which is also that of L and R, of WRAPPER_DTYPES
-    (halfplate.dtypes). permuted: whether
-    the inputs are taken in an order of the matrix's own. group: columns that share a scale where the core lies on a grid, one
-    of GROUPS (halfplate.formats.rounding); it says nothing of other cores. in_shared: name of the module that stores B, where
-    that is another one (halfplate.formats.sharing). This is the entry of one matrix under
-    `quantization_config.modules` in `config.json`; `layout` derives every stored tensor from it.
+    pattern: which values of each row the core keeps.
+    core_dtype: one of `core_dtypes()` (halfplate.formats.quantizers).
+    out_block, in_block: sizes of the blocks of A and B; 0 if the wrapper is absent, 1 if it is diagonal.
+    wrapper_dtype: of A, B, L and R, one of WRAPPER_DTYPES (halfplate.dtypes).
+    rank: of L · R; 0 if nothing is added.
+    permuted: whether the inputs are taken in an order of the matrix's own.
+    group: columns that share a scale of a quantizer, one of GROUPS (halfplate.formats.encoding.rounding); cores of floats ignore it.
+    in_shared: name of the module that stores B, if that is another one (halfplate.formats.sharing).
+    parts: any other parts, in the order of their names.
+
+    This is the entry of one matrix under `quantization_config.modules` in `config.json`; `layout` derives every stored tensor from it.
     """
 
     d_out: int
@@ -43,6 +60,7 @@ class WeightSpec:
     permuted: bool = False
     group: int = GROUP
     in_shared: str | None = None
+    parts: tuple[ExtraPart, ...] = ()
 
     def __post_init__(self) -> None:
         check_dtype(self.core_dtype, "core_dtype", core_dtypes())
@@ -58,67 +76,75 @@ class WeightSpec:
             raise HalfplateError(f"group_size={self.group} is not one of {', '.join(map(str, GROUPS))}")
         if self.rank < 0:
             raise HalfplateError(f"rank={self.rank} must be 0 (nothing added) or positive")
-        if self.rank and self.wrapper_dtype not in STORED:
-            raise HalfplateError(
-                f"wrapper_dtype={self.wrapper_dtype!r} is not a type for a low-rank part (rank={self.rank}); use {', '.join(STORED)}"
-            )
         if self.in_shared is not None and not (self.in_shared and self.in_block):
             raise HalfplateError(
                 f"in_shared={self.in_shared!r} with in_block={self.in_block} shares no wrapper; name a module and give a block size"
             )
-        # Blocks of 1 are a scale per input: they commute with the mask, so no group straddles two of them.
-        if self.in_block > 1 and self.in_block % self.pattern.m:
-            down = self.in_block // self.pattern.m * self.pattern.m
-            tries = [b for b in (down, down + self.pattern.m) if b]
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        names = [extra.name for extra in self.parts]
+        if names != sorted(set(names)) or set(names) & set(FIRST):
             raise HalfplateError(
-                f"block_size={self.in_block} is not a multiple of M={self.pattern.m} (pattern {self.pattern}); "
-                f"try {' or '.join(map(str, tries))}"
+                f"parts={names} must be named once each, in the order of their names, and other than {', '.join(FIRST)}"
             )
+        for part in self.classes:
+            part.check_spec(self)
 
     @property
     def format(self) -> str:
-        """`nm` for a bare sparse core, `dense` for a bare dense one, `chain` where a wrapper stands around it, `sum` with a rank."""
+        """`nm` for a bare sparse core, `dense` for a bare unpruned one, `chain` with a wrapper, `sum` with a rank, `parts` with others."""
+        if self.parts:
+            return "parts"
         if self.rank:
             return "sum"
         if self.out_block or self.in_block:
             return "chain"
         return "dense" if self.pattern.is_dense else "nm"
 
-    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    # Found once, when the specification is made: compiled models read it at every step.
+    @cached_property
+    def classes(self) -> tuple[type[Part], ...]:
+        """The classes of its parts, from the core outwards."""
+        return classes_of(self)
+
+    @property
+    def outer(self) -> tuple[type[Outer], ...]:
+        """The classes of the parts around the core."""
+        return self.classes[1:]  # type: ignore[return-value]  # the first is the core
+
+    def options(self, part: str) -> Mapping[str, str | int | float | bool]:
+        """The options of one of `parts`; empty for any other."""
+        return next((dict(extra.options) for extra in self.parts if extra.name == part), {})
+
+    def layout(self) -> Layout:
         """Shape and dtype of every stored tensor, by its name below the module (`weight`, `weight_index`, ...)."""
-        layout = self._core_layout()
-        for side, size, block in (("out", self.d_out, self.out_block), ("in", self.d_in, self.in_block)):
-            if block == 0 or (side == "in" and self.in_shared):
-                continue
-            dtype = STORED.get(self.wrapper_dtype, torch.int8)
-            full, rest = divmod(size, block)
-            if full:
-                layout[f"weight_{side}_blocks"] = ((full, block, block), dtype)
-            if rest:
-                layout[f"weight_{side}_tail"] = ((rest, rest), dtype)
-            if dtype == torch.int8:
-                layout[f"weight_{side}_scales"] = ((size,), torch.float16)
-        if self.rank:
-            layout["weight_left"] = ((self.d_out, self.rank), STORED[self.wrapper_dtype])
-            layout["weight_right"] = ((self.rank, self.d_in), STORED[self.wrapper_dtype])
-        if self.permuted:
-            layout["weight_permutation"] = ((self.d_in,), permutation_dtype(self.d_in))
+        layout: Layout = {}
+        for part in self.classes:
+            if not part.borrowed(self):
+                layout |= part.layout(self)
         return layout
 
-    def _core_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        kept, quantizer = self.pattern.kept(self.d_in), quantizer_of(self.core_dtype)
-        shape: tuple[int, ...] = (self.d_out, kept if quantizer is None else packed_nbytes(kept, quantizer.bits))
-        # The dense layer that a stranger builds must refuse this tensor, which has the dense name, for its shape.
-        if self.pattern.is_dense:
-            shape = (1, *shape)
-        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "weight": (shape, STORED.get(self.core_dtype, torch.uint8))
-        }
-        if not self.pattern.is_dense:
-            layout["weight_index"] = ((self.d_out, self.pattern.index_nbytes(self.d_in)), torch.uint8)
-        for name in () if quantizer is None else quantizer.stored:
-            layout[f"weight_{name}"] = ((self.d_out, -(-self.d_in // self.group)), torch.float16)
-        return layout
+    def borrowed(self) -> set[str]:
+        """The names of the tensors that another module stores for this matrix."""
+        return set().union(*(part.layout(self) for part in self.classes if part.borrowed(self)))
+
+    def kinds(self) -> dict[str, str]:
+        """What every stored tensor holds, in words for tables, by its name below the module."""
+        stored = (part for part in self.classes if not part.borrowed(self))
+        return {name: part.kind(name) for part in stored for name in part.layout(self)}
+
+    @property
+    def trains_beside_core(self) -> bool:
+        """Whether it has numbers to train that are not those of its core."""
+        return any(part.trained for part in self.outer)
+
+    @property
+    def numbers_beside_core(self) -> int:
+        """Numbers stored beside the core, scales and orders excluded."""
+        layout, kinds = self.layout(), self.kinds()
+        numbers = {part.kinds[0] for part in self.outer if part.trained}
+        return sum(prod(shape) for name, (shape, _) in layout.items() if kinds[name] in numbers)
 
     @property
     def alone(self) -> "WeightSpec":
@@ -139,6 +165,7 @@ class WeightSpec:
         """The JSON object that `from_json` reads back."""
         fields = asdict(self) | {"pattern": str(self.pattern), "shape": [self.d_out, self.d_in]}
         del fields["d_out"], fields["d_in"]
+        fields["parts"] = {extra.name: dict(extra.options) for extra in self.parts} or ()
         for name, usual in OPTIONAL.items():
             if fields[name] == usual:
                 del fields[name]
@@ -161,6 +188,7 @@ class WeightSpec:
                 raise TypeError("permuted must be true or false")
             if given["in_shared"] is not None and type(given["in_shared"]) is not str:
                 raise TypeError("in_shared must be the name of a module")
+            fields["parts"] = _extra_parts(fields.pop("parts", {}))
             spec = cls(d_out=d_out, d_in=d_in, **fields)
         except (TypeError, ValueError, KeyError, HalfplateError) as error:
             raise HalfplateError(f"quantization_config.modules[{name!r}]={entry!r} cannot be read: {error}") from None
@@ -171,6 +199,10 @@ class WeightSpec:
         return spec
 
 
-def permutation_dtype(d_in: int) -> torch.dtype:
-    """The smallest type that can number the inputs 0 to d_in - 1."""
-    return torch.int16 if d_in <= 1 << 15 else torch.int32
+def _extra_parts(entry: Any) -> tuple[ExtraPart, ...]:
+    """`parts` of a JSON entry; raises TypeError if it is not an object of objects of plain values."""
+    if not isinstance(entry, dict) or not all(isinstance(options, dict) for options in entry.values()):
+        raise TypeError("parts must be an object with the options of each part by its name")
+    if not all(type(value) in (str, int, float, bool) for options in entry.values() for value in options.values()):
+        raise TypeError("options of parts must be text, numbers, true or false")
+    return tuple(ExtraPart.of(name, **options) for name, options in sorted(entry.items()))

@@ -79,6 +79,8 @@ NO_ORDER = one_of(
     "permuted", (False,), "no kernel for inputs in an order of the matrix's own", "a method that leaves them in order"
 )
 
+NO_PARTS = Field(lambda spec: not spec.parts, "no kernel for {value}", "a method without such parts")
+
 
 def check_tensors(spec: WeightSpec, tensors: Iterable[str]) -> None:
     """Raise HalfplateError for a tensor that is not a part of `spec`: skipping it would give wrong numbers without a word."""

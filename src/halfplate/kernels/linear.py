@@ -18,15 +18,16 @@ from torch.nn import functional
 
 from halfplate.dtypes import STORED as STORED_DTYPES
 from halfplate.errors import HalfplateError
-from halfplate.formats.packing import check_padding
-from halfplate.formats.packing import pack as pack_codes
-from halfplate.formats.packing import unpack as unpack_codes
+from halfplate.formats.encoding.packing import check_padding
+from halfplate.formats.encoding.packing import pack as pack_codes
+from halfplate.formats.encoding.packing import unpack as unpack_codes
 from halfplate.formats.quantizers import QUANTIZERS, quantizer_of
 from halfplate.formats.spec import WeightSpec
 from halfplate.kernels import native
 from halfplate.kernels.capability import (
     CORE,
     NO_ORDER,
+    NO_PARTS,
     NO_RANK,
     WRAPPERS,
     Capability,
@@ -84,6 +85,7 @@ NATIVE = Capability(
             f"--group-size {TILE}",
         ),
         "in_shared": anything(),  # the wrapper is packed along
+        "parts": NO_PARTS,
     },
     frozenset(CORE + WRAPPERS),
 )

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
-from halfplate.formats.nm_sparse import NMSparse
-from halfplate.formats.spec import WeightSpec
+from halfplate.formats.parts.core import NMSparse
+from halfplate.formats.spec import ExtraPart, WeightSpec
 from halfplate.statistics import InputStatistics, Statistic
 
 WEIGHT_COPIES = 14  # of fp32, that a solver holds at most
@@ -40,6 +40,11 @@ class Method(ABC):
     version: ClassVar[int] = 1
 
     @property
+    def parts(self) -> tuple[ExtraPart, ...]:
+        """The parts that the result has and no field of a specification asks for."""
+        return ()
+
+    @property
     def permutes(self) -> bool:
         """Whether the result takes its inputs in an order of its own."""
         return False
@@ -66,6 +71,10 @@ class Method(ABC):
         if not self.low_rank and spec.rank:
             raise HalfplateError(
                 f"rank={spec.rank} asks for a low-rank part, which method {self.name!r} has not; use rank=0"
+            )
+        if spec.parts != self.parts:
+            raise HalfplateError(
+                f"parts={_names(spec.parts)} is not what method {self.name!r} makes, which is {_names(self.parts)}; ask for the latter"
             )
         if spec.permuted and not self.permutes:
             raise HalfplateError(
@@ -122,6 +131,10 @@ def check_inputs(method: Method, weight: Tensor, statistics: InputStatistics, sp
         _check_finite("gram", gram)
 
 
+def _names(parts: tuple[ExtraPart, ...]) -> list[str]:
+    return [part.name for part in parts]
+
+
 def _check_finite(name: str, tensor: Tensor) -> None:
     if not bool(tensor.isfinite().all()):
         position = (~tensor.isfinite()).nonzero()[0].tolist()
@@ -136,4 +149,4 @@ def store(weight: Tensor, mask: Tensor, spec: WeightSpec) -> Chain:
     A grid rounds to nearest, a scale for each row and `spec.group` columns. Raises HalfplateError where a kept value is
     too large for that dtype.
     """
-    return Chain(spec, NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype, spec.group))
+    return Chain.of(spec, NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype, spec.group))

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
-from halfplate.formats.block_diagonal import BlockDiagonal
 from halfplate.formats.chain import Chain
-from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.parts.core import NMSparse
+from halfplate.formats.parts.wrapper import InWrapper, OutWrapper
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method, Solution, check_inputs
 from halfplate.methods.sparsegpt import swept_core
@@ -80,10 +80,10 @@ class DenoiseRotator(Method):
             core = NMSparse.from_dense(turned, mask, spec.pattern, spec.core_dtype, spec.group)
         out_wrapper = in_wrapper = None
         if spec.out_block:
-            out_wrapper = BlockDiagonal.from_padded(out_blocks.mT, spec.d_out, spec.out_block, spec.wrapper_dtype)
+            out_wrapper = OutWrapper.from_padded(out_blocks.mT, spec.d_out, spec.out_block, spec.wrapper_dtype)
         if spec.in_block:
-            in_wrapper = BlockDiagonal.from_padded(in_blocks, spec.d_in, spec.in_block, spec.wrapper_dtype)
-        return Solution(Chain(spec, core, out_wrapper, in_wrapper))
+            in_wrapper = InWrapper.from_padded(in_blocks, spec.d_in, spec.in_block, spec.wrapper_dtype)
+        return Solution(Chain.of(spec, core, out_wrapper, in_wrapper))
 
     def _rotations(self, weight: Tensor, gram: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
         """The blocks of P and of Q."""

@@ -46,4 +46,4 @@ class GPTQ(Method):
         check_inputs(self, weight, statistics, spec)
         gram = statistics.require_gram()
         swept = obs_sweep(weight, gram, spec.pattern, self.damping, core_dtype=spec.core_dtype, group=spec.group)
-        return Solution(Chain(spec, on_grid(swept, spec)))
+        return Solution(Chain.of(spec, on_grid(swept, spec)))

@@ -1,12 +1,14 @@
 """RIA: relative importance and activations."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
-from halfplate.formats.spec import WeightSpec, permutation_dtype
+from halfplate.formats.chain import Chain
+from halfplate.formats.parts.permutation import Permutation
+from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method, Solution, check_inputs, store
 from halfplate.solvers.permutation import channel_permutation, check_available
 from halfplate.solvers.selection import keep_largest
@@ -50,8 +52,8 @@ class RIA(Method):
         if not spec.permuted:
             return Solution(store(weight, keep_largest(score, spec.pattern), spec))
         order = channel_permutation(score, spec.pattern)
-        chain = store(weight[:, order], keep_largest(score[:, order], spec.pattern), spec)
-        return Solution(replace(chain, permutation=order.to(permutation_dtype(spec.d_in))))
+        core = store(weight[:, order], keep_largest(score[:, order], spec.pattern), spec).core
+        return Solution(Chain.of(spec, core, Permutation.of(order)))
 
 
 def relative_importance(weight: Tensor) -> Tensor:

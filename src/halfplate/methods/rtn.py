@@ -6,7 +6,7 @@ from torch import Tensor
 
 from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
-from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.parts.core import NMSparse
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method, Solution, check_inputs
@@ -34,4 +34,4 @@ class RoundToNearest(Method):
 
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
-        return Solution(Chain(spec, NMSparse.from_dense(weight, None, spec.pattern, spec.core_dtype, spec.group)))
+        return Solution(Chain.of(spec, NMSparse.from_dense(weight, None, spec.pattern, spec.core_dtype, spec.group)))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from halfplate.formats.chain import Chain
-from halfplate.formats.low_rank import LowRank
-from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.parts.core import NMSparse
+from halfplate.formats.parts.low_rank import LowRank
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method, Solution, check_inputs
 from halfplate.solvers.selection import keep_largest
@@ -38,10 +38,10 @@ class SLiM(Method):
         mask = keep_largest(weight.abs() * norms, spec.pattern)
         core = NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype, spec.group)
         if not spec.rank:
-            return Solution(Chain(spec, core))
+            return Solution(Chain.of(spec, core))
         added = LowRank.rounded(*_weighted(weight - core.dense(), norms, spec.rank), spec.wrapper_dtype)
         core = NMSparse.from_dense(weight - added.dense(), mask, spec.pattern, spec.core_dtype, spec.group)
-        return Solution(Chain(spec, core, added=added))
+        return Solution(Chain.of(spec, core, added))
 
 
 def _weighted(error: Tensor, norms: Tensor, rank: int) -> tuple[Tensor, Tensor]:

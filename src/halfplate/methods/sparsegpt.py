@@ -6,7 +6,7 @@ from torch import Tensor
 
 from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
-from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.parts.core import NMSparse
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method, Solution, check_inputs
@@ -41,7 +41,7 @@ class SparseGPT(Method):
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
         core = swept_core(weight, statistics.require_gram(), spec, self.damping, self.column_block)
-        return Solution(Chain(spec, core))
+        return Solution(Chain.of(spec, core))
 
 
 def swept_core(weight: Tensor, gram: Tensor, spec: WeightSpec, damping: float, column_block: int = 128) -> NMSparse:

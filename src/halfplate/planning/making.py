@@ -19,6 +19,8 @@ from halfplate.calibration.documents import SOURCES, check_source
 from halfplate.calibration.text import check_seq_len, check_tokens_fit
 from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
+from halfplate.formats.parts import PARTS
+from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.sharing import share
 from halfplate.formats.spec import WeightSpec
 from halfplate.limits import check_threads, check_workers
@@ -226,10 +228,15 @@ def _fingerprint(source: Source, recipe: Recipe) -> str:
 
 
 def foreign_packages(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Under `plugins`, the packages that the method and the text come from, with their versions, where they are not Halfplate's own."""
+    """Under `plugins`, the packages that the method, the text, the quantizer and the parts come from, with their versions, where they are not Halfplate's own."""
     found = {
         field: package
-        for field, registry in (("method", METHODS), ("calibration", SOURCES))
+        for field, registry in (("method", METHODS), ("calibration", SOURCES), ("core_dtype", QUANTIZERS))
         if (package := registry.package(getattr(recipe, field).partition(":")[0])) is not None
+    }
+    found |= {
+        f"part {part.name}": package
+        for part in recipe.create_method().parts
+        if (package := PARTS.package(part.name)) is not None
     }
     return {"plugins": found} if found else {}

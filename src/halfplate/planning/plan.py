@@ -180,12 +180,6 @@ class Plan:
 
 
 def wrapper_share(specs: Mapping[WeightSpec, int]) -> float:
-    """Parameters of wrappers and low-rank parts over dense parameters; specs: with the number of matrices of each."""
-    wrappers = 0
-    for spec, count in specs.items():
-        wrappers += count * spec.rank * (spec.d_out + spec.d_in)
-        in_block = 0 if spec.in_shared else spec.in_block
-        for size, block in ((spec.d_out, spec.out_block), (spec.d_in, in_block)):
-            if block:
-                wrappers += count * (size // block * block**2 + (size % block) ** 2)
-    return wrappers / sum(count * spec.d_out * spec.d_in for spec, count in specs.items())
+    """Parameters beside the cores over those of the original; specs: with the number of matrices of each."""
+    beside = sum(count * spec.numbers_beside_core for spec, count in specs.items())
+    return beside / sum(count * spec.d_out * spec.d_in for spec, count in specs.items())

@@ -93,9 +93,10 @@ def tune_block(
 def _groups(linears: Iterable[TrainableLinear], learning_rate: float) -> list[dict[str, Any]]:
     """What is tuned, each with its highest rate: a step of a scale moves all its weights, by their codes."""
     return [
-        {"params": [parameter], "highest": learning_rate / (linear.leverage if parameter is linear.values else 1.0)}
+        {"params": [parameter], "highest": learning_rate / part.leverage}
         for linear in linears
-        for parameter in linear.parameters()
+        for part in linear.parts
+        for parameter in part.parameters()
         if parameter.requires_grad
     ]
 

@@ -36,7 +36,7 @@ class Progress:
 
 def check_trainable(specs: Mapping[str, WeightSpec], settings: Recovery) -> None:
     """Raise HalfplateError where a model of the matrices `specs` has nothing to train by `settings`."""
-    added = any(spec.out_block or spec.in_block or spec.rank for spec in specs.values())
+    added = any(spec.trains_beside_core for spec in specs.values())
     if settings.train == "wrappers" and not settings.norms and not added:
         raise _nothing_to_train(settings)
 

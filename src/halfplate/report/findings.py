@@ -29,13 +29,7 @@ LARGEST_LOG = 256 * 2**20
 WORST = 10
 # The order in which a block runs them; others follow by name.
 USUAL = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
-PARTS = (
-    ("kept values", ("weight",)),
-    ("positions", ("weight_index", "weight_permutation")),
-    ("scales", ("weight_scales", "weight_out_scales", "weight_in_scales")),
-    ("wrappers", ("weight_out_blocks", "weight_out_tail", "weight_in_blocks", "weight_in_tail")),
-    ("low-rank parts", ("weight_left", "weight_right")),
-)
+KINDS = ("kept values", "positions", "scales", "wrappers")  # the order of the table; others follow
 
 
 @dataclass(frozen=True)
@@ -280,10 +274,10 @@ def _parts(specs: Iterable[WeightSpec]) -> dict[str, int]:
     """Bytes of what the matrices consist of."""
     stored: Counter[str] = Counter()
     for spec in specs:
+        kinds = spec.kinds()
         for name, (shape, dtype) in spec.layout().items():
-            stored[name] += prod(shape) * dtype.itemsize
-    sums = {what: sum(stored[name] for name in names) for what, names in PARTS}
-    return {what: nbytes for what, nbytes in sums.items() if nbytes}
+            stored[kinds[name]] += prod(shape) * dtype.itemsize
+    return {what: stored[what] for what in [*KINDS, *stored] if stored[what]}
 
 
 def _answers(value: Any) -> tuple[dict[str, str], ...]:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halfplate.formats import CompressedLinear
+from halfplate.formats import CompressedLinear, InWrapper, OutWrapper
 from halfplate.kernels.capability import (
     CORE,
     NO_ORDER,
+    NO_PARTS,
     NO_RANK,
     WRAPPERS,
     Capability,
@@ -46,6 +47,7 @@ SEMI_STRUCTURED = Capability(
         "permuted": NO_ORDER,
         "group": anything(),  # scales are multiplied in when the core is packed
         "in_shared": anything(),  # the wrapper is packed along
+        "parts": NO_PARTS,
     },
     frozenset(CORE + WRAPPERS),
 )
@@ -69,7 +71,7 @@ class SemiStructuredLinear(Packed):
         matrix = module.matrix
         # Values and positions become one dense matrix for a moment: torch packs from nothing else.
         self.register_buffer("core", pack(matrix.core.dense(product_dtype).contiguous()), persistent=False)
-        for side, wrapper in (("out", matrix.out_wrapper), ("in", matrix.in_wrapper)):
+        for side, wrapper in (("out", matrix.part(OutWrapper)), ("in", matrix.part(InWrapper))):
             parts = (None, None) if wrapper is None else wrapper.floats(product_dtype)
             self.register_buffer(f"{side}_blocks", parts[0], persistent=False)
             self.register_buffer(f"{side}_tail", parts[1], persistent=False)

@@ -1,18 +1,22 @@
 """From solved factors to stored tensors: balance, round, and let the wrappers repair the rounding."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halfplate.formats.block_diagonal import BlockDiagonal
 from halfplate.formats.chain import Chain
-from halfplate.formats.nm_sparse import NMSparse
+from halfplate.formats.parts.core import NMSparse
+from halfplate.formats.parts.wrapper import InWrapper, OutWrapper, Wrapper
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 from halfplate.solvers.armor.exact import Refit
 from halfplate.solvers.armor.problem import Factors, Problem
 from halfplate.solvers.normalise import Normalised
 from halfplate.solvers.selection import keep_largest
+
+W = TypeVar("W", bound=Wrapper)
 
 
 def balanced(tiles: Problem, factors: Factors, normalised: Normalised) -> Factors:
@@ -59,12 +63,12 @@ def finish(
     if spec.in_block:
         in_blocks = objective.refitted_in(rounded) * columns
         energy = (tiles.moment / columns.reshape(-1).square())[: spec.d_in]  # of the inputs themselves
-        in_wrapper = _wrapper(in_blocks, spec.d_in, spec.in_block, spec.wrapper_dtype, energy)
+        in_wrapper = _wrapper(InWrapper, in_blocks, spec.d_in, spec.in_block, spec.wrapper_dtype, energy)
         rounded.in_blocks = _padded(in_wrapper, tiles.col_tile) / columns
     if spec.out_block:
         out_blocks = objective.refitted_out(rounded) * rows
-        out_wrapper = _wrapper(out_blocks, spec.d_out, spec.out_block, spec.wrapper_dtype)
-    return Chain(spec, stored_core, out_wrapper, in_wrapper)
+        out_wrapper = _wrapper(OutWrapper, out_blocks, spec.d_out, spec.out_block, spec.wrapper_dtype)
+    return Chain.of(spec, stored_core, out_wrapper, in_wrapper)
 
 
 def _stored_core(core: Tensor, scale: float, spec: WeightSpec, steps: Tensor | None) -> NMSparse:
@@ -88,13 +92,15 @@ def _tiled(scale: Tensor, tiles: int, size: int) -> Tensor:
     return functional.pad(scale.to(torch.float32), (0, tiles * size - scale.shape[0]), value=1.0).reshape(tiles, size)
 
 
-def _wrapper(blocks: Tensor, size: int, block: int, wrapper_dtype: str, energy: Tensor | None = None) -> BlockDiagonal:
+def _wrapper(
+    kind: type[W], blocks: Tensor, size: int, block: int, wrapper_dtype: str, energy: Tensor | None = None
+) -> W:
     if block == 1:  # solved in larger tiles, of which only the diagonal is not 0
         blocks = blocks.diagonal(dim1=1, dim2=2).reshape(-1, 1, 1)
-    return BlockDiagonal.from_padded(blocks, size, block, wrapper_dtype, energy)
+    return kind.from_padded(blocks, size, block, wrapper_dtype, energy)
 
 
-def _padded(wrapper: BlockDiagonal, tile: int) -> Tensor:
+def _padded(wrapper: Wrapper, tile: int) -> Tensor:
     """The numbers that a stored wrapper stands for, fp32, in the tiles (tiles, tile, tile) that it was solved in."""
     blocks, tail = wrapper.floats(torch.float32)
     if blocks is not None and blocks.shape[1] == 1:

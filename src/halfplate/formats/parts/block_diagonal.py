@@ -1,12 +1,13 @@
 """Square block-diagonal matrices, the wrappers of ARMOR."""
 
 from dataclasses import dataclass
+from typing import Self, cast
 
 import torch
 from torch import Tensor
 
+from halfplate.formats.encoding.rounding import round_rows, round_to_float
 from halfplate.formats.quantizers.uniform import INT8
-from halfplate.formats.rounding import round_rows, round_to_float
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +25,11 @@ class BlockDiagonal:
     @classmethod
     def from_padded(
         cls, blocks: Tensor, size: int, block: int, wrapper_dtype: str, energy: Tensor | None = None
-    ) -> "BlockDiagonal":
+    ) -> Self:
         """Cut blocks (ceil(size / block), b, b), the last of them padded, down to a matrix (size, size), and round it.
 
         energy: of each of the inputs, (size,), where some have much more than others; int8 is rounded with regard to it.
-        Raises HalfplateError where a value is too large for `wrapper_dtype`.
+        Raises HalfplateError if a value is too large for `wrapper_dtype`.
         """
         full, rest = divmod(size, block)
         whole = blocks[:full] if full else None
@@ -37,8 +38,8 @@ class BlockDiagonal:
     @classmethod
     def rounded(
         cls, blocks: Tensor | None, tail: Tensor | None, wrapper_dtype: str, energy: Tensor | None = None
-    ) -> "BlockDiagonal":
-        """Round floating-point blocks and tail; raises HalfplateError where a value is too large for `wrapper_dtype`.
+    ) -> Self:
+        """Round floating-point blocks and tail; raises HalfplateError if a value is too large for `wrapper_dtype`.
 
         energy: as in `from_padded`.
         """
@@ -60,21 +61,26 @@ class BlockDiagonal:
         return cls(rounded[0][0], rounded[1][0], scales)
 
     @property
-    def parts(self) -> tuple[Tensor, ...]:
-        return tuple(part for part in (self.blocks, self.tail) if part is not None)
-
-    @property
     def size(self) -> int:
         return self._full + (self.tail.shape[0] if self.tail is not None else 0)
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.tensors("out").values())
+        return sum(tensor.nbytes for tensor in self.held().values())
 
-    def tensors(self, side: str) -> dict[str, Tensor]:
-        """Stored tensors by their name below the module; `side` is `out` or `in`."""
+    def held(self) -> dict[str, Tensor]:
+        """The tensors that there are: `blocks`, `tail`, `scales`."""
         named = {"blocks": self.blocks, "tail": self.tail, "scales": self.scales}
-        return {f"weight_{side}_{name}": part for name, part in named.items() if part is not None}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def cut(self, start: int, size: int, block: int) -> Self:
+        """The matrix of the `size` rows and columns from `start` on, which begin a block; all blocks before the last are whole."""
+        blocks = cast(Tensor, self.blocks)
+        first, (full, rest) = start // block, divmod(size, block)
+        whole = blocks[first : first + full].contiguous() if full else None
+        tail = blocks[first + full, :rest, :rest].contiguous() if rest else None
+        scales = None if self.scales is None else self.scales[start : start + size].contiguous()
+        return type(self)(whole, tail, scales)
 
     def floats(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Blocks and tail as the numbers they stand for, in `dtype`."""

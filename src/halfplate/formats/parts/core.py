@@ -2,17 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from halfplate.dtypes import STORED
 from halfplate.errors import HalfplateError
-from halfplate.formats.packing import pack, unpack
-from halfplate.formats.quantizers import QUANTIZERS, Quantizer, quantizer_of
-from halfplate.formats.rounding import GROUP, round_groups, round_to_float
-from halfplate.formats.spec import WeightSpec
+from halfplate.formats.encoding.packing import check_padding, check_positions, pack, packed_nbytes, unpack
+from halfplate.formats.encoding.rounding import GROUP, round_groups, round_to_float
+from halfplate.formats.parts.base import Layout, Part, Trainable
+from halfplate.formats.quantizers import QUANTIZERS, Quantizer, has_scales_alone, quantizer_of
 from halfplate.pattern import Pattern
+
+if TYPE_CHECKING:
+    from halfplate.formats.spec import WeightSpec
+
+VALUES, INDEX = "weight", "weight_index"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,17 +40,43 @@ class Grid:
 
 
 @dataclass(frozen=True, eq=False)
-class NMSparse:
+class NMSparse(Part):
     """A matrix (d_out, d_in) that keeps N of every M consecutive inputs of a row; all of them if the pattern is dense.
 
     stored: the kept values, fp32, bf16 or fp16 (d_out, d_in · N / M), or with a `grid` their codes, uint8, packed (d_out,
-    ceil(d_in · N / M · bits / 8)). index: uint8, packed positions (halfplate.formats.packing); None if the pattern is dense.
+    ceil(d_in · N / M · bits / 8)). index: uint8, packed positions (halfplate.formats.encoding.packing); None if the pattern is dense.
     """
 
     stored: Tensor
     index: Tensor | None
     pattern: Pattern
     grid: Grid | None = None
+    kinds = ("kept values", "positions", "scales")
+
+    @classmethod
+    def layout(cls, spec: "WeightSpec") -> Layout:
+        kept, quantizer = spec.pattern.kept(spec.d_in), quantizer_of(spec.core_dtype)
+        shape: tuple[int, ...] = (spec.d_out, kept if quantizer is None else packed_nbytes(kept, quantizer.bits))
+        # The dense layer that a stranger builds must refuse this tensor, which has the dense name, for its shape.
+        if spec.pattern.is_dense:
+            shape = (1, *shape)
+        layout: Layout = {VALUES: (shape, STORED.get(spec.core_dtype, torch.uint8))}
+        if not spec.pattern.is_dense:
+            layout[INDEX] = ((spec.d_out, spec.pattern.index_nbytes(spec.d_in)), torch.uint8)
+        for name in () if quantizer is None else quantizer.stored:
+            layout[f"weight_{name}"] = ((spec.d_out, -(-spec.d_in // spec.group)), torch.float16)
+        return layout
+
+    @classmethod
+    def kind(cls, tensor: str) -> str:
+        return {VALUES: "kept values", INDEX: "positions"}.get(tensor, "scales")
+
+    @classmethod
+    def check(cls, spec: "WeightSpec", tensor: str, values: Tensor, name: str) -> None:
+        if tensor == INDEX:
+            check_positions(values, spec.pattern.kept(spec.d_in), spec.pattern, name)
+        elif tensor == VALUES and not values.is_floating_point():
+            _check_codes(spec, values.reshape(spec.d_out, -1), name)
 
     @classmethod
     def from_dense(
@@ -112,13 +145,12 @@ class NMSparse:
         return cls(codes, index, pattern, Grid(parameters, quantizer, integers.shape[1], group))
 
     @classmethod
-    def from_tensors(cls, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> "NMSparse":
-        """Put the stored tensors of the core of a matrix, named as in `spec.layout()`, back together."""
-        stored, grid = tensors["weight"].reshape(spec.d_out, -1), None
+    def from_tensors(cls, spec: "WeightSpec", tensors: Mapping[str, Tensor]) -> Self:
+        stored, grid = tensors[VALUES].reshape(spec.d_out, -1), None
         if (quantizer := quantizer_of(spec.core_dtype)) is not None:
             parameters = tuple(tensors[f"weight_{name}"] for name in quantizer.stored)
             grid = Grid(parameters, quantizer, spec.pattern.kept(spec.d_in), spec.group)
-        return cls(stored, tensors.get("weight_index"), spec.pattern, grid)
+        return cls(stored, tensors.get(INDEX), spec.pattern, grid)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -129,11 +161,10 @@ class NMSparse:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Stored tensors by their name below the module."""
         # A dense core must not have the shape of the weight of a dense layer, which would take it without a word.
-        tensors = {"weight": self.stored[None] if self.pattern.is_dense else self.stored}
+        tensors = {VALUES: self.stored[None] if self.pattern.is_dense else self.stored}
         if self.index is not None:
-            tensors["weight_index"] = self.index
+            tensors[INDEX] = self.index
         if self.grid is not None:
             named = zip(self.grid.quantizer.stored, self.grid.parameters, strict=True)
             tensors |= {f"weight_{name}": part for name, part in named}
@@ -180,6 +211,15 @@ class NMSparse:
         """x (..., d_in) to x Sᵀ (..., d_out), in the dtype of `x`."""
         return functional.linear(x, self.dense(x.dtype))
 
+    def rows(self, spec: "WeightSpec", start: int) -> Self:
+        rows = slice(start, start + spec.d_out)
+        grid = None if self.grid is None else self.grid.rows(rows)
+        index = None if self.index is None else self.index[rows].contiguous()
+        return replace(self, stored=self.stored[rows].contiguous(), index=index, grid=grid)
+
+    def trainable(self, spec: "WeightSpec", values_too: bool) -> "TrainableCore":
+        return TrainableCore(self, spec, values_too)
+
     @property
     def _kept(self) -> int:
         return self.stored.shape[1] if self.grid is None else self.grid.count
@@ -195,3 +235,66 @@ def _kept(matrix: Tensor, mask: Tensor | None, pattern: Pattern) -> tuple[Tensor
     positions = groups.argsort(dim=-1, stable=True)[:, :, : pattern.n].contiguous()
     values = matrix.reshape(len(matrix), -1, pattern.m).gather(-1, positions).reshape(len(matrix), -1)
     return values, positions, pack(positions.reshape(len(matrix), -1), pattern.index_bits)
+
+
+def _check_codes(spec: "WeightSpec", packed: Tensor, name: str) -> None:
+    quantizer, kept = QUANTIZERS.get(spec.core_dtype), spec.pattern.kept(spec.d_in)
+    least, greatest = (number + (1 << quantizer.bits - 1) for number in quantizer.range)
+    if (least, greatest) != (0, (1 << quantizer.bits) - 1):
+        codes = unpack(packed, kept, quantizer.bits)
+        outside = (codes < least) | (codes > greatest)
+        if bool(outside.any()):
+            raise HalfplateError(
+                f"{name} holds the code {int(codes[outside][0])}, expected {least} to {greatest}; the file is damaged, write it again"
+            )
+    check_padding(packed, kept, quantizer.bits, name)
+
+
+class TrainableCore(Trainable[NMSparse]):
+    """A core whose positions, and whose codes if it lies on a grid, stay.
+
+    values: the kept values (d_out, kept), or the scales (d_out, ceil(d_in / group)).
+    """
+
+    columns: Tensor
+    integers: Tensor | None
+
+    def __init__(self, core: NMSparse, spec: "WeightSpec", values_too: bool) -> None:
+        super().__init__()
+        self.start, self._dtype, self._group = core, spec.core_dtype, spec.group
+        self.values = nn.Parameter((core.stored if core.grid is None else _scales(core.grid)).float(), values_too)
+        self.register_buffer("columns", core.columns(), persistent=False)
+        self.register_buffer("integers", None if core.grid is None else core.integers(), persistent=False)
+
+    @property
+    def leverage(self) -> float:
+        """As of a trainable part: a scale moves all its weights, by their codes."""
+        if self.integers is None:
+            return 1.0
+        assert self.start.grid is not None, "codes have a quantizer"
+        one = torch.ones((), dtype=torch.float32, device=self.integers.device)
+        return max(1.0, float(self.start.grid.quantizer.decode(self.integers, one).square().mean().sqrt()))
+
+    def dense(self) -> Tensor:
+        """The matrix with its zeros, with its graph: fp32 (d_out, d_in)."""
+        values: Tensor = self.values
+        if self.integers is not None:
+            # A scale that training takes past 0 comes back on the positive side, the only one that is stored.
+            assert self.start.grid is not None, "codes have a quantizer"
+            scales = values.abs().gather(1, self.columns // self._group)
+            values = self.start.grid.quantizer.decode(self.integers, scales)
+        return values.new_zeros(self.start.shape).scatter(1, self.columns, values)
+
+    def stored(self) -> NMSparse:
+        if self.start.grid is None:
+            return replace(self.start, stored=round_to_float(self.values, self._dtype, "core_dtype"))
+        scales = round_to_float(self.values.abs(), "fp16", "core_dtype")
+        return replace(self.start, grid=replace(self.start.grid, parameters=(scales,)))
+
+
+def _scales(grid: Grid) -> Tensor:
+    if not has_scales_alone(grid.quantizer):
+        raise HalfplateError(
+            f"core_dtype={grid.quantizer.name!r} stores {' and '.join(grid.quantizer.stored)}, expected scales alone; only those can be trained"
+        )
+    return grid.parameters[0]

@@ -1,0 +1,29 @@
+"""An export: every tensor of the model, with its compressed matrices multiplied out, in one `.npz` file of numpy."""
+
+import secrets
+from pathlib import Path
+
+import numpy as np
+
+from halfplate.checkpoint.loading import load_any
+from halfplate.errors import HalfplateError
+from halfplate.models.sources import is_compressed
+
+
+def export_numpy(source: str, out: Path, overwrite: bool) -> str:
+    """Write the tensors of a checkpoint or a dense model as fp32 arrays by name (see `halfplate.exports.Exporter`)."""
+    if out.suffix != ".npz":
+        raise HalfplateError(f"out={str(out)!r} is not a .npz file; name one, e.g. model.npz")
+    if out.exists() and not overwrite:
+        raise HalfplateError(f"out={str(out)!r} exists; choose another name, or pass --overwrite to replace it")
+    model, _ = load_any(source)
+    if is_compressed(source):
+        model = model.dequantize()
+    arrays = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    partial = out.with_name(f".{secrets.token_hex(4)}.npz")
+    try:
+        np.savez(partial, **arrays)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return f"{out}: {len(arrays)} arrays of {source}"

@@ -1,0 +1,1 @@
+"""Numbers as they are stored: packed into bits, rounded to types and codes."""

@@ -1,0 +1,44 @@
+"""What a reader has to know beyond version 1 of the format: parts and quantizers that came later, or are of another package."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from halfplate.dtypes import STORED
+from halfplate.errors import HalfplateError
+from halfplate.formats.parts import FIRST, PARTS
+from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.formats.spec import WeightSpec
+from halfplate.registry import Registry
+from halfplate.version import package_version
+
+# Of version 1; every reader has them.
+FIRST_QUANTIZERS = ("int8", "int4", "int3", "int2")
+KINDS: dict[str, Registry[Any]] = {"part": PARTS, "quantizer": QUANTIZERS}
+
+
+def needs_of(specs: Iterable[WeightSpec]) -> dict[str, str]:
+    """The package that reads each later part (`part NAME`) and quantizer (`quantizer NAME`) of `specs`, with its version."""
+    names = {
+        *(("part", extra.name) for spec in specs for extra in spec.parts),
+        *(("quantizer", spec.core_dtype) for spec in specs),
+    }
+    known = {*(("part", name) for name in FIRST), *(("quantizer", name) for name in (*STORED, *FIRST_QUANTIZERS))}
+    return {
+        f"{kind} {name}": KINDS[kind].package(name) or f"halfplate {package_version()}"
+        for kind, name in sorted(names - known)
+    }
+
+
+def check_known(needs: Any) -> None:
+    """Raise HalfplateError, naming the package and its version, if one of `needs` of a checkpoint is not registered here."""
+    if not isinstance(needs, dict) or not all(isinstance(package, str) for package in needs.values()):
+        raise HalfplateError(
+            f"quantization_config.needs={needs!r} must be an object of package names; the checkpoint is damaged, write it again"
+        )
+    for what, package in needs.items():
+        kind, _, name = str(what).partition(" ")
+        if kind not in KINDS or name not in KINDS[kind]:
+            raise HalfplateError(
+                f"quantization_config.needs: halfplate {package_version()} does not know the {what} of this checkpoint, which {package} wrote; "
+                f"install that or a later version"
+            )

@@ -1,0 +1,42 @@
+"""The parts of a compressed matrix, one file each: what is stored, checked, applied, multiplied out, cut by rows and trained.
+
+To add one: write its file, add a line to `PARTS`, and describe its tensors in docs/format.md. Other packages add theirs by an entry
+point (docs/extending.md). Nothing outside of `formats/` lists parts.
+"""
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from halfplate.formats.parts.base import Part
+from halfplate.registry import Registry
+
+if TYPE_CHECKING:
+    from halfplate.formats.spec import WeightSpec
+
+# From the core outwards: each is applied around those before it (halfplate.formats.chain).
+PARTS: Registry[type[Part]] = Registry(
+    "part",
+    "halfplate.parts",
+    {
+        "core": "halfplate.formats.parts.core:NMSparse",
+        "out_wrapper": "halfplate.formats.parts.wrapper:OutWrapper",
+        "in_wrapper": "halfplate.formats.parts.wrapper:InWrapper",
+        "low_rank": "halfplate.formats.parts.low_rank:LowRank",
+        "permutation": "halfplate.formats.parts.permutation:Permutation",
+    },
+    lambda found, name: None if isinstance(found, type) and issubclass(found, Part) else "is not a subclass of Part",
+)
+# Those that the fields of every specification ask for; others are named in its `parts`.
+FIRST = tuple(PARTS.own)
+
+
+@cache
+def part_class(name: str) -> type[Part]:
+    """The class registered under `name`; raises HalfplateError if there is none."""
+    return PARTS.get(name)
+
+
+def classes_of(spec: "WeightSpec") -> "tuple[type[Part], ...]":
+    """The classes of the parts that a matrix of `spec` has, from the core outwards."""
+    found = [part for part in map(part_class, FIRST) if part.present(spec)]
+    return (*found, *(part_class(extra.name) for extra in spec.parts))
