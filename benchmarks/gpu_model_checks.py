@@ -13,9 +13,10 @@ import transformers
 from gpu_session import Session
 
 import halfplate
-from halfplate.checkpoint.weights import read_headers, read_tensors
+from halfplate.checkpoint.weights import read_headers
 from halfplate.integrations import quantizer
 from halfplate.runtime import accelerate, explain, restore
+from halfplate.storage.tensor_file import read_tensors
 
 TEXT = "One day a small bird sat in a big tree. The bird saw a red ball near the house, and it wanted to play. "
 READS_SENTENCE_FIRST = (5, 18)  # older ones look for the weights before the quantizer can speak

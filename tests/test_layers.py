@@ -16,7 +16,7 @@ ROOT = Path(halfplate.__file__).parent
 # A folder stands for all that is in it; the file of a module in `halfplate/` stands for itself.
 LAYERS = (
     "defaults errors json_numbers plain_text plain_yaml recipes registration version",
-    "arguments device dtypes headroom limits pattern precision registry statistics tensor_file",
+    "arguments device dtypes headroom limits pattern precision registry statistics storage",
     "formats",
     "kernels models",
     "recovery solvers telemetry",

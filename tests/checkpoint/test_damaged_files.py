@@ -69,7 +69,7 @@ def test_config_that_is_no_json_object(written: Any, text: str) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda q: q.update(version=2), r"version=2 is newer than this Halfplate reads \(1\); upgrade halfplate"),
+        (lambda q: q.update(version=2), r"version=2 is newer than halfplate .* reads \(1\); upgrade halfplate"),
         (lambda q: q.update(version=0), "version=0 must be a positive integer"),
         (lambda q: q.update(version=True), "version=True must be a positive integer"),
         (lambda q: q.pop("version"), "version=None must be a positive integer"),

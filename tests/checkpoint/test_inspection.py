@@ -50,7 +50,7 @@ def test_verify_names_the_damaged_tensor(written: Any, name: str) -> None:
 
 
 def test_verify_checks_positions_even_where_the_checksum_fits(written: Any) -> None:
-    from halfplate.checkpoint.weights import sha256
+    from halfplate.storage.tensor_file import sha256
 
     one = written()
     name = "model.layers.0.self_attn.q_proj.weight_index"

@@ -141,11 +141,9 @@ def test_a_full_disk_is_named(written: Any, tmp_path: Path, monkeypatch: pytest.
 
 def test_files_reach_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    fsync = folder_module._fsync
+    fsync = folder_module.sync
     rename = Path.rename
-    monkeypatch.setattr(
-        folder_module, "_fsync", lambda path: (events.append(path.name.rpartition(".")[2]), fsync(path))
-    )
+    monkeypatch.setattr(folder_module, "sync", lambda path: (events.append(path.name.rpartition(".")[2]), fsync(path)))
     monkeypatch.setattr(Path, "rename", lambda self, target: (events.append("rename"), rename(self, target))[1])
     with new_folder(tmp_path / "out", overwrite=False) as partial:
         (partial / "a").write_text("x")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import halfplate
-from halfplate.checkpoint.weights import read_headers, read_tensors
+from halfplate.checkpoint.weights import read_headers
 from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.kernels import native
@@ -15,6 +15,7 @@ from halfplate.runtime import accelerate, explain, restore
 from halfplate.runtime.backends import BACKENDS, Backend, Options, Packed, backends, pack, refusal
 from halfplate.runtime.backends.cpu import NativeKernels
 from halfplate.runtime.backends.cuda import SemiStructuredProducts
+from halfplate.storage.tensor_file import read_tensors
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "extensions"
 IDS = torch.arange(3, 20)[None]

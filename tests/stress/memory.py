@@ -28,7 +28,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from common import RESULTS, ROOT, machine, table, write_section
 
-from halfplate.tensor_file import TensorFileWriter
+from halfplate.storage.tensor_file import TensorFileWriter
 
 SAMPLES, SEQ_LEN, ITERATIONS = 16, 64, 2
 INTERVAL = 0.1  # seconds between two readings

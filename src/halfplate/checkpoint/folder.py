@@ -2,7 +2,6 @@
 
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from halfplate.arguments import check_name
 from halfplate.checkpoint.config import CONFIG_FILE, METHOD, RECORD_FILE, read_json
 from halfplate.errors import HalfplateError
+from halfplate.storage.atomic import beside, sync, whole_file
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -55,7 +55,7 @@ def new_folder(out: Path, overwrite: bool, partial: Path | None = None) -> Itera
     target = out.resolve()
     check_out(target, overwrite)
     if partial is None:
-        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+        partial = beside(target)
     try:
         if partial.exists():
             shutil.rmtree(partial)
@@ -88,18 +88,8 @@ def _flush(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             path.chmod(0o666 & ~umask)
-        _fsync(path)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(folder)
 
 
 def _replace(partial: Path, target: Path) -> None:
@@ -118,18 +108,15 @@ def _replace(partial: Path, target: Path) -> None:
         finally:
             if target.exists():
                 shutil.rmtree(old, ignore_errors=True)
-    _fsync(target.parent)
+    sync(target.parent)
 
 
 def replace_file(file: Path, content: str) -> None:
     """Write a text file whole or not at all, in place of what stood there; raises HalfplateError where that fails."""
-    partial = file.parent / f".{secrets.token_hex(8)}.partial"
     try:
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(file)
+        with whole_file(file) as partial:
+            partial.write_text(content, encoding="utf-8")
     except (OSError, ValueError) as error:
         raise HalfplateError(
             f"file={str(file)!r} could not be written ({getattr(error, 'strerror', None) or error}); choose another place"
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halfplate.arguments import check_name, path_text
 from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, read_json, read_record, read_specs
-from halfplate.checkpoint.weights import StoredTensor, check_layout, read_headers, read_tensors, sha256
+from halfplate.checkpoint.weights import check_layout, read_headers
 from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
 from halfplate.errors import HalfplateError, HalfplateWarning
@@ -23,6 +23,7 @@ from halfplate.formats.checks import check_tensor
 from halfplate.models.reading import reading
 from halfplate.models.trust import check_counts, check_folder, check_layers
 from halfplate.runtime.backends import without_kernel
+from halfplate.storage.tensor_file import StoredTensor, read_tensors, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -178,7 +179,7 @@ def _verify(folder: Path, specs: dict[str, WeightSpec], found: dict[str, StoredT
     for name, tensor in read_tensors(found):
         if sha256(tensor) != checksums[name]:
             raise HalfplateError(
-                f"{name} in {found[name].file.name} does not have the checksum in {RECORD_FILE}; copy or write the checkpoint again"
+                f"{name} in {found[name].path.name} does not have the checksum in {RECORD_FILE}; copy or write the checkpoint again"
             )
         module, _, part = name.rpartition(".")
         if module in specs:

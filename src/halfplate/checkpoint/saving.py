@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfplate.checkpoint.weights import INDEX_FILE, SINGLE_FILE, read_headers, read_tensors, sha256
+from halfplate.checkpoint.weights import read_headers
 from halfplate.checkpoint.write import add_sentence, write_record
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear
 from halfplate.runtime.backends import Packed
+from halfplate.storage.shards import INDEX, SINGLE
+from halfplate.storage.tensor_file import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +57,7 @@ class SavePretrained:
         found = read_headers(folder)
         record: Mapping[str, Any] = model.hf_quantizer.record
         kept = {key: value for key, value in record.items() if key not in WRITTEN}
-        write_record(folder, kept | {"tensors": {name: sha256(tensor) for name, tensor in read_tensors(found)}})
+        write_record(folder, kept | {"tensors": {name: sha256_of(tensor) for name, tensor in found.items()}})
         if push_to_hub:
             _upload(folder, token=kwargs.get("token"), **hub)
 
@@ -79,7 +81,7 @@ def _check_savable(model: Any, folder: Path, variant: str | None) -> None:
 
 def _drop_stale(folder: Path) -> None:
     """Take away the weights that a whole file or an index left here before: transformers reads the file, whichever is newer."""
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
         min((single, index), key=lambda file: file.stat().st_mtime_ns).unlink()
 

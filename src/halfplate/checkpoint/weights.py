@@ -1,51 +1,19 @@
 """The safetensors files of a checkpoint: finding, checking, writing and hashing them."""
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from halfplate.checkpoint.config import read_json
 from halfplate.errors import HalfplateError
-from halfplate.formats.parts.core import INDEX
+from halfplate.formats.parts.core import INDEX as POSITIONS
 from halfplate.formats.spec import WeightSpec
+from halfplate.storage.shards import INDEX, SINGLE, weight_map_of, write_shards
+from halfplate.storage.tensor_file import KINDS, DamagedFile, StoredTensor, TensorFileWriter, read_header
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-MAX_SHARD_NBYTES = 5 * 10**9
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor is stored and what its file's header says of it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+CURE = "copy or write the checkpoint again"
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
@@ -53,28 +21,19 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 
     Raises HalfplateError on files that are missing, cut short or damaged, and on an index that does not agree with them.
     """
-    index = folder / INDEX_FILE
-    if (folder / SINGLE_FILE).is_file() or not index.is_file():
-        return headers_of([folder / SINGLE_FILE])
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise HalfplateError(f"{str(index)!r} has no weight_map; copy or write the checkpoint again")
-    for name in weight_map.values():
-        # Path would drop what escapes the folder on one system but not on another; so only plain names pass.
-        if not isinstance(name, str) or not name.endswith(".safetensors") or any(sign in name for sign in "/\\:\0"):
-            raise HalfplateError(
-                f"weight_map in {str(index)!r} names the file {name!r}, expected a .safetensors file of the same folder"
-            )
+    index = folder / INDEX
+    if (folder / SINGLE).is_file() or not index.is_file():
+        return headers_of([folder / SINGLE])
+    try:
+        weight_map = weight_map_of(read_json(index))
+    except ValueError as error:
+        raise HalfplateError(f"{str(index)!r}: {error}; {CURE}") from None
     found = headers_of([folder / name for name in sorted(set(weight_map.values()))])
     for tensor in sorted(found.keys() | weight_map.keys()):
         if tensor not in found:
-            raise HalfplateError(
-                f"{tensor} is missing from {weight_map[tensor]}, where {str(index)!r} puts it; copy or write the checkpoint again"
-            )
-        if weight_map.get(tensor) != found[tensor].file.name:
-            raise HalfplateError(
-                f"{tensor} is in {found[tensor].file.name}, which {str(index)!r} does not say; copy or write the checkpoint again"
-            )
+            raise HalfplateError(f"{tensor} is missing from {weight_map[tensor]}, where {str(index)!r} puts it; {CURE}")
+        if weight_map.get(tensor) != found[tensor].path.name:
+            raise HalfplateError(f"{tensor} is in {found[tensor].path.name}, which {str(index)!r} does not say; {CURE}")
     return found
 
 
@@ -84,25 +43,21 @@ def headers_of(files: Iterable[Path]) -> dict[str, StoredTensor]:
     for file in files:
         try:
             if not file.is_file():
+                raise HalfplateError(f"the weight file {str(file)!r} does not exist; {CURE}")
+            tensors = read_header(file)
+        except (DamagedFile, OSError) as error:
+            reason = getattr(error, "reason", error)
+            raise HalfplateError(f"the weight file {str(file)!r} is damaged or cut short: {reason}; {CURE}") from None
+        for name, tensor in tensors.items():
+            if name in found:
                 raise HalfplateError(
-                    f"the weight file {str(file)!r} does not exist; copy or write the checkpoint again"
+                    f"{name} is both in {found[name].path.name} and in {file.name}; write the checkpoint again"
                 )
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - the handle is not a mapping
-                    piece = tensors.get_slice(name)
-                    if name in found:
-                        raise HalfplateError(
-                            f"{name} is both in {found[name].file.name} and in {file.name}; write the checkpoint again"
-                        )
-                    if piece.get_dtype() not in _DTYPES:
-                        raise HalfplateError(
-                            f"{name} in {str(file)!r} has the element type {piece.get_dtype()}, expected one of {', '.join(_DTYPES)}"
-                        )
-                    found[name] = StoredTensor(file, tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
-        except (SafetensorError, OSError, ValueError) as error:
-            raise HalfplateError(
-                f"the weight file {str(file)!r} is damaged or cut short: {error}; copy or write the checkpoint again"
-            ) from None
+            if tensor.kind not in KINDS:
+                raise HalfplateError(
+                    f"{name} in {str(file)!r} has the element type {tensor.kind}, expected one of {', '.join(KINDS)}"
+                )
+        found |= tensors
     return found
 
 
@@ -116,7 +71,7 @@ def check_layout(found: Mapping[str, StoredTensor], specs: Mapping[str, WeightSp
         module, _, name = full.rpartition(".")
         if module in below:
             below[module][name] = tensor
-        elif name == INDEX:
+        elif name == POSITIONS:
             raise HalfplateError(
                 f"{full} belongs to a compressed matrix that quantization_config.modules does not name; copy or write the checkpoint again"
             )
@@ -129,7 +84,7 @@ def check_layout(found: Mapping[str, StoredTensor], specs: Mapping[str, WeightSp
                 )
             if (stored[name].shape, stored[name].dtype) != (shape, dtype):
                 raise HalfplateError(
-                    f"{module}.{name} in {stored[name].file.name} is {_words(stored[name].shape, stored[name].dtype)}, expected {_words(shape, dtype)} "
+                    f"{module}.{name} in {stored[name].path.name} is {_words(stored[name].shape, stored[name].dtype)}, expected {_words(shape, dtype)} "
                     "from config.json; copy or write the checkpoint again"
                 )
         if "bias" in stored and stored["bias"].shape != (spec.d_out,):
@@ -138,7 +93,7 @@ def check_layout(found: Mapping[str, StoredTensor], specs: Mapping[str, WeightSp
             )
         for name in stored.keys() - layout.keys() - {"bias"}:
             raise HalfplateError(
-                f"{module}.{name} in {stored[name].file.name} does not belong to a {spec.format} matrix; write the checkpoint again"
+                f"{module}.{name} in {stored[name].path.name} does not belong to a {spec.format} matrix; write the checkpoint again"
             )
 
 
@@ -146,52 +101,21 @@ def _words(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} {shape}"
 
 
-def read_tensors(found: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor with its name, one at a time."""
-    for file in sorted({tensor.file for tensor in found.values()}):
-        with safe_open(file, framework="pt") as tensors:
-            # The file may hold others, which the caller has no memory for.
-            for name in sorted(name for name, tensor in found.items() if tensor.file == file):
-                yield name, tensors.get_tensor(name)
-
-
-def sha256(tensor: Tensor) -> str:
-    """Hexadecimal SHA-256 of the bytes of a tensor, in the order in which safetensors stores them."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
 def write_tensors(
     tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], folder: Path, max_shard_nbytes: int
 ) -> dict[str, str]:
-    """Write tensors, each cast to its type in `dtypes`, to one safetensors file, or to several with an index.
+    """Write tensors, each cast to its type in `dtypes`, to the files of a checkpoint; returns the SHA-256 of each.
 
-    Returns the SHA-256 of each. A file exceeds `max_shard_nbytes` only where a single tensor does. Raises
-    HalfplateError on a value that is not finite.
+    A file exceeds `max_shard_nbytes` only if a single tensor does. Raises HalfplateError on a value that is not finite.
     """
-    shards: list[list[str]] = [[]]
-    nbytes, total = 0, 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * dtypes[name].itemsize
-        if shards[-1] and nbytes + size > max_shard_nbytes:
-            shards.append([])
-            nbytes = 0
-        shards[-1].append(name)
-        nbytes, total = nbytes + size, total + size
 
-    checksums, weight_map = {}, {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        stored = {name: tensors[name].detach().to("cpu", dtypes[name]).contiguous() for name in names}
-        for name, tensor in stored.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise HalfplateError(
-                    f"{name} holds values that are not finite in {dtypes[name]}; choose a wider type or another method"
-                )
-            checksums[name] = sha256(tensor)
-            weight_map[name] = file
-        # One metadata entry only: safetensors writes several in no fixed order.
-        save_file(stored, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return checksums
+    def write(file: TensorFileWriter, name: str) -> str:
+        stored = tensors[name].detach().to("cpu", dtypes[name])
+        if stored.is_floating_point() and not bool(stored.isfinite().all()):
+            raise HalfplateError(
+                f"{name} holds values that are not finite in {dtypes[name]}; choose a wider type or another method"
+            )
+        return file.write(name, stored)
+
+    entries = {name: (dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_shards(entries, folder, max_shard_nbytes, write)

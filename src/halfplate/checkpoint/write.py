@@ -15,10 +15,11 @@ from halfplate.checkpoint.card import write_card
 from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, RECORD_VERSION, SENTENCE, read_record
 from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.quantization import HalfplateConfig
-from halfplate.checkpoint.weights import MAX_SHARD_NBYTES, write_tensors
+from halfplate.checkpoint.weights import write_tensors
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec, check_shared
 from halfplate.json_numbers import finite
+from halfplate.storage.shards import MAX_SHARD_NBYTES
 from halfplate.version import versions_of
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from halfplate.calibration.collect import CHUNKS
 from halfplate.execution.token_arguments import TokenArguments
 from halfplate.models.blockwise import BlockInputs
 from halfplate.models.handover import BlockArguments, Carried
-from halfplate.tensor_file import KINDS, NAMES
+from halfplate.storage.tensor_file import KINDS, NAMES
 
 # Arguments of one block by the number of samples in a batch: those of other tokens differ from them in TokenArguments alone.
 Arguments = dict[int, BlockArguments]

@@ -7,12 +7,11 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
 from halfplate.formats import Chain, WeightSpec
+from halfplate.storage.tensor_file import read_header, read_tensors, write_file
 
 MEMORY_BYTES = 2 * 2**30  # what goes beyond lies in a temporary folder
 
@@ -54,8 +53,8 @@ class LevelStore:
         if self._folder is None:
             self._folder = TemporaryDirectory(prefix="halfplate-levels-")
         try:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, self._file(key))
-        except (OSError, SafetensorError) as error:
+            write_file(self._file(key), tensors, durable=False)
+        except OSError as error:
             raise HalfplateError(
                 f"levels could not be kept in {self._folder.name!r} ({' '.join(str(error).split())}); free some space there, "
                 "or name another place by the environment's TMPDIR"
@@ -63,7 +62,7 @@ class LevelStore:
 
     def dense(self, key: tuple[int, int], device: torch.device) -> list[Tensor]:
         """The matrices kept under `key`, multiplied out: fp32 (d_out, d_in) each."""
-        tensors = self._held[key] if key in self._held else load_file(self._file(key))
+        tensors = self._held[key] if key in self._held else dict(read_tensors(read_header(self._file(key))))
         found = []
         for k, spec in enumerate(self._specs[key]):
             own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{k}.")}

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from halfplate.checkpoint.config import read_record, read_specs
-from halfplate.checkpoint.weights import read_headers, read_tensors
+from halfplate.checkpoint.weights import read_headers
 from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
 from halfplate.formats import CompressedLinear, WeightSpec, connect
 from halfplate.models.linears import replace_linear
 from halfplate.recipe import Recipe
+from halfplate.storage.tensor_file import read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,8 +22,8 @@ from halfplate.planning import Plan
 from halfplate.planning.memory import sampling_room
 from halfplate.recipe import Recipe
 from halfplate.runtime.prepare import bf16_kernels
+from halfplate.storage.tensor_file import read_tensor
 from halfplate.telemetry.progress import Report
-from halfplate.tensor_file import read_tensor
 
 FEW = 16  # tokens of a text that comes before the real one
 

@@ -24,7 +24,7 @@ from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan, foreign_packages
 from halfplate.recovery.block import TunedBlock
 from halfplate.statistics import Statistic
-from halfplate.tensor_file import KINDS
+from halfplate.storage.tensor_file import KINDS
 from halfplate.version import package_version
 
 RECORDED = ("model", "statistics", "halfplate", "plugins")  # what of an identity a checkpoint keeps beside its recipe

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from halfplate.checkpoint.read import load, load_tokenizer, read_checked_headers
-from halfplate.checkpoint.weights import read_tensors
 from halfplate.errors import HalfplateError, HalfplateWarning, RuinedResult
 from halfplate.evaluation.perplexity import NONSENSE_KL, compare
 from halfplate.execution.job import Job
@@ -26,7 +25,7 @@ from halfplate.models.streamed import StreamedModel
 from halfplate.planning.memory import check_loads_whole
 from halfplate.runtime import decoder
 from halfplate.runtime.prepare import accelerate_linears
-from halfplate.tensor_file import read_tensor
+from halfplate.storage.tensor_file import read_tensor, read_tensors
 
 TOKENS = 128
 DECODED = 4  # tokens that the native decoder takes

@@ -29,7 +29,7 @@ from halfplate.models.linears import replace_linear
 from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
 from halfplate.statistics import InputStatistics, Statistic
-from halfplate.tensor_file import read_tensor
+from halfplate.storage.tensor_file import read_tensor
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from halfplate.errors import HalfplateError
 from halfplate.execution.work import load_part, read_json, save_part, write_json
 from halfplate.models.handover import BlockArguments, Places, patched
-from halfplate.tensor_file import read_tensor
+from halfplate.storage.tensor_file import read_tensor
 
 
 @dataclass(frozen=True)

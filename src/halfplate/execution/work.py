@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 import torch
@@ -19,7 +17,8 @@ from torch import Tensor
 
 from halfplate.checkpoint.output import LOCK_FILE, sole_user, work_place
 from halfplate.errors import HalfplateError
-from halfplate.tensor_file import DamagedFile, StoredTensor, TensorFileWriter, read_header, sha256_of
+from halfplate.storage.atomic import whole_file
+from halfplate.storage.tensor_file import DamagedFile, StoredTensor, TensorFileWriter, read_header, sha256_of
 
 VERSION = 1
 IDENTITY_FILE = "identity.json"
@@ -60,20 +59,11 @@ def save_part_of(
 ) -> None:
     """`save_part` of tensors that `tensor` gives one at a time; entries: element type and shape of each."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    try:
+    with whole_file(path) as partial:
         with TensorFileWriter(partial, entries, durable) as file:
             sha256 = {name: file.write(name, tensor(name)) for name in entries}
         note(path).unlink(missing_ok=True)
-        partial.replace(path)
-        write_json(note(path), {"version": VERSION, "sha256": sha256, "facts": facts}, durable)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _partial(path: Path) -> Path:
-    # Processes of two machines may have one number.
-    return path.with_name(f".{path.name}.{token_hex(8)}.partial")
+    write_json(note(path), {"version": VERSION, "sha256": sha256, "facts": facts}, durable)
 
 
 def load_part(path: Path) -> Part | None:
@@ -104,18 +94,8 @@ def write_json(path: Path, content: dict[str, Any], durable: bool = True) -> Non
     """Write JSON with a checksum of its own, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, sort_keys=True)
-    partial = _partial(path)
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n")
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        partial.replace(path)
-        if durable:
-            sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path, durable) as partial:
+        partial.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -129,15 +109,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     content: dict[str, Any] = json.loads(text)
     return content
-
-
-def sync_folder(folder: Path) -> None:
-    """Make sure that names in `folder` outlive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class WorkFolder:

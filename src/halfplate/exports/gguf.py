@@ -1,6 +1,5 @@
 """Export to a GGUF file for llama.cpp: matrices in F16, the rest in F32."""
 
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from halfplate.checkpoint.read import inspect_checkpoint, load, load_tokenizer
 from halfplate.errors import HalfplateError
 from halfplate.models.gguf_writer import write_gguf
 from halfplate.models.sources import is_compressed, load_dense
+from halfplate.storage.atomic import whole_file
 
 
 def export_gguf(source: str, out: Path, overwrite: bool) -> str:
@@ -21,16 +21,13 @@ def export_gguf(source: str, out: Path, overwrite: bool) -> str:
     if out.exists() and not (overwrite and out.is_file()):
         raise HalfplateError(f"out={str(out)!r} exists; choose another name, or pass --overwrite to replace a file")
     dense, tokenizer = _dense_model(source)
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
-        write_gguf(dense, tokenizer, partial)
-        partial.replace(out)
+        with whole_file(out) as partial:
+            write_gguf(dense, tokenizer, partial)
     except OSError as error:
         raise HalfplateError(
             f"out={str(out)!r} could not be written ({error.strerror or error}); check that the place exists and has room"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return f"{out}: {source} in F16 for llama.cpp"
 
 

@@ -16,11 +16,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from halfplate.checkpoint.config import METHOD, RECORD_FILE, SENTENCE, read_record
 from halfplate.checkpoint.quantization import HalfplateConfig
-from halfplate.checkpoint.weights import StoredTensor, check_layout, headers_of
+from halfplate.checkpoint.weights import check_layout, headers_of
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec, check_stored, connect
 from halfplate.formats.plain import is_plain_linear
 from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.storage.tensor_file import StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

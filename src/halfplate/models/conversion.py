@@ -12,8 +12,9 @@ from torch import Tensor
 from halfplate.errors import HalfplateError
 from halfplate.models import gguf
 from halfplate.models.sources import Source, load_dense, skeleton
-from halfplate.models.weight_files import SINGLE, find_weight_files
-from halfplate.tensor_file import DamagedFile, TensorFileWriter, read_header, sha256_of
+from halfplate.models.weight_files import find_weight_files
+from halfplate.storage.shards import SINGLE
+from halfplate.storage.tensor_file import DamagedFile, TensorFileWriter, read_header, sha256_of
 
 
 def convert_tensors(source: Source, folder: Path, progress: Callable[[int, int], None]) -> dict[str, str]:

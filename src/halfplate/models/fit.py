@@ -10,7 +10,7 @@ import torch
 
 from halfplate.errors import HalfplateError
 from halfplate.models.linears import find_blocks
-from halfplate.tensor_file import KINDS, PIECE, DamagedFile, StoredTensor, read_tensor
+from halfplate.storage.tensor_file import KINDS, PIECE, DamagedFile, StoredTensor, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -28,7 +28,7 @@ from halfplate.models.fit import check_fit, stored_apart
 from halfplate.models.reading import reading
 from halfplate.models.trust import bounded, check_counts, check_folder, check_parameters, count_tensors, read_json_file
 from halfplate.models.weight_files import WeightFiles, find_weight_files, sampled_sha256
-from halfplate.tensor_file import StoredTensor
+from halfplate.storage.tensor_file import StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

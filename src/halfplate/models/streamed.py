@@ -17,7 +17,7 @@ from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.models.data_reads import stated_reads
 from halfplate.models.fit import check_complete, names_in_model, shared_names
 from halfplate.models.sources import Source, skeleton
-from halfplate.tensor_file import DamagedFile, StoredTensor, read_tensor
+from halfplate.storage.tensor_file import DamagedFile, StoredTensor, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

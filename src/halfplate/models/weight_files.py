@@ -10,10 +10,9 @@ import torch
 
 from halfplate.errors import HalfplateError
 from halfplate.models.trust import read_json_file
-from halfplate.tensor_file import DamagedFile, StoredTensor, read_header
+from halfplate.storage.shards import INDEX, SINGLE, weight_map_of
+from halfplate.storage.tensor_file import DamagedFile, StoredTensor, read_header
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth")
 # Element types of safetensors that a dense model is stored in; whatever else is a float is too fine or too coarse.
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
@@ -88,12 +87,9 @@ def sampled_sha256(paths: Iterable[Path], tensors: Iterable[StoredTensor] = ()) 
 
 def _shards(name: str, folder: Path) -> list[Path]:
     try:
-        files = sorted(set(read_json_file(folder / INDEX)["weight_map"].values()))
-        # A name with a folder in it would lead out of the model.
-        if not files or any(Path(file).name != file or "\\" in file or "\0" in file for file in files):
-            raise ValueError("weight_map must name files of the same folder")
+        files = sorted(set(weight_map_of(read_json_file(folder / INDEX)).values()))
         missing = [file for file in files if not (folder / file).is_file()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise HalfplateError(f"model={name!r}: {INDEX} cannot be read ({error!r}); download it again") from None
     if missing:
         raise HalfplateError(

@@ -25,7 +25,7 @@ from halfplate.precision import products
 from halfplate.recipe import Recipe
 from halfplate.runtime.prepare import bf16_kernels
 from halfplate.statistics import InputStatistics, Statistic
-from halfplate.tensor_file import DamagedFile, read_tensor
+from halfplate.storage.tensor_file import DamagedFile, read_tensor
 
 WORTH_FLOPS = 1e12  # of a run that takes so long that a few seconds of measuring do not matter
 LONGEST_SIDE = 512  # of a matrix that is solved to measure

@@ -1,16 +1,15 @@
 """What an interrupted recovery goes on from: one file, written whole or not at all, without pickle."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
+from halfplate.storage.atomic import whole_file
+from halfplate.storage.tensor_file import DamagedFile, read_header, read_metadata, read_tensors, write_file
 
 VERSION = 1
 FILE = "state.safetensors"
@@ -26,16 +25,12 @@ class State:
 
 def save_state(folder: Path, state: State, file: str = FILE) -> None:
     """Write `state` to `folder`, replacing what is there only once it is whole; raises HalfplateError where it cannot."""
-    partial = folder / f".{file}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         facts = json.dumps({"version": VERSION} | state.facts, sort_keys=True)
-        save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, partial, {"state": facts})
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(folder / file)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with whole_file(folder / file, durable=True) as partial:
+            write_file(partial, state.tensors, metadata={"state": facts})
+    except OSError as error:
         raise HalfplateError(
             f"the state in {str(folder)!r} could not be written ({' '.join(str(error).split())}); "
             "free some space and go on with --resume from the one before, which is whole"
@@ -48,13 +43,12 @@ def load_state(folder: Path, identity: dict[str, Any], file: str = FILE) -> Stat
     if not path.exists():
         return None
     try:
-        with safe_open(path, "pt") as opened:
-            facts = json.loads((opened.metadata() or {})["state"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        tensors = dict(read_tensors(read_header(path)))
+        facts = json.loads(read_metadata(path)["state"])
         version, found = facts["version"], facts["identity"]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, DamagedFile, ValueError, KeyError, TypeError) as error:
         raise HalfplateError(
-            f"{str(path)!r} is damaged ({' '.join(str(error).split())}); delete it, or pass --overwrite to start afresh"
+            f"{str(path)!r} is damaged ({' '.join(str(getattr(error, 'reason', error)).split())}); delete it, or pass --overwrite to start afresh"
         ) from None
     if version != VERSION:
         raise HalfplateError(

@@ -35,6 +35,7 @@ KINDS = {
 }
 NAMES = {dtype: kind for kind, dtype in KINDS.items()}
 LONGEST_HEADER = 100_000_000  # the limit that the safetensors library sets itself
+METADATA = "__metadata__"
 PIECE = 2**24  # bytes that are copied or hashed at once
 
 
@@ -48,9 +49,18 @@ class StoredTensor:
     start: int
     nbytes: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type; KeyError if it is one that torch is not given here, such as F8."""
+        return KINDS[self.kind]
+
 
 class DamagedFile(HalfplateError):
-    """A safetensors file is not whole."""
+    """A safetensors file is not whole. reason: the message without what to do."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; download it again")
+        self.reason = reason
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -59,18 +69,16 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     size = status.st_size
     # Opening a pipe waits for whoever writes to it, a device has no end.
     if not stat.S_ISREG(status.st_mode):
-        raise DamagedFile(f"{path.name} is not a regular file; download it again")
+        raise DamagedFile(f"{path.name} is not a regular file")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, LONGEST_HEADER):
-            raise DamagedFile(
-                f"{path.name} is cut short or damaged: it has {size} bytes, its header alone {length}; download it again"
-            )
+            raise DamagedFile(f"{path.name} is cut short or damaged: it has {size} bytes, its header alone {length}")
         text = file.read(length)
     found: dict[str, StoredTensor] = {}
     try:
         header: dict[str, Any] = json.loads(text, object_pairs_hook=_unique)
-        header.pop("__metadata__", None)
+        header.pop(METADATA, None)
         for name, entry in header.items():
             start, end = (int(at) for at in entry["data_offsets"])
             shape = tuple(entry["shape"])
@@ -82,13 +90,19 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"{name[:80]!r} has no place in it")
             found[name] = StoredTensor(path, kind, shape, 8 + length + start, end - start)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise DamagedFile(f"the header of {path.name} is damaged ({error!r}); download it again") from None
+        raise DamagedFile(f"the header of {path.name} is damaged ({error!r})") from None
     needed = max((tensor.start + tensor.nbytes for tensor in found.values()), default=8 + length)
     if size < needed:
-        raise DamagedFile(
-            f"{path.name} is cut short: it has {size} bytes, its header names {needed}; download it again"
-        )
+        raise DamagedFile(f"{path.name} is cut short: it has {size} bytes, its header names {needed}")
     _check_covered(path, found, 8 + length, size)
+    return found
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a whole file, one that `read_header` takes, carries beside its tensors, by name."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    found: dict[str, str] = header.get(METADATA, {})
     return found
 
 
@@ -108,12 +122,10 @@ def _check_covered(path: Path, found: Mapping[str, StoredTensor], start: int, si
     end = start
     for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if tensor.start != end:
-            raise DamagedFile(
-                f"{path.name} is damaged: {name[:80]!r} does not begin where the tensor before it ends; download it again"
-            )
+            raise DamagedFile(f"{path.name} is damaged: {name[:80]!r} does not begin where the tensor before it ends")
         end += tensor.nbytes
     if end != size:
-        raise DamagedFile(f"{path.name} is damaged: {size - end} bytes in it belong to no tensor; download it again")
+        raise DamagedFile(f"{path.name} is damaged: {size - end} bytes in it belong to no tensor")
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
@@ -122,6 +134,17 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     with stored.path.open("rb", buffering=0) as file:
         _read_into(file.fileno(), stored.start, memoryview(_bytes(tensor)), stored.path)
     return tensor
+
+
+def read_tensors(found: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with its name, one at a time, file by file."""
+    for name in sorted(found, key=lambda name: (found[name].path, name)):
+        yield name, read_tensor(found[name])
+
+
+def sha256(tensor: Tensor) -> str:
+    """Hexadecimal SHA-256 of the bytes of a tensor in memory, in the order in which they are stored."""
+    return hashlib.sha256(memoryview(_bytes(tensor.detach().cpu().contiguous()))).hexdigest()
 
 
 def sha256_of(stored: StoredTensor) -> str:
@@ -145,16 +168,20 @@ def pieces(stored: StoredTensor) -> Iterator[memoryview]:
 class TensorFileWriter:
     """A new safetensors file of the tensors `entries` (element type and shape by name), written one at a time.
 
-    Byte for byte what `safetensors.torch.save_file` writes with the metadata `{"format": "pt"}`. Used as a context.
-    durable: the file reaches the disk when the block ends.
+    Byte for byte what `safetensors.torch.save_file` writes with this metadata. Used as a context.
+    durable: the file reaches the disk when the block ends. metadata: one text at most, for the library writes several in no fixed order.
     """
 
     def __init__(
-        self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], durable: bool = True
+        self,
+        path: Path,
+        entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        durable: bool = True,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self._durable = durable
         order = list(KINDS)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {METADATA: {"format": "pt"} if metadata is None else dict(metadata)}
         spans: dict[str, tuple[int, int]] = {}
         end = 0
         for name in sorted(entries, key=lambda name: (order.index(NAMES[entries[name][0]]), name)):
@@ -199,6 +226,15 @@ class TensorFileWriter:
             digest.update(piece)
             at += len(piece)
         return digest.hexdigest()
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, Tensor], durable: bool = True, metadata: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Write all of `tensors` to a new file (see TensorFileWriter); returns the SHA-256 of each."""
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with TensorFileWriter(path, entries, durable, metadata) as file:
+        return {name: file.write(name, tensor) for name, tensor in tensors.items()}
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from halfplate.tensor_file import DamagedFile, TensorFileWriter, read_header, read_tensor, sha256_of
+from halfplate.storage.tensor_file import DamagedFile, TensorFileWriter, read_header, read_tensor, sha256_of
 
 TENSORS = {
     'b.é"x': torch.randn(3, 5).bfloat16(),
@@ -38,7 +38,7 @@ def test_the_bytes_of_the_library(tmp_path):
 
 
 def test_a_copy_is_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("halfplate.tensor_file.PIECE", 7)
+    monkeypatch.setattr("halfplate.storage.tensor_file.PIECE", 7)
     checksums = written(tmp_path / "first")
     found = read_header(tmp_path / "first")
     with TensorFileWriter(tmp_path / "second", {n: (t.dtype, tuple(t.shape)) for n, t in TENSORS.items()}) as file:
