@@ -19,7 +19,7 @@ LAYERS = (
     "arguments device dtypes headroom limits pattern precision registry statistics tensor_file",
     "formats",
     "kernels models",
-    "recovery solvers telemetry",
+    "recovery solvers telemetry transforms",
     "calibration methods",
     "allocation runtime",
     "adapters recipe",
