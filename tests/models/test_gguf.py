@@ -8,11 +8,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from halfplate.models.conversion import convert_tensors, converted
 
 from halfplate.errors import HalfplateError
 from halfplate.models import find_linears, load_dense, open_source, skeleton
-from halfplate.models.streamed import StreamedModel, needs_conversion
 
 NAMES = {
     "model.embed_tokens": "token_embd",

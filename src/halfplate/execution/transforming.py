@@ -10,6 +10,7 @@ from torch import Tensor
 
 from halfplate.errors import HalfplateError
 from halfplate.execution.work import Part, WorkFolder, load_part, save_part_of
+from halfplate.models.reading import in_words
 from halfplate.models.sources import Source, skeleton
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan
@@ -70,7 +71,7 @@ class _Transforming:
     def _checked(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a piece as they are written; raises HalfplateError unless they are those that it asks for."""
         left = dict(piece.entries)
-        for name, tensor in self._make(piece):
+        for name, tensor in self._made(piece):
             dtype, shape = left.pop(name, (None, ()))
             if dtype is None:
                 raise HalfplateError(
@@ -86,6 +87,15 @@ class _Transforming:
             raise HalfplateError(
                 f"{self._where} lacks {len(left)} tensors that its configuration asks for ({min(left)}, ...), they would be random; {self._cure}"
             )
+
+    def _made(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
+        try:
+            yield from self._make(piece)
+        except (HalfplateError, OSError):
+            raise
+        # The code of another package fails in ways of its own.
+        except Exception as error:
+            raise HalfplateError(f"{self._where} cannot be made ({in_words(error)}); {self._cure}") from error
 
     @property
     def _where(self) -> str:
