@@ -278,7 +278,8 @@ class WorkFolder:
 
 def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], when: str) -> None:
     """Raise HalfplateError naming the first entry in which two identities differ."""
-    for name in sorted(begun.keys() | now.keys()):
+    # What was asked for says more than the packages that it comes from.
+    for name in sorted(begun.keys() | now.keys(), key=lambda name: (name == "plugins", name)):
         if begun.get(name) != now.get(name):
             raise HalfplateError(
                 f"--resume: {name} was {_short(begun.get(name))} when {when} and is {_short(now.get(name))} now; give the same again, "

@@ -237,6 +237,7 @@ def foreign_packages(recipe: Recipe) -> dict[str, dict[str, str]]:
         ("method", METHODS.package(recipe.method)),
         ("calibration", SOURCES.package(recipe.calibration.partition(":")[0])),
     ]
-    used += [(f"transform {label}", TRANSFORMS.package(label.partition("@")[0])) for label in recipe.transforms]
+    names = [label.partition("@")[0] for label in recipe.transforms]
+    used += [(f"transform {name}", TRANSFORMS.package(name)) for name in names]
     found = {field: package for field, package in used if package is not None}
     return {"plugins": found} if found else {}
