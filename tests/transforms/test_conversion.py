@@ -124,11 +124,11 @@ class Held(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("form", ["mixtral", "gguf"])
+@pytest.mark.parametrize("form", ["mixtral", pytest.param("gguf", marks=pytest.mark.slow)])
 def test_no_more_is_held_than_the_plan_says_which_is_two_layers(form, tiny_tokenizer, tmp_path, monkeypatch):
     """A model that is loaded whole holds all its layers."""
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # tensors of other threads are not seen
-    source = saved(form, tiny_tokenizer, tmp_path / "model", num_hidden_layers=8)
+    source = saved(form, tiny_tokenizer, tmp_path / "model", num_hidden_layers=6)
     with Held() as loading:
         loaded = load_dense(source)
     layer = max(piece.nbytes for piece in pieces_of(loaded.model) if piece.index is not None)
@@ -155,8 +155,9 @@ def test_the_plan_counts_memory_and_disk(tiny_tokenizer, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("form", ["mixtral", "gguf"])
-@pytest.mark.parametrize("damage", ["none", "flipped", "cut", "note"])
+@pytest.mark.parametrize(
+    ("form", "damage"), [("mixtral", "none"), ("gguf", "flipped"), ("gguf", "cut"), ("gguf", "note")]
+)
 def test_finished_pieces_are_kept_and_damaged_ones_made_anew(form, damage, tiny_tokenizer, tmp_path):
     source = saved(form, tiny_tokenizer, tmp_path / "model", num_hidden_layers=3)
     whole = digests(converted(source, tmp_path / "whole")[1].path)
@@ -182,7 +183,7 @@ def test_finished_pieces_are_kept_and_damaged_ones_made_anew(form, damage, tiny_
     assert digests(work.path) == whole
 
 
-@pytest.mark.parametrize("form", ["mixtral", "gguf"])
+@pytest.mark.parametrize("form", ["mixtral", pytest.param("gguf", marks=pytest.mark.slow)])
 def test_a_compression_that_is_killed_while_it_converts_gives_the_same_bytes(form, tiny_tokenizer, tmp_path):
     source = saved(form, tiny_tokenizer, tmp_path / "model")
     compress(source.name, tmp_path / "whole", RECIPE)
