@@ -107,7 +107,7 @@ def test_commands_of_the_page_run_with_the_package_installed(tiny_folder, tmp_pa
     (tmp_path / "texts").mkdir()
     shutil.copy(ROOT / "CONTRIBUTING.md", tmp_path / "texts" / "page.md")
     lines = [shlex.split(line)[1:] for line in re.findall(r"^\$ (halfplate .*)$", PAGE, re.MULTILINE)]
-    assert len(lines) == 4
+    assert len(lines) == 5
     words = [line + QUICK if line[0] == "compress" else [*line, "--json"] for line in lines]
     words += [["inspect", "SmolLM2-ternary", "--verify", "--json"], ["generate", "SmolLM2-ternary", "The bird"]]
     code = f"from halfplate.cli import main\nfor words in {words!r}:\n    assert main(words) == 0, words"
