@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
+EXAMPLES = ROOT / "examples" / "extensions"
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would every command that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -229,3 +232,48 @@ def open_page(browser: Any) -> Callable[..., Any]:
         return browser
 
     return show
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """`install(name, version, points, modules)` puts a distribution on the path, as a wheel of pure Python would."""
+    from halfplate.registry import installed
+
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    loaded = set(sys.modules)
+
+    def put(name: str, version: str = "1.0", points: Sequence[tuple[str, str]] = (), **modules: str) -> None:
+        info = site / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        groups: dict[str, list[str]] = {}
+        for group, line in points:
+            groups.setdefault(group, []).append(line)
+        text = "\n".join(f"[{group}]\n" + "\n".join(lines) for group, lines in groups.items())
+        (info / "entry_points.txt").write_text(text)
+        for module, code in modules.items():
+            (site / f"{module}.py").write_text(code)
+        installed.cache_clear()
+
+    yield put
+    installed.cache_clear()
+    for module in set(sys.modules) - loaded:
+        if str(getattr(sys.modules[module], "__file__", "")).startswith(str(site)):
+            del sys.modules[module]
+
+
+@pytest.fixture
+def examples(install: Callable[..., None]) -> Iterator[None]:
+    """The example package, registered as its pyproject.toml says."""
+    sys.path.insert(0, str(EXAMPLES))
+    points = re.findall(
+        r'^\[project.entry-points."(.*?)"\]\n((?:[^\[\n].*\n)+)',
+        (EXAMPLES / "pyproject.toml").read_text(),
+        re.MULTILINE,
+    )
+    lines = [(group, line.replace('"', "")) for group, rest in points for line in rest.strip().splitlines()]
+    install("halfplate-extensions", points=lines)
+    yield
+    sys.path.remove(str(EXAMPLES))

@@ -33,49 +33,6 @@ PAGE = (ROOT / "docs" / "extending.md").read_text()
 QUICK = ["--samples", "4", "--seq-len", "32", "--threads", "1"]
 
 
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """`install(name, version, points, modules)` puts a distribution on the path, as a wheel of pure Python would."""
-    site = tmp_path / "site"
-    site.mkdir()
-    monkeypatch.syspath_prepend(str(site))
-    loaded = set(sys.modules)
-
-    def put(name, version="1.0", points=(), **modules):
-        info = site / f"{name}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        groups: dict[str, list[str]] = {}
-        for group, line in points:
-            groups.setdefault(group, []).append(line)
-        text = "\n".join(f"[{group}]\n" + "\n".join(lines) for group, lines in groups.items())
-        (info / "entry_points.txt").write_text(text)
-        for module, code in modules.items():
-            (site / f"{module}.py").write_text(code)
-        installed.cache_clear()
-
-    yield put
-    installed.cache_clear()
-    for module in set(sys.modules) - loaded:
-        if str(getattr(sys.modules[module], "__file__", "")).startswith(str(site)):
-            del sys.modules[module]
-
-
-@pytest.fixture
-def examples(install):
-    """The example package, registered as its pyproject.toml says."""
-    sys.path.insert(0, str(EXAMPLES))
-    points = re.findall(r'^\[project.entry-points."(.*?)"\]\n((?:[^\[\n].*\n)+)', _project(), re.MULTILINE)
-    lines = [(group, line.replace('"', "")) for group, rest in points for line in rest.strip().splitlines()]
-    install("halfplate-extensions", points=lines)
-    yield
-    sys.path.remove(str(EXAMPLES))
-
-
-def _project():
-    return (EXAMPLES / "pyproject.toml").read_text()
-
-
 def _problem(d_out=12, d_in=40):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(d_out, d_in, generator=generator)
@@ -91,7 +48,7 @@ def _error(weight, solution, statistics):
 
 def test_the_page_shows_the_entry_points_of_the_example():
     (block,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
-    assert block in _project()
+    assert block in (EXAMPLES / "pyproject.toml").read_text()
 
 
 def test_examples_are_short():
@@ -150,7 +107,7 @@ def test_commands_of_the_page_run_with_the_package_installed(tiny_folder, tmp_pa
     (tmp_path / "texts").mkdir()
     shutil.copy(ROOT / "CONTRIBUTING.md", tmp_path / "texts" / "page.md")
     lines = [shlex.split(line)[1:] for line in re.findall(r"^\$ (halfplate .*)$", PAGE, re.MULTILINE)]
-    assert len(lines) == 6
+    assert len(lines) == 7
     more = {"compress": QUICK, "methods": ["--json"], "export": []}
     words = [line + more[line[0]] for line in lines]
     words += [["inspect", "SmolLM2-ternary", "--verify", "--json"], ["generate", "SmolLM2-ternary", "The bird"]]

@@ -19,7 +19,7 @@ LAYERS = (
     "arguments device dtypes headroom limits pattern precision registry statistics storage",
     "formats",
     "kernels models",
-    "recovery solvers telemetry",
+    "recovery solvers telemetry transforms",
     "calibration methods",
     "allocation runtime",
     "adapters recipe",

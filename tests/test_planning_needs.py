@@ -100,7 +100,7 @@ def test_each_matrix_has_its_cost_and_the_benchmark_can_be_left_out(tiny_folder,
 def test_disk_counts_the_result_the_parts_and_the_hidden_states(tiny_folder, tmp_path, text):
     plan = make_plan(str(tiny_folder), Recipe(**SMALL))
     assert plan.disk.hidden == 2 * 2 * 4 * 4 * 16 * 32  # two streams at two blocks
-    assert plan.disk.converted == plan.disk.statistics == 0
+    assert plan.disk.transformed == plan.disk.statistics == 0
     assert make_plan(str(tiny_folder), Recipe(**SMALL), workers=2).disk.statistics > 0
     summary = compress(str(tiny_folder), tmp_path / "out", Recipe(**SMALL))
     written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_type_hints
 
-from halfplate import methods, plain_yaml, recipes
+from halfplate import methods, plain_yaml, recipes, transforms
 from halfplate.allocation import CHOICES, Evolution
 from halfplate.arguments import path_text, typed
 from halfplate.device import device_kind
@@ -39,6 +39,7 @@ class RecipeFields(TypedDict, total=False):
     core_dtype: str
     wrapper_dtype: str
     group_size: int
+    transforms: tuple[str, ...]
     calibration: str
     samples: int
     seq_len: int
@@ -84,7 +85,8 @@ class Recipe:
     2 · owl_lambda from the least to the most. budget, time_budget: share of the dense bytes, or of the dense linears' decode
     time on this machine, within which the fields `choose` (block_size, pattern, core_dtype) are chosen for each matrix. search:
     `knapsack` over measured errors, or `evolution` from there on the model's own KL, of so many generations with so many
-    offspring each. calibration: `self`, a text file or a Hub data set, of which `samples` sequences of `seq_len` tokens are
+    offspring each. transforms: names of `halfplate.transforms`, applied to the model in this order before anything else; each
+    becomes `name@version`. calibration: `self`, a text file or a Hub data set, of which `samples` sequences of `seq_len` tokens are
     used; seed: of everything random. device: `cpu` or `cuda`. include, exclude:
     patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats a token.
     Raises HalfplateError naming the field, its value and what would do.
@@ -100,6 +102,7 @@ class Recipe:
     core_dtype: str = "bf16"
     wrapper_dtype: str = "bf16"
     group_size: int = GROUP
+    transforms: tuple[str, ...] = ()
     calibration: str = "self"
     samples: int = 64
     seq_len: int = 512
@@ -137,6 +140,7 @@ class Recipe:
             )
         options = _typed_options(methods.METHODS.get(self.method), self.method_options)
         object.__setattr__(self, "method_options", options)
+        object.__setattr__(self, "transforms", tuple(transforms.find(entry).label for entry in self.transforms))
         if self.pattern == "auto":
             object.__setattr__(self, "pattern", pattern_of(self.method))
         self._check_shape()
@@ -345,6 +349,7 @@ class Recipe:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return values | {
             "method_options": dict(self.method_options),
+            "transforms": list(self.transforms),
             "choose": list(self.choose),
             "include": list(self.include),
             "exclude": list(self.exclude),
@@ -352,7 +357,9 @@ class Recipe:
 
     def fingerprint_json(self) -> dict[str, Any]:
         """`to_json` without what cannot change the result."""
-        return {key: value for key, value in self.to_json().items() if key not in WITHOUT_EFFECT}
+        values = {key: value for key, value in self.to_json().items() if key not in WITHOUT_EFFECT}
+        # A recipe without transforms is what it was before there were any.
+        return values if self.transforms else {key: value for key, value in values.items() if key != "transforms"}
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

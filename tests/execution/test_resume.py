@@ -284,22 +284,6 @@ def test_levels_that_are_lost_are_not_mixed_with_others(tiny_folder, tmp_path, m
     assert digests(out) == digests(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut"])
-def test_a_converted_model_that_is_damaged_is_converted_anew(tiny_folder, tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(preparation, "needs_conversion", lambda source: True)
-    recipe, out = Recipe(method="wanda", **SMALL), tmp_path / "out"
-    compress(str(tiny_folder), tmp_path / "whole", recipe)
-    path = broken_off(tiny_folder, out, recipe, monkeypatch, 9).converted / "model.safetensors"
-    if damage == "flipped":
-        flip(path, -5)
-    else:
-        path.write_bytes(path.read_bytes()[:-7])
-    names = solved(monkeypatch)
-    compress(str(tiny_folder), out, recipe, resume=True)
-    assert len(names) == 14 - 9
-    assert digests(out) == digests(tmp_path / "whole")
-
-
 def test_a_full_disk_loses_nothing(tiny_folder_once, tmp_path, monkeypatch, compressed_once):
     recipe = Recipe(method="wanda", **SMALL)
     whole = digests(compressed_once(recipe))

@@ -11,8 +11,6 @@ import torch
 
 from halfplate.errors import HalfplateError
 from halfplate.models import find_linears, load_dense, open_source, skeleton
-from halfplate.models.conversion import convert_tensors, converted
-from halfplate.models.streamed import StreamedModel, needs_conversion
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -94,17 +92,6 @@ def test_weights_are_those_of_the_model(tiny_gguf, tiny_model, tmp_path):
     assert torch.equal(loaded.model(ids).logits, expected(ids).logits)
     source = loaded.source
     assert (source.kind, source.nbytes, source.other_dtype) == ("gguf", tiny_gguf.stat().st_size, torch.bfloat16)
-
-
-def test_tensor_by_tensor_it_is_the_same_model(tiny_gguf, tmp_path):
-    source = open_source(str(tiny_gguf))
-    assert needs_conversion(source)
-    told = []
-    convert_tensors(source, tmp_path / "converted", lambda done, total: told.append((done, total)))
-    streamed, dense = StreamedModel(converted(source, tmp_path / "converted")), load_dense(source).model.state_dict()
-    assert streamed.stored.keys() | streamed.tied.keys() == dense.keys()
-    assert all(torch.equal(streamed.read(name), dense[name]) for name in streamed.stored)
-    assert told[-1] == (len(streamed.stored), len(streamed.stored))
 
 
 def test_it_can_be_saved_as_a_plain_folder(tiny_gguf, tmp_path):

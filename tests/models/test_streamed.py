@@ -6,9 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from halfplate.errors import HalfplateError
 from halfplate.models.blockwise import BlockwiseModel
-from halfplate.models.conversion import convert_tensors, converted
 from halfplate.models.sources import load_dense, open_source
-from halfplate.models.streamed import StreamedModel, needs_conversion
+from halfplate.models.streamed import StreamedModel
+from halfplate.transforms.conversion import needs_conversion
 
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "opt", "falcon")
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -73,16 +73,6 @@ def test_only_one_block_is_in_memory(tiny_model, tiny_tokenizer, tmp_path):
             )
         model(IDS)
     assert seen == [[True, False, False], [False, True, False], [False, False, True]]
-
-
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
-def test_experts_that_are_joined_are_converted_first(tiny_model, tiny_tokenizer, tmp_path, architecture):
-    source = saved(tiny_model(architecture), tiny_tokenizer, tmp_path / "model")
-    assert needs_conversion(source)
-    convert_tensors(source, tmp_path / "converted", lambda done, total: None)
-    streamed, dense = StreamedModel(converted(source, tmp_path / "converted")), load_dense(source).model.state_dict()
-    assert streamed.stored.keys() | streamed.tied.keys() == dense.keys()
-    assert all(torch.equal(streamed.read(name), dense[name]) for name in streamed.stored)
 
 
 def test_damage_is_named(tiny_folder):

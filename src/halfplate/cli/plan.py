@@ -119,6 +119,13 @@ def _needs(plan: "Plan") -> list[tuple[str, str]]:
         rows.append(("holds the whole model", f"{', '.join(held.whole_model)}; without it the bound is {bound}"))
     else:
         rows.append(("memory bound (docs/memory.md)", bound))
+    rows += [
+        (
+            f"transform {step.label}",
+            f"holds {megabytes(step.memory)}, writes {megabytes(step.disk)} to the work folder{', automatic' if step.automatic else ''}",
+        )
+        for step in plan.transforms
+    ]
     rows.append(("disk", f"{megabytes(plan.disk.total)}, {megabytes(plan.disk.work)} of it only during the run"))
     rows += [("note", note) for note in plan.notes]
     return [*rows, ("fingerprint", plan.fingerprint[:16])]

@@ -89,6 +89,13 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(flag, metavar="PATTERN", action="append", help=f"{text}, e.g. '*.q_proj'; may be repeated")
     parser.add_argument(
+        "--transforms",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        help="transforms that are applied to the model, in this order, before it is compressed (docs/transforms.md)",
+    )
+    parser.add_argument(
         "--share-wrappers",
         action="store_const",
         const=True,
@@ -129,7 +136,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     """The recipe file, or the defaults, with the flags that were given."""
     from halfplate.recipe import Recipe
 
-    names = [*map(_field, FIELDS), "include", "exclude", "choose", "share_wrappers"]
+    names = [*map(_field, FIELDS), "include", "exclude", "choose", "share_wrappers", "transforms"]
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = {name: getattr(args, name) for name in map(_field, METHOD_OPTIONS) if getattr(args, name) is not None}
     for text in args.option:

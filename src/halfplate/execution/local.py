@@ -31,11 +31,11 @@ from halfplate.execution.preparation import (
     chosen_levels,
     fixed_threads,
     prepared_tokens,
-    readable_source,
 )
 from halfplate.execution.result import RECORDED, Result, assemble_weights, finished_result, identity_of
 from halfplate.execution.self_check import self_check
 from halfplate.execution.tasks import OpenBlocks
+from halfplate.execution.transforming import transformed
 from halfplate.execution.work import WorkFolder
 from halfplate.formats import WeightSpec
 from halfplate.limits import check_threads, check_workers, cores
@@ -156,7 +156,9 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
     """Do what is not done yet, and put the result in its place."""
     recipe, work, source = plan.recipe, order.work, order.source
     with ExitStack() as stack:
-        streamed = StreamedModel(readable_source(source, work, clock, report), recipe.device, recipe.precision)
+        with clock("reading"):
+            original, readable = transformed(source, plan, work, report)
+        streamed = StreamedModel(readable, recipe.device, recipe.precision)
         blocks = OpenBlocks(streamed, str(work.path))
         threads = order.identity["threads"]
         engine = stack.enter_context(open_engine(order.engine, blocks, threads, work.path))
@@ -165,7 +167,7 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
             tokens = prepared_tokens(streamed, plan, work, report) if recipe.runs_text(order.needed) else None
         if tokens is not None:
             check_blocks(streamed, plan, tokens, work, clock, report)
-        plan, told = chosen_levels(source, plan, tokens, work, report, clock)
+        plan, told = chosen_levels(readable, plan, tokens, work, report, clock)
         job = Job(streamed.source, plan, threads, order.needed, tokens, work, engine, blocks, report, clock)
         outcome = compress_blocks(job)
         blocks.close()
@@ -178,7 +180,7 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
             if order.check:
                 report("checking the result", 0, 1)
                 with clock("checking"):
-                    result = replace(result, check=self_check(streamed, job, folder).to_json())
+                    result = replace(result, check=self_check(streamed, job, folder, original).to_json())
                 report("checking the result", 1, 1)
             record = origin(order.source) | _checkpoint_record(result) | {"identity": identity, "tensors": checksums}
             write_record(folder, record)

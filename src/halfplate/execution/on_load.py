@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfplate.checkpoint.config import read_record, read_specs
 from halfplate.checkpoint.weights import read_headers
@@ -45,6 +46,7 @@ def compress_in_place(
         compress(str(_with_tokenizer(source, model)), out, recipe or Recipe(), check=False)
         specs, record = read_specs(out), read_record(out)
         tensors = dict(read_tensors(read_headers(out)))
+    _check_shapes(model, specs, tensors)
     for name, spec in specs.items():
         linear = cast(nn.Linear, model.get_submodule(name))
         bias = linear.bias
@@ -55,11 +57,25 @@ def compress_in_place(
         module.load_state_dict(stored | ({} if bias is None else {"bias": bias.detach()}), assign=True)
         replace_linear(model, name, module.requires_grad_(False))
     connect(model)
-    # Tuning may have moved what stays dense, too.
+    # Tuning and transforms may have changed what stays dense, too.
     state = model.state_dict()
     for name, tensor in tensors.items():
         state[name].copy_(tensor)
     return specs, record | {"model": model.config.name_or_path}
+
+
+def _check_shapes(model: PreTrainedModel, specs: Mapping[str, WeightSpec], tensors: Mapping[str, Tensor]) -> None:
+    """Raise HalfplateError if a transform has made another model than the one that is being loaded."""
+    state = model.state_dict(keep_vars=True)
+    shapes = {f"{name}.weight": (spec.d_out, spec.d_in) for name, spec in specs.items()}
+    inside = tuple(f"{name}." for name in specs)
+    shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith(inside)}
+    for name, shape in shapes.items():
+        if name not in state or tuple(state[name].shape) != shape:
+            raise HalfplateError(
+                f"recipe: its transforms make {name} of shape {shape}, which the model that is being loaded does not have; "
+                "run `halfplate compress` and load its result"
+            )
 
 
 def _with_tokenizer(source: Path, model: PreTrainedModel) -> Path:

@@ -15,9 +15,8 @@ from halfplate.execution.work import WorkFolder, load_part, read_json, save_part
 from halfplate.formats import WeightSpec
 from halfplate.limits import check_resumed_threads, cores
 from halfplate.models.chain_check import SAMPLES, check_chain
-from halfplate.models.conversion import convert_tensors, converted, whole
-from halfplate.models.sources import Source, load_dense, load_tokenizer
-from halfplate.models.streamed import StreamedModel, needs_conversion
+from halfplate.models.sources import LoadedModel, Source, load_tokenizer
+from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan
 from halfplate.planning.memory import sampling_room
 from halfplate.recipe import Recipe
@@ -35,19 +34,6 @@ def fixed_threads(recipe: Recipe, work: WorkFolder, resume: bool) -> int:
         check_resumed_threads(int(begun["threads"]))
         return int(begun["threads"])
     return recipe.threads or min(torch.get_num_threads(), cores())
-
-
-def readable_source(source: Source, work: WorkFolder, clock: Clock, report: Report) -> Source:
-    """The source with tensors that can be read one by one, written anew in the work folder where they cannot."""
-    if not needs_conversion(source):
-        return source
-    done = work.converted / "done.json"
-    with clock("reading"):
-        kept = read_json(done)
-        if kept is None or not whole(work.converted, kept["sha256"]):
-            sha256 = convert_tensors(source, work.converted, lambda at, total: report("converting", at, total))
-            write_json(done, {"sha256": sha256})
-    return converted(source, work.converted)
 
 
 def check_weights(streamed: StreamedModel, work: WorkFolder, clock: Clock, report: Report) -> None:
@@ -136,7 +122,8 @@ def chosen_levels(
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan with what a budget or the outliers of each block choose, and what is to be told of that.
 
-    Chosen once for all runs: some choices rest on measured times. The whole dense model is held for it.
+    source: with tensors that can be read one by one. Chosen once for all runs: some choices rest on measured times. The whole
+    model is held for it.
     """
     recipe = plan.recipe
     if not recipe.budgeted and recipe.ratios == "uniform":
@@ -146,13 +133,17 @@ def chosen_levels(
         assert tokens is not None
         # Where the levels of an earlier run were lost, its hidden states may be those of others.
         work.remove_hidden()
-        loaded, told = load_dense(source, recipe.device), dict[str, Any]()
-        if recipe.budgeted:
-            plan, search = allocate_plan(loaded, plan, tokens, report, clock)
-            told |= {} if search is None else {"search": search}
-        if recipe.ratios != "uniform":
-            plan, ratios = ratio_plan(loaded, plan, tokens, report, clock)
-            told["ratios"] = [ratio.to_json() for ratio in ratios]
+        told = dict[str, Any]()
+        with StreamedModel(source, recipe.device).running(held=True) as model:
+            # Buffers, too, which are computed and not read.
+            torch.nn.Module.to(model, recipe.device)
+            loaded = LoadedModel(model, load_tokenizer(source), source)
+            if recipe.budgeted:
+                plan, search = allocate_plan(loaded, plan, tokens, report, clock)
+                told |= {} if search is None else {"search": search}
+            if recipe.ratios != "uniform":
+                plan, ratios = ratio_plan(loaded, plan, tokens, report, clock)
+                told["ratios"] = [ratio.to_json() for ratio in ratios]
         write_json(work.levels, {"specs": {name: spec.to_json() for name, spec in plan.specs.items()}, "told": told})
         return plan, told
     specs = {name: WeightSpec.from_json(entry, name) for name, entry in kept["specs"].items()}

@@ -151,7 +151,8 @@ def _save_plain(streamed: StreamedModel, names: list[str], path: Path) -> None:
     entries = {
         name: (dtype if kind.is_floating_point else kind, streamed.stored[name].shape) for name, kind in kinds.items()
     }
-    save_part_of(path, entries, lambda name: finite(name, streamed.read(name).to("cpu", entries[name][0])), {})
+    tensors = ((name, finite(name, streamed.read(name).to("cpu", entries[name][0]))) for name in entries)
+    save_part_of(path, entries, tensors, {})
 
 
 def _names(streamed: StreamedModel, plan: Plan) -> list[str]:

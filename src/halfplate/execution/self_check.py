@@ -21,6 +21,7 @@ from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.models.arguments import cache_argument
 from halfplate.models.blockwise import BlockwiseModel
 from halfplate.models.linears import replace_linear
+from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning.memory import check_loads_whole
 from halfplate.runtime import decoder
@@ -77,25 +78,29 @@ class SelfCheck:
 
 
 @torch.no_grad()
-def self_check(streamed: StreamedModel, job: Job, folder: Path) -> SelfCheck:
+def self_check(streamed: StreamedModel, job: Job, folder: Path, original: Source) -> SelfCheck:
     """Compare the checkpoint in `folder` with the solved weights and with the original model, on one short built-in text.
 
-    The solved weights are multiplied out and run through the original model's code, layer by layer. Raises RuinedResult if
-    the checkpoint computes anything else, or numbers that are not finite.
+    The solved weights are multiplied out and run through the model's code, layer by layer. original: the model before its
+    transforms. Raises RuinedResult if the checkpoint computes anything else, or numbers that are not finite.
     """
     ids = check_tokens(load_tokenizer(folder), streamed.model).to(streamed.device)
     specs = job.plan.specs
     whole = check_loads_whole(job.plan.sizes, list(specs.values()), job.plan.recipe, job.needed)
     written = _Written(folder)
-    variants: list[Callable[[int], None]] = [lambda index: None, lambda index: _put_solved(streamed, job, index)]
+    variants: list[Callable[[int], None]] = [lambda index: _put_solved(streamed, job, index)]
     if not whole:
         variants.append(lambda index: written.put(streamed, index))
-    original, solved, *rest = _logits(streamed, ids, variants)
+    if original is streamed.source:
+        expected, solved, *rest = _logits(streamed, ids, [_unchanged, *variants])
+    else:
+        (expected,) = _logits(StreamedModel(original, job.plan.recipe.device), ids, [_unchanged])
+        solved, *rest = _logits(streamed, ids, variants)
     stored = rest[0] if rest else _loaded_logits(folder, ids, job.plan.recipe.device)
     if not whole:
         written.check_outer(streamed)
     error = _checked_error(stored, solved, exact=_in_full_precision(streamed))
-    measures = compare(stored[:, :-1].flatten(0, 1), original[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    measures = compare(stored[:, :-1].flatten(0, 1), expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     return SelfCheck(
         kl=_short(measures["kl"]),
         top1_agreement=_short(measures["top1_agreement"]),
@@ -145,6 +150,10 @@ def check_tokens(tokenizer: Any, model: Any) -> Tensor:
     if len(ids) < min(LEAST_TOKENS, length):
         ids = [number * (config.vocab_size - 1) // (length - 1) for number in range(length)]
     return torch.tensor([ids], dtype=torch.int64, device="cpu")
+
+
+def _unchanged(index: int) -> None:
+    """Leave a layer as it is."""
 
 
 def _logits(streamed: StreamedModel, ids: Tensor, variants: list[Callable[[int], None]]) -> list[Tensor]:

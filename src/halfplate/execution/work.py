@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,21 +47,24 @@ def save_part(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any], 
     facts: values of JSON, for example `{"seconds": 1.5}`. durable: they are on the disk when this returns.
     """
     entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    save_part_of(path, entries, tensors.__getitem__, facts, durable)
+    save_part_of(path, entries, tensors.items(), facts, durable)
 
 
 def save_part_of(
     path: Path,
     entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    tensor: Callable[[str], Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
     facts: dict[str, Any],
     durable: bool = True,
 ) -> None:
-    """`save_part` of tensors that `tensor` gives one at a time; entries: element type and shape of each."""
+    """`save_part` of tensors that come one at a time, in any order; entries: element type and shape of each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         with TensorFileWriter(partial, entries, durable) as file:
-            sha256 = {name: file.write(name, tensor(name)) for name in entries}
+            sha256 = {}
+            for name, tensor in tensors:
+                sha256[name] = file.write(name, tensor)
+                del tensor  # before the next one is made
         note(path).unlink(missing_ok=True)
     write_json(note(path), {"version": VERSION, "sha256": sha256, "facts": facts}, durable)
 
@@ -151,9 +154,9 @@ class WorkFolder:
     def outer(self) -> Path:
         return self.path / "outer.safetensors"
 
-    @property
-    def converted(self) -> Path:
-        return self.path / "model"
+    def transformed(self, transform: int, piece: int) -> Path:
+        """A piece of what the transform of that number has made."""
+        return self.path / "transforms" / str(transform) / f"{piece:05d}.safetensors"
 
     @property
     def result(self) -> Path:
@@ -187,7 +190,8 @@ class WorkFolder:
 
     def finished_work(self) -> bool:
         """Whether anything in the folder would be lost with it."""
-        return self.levels.exists() or any(any(self.path.glob(f"{kind}/*.json")) for kind in ("blocks", "matrices"))
+        kinds = ("blocks", "matrices", "transforms/*")
+        return self.levels.exists() or any(any(self.path.glob(f"{kind}/*.json")) for kind in kinds)
 
     @contextmanager
     def opened(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> Iterator[None]:
@@ -245,7 +249,8 @@ class WorkFolder:
 
 def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], when: str) -> None:
     """Raise HalfplateError naming the first entry in which two identities differ."""
-    for name in sorted(begun.keys() | now.keys()):
+    # What was asked for says more than the packages that it comes from.
+    for name in sorted(begun.keys() | now.keys(), key=lambda name: (name == "plugins", name)):
         if begun.get(name) != now.get(name):
             raise HalfplateError(
                 f"--resume: {name} was {_short(begun.get(name))} when {when} and is {_short(now.get(name))} now; give the same again, "

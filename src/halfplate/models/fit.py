@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,6 +43,15 @@ def names_in_model(model: PreTrainedModel, names: Collection[str]) -> dict[str, 
             renamed, pattern = rename_source_key(name, [], [], prefix, meta)
         found[name] = renamed, pattern
     return found
+
+
+def converters_by_pattern(model: PreTrainedModel) -> dict[str, Any]:
+    """What transformers does to the values of the tensors that match a pattern of `names_in_model`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    converters = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+    return {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
 
 def check_fit(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Dense models from `.gguf` files. Every key and tensor of a file is used or refused by name (`gguf_families`)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,11 @@ def load_model(path: Path, name: str, config: "PretrainedConfig") -> "tuple[PreT
     tied = (model.all_tied_weights_keys or {}).keys()
     found: dict[str, Tensor] = {}
     mismatched = []
-    for key, tensor in read_tensors(path, name, model):
+    read = tensor_reader(path, name, model)
+    for key in expected:
+        tensor = None if key in tied else read(key)
+        if tensor is None:
+            continue
         if tensor.shape == expected[key]:
             found[key] = tensor
         else:
@@ -104,8 +108,8 @@ def load_model(path: Path, name: str, config: "PretrainedConfig") -> "tuple[PreT
     return model.eval(), {"missing_keys": missing, "mismatched_keys": mismatched}
 
 
-def read_tensors(path: Path, name: str, model: "PreTrainedModel") -> "Iterator[tuple[str, Tensor]]":
-    """Every tensor of `model` that the file holds, in fp32, one at a time; a bias that it lacks is zero.
+def tensor_reader(path: Path, name: str, model: "PreTrainedModel") -> "Callable[[str], Tensor | None]":
+    """What reads a tensor of `model`, in fp32, by its name in the model; None if the file lacks it. A bias that it lacks is zero.
 
     Raises HalfplateError for a tensor of the file that is not a part of the model.
     """
@@ -118,13 +122,15 @@ def read_tensors(path: Path, name: str, model: "PreTrainedModel") -> "Iterator[t
     with _described(name):
         check_names(family, shapes, contents.entries)
 
-        def load(part: str) -> "Values | None":
-            return _load(path, contents.entries[part]) if part in contents.entries else None
+    def load(part: str) -> "Values | None":
+        return _load(path, contents.entries[part]) if part in contents.entries else None
 
-        for key, shape in shapes.items():
-            values = read_values(family, model.config, key, shape, load)
-            if values is not None:
-                yield key, torch.from_numpy(values)
+    def read(key: str) -> "Tensor | None":
+        with _described(name):
+            values = read_values(family, model.config, key, shapes[key], load)
+        return None if values is None else torch.from_numpy(values)
+
+    return read
 
 
 def _load(path: Path, entry: GgufTensor) -> "Values":

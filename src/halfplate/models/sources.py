@@ -64,6 +64,7 @@ class Source:
     gguf_header: set for GGUF files alone.
     tensors: where each tensor lies, by its name in the files; empty for GGUF.
     notes: one sentence for each entry of the configuration and each tensor that is left out.
+    in_model_form: each tensor is named and stored as the model has it, because a transform wrote it.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Source:
     gguf_header: gguf.GgufHeader | None = None
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    in_model_form: bool = False
 
     def identity(self) -> dict[str, Any]:
         """What tells two models apart without reading them whole: the configuration, the weight files and some bytes of every tensor."""

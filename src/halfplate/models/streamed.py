@@ -46,7 +46,7 @@ class StreamedModel:
     def read(self, name: str) -> Tensor:
         """The tensor of the full name `name`, floats as fp32; raises HalfplateError where it holds NaN or inf."""
         try:
-            tensor = read_tensor(self.stored[name])
+            tensor = read_tensor(self.stored[self.tied.get(name, name)])
         except (OSError, DamagedFile) as error:
             raise HalfplateError(
                 f"model={self.source.name!r}: {name} cannot be read ({' '.join(str(error).split())}); check that the model is still there"
@@ -192,13 +192,7 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
         )
 
 
-def needs_conversion(source: Source) -> bool:
-    """Whether tensors lie otherwise in the files than in the model: a GGUF file, or experts that transformers joins."""
-    if source.gguf_header is not None:
-        return True
-    model = skeleton(source)
-    return any(pattern is not None for _, pattern in names_in_model(model, source.tensors).values())
-
-
 def _named_as_in_model(model: PreTrainedModel, source: Source) -> dict[str, StoredTensor]:
+    if source.in_model_form:
+        return dict(source.tensors)
     return {name: source.tensors[stored] for stored, (name, _) in names_in_model(model, source.tensors).items()}

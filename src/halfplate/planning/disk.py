@@ -19,19 +19,19 @@ SLACK = 2_000_000  # headers, notes, tokenizer, log, report
 class DiskPlan:
     """Bytes of the result and of what the work folder holds at most beside it.
 
-    converted: the model in fp32 where it must be written anew first. parts: finished blocks and matrices. hidden: states between two
+    transformed: the models in fp32 that transforms write first. parts: finished blocks and matrices. hidden: states between two
     blocks. statistics: what several processes hand to each other.
     """
 
     result: int
-    converted: int
+    transformed: int
     parts: int
     hidden: int
     statistics: int
 
     @property
     def work(self) -> int:
-        return self.converted + self.parts + self.hidden + self.statistics
+        return self.transformed + self.parts + self.hidden + self.statistics
 
     @property
     def total(self) -> int:
@@ -45,9 +45,9 @@ def disk_plan(
     recipe: Recipe,
     statistic: Statistic,
     workers: int,
-    converted: bool,
+    transformed: int,
 ) -> DiskPlan:
-    """What a compression writes; other_nbytes: of all that stays dense, converted: whether the model is written anew."""
+    """What a compression writes; other_nbytes: of all that stays dense, transformed: of what its transforms write."""
     method = recipe.create_method()
     statistic = max(statistic, method.requires)
     linears = sum(spec.nbytes for spec in specs)
@@ -66,4 +66,4 @@ def disk_plan(
             statistics = FP64 * max(sizes.stages) ** 2 * kinds * (chunks + 1)
     # Matrices lie beside their block until it is whole, so those of one block lie there twice.
     twice = FP32 * sizes.block
-    return DiskPlan(result, FP32 * sizes.parameters if converted else 0, result + twice, hidden, statistics)
+    return DiskPlan(result, transformed, result + twice, hidden, statistics)

@@ -29,15 +29,16 @@ from halfplate.models.data_reads import data_reads
 from halfplate.models.linears import FoundLinear, find_blocks, find_linears
 from halfplate.models.reading import reading
 from halfplate.models.sources import Source, open_source, skeleton
-from halfplate.models.streamed import needs_conversion
 from halfplate.pattern import Pattern
 from halfplate.planning.disk import disk_plan
 from halfplate.planning.memory import memory_plan, solving_memory
 from halfplate.planning.plan import MatrixPlan, Plan, wrapper_share
 from halfplate.planning.sizes import shared_inputs, sizes_of
 from halfplate.planning.speed import WORTH_FLOPS, Speed, measure_speed, seconds_of, solving_flops
+from halfplate.planning.transforming import plan_transforms
 from halfplate.recipe import Recipe
 from halfplate.statistics import Statistic
+from halfplate.transforms import TRANSFORMS
 from halfplate.version import package_version
 
 AUTO_BLOCKS = (128, 64, 32, 16, 8)
@@ -64,6 +65,8 @@ def plan_source(
     statistic: Statistic = Statistic.NONE,
 ) -> Plan:
     """`make_plan` of a source that is already open; statistic: what is collected at least."""
+    # From here on, `source` is the model that will be compressed, as far as it is known without its tensors.
+    original, (source, transforms) = source, plan_transforms(source, recipe.transforms)
     dense, method = skeleton(source), recipe.create_method()
     runs_text = recipe.runs_text(method.requires)
     if runs_text:
@@ -110,7 +113,7 @@ def plan_source(
     other_nbytes = _other_nbytes(dense, set(compressed), source.other_dtype)
     if measure is None:
         measure = sum(solving_flops(method, spec, recipe, statistic) for spec in specs) > WORTH_FLOPS
-    speed = measure_speed(source, sizes, specs, recipe) if measure else None
+    speed = measure_speed(original, sizes, specs, recipe) if measure else None
     cost_of = cache(lambda spec: _cost(method, spec, recipe, statistic, speed))
     return Plan(
         model=source.name,
@@ -120,15 +123,18 @@ def plan_source(
         parameters=sizes.parameters,
         other_nbytes=other_nbytes,
         source_nbytes=source.nbytes,
-        fingerprint=_fingerprint(source, recipe),
+        fingerprint=_fingerprint(original, recipe),
         sizes=sizes,
         statistic=statistic,
-        memory=memory_plan(sizes, specs, recipe, statistic, workers),
-        disk=disk_plan(sizes, specs, other_nbytes, recipe, statistic, workers, needs_conversion(source)),
+        memory=memory_plan(
+            sizes, specs, recipe, statistic, workers, max((step.memory for step in transforms), default=0)
+        ),
+        disk=disk_plan(sizes, specs, other_nbytes, recipe, statistic, workers, sum(step.disk for step in transforms)),
         speed=speed,
         seconds=None if speed is None else seconds_of(sizes, specs, source.nbytes, recipe, statistic, speed),
         notes=source.notes,
         untraced=untraced,
+        transforms=transforms,
     )
 
 
@@ -228,15 +234,14 @@ def _fingerprint(source: Source, recipe: Recipe) -> str:
 
 
 def foreign_packages(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Under `plugins`, the packages that the method, the text, the quantizer and the parts come from, with their versions, where they are not Halfplate's own."""
-    found = {
-        field: package
-        for field, registry in (("method", METHODS), ("calibration", SOURCES), ("core_dtype", QUANTIZERS))
-        if (package := registry.package(getattr(recipe, field).partition(":")[0])) is not None
-    }
-    found |= {
-        f"part {part.name}": package
-        for part in recipe.create_method().parts
-        if (package := PARTS.package(part.name)) is not None
-    }
+    """Under `plugins`, the packages that the method and all else named in the recipe come from, with their versions, if not Halfplate itself."""
+    used = [
+        ("method", METHODS.package(recipe.method)),
+        ("calibration", SOURCES.package(recipe.calibration.partition(":")[0])),
+        ("core_dtype", QUANTIZERS.package(recipe.core_dtype)),
+    ]
+    names = [label.partition("@")[0] for label in recipe.transforms]
+    used += [(f"transform {name}", TRANSFORMS.package(name)) for name in names]
+    used += [(f"part {part.name}", PARTS.package(part.name)) for part in recipe.create_method().parts]
+    found = {field: package for field, package in used if package is not None}
     return {"plugins": found} if found else {}

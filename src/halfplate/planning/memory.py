@@ -69,9 +69,14 @@ def memory_bound(sizes: ModelSizes, recipe: Recipe, statistic: Statistic) -> int
 
 
 def memory_plan(
-    sizes: ModelSizes, specs: Sequence[WeightSpec], recipe: Recipe, statistic: Statistic, workers: int
+    sizes: ModelSizes,
+    specs: Sequence[WeightSpec],
+    recipe: Recipe,
+    statistic: Statistic,
+    workers: int,
+    transforming: int = 0,
 ) -> MemoryPlan:
-    """What a compression by `recipe` holds; statistic: what is collected at least."""
+    """What a compression by `recipe` holds; statistic: what is collected at least, transforming: bytes that its transforms hold."""
     method = recipe.create_method()
     statistic = max(statistic, method.requires)
     runs = recipe.runs_text(statistic)
@@ -79,6 +84,8 @@ def memory_plan(
     block, reading = FP32 * sizes.block, (FP32 + 2) * sizes.largest
     blocks = block * (recipe.streams(statistic) if runs else 1)
     phases = {"reading": base + reading, "writing": base + 2 * block + (2 * FP32 + 1) * sizes.largest}
+    if transforming:
+        phases["transforming"] = base + transforming
     if runs:
         # The first arguments stay, for those of every other batch to be compared with.
         batch = BATCH * recipe.seq_len * FP32

@@ -13,6 +13,7 @@ from halfplate.planning.disk import DiskPlan
 from halfplate.planning.memory import MemoryPlan
 from halfplate.planning.sizes import ModelSizes
 from halfplate.planning.speed import Speed
+from halfplate.planning.transforming import TransformPlan
 from halfplate.recipe import Recipe
 from halfplate.runtime.backends import without_kernel
 from halfplate.statistics import Statistic
@@ -70,7 +71,8 @@ class Plan:
     stored. source_nbytes: bytes of the weight files read. statistic: what is collected at least. memory: held by a run with the
     workers that the plan was made for. speed: what was measured of this machine, None where it was not; seconds: of each
     phase in one process, from that. notes: what of the source is left out, one sentence each (`Source.notes`).
-    untraced: why no run without numbers could tell which weights the code of the model reads, if so.
+    untraced: why no run without numbers could tell which weights the code of the model reads, if so. transforms: what is done to
+    the model before; everything else in the plan is of the model that they make.
     """
 
     model: str
@@ -89,6 +91,7 @@ class Plan:
     seconds: Mapping[str, float] | None
     notes: tuple[str, ...] = ()
     untraced: str | None = None
+    transforms: tuple[TransformPlan, ...] = ()
 
     @cached_property
     def specs(self) -> Mapping[str, WeightSpec]:
@@ -103,6 +106,11 @@ class Plan:
     def without_kernel(self) -> str | None:
         """Which matrices no kernel runs, and the nearest settings that have one; None if all have."""
         return without_kernel(self.specs.values())
+
+    @property
+    def transforming(self) -> int:
+        """Bytes held at most while the model is transformed, beside the process itself."""
+        return max((step.memory for step in self.transforms), default=0)
 
     @cached_property
     def nbytes(self) -> int:
@@ -153,6 +161,7 @@ class Plan:
         return {
             "model": self.model,
             "recipe": self.recipe.to_json(),
+            "transforms": [step.to_json() for step in self.transforms],
             "fingerprint": self.fingerprint,
             "matrices": [matrix.to_json() for matrix in self.matrices],
             "nbytes": self.nbytes,

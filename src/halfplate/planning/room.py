@@ -65,7 +65,9 @@ def _cure(plan: Plan, workers: int, available: int) -> str:
     def fits(changes: dict[str, Any]) -> bool:
         others = {name: value for name, value in changes.items() if name not in ("workers", "check")}
         recipe = replace(plan.recipe, **others)
-        held = memory_plan(plan.sizes, specs, recipe, plan.statistic, changes.get("workers", workers))
+        held = memory_plan(
+            plan.sizes, specs, recipe, plan.statistic, changes.get("workers", workers), plan.transforming
+        )
         return (held if changes.get("check", checked) else held.unchecked()).peak <= available
 
     def now(name: str) -> Any:
@@ -112,7 +114,10 @@ def _disk_refusal(plan: Plan, out: Path) -> str | None:
     if plan.disk.total <= free + there:
         return None
     parts = [("the result", plan.disk.result), ("finished parts", plan.disk.parts), ("hidden states", plan.disk.hidden)]
-    parts += [("the model in fp32", plan.disk.converted), ("statistics for the workers", plan.disk.statistics)]
+    parts += [
+        ("the transformed model in fp32", plan.disk.transformed),
+        ("statistics for the workers", plan.disk.statistics),
+    ]
     listed = ", ".join(f"{name} {spoken(nbytes)}" for name, nbytes in parts if nbytes)
     fewer = "use fewer --samples or " if 2 * plan.disk.hidden > plan.disk.total else ""
     return (

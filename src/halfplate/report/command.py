@@ -6,7 +6,7 @@ from typing import Any
 
 from halfplate.recipe import Recipe, pattern_of
 
-REPEATED = ("include", "exclude")
+REPEATED = ("include", "exclude", "transforms")
 
 
 def compress_command(model: str, out: str, recipe: Recipe) -> str:

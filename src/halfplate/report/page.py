@@ -166,6 +166,7 @@ def _facts(found: Findings) -> list[tuple[str, str]]:
             and f"{'text that the model generated itself' if source == 'self' else source}, {calibration.get('samples')} sequences of "
             f"{calibration.get('seq_len')} tokens ({tokens or 0:,.0f}), seed {calibration.get('seed')}",
         ),
+        ("Transforms", ", ".join(found.recipe.transforms) if found.recipe is not None else None),
         ("Calibration tokens, SHA-256", text(calibration.get("sha256"))),
         ("Fingerprint of model and recipe", found.fingerprint),
         ("Start", found.began),

@@ -1,0 +1,48 @@
+"""Transforms, one file each: a model in, an equivalent or smaller model out, before it is planned and compressed.
+
+To add one: write its file with a `Transform`, and add a line to `TRANSFORMS`. Other packages add theirs by an entry point of
+the group `halfplate.transforms` (docs/extending.md).
+"""
+
+from typing import Any
+
+from halfplate.errors import HalfplateError
+from halfplate.registry import Registry
+from halfplate.transforms.base import Maker, Piece, Transform, outline, pieces_of
+
+__all__ = ["CONVERSION", "TRANSFORMS", "Maker", "Piece", "Transform", "find", "outline", "pieces_of"]
+
+CONVERSION = "conversion"  # the one that is applied without being asked for
+
+
+def _fault(found: Any, name: str) -> str | None:
+    if not isinstance(found, Transform):
+        return f"is a {type(found).__name__}, expected an instance of halfplate.transforms.Transform"
+    missing = [part for part in ("name", "version", "summary") if not hasattr(found, part)]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    return None if found.name == name else f"calls itself {found.name!r}"
+
+
+TRANSFORMS: Registry[Transform] = Registry(
+    "transforms",
+    "halfplate.transforms",
+    {
+        CONVERSION: "halfplate.transforms.conversion:CONVERSION",
+    },
+    _fault,
+)
+
+
+def find(entry: str) -> Transform:
+    """The transform `NAME` or `NAME@VERSION`.
+
+    Raises HalfplateError with the nearest name if there is none, and for a version that is not installed.
+    """
+    name, at, version = entry.partition("@")
+    found = TRANSFORMS.get(name)
+    if at and version != str(found.version):
+        raise HalfplateError(
+            f"transforms={entry!r}: the installed {name} is version {found.version}; write {found.label!r}, or install the package that has the other version"
+        )
+    return found

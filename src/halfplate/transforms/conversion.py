@@ -1,0 +1,103 @@
+"""A model whose files hold its tensors in another form, a GGUF file or experts that transformers joins, in the form of the model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfplate.models import gguf
+from halfplate.models.fit import converters_by_pattern, names_in_model
+from halfplate.models.reading import reading
+from halfplate.models.sources import CORRECT, Source, skeleton
+from halfplate.storage.tensor_file import StoredTensor, read_tensor
+from halfplate.transforms.base import Maker, Piece, Transform
+
+
+class Conversion(Transform):
+    """Values stay as they are; Halfplate applies it by itself to every model that needs it."""
+
+    name = "conversion"
+    version = 1
+    summary = "write the tensors of a GGUF file, or experts that are stored one by one, in the form of the model"
+
+    def refusal(self, source: Source) -> str | None:
+        return None if needs_conversion(source) else "its tensors are in the form of the model already"
+
+    def open(self, source: Source) -> Maker:
+        return _of_folder(source) if source.gguf_header is None else _of_gguf(source)
+
+
+CONVERSION = Conversion()
+
+
+def needs_conversion(source: Source) -> bool:
+    """Whether tensors lie otherwise in the files than in the model: a GGUF file, or experts that transformers joins."""
+    if source.in_model_form:
+        return False
+    if source.gguf_header is not None:
+        return True
+    return any(pattern is not None for _, pattern in names_in_model(skeleton(source), source.tensors).values())
+
+
+def _of_gguf(source: Source) -> Maker:
+    read = gguf.tensor_reader(source.path, source.name, skeleton(source))
+
+    def make(piece: Piece) -> Iterator[tuple[str, Tensor]]:
+        for name in piece.entries:
+            if (tensor := read(name)) is not None:
+                yield name, tensor
+
+    return make
+
+
+def _of_folder(source: Source) -> Maker:
+    """By transformers' own conversions, of the parts of one tensor at a time."""
+    from transformers.core_model_loading import dot_natural_key
+
+    model = skeleton(source, buffers=True)
+    state, converters = model.state_dict(keep_vars=True), converters_by_pattern(model)
+    parts: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
+    # In the order of transformers, which joins experts in it.
+    for part, (name, pattern) in names_in_model(model, sorted(source.tensors, key=dot_natural_key)).items():
+        parts[name].append((part, pattern))
+    stored_as = {origin: name for name, origin in (model.all_tied_weights_keys or {}).items() if name in parts}
+
+    def converted(name: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensor `name`, and those that are made of the same parts."""
+        readers = [(pattern, _reader(source.tensors[part], state[name].dtype), part) for part, pattern in parts[name]]
+        pattern, read, _ = readers[0]
+        if pattern is None:
+            yield name, read()
+            return
+        converter = deepcopy(converters[pattern])
+        for matched, read, part in readers:
+            converter.add_tensor(name, part, matched, read)
+        with reading(source.name, f"{name} cannot be made of its parts", CORRECT):
+            found: dict[str, Any] = converter.convert(name, model=model, config=model.config)
+        for result in list(found):
+            yield result, _only(found.pop(result))
+
+    def make(piece: Piece) -> Iterator[tuple[str, Tensor]]:
+        for name in piece.entries:
+            if name in parts:
+                yield from converted(name)
+            elif name in stored_as:
+                yield from ((name, tensor) for _, tensor in converted(stored_as[name]))
+            elif not state[name].is_meta:
+                # Computed and not in the files: as transformers leaves it.
+                yield name, state[name]
+
+    return make
+
+
+def _reader(stored: StoredTensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: read_tensor(stored).to(dtype)
+
+
+def _only(found: Tensor | list[Tensor]) -> Tensor:
+    return found[0] if isinstance(found, list) else found
