@@ -67,7 +67,7 @@ def compress_in_place(
 def _check_shapes(model: PreTrainedModel, specs: Mapping[str, WeightSpec], tensors: Mapping[str, Tensor]) -> None:
     """Raise HalfplateError if a transform has made another model than the one that is being loaded."""
     state = model.state_dict(keep_vars=True)
-    shapes = {f"{name}.weight": (spec.d_out, spec.d_in) for name, spec in specs.items()}
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (spec.d_out, spec.d_in) for name, spec in specs.items()}
     inside = tuple(f"{name}." for name in specs)
     shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith(inside)}
     for name, shape in shapes.items():
