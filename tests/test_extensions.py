@@ -195,12 +195,12 @@ def test_half_a_surrogate_pair_of_a_plugin_is_no_text(install):
 def test_another_version_of_a_plugin_is_another_plan(install, examples, tiny_folder, tmp_path):
     recipe = Recipe(method="wanda-scaled", seq_len=32)
     plan = make_plan(str(tiny_folder), recipe)
-    first, begun = plan.fingerprint, identity_of(open_source(str(tiny_folder)), plan, plan.statistic, 1)
+    first, begun = plan.fingerprint, identity_of(open_source(str(tiny_folder)), plan, 1)
     info = tmp_path / "site" / "halfplate-extensions-1.0.dist-info" / "METADATA"
     info.write_text(info.read_text().replace("Version: 1.0", "Version: 1.1"))
     installed.cache_clear()
     plan = make_plan(str(tiny_folder), recipe)
     assert plan.fingerprint != first
-    now = identity_of(open_source(str(tiny_folder)), plan, plan.statistic, 1)
+    now = identity_of(open_source(str(tiny_folder)), plan, 1)
     with pytest.raises(HalfplateError, match=r"plugins was .*1\.0'} when it began and is .*1\.1'} now"):
         check_same({"plugins": begun["plugins"]}, {"plugins": now["plugins"]}, "it began")

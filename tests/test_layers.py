@@ -23,6 +23,7 @@ LAYERS = (
     "calibration methods",
     "allocation runtime",
     "adapters recipe",
+    "job",
     "checkpoint",
     "evaluation exports planning",
     "report",

@@ -13,6 +13,7 @@ from halfplate.cli import main
 from halfplate.errors import HalfplateError
 from halfplate.execution.local import compress
 from halfplate.execution.work import WorkFolder
+from halfplate.job import Job
 from halfplate.planning import make_plan, memory, room
 from halfplate.planning.memory import ALLOWANCE, memory_plan, sampling_room
 from halfplate.recipe import Recipe
@@ -59,7 +60,7 @@ def test_memory_does_not_grow_with_depth_but_where_the_whole_model_is_held(tiny_
 
     def peak(sizes, **options):
         recipe = Recipe(**SMALL | options)
-        return memory_plan(sizes, list(plan.specs.values()), recipe, Statistic.GRAM, 1).peak
+        return memory_plan(sizes, list(plan.specs.values()), Job(recipe, Statistic.GRAM), 1).peak
 
     assert abs(peak(deep) - peak(wide)) < 0.01 * peak(wide)
     whole = 4 * (sum(deep.blocks) + deep.outer)
@@ -138,11 +139,11 @@ def test_the_option_that_would_do_is_named(tiny_folder, text, monkeypatch):
     specs = list(plan.specs.values())
 
     def reason(recipe, available):
-        held = memory_plan(deep, specs, recipe, Statistic.GRAM, 1)
+        held = memory_plan(deep, specs, Job(recipe, Statistic.GRAM), 1)
         monkeypatch.setattr(room, "available_memory", lambda: available)
-        return room.refusal(replace(plan, recipe=recipe, sizes=deep, memory=held), None)
+        return room.refusal(replace(plan, job=Job(recipe, Statistic.GRAM), sizes=deep, memory=held), None)
 
-    streamed = memory_plan(deep, specs, Recipe(**SMALL), Statistic.GRAM, 1).peak
+    streamed = memory_plan(deep, specs, Job(Recipe(**SMALL), Statistic.GRAM), 1).peak
     assert reason(recipe, 10 * streamed) is None
     assert reason(replace(recipe, budget=None), streamed + 10**7).endswith("try leave out --max-kl")
     assert reason(recipe, streamed + 10**7).endswith("try leave out --max-kl, leave out --budget together")

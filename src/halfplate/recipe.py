@@ -20,7 +20,6 @@ from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern
 from halfplate.registry import available, unknown
-from halfplate.statistics import Statistic
 
 VERSION = 1
 # Neither changes the result: they are no part of what makes two runs the same.
@@ -277,18 +276,6 @@ class Recipe:
     def parsed_pattern(self) -> Pattern:
         """The pattern as N and M."""
         return Pattern.parse(self.pattern)
-
-    def runs_text(self, statistic: Statistic) -> bool:
-        """Whether calibration text runs through the model where `statistic` is needed."""
-        return statistic > Statistic.NONE or self.tune_block > 0 or self.budgeted or self.ratios != "uniform"
-
-    def corrects(self, statistic: Statistic) -> bool:
-        """Whether matrices are corrected towards the dense outputs, which takes Gram matrices and the dense model's inputs."""
-        return self.inputs == "compressed" and self.cross_damping != "none" and statistic >= Statistic.GRAM
-
-    def streams(self, statistic: Statistic) -> int:
-        """How often the text runs through the blocks: once, or also through the dense ones beside those that are compressed."""
-        return 2 if self.corrects(statistic) or self.tune_block else 1
 
     def create_method(self) -> Method:
         """The method with its options; if it has a seed of its own, the recipe's unless the options say otherwise."""

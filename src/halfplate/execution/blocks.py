@@ -72,7 +72,7 @@ class _Loop:
 
     def __init__(self, job: Job) -> None:
         self.job, self.recipe = job, job.plan.recipe
-        self.method = self.recipe.create_method()
+        self.method = job.plan.job.method
         self.names, self.last, self.specs = job.names, job.last, job.plan.specs
         self.leaders = {name: group[0] for group in sharing_groups(self.specs) for name in group}
         self.weights = {name: spec.d_out * spec.d_in for name, spec in self.specs.items()}

@@ -15,7 +15,6 @@ from halfplate.execution.tasks import BlockView, OpenBlocks
 from halfplate.execution.work import WorkFolder
 from halfplate.models.sources import Source
 from halfplate.planning import Plan
-from halfplate.statistics import Statistic
 from halfplate.telemetry.progress import Report
 
 
@@ -26,7 +25,6 @@ class Job:
     source: Source
     plan: Plan
     threads: int
-    needed: Statistic
     tokens: CalibrationTokens | None
     work: WorkFolder
     engine: Engine

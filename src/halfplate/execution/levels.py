@@ -62,7 +62,7 @@ class LevelMeasurement:
 
     def __init__(self, loaded: LoadedModel, plan: Plan, ids: Tensor, store: LevelStore | None) -> None:
         self.model, self.plan, self.recipe, self.store = loaded.model, plan, plan.recipe, store
-        self.method = plan.recipe.create_method()
+        self.method = plan.job.method
         self.stopwatch = Stopwatch() if plan.recipe.time_budget is not None else None
         self.dense_seconds = 0.0
         self.blockwise = BlockwiseModel(loaded.model)

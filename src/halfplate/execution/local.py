@@ -61,7 +61,6 @@ class _Order:
 
     source: Source
     out: Path
-    needed: Statistic
     identity: dict[str, Any]
     work: WorkFolder
     overwrite: bool
@@ -106,17 +105,17 @@ def compress(
         check_result_folder(out, overwrite, source.path)
     plan = plan_source(source, recipe, None if benchmark else False, workers or 1, statistics)
     plan = plan if check else replace(plan, memory=plan.memory.unchecked())
-    needed, work = plan.statistic, WorkFolder(out)
+    work = WorkFolder(out)
     threads = fixed_threads(recipe, work, resume)
     torch.set_num_threads(threads)
-    identity = identity_of(source, plan, needed, threads)
+    identity = identity_of(source, plan, threads)
     found = finished_result(out, source, plan, identity, overwrite) if resume else None
     if found is not None:
         work.remove_abandoned()
         return _summary(out, found) | {"seconds": {"total": 0.0}, "peak_rss_bytes": _peak()} | _reported(out)
     check_result_folder(out, overwrite, source.path)
     check_room(plan, out, workers or 1)
-    order = _Order(source, out, needed, identity, work, overwrite, choice, check)
+    order = _Order(source, out, identity, work, overwrite, choice, check)
     try:
         # First the folder: the log of a run that is under way is not ours to write to.
         with work.opened(identity, resume, overwrite), run_log(out, report, resume) as told:
@@ -164,11 +163,11 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
         engine = stack.enter_context(open_engine(order.engine, blocks, threads, work.path))
         check_weights(streamed, work, clock, report)
         with clock("calibration text"):
-            tokens = prepared_tokens(streamed, plan, work, report) if recipe.runs_text(order.needed) else None
+            tokens = prepared_tokens(streamed, plan, work, report) if plan.job.runs_text else None
         if tokens is not None:
             check_blocks(streamed, plan, tokens, work, clock, report)
         plan, told = chosen_levels(readable, plan, tokens, work, report, clock)
-        job = Job(streamed.source, plan, threads, order.needed, tokens, work, engine, blocks, report, clock)
+        job = Job(streamed.source, plan, threads, tokens, work, engine, blocks, report, clock)
         outcome = compress_blocks(job)
         blocks.close()
         result = Result(plan, outcome, None if tokens is None else tokens.protocol(), told)

@@ -23,7 +23,6 @@ from halfplate.models.sources import Source, load_tokenizer, skeleton
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan, foreign_packages
 from halfplate.recovery.block import TunedBlock
-from halfplate.statistics import Statistic
 from halfplate.storage.tensor_file import KINDS
 from halfplate.version import package_version
 
@@ -41,14 +40,14 @@ class Result:
     check: dict[str, Any] | None = None
 
 
-def identity_of(source: Source, plan: Plan, needed: Statistic, threads: int) -> dict[str, Any]:
+def identity_of(source: Source, plan: Plan, threads: int) -> dict[str, Any]:
     """All that decides the bytes of the result but the text: the model, the recipe entry by entry, threads and versions."""
     model = json.dumps(source.identity(), sort_keys=True, default=str).encode()
     recipe = {key: value for key, value in plan.recipe.fingerprint_json().items() if key != "version"}
     plain: dict[str, Any] = json.loads(json.dumps(recipe))
     return plain | {
         "model": hashlib.sha256(model).hexdigest(),
-        "statistics": int(needed),
+        "statistics": int(plan.job.statistic),
         "threads": threads,
         "halfplate": package_version(),
         **foreign_packages(plan.recipe),

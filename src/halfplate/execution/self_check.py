@@ -86,7 +86,7 @@ def self_check(streamed: StreamedModel, job: Job, folder: Path, original: Source
     """
     ids = check_tokens(load_tokenizer(folder), streamed.model).to(streamed.device)
     specs = job.plan.specs
-    whole = check_loads_whole(job.plan.sizes, list(specs.values()), job.plan.recipe, job.needed)
+    whole = check_loads_whole(job.plan.sizes, list(specs.values()), job.plan.job)
     written = _Written(folder)
     variants: list[Callable[[int], None]] = [lambda index: _put_solved(streamed, job, index)]
     if not whole:

@@ -27,7 +27,7 @@ class Streams:
 
     def __init__(self, job: Job) -> None:
         self.job, self.recipe = job, job.plan.recipe
-        self.corrected = self.recipe.corrects(job.needed)
+        self.corrected = job.plan.job.corrects
         self.names = self._names()
         self._limit = None if self.recipe.token_limit == "none" else self.recipe.token_limit
         self._arguments: dict[int, Arguments] = {}
@@ -40,7 +40,7 @@ class Streams:
             return ()
         if self.recipe.inputs == "dense":
             return (DENSE,)
-        return (COMPRESSED, DENSE) if self.recipe.streams(self.job.needed) == 2 else (COMPRESSED,)
+        return (COMPRESSED, DENSE) if self.job.plan.job.streams == 2 else (COMPRESSED,)
 
     def reach(self, block: int) -> None:
         """Bring them to the inputs of `block`, from the nearest block before it that they are known for."""
@@ -152,12 +152,12 @@ class Streams:
         hidden = self.hidden(COMPRESSED if COMPRESSED in self.names else DENSE, block)
         dense = self.hidden(DENSE, block) if self.corrected else None
         specs = [self.job.plan.specs[name] for name in stage]
-        memory = self._memory_to_run(block) + memory_to_collect(specs, self.job.needed)
+        memory = self._memory_to_run(block) + memory_to_collect(specs, self.job.plan.job.statistic)
         tasks = [
             CollectSums(
                 self.job.view(block, done),
                 tuple(stage),
-                self.job.needed,
+                self.job.plan.job.statistic,
                 self._limit,
                 hidden,
                 dense,

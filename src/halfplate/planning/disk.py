@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from halfplate.calibration.collect import BATCH, CHUNKS
 from halfplate.formats.spec import WeightSpec
+from halfplate.job import Job
 from halfplate.planning.memory import FP32, FP64
 from halfplate.planning.sizes import ModelSizes
-from halfplate.recipe import Recipe
 from halfplate.statistics import Statistic
 
 SLACK = 2_000_000  # headers, notes, tokenizer, log, report
@@ -42,26 +42,23 @@ def disk_plan(
     sizes: ModelSizes,
     specs: Sequence[WeightSpec],
     other_nbytes: int,
-    recipe: Recipe,
-    statistic: Statistic,
+    job: Job,
     workers: int,
     transformed: int,
 ) -> DiskPlan:
     """What a compression writes; other_nbytes: of all that stays dense, transformed: of what its transforms write."""
-    method = recipe.create_method()
-    statistic = max(statistic, method.requires)
+    recipe = job.recipe
     linears = sum(spec.nbytes for spec in specs)
     if recipe.budgeted:  # a budget of time knows no bytes
         linears = max(linears, int((recipe.budget or 1.0) * sum(spec.dense_nbytes for spec in specs)))
     result = linears + other_nbytes + SLACK
-    streams = recipe.streams(statistic)
     hidden = statistics = 0
-    if recipe.runs_text(statistic):
+    if job.runs_text:
         # Of two neighbouring blocks while one is written, and all that blocks are given of each token.
-        values = 2 * streams * (sizes.hidden + sizes.beside) + sizes.arguments
+        values = 2 * job.streams * (sizes.hidden + sizes.beside) + sizes.arguments
         hidden = FP32 * recipe.samples * recipe.seq_len * values
-        if workers > 1 and statistic >= Statistic.GRAM:
-            kinds = 2 if recipe.corrects(statistic) else 1
+        if workers > 1 and job.statistic >= Statistic.GRAM:
+            kinds = 2 if job.corrects else 1
             chunks = min(CHUNKS, -(-recipe.samples // BATCH))
             statistics = FP64 * max(sizes.stages) ** 2 * kinds * (chunks + 1)
     # Matrices lie beside their block until it is whole, so those of one block lie there twice.

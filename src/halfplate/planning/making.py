@@ -23,6 +23,7 @@ from halfplate.formats.parts import PARTS
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.sharing import share
 from halfplate.formats.spec import WeightSpec
+from halfplate.job import Job
 from halfplate.limits import check_threads, check_workers
 from halfplate.methods import METHODS, Method
 from halfplate.models.data_reads import data_reads
@@ -67,12 +68,12 @@ def plan_source(
     """`make_plan` of a source that is already open; statistic: what is collected at least."""
     # From here on, `source` is the model that will be compressed, as far as it is known without its tensors.
     original, (source, transforms) = source, plan_transforms(source, recipe.transforms)
-    dense, method = skeleton(source), recipe.create_method()
-    runs_text = recipe.runs_text(method.requires)
-    if runs_text:
+    dense, job = skeleton(source), Job(recipe, statistic)
+    method = job.method
+    if job.runs_text:
         check_source(recipe.calibration)
     with _reading_modules(source):
-        if runs_text:
+        if job.runs_text:
             check_seq_len(dense, recipe.seq_len, least=2)
             check_tokens_fit("samples", recipe.samples, recipe.seq_len)
         reads, untraced = data_reads(dense, find_blocks(dense)[0])
@@ -107,17 +108,17 @@ def plan_source(
         _check_budget(recipe.budget, [m.spec for m in matrices if m.spec is not None], recipe, method)
 
     compressed = {matrix.name: matrix.spec for matrix in matrices if matrix.spec is not None}
-    specs, statistic = list(compressed.values()), max(statistic, method.requires)
+    specs = list(compressed.values())
     with _reading_modules(source):
         sizes = sizes_of(dense, [linear for linear in found if linear.name in compressed], recipe.seq_len)
     other_nbytes = _other_nbytes(dense, set(compressed), source.other_dtype)
     if measure is None:
-        measure = sum(solving_flops(method, spec, recipe, statistic) for spec in specs) > WORTH_FLOPS
-    speed = measure_speed(original, sizes, specs, recipe) if measure else None
-    cost_of = cache(lambda spec: _cost(method, spec, recipe, statistic, speed))
+        measure = sum(solving_flops(job, spec) for spec in specs) > WORTH_FLOPS
+    speed = measure_speed(original, sizes, specs, job) if measure else None
+    cost_of = cache(lambda spec: _cost(job, spec, speed))
     return Plan(
         model=source.name,
-        recipe=recipe,
+        job=job,
         matrices=tuple(m if m.spec is None else replace(m, **cost_of(m.spec)) for m in matrices),
         block_size=block,
         parameters=sizes.parameters,
@@ -125,13 +126,10 @@ def plan_source(
         source_nbytes=source.nbytes,
         fingerprint=_fingerprint(original, recipe),
         sizes=sizes,
-        statistic=statistic,
-        memory=memory_plan(
-            sizes, specs, recipe, statistic, workers, max((step.memory for step in transforms), default=0)
-        ),
-        disk=disk_plan(sizes, specs, other_nbytes, recipe, statistic, workers, sum(step.disk for step in transforms)),
+        memory=memory_plan(sizes, specs, job, workers, max((step.memory for step in transforms), default=0)),
+        disk=disk_plan(sizes, specs, other_nbytes, job, workers, sum(step.disk for step in transforms)),
         speed=speed,
-        seconds=None if speed is None else seconds_of(sizes, specs, source.nbytes, recipe, statistic, speed),
+        seconds=None if speed is None else seconds_of(sizes, specs, source.nbytes, job, speed),
         notes=source.notes,
         untraced=untraced,
         transforms=transforms,
@@ -144,13 +142,11 @@ def _reading_modules(source: Source) -> AbstractContextManager[None]:
     return reading(source.name, what, "correct its config.json or download the model again")
 
 
-def _cost(
-    method: Method, spec: WeightSpec, recipe: Recipe, statistic: Statistic, speed: Speed | None
-) -> dict[str, Any]:
+def _cost(job: Job, spec: WeightSpec, speed: Speed | None) -> dict[str, Any]:
     """What solving a matrix takes, as fields of MatrixPlan."""
-    flops = solving_flops(method, spec, recipe, statistic)
+    flops = solving_flops(job, spec)
     seconds = None if speed is None else flops / speed.solving
-    return {"flops": flops, "seconds": seconds, "memory": solving_memory(method, spec, recipe, statistic)}
+    return {"flops": flops, "seconds": seconds, "memory": solving_memory(job, spec)}
 
 
 def _sharing(dense: PreTrainedModel, matrices: list[MatrixPlan]) -> list[MatrixPlan]:

@@ -10,7 +10,7 @@ from halfplate.calibration.self_text import CACHE_BYTES, sequences_at_once
 from halfplate.calibration.text import TOKEN_NBYTES
 from halfplate.formats.spec import WeightSpec
 from halfplate.headroom import memory
-from halfplate.methods.base import Method
+from halfplate.job import Job
 from halfplate.planning.sizes import ModelSizes
 from halfplate.recipe import Recipe
 from halfplate.runtime.prepare import bf16_kernels
@@ -62,27 +62,24 @@ def sampling_room(sizes: ModelSizes, device: str) -> tuple[int, int]:
     return resident, SAMPLING_NBYTES - resident
 
 
-def memory_bound(sizes: ModelSizes, recipe: Recipe, statistic: Statistic) -> int:
+def memory_bound(sizes: ModelSizes, job: Job) -> int:
     """2 decoder blocks in fp32, what is outside the blocks, one block's Gram matrices and cross moments, and 1.5 GB."""
-    grams = sum(_gram_nbytes(width, recipe, statistic) for width in sizes.stages)
+    grams = sum(_gram_nbytes(width, job) for width in sizes.stages)
     return FP32 * (2 * sizes.block + sizes.outer) + grams + ALLOWANCE
 
 
 def memory_plan(
     sizes: ModelSizes,
     specs: Sequence[WeightSpec],
-    recipe: Recipe,
-    statistic: Statistic,
+    job: Job,
     workers: int,
     transforming: int = 0,
 ) -> MemoryPlan:
-    """What a compression by `recipe` holds; statistic: what is collected at least, transforming: bytes that its transforms hold."""
-    method = recipe.create_method()
-    statistic = max(statistic, method.requires)
-    runs = recipe.runs_text(statistic)
+    """What a compression holds; transforming: bytes that its transforms hold."""
+    recipe, runs = job.recipe, job.runs_text
     base = (memory("VmRSS") or LIBRARIES) + HEAP
     block, reading = FP32 * sizes.block, (FP32 + 2) * sizes.largest
-    blocks = block * (recipe.streams(statistic) if runs else 1)
+    blocks = block * (job.streams if runs else 1)
     phases = {"reading": base + reading, "writing": base + 2 * block + (2 * FP32 + 1) * sizes.largest}
     if transforming:
         phases["transforming"] = base + transforming
@@ -101,26 +98,24 @@ def memory_plan(
             most = max(held + block + reading, sampling) if held else sampling + block + reading
             phases["calibration text"] = base + tokens + FP32 * sizes.outer + most
         # While text runs through a block, its finished matrices are whole beside what is stored of them.
-        phases["statistics"] = base + blocks + block + hidden + _stage(sizes, recipe, statistic, collecting=True)
-    solve = max(solving_memory(method, spec, recipe, statistic) for spec in set(specs))
-    phases["solving"] = base + blocks + _stage(sizes, recipe, statistic) + solve
+        phases["statistics"] = base + blocks + block + hidden + _stage(sizes, job, collecting=True)
+    solve = max(solving_memory(job, spec) for spec in set(specs))
+    phases["solving"] = base + blocks + _stage(sizes, job) + solve
     if recipe.tune_block:
         phases["tuning"] = base + 7 * block + BATCH * recipe.seq_len * FP32 * (20 * sizes.hidden + 8 * sizes.ffn)
     if workers > 1:
         # Each has what it works on, and the caller a stage's sums and one batch's.
         each = max(phases["solving"], phases.get("statistics", 0))
         phases["workers"] = phases["solving"] - solve + workers * each
-    checking = _loaded(sizes, specs) if check_loads_whole(sizes, specs, recipe, statistic) else 0
+    checking = _loaded(sizes, specs) if check_loads_whole(sizes, specs, job) else 0
     chain = FP32 * sizes.outer + 2 * block + reading + sizes.vocabulary * CHECKED * (3 * FP32 + FP64)
     phases[CHECKING] = base + max(checking, chain)
-    return MemoryPlan(
-        phases | _whole(sizes, specs, recipe, base), memory_bound(sizes, recipe, statistic), _holds(recipe)
-    )
+    return MemoryPlan(phases | _whole(sizes, specs, job, base), memory_bound(sizes, job), _holds(recipe))
 
 
-def check_loads_whole(sizes: ModelSizes, specs: Sequence[WeightSpec], recipe: Recipe, statistic: Statistic) -> bool:
+def check_loads_whole(sizes: ModelSizes, specs: Sequence[WeightSpec], job: Job) -> bool:
     """Whether the self-check may load the whole result within the bound; a larger one is read layer by layer."""
-    return _loaded(sizes, specs) + LIBRARIES <= memory_bound(sizes, recipe, statistic)
+    return _loaded(sizes, specs) + LIBRARIES <= memory_bound(sizes, job)
 
 
 def _loaded(sizes: ModelSizes, specs: Sequence[WeightSpec]) -> int:
@@ -129,22 +124,22 @@ def _loaded(sizes: ModelSizes, specs: Sequence[WeightSpec]) -> int:
     return FP32 * (sizes.parameters - compressed) + sum(spec.nbytes for spec in specs) * 5 // 4
 
 
-def solving_memory(method: Method, spec: WeightSpec, recipe: Recipe, statistic: Statistic) -> int:
+def solving_memory(job: Job, spec: WeightSpec) -> int:
     """Bytes held while one matrix is corrected and solved, beside its block and the statistics."""
-    correcting = correcting_nbytes(spec.d_out * spec.d_in, spec.d_in) if recipe.corrects(statistic) else 0
-    return max(correcting, method.solving_nbytes(spec))
+    correcting = correcting_nbytes(spec.d_out * spec.d_in, spec.d_in) if job.corrects else 0
+    return max(correcting, job.method.solving_nbytes(spec))
 
 
-def _gram_nbytes(width: int, recipe: Recipe, statistic: Statistic) -> int:
-    if statistic < Statistic.GRAM:
+def _gram_nbytes(width: int, job: Job) -> int:
+    if job.statistic < Statistic.GRAM:
         return 0
-    return FP64 * width**2 * (2 if recipe.corrects(statistic) else 1)
+    return FP64 * width**2 * (2 if job.corrects else 1)
 
 
-def _stage(sizes: ModelSizes, recipe: Recipe, statistic: Statistic, collecting: bool = False) -> int:
+def _stage(sizes: ModelSizes, job: Job, collecting: bool = False) -> int:
     """The Gram matrices held at once; while they are collected also a chunk's sums, and a batch's products."""
-    grams = [_gram_nbytes(width, recipe, statistic) for width in sizes.stages]
-    held = sum(grams) if recipe.inputs == "dense" else max(grams)
+    grams = [_gram_nbytes(width, job) for width in sizes.stages]
+    held = sum(grams) if job.recipe.inputs == "dense" else max(grams)
     return held + (held + max(grams) // 2 if collecting else 0)
 
 
@@ -166,14 +161,14 @@ def _holds(recipe: Recipe) -> tuple[str, ...]:
     return tuple(option for option, given in options.items() if given)
 
 
-def _whole(sizes: ModelSizes, specs: Sequence[WeightSpec], recipe: Recipe, base: int) -> dict[str, int]:
+def _whole(sizes: ModelSizes, specs: Sequence[WeightSpec], job: Job, base: int) -> dict[str, int]:
     """The phases that hold the whole model."""
-    phases = {}
+    phases, recipe = {}, job.recipe
     whole = base + FP32 * sizes.parameters
     hidden = recipe.samples * recipe.seq_len * FP32 * (sizes.hidden + sizes.beside + sizes.arguments)
     if recipe.budgeted:
         grams = FP64 * sum(width**2 for width in sizes.stages)
-        solve = max(recipe.create_method().solving_nbytes(spec) for spec in specs)
+        solve = max(job.method.solving_nbytes(spec) for spec in specs)
         logits = 3 * recipe.seq_len * FP32 * sizes.vocabulary
         phases["choosing levels"] = whole + 2 * hidden + grams + solve + logits
     if recipe.ratios != "uniform":

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from halfplate.formats.spec import WeightSpec
+from halfplate.job import Job
 from halfplate.planning.disk import DiskPlan
 from halfplate.planning.memory import MemoryPlan
 from halfplate.planning.sizes import ModelSizes
@@ -16,7 +17,6 @@ from halfplate.planning.speed import Speed
 from halfplate.planning.transforming import TransformPlan
 from halfplate.recipe import Recipe
 from halfplate.runtime.backends import without_kernel
-from halfplate.statistics import Statistic
 
 LEAST_SHARE = 0.5  # of the parameters of the decoder blocks; below, a plan warns
 
@@ -68,7 +68,7 @@ class Plan:
     """Every matrix, the bytes before and after, what it takes, and a fingerprint of all that decides the result.
 
     other_nbytes: bytes of all that stays dense (embeddings, norms, biases, lm_head, skipped matrices), as it will be
-    stored. source_nbytes: bytes of the weight files read. statistic: what is collected at least. memory: held by a run with the
+    stored. source_nbytes: bytes of the weight files read.  memory: held by a run with the
     workers that the plan was made for. speed: what was measured of this machine, None where it was not; seconds: of each
     phase in one process, from that. notes: what of the source is left out, one sentence each (`Source.notes`).
     untraced: why no run without numbers could tell which weights the code of the model reads, if so. transforms: what is done to
@@ -76,7 +76,7 @@ class Plan:
     """
 
     model: str
-    recipe: Recipe
+    job: Job
     matrices: tuple[MatrixPlan, ...]
     block_size: int
     parameters: int
@@ -84,7 +84,6 @@ class Plan:
     source_nbytes: int
     fingerprint: str
     sizes: ModelSizes
-    statistic: Statistic
     memory: MemoryPlan
     disk: DiskPlan
     speed: Speed | None
@@ -92,6 +91,11 @@ class Plan:
     notes: tuple[str, ...] = ()
     untraced: str | None = None
     transforms: tuple[TransformPlan, ...] = ()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the job."""
+        return self.job.recipe
 
     @cached_property
     def specs(self) -> Mapping[str, WeightSpec]:

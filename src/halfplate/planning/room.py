@@ -64,10 +64,8 @@ def _cure(plan: Plan, workers: int, available: int) -> str:
 
     def fits(changes: dict[str, Any]) -> bool:
         others = {name: value for name, value in changes.items() if name not in ("workers", "check")}
-        recipe = replace(plan.recipe, **others)
-        held = memory_plan(
-            plan.sizes, specs, recipe, plan.statistic, changes.get("workers", workers), plan.transforming
-        )
+        job = replace(plan.job, recipe=replace(plan.recipe, **others))
+        held = memory_plan(plan.sizes, specs, job, changes.get("workers", workers), plan.transforming)
         return (held if changes.get("check", checked) else held.unchecked()).peak <= available
 
     def now(name: str) -> Any:
@@ -99,7 +97,7 @@ def _cure(plan: Plan, workers: int, available: int) -> str:
         together |= changes
         if allowed(together):
             return f"try {', '.join(text for text, _ in useful[:number])} together"
-    grams = "--method wanda, which needs no Gram matrices, or " if plan.statistic >= Statistic.GRAM else ""
+    grams = "--method wanda, which needs no Gram matrices, or " if plan.job.statistic >= Statistic.GRAM else ""
     return f"no option of compress brings it down that far; use {grams}a machine with more"
 
 

@@ -17,6 +17,7 @@ from halfplate.calibration.collect import BATCH
 from halfplate.calibration.self_text import sequences_at_once
 from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
+from halfplate.job import Job
 from halfplate.methods.base import Method
 from halfplate.models.sources import Source
 from halfplate.planning.memory import sampling_room
@@ -51,11 +52,12 @@ class Speed:
     call: float
 
 
-def measure_speed(source: Source, sizes: ModelSizes, specs: Sequence[WeightSpec], recipe: Recipe) -> Speed:
+def measure_speed(source: Source, sizes: ModelSizes, specs: Sequence[WeightSpec], job: Job) -> Speed:
     """Time the method on a few small matrices like those of the plan, products, and the reading of one tensor."""
+    recipe = job.recipe
     with _threads(recipe.threads), torch.no_grad():
         return Speed(
-            _solving(recipe.create_method(), specs, recipe.device),
+            _solving(job.method, specs, recipe.device),
             _products(sizes, recipe),
             _sampling(sizes, recipe),
             _reading(source),
@@ -67,19 +69,17 @@ def seconds_of(
     sizes: ModelSizes,
     specs: Sequence[WeightSpec],
     source_nbytes: int,
-    recipe: Recipe,
-    statistic: Statistic,
+    job: Job,
     speed: Speed,
 ) -> dict[str, float]:
     """Seconds of each phase in one process."""
-    method = recipe.create_method()
-    statistic = max(statistic, method.requires)
+    recipe, method = job.recipe, job.method
     seconds = {"reading": source_nbytes / speed.reading}
-    solving = sum(solving_flops(method, spec, recipe, statistic) for spec in specs)
-    if recipe.runs_text(statistic):
+    solving = sum(solving_flops(job, spec) for spec in specs)
+    if job.runs_text:
         if recipe.calibration == "self":
             seconds["calibration text"] = _sampling_seconds(sizes, source_nbytes, recipe, speed)
-        seconds["statistics"] = statistics_flops(sizes, recipe, statistic) / speed.products
+        seconds["statistics"] = statistics_flops(sizes, job) / speed.products
     seconds["solving"] = solving / speed.solving
     if recipe.budgeted:
         quick = method.quick()
@@ -93,26 +93,26 @@ def seconds_of(
     return seconds
 
 
-def solving_flops(method: Method, spec: WeightSpec, recipe: Recipe, statistic: Statistic) -> float:
+def solving_flops(job: Job, spec: WeightSpec) -> float:
     """Operations of one matrix: the method, the correction towards dense inputs, and the error of the result."""
-    flops = method.flops(spec)
+    flops = job.method.flops(spec)
     product = 2.0 * spec.d_out * spec.d_in**2
-    if statistic >= Statistic.GRAM:
+    if job.statistic >= Statistic.GRAM:
         flops += 2 * product
-    if recipe.corrects(statistic):
+    if job.corrects:
         flops += 2 * product + spec.d_in**3 / 3
     return flops
 
 
-def statistics_flops(sizes: ModelSizes, recipe: Recipe, statistic: Statistic) -> float:
+def statistics_flops(sizes: ModelSizes, job: Job) -> float:
     """Operations of running the text through all blocks, as often as their stages ask for, and of its second moments."""
+    recipe, streams = job.recipe, job.streams
     tokens, blocks = recipe.samples * recipe.seq_len, len(sizes.blocks)
-    streams = recipe.streams(statistic)
     # A run for the inputs of a stage ends there, halfway on average; with dense inputs one run has them all.
     runs = 2.0 if recipe.inputs == "dense" else streams * (1 + len(sizes.stages) / 2)
     through = 2.0 * sum(sizes.blocks) + 4.0 * recipe.seq_len * sizes.hidden * blocks
-    moments = sum(2.0 * width**2 for width in sizes.stages) * blocks if statistic >= Statistic.GRAM else 0.0
-    return tokens * (runs * through + moments * (2 if recipe.corrects(statistic) else 1))
+    moments = sum(2.0 * width**2 for width in sizes.stages) * blocks if job.statistic >= Statistic.GRAM else 0.0
+    return tokens * (runs * through + moments * (2 if job.corrects else 1))
 
 
 def _sampling_seconds(sizes: ModelSizes, source_nbytes: int, recipe: Recipe, speed: Speed) -> float:

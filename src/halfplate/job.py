@@ -1,0 +1,44 @@
+"""A recipe with everything resolved that follows from it: what planning, engines and tasks read instead of deriving it again."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from halfplate.methods import Method
+from halfplate.recipe import Recipe
+from halfplate.statistics import Statistic
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a compression has to do. asked: statistics to collect at least, whatever the method requires."""
+
+    recipe: Recipe
+    asked: Statistic = Statistic.NONE
+
+    @cached_property
+    def method(self) -> Method:
+        """The method with its options."""
+        return self.recipe.create_method()
+
+    @cached_property
+    def statistic(self) -> Statistic:
+        """The statistics that are collected."""
+        return max(self.asked, self.method.requires)
+
+    @cached_property
+    def runs_text(self) -> bool:
+        """Whether calibration text runs through the model."""
+        recipe = self.recipe
+        chooses = recipe.tune_block > 0 or recipe.budgeted or recipe.ratios != "uniform"
+        return self.statistic > Statistic.NONE or chooses
+
+    @cached_property
+    def corrects(self) -> bool:
+        """Whether matrices are corrected towards the original's outputs, which takes Gram matrices and the original's inputs."""
+        recipe = self.recipe
+        return recipe.inputs == "compressed" and recipe.cross_damping != "none" and self.statistic >= Statistic.GRAM
+
+    @cached_property
+    def streams(self) -> int:
+        """How often the text runs through the layers: once, or also through the original ones beside those that are compressed."""
+        return 2 if self.corrects or self.recipe.tune_block else 1
