@@ -21,7 +21,7 @@ from typing import Any
 
 from common import TEXT, machine, smollm2_gguf, table, write_section
 
-from halfplate.execution.needs import Needs
+from halfplate.engines.needs import Needs
 
 ENGINES = {"local": ["--workers", "2"], "ray": ["--engine", "ray", "--workers", "2"]}
 SHORT = ["--samples", "8"]
@@ -42,7 +42,7 @@ class Nothing:
 
 def dispatch(count: int) -> float:
     """Milliseconds for each of so many tasks that do nothing, by 2 workers that have started."""
-    from halfplate.execution.cluster import RayCluster
+    from halfplate.engines.ray import RayCluster
 
     with tempfile.TemporaryDirectory() as folder:
         engine = RayCluster(None, 2, 1, Path(folder))

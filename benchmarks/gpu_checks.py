@@ -9,11 +9,11 @@ from gpu_session import Absent, Session
 from random_weights import random_tensors
 from torch import Tensor, nn
 
-from halfplate.execution.matrix import relative_error
 from halfplate.formats import Chain, CompressedLinear, WeightSpec, check_stored
 from halfplate.formats.quantizers.uniform import INT4
 from halfplate.kernels import triton
 from halfplate.methods import METHODS, create
+from halfplate.methods.solving import relative_error
 from halfplate.pattern import DENSE, Pattern
 from halfplate.runtime.backends import Options, pack
 from halfplate.runtime.backends.cuda import SEMI_STRUCTURED_PRODUCTS, SemiStructuredLinear

@@ -32,9 +32,9 @@ from halfplate.errors import RuinedResult
 from halfplate.evaluation import bench as benching
 from halfplate.evaluation import evaluate, speed, token_windows
 from halfplate.evaluation.tasks import evaluate_tasks
-from halfplate.execution.matrix import relative_error
 from halfplate.formats import CompressedLinear
 from halfplate.formats.parts.core import NMSparse
+from halfplate.methods.solving import relative_error
 from halfplate.models.blockwise import BlockwiseModel
 from halfplate.models.gguf_writer import write_gguf
 from halfplate.models.linears import find_linears, replace_linear

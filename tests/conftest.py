@@ -76,7 +76,7 @@ SLOW = (
     "benchmarks/test_quality.py",
     "checkpoint/test_architectures.py",
     "cli/test_serve.py",
-    "execution/test_cluster.py",
+    "engines/test_cluster.py",
     "kernels/test_native_self_test.py",
     "kernels/test_triton_sweep.py",
     "report/test_browser.py",
@@ -168,7 +168,7 @@ def compressed_once(tiny_folder_once: Path, tmp_path_factory: pytest.TempPathFac
     made: dict[str, Path] = {}
 
     def make(recipe: Recipe) -> Path:
-        from halfplate.execution.local import compress
+        from halfplate.compression.compress import compress
 
         key = repr(recipe)
         if key not in made:

@@ -15,9 +15,9 @@ import torch
 from halfplate.calibration import read_text
 from halfplate.calibration.documents import SOURCES
 from halfplate.cli import main
+from halfplate.compression.result import identity_of
+from halfplate.compression.work_folder import check_same
 from halfplate.errors import HalfplateError
-from halfplate.execution.result import identity_of
-from halfplate.execution.work import check_same
 from halfplate.formats import WeightSpec
 from halfplate.methods import METHODS, create
 from halfplate.models.sources import open_source

@@ -6,12 +6,13 @@ import torch
 import halfplate
 from halfplate import limits
 from halfplate.cli import main
+from halfplate.compression import compress as local
+from halfplate.compression.work_folder import WorkFolder
 from halfplate.errors import HalfplateError
 from halfplate.evaluation.bench import bench
-from halfplate.execution import local
-from halfplate.execution.evaluate import evaluate
-from halfplate.execution.work import WorkFolder, read_json, write_json
+from halfplate.evaluation.judge import evaluate
 from halfplate.recipe import Recipe
+from halfplate.storage.artifact import read_json, write_json
 
 TOO_MANY = "100000"
 QUICK = ["--method", "magnitude", "--no-benchmark"]
@@ -71,7 +72,7 @@ def test_variables_of_openmp_are_bounded_and_that_is_said(monkeypatch):
 
 
 def test_threads_that_the_process_has_are_bounded(monkeypatch, tmp_path):
-    monkeypatch.setattr("halfplate.execution.preparation.cores", lambda: 1)
+    monkeypatch.setattr("halfplate.compression.preparation.cores", lambda: 1)
     torch.set_num_threads(3)
     assert local.fixed_threads(Recipe(), WorkFolder(tmp_path / "out"), resume=False) == 1
 

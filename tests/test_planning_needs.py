@@ -10,9 +10,9 @@ from torch import nn
 
 from halfplate import limits
 from halfplate.cli import main
+from halfplate.compression.compress import compress
+from halfplate.compression.work_folder import WorkFolder
 from halfplate.errors import HalfplateError
-from halfplate.execution.local import compress
-from halfplate.execution.work import WorkFolder
 from halfplate.job import Job
 from halfplate.planning import make_plan, memory, room
 from halfplate.planning.memory import ALLOWANCE, memory_plan, sampling_room

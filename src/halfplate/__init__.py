@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from halfplate.checkpoint.quantization import HalfplateConfig
     from halfplate.checkpoint.read import load
     from halfplate.evaluation.bench import bench
-    from halfplate.execution.evaluate import evaluate
+    from halfplate.evaluation.judge import evaluate
     from halfplate.exports import export
     from halfplate.recipe import Recipe
     from halfplate.recovery.settings import Recovery
@@ -43,7 +43,7 @@ _FOUND_IN = {
     "Recovery": ("halfplate.recovery.settings", "Recovery"),
     "bench": ("halfplate.evaluation.bench", "bench"),
     "compress": ("halfplate.verbs", "compress"),
-    "evaluate": ("halfplate.execution.evaluate", "evaluate"),
+    "evaluate": ("halfplate.evaluation.judge", "evaluate"),
     "export": ("halfplate.exports", "export"),
     "load": ("halfplate.checkpoint.read", "load"),
     "plan": ("halfplate.verbs", "plan"),

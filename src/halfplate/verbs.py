@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from halfplate.arguments import path_text
+from halfplate.compression import compress as compression
 from halfplate.errors import HalfplateError
-from halfplate.execution import local
-from halfplate.execution import recover as recovery
 from halfplate.planning import Plan, make_plan
 from halfplate.recipe import Recipe, RecipeFields
+from halfplate.recovery import job as recovery
 from halfplate.recovery.settings import Recovery
 from halfplate.registry import unknown
 from halfplate.statistics import Statistic
@@ -71,7 +71,7 @@ def compress(
 
     ```
     """
-    return local.compress(
+    return compression.compress(
         path_text("model", model),
         path_text("out", out),
         Recipe.of(recipe, **options),

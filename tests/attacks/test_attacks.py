@@ -17,8 +17,8 @@ from halfplate.calibration.documents import MAX_FILE_BYTES, read_text
 from halfplate.checkpoint.read import inspect_checkpoint, load
 from halfplate.cli import main
 from halfplate.cli.console import print_table
+from halfplate.compression.compress import compress
 from halfplate.errors import HalfplateError
-from halfplate.execution.local import compress
 from halfplate.models.sources import load_dense, open_source
 from halfplate.planning import make_plan
 from halfplate.recipe import Recipe

@@ -73,7 +73,7 @@ def test_perplexity_does_not_depend_on_mark_and_line_ends(tmp_path: Path, tiny_m
 
 
 def test_perplexity_of_stories260k_is_that_of_the_plain_text(tmp_path: Path, stories260k: Path) -> None:
-    from halfplate.execution.evaluate import evaluate as judge
+    from halfplate.evaluation.judge import evaluate as judge
 
     story = "Once upon a time there was a little girl.\nShe had a red ball and a dog.\n\nThey played all day.\n" * 30
     plain = write(tmp_path / "plain.txt", story.encode())

@@ -7,8 +7,8 @@ from torch import nn
 import halfplate
 from architectures import ARCHITECTURES
 from conftest import build_model
+from halfplate.compression.compress import compress
 from halfplate.errors import HalfplateError
-from halfplate.execution.local import compress
 from halfplate.formats import CompressedLinear
 from halfplate.kernels import native
 from halfplate.models.linears import find_linears

@@ -44,9 +44,9 @@ def test_quiet_table(halfplate, tiny_folder, tmp_path):
 def test_the_self_check_is_said_or_left_out(halfplate, tiny_folder, tmp_path, monkeypatch):
     command = ("compress", tiny_folder, "--method", "magnitude", "--quiet", "-o")
     assert "self-check, KL to the original" in halfplate(*command, tmp_path / "one").out
-    monkeypatch.setattr("halfplate.execution.self_check.NONSENSE_KL", -1.0)
+    monkeypatch.setattr("halfplate.compression.self_check.NONSENSE_KL", -1.0)
     assert "the model is damaged: KL" in halfplate(*command, tmp_path / "two").out
-    monkeypatch.setattr("halfplate.execution.local.self_check", None)
+    monkeypatch.setattr("halfplate.compression.compress.self_check", None)
     outcome = halfplate(*command, tmp_path / "three", "--no-check")
     assert outcome.status == 0
     assert "self-check" not in outcome.out
@@ -239,7 +239,7 @@ def test_existing_out_is_refused_before_any_work(halfplate, tiny_folder, tmp_pat
 
     before = (checkpoint / "model.safetensors").read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr("halfplate.execution.local.load_dense", never)
+        patched.setattr("halfplate.compression.compress.load_dense", never)
         halfplate("compress", tiny_folder, "-o", checkpoint, *WANDA).refused("out=", "--overwrite")
         stranger = tmp_path / "stranger"
         stranger.mkdir()

@@ -120,7 +120,7 @@ def test_memory_that_runs_out_is_one_line(halfplate, tiny_folder, tmp_path, monk
     def asks_for_too_much(*arguments, **named):
         torch.empty(2**50, dtype=torch.int8).fill_(1)
 
-    place = {"plan": "halfplate.verbs.make_plan", "compress": "halfplate.execution.local.compress"}
+    place = {"plan": "halfplate.verbs.make_plan", "compress": "halfplate.compression.compress.compress"}
     monkeypatch.setattr(place[verb], asks_for_too_much)
     outcome = halfplate(verb, tiny_folder, *(("-o", tmp_path / "out") if verb == "compress" else ()))
     outcome.refused("out of memory", "docs/troubleshooting.md", status=1)

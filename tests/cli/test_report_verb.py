@@ -27,7 +27,7 @@ def test_a_report_that_cannot_be_written_takes_nothing_from_the_checkpoint(
     def refuses(folder):
         raise HalfplateError("the disk is full")
 
-    monkeypatch.setattr("halfplate.execution.local.write_report", refuses)
+    monkeypatch.setattr("halfplate.compression.compress.write_report", refuses)
     outcome = halfplate("compress", tiny_folder, "-o", tmp_path / "out", "--method", "magnitude")
     assert (outcome.status, "could not be written" in outcome.out) == (0, True)
 

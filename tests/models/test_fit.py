@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from halfplate.compression.compress import compress
 from halfplate.errors import HalfplateError
-from halfplate.execution.local import compress
 from halfplate.models import load_dense, open_source
 from halfplate.models.fit import names_in_model
 from halfplate.models.reading import reading

@@ -12,11 +12,11 @@ import halfplate
 from halfplate import runtime
 from halfplate.checkpoint.read import load
 from halfplate.errors import HalfplateError
-from halfplate.execution.recover import recover
 from halfplate.exports import export
 from halfplate.models import load_dense, open_source
 from halfplate.planning import make_plan
 from halfplate.recipe import Recipe
+from halfplate.recovery.job import recover
 from halfplate.recovery.settings import Recovery
 
 IDS = torch.arange(3, 27).reshape(2, 12)

@@ -7,8 +7,8 @@ import torch
 
 import halfplate
 from halfplate.checkpoint.read import inspect_checkpoint
+from halfplate.compression.compress import compress
 from halfplate.errors import HalfplateError
-from halfplate.execution.local import compress
 from halfplate.models.sources import load_dense
 from halfplate.recipe import Recipe
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from halfplate.execution.local import compress
+from halfplate.compression.compress import compress
 from halfplate.recipe import Recipe
 
 HOSTILE = (

@@ -9,7 +9,7 @@ import pytest
 
 from halfplate.cli import build_parser
 from halfplate.cli.recipe_options import recipe_from
-from halfplate.execution.local import compress
+from halfplate.compression.compress import compress
 from halfplate.methods import METHODS
 from halfplate.recipe import Recipe
 from halfplate.report.command import compress_command

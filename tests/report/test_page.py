@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from halfplate.compression.compress import compress
 from halfplate.errors import RuinedResult
-from halfplate.execution.local import compress
 from halfplate.recipe import Recipe
 from halfplate.report import write_report
 from halfplate.report.findings import gather, read_log

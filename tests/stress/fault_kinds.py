@@ -18,8 +18,9 @@ from typing import Any
 
 from forked import OnStep, Order, Ran, run
 
+from halfplate.compression.work_folder import WorkFolder
 from halfplate.evaluation.speed import memory
-from halfplate.execution.work import WorkFolder, load_part
+from halfplate.storage.artifact import load_artifact
 
 TOLD = ("log.jsonl", "report.html")  # of a result: these have times in them
 LINUX_CAPABILITY_VERSION_3 = 0x20080522  # of linux/capability.h
@@ -79,7 +80,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def finished_matrices(out: Path) -> set[str]:
     """The matrices of which whole parts lie in the work folder."""
-    parts = (load_part(note.with_suffix(".safetensors")) for note in WorkFolder(out).path.glob("*/*.json"))
+    parts = (load_artifact(note.with_suffix(".safetensors")) for note in WorkFolder(out).path.glob("*/*.json"))
     return {
         name for part in parts if part is not None and part.damaged() is None for name in part.facts.get("records", {})
     }

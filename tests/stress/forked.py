@@ -23,8 +23,8 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (so that no fork has to)
 
 import halfplate.methods.armor  # noqa: F401
+from halfplate.compression.compress import compress
 from halfplate.errors import HalfplateError
-from halfplate.execution.local import compress
 from halfplate.kernels import native
 from halfplate.recipe import Recipe
 from halfplate.telemetry.progress import Listener, Step

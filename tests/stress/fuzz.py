@@ -35,8 +35,8 @@ from common import write_section
 from fuzz_configs import ARCHITECTURES, fuzz_configs
 
 from halfplate.checkpoint.read import inspect_checkpoint
+from halfplate.compression.compress import compress
 from halfplate.errors import HalfplateError
-from halfplate.execution.local import compress
 from halfplate.models import gguf
 from halfplate.models.sources import open_source, skeleton
 from halfplate.models.weight_files import find_weight_files

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from halfplate.compression.compress import compress
 from halfplate.errors import HalfplateError, RuinedResult
-from halfplate.execution.local import compress
 from halfplate.methods.wanda import Wanda
 from halfplate.recipe import Recipe
 from halfplate.telemetry.log import append, run_log

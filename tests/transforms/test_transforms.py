@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 import halfplate
 from conftest import build_model
 from halfplate.cli import main
+from halfplate.compression.compress import compress
+from halfplate.compression.transforming import transformed
+from halfplate.compression.work_folder import WorkFolder
 from halfplate.errors import HalfplateError
-from halfplate.execution.local import compress
-from halfplate.execution.transforming import transformed
-from halfplate.execution.work import WorkFolder
 from halfplate.models.gguf_writer import write_gguf
 from halfplate.models.sources import load_dense, open_source
 from halfplate.models.streamed import StreamedModel

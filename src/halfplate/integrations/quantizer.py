@@ -142,7 +142,7 @@ class HalfplateQuantizer(HfQuantizer):
     def _compress(self, model: PreTrainedModel) -> None:
         """Compress the dense `model` in place, by way of a checkpoint in a temporary folder."""
         # It stands on this module, and far more of the package than loading a checkpoint needs.
-        from halfplate.execution.on_load import compress_in_place
+        from halfplate.integrations.on_load import compress_in_place
 
         specs, self.record = compress_in_place(model, self._source, self.quantization_config.recipe)
         self.quantization_config.modules = HalfplateConfig.from_specs(specs).modules

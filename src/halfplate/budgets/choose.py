@@ -1,0 +1,71 @@
+"""Choosing the level of every matrix under one budget, from measured errors, measured harm and measured times."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from halfplate.allocation import Level, allocate
+from halfplate.budgets.measure import LevelMeasurement, Unit
+from halfplate.budgets.search import search_levels, search_samples
+from halfplate.budgets.store import LevelStore
+from halfplate.calibration import CalibrationTokens
+from halfplate.errors import HalfplateError
+from halfplate.models.sources import LoadedModel
+from halfplate.planning import Plan
+from halfplate.telemetry.clock import Clock
+from halfplate.telemetry.progress import Report
+
+
+@torch.no_grad()
+def allocate_plan(
+    loaded: LoadedModel, plan: Plan, tokens: CalibrationTokens, report: Report, clock: Clock
+) -> tuple[Plan, dict[str, Any] | None]:
+    """The plan with the level of every matrix chosen, so that the expected KL is least within the budget of its recipe.
+
+    Errors are measured by a quick solve of every candidate on the inputs of the dense model; the KL is taken to grow in
+    proportion with the error of each matrix (it is quadratic in small changes) and to add up. After ROCKET (knapsack over
+    measured errors), with the model's own KL in place of a proxy. Where the recipe asks for it, an evolutionary search on the
+    KL of the model at those levels goes on from there, and is told of in a JSON object. Raises HalfplateError where
+    the budget cannot be met.
+    """
+    recipe, evolution = plan.recipe, plan.recipe.evolution
+    judging = search_samples(*tokens.ids.shape) if evolution is not None else 0
+    # Text that the solves have seen would speak for the levels with the most freedom to fit it.
+    solving = tokens.ids[: len(tokens.ids) - judging] if judging < len(tokens.ids) else tokens.ids
+    record = None
+    with LevelStore() if evolution is not None else nullcontext() as store:
+        with clock("choosing levels"):
+            measurement = LevelMeasurement(loaded, plan, solving, store)
+            units = measurement.run(report)
+            share = recipe.budget if recipe.time_budget is None else recipe.time_budget
+            assert share is not None
+            whole = plan.dense_nbytes if recipe.time_budget is None else measurement.dense_seconds
+            picked = _knapsack(units, share * whole, whole, recipe.time_budget)
+        if evolution is not None:
+            assert store is not None
+            with clock("searching levels"):
+                ids = tokens.ids[len(tokens.ids) - judging :]
+                picked, record = search_levels(
+                    loaded.model, units, store, ids, picked, share * whole, evolution, report
+                )
+    chosen = {
+        name: spec for unit, index in zip(units, picked, strict=True) for name, spec in unit.levels[index].specs.items()
+    }
+    matrices = tuple(replace(matrix, spec=chosen.get(matrix.name, matrix.spec)) for matrix in plan.matrices)
+    return replace(plan, matrices=matrices), record
+
+
+def _knapsack(units: list[Unit], budget: float, whole: float, time_budget: float | None) -> list[int]:
+    options = [[Level(level.cost, unit.harm * level.error) for level in unit.levels] for unit in units]
+    try:
+        return allocate(options, budget)
+    except HalfplateError:
+        least = sum(min(level.cost for level in levels) for levels in options) / whole
+        name, value = ("budget", budget / whole) if time_budget is None else ("time_budget", time_budget)
+        raise HalfplateError(
+            f"{name}={value:g} cannot be met: the least is {least:.4f}; raise it, or let --choose leave more free"
+        ) from None

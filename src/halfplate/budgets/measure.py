@@ -1,0 +1,199 @@
+"""Measuring what each level of each matrix costs and loses, before a budget chooses among them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from halfplate.allocation import candidates, uneven
+from halfplate.budgets.stopwatch import Stopwatch
+from halfplate.budgets.store import LevelStore
+from halfplate.calibration import BATCH, collect_block
+from halfplate.errors import HalfplateError
+from halfplate.formats import Chain, CompressedLinear, WeightSpec
+from halfplate.formats.sharing import share, sharing_groups
+from halfplate.methods.solving import relative_error, solve_group
+from halfplate.models.blockwise import BlockInputs, BlockwiseModel
+from halfplate.models.linears import replace_linear
+from halfplate.models.sources import LoadedModel
+from halfplate.planning import Plan
+from halfplate.recovery.loss import divergence
+from halfplate.statistics import InputStatistics, Statistic
+from halfplate.telemetry.progress import Report
+
+# Every candidate is measured in one block of so many; in between only those that were worth their cost there.
+FULLY_MEASURED = 10
+WORTH = 0.95  # a dearer level counts if its error is less than this share of that of the one before
+PROBE_SAMPLES = 2  # calibration sequences on which the harm of each matrix alone is measured
+
+
+@dataclass(frozen=True)
+class MeasuredLevel:
+    """specs: of the matrices at this level. cost: bytes, or seconds a token. error: of their outputs, relative."""
+
+    specs: dict[str, WeightSpec]
+    cost: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A matrix, or several that share a wrapper and have one level.
+
+    levels: those that no other beats, dearer ones later. harm: KL to the dense model, nats a token, for each unit of
+    relative error in these matrices alone.
+    """
+
+    names: tuple[str, ...]
+    levels: tuple[MeasuredLevel, ...]
+    harm: float
+
+
+class LevelMeasurement:
+    """One pass through the dense model that solves every candidate quickly, judges it, and keeps what is worth its cost.
+
+    store: where solutions of the levels go, under (number of the unit, number of the level); None throws them away.
+    """
+
+    def __init__(self, loaded: LoadedModel, plan: Plan, ids: Tensor, store: LevelStore | None) -> None:
+        self.model, self.plan, self.recipe, self.store = loaded.model, plan, plan.recipe, store
+        self.method = plan.job.method
+        self.stopwatch = Stopwatch() if plan.recipe.time_budget is not None else None
+        self.dense_seconds = 0.0
+        self.blockwise = BlockwiseModel(loaded.model)
+        self.ids = ids.to(loaded.model.device)
+        self.probe = self.blockwise.embed(self.ids[:PROBE_SAMPLES])
+        self.dense = _logits(self.blockwise, 0, self.probe)
+        # Levels that were worth their cost where all were measured, by the kind of the matrix.
+        self.worthwhile: dict[tuple[str, ...], list[WeightSpec]] = {}
+
+    def run(self, report: Report) -> list[Unit]:
+        """All units, in the order of the plan."""
+        specs = self.plan.specs
+        groups: dict[int, list[list[str]]] = defaultdict(list)
+        blocks = {matrix.name: matrix.block for matrix in self.plan.matrices if matrix.block is not None}
+        for group in sharing_groups(specs):
+            groups[blocks[group[0]]].append(group)
+        hidden = [self.blockwise.embed(batch) for batch in self.ids.split(BATCH)]
+        limit = None if self.recipe.token_limit == "none" else self.recipe.token_limit
+        units: list[Unit] = []
+        report("choosing levels", 0, len(specs))
+        for block in range(max(groups) + 1):
+            if groups[block]:
+                names = [name for group in groups[block] for name in group]
+                statistics, hidden = collect_block(self.blockwise, block, hidden, names, Statistic.GRAM, limit)
+            else:
+                hidden = [self.blockwise.run_block(block, batch) for batch in hidden]
+            for group in groups[block]:
+                units.append(self._measured(len(units), block, group, statistics[group[0]]))
+                report("choosing levels", sum(len(unit.names) for unit in units), len(specs))
+            self.probe = self.blockwise.run_block(block, self.probe)
+        return units
+
+    def _measured(self, number: int, block: int, names: list[str], statistics: InputStatistics) -> Unit:
+        linears = [cast(nn.Linear, self.model.get_submodule(name)) for name in names]
+        if self.stopwatch is not None:
+            self.dense_seconds += sum(self.stopwatch.dense(linear) for linear in linears)
+        planned = {name: self.plan.specs[name] for name in names}
+        first, kind = planned[names[0]], tuple(name.rpartition(".")[2] for name in names)
+        tried: dict[tuple[object, ...], tuple[MeasuredLevel, list[Chain]]] = {}
+
+        def measure(offered: Sequence[WeightSpec]) -> None:
+            for level in offered:
+                if _key(level) not in tried and (specs := at_level(planned, level)) is not None:
+                    tried[_key(level)] = self._tried(linears, specs, statistics)
+
+        measure([first])
+        level, chains = tried[_key(first)]
+        harm = self._harm(block, names, linears, chains) / level.error if level.error > 0 else 0.0
+        if block % FULLY_MEASURED and kind in self.worthwhile:
+            measure(self.worthwhile[kind])
+        else:
+            measure(candidates(first, self.method, self.recipe.choose))
+            for level in _front([found for found, _ in tried.values()]):
+                measure(uneven(level.specs[names[0]], self.method, self.recipe.choose))
+        front = _front([found for found, _ in tried.values()])
+        if not block % FULLY_MEASURED:
+            self.worthwhile[kind] = [level.specs[names[0]] for level in front]
+        if self.store is not None:
+            for index, level in enumerate(front):
+                self.store.put((number, index), tried[_key(level.specs[names[0]])][1])
+        return Unit(tuple(names), tuple(front), harm)
+
+    def _tried(
+        self, linears: list[nn.Linear], specs: dict[str, WeightSpec], statistics: InputStatistics
+    ) -> tuple[MeasuredLevel, list[Chain]]:
+        weights = [linear.weight.detach().float() for linear in linears]
+        chains, _ = solve_group(weights, self.method.quick(), statistics, list(specs.values()), next(iter(specs)))
+        error, _ = relative_error(torch.cat(weights), torch.cat([chain.dense() for chain in chains]), statistics)
+        if self.stopwatch is None:
+            cost = float(sum(spec.nbytes for spec in specs.values()))
+        else:
+            cost = sum(self.stopwatch.compressed(linear) for linear in compressed_linears(linears, chains))
+        return MeasuredLevel(specs, cost, error), chains
+
+    def _harm(self, block: int, names: list[str], linears: list[nn.Linear], chains: list[Chain]) -> float:
+        """KL to the dense model, nats a token, with these matrices alone compressed."""
+        try:
+            for name, compressed in zip(names, compressed_linears(linears, chains), strict=True):
+                replace_linear(self.model, name, compressed)
+            logits = _logits(self.blockwise, block, self.probe)
+            return float(divergence(logits.flatten(0, 1), self.dense.flatten(0, 1)))
+        finally:
+            for name, linear in zip(names, linears, strict=True):
+                self.model.set_submodule(name, linear)
+
+
+def _key(spec: WeightSpec) -> tuple[object, ...]:
+    """What matrices of different shapes may have in common."""
+    return spec.pattern, spec.core_dtype, spec.out_block, spec.in_block
+
+
+def at_level(planned: Mapping[str, WeightSpec], level: WeightSpec) -> dict[str, WeightSpec] | None:
+    """The specifications `planned` of a unit with pattern, core and blocks of `level`; None where these do not fit one."""
+    try:
+        specs = {
+            name: replace(
+                spec.alone,
+                pattern=level.pattern,
+                core_dtype=level.core_dtype,
+                out_block=level.out_block,
+                in_block=level.in_block,
+            )
+            for name, spec in planned.items()
+        }
+    except HalfplateError:
+        return None
+    return share(specs, [list(planned)])
+
+
+def compressed_linears(linears: Sequence[nn.Linear], chains: Sequence[Chain]) -> list[CompressedLinear]:
+    """`chains` as modules in the place of `linears`, those that share a wrapper connected to the first."""
+    modules = [
+        CompressedLinear.from_weight(chain, chain.spec, linear.bias)
+        for linear, chain in zip(linears, chains, strict=True)
+    ]
+    for module in modules:
+        module.lend(modules[0] if module.spec.in_shared is not None else None)
+    return modules
+
+
+def _front(levels: Sequence[MeasuredLevel]) -> list[MeasuredLevel]:
+    """The levels that no other beats in cost and error, the cheapest first, without those that gain next to nothing."""
+    front: list[MeasuredLevel] = []
+    for level in sorted(levels, key=lambda level: (level.cost, level.error)):
+        if not front or level.error < WORTH * front[-1].error:
+            front.append(level)
+    return front
+
+
+def _logits(blockwise: BlockwiseModel, block: int, inputs: BlockInputs) -> Tensor:
+    """Logits (samples, L, vocabulary) from the inputs of `block`."""
+    for index in range(block, len(blockwise.blocks)):
+        inputs = blockwise.run_block(index, inputs)
+    return blockwise.finish(inputs)

@@ -1,0 +1,282 @@
+"""The main run: plan, read, calibrate, compress block by block, assemble, judge; it can be broken off and gone on with."""
+
+from __future__ import annotations
+
+import resource
+from collections import Counter
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfplate.calibration.held_out import held_out_tokens
+from halfplate.checkpoint.folder import new_folder
+from halfplate.checkpoint.output import check_place, check_result_folder
+from halfplate.checkpoint.quantization import HalfplateConfig
+from halfplate.checkpoint.read import load
+from halfplate.checkpoint.write import amend_record, write_configuration, write_record
+from halfplate.compression.layers import Outcome, compress_blocks
+from halfplate.compression.open_layer import OpenBlocks
+from halfplate.compression.preparation import (
+    check_blocks,
+    check_weights,
+    chosen_levels,
+    fixed_threads,
+    prepared_tokens,
+)
+from halfplate.compression.result import RECORDED, Result, assemble_weights, finished_result, identity_of
+from halfplate.compression.run import Run
+from halfplate.compression.self_check import self_check
+from halfplate.compression.transforming import transformed
+from halfplate.compression.work_folder import WorkFolder
+from halfplate.defaults import plain_defaults
+from halfplate.device import check_device
+from halfplate.engines import EngineChoice, open_engine
+from halfplate.errors import HalfplateError, RuinedResult
+from halfplate.evaluation.perplexity import evaluate
+from halfplate.formats import WeightSpec
+from halfplate.limits import check_threads, check_workers, cores
+from halfplate.models.licence import origin
+from halfplate.models.sources import Source, load_dense, load_tokenizer, open_source
+from halfplate.models.streamed import StreamedModel
+from halfplate.planning import Plan, plan_source
+from halfplate.planning.room import check_room
+from halfplate.precision import resolved
+from halfplate.recipe import Recipe
+from halfplate.report import write_report
+from halfplate.statistics import Statistic
+from halfplate.telemetry.clock import Clock
+from halfplate.telemetry.log import run_log
+from halfplate.telemetry.progress import Report, silent
+
+MAX_KL_WINDOWS = 8
+MAX_KL_SEQ_LEN = 256
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What was asked for, and all that decides the result but the text."""
+
+    source: Source
+    out: Path
+    identity: dict[str, Any]
+    work: WorkFolder
+    overwrite: bool
+    engine: EngineChoice
+    check: bool
+
+
+@plain_defaults()
+def compress(
+    model: str,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    overwrite: bool = False,
+    report: Report = silent,
+    statistics: Statistic = Statistic.NONE,
+    resume: bool = False,
+    engine: str = "local",
+    workers: int | None = None,
+    address: str | None = None,
+    benchmark: bool = True,
+    check: bool = True,
+) -> dict[str, Any]:
+    """Compress `model` by `recipe`, write the checkpoint `out` with its log and its report, and return the summary.
+
+    report: told of every step (`halfplate.telemetry.progress.Report`), for progress and trackers. statistics: collect at
+    least these, e.g. GRAM so that every method is judged by its true output error. resume: go on from what an interrupted
+    run of the same model, recipe and text left beside `out`, with the same result. engine, workers, address: who does the
+    work (`halfplate.engines.local.EngineChoice`); the result does not depend on them. benchmark: whether the plan of a long
+    run may time this machine for a few seconds. check: compare the result with the solved weights and with the original model
+    before it takes its place (`halfplate.compression.self_check`). Raises HalfplateError on bad input, and where memory or disk will not do, with
+    nothing written, RuinedResult where the self-check fails, with nothing written, and after writing where the KL exceeds `recipe.max_kl`.
+    """
+    recipe, out = recipe or Recipe(), Path(out)
+    choice = EngineChoice(engine, workers, address)
+    if address is None:  # else the machines of the cluster bound them
+        check_threads(recipe.threads)
+        check_workers(workers)
+    source = open_source(model)
+    check_device(recipe.device)
+    check_place(out)
+    if not resume:
+        check_result_folder(out, overwrite, source.path)
+    plan = plan_source(source, recipe, None if benchmark else False, workers or 1, statistics)
+    plan = plan if check else replace(plan, memory=plan.memory.unchecked())
+    work = WorkFolder(out)
+    threads = fixed_threads(recipe, work, resume)
+    torch.set_num_threads(threads)
+    identity = identity_of(source, plan, threads)
+    found = finished_result(out, source, plan, identity, overwrite) if resume else None
+    if found is not None:
+        work.remove_abandoned()
+        return _summary(out, found) | {"seconds": {"total": 0.0}, "peak_rss_bytes": _peak()} | _reported(out)
+    check_result_folder(out, overwrite, source.path)
+    check_room(plan, out, workers or 1)
+    order = _Order(source, out, identity, work, overwrite, choice, check)
+    try:
+        # First the folder: the log of a run that is under way is not ours to write to.
+        with work.opened(identity, resume, overwrite), run_log(out, report, resume) as told:
+            summary = _carry_out(order, plan, told)
+    except RuinedResult:
+        _reported(out)
+        raise
+    return summary | _reported(out)
+
+
+def _reported(out: Path) -> dict[str, str | None]:
+    """Write the report: its file, or None and the reason, which takes nothing from the checkpoint."""
+    try:
+        return {"report": str(write_report(out))}
+    except HalfplateError as error:
+        return {"report": None, "report_error": str(error)}
+
+
+def _carry_out(order: _Order, plan: Plan, report: Report) -> dict[str, Any]:
+    recipe, clock = plan.recipe, Clock()
+    report("reading", 0, 1, facts=_plan_facts(plan, order.out))
+    if (threads := order.identity["threads"]) > cores():
+        note = f"{threads}, as it began, more than the {cores()} cores here: slower, and the same bytes"
+        report("threads", 1, 1, note)
+    result = _compressed(order, plan, report, clock)
+    summary = _summary(order.out, result)
+    if recipe.max_kl is not None:
+        with clock("evaluating"):
+            summary["held_out"] = _check_kl(order.source.name, recipe, order.out, report)
+    spent = {"seconds": clock.seconds, "peak_rss_bytes": _peak()}
+    held_out = {"held_out": summary["held_out"]} if "held_out" in summary else {}
+    report("finishing", 1, 1, facts={"event": "end", **spent, **held_out})
+    return summary | spent
+
+
+def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Result:
+    """Do what is not done yet, and put the result in its place."""
+    recipe, work, source = plan.recipe, order.work, order.source
+    with ExitStack() as stack:
+        with clock("reading"):
+            original, readable = transformed(source, plan, work, report)
+        streamed = StreamedModel(readable, recipe.device, recipe.precision)
+        blocks = OpenBlocks(streamed, str(work.path))
+        threads = order.identity["threads"]
+        engine = stack.enter_context(open_engine(order.engine, blocks, threads, work.path))
+        check_weights(streamed, work, clock, report)
+        with clock("calibration text"):
+            tokens = prepared_tokens(streamed, plan, work, report) if plan.job.runs_text else None
+        if tokens is not None:
+            check_blocks(streamed, plan, tokens, work, clock, report)
+        plan, told = chosen_levels(readable, plan, tokens, work, report, clock)
+        run = Run(streamed.source, plan, threads, tokens, work, engine, blocks, report, clock)
+        outcome = compress_blocks(run)
+        blocks.close()
+        result = Result(plan, outcome, None if tokens is None else tokens.protocol(), told)
+        with clock("writing"), new_folder(order.out, order.overwrite, work.result) as folder:
+            checksums = assemble_weights(streamed, plan, work, folder, lambda at, total: report("writing", at, total))
+            quantization = HalfplateConfig.from_specs(plan.specs)
+            write_configuration(streamed.model, load_tokenizer(source), folder, source.other_dtype, quantization)
+            identity = {key: order.identity[key] for key in RECORDED if key in order.identity}
+            if order.check:
+                report("checking the result", 0, 1)
+                with clock("checking"):
+                    result = replace(result, check=self_check(streamed, run, folder, original).to_json())
+                report("checking the result", 1, 1)
+            record = origin(order.source) | _checkpoint_record(result) | {"identity": identity, "tensors": checksums}
+            write_record(folder, record)
+    with suppress(OSError):
+        work.clear()
+    return result
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _plan_facts(plan: Plan, out: Path) -> dict[str, Any]:
+    whole = plan.to_json()
+    return {"event": "plan", "verb": "compress", "out": str(out)} | {
+        key: value for key, value in whole.items() if key != "matrices"
+    }
+
+
+def _checkpoint_record(result: Result) -> dict[str, Any]:
+    plan, outcome = result.plan, result.outcome
+    return {
+        "model": plan.model,
+        "recipe": plan.recipe.fingerprint_json(),
+        "fingerprint": plan.fingerprint,
+        "calibration": result.calibration,
+        "matrices": {record.name: record.to_json() for record in outcome.records},
+        "precision": resolved(plan.recipe.precision, torch.device(plan.recipe.device).type),
+        "tuned_blocks": _tuned(outcome),
+        "skipped": {matrix.name: matrix.reason for matrix in plan.matrices if matrix.skipped},
+        **({} if result.check is None else {"check": result.check}),
+        "notes": list(plan.notes),
+        **result.told,
+    }
+
+
+def _tuned(outcome: Outcome) -> dict[str, Any]:
+    return {str(block): asdict(tuned) for block, tuned in outcome.tuned.items()}
+
+
+def _summary(out: Path, result: Result) -> dict[str, Any]:
+    plan, outcome = result.plan, result.outcome
+    errors = [record.relative_error for record in outcome.records]
+    return {
+        "out": str(out),
+        "model": plan.model,
+        "method": plan.recipe.method,
+        "recipe": plan.recipe.to_json(),
+        "fingerprint": plan.fingerprint,
+        "calibration": result.calibration,
+        "matrices": [
+            {"name": record.name, **record.to_json(), "seconds": round(record.seconds, 3)} for record in outcome.records
+        ],
+        "skipped": [{"name": matrix.name, "reason": matrix.reason} for matrix in plan.matrices if matrix.skipped],
+        "notes": list(plan.notes),
+        "block_size": plan.block_size,
+        "nbytes": plan.nbytes,
+        "dense_nbytes": plan.dense_nbytes,
+        "other_nbytes": plan.other_nbytes,
+        "source_nbytes": plan.source_nbytes,
+        "mean_relative_error": sum(errors) / len(errors),
+        "error_kind": outcome.records[0].error_kind,
+        "tuned_blocks": _tuned(outcome),
+        "without_kernel": plan.without_kernel,
+        "levels": _levels(plan) if plan.recipe.budgeted else None,
+        "search": None,
+        "check": result.check,
+        **result.told,
+    }
+
+
+def _levels(plan: Plan) -> dict[str, int]:
+    """How many matrices have each level, the commonest first."""
+
+    def spoken(spec: WeightSpec) -> str:
+        sizes = dict.fromkeys((spec.out_block, spec.in_block))
+        wrappers = f", blocks of {' and '.join(map(str, sizes))}" if any(sizes) else ""
+        return f"{spec.pattern} {spec.core_dtype}{wrappers}"
+
+    return dict(Counter(spoken(spec) for spec in plan.specs.values()).most_common())
+
+
+def _check_kl(name: str, recipe: Recipe, out: Path, report: Report) -> dict[str, Any]:
+    """Judge the compressed model on held-out text, holding both models; raises RuinedResult where its KL exceeds `recipe.max_kl`."""
+    assert recipe.max_kl is not None
+    dense = load_dense(name, recipe.device)
+    compressed = load(out, device=recipe.device, kernels=False)
+    seq_len = min(MAX_KL_SEQ_LEN, recipe.seq_len)
+    held_out = held_out_tokens(dense.model, dense.tokenizer, recipe.seed, MAX_KL_WINDOWS, seq_len, report)
+    measures: dict[str, Any] = evaluate(
+        compressed, held_out.ids, dense.model, lambda done, total: report("evaluating", done, total)
+    )
+    measures |= {"protocol": held_out.protocol()}
+    amend_record(out, {"held_out": measures})
+    if not measures["kl"] <= recipe.max_kl:
+        raise RuinedResult(
+            f"max_kl={recipe.max_kl}: the result is ruined, its KL to the dense model is {measures['kl']:.4g} nats a token on held-out text; "
+            f"it stays in {str(out)!r}; try method armor, larger blocks or more samples"
+        )
+    return measures

@@ -1,0 +1,73 @@
+"""Sums and statistics that tasks leave in artifacts for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from halfplate.calibration.collect import StageSums, Sums
+from halfplate.errors import HalfplateError
+from halfplate.statistics import InputStatistics
+from halfplate.storage.artifact import Artifact, load_artifact, save_artifact
+from halfplate.storage.tensor_file import read_tensor
+
+
+def save_sums(path: Path, sums: StageSums) -> None:
+    """Leave sums in a part."""
+    tensors: dict[str, Tensor] = {}
+    for leader, found in sums.sums.items():
+        if found.squares is not None:
+            tensors[f"{leader}:squares"] = found.squares
+        for key, tensor in (("products", found.products), ("crosses", found.crosses)):
+            if tensor is not None:
+                tensors[f"{leader}:{key}"] = tensor
+    tokens = {leader: found.tokens for leader, found in sums.sums.items()}
+    save_artifact(path, tensors, {"leaders": sums.leaders, "tokens": tokens}, durable=False)
+
+
+def load_sums(path: Path) -> StageSums:
+    """What `save_sums` left."""
+    part = _whole(path)
+
+    def tensor(name: str) -> Tensor | None:
+        return read_tensor(part.tensors[name]) if name in part.tensors else None
+
+    sums = {
+        leader: Sums(tokens, *(tensor(f"{leader}:{key}") for key in ("squares", "products", "crosses")))
+        for leader, tokens in part.facts["tokens"].items()
+    }
+    return StageSums(dict(part.facts["leaders"]), sums)
+
+
+def save_statistics(path: Path, statistics: Mapping[str, InputStatistics]) -> None:
+    """Leave the statistics of some inputs in a part, by the names of their leaders."""
+    tensors = {
+        f"{leader}:{key}": tensor
+        for leader, found in statistics.items()
+        for key, tensor in (("diagonal", found.diagonal), ("gram", found.gram), ("cross", found.cross))
+        if tensor is not None
+    }
+    tokens = {leader: found.tokens for leader, found in statistics.items()}
+    save_artifact(path, tensors, {"tokens": tokens}, durable=False)
+
+
+def load_statistics(path: Path, leader: str, device: str) -> InputStatistics:
+    """Those of one input."""
+    part = _whole(path)
+    found = {
+        key: read_tensor(part.tensors[name]).to(device)
+        for key in ("diagonal", "gram", "cross")
+        if (name := f"{leader}:{key}") in part.tensors
+    }
+    return InputStatistics(part.facts["tokens"][leader], **found)
+
+
+def _whole(path: Path) -> Artifact:
+    part = load_artifact(path)
+    if part is None:
+        raise HalfplateError(
+            f"the file {str(path)!r} is damaged or cannot be seen from this machine; put OUT where every machine sees it, and use --resume"
+        )
+    return part

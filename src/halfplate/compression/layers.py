@@ -1,0 +1,278 @@
+"""Compression of a model decoder block by decoder block: calibrate, solve, write, free; what is finished is never done again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from halfplate.compression.hidden_states import HiddenStates
+from halfplate.compression.kept_statistics import save_statistics
+from halfplate.compression.run import Run
+from halfplate.compression.streams import COMPRESSED, DENSE, Streams
+from halfplate.compression.tasks import SolveMatrices, facts_of, records_in
+from halfplate.errors import HalfplateError
+from halfplate.formats import CompressedLinear
+from halfplate.formats.sharing import sharing_groups
+from halfplate.methods.solving import MatrixRecord
+from halfplate.recovery.block import BlockTuning, TunedBlock, tune_block
+from halfplate.statistics import InputStatistics
+from halfplate.storage.artifact import Artifact, load_artifact, remove_artifact, save_artifact
+from halfplate.telemetry.progress import NO_FACTS
+
+AHEAD = 2  # matrices that wait for each worker before no other block begins
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of each matrix, in the order of the plan, and of each block that was tuned."""
+
+    records: list[MatrixRecord]
+    tuned: dict[int, TunedBlock]
+
+
+def compress_blocks(run: Run) -> Outcome:
+    """Leave every planned block as a part in the work folder, and say what became of each matrix.
+
+    Blocks whose parts are whole stay; a damaged one is computed anew, from hidden states that run through those before it.
+    """
+    loop = _Loop(run)
+    unfinished = [block for block in range(loop.last + 1) if not loop.finished(block)]
+    loop.tell()
+    begun: deque[_Begun] = deque()
+    for block in unfinished:
+        begun.append(loop.begin(block))
+        while begun and loop.enough(begun):
+            loop.finish(begun.popleft())
+    for one in begun:
+        loop.finish(one)
+    return loop.outcome()
+
+
+@dataclass
+class _Begun:
+    """A block whose matrices are being solved.
+
+    done: where each matrix lies, or will. solving: the records of each task. files: of statistics, which go when all is solved.
+    matrices: how many may still wait.
+    """
+
+    block: int
+    done: dict[str, Path] = field(default_factory=dict)
+    solving: list[Iterator[list[MatrixRecord]]] = field(default_factory=list)
+    files: set[Path] = field(default_factory=set)
+    matrices: int = 0
+
+
+class _Loop:
+    """The blocks of a run, one after the other."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.recipe = run, run.plan.recipe
+        self.method = run.plan.job.method
+        self.names, self.last, self.specs = run.names, run.last, run.plan.specs
+        self.leaders = {name: group[0] for group in sharing_groups(self.specs) for name in group}
+        self.weights = {name: spec.d_out * spec.d_in for name, spec in self.specs.items()}
+        self.records: dict[str, MatrixRecord] = {}
+        self.tuned: dict[int, TunedBlock] = {}
+        self.streams = Streams(run)
+        # Whether the statistics of a block do not wait for the matrices of the one before, and others solve these meanwhile.
+        self.apart = run.engine.elsewhere and COMPRESSED not in self.streams.names
+
+    # What is there already.
+
+    def finished(self, block: int) -> bool:
+        """Whether the part of the block is whole; one that is not is removed."""
+        part = load_artifact(self.run.work.block(block))
+        if part is None or (damage := self._damage(part)) is not None:
+            if part is not None:
+                self.run.report(
+                    "checking", block + 1, self.last + 1, f"block {block} is damaged ({damage}), computed anew"
+                )
+            remove_artifact(self.run.work.block(block))
+            return False
+        self._remember(block, part.facts, records_in(part))
+        return True
+
+    def _damage(self, part: Artifact) -> str | None:
+        """What is wrong with a part; one of other levels is worth nothing where those that were chosen have been lost."""
+        specs = part.facts["specs"]
+        other = next((name for name, spec in specs.items() if spec != self.specs[name].to_json()), None)
+        return part.damaged() if other is None else f"{other} has another level"
+
+    def _remember(self, block: int, facts: dict[str, Any], records: list[MatrixRecord]) -> None:
+        self.records |= {record.name: record for record in records}
+        if facts.get("tuned") is not None:
+            self.tuned[block] = TunedBlock(**facts["tuned"])
+
+    def tell(self, facts: Mapping[str, Any] = NO_FACTS) -> None:
+        share = sum(self.weights[name] for name in self.records) / sum(self.weights.values())
+        self.run.report("compressing", len(self.records), len(self.specs), share=share, facts=facts)
+
+    def outcome(self) -> Outcome:
+        return Outcome([self.records[name] for name in self.specs], dict(sorted(self.tuned.items())))
+
+    # One block.
+
+    def begin(self, block: int) -> _Begun:
+        """Collect the statistics of a block and have its matrices solved; done when it returns, unless others solve them."""
+        begun = _Begun(block)
+        if self.streams.names:
+            with self.run.clock("statistics"):
+                self.streams.reach(block)
+        for stage, statistics in self._stages(block, begun.done):
+            with self.run.clock("solving"):
+                self._solve(begun, stage, statistics)
+                if not self.apart:
+                    self._settle(begun)
+        if self.apart and self.streams.names:
+            with self.run.clock("statistics"):
+                self.streams.pass_by(block)
+        return begun
+
+    def enough(self, begun: Sequence[_Begun]) -> bool:
+        """Whether the first of these blocks is to be finished before another begins."""
+        return not self.apart or sum(one.matrices for one in begun) > AHEAD * self.run.engine.workers
+
+    def finish(self, begun: _Begun) -> None:
+        """Wait for the matrices of a block, tune them if asked to, write its part, and take the hidden states past it."""
+        block = begun.block
+        with self.run.clock("solving"):
+            self._settle(begun)
+        tuned = self._tune(block, begun.done) if self.recipe.tune_block and self.streams.names else None
+        self._write(block, begun.done, tuned)
+        if self.streams.names and not self.apart:
+            with self.run.clock("statistics"):
+                # Tuning has had the dense ones already.
+                self.streams.pass_by(block, (COMPRESSED,) if tuned is not None else None)
+        for name in self.names[block]:
+            remove_artifact(self.run.work.matrix(name))
+        self.tell({"event": "block", "block": block} | ({} if tuned is None else asdict(tuned)))
+
+    def _stages(self, block: int, done: dict[str, Path]) -> Iterator[tuple[list[str], dict[str, InputStatistics]]]:
+        """Linears of a block whose statistics can be had together, with these; what is compressed in between counts."""
+        names = self.names[block]
+        if not names or not self.streams.names:
+            yield names, {}
+            return
+        with self.run.clock("statistics"):
+            stages = self.streams.stages(block, done)
+        for stage in stages:
+            found = {name: part for name in stage if (part := self._kept(name)) is not None}
+            if len(found) == len(stage):
+                done |= found
+                continue
+            with self.run.clock("statistics"):
+                statistics = self.streams.collect(block, stage, done)
+            yield stage, statistics
+
+    def _kept(self, name: str) -> Path | None:
+        """The part of a matrix that was finished before the run was interrupted."""
+        path = self.run.work.matrix(self.leaders[name])
+        part = load_artifact(path)
+        if part is None or self._damage(part) is not None:
+            return None
+        self.records |= {record.name: record for record in records_in(part)}
+        return path
+
+    def _solve(self, begun: _Begun, stage: Sequence[str], statistics: dict[str, InputStatistics]) -> None:
+        """Hand the matrices `stage` to the engine."""
+        engine, view = self.run.engine, self.run.view(begun.block, begun.done)
+        left = [name for name in stage if self.leaders[name] == name and self._kept(name) is None]
+        given: dict[str, Any] = {name: statistics.get(name, InputStatistics()) for name in left}
+        if engine.elsewhere:
+            given = self._left_in_files(given)
+            begun.files |= {path for path, _ in given.values()}
+        tasks = []
+        for name in left:
+            specs = {other: self.specs[other] for other in stage if self.leaders[other] == name}
+            out, damping = self.run.work.matrix(name), self.recipe.cross_damping
+            tasks.append(SolveMatrices(view, specs, self.method, damping, given.pop(name), out))
+        statistics.clear()
+        begun.solving.append(engine.run(tasks))
+        begun.matrices += len(tasks)
+        begun.done |= {name: self.run.work.matrix(self.leaders[name]) for name in stage}
+
+    def _settle(self, begun: _Begun) -> None:
+        """Wait for what the engine solves."""
+        for results in begun.solving:
+            for records in results:
+                for record in records:
+                    self.records[record.name] = record
+                    self.tell(record.facts() | {"block": begun.block})
+        for path in begun.files:
+            remove_artifact(path)
+        begun.solving, begun.files = [], set()
+
+    def _left_in_files(self, given: dict[str, InputStatistics]) -> dict[str, tuple[Path, str]]:
+        """The statistics of each input once in a file, and where each matrix finds its own."""
+        places: dict[str, tuple[Path, str]] = {}
+        known: dict[int, tuple[Path, str]] = {}
+        for name, statistics in given.items():
+            if id(statistics) not in known:
+                # No name is used twice: network storage may show an old file under it.
+                path = self.run.work.scratch / f"statistics-{name}.safetensors"
+                save_statistics(path, {name: statistics})
+                known[id(statistics)] = (path, name)
+            places[name] = known[id(statistics)]
+        return places
+
+    def _tune(self, block: int, done: dict[str, Path]) -> TunedBlock:
+        with self.run.clock("statistics"):
+            self.streams.advance(block, done, (DENSE,))
+        with self.run.clock("tuning"):
+            blockwise, _ = self.run.blocks.open(self.run.view(block, done))
+            targets = _Hidden(self.streams.hidden(DENSE, block + 1), self.recipe.device)
+            settings = BlockTuning(self.recipe.tune_block, seed=self.recipe.seed)
+            return tune_block(blockwise, block, self.streams.batches(COMPRESSED, block), targets, settings)
+
+    def _write(self, block: int, done: dict[str, Path], tuned: TunedBlock | None) -> None:
+        """The whole block as it will be stored, as a part."""
+        dtype = self.run.source.other_dtype
+        with self.run.clock("writing"):
+            blockwise, _ = self.run.blocks.open(self.run.view(block, done))
+            module, prefix = blockwise.blocks[block], f"{blockwise.prefix}.{block}"
+            stored = {
+                f"{prefix}.{name}.{key}"
+                for name, linear in module.named_modules()
+                if isinstance(linear, CompressedLinear)
+                for key in linear.spec.layout()
+            }
+            tensors: dict[str, Tensor] = {}
+            for name, tensor in module.state_dict(prefix=f"{prefix}.").items():
+                kept = name in stored or not tensor.is_floating_point()
+                tensors[name] = tensor if kept else finite(name, tensor.to(dtype))
+            facts = facts_of([self.records[name] for name in self.names[block]], self.specs)
+            facts["tuned"] = None if tuned is None else asdict(tuned)
+            save_artifact(self.run.work.block(block), tensors, facts)
+            self.run.blocks.mark(self.run.view(block, self.run.parts(block)))
+            if tuned is not None:
+                self.tuned[block] = tuned
+
+
+def finite(name: str, tensor: Tensor) -> Tensor:
+    """`tensor`; raises HalfplateError where its type could not hold a value."""
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise HalfplateError(
+            f"{name} holds values that are not finite in {tensor.dtype}; choose a wider type or another method"
+        )
+    return tensor
+
+
+class _Hidden(Sequence[Tensor]):
+    """Hidden states batch by batch, read when they are asked for."""
+
+    def __init__(self, states: HiddenStates, device: str) -> None:
+        self._states, self._device = states, device
+
+    def __len__(self) -> int:
+        return self._states.batches
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._states.read(index).to(self._device)

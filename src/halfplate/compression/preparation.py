@@ -1,0 +1,151 @@
+"""What comes before the first block: a model that can be read in pieces, checked weights, text, and levels; each is done once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from halfplate.budgets.choose import allocate_plan
+from halfplate.budgets.ratios import ratio_plan
+from halfplate.calibration import CalibrationTokens, calibration_tokens
+from halfplate.compression.work_folder import WorkFolder
+from halfplate.errors import HalfplateError
+from halfplate.formats import WeightSpec
+from halfplate.limits import check_resumed_threads, cores
+from halfplate.models.chain_check import SAMPLES, check_chain
+from halfplate.models.sources import LoadedModel, Source, load_tokenizer
+from halfplate.models.streamed import StreamedModel
+from halfplate.planning import Plan
+from halfplate.planning.memory import sampling_room
+from halfplate.recipe import Recipe
+from halfplate.runtime.prepare import bf16_kernels
+from halfplate.storage.artifact import load_artifact, read_json, save_artifact, write_json
+from halfplate.storage.tensor_file import read_tensor
+from halfplate.telemetry.clock import Clock
+from halfplate.telemetry.progress import Report
+
+FEW = 16  # tokens of a text that comes before the real one
+
+
+def fixed_threads(recipe: Recipe, work: WorkFolder, resume: bool) -> int:
+    """The threads of every task, which an interrupted run goes on with unless the recipe says otherwise: bits depend on them."""
+    begun = work.begun() if resume else None
+    if recipe.threads is None and begun is not None:
+        check_resumed_threads(int(begun["threads"]))
+        return int(begun["threads"])
+    return recipe.threads or min(torch.get_num_threads(), cores())
+
+
+def check_weights(streamed: StreamedModel, work: WorkFolder, clock: Clock, report: Report) -> None:
+    """Read every tensor once: NaN in the last block must not show after a night of work on those before."""
+    done = work.path / "checked.json"
+    if read_json(done) is not None:
+        return
+    with clock("reading"):
+        report("reading", 0, len(streamed.stored))
+        for number, name in enumerate(streamed.stored, start=1):
+            streamed.read(name)
+            report("reading", number, len(streamed.stored))
+    write_json(done, {"finite": True}, durable=False)
+
+
+def check_blocks(
+    streamed: StreamedModel, plan: Plan, tokens: CalibrationTokens, work: WorkFolder, clock: Clock, report: Report
+) -> None:
+    """Compare the blocks run one at a time with the whole forward on the first tokens, once for all runs."""
+    done = work.path / "compared.json"
+    if read_json(done) is not None:
+        return
+    with clock("statistics"):
+        report("comparing blocks", 0, 1)
+        check_chain(streamed, tokens.ids, _splits(plan.recipe))
+        report("comparing blocks", 1, 1)
+    write_json(done, {"tokens": tokens.protocol()["sha256"]}, durable=False)
+
+
+def _splits(recipe: Recipe) -> str | None:
+    """The option of a recipe that cuts batches into samples."""
+    if recipe.tune_block:
+        return f"tune_block={recipe.tune_block}"
+    return f"search={recipe.search!r}" if recipe.budgeted and recipe.evolution is not None else None
+
+
+def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, report: Report) -> CalibrationTokens:
+    """The tokens, kept in the work folder; those of a text are made anew and must be the same."""
+    recipe = plan.recipe
+    kept = load_artifact(work.tokens)
+    if kept is not None and kept.damaged() is None and recipe.calibration == "self":
+        facts = {name: kept.facts[name] for name in ("source", "seed", "temperature", "start", "start_token")}
+        return CalibrationTokens(read_tensor(kept.tensors["ids"]), **facts)
+    tokenizer = load_tokenizer(streamed.source)
+    resident, cache = sampling_room(plan.sizes, recipe.device)
+
+    def tokens_of(model: Any) -> CalibrationTokens:
+        return calibration_tokens(
+            recipe.calibration,
+            model,
+            tokenizer,
+            recipe.samples,
+            recipe.seq_len,
+            recipe.seed,
+            lambda done, total: report("calibration text", done, total),
+            cache,
+        )
+
+    if recipe.calibration == "self":
+        # Sampling takes long: what a few tokens show is refused before it.
+        few = torch.randint(
+            plan.sizes.vocabulary,
+            (SAMPLES, min(recipe.seq_len, FEW)),
+            generator=torch.Generator().manual_seed(0),
+            dtype=torch.int64,
+            device="cpu",
+        )
+        check_chain(streamed, few, _splits(recipe))
+        with streamed.running(resident > 0, bf16_kernels(recipe.device)) as model:
+            tokens = tokens_of(model)
+    else:
+        tokens = tokens_of(streamed.model)
+    protocol = tokens.protocol()
+    if kept is not None and kept.facts["sha256"] != protocol["sha256"]:
+        raise HalfplateError(
+            f"--resume: calibration={recipe.calibration!r} gave tokens of SHA-256 {kept.facts['sha256'][:16]} when the compression in "
+            f"{str(work.path)!r} began and gives {protocol['sha256'][:16]} now; give the same text again, or pass --overwrite in place of --resume to start afresh"
+        )
+    start = {name: getattr(tokens, name) for name in ("temperature", "start", "start_token")}
+    save_artifact(work.tokens, {"ids": tokens.ids.contiguous()}, start | protocol)
+    return tokens
+
+
+def chosen_levels(
+    source: Source, plan: Plan, tokens: CalibrationTokens | None, work: WorkFolder, report: Report, clock: Clock
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan with what a budget or the outliers of each block choose, and what is to be told of that.
+
+    source: with tensors that can be read one by one. Chosen once for all runs: some choices rest on measured times. The whole
+    model is held for it.
+    """
+    recipe = plan.recipe
+    if not recipe.budgeted and recipe.ratios == "uniform":
+        return plan, {}
+    kept = read_json(work.levels)
+    if kept is None:
+        assert tokens is not None
+        # Where the levels of an earlier run were lost, its hidden states may be those of others.
+        work.remove_hidden()
+        told = dict[str, Any]()
+        with StreamedModel(source, recipe.device).running(held=True) as model:
+            # Buffers, too, which are computed and not read.
+            torch.nn.Module.to(model, recipe.device)
+            loaded = LoadedModel(model, load_tokenizer(source), source)
+            if recipe.budgeted:
+                plan, search = allocate_plan(loaded, plan, tokens, report, clock)
+                told |= {} if search is None else {"search": search}
+            if recipe.ratios != "uniform":
+                plan, ratios = ratio_plan(loaded, plan, tokens, report, clock)
+                told["ratios"] = [ratio.to_json() for ratio in ratios]
+        write_json(work.levels, {"specs": {name: spec.to_json() for name, spec in plan.specs.items()}, "told": told})
+        return plan, told
+    specs = {name: WeightSpec.from_json(entry, name) for name, entry in kept["specs"].items()}
+    return plan.with_specs(specs), kept["told"]

@@ -1,0 +1,168 @@
+"""The result of a compression: putting it together from its parts, and knowing one that is there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfplate.budgets.ratios import BlockRatio
+from halfplate.calibration import calibration_tokens
+from halfplate.checkpoint.assemble import Finished, assemble
+from halfplate.checkpoint.config import RECORD_FILE, read_record
+from halfplate.checkpoint.read import read_checked_headers
+from halfplate.compression.layers import Outcome, finite
+from halfplate.compression.work_folder import WorkFolder, check_same
+from halfplate.errors import HalfplateError
+from halfplate.formats import CompressedLinear, WeightSpec
+from halfplate.methods.solving import MatrixRecord
+from halfplate.models.sources import Source, load_tokenizer, skeleton
+from halfplate.models.streamed import StreamedModel
+from halfplate.planning import Plan, foreign_packages
+from halfplate.recovery.block import TunedBlock
+from halfplate.storage.artifact import load_artifact, save_artifact_of
+from halfplate.storage.tensor_file import KINDS
+from halfplate.version import package_version
+
+RECORDED = ("model", "statistics", "halfplate", "plugins")  # what of an identity a checkpoint keeps beside its recipe
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished compression: the plan with its levels, what became of it, the protocol of the text, what else the record tells, and what the self-check found."""
+
+    plan: Plan
+    outcome: Outcome
+    calibration: dict[str, Any] | None
+    told: dict[str, Any]
+    check: dict[str, Any] | None = None
+
+
+def identity_of(source: Source, plan: Plan, threads: int) -> dict[str, Any]:
+    """All that decides the bytes of the result but the text: the model, the recipe entry by entry, threads and versions."""
+    model = json.dumps(source.identity(), sort_keys=True, default=str).encode()
+    recipe = {key: value for key, value in plan.recipe.fingerprint_json().items() if key != "version"}
+    plain: dict[str, Any] = json.loads(json.dumps(recipe))
+    return plain | {
+        "model": hashlib.sha256(model).hexdigest(),
+        "statistics": int(plan.job.statistic),
+        "threads": threads,
+        "halfplate": package_version(),
+        **foreign_packages(plan.recipe),
+    }
+
+
+def finished_result(out: Path, source: Source, plan: Plan, identity: dict[str, Any], overwrite: bool) -> Result | None:
+    """The whole result in `out`; None where there is none.
+
+    Raises HalfplateError where the result there was made otherwise, unless it may be overwritten.
+    """
+    if not (out / RECORD_FILE).is_file():
+        return None
+    try:
+        record = read_record(out)
+        specs, _ = read_checked_headers(out)
+    except HalfplateError:
+        # Something of ours that is damaged: `check_result_folder` says what may become of it.
+        return None
+    try:
+        return _recorded(out, source, plan, identity, record, specs, overwrite)
+    # A record is data: one without what we write there is damaged, too.
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _recorded(
+    out: Path,
+    source: Source,
+    plan: Plan,
+    identity: dict[str, Any],
+    record: dict[str, Any],
+    specs: dict[str, WeightSpec],
+    overwrite: bool,
+) -> Result | None:
+    """The result that `record` tells of; None where it was made otherwise and may be overwritten."""
+    begun = {key: value for key, value in record["recipe"].items() if key != "version"} | record["identity"]
+    protocol = record["calibration"]
+    try:
+        check_same(begun, {key: value for key, value in identity.items() if key != "threads"}, f"{str(out)!r} was made")
+        _check_text(source, plan, protocol)
+    except HalfplateError:
+        if overwrite:
+            return None
+        raise
+    records = [MatrixRecord.from_json(name, record["matrices"][name]) for name in plan.specs]
+    tuned = {int(block): TunedBlock(**entry) for block, entry in record["tuned_blocks"].items()}
+    told: dict[str, Any] = {}
+    if "ratios" in record:
+        told["ratios"] = [BlockRatio(**ratio).to_json() for ratio in record["ratios"]]
+    if "search" in record:
+        told["search"] = record["search"] | {
+            "trajectory": [dict(step, kl=float(step["kl"])) for step in record["search"]["trajectory"]]
+        }
+    check = record.get("check")
+    return Result(
+        plan.with_specs(specs), Outcome(records, tuned), protocol, told, None if check is None else dict(check)
+    )
+
+
+def _check_text(source: Source, plan: Plan, protocol: dict[str, Any] | None) -> None:
+    recipe = plan.recipe
+    if protocol is None or recipe.calibration == "self":
+        return
+    tokens = calibration_tokens(
+        recipe.calibration, skeleton(source), load_tokenizer(source), recipe.samples, recipe.seq_len, recipe.seed
+    )
+    check_same({"tokens": protocol["sha256"]}, {"tokens": tokens.protocol()["sha256"]}, "the result was made")
+
+
+def assemble_weights(
+    streamed: StreamedModel, plan: Plan, work: WorkFolder, folder: Path, progress: Callable[[int, int], None]
+) -> dict[str, str]:
+    """Write the weight files of the checkpoint to `folder`; returns the SHA-256 of each tensor."""
+    found: dict[str, Finished] = {}
+    for path, plain in [
+        (work.outer, streamed.outer_names),
+        *((work.block(index), streamed.block_names(index)) for index in range(len(streamed.blocks))),
+    ]:
+        part = load_artifact(path)
+        if part is None:
+            # Nothing here is compressed.
+            _save_plain(streamed, plain, path)
+            part = load_artifact(path)
+        assert part is not None
+        found |= {name: Finished(stored, part.sha256[name]) for name, stored in part.tensors.items()}
+    names = _names(streamed, plan)
+    if set(names) != found.keys():
+        name = min(set(names) ^ found.keys())
+        raise HalfplateError(
+            f"{name} is missing or too many among the finished parts; pass --overwrite to start afresh"
+        )
+    return assemble({name: found[name] for name in names}, folder, progress)
+
+
+def _save_plain(streamed: StreamedModel, names: list[str], path: Path) -> None:
+    """Tensors that nothing is done to, in the type they will be stored in; one at a time is held."""
+    dtype = streamed.source.other_dtype
+    kinds = {name: KINDS[streamed.stored[name].kind] for name in names}
+    entries = {
+        name: (dtype if kind.is_floating_point else kind, streamed.stored[name].shape) for name, kind in kinds.items()
+    }
+    tensors = ((name, finite(name, streamed.read(name).to("cpu", entries[name][0]))) for name in entries)
+    save_artifact_of(path, entries, tensors, {})
+
+
+def _names(streamed: StreamedModel, plan: Plan) -> list[str]:
+    """The tensors of the checkpoint in the order of the compressed model."""
+    names: list[str] = []
+    for name in streamed.model.state_dict():
+        module, _, leaf = name.rpartition(".")
+        if module not in plan.specs:
+            names += [name] if name in streamed.stored else []
+        elif leaf == "weight":
+            has_bias = streamed.model.get_submodule(module).bias is not None
+            names += [f"{module}.{key}" for key in CompressedLinear(plan.specs[module], has_bias, "meta").state_dict()]
+    return names

@@ -1,0 +1,57 @@
+"""One compression under way: what all its steps share."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from halfplate.calibration import CalibrationTokens
+from halfplate.compression.open_layer import BlockView, OpenBlocks
+from halfplate.compression.work_folder import WorkFolder
+from halfplate.engines import Engine
+from halfplate.models.sources import Source
+from halfplate.planning import Plan
+from halfplate.telemetry.clock import Clock
+from halfplate.telemetry.progress import Report
+
+
+@dataclass
+class Run:
+    """source: with its tensors where they can be read one by one. blocks: what this process has open."""
+
+    source: Source
+    plan: Plan
+    threads: int
+    tokens: CalibrationTokens | None
+    work: WorkFolder
+    engine: Engine
+    blocks: OpenBlocks
+    report: Report
+    clock: Clock
+
+    @cached_property
+    def names(self) -> dict[int, list[str]]:
+        """The matrices to compress by their block."""
+        names: dict[int, list[str]] = defaultdict(list)
+        for matrix in self.plan.matrices:
+            if matrix.spec is not None and matrix.block is not None:
+                names[matrix.block].append(matrix.name)
+        return names
+
+    @property
+    def last(self) -> int:
+        """The last block that is compressed."""
+        return max(self.names)
+
+    def view(self, block: int, finished: Mapping[str, Path]) -> BlockView:
+        """A block with the matrices in `finished` compressed."""
+        recipe = self.plan.recipe
+        name = str(self.work.path)
+        return BlockView(name, self.source, recipe.device, recipe.precision, self.threads, block, dict(finished))
+
+    def parts(self, block: int) -> dict[str, Path]:
+        """Where each matrix of a finished block lies."""
+        return {name: self.work.block(block) for name in self.names[block]}

@@ -1,0 +1,277 @@
+"""The self-check after a compression: the written checkpoint against the solved weights, and against the original model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from halfplate.checkpoint.read import load, load_tokenizer, read_checked_headers
+from halfplate.compression.run import Run
+from halfplate.errors import HalfplateError, HalfplateWarning, RuinedResult
+from halfplate.evaluation.perplexity import NONSENSE_KL, compare
+from halfplate.formats import CompressedLinear, WeightSpec
+from halfplate.models.arguments import cache_argument
+from halfplate.models.blockwise import BlockwiseModel
+from halfplate.models.linears import replace_linear
+from halfplate.models.sources import Source
+from halfplate.models.streamed import StreamedModel
+from halfplate.planning.memory import check_loads_whole
+from halfplate.runtime import decoder
+from halfplate.runtime.prepare import accelerate_linears
+from halfplate.storage.artifact import load_artifact
+from halfplate.storage.tensor_file import read_tensor, read_tensors
+
+TOKENS = 128
+DECODED = 4  # tokens that the native decoder takes
+LEAST_TOKENS = 16  # fewer say nothing; then token numbers from all over the vocabulary are taken
+# Of all logits: the near-ties of a router fall otherwise for single tokens, and a GPU multiplies in halves.
+TOLERANCE = 0.02
+# Of the logits of the median token, in fp32. The kernels and torch round differently, by some 1e-5. A scale that is wrong by a
+# tenth, in one matrix of a small model, shows at 4e-3, and at less in a deep one.
+TYPICAL_TOLERANCE = 1e-3
+FULL_PRECISION = ("none", "ieee")
+# Plain words, which the smallest models know, too.
+TEXT = """Once there was an old lighthouse on a hill above the sea. Every evening Anna climbed the long stairs, lit the lamp and \
+looked for ships. One day a little boy asked her, "Why do you do this every night?" Anna smiled. "Because somebody has to," she \
+said. "When it is dark, the ships cannot see the rocks. The light tells them where the land is."
+
+The next morning the sky was blue and the sun was warm. The children ran down to the beach to play in the sand, and the men \
+mended their nets. The boy told his mother about the lamp. "I want to help Anna when I am big," he said. His mother was very happy \
+and gave him a big hug. From that day on, the boy went to the lighthouse after school.
+"""
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What the self-check found.
+
+    kl: KL(original ‖ checkpoint), mean nats per token. top1_agreement: share of tokens with the same most likely token.
+    logit_error: Frobenius norm of the difference between the logits of the checkpoint and of the solved weights, over the norm
+    of the latter. tokens: scored. loaded: `whole` as `halfplate.load` gives it, or `by layer` where it would exceed the
+    memory bound.
+    """
+
+    kl: float
+    top1_agreement: float
+    logit_error: float
+    tokens: int
+    loaded: str
+
+    @property
+    def nonsense(self) -> bool:
+        """Whether the model is too far from the original to write sensible text."""
+        return not self.kl <= NONSENSE_KL
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry `check` of `halfplate.json` and of `compress --json`; the text is Halfplate's own."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {
+            "text": "built-in",
+            "nonsense": self.nonsense,
+        }
+
+
+@torch.no_grad()
+def self_check(streamed: StreamedModel, run: Run, folder: Path, original: Source) -> SelfCheck:
+    """Compare the checkpoint in `folder` with the solved weights and with the original model, on one short built-in text.
+
+    The solved weights are multiplied out and run through the model's code, layer by layer. original: the model before its
+    transforms. Raises RuinedResult if the checkpoint computes anything else, or numbers that are not finite.
+    """
+    ids = check_tokens(load_tokenizer(folder), streamed.model).to(streamed.device)
+    specs = run.plan.specs
+    whole = check_loads_whole(run.plan.sizes, list(specs.values()), run.plan.job)
+    written = _Written(folder)
+    variants: list[Callable[[int], None]] = [lambda index: _put_solved(streamed, run, index)]
+    if not whole:
+        variants.append(lambda index: written.put(streamed, index))
+    if original is streamed.source:
+        expected, solved, *rest = _logits(streamed, ids, [_unchanged, *variants])
+    else:
+        (expected,) = _logits(StreamedModel(original, run.plan.recipe.device), ids, [_unchanged])
+        solved, *rest = _logits(streamed, ids, variants)
+    stored = rest[0] if rest else _loaded_logits(folder, ids, run.plan.recipe.device)
+    if not whole:
+        written.check_outer(streamed)
+    error = _checked_error(stored, solved, exact=_in_full_precision(streamed))
+    measures = compare(stored[:, :-1].flatten(0, 1), expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return SelfCheck(
+        kl=_short(measures["kl"]),
+        top1_agreement=_short(measures["top1_agreement"]),
+        logit_error=_short(error),
+        tokens=ids.shape[1] - 1,
+        loaded="whole" if whole else "by layer",
+    )
+
+
+def _checked_error(stored: Tensor, solved: Tensor, exact: bool) -> float:
+    """The Frobenius norm of the difference of logits over that of `solved`, all tokens together.
+
+    exact: whether both were multiplied in fp32. Raises RuinedResult where the difference is more than that of two ways to round.
+    """
+    least = torch.finfo(torch.float32).tiny
+    error = float((stored - solved).norm() / solved.norm().clamp_min(least))
+    typical = ((stored - solved).norm(dim=-1) / solved.norm(dim=-1).clamp_min(least)).median()
+    measures = [("", error, TOLERANCE), (" at half of the tokens", float(typical), TYPICAL_TOLERANCE)]
+    for where, found, most in measures if exact else measures[:1]:
+        if not found <= most:
+            raise _ruined(
+                f"the logits of the written checkpoint differ from those of the solved weights by {found:.2g} of their norm{where}, "
+                f"expected at most {most}"
+            )
+    return error
+
+
+def _in_full_precision(streamed: StreamedModel) -> bool:
+    """Whether torch multiplies fp32 as fp32 here: on the processor, unless the process has allowed it less."""
+    # Older versions of torch have no such setting.
+    products: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    return streamed.device.type == "cpu" and getattr(products, "fp32_precision", "ieee") in FULL_PRECISION
+
+
+def _ruined(what: str) -> RuinedResult:
+    return RuinedResult(
+        f"self-check: {what}; nothing was written to OUT: run `halfplate doctor` and report this model, or skip the check with --no-check"
+    )
+
+
+def check_tokens(tokenizer: Any, model: Any) -> Tensor:
+    """The tokens int64 (1, at most TOKENS) of the built-in text that the model's vocabulary holds."""
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or TOKENS
+    length = max(2, min(TOKENS, context))
+    ids = [token for token in tokenizer(TEXT)["input_ids"] if token < config.vocab_size][:length]
+    if len(ids) < min(LEAST_TOKENS, length):
+        ids = [number * (config.vocab_size - 1) // (length - 1) for number in range(length)]
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")
+
+
+def _unchanged(index: int) -> None:
+    """Leave a layer as it is."""
+
+
+def _logits(streamed: StreamedModel, ids: Tensor, variants: list[Callable[[int], None]]) -> list[Tensor]:
+    """Logits fp32 (1, L, vocabulary) of the model with each decoder layer changed by each of `variants`, one layer in memory."""
+    blockwise = streamed.blockwise
+    with streamed.outer(head=True), _in_fp32(blockwise):
+        _round_outer(streamed)
+        # Each variant has arguments of its own: layers may write into them (shared keys and values, caches).
+        states = [streamed.embed(ids) for _ in variants]
+        for index in range(len(streamed.blocks)):
+            for number, variant in enumerate(variants):
+                streamed.load_block(index)
+                try:
+                    variant(index)
+                    states[number] = blockwise.run_block(index, states[number])
+                finally:
+                    streamed.free_block(index)
+        return [blockwise.finish(state).float().cpu() for state in states]
+
+
+@contextmanager
+def _in_fp32(blockwise: BlockwiseModel) -> Iterator[None]:
+    """Calibration may multiply in bf16; what is compared here must not."""
+    precision, blockwise.precision = blockwise.precision, "fp32"
+    try:
+        yield
+    finally:
+        blockwise.precision = precision
+
+
+def _round_outer(streamed: StreamedModel) -> None:
+    """Round what stands outside the layers to the type that it is stored in."""
+    tensors = streamed.model.state_dict(keep_vars=True)
+    for name in streamed.outer_names:
+        if tensors[name].is_floating_point() and not tensors[name].is_meta:
+            tensors[name].copy_(tensors[name].to(streamed.source.other_dtype))
+
+
+def _put_solved(streamed: StreamedModel, run: Run, index: int) -> None:
+    """Give the layer the weights that were solved, multiplied out; the original linears stay."""
+    if not run.names.get(index):
+        return
+    part = load_artifact(run.work.block(index))
+    if part is None:
+        raise HalfplateError(f"the finished part of layer {index} is gone; run the same command again with --resume")
+    tensors = {name: read_tensor(stored).to(streamed.device) for name, stored in part.tensors.items()}
+    block, prefix = streamed.blocks[index], f"{streamed.prefix}.{index}."
+    specs = {name: run.plan.specs[name] for name in run.names[index]}
+    linears = _linears(specs, tensors, block, prefix)
+    state = dict(block.state_dict(keep_vars=True))
+    for name, tensor in tensors.items():
+        if (inner := name.removeprefix(prefix)) in state and name.rpartition(".")[0] not in specs:
+            state[inner].copy_(tensor)
+    for name, module in linears.items():
+        cast(nn.Linear, block.get_submodule(name.removeprefix(prefix))).weight.copy_(module.matrix.dense())
+
+
+def _linears(
+    specs: Mapping[str, WeightSpec], tensors: Mapping[str, Tensor], block: nn.Module, prefix: str
+) -> dict[str, CompressedLinear]:
+    """The compressed linears of a layer by full name, over the tensors that are stored for them."""
+    linears = {}
+    for name, spec in specs.items():
+        stored = {key: tensors[f"{name}.{key}"] for key in spec.layout()}
+        bias = cast(nn.Linear, block.get_submodule(name.removeprefix(prefix))).bias
+        linears[name] = CompressedLinear.from_stored(stored, spec, tensors.get(f"{name}.bias", bias))
+    for module in linears.values():
+        if module.spec.in_shared is not None:
+            module.lend(linears[module.spec.in_shared])
+    return linears
+
+
+class _Written:
+    """The checkpoint in a folder, read layer by layer."""
+
+    def __init__(self, folder: Path) -> None:
+        self._specs, self._found = read_checked_headers(folder)
+
+    def check_outer(self, streamed: StreamedModel) -> None:
+        """Raise RuinedResult unless what stands outside the layers is that of the original, in the type that it is stored in."""
+        for name in streamed.outer_names:
+            ((_, stored),) = read_tensors({name: self._found[name]})
+            if not torch.equal(stored, streamed.read(name).to("cpu", stored.dtype)):
+                raise _ruined(f"{name} in the written checkpoint is not that of the original")
+
+    def put(self, streamed: StreamedModel, index: int) -> None:
+        """Give the layer what the checkpoint stores for it, its compressed linears on the fastest path."""
+        prefix = f"{streamed.prefix}.{index}."
+        block = streamed.blocks[index]
+        found = {name: stored for name, stored in self._found.items() if name.startswith(prefix)}
+        tensors = {name: tensor.to(streamed.device) for name, tensor in read_tensors(found)}
+        specs = {name: spec for name, spec in self._specs.items() if name.startswith(prefix)}
+        state = dict(block.state_dict(keep_vars=True))
+        linears = _linears(specs, tensors, block, prefix)
+        for name, tensor in tensors.items():
+            if (inner := name.removeprefix(prefix)) in state and name.rpartition(".")[0] not in specs:
+                state[inner].copy_(tensor)
+        for name, module in linears.items():
+            replace_linear(block, name.removeprefix(prefix), module)
+        accelerate_linears(block)
+
+
+def _loaded_logits(folder: Path, ids: Tensor, device: str) -> Tensor:
+    """Logits of the checkpoint as `halfplate.load` gives it, the last tokens one by one where decoding is native."""
+    with warnings.catch_warnings():
+        # What has no kernel was said at the start; the folder has no name of the user's yet.
+        warnings.simplefilter("ignore", HalfplateWarning)
+        model: Any = load(folder, device=device)
+    if decoder.why_not(model) is not None or ids.shape[1] <= DECODED:
+        return cast(Tensor, model(input_ids=ids, use_cache=False).logits).float().cpu()
+    found = model(input_ids=ids[:, :-DECODED], use_cache=True)
+    name = cache_argument(model.forward)
+    cache, logits = {name: getattr(found, name)}, [found.logits]
+    for token in ids[:, -DECODED:].split(1, dim=1):
+        logits.append(model(input_ids=token, use_cache=True, **cache).logits)
+    return torch.cat(logits, 1).float().cpu()
+
+
+def _short(value: float) -> float:
+    """Six digits: more would differ between machines."""
+    return float(f"{value:.6g}")

@@ -1,0 +1,183 @@
+"""The calibration tokens on their way through the blocks, and what is learned from them there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from halfplate.calibration import BATCH, input_stages
+from halfplate.calibration.collect import StageSums
+from halfplate.compression.hidden_states import Arguments, Batches, HiddenStates
+from halfplate.compression.kept_statistics import load_sums
+from halfplate.compression.run import Run
+from halfplate.compression.task_memory import memory_to_collect, memory_to_run
+from halfplate.compression.tasks import CollectSums, RunBlock
+from halfplate.compression.token_arguments import TokenArguments
+from halfplate.models.handover import BlockArguments, differing
+from halfplate.statistics import InputStatistics
+from halfplate.storage.artifact import remove_artifact
+
+DENSE, COMPRESSED = "dense", "compressed"  # streams: of the dense model, and through what is compressed
+
+
+class Streams:
+    """The hidden states of the tokens before some block, in one stream or both; none where no text runs.
+
+    names: the streams there are. corrected: whether cross moments between the two are collected.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.recipe = run, run.plan.recipe
+        self.corrected = run.plan.job.corrects
+        self.names = self._names()
+        self._limit = None if self.recipe.token_limit == "none" else self.recipe.token_limit
+        self._arguments: dict[int, Arguments] = {}
+        self._reference: dict[int, Sequence[BlockArguments]] = {}
+        self._own, self._embedded = TokenArguments(run.work.arguments), False
+        self._at = 0  # the block whose inputs they are
+
+    def _names(self) -> tuple[str, ...]:
+        if self.run.tokens is None:
+            return ()
+        if self.recipe.inputs == "dense":
+            return (DENSE,)
+        return (COMPRESSED, DENSE) if self.run.plan.job.streams == 2 else (COMPRESSED,)
+
+    def reach(self, block: int) -> None:
+        """Bring them to the inputs of `block`, from the nearest block before it that they are known for."""
+        start = next((at for at in range(block, 0, -1) if at == self._at or self._whole(at)), 0)
+        self._know_arguments()
+        if not (self._embedded or self._own.whole()) or (start == 0 and not self._whole(0)):
+            self._embed()
+            if start:
+                self.forget(0)
+        self._embedded = True
+        for at in range(start, block):
+            self.advance(at, self.run.parts(at))
+            self.forget(at)
+        self._at = block
+
+    def pass_by(self, block: int, streams: tuple[str, ...] | None = None) -> None:
+        """Take them from the inputs of `block` to its outputs, and forget the inputs; after the last block just forget."""
+        if block < self.run.last:
+            self.advance(block, self.run.parts(block), streams)
+            self._at = block + 1
+        self.forget(block)
+
+    def forget(self, block: int) -> None:
+        for stream in self.names:
+            self.hidden(stream, block).remove()
+
+    def _whole(self, block: int) -> bool:
+        return all(self.hidden(stream, block).whole() for stream in self.names)
+
+    def hidden(self, stream: str, block: int) -> HiddenStates:
+        """The inputs of `block` in a stream."""
+        # Before the first block all streams are one.
+        return HiddenStates(self.run.work.hidden(stream if block else DENSE, block), self._shape, BATCH)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        assert self.run.tokens is not None
+        samples, length = self.run.tokens.ids.shape
+        return samples, length, self.run.source.config.get_text_config().hidden_size
+
+    def batches(self, stream: str, block: int) -> Batches:
+        """The same as inputs that the block can be called with."""
+        return Batches(self.hidden(stream, block), self._arguments[block], block, self.recipe.device, own=self._own)
+
+    def _embed(self) -> None:
+        """The inputs of the first block, and the arguments of all blocks that depend on the tokens."""
+        assert self.run.tokens is not None
+        streamed = self.run.blocks.model(self.run.view(0, {}))
+        target = self.hidden(DENSE, 0)
+        with streamed.outer(head=False):
+            for number, ids in enumerate(self.run.tokens.ids.to(self.recipe.device).split(BATCH)):
+                inputs = streamed.embed(ids)
+                target.write(number, inputs.hidden)
+                self._own.write(number, differing(self._reference[len(ids)], inputs.all_arguments))
+        self._own.finish(target.batches)
+
+    def _know_arguments(self) -> None:
+        """The other arguments of every block for every size of batch, those of the first tokens."""
+        if self._arguments:
+            return
+        assert self.run.tokens is not None
+        streamed = self.run.blocks.model(self.run.view(0, {}))
+        self.run.blocks.close()
+        with streamed.outer(head=False):
+            for size in {len(ids) for ids in self.run.tokens.ids.split(BATCH)}:
+                inputs = streamed.embed(self.run.tokens.ids[:size].to(self.recipe.device))
+                self._reference[size] = inputs.all_arguments
+        self._arguments = {
+            block: {size: arguments[block] for size, arguments in self._reference.items()}
+            for block in range(self.run.last + 1)
+        }
+
+    def advance(self, block: int, parts: Mapping[str, Path], streams: tuple[str, ...] | None = None) -> None:
+        """Run them through a block, whose matrices lie in `parts`; streams: those in question, by default all."""
+        streams = self.names if streams is None else streams
+        pairs = {stream: (self.hidden(stream, block), self.hidden(stream, block + 1)) for stream in streams}
+        view, plain = self.run.view(block, parts), (None, None)
+        if COMPRESSED not in self.names:
+            # The one stream is the dense model's: no second copy of the block is needed.
+            view, pairs = self.run.view(block, {}), {COMPRESSED: pairs[DENSE]}
+        (hidden, out), (dense, dense_out) = (pairs.get(stream, plain) for stream in (COMPRESSED, DENSE))
+        arguments, memory = self._arguments[block], self._memory_to_run(block)
+        tasks = [
+            RunBlock(view, hidden, out, dense, dense_out, arguments, sum(chunks, ()), memory, self._own)
+            for chunks in self._shares()
+        ]
+        for _ in self.run.engine.run(tasks):
+            pass
+
+    def _shares(self) -> list[tuple[tuple[int, ...], ...]]:
+        """The chunks of batches for each task: all for one process; one by one where several share them."""
+        chunks = self.hidden(DENSE, 0).chunks
+        return [(chunk,) for chunk in chunks] if self.run.engine.elsewhere else [chunks]
+
+    def _memory_to_run(self, block: int) -> int:
+        _, length, width = self._shape
+        return memory_to_run([self.run.plan.specs[name] for name in self.run.names[block]], BATCH * length * width)
+
+    def stages(self, block: int, done: Mapping[str, Path]) -> list[list[str]]:
+        """The linears of a block by what must be compressed before their inputs are final."""
+        names = self.run.names[block]
+        if self.recipe.inputs == "dense":
+            return [names]
+        blockwise, _ = self.run.blocks.open(self.run.view(block, done), dense=DENSE in self.names)
+        return input_stages(blockwise, block, self.batches(COMPRESSED, block)[0], names)
+
+    def collect(self, block: int, stage: list[str], done: Mapping[str, Path]) -> dict[str, InputStatistics]:
+        """Statistics of the linears `stage` of a block in which the matrices in `done` are compressed."""
+        hidden = self.hidden(COMPRESSED if COMPRESSED in self.names else DENSE, block)
+        dense = self.hidden(DENSE, block) if self.corrected else None
+        specs = [self.run.plan.specs[name] for name in stage]
+        memory = self._memory_to_run(block) + memory_to_collect(specs, self.run.plan.job.statistic)
+        tasks = [
+            CollectSums(
+                self.run.view(block, done),
+                tuple(stage),
+                self.run.plan.job.statistic,
+                self._limit,
+                hidden,
+                dense,
+                self._arguments[block],
+                chunks,
+                # No name is used twice: network storage may show an old file under it.
+                self.run.work.scratch / f"sums-{stage[0]}-{chunks[0][0]}.safetensors"
+                if self.run.engine.elsewhere
+                else None,
+                memory,
+                self._own,
+            )
+            for chunks in self._shares()
+        ]
+        whole = StageSums()
+        for found in self.run.engine.run(tasks):
+            if isinstance(found, StageSums):
+                whole.merge(found)
+            else:
+                whole.merge(load_sums(found))
+                remove_artifact(found)
+        return whole.statistics(stage)

@@ -1,0 +1,33 @@
+"""The memory that tasks of a compression take. Rough, and rather too much than too little."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from halfplate.formats import WeightSpec
+from halfplate.methods.base import Method
+from halfplate.solvers.target import correcting_nbytes
+from halfplate.statistics import Statistic
+
+PROCESS_NBYTES = 700_000_000  # Python with torch and transformers
+
+
+def memory_to_solve(method: Method, specs: Iterable[WeightSpec]) -> int:
+    """Bytes in which matrices of one input are corrected for compressed inputs and solved, together where they are several."""
+    specs = list(specs)
+    weights = sum(spec.d_out * spec.d_in for spec in specs)
+    width = max(spec.d_in for spec in specs) if method.requires >= Statistic.GRAM else 0
+    correcting = correcting_nbytes(weights, width) if width else 0
+    solving = sum(method.solving_nbytes(spec) for spec in specs)
+    return PROCESS_NBYTES + 4 * weights + 16 * width**2 + max(correcting, solving)
+
+
+def memory_to_run(specs: Iterable[WeightSpec], hidden: int) -> int:
+    """Bytes in which text runs through a block of these matrices, and through the dense one; hidden: values of one batch."""
+    # Each compressed matrix has its product beside it meanwhile.
+    return PROCESS_NBYTES + 3 * 4 * sum(spec.d_out * spec.d_in for spec in specs) + 16 * 4 * hidden
+
+
+def memory_to_collect(specs: Iterable[WeightSpec], needed: Statistic) -> int:
+    """Bytes of the sums for matrices of which each may have an input of its own: a chunk's, and a batch's being added."""
+    return sum(24 * spec.d_in**2 for spec in specs) if needed >= Statistic.GRAM else 0

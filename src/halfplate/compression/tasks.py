@@ -1,0 +1,181 @@
+"""The pieces of work that engines hand to processes: each reads what it needs from files and gives the same result anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from halfplate.calibration import DenseRun
+from halfplate.calibration.collect import StageSums, stage_sums
+from halfplate.compression.heap import trim
+from halfplate.compression.hidden_states import Arguments, Batches, HiddenStates
+from halfplate.compression.kept_statistics import load_statistics, save_sums
+from halfplate.compression.open_layer import BlockView, OpenBlocks
+from halfplate.compression.task_memory import memory_to_solve
+from halfplate.compression.token_arguments import TokenArguments
+from halfplate.engines.needs import Needs
+from halfplate.formats import WeightSpec
+from halfplate.formats.linear import assembled
+from halfplate.methods.base import Method
+from halfplate.methods.solving import MatrixRecord, solve_matrices
+from halfplate.models.blockwise import BlockwiseModel
+from halfplate.statistics import InputStatistics, Statistic
+from halfplate.storage.artifact import Artifact, save_artifact
+
+
+@dataclass(frozen=True)
+class CollectSums:
+    """Sums over some chunks of batches of what reaches the linears `names` of a block.
+
+    dense: where the block's inputs in the dense model lie, if cross moments are wanted. chunks: the batches of each; those of one
+    are summed by themselves, and then the chunks in their order. out: a part to leave the sums in, for a process whose memory the
+    caller does not see. memory: bytes. own: arguments that depend on the tokens.
+    """
+
+    view: BlockView
+    names: tuple[str, ...]
+    statistic: Statistic
+    token_limit: float | None
+    hidden: HiddenStates
+    dense: HiddenStates | None
+    arguments: Arguments
+    chunks: tuple[tuple[int, ...], ...]
+    out: Path | None = None
+    memory: int = 0
+    own: TokenArguments | None = None
+
+    keeps: ClassVar[type[Any]] = OpenBlocks
+
+    @property
+    def cost(self) -> float:
+        return float(sum(map(len, self.chunks)))
+
+    @property
+    def needs(self) -> Needs:
+        return self.view.needs(self.memory)
+
+    @torch.no_grad()
+    def run(self, blocks: OpenBlocks) -> StageSums | Path:
+        trim()
+        torch.set_num_threads(self.view.threads)
+        blockwise, before = blocks.open(self.view, dense=self.dense is not None)
+        sums = StageSums()
+        with assembled(blockwise.blocks[self.view.index]):
+            for chunk in self.chunks:
+                sums.merge(self._sums(blockwise, before, chunk))
+        if self.out is None:
+            return sums
+        save_sums(self.out, sums)
+        return self.out
+
+    def _sums(self, blockwise: BlockwiseModel, before: nn.Module | None, chunk: tuple[int, ...]) -> StageSums:
+        def batches(hidden: HiddenStates) -> Batches:
+            return Batches(hidden, self.arguments, self.view.index, self.view.device, chunk, self.own)
+
+        dense = None if self.dense is None or before is None else DenseRun(before, batches(self.dense))
+        inputs = batches(self.hidden)
+        return stage_sums(blockwise, self.view.index, inputs, self.names, self.statistic, dense, self.token_limit)
+
+
+@dataclass(frozen=True)
+class SolveMatrices:
+    """Solve one matrix, or all that share a wrapper, and leave them in a part; gives back their records.
+
+    statistics: as they are, or the part that `save_statistics` wrote, with the name of the input's leader.
+    """
+
+    view: BlockView
+    specs: Mapping[str, WeightSpec]
+    method: Method
+    cross_damping: float | Literal["none"]
+    statistics: InputStatistics | tuple[Path, str]
+    out: Path
+
+    keeps: ClassVar[type[Any]] = OpenBlocks
+
+    @property
+    def cost(self) -> float:
+        return float(sum(spec.d_out * spec.d_in * spec.d_in for spec in self.specs.values()))
+
+    @property
+    def needs(self) -> Needs:
+        return self.view.needs(memory_to_solve(self.method, self.specs.values()))
+
+    @torch.no_grad()
+    def run(self, blocks: OpenBlocks) -> list[MatrixRecord]:
+        trim()
+        torch.set_num_threads(self.view.threads)
+        statistics = self.statistics
+        if not isinstance(statistics, InputStatistics):
+            statistics = load_statistics(*statistics, self.view.device)
+        names = list(self.specs)
+        weights = [blocks.weight(self.view, name) for name in names]
+        solved, records = solve_matrices(names, weights, self.method, statistics, self.specs, self.cross_damping)
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, compressed in zip(names, solved, strict=True)
+            for key, tensor in compressed.tensors().items()
+            if key in self.specs[name].layout()
+        }
+        save_artifact(self.out, tensors, facts_of(records, self.specs), durable=False)
+        return records
+
+
+@dataclass(frozen=True)
+class RunBlock:
+    """Take some batches through a block: from `hidden` to `out`, and through the dense block from `dense` to `dense_out`.
+
+    memory: bytes. own: arguments that depend on the tokens.
+    """
+
+    view: BlockView
+    hidden: HiddenStates | None
+    out: HiddenStates | None
+    dense: HiddenStates | None
+    dense_out: HiddenStates | None
+    arguments: Arguments
+    numbers: tuple[int, ...]
+    memory: int = 0
+    own: TokenArguments | None = None
+
+    keeps: ClassVar[type[Any]] = OpenBlocks
+
+    @property
+    def cost(self) -> float:
+        return float(len(self.numbers))
+
+    @property
+    def needs(self) -> Needs:
+        return self.view.needs(self.memory)
+
+    @torch.no_grad()
+    def run(self, blocks: OpenBlocks) -> None:
+        trim()
+        torch.set_num_threads(self.view.threads)
+        blockwise, before = blocks.open(self.view, dense=self.dense is not None)
+        for source, target, module in ((self.hidden, self.out, None), (self.dense, self.dense_out, before)):
+            if source is None or target is None:
+                continue
+            batches = Batches(source, self.arguments, self.view.index, self.view.device, self.numbers, self.own)
+            with assembled(blockwise.blocks[self.view.index] if module is None else module):
+                for position, number in enumerate(self.numbers):
+                    after = blockwise.run_block(self.view.index, batches[position], module)
+                    target.write(number, after.hidden, after.carried)
+
+
+def facts_of(records: list[MatrixRecord], specs: Mapping[str, WeightSpec]) -> dict[str, object]:
+    """What a part says of its matrices."""
+    return {
+        "specs": {record.name: specs[record.name].to_json() for record in records},
+        "records": {record.name: record.to_json() | {"seconds": record.seconds} for record in records},
+    }
+
+
+def records_in(part: Artifact) -> list[MatrixRecord]:
+    """The records of the matrices in a part."""
+    return [MatrixRecord.from_json(name, entry) for name, entry in part.facts["records"].items()]

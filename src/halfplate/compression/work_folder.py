@@ -1,0 +1,165 @@
+"""What an unfinished compression keeps beside its result: its artifacts, and what they belong to."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from halfplate.checkpoint.output import LOCK_FILE, sole_user, work_place
+from halfplate.errors import HalfplateError
+from halfplate.storage.artifact import read_json, write_json
+
+IDENTITY_FILE = "identity.json"
+
+
+class WorkFolder:
+    """The hidden folder beside `out` of one compression; at most one process works in it."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.path = work_place(out.resolve())
+
+    def block(self, index: int) -> Path:
+        return self.path / "blocks" / f"{index:05d}.safetensors"
+
+    def matrix(self, name: str) -> Path:
+        return self.path / "matrices" / f"{name}.safetensors"
+
+    def remove_hidden(self) -> None:
+        """Forget the hidden states between two blocks: they are run anew."""
+        shutil.rmtree(self.path / "hidden", ignore_errors=True)
+
+    @property
+    def arguments(self) -> Path:
+        return self.path / "arguments"
+
+    def hidden(self, stream: str, index: int) -> Path:
+        return self.path / "hidden" / f"{stream}-{index:05d}"
+
+    @property
+    def identity(self) -> Path:
+        return self.path / IDENTITY_FILE
+
+    @property
+    def tokens(self) -> Path:
+        return self.path / "tokens.safetensors"
+
+    @property
+    def levels(self) -> Path:
+        return self.path / "levels.json"
+
+    @property
+    def outer(self) -> Path:
+        return self.path / "outer.safetensors"
+
+    def transformed(self, transform: int, piece: int) -> Path:
+        """A piece of what the transform of that number has made."""
+        return self.path / "transforms" / str(transform) / f"{piece:05d}.safetensors"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.partial"
+
+    @property
+    def scratch(self) -> Path:
+        return self.path / "scratch"
+
+    def clear(self) -> None:
+        """Remove all that is in the folder, which stays ours."""
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK_FILE:
+                entry.unlink()
+
+    def remove_abandoned(self) -> None:
+        """Remove what an earlier run left, unless a process works there."""
+        with suppress(OSError, HalfplateError), sole_user(self.path, self.out):
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    @property
+    def identity_copy(self) -> Path:
+        """All finished parts are worth nothing without the identity, so it is there twice."""
+        return self.path / "identity.copy.json"
+
+    def begun(self) -> dict[str, Any] | None:
+        """The identity of the work in the folder; None where there is none, or neither copy is whole."""
+        return read_json(self.identity) or read_json(self.identity_copy)
+
+    def finished_work(self) -> bool:
+        """Whether anything in the folder would be lost with it."""
+        kinds = ("blocks", "matrices", "transforms/*")
+        return self.levels.exists() or any(any(self.path.glob(f"{kind}/*.json")) for kind in kinds)
+
+    @contextmanager
+    def opened(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> Iterator[None]:
+        """While inside, the folder is there and ours; it goes where the block ends, and stays where it raises with work done.
+
+        Raises HalfplateError where another process works there, where work is left and neither `resume` nor `overwrite` is
+        given, and, without `overwrite`, where it was begun with another `identity`, naming what differs; and for what the system
+        refuses.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with sole_user(self.path, self.out):
+                self._begin(identity, resume, overwrite)
+                try:
+                    yield
+                except BaseException:
+                    if not self.finished_work():
+                        shutil.rmtree(self.path, ignore_errors=True)
+                    raise
+                shutil.rmtree(self.path, ignore_errors=True)
+        except OSError as error:
+            raise HalfplateError(self._refused(error)) from error
+
+    def _begin(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        begun = self.begun()
+        if begun is not None and resume:
+            try:
+                check_same(begun, identity, f"the compression in {str(self.path)!r} began")
+            except HalfplateError:
+                if not overwrite:
+                    raise
+            else:
+                return
+        if begun is None and resume and self.finished_work() and not overwrite:
+            raise HalfplateError(
+                f"--resume: {str(self.identity)!r} and its copy are damaged or gone, so that nothing says what the finished parts beside it belong to; "
+                "pass --overwrite to start afresh"
+            )
+        if begun is not None and self.finished_work() and not overwrite:
+            raise HalfplateError(
+                f"out={str(self.out)!r}: an interrupted compression left its finished parts in {str(self.path)!r}; pass --resume to go on "
+                "from them, or --overwrite to start afresh"
+            )
+        self.clear()
+        for file in (self.identity, self.identity_copy):
+            write_json(file, identity, durable=False)
+
+    def _refused(self, error: OSError) -> str:
+        text = " ".join(str(error).split())
+        kept = "what is finished is kept, --resume goes on from it"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"out={str(self.out)!r}: the disk is full ({text}); free some space: {kept}"
+        return f"out={str(self.out)!r}: {str(self.path)!r} cannot be used ({text}); check that the place is there and can be written: {kept}"
+
+
+def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], when: str) -> None:
+    """Raise HalfplateError naming the first entry in which two identities differ."""
+    # What was asked for says more than the packages that it comes from.
+    for name in sorted(begun.keys() | now.keys(), key=lambda name: (name == "plugins", name)):
+        if begun.get(name) != now.get(name):
+            raise HalfplateError(
+                f"--resume: {name} was {_short(begun.get(name))} when {when} and is {_short(now.get(name))} now; give the same again, "
+                "or pass --overwrite to start afresh"
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

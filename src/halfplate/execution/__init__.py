@@ -1,1 +1,0 @@
-"""Executors: what carries a plan out."""

@@ -1,0 +1,88 @@
+"""Compression of a dense model while transformers loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from halfplate.checkpoint.config import read_record, read_specs
+from halfplate.checkpoint.weights import read_headers
+from halfplate.compression.compress import compress
+from halfplate.defaults import plain_defaults
+from halfplate.errors import HalfplateError
+from halfplate.formats import CompressedLinear, WeightSpec, connect
+from halfplate.models.linears import replace_linear
+from halfplate.recipe import Recipe
+from halfplate.storage.tensor_file import read_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@plain_defaults()
+@torch.no_grad()
+def compress_in_place(
+    model: PreTrainedModel, source: Path | None, recipe: Recipe | None
+) -> tuple[dict[str, WeightSpec], dict[str, Any]]:
+    """Compress the dense model in the folder `source` and put the result into `model`, which was loaded from there.
+
+    What it becomes is what `compress` would have written; other tensors keep the element type that `model` was loaded in.
+    Returns the specifications of the compressed modules and the record of the compression. Raises HalfplateError where
+    `compress` does, and where parts of the model are not in memory.
+    """
+    absent = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
+    if source is None or absent is not None:
+        what = "the model has no weight files" if source is None else f"{absent} is not in memory"
+        raise HalfplateError(
+            f"recipe: {what}, so nothing can be compressed while it is loaded; run `halfplate compress` and load its result"
+        )
+    with TemporaryDirectory(prefix="halfplate-") as scratch:
+        out = Path(scratch) / "checkpoint"
+        compress(str(_with_tokenizer(source, model)), out, recipe or Recipe(), check=False)
+        specs, record = read_specs(out), read_record(out)
+        tensors = dict(read_tensors(read_headers(out)))
+    _check_shapes(model, specs, tensors)
+    for name, spec in specs.items():
+        linear = cast(nn.Linear, model.get_submodule(name))
+        bias = linear.bias
+        module = CompressedLinear(
+            spec, bias is not None, "meta", None if bias is None else bias.dtype, linear.weight.dtype
+        )
+        stored = {part: tensors.pop(f"{name}.{part}").to(linear.weight.device) for part in spec.layout()}
+        module.load_state_dict(stored | ({} if bias is None else {"bias": bias.detach()}), assign=True)
+        replace_linear(model, name, module.requires_grad_(False))
+    connect(model)
+    # Tuning and transforms may have changed what stays dense, too.
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)
+    return specs, record | {"model": model.config.name_or_path}
+
+
+def _check_shapes(model: PreTrainedModel, specs: Mapping[str, WeightSpec], tensors: Mapping[str, Tensor]) -> None:
+    """Raise HalfplateError if a transform has made another model than the one that is being loaded."""
+    state = model.state_dict(keep_vars=True)
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (spec.d_out, spec.d_in) for name, spec in specs.items()}
+    inside = tuple(f"{name}." for name in specs)
+    shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith(inside)}
+    for name, shape in shapes.items():
+        if name not in state or tuple(state[name].shape) != shape:
+            raise HalfplateError(
+                f"recipe: its transforms make {name} of shape {shape}, which the model that is being loaded does not have; "
+                "run `halfplate compress` and load its result"
+            )
+
+
+def _with_tokenizer(source: Path, model: PreTrainedModel) -> Path:
+    """`source`, after the tokenizer of a Hub model has joined its weights there."""
+    revision = getattr(model.config, "_commit_hash", None)
+    if revision is not None:
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(model.config.name_or_path, revision=revision)
+    return source

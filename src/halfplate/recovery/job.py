@@ -1,0 +1,361 @@
+"""Recovery as a job: read, gather text, train, write, judge; resumable, and the same under `accelerate launch`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from halfplate.calibration import calibration_tokens
+from halfplate.calibration.documents import Text
+from halfplate.calibration.text import check_seq_len, check_tokens_fit
+from halfplate.calibration.vocabulary import check_tokens, vocabulary_of
+from halfplate.checkpoint.config import RECORD_FILE, other_dtype, read_record, read_specs
+from halfplate.checkpoint.output import LOCK_FILE, check_place, check_result_folder, sole_user
+from halfplate.checkpoint.read import load, load_tokenizer
+from halfplate.checkpoint.write import write_checkpoint
+from halfplate.defaults import plain_defaults
+from halfplate.device import check_device
+from halfplate.errors import HalfplateError, RuinedResult
+from halfplate.evaluation.perplexity import evaluate, token_windows
+from halfplate.headroom import check_memory
+from halfplate.models.sources import Source, is_compressed, load_dense, open_source
+from halfplate.models.sources import load_tokenizer as load_dense_tokenizer
+from halfplate.recovery.distillation import Progress, check_trainable, in_training, train
+from halfplate.recovery.settings import HELD_OUT, Recovery
+from halfplate.recovery.state import State, load_state, save_state
+from halfplate.telemetry.clock import Clock
+from halfplate.telemetry.log import run_log
+from halfplate.telemetry.progress import Report, silent
+
+SAVE_MINUTES = 5.0
+TEXT = "text-"  # and a digest of all that a sampled text depends on: other settings find it again
+
+
+@plain_defaults()
+def recover(
+    model: str | Path,
+    teacher: str,
+    out: str | Path,
+    settings: Recovery,
+    overwrite: bool = False,
+    resume: bool = False,
+    report: Report = silent,
+    save_minutes: float = SAVE_MINUTES,
+    device: str = "cpu",
+) -> dict[str, Any] | None:
+    """Train the checkpoint `model` towards the dense `teacher`, write the result to `out` and return the summary.
+
+    The masks stay. The state is kept beside `out`, in a hidden folder that goes when `out` is whole, and saved about every
+    `save_minutes`; resume: go on from it. Under `accelerate launch` each process takes its share of every batch; all but the
+    main one return None. Raises HalfplateError on bad input (a teacher of another vocabulary or depth, a state of other
+    settings), RuinedResult after writing where the held-out KL did not fall.
+    """
+    base, out = Path(model), Path(out)
+    if not save_minutes >= 0:
+        raise HalfplateError(
+            f"save_every={save_minutes} must be minutes between two saves, 0 or more; try {SAVE_MINUTES:g}"
+        )
+    check_device(device)
+    check_place(out)
+    if not is_compressed(base):
+        raise HalfplateError(f"model={str(model)!r} is not a Halfplate checkpoint; give the OUT of halfplate compress")
+    source = _open_teacher(teacher)
+    check_trainable(read_specs(base), settings)
+    tokenizer = load_dense_tokenizer(source)
+    _check_tokenizer(base, source.name, tokenizer)
+    accelerator = Accelerator(cpu=device == "cpu")
+    report = report if accelerator.is_main_process else silent
+    if settings.text == "self":
+        check_tokens_fit("samples", settings.samples, settings.seq_len)
+    given = None if settings.text == "self" else _given_windows(settings, tokenizer)
+    identity = _identity(base, source, settings, given)
+    finished = _finished(out, identity) if resume else None
+    work = out.resolve().with_name(f".{out.resolve().name}.recovery")
+    if finished is not None:
+        if not accelerator.is_main_process:
+            return None
+        if work.is_dir():  # of a run that was killed after its result was whole
+            with sole_user(work, out):
+                shutil.rmtree(work, ignore_errors=True)
+        return finished
+    check_result_folder(out, overwrite, source.path)
+    if out.resolve() == base.resolve():
+        raise HalfplateError(f"out={str(out)!r} is the checkpoint that is read; choose another folder")
+    order = _Order(base, out, source, settings, given, identity, accelerator, work, overwrite or resume, save_minutes)
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        _carry_out(order, report)
+        return None
+    with _begun(order, overwrite, resume), run_log(out, report, resume) as told:
+        accelerator.wait_for_everyone()
+        return _carry_out(order, told)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """One recovery, checked: what it reads, where it writes, and who works on it. given: windows, where they are not sampled."""
+
+    base: Path
+    out: Path
+    source: Source
+    settings: Recovery
+    given: Tensor | None
+    identity: dict[str, Any]
+    accelerator: Accelerator
+    work: Path
+    replace: bool
+    save_minutes: float
+
+
+def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
+    """Train, write, judge; the summary, which holds no measures in any process but the main one."""
+    settings, accelerator, work = order.settings, order.accelerator, order.work
+    asked = {
+        "event": "recovery",
+        "model": str(order.base),
+        "teacher": order.source.name,
+        "settings": settings.to_json(),
+    }
+    clock = Clock()
+    with clock("reading"):
+        report("reading", 0, 1, facts=asked)
+        student = load(order.base, kernels=False)
+        _check_teacher(order.source, student, settings)
+        _check_batch(student, settings, accelerator.num_processes)
+        if order.given is not None:
+            check_tokens(order.given, student, f"text={settings.text!r}", load_tokenizer(order.base))
+        dense = load_dense(order.source)
+        student.to(accelerator.device)  # type: ignore[arg-type]
+        dense.model.to(accelerator.device)  # type: ignore[arg-type]
+        report("reading", 1, 1)
+    with clock("text"):
+        given = order.given
+        windows = (
+            _sampled(settings, dense, work, order.identity["teacher"], accelerator, report) if given is None else given
+        )
+    held_out, training = windows[: _held_out(len(windows))], windows[_held_out(len(windows)) :]
+
+    state = load_state(work, order.identity)
+    with clock("judging"):
+        before = _judged(student, dense.model, held_out, accelerator) if state is None else state.facts["before"]
+    with clock("training"), in_training(student, settings) as parameters:
+        count = sum(parameter.numel() for parameter in parameters.values())
+        progress = train(
+            student,
+            dense.model,
+            training,
+            parameters,
+            settings,
+            accelerator,
+            state,
+            lambda now: save_state(
+                work, State(now.tensors, now.facts | {"identity": order.identity, "before": before})
+            ),
+            60 * order.save_minutes,
+            lambda now, done: _tell(report, settings, now, done),
+        )
+    facts = {
+        "teacher": order.source.name,
+        "settings": settings.to_json(),
+        "identity": order.identity,
+        "processes": accelerator.num_processes,
+        "trained_parameters": count,
+        "tokens": progress.tokens,
+        "steps": progress.steps,
+        "text": {"windows": len(windows), "held_out": len(held_out), "sha256": _sha256(windows)},
+    }
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        return facts
+    with clock("writing"):
+        record = _record(read_record(order.base), facts)
+        specs, tokenizer = read_specs(order.base), load_tokenizer(order.base)
+        # What a killed process leaves of it lies where the next one looks.
+        partial, dtype = work / "result.partial", other_dtype(order.base)
+        write_checkpoint(student.cpu(), tokenizer, order.out, specs, record, dtype, order.replace, partial=partial)
+    with clock("judging"):
+        student.to(accelerator.device)  # type: ignore[arg-type]
+        after = _judged(student, dense.model, held_out, accelerator)
+    measured = {"before": before, "after": after, "seconds": clock.seconds}
+    report("judging", 1, 1, facts={"event": "end", **measured})
+    shutil.rmtree(work, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    if not after["kl"] < before["kl"]:
+        raise RuinedResult(
+            f"learning_rate={settings.learning_rate}: the KL on held-out text did not fall ({before['kl']:.4g} to {after['kl']:.4g} nats a "
+            f"token); the result stays in {str(order.out)!r}; try a lower rate or more tokens"
+        )
+    return facts | {"out": str(order.out), "model": str(order.base)} | measured
+
+
+def _identity(base: Path, source: Source, settings: Recovery, given: Tensor | None) -> dict[str, Any]:
+    """What a state must have been made with to be gone on from."""
+    teacher = json.dumps(source.identity(), sort_keys=True, default=str).encode()
+    identity = settings.to_json() | {
+        "model": hashlib.sha256((base / RECORD_FILE).read_bytes()).hexdigest(),
+        "teacher": hashlib.sha256(teacher).hexdigest(),
+    }
+    # What is sampled follows from the rest; a file of the same name may hold another text.
+    return identity if given is None else identity | {"windows": _sha256(given)}
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """What `out` says of itself where it is the whole result of the same recovery."""
+    if not (out / RECORD_FILE).is_file():
+        return None
+    recoveries = read_record(out).get("recoveries")
+    last = recoveries[-1] if isinstance(recoveries, list) and recoveries else {}
+    return last | {"out": str(out)} if last.get("identity") == identity else None
+
+
+@contextmanager
+def _begun(order: _Order, overwrite: bool, resume: bool) -> Iterator[None]:
+    """While inside, the folder of the state is there and ours, without a state unless it is gone on from.
+
+    A text that was sampled in vain before stays for the next try; without anything in it the folder goes.
+    """
+    work = order.work
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HalfplateError(
+            f"out={str(order.out)!r}: {str(work)!r} cannot be made ({error.strerror}); choose another place"
+        ) from error
+    with sole_user(work, order.out):
+        found = [path for path in work.iterdir() if path.name != LOCK_FILE]
+        states = [path for path in found if not path.name.lstrip(".").startswith(TEXT)]
+        if states and not (resume or overwrite):
+            raise HalfplateError(
+                f"out={str(order.out)!r}: an interrupted recovery left its state in {str(work)!r}; pass --resume to go on from it, or --overwrite to start afresh"
+            )
+        for path in found if overwrite and not resume else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            yield
+        finally:
+            if work.exists() and {path.name for path in work.iterdir()} <= {LOCK_FILE}:
+                shutil.rmtree(work, ignore_errors=True)
+
+
+def _open_teacher(name: str) -> Source:
+    try:
+        return open_source(name)
+    except HalfplateError as error:
+        raise HalfplateError(str(error).replace("model=", "teacher=", 1)) from error
+
+
+def _check_tokenizer(base: Path, teacher: str, tokenizer: Any) -> None:
+    """Raise HalfplateError where the same number stands for another token in the teacher."""
+    ours, theirs = load_tokenizer(base).get_vocab(), tokenizer.get_vocab()
+    if ours != theirs:
+        other = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        raise HalfplateError(
+            f"teacher={teacher!r} has another vocabulary: token {other!r} is {theirs.get(other)} in it and {ours.get(other)} in the "
+            "compressed model; give the dense model that it was compressed from"
+        )
+
+
+def _check_teacher(source: Source, student: Any, settings: Recovery) -> None:
+    wanted, found = student.config.get_text_config(), source.config.get_text_config()
+    for key, what in (
+        ("model_type", "model type"),
+        ("vocab_size", "vocabulary"),
+        ("num_hidden_layers", "number of blocks"),
+        ("hidden_size", "width"),
+    ):
+        if getattr(wanted, key) != getattr(found, key):
+            raise HalfplateError(
+                f"teacher={source.name!r} has another {what} ({getattr(found, key)}) than the compressed model ({getattr(wanted, key)}); "
+                "give the dense model that it was compressed from"
+            )
+    check_seq_len(student, settings.seq_len, least=2)
+
+
+def _check_batch(student: Any, settings: Recovery, processes: int) -> None:
+    """Logits of both models, their softmax and its gradient, in fp32."""
+    each = 4 * torch.float32.itemsize * settings.seq_len * vocabulary_of(student)
+    share = -(-settings.batch // processes)
+    check_memory(
+        f"batch={settings.batch} sequences of seq_len={settings.seq_len}", each * share, "batch", settings.batch
+    )
+
+
+def _given_windows(settings: Recovery, tokenizer: Any) -> Tensor:
+    """The windows of the text to train on and to judge by, int64 (windows, L)."""
+    windows = token_windows(tokenizer, Text(settings.text, "text"), settings.seq_len)
+    if len(windows) < 2:
+        raise HalfplateError(
+            f"text={settings.text!r} has {len(windows)} window of seq_len={settings.seq_len}, expected at least 2; pass a longer text"
+        )
+    return windows
+
+
+def _sampled(
+    settings: Recovery, dense: Any, work: Path, teacher: str, accelerator: Accelerator, report: Report
+) -> Tensor:
+    """Windows that the teacher samples, int64 (windows, L), the same in every process."""
+    windows = torch.empty(settings.samples, settings.seq_len, dtype=torch.int64, device="cpu")
+    if accelerator.is_main_process:
+        identity = {"teacher": teacher} | {name: getattr(settings, name) for name in ("samples", "seq_len", "seed")}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        file = f"{TEXT}{digest[:16]}.safetensors"
+        kept = load_state(work, identity, file)
+        if kept is None:
+            sampled = calibration_tokens(
+                "self",
+                dense.model,
+                dense.tokenizer,
+                settings.samples,
+                settings.seq_len,
+                settings.seed,
+                lambda done, total: report("sampling text", done, total),
+            )
+            kept = State({"ids": sampled.ids}, {"identity": identity})
+            save_state(work, kept, file)
+        windows = kept.tensors["ids"]
+    if accelerator.num_processes > 1:
+        windows = broadcast(windows.to(accelerator.device)).cpu()
+    return windows
+
+
+def _held_out(windows: int) -> int:
+    return max(1, min(HELD_OUT, windows // 8))
+
+
+def _judged(student: Any, dense: Any, held_out: Tensor, accelerator: Accelerator) -> dict[str, float]:
+    return evaluate(student, held_out, dense) if accelerator.is_main_process else {}
+
+
+def _tell(report: Report, settings: Recovery, progress: Progress, done: float) -> None:
+    total = settings.tokens if settings.tokens is not None else round(60 * (settings.minutes or 0))
+    note = "" if progress.loss is None else f"loss {progress.loss:.4f}"
+    facts = {"event": "step", "step": progress.steps, "tokens": progress.tokens, "loss": progress.loss}
+    report("recovering", int(done * total), total, note, share=done, facts=facts)
+
+
+def _record(base: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """The record of the checkpoint that was trained, without what no longer holds, and what was done to it."""
+    kept = {
+        key: value for key, value in base.items() if key not in ("tensors", "versions", "format_version", "held_out")
+    }
+    matrices = {
+        name: {key: value for key, value in matrix.items() if key != "relative_error"}
+        | {"relative_error_before_recovery": matrix.get("relative_error")}
+        for name, matrix in kept.get("matrices", {}).items()
+    }
+    return kept | {"matrices": matrices, "recoveries": [*kept.get("recoveries", []), facts]}
+
+
+def _sha256(windows: Tensor) -> str:
+    return hashlib.sha256(windows.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
