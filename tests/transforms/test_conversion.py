@@ -186,7 +186,7 @@ def test_finished_pieces_are_kept_and_damaged_ones_made_anew(form, damage, tiny_
 @pytest.mark.parametrize("form", ["mixtral", pytest.param("gguf", marks=pytest.mark.slow)])
 def test_a_compression_that_is_killed_while_it_converts_gives_the_same_bytes(form, tiny_tokenizer, tmp_path):
     source = saved(form, tiny_tokenizer, tmp_path / "model")
-    compress(source.name, tmp_path / "whole", RECIPE)
+    compress(source.name, tmp_path / "whole", RECIPE, check=False)
 
     def kill(phase, done, total, note="", share=None, facts=NO_FACTS):
         if phase == "transforming" and done:
@@ -203,7 +203,7 @@ def test_a_compression_that_is_killed_while_it_converts_gives_the_same_bytes(for
         if phase == "reading" and total > 1 and not done:
             assert kept.stat().st_mtime_ns == (tmp_path / "kept").stat().st_mtime_ns
 
-    compress(source.name, tmp_path / "out", RECIPE, report=seen, resume=True)
+    compress(source.name, tmp_path / "out", RECIPE, report=seen, resume=True, check=False)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 

@@ -163,7 +163,7 @@ def test_compress_with_it_from_end_to_end(examples, tiny_tokenizer, tmp_path, ca
     record = json.loads((out / "halfplate.json").read_text())
     assert record["recipe"]["transforms"] == summary["recipe"]["transforms"] == ["fold_norms@1"]
     assert record["identity"]["plugins"] == {"transform fold_norms": "halfplate-extensions 1.0"}
-    assert "fold_norms@1" in (out / "report.html").read_text()
+    assert all("fold_norms@1" in (out / name).read_text() for name in ("report.html", "README.md"))
     # The norms, which are not compressed, are those of the transform, too.
     stored = load_file(out / "model.safetensors")
     assert all(bool((tensor == 1).all()) for name, tensor in stored.items() if name.endswith("norm.weight"))
@@ -240,14 +240,13 @@ def test_transforms_are_applied_in_order_and_after_the_conversion(examples, narr
     assert kept == ["0"] * 3 + ["1"] * 3 + ["2"] * 3
 
 
-@pytest.mark.parametrize(
-    ("phase", "after"), [("transforming", 9), pytest.param("compressing", 3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "after"), [("transforming", 9), ("compressing", 3)])
 def test_the_same_bytes_after_a_break_anywhere(examples, tiny_folder, tmp_path, phase, after):
-    recipe, out = Recipe(transforms=["fold_norms"], method="wanda", **SMALL), tmp_path / "out"
-    compress(str(tiny_folder), tmp_path / "whole", recipe)
+    recipe, out = Recipe(transforms=["fold_norms"], method="magnitude", **SMALL), tmp_path / "out"
+    compress(str(tiny_folder), tmp_path / "whole", recipe, check=False)
     with pytest.raises(Killed):
-        compress(str(tiny_folder), out, recipe, report=killing(phase, after))
+        compress(str(tiny_folder), out, recipe, report=killing(phase, after), check=False)
     kept = {path: path.stat().st_mtime_ns for path in (WorkFolder(out).path / "transforms").rglob("*.safetensors")}
     assert len(kept) == (1 if phase == "transforming" else 3)
 
@@ -255,7 +254,7 @@ def test_the_same_bytes_after_a_break_anywhere(examples, tiny_folder, tmp_path, 
         if at == "compressing":
             assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
-    compress(str(tiny_folder), out, recipe, report=seen, resume=True)
+    compress(str(tiny_folder), out, recipe, report=seen, resume=True, check=False)
     assert digests(out) == digests(tmp_path / "whole")
     assert not WorkFolder(out).path.exists()
 
@@ -268,7 +267,7 @@ def test_other_transforms_are_refused_when_a_run_is_resumed(examples, narrow, ti
         other = Recipe(transforms=names, **INT8, **SMALL)
         with pytest.raises(HalfplateError, match=rf"transforms was \['fold_norms@1'\] when .* and is {spoken} now"):
             compress(str(tiny_folder), out, other, resume=True)
-    compress(str(tiny_folder), out, recipe, resume=True)
+    compress(str(tiny_folder), out, recipe, resume=True, check=False)
     with pytest.raises(HalfplateError, match=r"transforms was \['fold_norms@1'\] when .* was made"):
         compress(str(tiny_folder), out, Recipe(**INT8, **SMALL), resume=True)
 
@@ -353,6 +352,7 @@ def test_a_broken_package_is_one_line(install, code, reason):
         Recipe(transforms=["faulty"])
 
 
+@pytest.mark.slow
 def test_a_model_that_is_being_loaded_cannot_become_smaller(narrow, tiny_folder):
     from transformers import AutoModelForCausalLM
 

@@ -96,6 +96,9 @@ def _what(record: Mapping[str, Any], base: str, specs: Mapping[str, WeightSpec])
             for (pattern, dtype, block), count in kinds.most_common()
         ),
     ]
+    transforms = recipe.get("transforms")
+    if isinstance(transforms, list) and transforms:
+        rows.insert(1, ("transforms before compression", ", ".join(f"`{_words(name)}`" for name in transforms)))
     skipped = record.get("skipped")
     if isinstance(skipped, Mapping) and skipped:
         rows.append((f"{len(skipped)} matrices", "not compressed; the reasons are in `halfplate.json`"))

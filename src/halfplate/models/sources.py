@@ -147,6 +147,7 @@ def load_dense(model: str | Source, device: str = "cpu") -> LoadedModel:
     Raises HalfplateError for what `open_source` refuses, for tensors missing from the files, and for NaN or inf.
     """
     source = open_source(model) if isinstance(model, str) else model
+    assert not source.in_model_form, "its files are those of the model before its transforms: use StreamedModel"
     name = source.name
     skeleton(source)  # refuses what is larger than its files before anything is allocated
     if source.gguf_header is not None:

@@ -62,8 +62,9 @@ class Transform(ABC):
 
     def held_nbytes(self, source: Source) -> int:
         """Bytes held at most, beside the process itself; unless overridden, twice the largest layer or outer tensor in fp32."""
-        sides = [skeleton(source), skeleton(replace(source, config=self.configuration(source)))]
-        return 2 * max(_largest(pieces_of(side)) for side in sides)
+        result = outline(self, source)
+        sides = [source] if result.config is source.config else [source, result]
+        return 2 * max(_largest(pieces_of(skeleton(side))) for side in sides)
 
     @abstractmethod
     def open(self, source: Source) -> Maker:
