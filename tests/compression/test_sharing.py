@@ -157,13 +157,13 @@ def test_training_moves_one_wrapper_for_all(shared):
     model = halfplate.load(shared, kernels=False)
     before = model(IDS).logits
     with trainable(model, values_too=False) as inside:
-        names = [name for name, parameter in model.named_parameters() if name.endswith("in_blocks")]
+        names = [name for name, parameter in model.named_parameters() if name.endswith("InWrapper.blocks")]
         assert len(names) == 2 * 4  # q, o, gate and down of two blocks
         k = inside["model.layers.0.self_attn.k_proj"]
         assert isinstance(k.lender, TrainableLinear)
         model(IDS).logits.square().mean().backward()
         with torch.no_grad():
-            inside[Q].in_blocks.mul_(0)
+            inside[Q].InWrapper.blocks.mul_(0)
         assert not k.dense().any()
     assert not torch.equal(model(IDS).logits, before)
     k = model.get_submodule("model.layers.0.self_attn.k_proj")

@@ -59,7 +59,7 @@ def watched(monkeypatch):
 
     def watching(self, block, stage, done):
         statistics = collect(self, block, stage, done)
-        found["tokens"] = self.job.tokens.ids
+        found["tokens"] = self.run.tokens.ids
         found.update({name: one.gram.clone() for name, one in statistics.items()})
         return statistics
 

@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -69,6 +70,7 @@ class Waiting:
     number: int
     cost: float = 1.0
     needs: Needs = LITTLE
+    keeps: ClassVar[type] = dict
 
     def run(self, blocks):
         (self.folder / f"{self.number}-{os.getpid()}-{os.getppid()}").touch()
@@ -81,6 +83,7 @@ class Waiting:
 class Refusing:
     cost: float = 1.0
     needs: Needs = LITTLE
+    keeps: ClassVar[type] = dict
 
     def run(self, blocks):
         raise HalfplateError("weight=3 is not to be had")
@@ -91,6 +94,7 @@ class Appending:
     path: Path
     cost: float
     needs: Needs = LITTLE
+    keeps: ClassVar[type] = dict
 
     def run(self, blocks):
         with self.path.open("a") as file:

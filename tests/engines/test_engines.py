@@ -20,7 +20,7 @@ from halfplate.recipe import Recipe
 class Deadly:
     """A task that ends its process."""
 
-    cost = 1.0
+    cost, keeps = 1.0, dict
 
     def run(self, blocks):
         import os
@@ -60,7 +60,7 @@ DEADLY_ONCE = """
 import os
 
 class DeadlyOnce:
-    cost = 1.0
+    cost, keeps = 1.0, dict
 
     def __init__(self, mark):
         self.mark = mark
@@ -100,7 +100,7 @@ INTERRUPTED = """
 import os, signal, time
 
 class Interrupted:
-    cost = 1.0
+    cost, keeps = 1.0, dict
 
     def run(self, blocks):
         os.kill(os.getpid(), signal.SIGINT)
@@ -129,7 +129,7 @@ import os, signal
 from halfplate.engines.local import Processes
 
 class Named:
-    cost = 1.0
+    cost, keeps = 1.0, dict
     def run(self, blocks):
         return os.getpid()
 
