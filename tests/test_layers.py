@@ -27,7 +27,7 @@ LAYERS = (
     "evaluation exports planning",
     "report",
     "execution",
-    "integrations verbs",
+    "integrations sweeps verbs",
     "halfplate",  # the public names
     "cli",
     "__main__",
