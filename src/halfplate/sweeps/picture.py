@@ -61,13 +61,13 @@ class Axis:
         return self.first + share * (self.last - self.first)
 
     def ticks(self) -> list[float]:
-        """Round values within the axis, about five."""
+        """Round values within the axis, four to eight if it is not logarithmic."""
         if self.logarithmic:
             low, high = math.floor(math.log10(self.least)), math.ceil(math.log10(self.most))
             steps = (1, 2, 5) if high - low <= 3 else (1,)
             found = [step * 10.0**power for power in range(low, high + 1) for step in steps]
         else:
-            rough = (self.most - self.least) / 5
+            rough = (self.most - self.least) / 8
             power = 10.0 ** math.floor(math.log10(rough))
             step = next(size * power for size in (1, 2, 5, 10) if size * power >= rough)
             found = [index * step for index in range(math.ceil(self.least / step), math.floor(self.most / step) + 1)]

@@ -37,21 +37,24 @@ def results_of(
         if planned is not None and row.name in planned:
             entry["planned"] = planned[row.name]
         rows.append(entry)
-    return {
-        "version": VERSION,
-        "model": bench.sweep.model,
-        "eval": dict(bench.sweep.evaluation),
-        "speed": None if bench.sweep.speed is None else dict(bench.sweep.speed),
-        "original_weight_nbytes": bench.original["weight_nbytes"],
-        "original_linear_nbytes": bench.linear_nbytes,
-        "rows": rows,
-        "failed": [row.name for row in chosen if found[row.name].status == FAILED],
-    }
+    result: dict[str, Any] = finite(
+        {
+            "version": VERSION,
+            "model": bench.sweep.model,
+            "eval": dict(bench.sweep.evaluation),
+            "speed": None if bench.sweep.speed is None else dict(bench.sweep.speed),
+            "original_weight_nbytes": bench.original["weight_nbytes"],
+            "original_linear_nbytes": bench.linear_nbytes,
+            "rows": rows,
+            "failed": [row.name for row in chosen if found[row.name].status == FAILED],
+        }
+    )
+    return result
 
 
 def write_results(folder: Path, result: Mapping[str, Any]) -> None:
     """Write `results.json`, `table.md` and, if any loss was measured, `picture.svg`."""
-    replace_file(folder / RESULTS_FILE, json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
+    replace_file(folder / RESULTS_FILE, json.dumps(result, indent=1, allow_nan=False) + "\n")
     replace_file(folder / TABLE_FILE, markdown(result))
     drawn = picture(result)
     if drawn is None:
