@@ -47,6 +47,9 @@ def test_lists_make_a_row_of_every_combination():
     made = [(one.recipe.samples, one.recipe.method_options["damping"]) for one in found]
     assert made == [(2, 0.01), (2, 0.1), (4, 0.01), (4, 0.1)]
     assert all(one.recipe.exclude == ("*.q_proj", "*.k_proj") for one in found)
+    assert names([{"name": "r", "method": "ria", "method_options": {"permute": [True]}, "samples": [2048]}]) == [
+        "r, samples 2048, permute true"
+    ]
     assert names([{"name": "w", "calibration": ["a/one.txt", "b/two.txt"]}]) == [
         "w, calibration one.txt",
         "w, calibration two.txt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -207,7 +208,8 @@ def _expanded(values: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
             else:
                 made[outer] = {**made[outer], key: value}
             # Of a path only the last part: names are names of files.
-            suffix += f", {key} {cell(value).rpartition('/')[2]}"
+            said = value if isinstance(value, str) else json.dumps(value, default=str)
+            suffix += f", {key} {said.rpartition('/')[2]}"
         found.append((suffix, made))
     return found
 
