@@ -81,7 +81,7 @@ def _row_line(done: int, total: int, facts: Mapping[str, Any]) -> str:
         return f"row {done + 1} of {total}, {facts['name']}: begins ({before}{facts['why']})"
     if facts["status"] != "done":
         return f"row {done} of {total}, {facts['name']}: {facts['status']}, {facts['why']}"
-    figures = [f"{cell(facts['share'])} of the bytes"]
+    figures = [f"{facts['share']:.1%} of the bytes"]
     figures += [
         f"{said} {cell(facts[key])}" for key, said in (("kl", "KL"), ("perplexity", "perplexity")) if facts[key]
     ]

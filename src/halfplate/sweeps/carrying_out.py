@@ -22,6 +22,7 @@ from halfplate.sweeps.results import results_of, write_results
 from halfplate.telemetry.progress import Report, silent
 
 EVENT = "row"
+LONGEST_ERROR = 2000  # characters
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,15 @@ class Folder:
     def rows(self) -> Path:
         return self.path / "rows"
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
     def record(self, row: Row) -> Path:
         return self.rows / f"{row.name}.json"
 
     def checkpoint(self, row: Row) -> Path:
-        return self.path / "checkpoints" / row.name
+        return self.checkpoints / row.name
 
     def check(self) -> None:
         """Raise HalfplateError unless the folder is one of a sweep, empty, or not there yet."""
@@ -55,13 +60,13 @@ class Folder:
         """While inside, no other sweep works here."""
         try:
             self.rows.mkdir(parents=True, exist_ok=True)
-            self.checkpoint(Row("_", None)).parent.mkdir(exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise HalfplateError(f"out={str(self.path)!r} cannot be written ({error}); choose another folder") from None
         with sole_user(self.rows, self.path):
             yield
         with suppress(OSError):
-            self.checkpoint(Row("_", None)).parent.rmdir()
+            self.checkpoints.rmdir()  # empty unless some are kept
 
 
 def sweep(
@@ -126,7 +131,7 @@ def _measured(bench: Bench, row: Row, folder: Folder, record: dict[str, Any], re
     # A row that breaks must not end a night of measuring.
     except Exception as error:
         kind = "" if isinstance(error, HalfplateError) else f"{type(error).__name__}: "
-        record |= {"status": FAILED, "error": " ".join(f"{kind}{error}".split())}
+        record |= {"status": FAILED, "error": " ".join(f"{kind}{error}".split())[:LONGEST_ERROR]}
     record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     save(file, record)
     return record

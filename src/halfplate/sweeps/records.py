@@ -18,6 +18,7 @@ from halfplate.sweeps.description import Row, Sweep
 
 VERSION = 1
 DONE, FAILED, COMPRESSED, TO_DO = "done", "failed", "compressed", "to do"
+SHOWN = ("weight_nbytes", "share", "linear_share", "evaluation")  # what tables need of a row that is done
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def _read(file: Path) -> dict[str, Any] | None:
         and record.get("version") == VERSION
         and isinstance(record.get("made"), dict)
         and record.get("status") in (DONE, FAILED, COMPRESSED)
+        and (record["status"] != DONE or record.keys() >= set(SHOWN))
     )
     return record if whole else None
 

@@ -120,8 +120,10 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def without_figures(result: Mapping[str, Any]) -> list[str]:
-    """A line for every row that is not done: why."""
-    return [f"{row['name']}: {row['status']}, {row['why']}" for row in result["rows"] if row["status"] != DONE]
+    """A line for every row that failed, and one for all that are to do."""
+    lines = [f"{row['name']}: {row['status']}, {row['why']}" for row in result["rows"] if row["status"] == FAILED]
+    left = sum(row["status"] not in (DONE, FAILED) for row in result["rows"])
+    return [*lines, f"{left} of {len(result['rows'])} rows are not measured yet"] if left else lines
 
 
 def _escaped(text: str) -> str:
