@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import halfplate
 from halfplate.errors import HalfplateError
@@ -172,6 +173,7 @@ def test_an_error_that_is_no_ours_ends_a_row_and_not_the_sweep(description, tmp_
     from halfplate.sweeps import measuring
 
     def breaks(*arguments, **options):
+        torch.set_num_threads(2)
         raise RuntimeError("out of\nluck")
 
     monkeypatch.setattr(measuring, "compress", breaks)
@@ -179,6 +181,7 @@ def test_an_error_that_is_no_ours_ends_a_row_and_not_the_sweep(description, tmp_
     assert result["failed"] == ["wanda", "rounded"]
     assert by_name(result)["wanda"]["why"] == "RuntimeError: out of luck"
     assert by_name(result)["original"]["status"] == "done"
+    assert torch.get_num_threads() == 1  # threads of one row are not those of the next
 
 
 def test_a_dry_run_writes_nothing_and_plans_what_is_to_do(description, tiny_folder_once, tmp_path):

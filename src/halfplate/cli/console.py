@@ -119,7 +119,7 @@ class _Bars(Listener):
         phase, left = step.phase, self._left(step.phase, step.done, step.total, step.share)
         if phase not in self._tasks:
             self._tasks[phase] = self._bars.add_task(phase, total=1.0, steps="", left="")
-        elif step.done == 0:
+        elif step.done == 0 and self._bars.tasks[self._tasks[phase]].finished:
             self._bars.reset(self._tasks[phase])  # the same phase of the next row of a sweep
         share = step.share
         if share is None:
