@@ -33,7 +33,7 @@ LINKED = {
     "wikitext2_valid.jsonl.gz": "wikitext2/valid.jsonl.gz",
 }
 DIVIDED = {"c4": "c4/train_1000.jsonl.gz", "tinystories": "tinystories/train_sample.jsonl.gz"}
-WHAT = "Rows of [`{file}`]({file}), by `python benchmarks/quality.py {model}`; {texts}; {machine}."
+WHAT = "Rows of `{file}`, by `python benchmarks/quality.py {model}`; {texts}; {machine}."
 
 
 def prepare(model: str, folder: Path) -> None:
