@@ -81,7 +81,7 @@ BAD = [
     ({"rows": [{"name": "a\nb"}]}, "has characters that cannot be printed"),
     ({"rows": [{"name": " "}]}, "name=' ' of a row is empty"),
     ({"rows": [{"name": "é" * 61}]}, "has 122 bytes, expected at most 120"),
-    ({"rows": [{"name": "a", "methd": "wanda"}]}, "key 'methd' is unknown; did you mean 'method'?"),
+    ({"rows": [{"name": "a", "methd": "wanda"}]}, "row 'a': key 'methd' is unknown; did you mean 'method'?"),
     ({"rows": [{"name": "a", "method": "wonda"}]}, "row 'a': method='wonda' is unknown; did you mean 'wanda'?"),
     ({"rows": [{"name": "a", "method_options": {"iteratons": 1}}]}, "row 'a': "),
     ({"rows": [{"name": "a", "samples": []}]}, "row 'a': samples is an empty list"),

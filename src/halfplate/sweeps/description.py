@@ -156,7 +156,8 @@ def _rows_of(entry: Any, base: Mapping[str, Any]) -> Iterator[Row]:
         return
     if isinstance(entry, str):
         entry = {"name": Path(entry).stem, "recipe": entry}
-    named = _mapping("a row", entry, ("name", *RECIPE_KEYS))
+    where = f"row {entry['name']!r}" if isinstance(entry, Mapping) and "name" in entry else "a row"
+    named = _mapping(where, entry, ("name", *RECIPE_KEYS))
     name = _checked_name(named.get("name"), named)
     stated = _said_of(name, lambda: _recipe_values({key: value for key, value in named.items() if key != "name"}))
     for suffix, values in _said_of(name, lambda: _expanded(stated)):
