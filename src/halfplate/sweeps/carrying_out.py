@@ -95,6 +95,11 @@ def sweep(
     def standings() -> dict[str, Standing]:
         return {row.name: standing(folder.record(row), made[row.name]) for row in asked.rows}
 
+    def written() -> dict[str, Any]:
+        result = results_of(bench, standings(), chosen)
+        write_results(folder.path, result)
+        return result
+
     if dry_run:
         found = standings()
         planned = {row.name: _planned(bench, row) for row in chosen if found[row.name].status != DONE}
@@ -110,9 +115,8 @@ def sweep(
             if record["status"] == DONE and not keep:
                 shutil.rmtree(folder.checkpoint(row), ignore_errors=True)
             _tell(report, number + 1, len(chosen), row, "ended", standing(folder.record(row), made[row.name]))
-        result = results_of(bench, standings(), chosen)
-        write_results(folder.path, result)
-    return result
+            written()  # the table so far, whatever ends the sweep
+        return written()
 
 
 def _measured(bench: Bench, row: Row, folder: Folder, record: dict[str, Any], report: Report) -> dict[str, Any]:
