@@ -91,8 +91,8 @@ def picture(result: Mapping[str, Any]) -> str | None:
     edge = front(points)
     line = " ".join(f"{places[point][0]:.1f},{places[point][1]:.1f}" for point in edge)
     pieces.append(Markup('<polyline class="edge" points="{}"/>').format(line))
-    for point, (x, y) in places.items():
-        kind = "best" if point in edge else "other"
+    for point in sorted(points, key=edge.__contains__):  # the best on top
+        (x, y), kind = places[point], "best" if point in edge else "other"
         said = f"{point.name}: {point.nbytes / 1e6:.4g} MB, {measure} {point.loss:.4g}"
         pieces.append(
             Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="5"><title>{}</title></circle>').format(
