@@ -31,7 +31,6 @@ from typing import Any
 import peers
 import torch
 from common import CACHE, DATA, machine, smollm2_gguf, table, write_section
-from quality_measure import Remembered
 from random_weights import compressed_llama, dense_llama, write_gguf
 
 import halfplate
@@ -122,10 +121,10 @@ def smollm2(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Quality:
-    """Perplexity and KL on the windows of WikiText-2 that benchmarks/quality.py takes, kept in the cache by name."""
+    """Perplexity and KL on the first windows of WikiText-2 test, kept in the cache by name."""
 
     def __init__(self, dense: Any, fresh: bool) -> None:
-        self._dense: Any = Remembered(dense.model)
+        self._dense = dense.model
         documents = read_text(str(DATA / "wikitext2" / "test.jsonl.gz"))
         self._windows = token_windows(dense.tokenizer, documents, seq_len=SEQ_LEN, windows=WINDOWS)
         self._file = CACHE / "decode_quality.json"

@@ -1,147 +1,90 @@
-"""Every row of the quality tables: bytes, layer error, perplexity, KL, agreement, tasks and decoding, resumable.
+"""Quality of every method: the sweeps benchmarks/quality_MODEL.yaml, whose tables go into RESULTS.md.
 
-    python benchmarks/quality.py --model smollm2 --tags main                  quality of the main rows
-    python benchmarks/quality.py --model smollm2 --stage fit --only 'armor*'    layer error on the calibration text itself
-    python benchmarks/quality.py --model smollm2 --stage tasks --tags main    zero-shot accuracy, slow
-    python benchmarks/quality.py --model smollm2 --stage decode --tags main   tokens a second, on a quiet machine
-    python benchmarks/quality.py --list                                       what there is and what is measured
-    python benchmarks/quality.py --report                                     RESULTS.md from the files, without a model
+    python benchmarks/quality.py stories260K                     minutes
+    python benchmarks/quality.py smollm2 --only original armor   some rows; all of them take days on two cores
 
-Rows stand in quality_rows.py, in the order in which they are measured. What is measured is kept row by row and stage by
-stage in benchmarks/results/quality_MODEL.json; a row that is there and has not changed is left alone. Checkpoints lie in
-benchmarks/cache/checkpoints (HALFPLATE_BENCH_CACHE names another cache). Data is looked for as benchmarks/common.py says
-(HALFPLATE_SHARED names another folder). llama.cpp's rows need llama-cpp-python; where decoding with it ends in an illegal
-instruction, build it without AMX:
-
-    CMAKE_ARGS="-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8' -DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8'" \\
-        pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python
+Models and texts are put under the names that the sweep files use into benchmarks/cache/quality, and the results into
+benchmarks/cache/quality/MODEL.results: a row that is done is not measured again. benchmarks/common.py says where models and data are
+looked for. The last HELD_OUT documents of C4 and of TinyStories judge, and nothing is calibrated on them.
 """
 
-import os
-
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
-os.environ.setdefault("TQDM_DISABLE", "1")
-
 import argparse
-import sys
-import traceback
-from typing import Any
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
 
-from quality_results import FOLDER, Results, without_paths
-from quality_rows import Row, described, rows, select
-from quality_subjects import SUBJECTS, Subject
+from common import CACHE, DATA, ROOT, SHARED, smollm2_gguf, write_section
 
-STAGES = ("quality", "fit", "tasks", "decode")
+import halfplate
+from halfplate.calibration import read_text
+from halfplate.cli.console import silence_libraries
+from halfplate.sweeps.results import PICTURE_FILE, TABLE_FILE
 
-
-def results_of(subject: Subject) -> Results:
-    return Results(FOLDER / f"quality_{subject.name}.json")
-
-
-def measure(subject: Subject, options: argparse.Namespace) -> int:
-    """Measure the rows that are asked for; returns how many failed, refused ones aside."""
-    import torch
-    from quality_measure import Bench
-
-    from halfplate.cli.console import silence_libraries
-
-    silence_libraries()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    table = {row.label: row for row in rows(subject.block, subject.recovery_minutes)}
-    made = {label: described(row, table) for label, row in table.items()}
-    bench = Bench(subject, table, made, results_of(subject))
-    chosen = select(list(table.values()), options.tags, options.only)
-    failed = 0
-    for number, row in enumerate(chosen):
-        print(f"{subject.name}, {row.label} ({number + 1} of {len(chosen)})", flush=True)
-        try:
-            failed += not one_row(bench, row, made[row.label], options)
-        finally:
-            if options.drop:
-                needed = {label for later in chosen[number + 1 :] for label in lineage(later, table)}
-                for label in set(lineage(row, table)) - needed:
-                    bench.drop(table[label])
-    return failed
+HELD_OUT = 200
+MODELS = {
+    "smollm2": ("SmolLM2-135M.gguf", smollm2_gguf),
+    "stories260K": ("stories260K", SHARED / "models" / "stories260K"),
+}
+LINKED = {
+    "wikitext2_train.txt.gz": "wikitext2/train_1MB.txt.gz",
+    "wikitext2_test.jsonl.gz": "wikitext2/test.jsonl.gz",
+    "wikitext2_valid.jsonl.gz": "wikitext2/valid.jsonl.gz",
+}
+DIVIDED = {"c4": "c4/train_1000.jsonl.gz", "tinystories": "tinystories/train_sample.jsonl.gz"}
+WHAT = "Rows of `{file}`, by `python benchmarks/quality.py {model}`; {texts}; {machine}."
 
 
-def one_row(bench: Any, row: Row, made: dict[str, Any], options: argparse.Namespace) -> bool:
-    """Measure the stages of a row that are missing; False where one failed."""
-    from halfplate.errors import HalfplateError
-
-    results = results_of(bench.subject)
-    protocols = {
-        "quality": bench.quality_protocol(),
-        "fit": bench.fit_protocol(),
-        "tasks": bench.tasks_protocol(options.task_limit),
-        "decode": bench.decode_protocol(),
-    }
-    missing = [
-        stage
-        for stage in options.stage
-        if options.fresh or results.stage(row.label, stage, made, protocols[stage]) is None
-    ]
-    if not missing:
-        return True
-    try:
-        path = bench.make(row)
-        for stage in missing:
-            arguments = (options.task_limit,) if stage == "tasks" else ()
-            measures = getattr(bench, stage)(row, path, *arguments)
-            results.save(row.label, stage, made, measures, protocols[stage])
-            print(f"  {stage}: {measures}", flush=True)
-    except (HalfplateError, ImportError) as refusal:
-        reason = without_paths(str(refusal))
-        results.save(row.label, "refused", made, {"reason": reason}, {"version": 1})
-        print(f"  refused: {reason}", flush=True)
-    # One row that breaks must not end a night of measuring.
-    except Exception:
-        traceback.print_exc()
-        return False
-    return True
+def prepare(model: str, folder: Path) -> None:
+    """Put the model and all texts into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name, source = MODELS[model]
+    _link(folder / name, source if isinstance(source, Path) else source())
+    for text, file in LINKED.items():
+        _link(folder / text, DATA / file)
+    for text, file in DIVIDED.items():
+        documents = read_text(str(DATA / file))
+        _write(folder / f"{text}_calibration.jsonl.gz", documents[:-HELD_OUT])
+        _write(folder / f"{text}_held_out.jsonl.gz", documents[-HELD_OUT:])
 
 
-def lineage(row: Row, table: dict[str, Row]) -> list[str]:
-    """Labels of the row, its parent, its parent's parent and so on."""
-    return [row.label, *(lineage(table[row.parent], table) if row.parent is not None else [])]
+def _link(place: Path, target: Path) -> None:
+    if not target.exists():
+        raise SystemExit(f"{target} is missing; HALFPLATE_SHARED names the folder with data and models")
+    place.unlink(missing_ok=True)
+    place.symlink_to(target.resolve())
 
 
-def listing(subject: Subject, options: argparse.Namespace) -> None:
-    """Which stages of the chosen rows are measured."""
-    table = {row.label: row for row in rows(subject.block, subject.recovery_minutes)}
-    results = results_of(subject)
-    for row in select(list(table.values()), options.tags, options.only):
-        made = described(row, table)
-        there = [stage for stage in (*STAGES, "refused") if results.stage(row.label, stage, made) is not None]
-        print(f"{subject.name:12} {row.label:48} {', '.join(row.tags):32} {', '.join(there) or '-'}")
+def _write(place: Path, documents: list[str]) -> None:
+    # Without a time in it, so that the same documents are the same bytes: sweeps compare them.
+    with place.open("wb") as file, gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0) as lines:
+        lines.writelines(json.dumps({"text": text}).encode() + b"\n" for text in documents)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--tags", nargs="+", default=[], metavar="TAG", help="rows with one of these; see --list")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="rows whose label fits, as in a shell")
-    parser.add_argument("--stage", nargs="+", choices=STAGES, default=["quality"])
-    parser.add_argument("--task-limit", type=int, default=1000, metavar="N", help="first rows of each task")
-    parser.add_argument("--threads", type=int, metavar="T")
-    parser.add_argument(
-        "--drop", action="store_true", help="delete each checkpoint when no chosen row needs it any more"
-    )
-    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
-    parser.add_argument("--list", action="store_true", help="show the rows and what is measured")
-    parser.add_argument("--report", action="store_true", help="write RESULTS.md and the pictures from what is measured")
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure only the rows of these names")
     options = parser.parse_args()
-    subjects = [SUBJECTS[name] for name in options.model]
-    if options.list:
-        for subject in subjects:
-            listing(subject, options)
-    elif options.report:
-        import quality_report
+    silence_libraries()
+    folder, file = CACHE / "quality", f"benchmarks/quality_{options.model}.yaml"
+    prepare(options.model, folder)
+    os.chdir(folder)  # sweep files name what is there
+    out = Path(f"{options.model}.results")
+    result = halfplate.sweep(ROOT / file, out, options.only, report=_tell)
+    done = [row for row in result["rows"] if row["status"] == "done"]
+    texts = ", ".join(f"{name} {score['windows']} windows" for name, score in done[0]["evaluation"]["texts"].items())
+    picture = f"docs/pictures/quality_sweep_{options.model}.svg"
+    shutil.copyfile(out / PICTURE_FILE, ROOT / picture)
+    what = WHAT.format(file=file, model=options.model, texts=texts, machine=done[-1]["machine"].partition(", load")[0])
+    table = (out / TABLE_FILE).read_text(encoding="utf-8").strip()
+    write_section(f"sweep_{options.model}", f"{what}\n\n{table}\n\n![KL against bytes]({picture})")
 
-        for subject in subjects:
-            quality_report.write(subject, results_of(subject))
-    else:
-        sys.exit(1 if sum(measure(subject, options) for subject in subjects) else 0)
+
+def _tell(phase: str, done: int, total: int, note: str = "", *_: object, **__: object) -> None:
+    if phase == "rows":
+        print(f"{done} of {total}: {note}", flush=True)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,6 @@ TEXT = (
 # Files all of whose tests are slow: wheels, the site, the browser, Ray, programs, sanitizers, sweeps over architectures. Elsewhere single tests are marked.
 SLOW = (
     "benchmarks/test_gpu.py",
-    "benchmarks/test_quality.py",
     "checkpoint/test_architectures.py",
     "cli/test_serve.py",
     "engines/test_cluster.py",

@@ -27,6 +27,8 @@ def workplace(tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "SmolLM2" / "chat_template.jinja").write_text(template)
     row = '{"text": "One day a small bird sat in a big tree. The bird saw a red ball near the house."}\n'
     (tmp_path / "text.jsonl").write_text(row * 200)
+    (sweep,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(), re.DOTALL)
+    (tmp_path / "sweep.yaml").write_text(sweep)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -121,6 +123,15 @@ def test_python_of_the_page_on_logging_runs(workplace):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.splitlines()) == 14
+
+
+def test_commands_of_the_page_on_sweeps_run(workplace, capsys):
+    lines = re.findall(r"^\$ (halfplate .*)$", (ROOT / "docs" / "sweeps.md").read_text(), re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line + capsys.readouterr().err
+        assert "unpruned, core_dtype int3" in capsys.readouterr().out
+    assert (workplace / "sweep-results" / "picture.svg").is_file()
 
 
 def test_commands_of_the_page_on_the_report_run(workplace, capsys):

@@ -29,7 +29,7 @@ LAYERS = (
     "recovery report",
     "budgets",
     "compression",
-    "integrations verbs",
+    "integrations sweeps verbs",
     "halfplate",  # the public names
     "cli",
     "__main__",

@@ -13,6 +13,7 @@ MORE = {
     "recover": ("recovery.md",),
     "eval": ("ecosystem.md", "choosing.md"),
     "bench": ("speed.md", "decoding.md", "kernels.md"),
+    "sweep": ("sweeps.md", "resume.md"),
     "generate": ("decoding.md",),
     "inspect": ("format.md",),
     "export": ("export.md",),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from halfplate.exports import export
     from halfplate.recipe import Recipe
     from halfplate.recovery.settings import Recovery
+    from halfplate.sweeps import sweep
     from halfplate.verbs import compress, plan, recover
 
     __version__: str
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "plan",
     "recover",
+    "sweep",
 ]
 
 _FOUND_IN = {
@@ -48,6 +50,7 @@ _FOUND_IN = {
     "load": ("halfplate.checkpoint.read", "load"),
     "plan": ("halfplate.verbs", "plan"),
     "recover": ("halfplate.verbs", "recover"),
+    "sweep": ("halfplate.sweeps", "sweep"),
 }
 
 register()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -30,6 +31,13 @@ class _Loader(yaml.SafeLoader):
                 if count > 1:
                     raise yaml.YAMLError(f"{name[:80]!r} stands in it twice")
         return node
+
+
+def read(path: str | Path) -> Any:
+    """The value in a file; raises OSError if it cannot be read, and ValueError as `parse` does."""
+    # Not more, whatever the size that the system tells: a pipe has none.
+    with Path(path).open("rb") as file:
+        return parse(file.read(LARGEST + 1).decode("utf-8"))
 
 
 def parse(text: str | bytes) -> Any:

@@ -319,17 +319,7 @@ class Recipe:
         Options of the method are added to those of the file, unless the method itself changes. Raises HalfplateError where
         the file is missing, is not a YAML mapping, or holds a wrong value.
         """
-        values = _read_yaml(recipes.shipped(str(path)) or path)
-        options = values.get("method_options", {})
-        if not isinstance(options, Mapping):
-            return cls.from_mapping(values)
-        kept = (
-            options
-            if changes.get("method", values.get("method", cls.method)) == values.get("method", cls.method)
-            else {}
-        )
-        merged = values | changes | {"method_options": {**kept, **changes.get("method_options", {})}}
-        return cls.from_mapping(merged, source=f"recipe {str(path)!r}")
+        return cls.from_mapping(laid_over(file_values(path), changes), source=f"recipe {str(path)!r}")
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `from_mapping` reads back."""
@@ -349,12 +339,21 @@ class Recipe:
         return values if self.transforms else {key: value for key, value in values.items() if key != "transforms"}
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `above` in place of those of `below`; options of the method are added to those below, unless the method changes."""
+    method = below.get("method", Recipe.method)
+    kept = below.get("method_options", {}) if above.get("method", method) == method else {}
+    added = above.get("method_options", {})
+    if not isinstance(kept, Mapping) or not isinstance(added, Mapping):
+        # For the recipe to refuse.
+        return {**below, **above, "method_options": added if isinstance(kept, Mapping) else kept}
+    return {**below, **above, "method_options": {**kept, **added}}
+
+
+def file_values(path: str | Path) -> dict[str, Any]:
+    """The plain values in a recipe file, or in one that comes with Halfplate by its name; HalfplateError if it is no YAML mapping."""
     try:
-        # Not more, whatever the size that the system tells: a pipe has none.
-        with Path(path).open("rb") as file:
-            content = file.read(plain_yaml.LARGEST + 1)
-        values = plain_yaml.parse(content.decode("utf-8"))
+        values = plain_yaml.read(recipes.shipped(str(path)) or path)
     except OSError as error:
         raise HalfplateError(
             f"recipe={str(path)!r} cannot be read: {error.strerror or error}; give the path of a YAML file or one of {', '.join(recipes.names())}"

@@ -25,8 +25,15 @@ def places(tiny_folder: Path, tmp_path: Path) -> dict[str, str]:
     tiny_folder.rename(folder)
     text = tmp_path / "récit中.txt"
     text.write_text("Café 中 🙂 near the house, and Tom saw a bird. " * 30, encoding="utf-8")
-    made = {name: str(tmp_path / f"{name}→中") for name in ("OUT", "DENSE", "RECOVERED")}
-    return {"MODEL": str(folder), "TEXT": str(text), "REPORT": str(tmp_path / "rapport→中.html"), **made}
+    made = {name: str(tmp_path / f"{name}→中") for name in ("OUT", "DENSE", "RECOVERED", "SWEPT")}
+    sweep = tmp_path / "suite→中.yaml"
+    sweep.write_text(
+        f"model: {folder}\neval: {{text: {text}, windows: 1, seq_len: 16}}\n"
+        "rows: [original, {name: quantisé中, method: rtn, core_dtype: int8}]\n",
+        encoding="utf-8",
+    )
+    places = {"MODEL": str(folder), "TEXT": str(text), "REPORT": str(tmp_path / "rapport→中.html"), "SWEEP": str(sweep)}
+    return places | made
 
 
 COMMANDS = [
@@ -35,6 +42,7 @@ COMMANDS = [
     ["inspect", "OUT"],
     ["eval", "OUT", "--against", "MODEL", "--text", "TEXT", *JUDGED],
     ["bench", "OUT", "--against", "MODEL", "--prompt", "4", "--new-tokens", "2"],
+    ["sweep", "SWEEP", "-o", "SWEPT"],
     ["generate", "OUT", PROMPT, "--max-new-tokens", "8"],
     [
         "report",

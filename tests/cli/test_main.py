@@ -9,6 +9,7 @@ VERBS = [
     "compress",
     "eval",
     "bench",
+    "sweep",
     "generate",
     "inspect",
     "export",

@@ -289,7 +289,7 @@ def test_what_listens_at_the_address_is_no_cluster(tmp_path, monkeypatch, says, 
 
 
 def test_ray_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    monkeypatch.setattr("halfplate.engines.find_spec", lambda name: None)
     with pytest.raises(HalfplateError, match=r"engine='ray' needs the package ray.*pip install 'halfplate\[ray\]'"):
         EngineChoice("ray")
 

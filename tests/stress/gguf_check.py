@@ -38,7 +38,7 @@ def llama_logits(path: Path) -> np.ndarray[Any, Any]:
     llama = library()
     settings = llama.llama_model_default_params()
     settings.n_gpu_layers = 0
-    settings.use_extra_bufts = False  # as in llama_cpp_model
+    settings.use_extra_bufts = False  # those for AMX stop the process on some virtual machines
     model = llama.llama_model_load_from_file(str(path).encode(), settings)
     if not model:
         raise RuntimeError(f"llama.cpp cannot read {path}")

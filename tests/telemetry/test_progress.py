@@ -79,3 +79,18 @@ def test_a_listener_that_has_gone_stops_no_run(monkeypatch):
     for report in (console._Lines(), console._Lines(every_step=True)):
         report("reading", 0, 1)
         report("reading", 1, 1, facts={"event": "end"})
+
+
+def test_the_bar_of_a_phase_that_begins_again_counts_anew():
+    with console._bars() as bars:
+        report = console._Bars(bars)
+        for done in (0, 1, 2):
+            report("solving", done, 2)
+        (task,) = bars.tasks
+        assert task.finished
+        report("solving", 0, 2)
+        assert (task.completed, task.finished) == (0, False)
+        started = task.start_time
+        # A step that is still the first does not.
+        report("solving", 0, 2, share=0.1)
+        assert task.start_time == started

@@ -25,6 +25,7 @@ from halfplate.cli import (
     recover,
     report,
     serve,
+    sweep,
 )
 from halfplate.cli.parser import Parser, Version
 from halfplate.cli.streams import print_in_any_locale
@@ -39,6 +40,7 @@ VERBS: dict[str, Any] = {
     "recover": recover,
     "eval": evaluate,
     "bench": bench,
+    "sweep": sweep,
     "generate": generate,
     "inspect": inspect,
     "export": export,

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from halfplate.json_numbers import finite
-from halfplate.plain_text import visible
+from halfplate.plain_text import cell
 from halfplate.telemetry.progress import Listener, Report, Step, TimeLeft, silent
 
 LOG_SECONDS = 15.0  # between two lines of one phase where there is no terminal
@@ -55,7 +55,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         least = None if index or sys.stdout.isatty() else min(60, max((len(str(row[0])) for row in rows), default=0))
         table.add_column(column, justify="right" if numeric else "left", overflow="fold", min_width=least)
     for row in rows:
-        table.add_row(*(_cell(value) for value in row))
+        table.add_row(*(cell(value) for value in row))
     _print(table)
 
 
@@ -65,7 +65,7 @@ def print_pairs(title: str, pairs: Sequence[tuple[str, Any]]) -> None:
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(name, _cell(value))
+        table.add_row(name, cell(value))
     _print(table)
 
 
@@ -76,16 +76,6 @@ def _print(table: Table) -> None:
         console.print(table)
     lines = (line.rstrip() for line in capture.get().splitlines())
     print("\n".join(line for line in lines if line) + "\n")
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(visible(str(value)))
 
 
 def megabytes(nbytes: int) -> str:
@@ -129,6 +119,8 @@ class _Bars(Listener):
         phase, left = step.phase, self._left(step.phase, step.done, step.total, step.share)
         if phase not in self._tasks:
             self._tasks[phase] = self._bars.add_task(phase, total=1.0, steps="", left="")
+        elif step.done == 0 and self._bars.tasks[self._tasks[phase]].finished:
+            self._bars.reset(self._tasks[phase])  # the same phase of the next row of a sweep
         share = step.share
         if share is None:
             share = step.done / step.total if step.total else 1.0
@@ -155,16 +147,16 @@ class _Lines(Listener):
         if phase != self._phase or done == 0:
             self._phase, self._told, self._ended = phase, now, False
         if self._every_step and step.facts:
-            _say(json.dumps(finite(step.facts)))
+            say(json.dumps(finite(step.facts)))
         # What follows the last step of a phase (a block is left after its last matrix) has no line of its own.
         if not self._ended and (done >= total or now - self._told >= LOG_SECONDS):
             self._told, self._ended = now, done >= total
             left = f", {duration(seconds_left)} left" if seconds_left is not None and done < total else ""
             said = f", {step.note}" if step.note else ""
-            _say(f"{phase}: {done}/{total} ({self._left.spent:.1f} s{left}){said}")
+            say(f"{phase}: {done}/{total} ({self._left.spent:.1f} s{left}){said}")
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """A line of progress; nobody may listen any more, which stops no run."""
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)

@@ -76,7 +76,7 @@ def heat_map(matrices: Sequence[Matrix], kinds: Sequence[str]) -> Markup | None:
     width, height = LABEL_WIDTH + cell * len(blocks), CELL_HEIGHT * len(kinds)
     pieces = []
     for row, kind in enumerate(kinds):
-        pieces.append(_text(LABEL_WIDTH - 10, row * CELL_HEIGHT + CELL_HEIGHT / 2 + 4, kind, "end"))
+        pieces.append(text(LABEL_WIDTH - 10, row * CELL_HEIGHT + CELL_HEIGHT / 2 + 4, kind, "end"))
     for matrix, block, error in placed:
         x, y = LABEL_WIDTH + blocks.index(block) * cell, kinds.index(matrix.kind) * CELL_HEIGHT
         pieces.append(
@@ -87,10 +87,10 @@ def heat_map(matrices: Sequence[Matrix], kinds: Sequence[str]) -> Markup | None:
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100) if step * cell >= 30 or step == 100)
     for column, block in enumerate(blocks):
         if column % step == 0:
-            pieces.append(_text(LABEL_WIDTH + (column + 0.5) * cell, height + 16, str(block), "middle"))
-    pieces.append(_text(LABEL_WIDTH - 10, height + 16, "layer", "end"))
+            pieces.append(text(LABEL_WIDTH + (column + 0.5) * cell, height + 16, str(block), "middle"))
+    pieces.append(text(LABEL_WIDTH - 10, height + 16, "layer", "end"))
     pieces += _legend(scale, height + 38)
-    return _picture(
+    return drawing(
         max(width, LABEL_WIDTH + 420), height + 78, "Relative error of every matrix, by layer and linear", pieces
     )
 
@@ -103,11 +103,11 @@ def _legend(scale: Scale, top: float) -> list[Markup]:
         )
         for shade in range(SHADES)
     ]
-    pieces.append(_text(LABEL_WIDTH - 10, top + 9, "error", "end"))
+    pieces.append(text(LABEL_WIDTH - 10, top + 9, "error", "end"))
     for index, bound in enumerate(scale.bounds()):
         if index % 3 == 0:
             more = "+" if scale.open and index == SHADES else ""
-            pieces.append(_text(LABEL_WIDTH + index * width, top + 26, short(bound) + more, "middle"))
+            pieces.append(text(LABEL_WIDTH + index * width, top + 26, short(bound) + more, "middle"))
     return pieces
 
 
@@ -148,16 +148,16 @@ def _panel(kind: str, curves: list[list[tuple[int, float]]], middle: list[tuple[
                 left, PANEL_WIDTH - right, y, y
             )
         )
-        pieces.append(_text(left - 6, y + 4, f"{10.0**-decade:g}", "end"))
+        pieces.append(text(left - 6, y + 4, f"{10.0**-decade:g}", "end"))
     for index, anchor in ((0, "start"), (longest, "end")):
         x = float(place(index, 1).split(",")[0])
-        pieces.append(_text(x, PANEL_HEIGHT - 6, str(index), anchor))
-    pieces.append(_text((left + PANEL_WIDTH - right) / 2, PANEL_HEIGHT - 6, "iteration", "middle"))
+        pieces.append(text(x, PANEL_HEIGHT - 6, str(index), anchor))
+    pieces.append(text((left + PANEL_WIDTH - right) / 2, PANEL_HEIGHT - 6, "iteration", "middle"))
     for curve in curves:
         points = " ".join(place(index, value) for index, value in curve)
         pieces.append(Markup('<polyline class="curve" points="{}"/>').format(points))
     pieces.append(Markup('<polyline class="median" points="{}"/>').format(" ".join(place(*point) for point in middle)))
-    return _picture(PANEL_WIDTH, PANEL_HEIGHT, f"Losses of the solver for {kind}", pieces)
+    return drawing(PANEL_WIDTH, PANEL_HEIGHT, f"Losses of the solver for {kind}", pieces)
 
 
 def _median(curves: list[list[tuple[int, float]]]) -> list[tuple[int, float]]:
@@ -191,13 +191,13 @@ def bars(chart: Sequence[Bar], title: str) -> Markup | None:
     for row, bar in enumerate(chart):
         y = row * BAR_HEIGHT
         middle = y + BAR_HEIGHT / 2 + 4
-        pieces.append(_text(label - 8, middle, bar.label, "end"))
+        pieces.append(text(label - 8, middle, bar.label, "end"))
         if bar.whole:
             pieces.append(_bar("whole", label, y + 5, bar.whole / longest * room))
         pieces.append(_bar("bar", label, y + 5, bar.value / longest * room))
         end = label + max(bar.value, bar.whole or 0) / longest * room
-        pieces.append(_text(end + 8, middle, bar.said, "start", "figure"))
-    return _picture(BAR_WIDTH, BAR_HEIGHT * len(chart) + 2, title, pieces)
+        pieces.append(text(end + 8, middle, bar.said, "start", "figure"))
+    return drawing(BAR_WIDTH, BAR_HEIGHT * len(chart) + 2, title, pieces)
 
 
 def _bar(kind: str, x: float, y: float, width: float) -> Markup:
@@ -223,14 +223,16 @@ def share_bars(parts: dict[str, float], said: str = "bytes") -> list[Bar]:
     ]
 
 
-def _text(x: float, y: float, said: str, anchor: str, kind: str = "label") -> Markup:
+def text(x: float, y: float, said: str, anchor: str, kind: str = "label") -> Markup:
+    """Text at a point; kind: its classes. Long text is cut, but not a `figure`."""
     said = visible(said)
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
-        kind, x, y, anchor, said if len(said) <= 16 or kind == "figure" else said[:15] + "…"
+        kind, x, y, anchor, said if len(said) <= 16 or "figure" in kind else said[:15] + "…"
     )
 
 
-def _picture(width: float, height: float, title: str, pieces: Sequence[Markup]) -> Markup:
+def drawing(width: float, height: float, title: str, pieces: Sequence[Markup]) -> Markup:
+    """The pieces as one picture; title: what it shows, for those who cannot see it."""
     return Markup(
         '<svg viewBox="0 0 {:.0f} {:.0f}" width="{:.0f}" height="{:.0f}" role="img" aria-label="{}">{}</svg>'
     ).format(width, height, width, height, visible(title), Markup("").join(pieces))
