@@ -12,14 +12,16 @@ from halfplate.registration import register
 
 if TYPE_CHECKING:
     from halfplate.checkpoint.quantization import HalfplateConfig
+    from halfplate.checkpoint.read import inspect_checkpoint as inspect
     from halfplate.checkpoint.read import load
     from halfplate.evaluation.bench import bench
+    from halfplate.evaluation.generate import generate
     from halfplate.evaluation.judge import evaluate
     from halfplate.exports import export
     from halfplate.recipe import Recipe
     from halfplate.recovery.settings import Recovery
     from halfplate.sweeps import sweep
-    from halfplate.verbs import compress, plan, recover
+    from halfplate.verbs import compress, plan, recover, write_report
 
     __version__: str
 
@@ -33,10 +35,13 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "generate",
+    "inspect",
     "load",
     "plan",
     "recover",
     "sweep",
+    "write_report",
 ]
 
 _FOUND_IN = {
@@ -47,10 +52,13 @@ _FOUND_IN = {
     "compress": ("halfplate.verbs", "compress"),
     "evaluate": ("halfplate.evaluation.judge", "evaluate"),
     "export": ("halfplate.exports", "export"),
+    "generate": ("halfplate.evaluation.generate", "generate"),
+    "inspect": ("halfplate.checkpoint.read", "inspect_checkpoint"),
     "load": ("halfplate.checkpoint.read", "load"),
     "plan": ("halfplate.verbs", "plan"),
     "recover": ("halfplate.verbs", "recover"),
     "sweep": ("halfplate.sweeps", "sweep"),
+    "write_report": ("halfplate.verbs", "write_report"),
 }
 
 register()

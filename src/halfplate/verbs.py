@@ -12,6 +12,8 @@ from halfplate.recipe import Recipe, RecipeFields
 from halfplate.recovery import job as recovery
 from halfplate.recovery.settings import Recovery
 from halfplate.registry import unknown
+from halfplate.report import page
+from halfplate.report.settings import Measuring
 from halfplate.statistics import Statistic
 from halfplate.telemetry.progress import Report, silent
 
@@ -112,3 +114,26 @@ def recover(
     settings = Recovery(**options) if settings is None else replace(settings, **options)
     model, teacher, out = path_text("model", model), path_text("teacher", teacher), path_text("out", out)
     return recovery.recover(model, teacher, out, settings, overwrite, resume, report, save_minutes, device)
+
+
+def write_report(
+    path: str | Path,
+    file: str | Path | None = None,
+    against: str | Path | None = None,
+    report: Report = silent,
+    **options: Any,
+) -> Path:
+    """Write the report of the checkpoint `path`, one self-contained HTML file, and return its path.
+
+    file: None for `report.html` in the checkpoint. against: also measure quality, speed and answers beside this original model; the
+    result stays in the log of the checkpoint for later reports. options: how to measure, fields of `halfplate.report.settings.Measuring`.
+    Raises HalfplateError on bad input and if the file cannot be written.
+    """
+    known = [field.name for field in fields(Measuring) if field.name != "against"]
+    for name in options.keys() - set(known):
+        raise unknown("option", name, known)
+    if options and against is None:
+        option = next(iter(options))
+        raise HalfplateError(f"{option} says how to measure, which needs the original model; give against")
+    measuring = None if against is None else Measuring(path_text("against", against), **options)
+    return page.write_report(path_text("path", path), file, measuring, report)

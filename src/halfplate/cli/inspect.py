@@ -14,11 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from halfplate.checkpoint.read import inspect_checkpoint
+    from halfplate import inspect
     from halfplate.cli.console import megabytes, print_json, print_table, silence_libraries
 
     silence_libraries()
-    found = inspect_checkpoint(args.path, verify=args.verify)
+    found = inspect(args.path, verify=args.verify)
     if args.json:
         print_json(found)
         return 0

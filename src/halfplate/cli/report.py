@@ -27,14 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-
+    from halfplate import write_report
     from halfplate.cli.console import print_json, progress, silence_libraries
-    from halfplate.report import write_report
 
     silence_libraries()
     use_threads(args.threads)
     with progress(args) as report:
-        file = write_report(args.path, args.file, _measuring(args), report)
+        file = write_report(args.path, args.file, args.against, report, **_measuring(args))
     if args.json:
         print_json({"report": str(file)})
     else:
@@ -42,18 +41,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measuring(args: argparse.Namespace) -> Any:
-    """What is to be measured, None without an original model."""
+def _measuring(args: argparse.Namespace) -> dict[str, Any]:
+    """How to measure, as far as it was given; raises HalfplateError without an original model."""
     from halfplate.errors import HalfplateError
-    from halfplate.report.settings import Measuring
 
     given = {name: getattr(args, name) for name in ("text", "windows", "seq_len", "new_tokens")}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if args.prompt:
         chosen["prompts"] = tuple(map(typed_text, args.prompt))
-    if args.against is not None:
-        return Measuring(args.against, **chosen)
-    if chosen:
+    if chosen and args.against is None:
         option = next(iter(chosen)).replace("prompts", "prompt").replace("_", "-")
         raise HalfplateError(f"--{option} says how to measure, which needs the original model; add --against ORIGINAL")
-    return None
+    return chosen
