@@ -4,6 +4,7 @@ What a registry looks up by its name (`halfplate.registry`, `halfplate.registrat
 """
 
 import ast
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -128,6 +129,16 @@ def test_every_import_goes_to_a_lower_layer():
         if unit(name) != unit(to) and rows[unit(to)] >= rows[unit(name)]
     ]
     assert upward == []
+
+
+def test_the_page_on_architecture_lists_the_folders_from_low_to_high():
+    page = (ROOT.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    rows = {name: number for number, row in enumerate(LAYERS) for name in row.split()}
+    assert set(listed) == {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"recipes"}
+    assert [rows[name] for name in listed] == sorted(rows[name] for name in listed)
+    for name, target in re.findall(r"`([A-Z]+)`, `([\w/]+\.py)`", page):
+        assert re.search(rf"^{name}: Registry\[", (ROOT / target).read_text(encoding="utf-8"), re.MULTILINE), name
 
 
 def test_every_exception_is_needed():
