@@ -80,7 +80,7 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
 
     def merge(self, *_: Any, **__: Any) -> None:
         """Refused: a compressed matrix has no place for a dense sum."""
-        raise HalfplateError("merge_adapter() would need dense weights; call merge_and_unload(), which makes them")
+        raise HalfplateError("merge_adapter() would need full weights; call merge_and_unload(), which makes them")
 
 
 def adapted(config: LoraConfig) -> LoraConfig:
@@ -90,7 +90,7 @@ def adapted(config: LoraConfig) -> LoraConfig:
     """
     if config.use_dora or config.init_lora_weights not in (True, False, "gaussian"):
         raise HalfplateError(
-            f"use_dora={config.use_dora}, init_lora_weights={config.init_lora_weights!r} need dense weights; leave them at their defaults"
+            f"use_dora={config.use_dora}, init_lora_weights={config.init_lora_weights!r} need full weights; leave them at their defaults"
         )
     config._register_custom_module({CompressedLinear: LoraCompressed, Packed: LoraCompressed})
     return config

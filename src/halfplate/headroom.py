@@ -19,7 +19,9 @@ def check_memory(what: str, nbytes: int, argument: str, value: int) -> None:
         return
     most = value * free // nbytes
     cure = f"try {argument}={most} or less" if most else "use a machine with more"
-    raise HalfplateError(f"{what} need {spoken(nbytes)} of memory, this process can have {spoken(free)} more; {cure}")
+    raise HalfplateError(
+        f"{what} need {spoken(nbytes)} of memory, but this process can use only {spoken(free)} more; {cure}"
+    )
 
 
 def memory(field: str) -> int | None:

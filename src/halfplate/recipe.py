@@ -87,7 +87,7 @@ class Recipe:
     offspring each. transforms: names of `halfplate.transforms`, applied to the model in this order before anything else; each
     becomes `name@version`. calibration: `self`, a text file or a Hub data set, of which `samples` sequences of `seq_len` tokens are
     used; seed: of everything random. device: `cpu` or `cuda`. include, exclude:
-    patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats a token.
+    patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats per token.
     Raises HalfplateError naming the field, its value and what would do.
     """
 
@@ -135,7 +135,7 @@ class Recipe:
             )
         if not isinstance(self.method_options, Mapping):
             raise HalfplateError(
-                f"method_options={self.method_options!r} is not a mapping; write one `name: value` a line below it"
+                f"method_options={self.method_options!r} is not a mapping; write one `name: value` per line below it"
             )
         options = _typed_options(methods.METHODS.get(self.method), self.method_options)
         object.__setattr__(self, "method_options", options)
@@ -159,7 +159,7 @@ class Recipe:
             raise HalfplateError(f"token_limit={self.token_limit} must be a positive number, or none; try 10")
         if self.tune_block and self.inputs != "compressed":
             raise HalfplateError(
-                f"tune_block={self.tune_block} tunes a block for what the compressed blocks before it give; use inputs compressed"
+                f"tune_block={self.tune_block} tunes a layer on the outputs of the compressed layers before it; use inputs compressed"
             )
         self._check_budget()
         self._check_ratios()
@@ -168,7 +168,7 @@ class Recipe:
                 f"cross_damping={self.cross_damping} must be a finite number, 0 or more, or none; try 1.0"
             )
         if self.max_kl is not None and not self.max_kl > 0:
-            raise HalfplateError(f"max_kl={self.max_kl} must be above 0 nats a token; try 1.0")
+            raise HalfplateError(f"max_kl={self.max_kl} must be above 0 nats per token; try 1.0")
         device_kind(self.device)
         for name in ("method", "calibration"):
             if not getattr(self, name).strip():
@@ -177,13 +177,15 @@ class Recipe:
     def _check_budget(self) -> None:
         if self.budget is not None and self.time_budget is not None:
             raise HalfplateError(
-                f"budget={self.budget}, time_budget={self.time_budget}: only one of them can rule; leave one out"
+                f"budget={self.budget}, time_budget={self.time_budget}: they exclude each other; leave one out"
             )
         for name in ("budget", "time_budget"):
             if (value := getattr(self, name)) is not None and not 0 < value <= 1:
-                raise HalfplateError(f"{name}={value} must be a share of the dense model, above 0 and up to 1; try 0.6")
+                raise HalfplateError(
+                    f"{name}={value} must be a fraction of the original model, above 0 and up to 1; try 0.6"
+                )
         if self.search == "evolution" and not self.budgeted:
-            raise HalfplateError("search='evolution' looks for the best levels within a budget; give --budget 0.6")
+            raise HalfplateError("search='evolution' looks for the best candidates within a budget; give --budget 0.6")
         if self.choose != CHOICES and not self.budgeted:
             raise HalfplateError(
                 f"choose={','.join(self.choose)} says what a budget may choose, and there is none; give --budget 0.6, or leave it out"
@@ -200,7 +202,7 @@ class Recipe:
         pattern, method = self.parsed_pattern, self.create_method()
         if pattern.is_dense:
             raise HalfplateError(
-                f"ratios={self.ratios!r} spreads N of M over the blocks, and pattern dense has none; try 4:8"
+                f"ratios={self.ratios!r} spreads N of M over the layers, and pattern dense has none; try 4:8"
             )
         if self.budgeted:
             raise HalfplateError(
@@ -245,7 +247,7 @@ class Recipe:
         method.check_spec(self.spec(1, pattern.m, block))
         if self.group_size != GROUP and self.core_dtype not in QUANTIZERS and not self.budgeted:
             raise HalfplateError(
-                f"group_size={self.group_size} is for cores on a grid, and core_dtype={self.core_dtype!r} has no scales; "
+                f"group_size={self.group_size} is for quantised cores, and core_dtype={self.core_dtype!r} has no scales; "
                 f"leave it out or use {', '.join(QUANTIZERS)}"
             )
         if pattern.is_dense and self.core_dtype not in QUANTIZERS:
@@ -360,13 +362,13 @@ def file_values(path: str | Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise HalfplateError(
-            f"recipe={str(path)!r} is not valid YAML: {error}; write one `name: value` a line"
+            f"recipe={str(path)!r} is not valid YAML: {error}; write one `name: value` per line"
         ) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise HalfplateError(
-            f"recipe={str(path)!r} holds a {type(values).__name__}, expected a mapping; write one `name: value` a line"
+            f"recipe={str(path)!r} holds a {type(values).__name__}, expected a mapping; write one `name: value` per line"
         )
     return values
 

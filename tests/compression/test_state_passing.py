@@ -134,7 +134,7 @@ def test_a_refusal_leaves_nothing(saved, tiny_folder, text_file, tmp_path, monke
         return forward(self, *args, **kwargs) * len(calls)
 
     monkeypatch.setattr(Block, "forward", changing)
-    with pytest.raises(HalfplateError, match="LlamaForCausalLM cannot be run block by block: block 0"):
+    with pytest.raises(HalfplateError, match="LlamaForCausalLM cannot be run layer by layer: layer 0"):
         compress(str(tiny_folder), tmp_path / "out", recipe_of("llama", text_file))
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))

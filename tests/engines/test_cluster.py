@@ -207,7 +207,7 @@ def test_refusals_of_a_cluster(cluster, engine, tmp_path):
     with pytest.raises(HalfplateError, match=r"torch is '2.* on machine .* and '1.0' where the command runs"):
         run_on_site(other, Refusing())
     gone = Site(site.halfplate, site.torch, site.processor, tmp_path / "gone")
-    with pytest.raises(HalfplateError, match=r"does not see '.*gone'; put OUT and the model where every machine sees"):
+    with pytest.raises(HalfplateError, match=r"cannot read '.*gone'; put OUT and the model on storage"):
         run_on_site(gone, Refusing())
 
 
@@ -215,7 +215,7 @@ def test_no_machine_is_left_for_a_task(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster_module, "PATIENCE", 0.1)
     results = engine.run([Waiting(tmp_path, 0)])
     monkeypatch.setattr(engine, "_machines", lambda: [])
-    with pytest.raises(HalfplateError, match=r"needs 1 CPU and .* cluster has 0 CPUs and .*; go on with --resume"):
+    with pytest.raises(HalfplateError, match=r"needs 1 CPU and .* cluster has 0 CPUs and .*; continue with --resume"):
         list(results)
 
 

@@ -1,4 +1,4 @@
-"""Models whose blocks pass on more than a hidden state run block by block as they run whole, or are refused in one line."""
+"""Models whose blocks pass on more than a hidden state run layer by layer as they run whole, or are refused in one line."""
 
 import json
 from dataclasses import replace
@@ -102,7 +102,7 @@ def test_state_that_cannot_be_carried_is_refused(tiny_model, tiny_tokenizer, tmp
 
     monkeypatch.setattr(kind, "forward", passing if kept_in == "a module" else changing)
     with pytest.raises(
-        HalfplateError, match=r"LlamaForCausalLM cannot be run block by block: block 1 .*\(relative difference 0\.\d+\)"
+        HalfplateError, match=r"LlamaForCausalLM cannot be run layer by layer: layer 1 .*\(relative difference 0\.\d+\)"
     ) as refused:
         check_chain(streamed, tokens())
     assert "\n" not in str(refused.value)

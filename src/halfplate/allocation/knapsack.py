@@ -29,7 +29,7 @@ def allocate(matrices: Sequence[Sequence[Level]], budget: float) -> list[int]:
     least = sum(min(level.cost for level in levels) for levels in matrices)
     if not least <= budget:
         raise HalfplateError(
-            f"budget={budget:.6g} cannot be met, the least is {least:.6g}; raise it, or offer cheaper levels"
+            f"budget={budget:.6g} cannot be met, the least is {least:.6g}; raise it, or offer cheaper candidates"
         )
     unit = budget / (UNITS - len(matrices)) if budget > 0 else 1.0  # rounding up may not make the least impossible
     room = UNITS

@@ -67,5 +67,5 @@ def _knapsack(units: list[Unit], budget: float, whole: float, time_budget: float
         least = sum(min(level.cost for level in levels) for levels in options) / whole
         name, value = ("budget", budget / whole) if time_budget is None else ("time_budget", time_budget)
         raise HalfplateError(
-            f"{name}={value:g} cannot be met: the least is {least:.4f}; raise it, or let --choose leave more free"
+            f"{name}={value:g} cannot be met: the least is {least:.4f}; raise it, or add fields to --choose"
         ) from None

@@ -45,7 +45,7 @@ class MeasuredLevel:
 class Unit:
     """A matrix, or several that share a wrapper and have one level.
 
-    levels: those that no other beats, dearer ones later. harm: KL to the dense model, nats a token, for each unit of
+    levels: those that no other beats, dearer ones later. harm: KL to the dense model, nats per token, for each unit of
     relative error in these matrices alone.
     """
 
@@ -138,7 +138,7 @@ class LevelMeasurement:
         return MeasuredLevel(specs, cost, error), chains
 
     def _harm(self, block: int, names: list[str], linears: list[nn.Linear], chains: list[Chain]) -> float:
-        """KL to the dense model, nats a token, with these matrices alone compressed."""
+        """KL to the dense model, nats per token, with these matrices alone compressed."""
         try:
             for name, compressed in zip(names, compressed_linears(linears, chains), strict=True):
                 replace_linear(self.model, name, compressed)

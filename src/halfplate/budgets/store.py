@@ -56,8 +56,8 @@ class LevelStore:
             write_file(self._file(key), tensors, durable=False)
         except OSError as error:
             raise HalfplateError(
-                f"levels could not be kept in {self._folder.name!r} ({' '.join(str(error).split())}); free some space there, "
-                "or name another place by the environment's TMPDIR"
+                f"candidates could not be written to {self._folder.name!r} ({' '.join(str(error).split())}); free some space there, "
+                "or set TMPDIR to another folder"
             ) from error
 
     def dense(self, key: tuple[int, int], device: torch.device) -> list[Tensor]:

@@ -215,7 +215,7 @@ class StageSums:
         for name in names:
             if name not in self.leaders:
                 raise HalfplateError(
-                    f"{name} never ran on the calibration tokens, so nothing is known of its inputs; "
+                    f"{name} never ran on the calibration tokens, so it has no input statistics; "
                     "raise samples, or exclude it"
                 )
         found = {leader: sums.statistics() for leader, sums in self.sums.items()}
@@ -275,7 +275,7 @@ class _Collector:
             broken = int((~torch.isfinite(sums.squares)).sum())
             raise HalfplateError(
                 f"{name}: {broken} of its {x.shape[-1]} inputs are not finite on the calibration tokens; "
-                "check that the dense model works on this text, or pass another"
+                "check that the original model works on this text, or pass another"
             )
 
 
@@ -288,5 +288,5 @@ def _module_of_block(blockwise: BlockwiseModel, index: int, name: str) -> nn.Mod
         return blockwise.blocks[index].get_submodule(name.removeprefix(prefix))
     except AttributeError:
         raise HalfplateError(
-            f"{name!r} is not a module of block {index}; expected a name such as {prefix}..."
+            f"{name!r} is not a module of layer {index}; expected a name such as {prefix}..."
         ) from None

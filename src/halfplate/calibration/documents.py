@@ -205,7 +205,7 @@ def _hub_rows(source: str, argument: str) -> Iterator[tuple[str, Any]]:
         from datasets import load_dataset
     except ImportError:
         raise HalfplateError(
-            f"{argument}={source!r} is no file here, and reading it as a Hub data set needs the package datasets; "
+            f"{argument}={source!r} is not a file here, and reading it as a Hub data set needs the package datasets; "
             "pip install 'halfplate[hub]' or pass a text file"
         ) from None
     name, _, config = source.partition(":")
@@ -227,6 +227,6 @@ def _hub_rows(source: str, argument: str) -> Iterator[tuple[str, Any]]:
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise HalfplateError(
-            f"{argument}={source!r} is no file here and could not be read as a Hub data set ({reason}); "
+            f"{argument}={source!r} is not a file here and could not be read as a Hub data set ({reason}); "
             "check the name (org/name:config) and the network, or pass a text file"
         ) from None

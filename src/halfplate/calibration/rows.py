@@ -32,7 +32,7 @@ def check_unicode(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise HalfplateError(
-            f"{where} holds {text[error.start]!r} at character {error.start}, which is no Unicode text; remove it"
+            f"{where} holds {text[error.start]!r} at character {error.start}, which is not valid Unicode; remove it"
         ) from None
 
 
@@ -62,7 +62,9 @@ def json_values(blocks: Iterable[str], where: str) -> Iterator[tuple[str, Any]]:
         if in_array and held[0] == "]":
             held = _stripped(held[1:], source)
             if held:
-                raise HalfplateError(f"{where} holds more after its array ({held[:20]!r}); expected one array of rows")
+                raise HalfplateError(
+                    f"{where} has more text after its array ({held[:20]!r}); expected one array of rows"
+                )
             return
         if in_array and number:
             if held[0] != ",":

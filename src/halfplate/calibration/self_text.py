@@ -147,8 +147,8 @@ def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
     # Kernels round differently for one token and for several; what is forgotten changes far more.
     if not difference < WORST_DIFFERENCE:
         raise HalfplateError(
-            f"calibration=self: {type(model).__name__} gives other logits token by token than for a whole text (by {difference:.2g} of their "
-            "size), so it cannot sample text; pass a text file with --calibration"
+            f"calibration=self: {type(model).__name__} computes different logits token by token than for a whole text (relative difference "
+            f"{difference:.2g}), so it cannot sample text; pass a text file with --calibration"
         )
     return new_cache
 

@@ -107,12 +107,12 @@ def _stream(text: Text, tokenizer: "PreTrainedTokenizerBase", least: int) -> tup
 
 
 def check_seq_len(model: "PreTrainedModel", seq_len: int, least: int) -> None:
-    """Raise HalfplateError where `seq_len` is below `least` or beyond the positions that the model knows."""
+    """Raise HalfplateError where `seq_len` is below `least` or beyond the positions of the model."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if seq_len < least:
         raise HalfplateError(f"seq_len={seq_len} is too short, expected at least {least} tokens; try 512")
     if isinstance(most, int) and seq_len > most:
-        raise HalfplateError(f"seq_len={seq_len} is beyond the {most} positions that the model knows; try {most}")
+        raise HalfplateError(f"seq_len={seq_len} is beyond the {most} positions of the model; try {most}")
 
 
 def check_tokens_fit(argument: str, windows: int, seq_len: int) -> None:

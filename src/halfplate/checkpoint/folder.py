@@ -77,7 +77,7 @@ def _reason(out: Path, error: Exception) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
         f"os error {code}" in text for code in (errno.ENOSPC, errno.EDQUOT)
     )
-    cure = "the disk is full, free some space" if full else "check that the place exists and can be written"
+    cure = "the disk is full, free some space" if full else "check that the folder exists and can be written"
     return f"out={str(out)!r} could not be written ({text}): {cure} or choose another place; nothing was left there"
 
 

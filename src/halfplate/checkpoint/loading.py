@@ -18,7 +18,7 @@ def load_any(name: str, device: str = "cpu", activations: str = "float") -> tupl
         return load(name, device=device, activations=activations), load_tokenizer(name)
     if activations != "float":
         raise HalfplateError(
-            f"activations={activations!r} is for Halfplate checkpoints, and {name!r} is none; leave it out"
+            f"activations={activations!r} is for Halfplate checkpoints, and {name!r} is not one; leave it out"
         )
     loaded = load_dense(name, device)
     return loaded.model, loaded.tokenizer

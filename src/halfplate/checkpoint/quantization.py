@@ -36,13 +36,13 @@ class HalfplateConfig(QuantizationConfigMixin):
     ) -> None:
         if recipe is None and modules is None and version is None:
             raise HalfplateError(
-                "HalfplateConfig needs a recipe for a dense model, HalfplateConfig(recipe=Recipe(...)); a checkpoint is loaded without a quantization_config"
+                "HalfplateConfig needs a recipe for an original model, HalfplateConfig(recipe=Recipe(...)); a checkpoint is loaded without a quantization_config"
             )
         if recipe is None:
             parse_modules(version, modules, needs)
         elif modules is not None:
             raise HalfplateError(
-                "recipe and modules are both given; give the recipe for a dense model, the modules for a checkpoint"
+                "recipe and modules are both given; give the recipe for an original model, the modules for a checkpoint"
             )
         self.quant_method = METHOD  # type: ignore[assignment]
         self.version = VERSION if recipe is not None else version

@@ -110,7 +110,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     check_name("path", path)
     if not Path(path).is_dir():
         raise HalfplateError(f"path={str(path)!r} is not a folder; give the folder of a Halfplate checkpoint")
-    cure = "put the tokenizer files of its dense model there"
+    cure = "put the tokenizer files of its original model there"
     with reading(str(path), "it has no tokenizer that can be read", cure, argument="path"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=False, local_files_only=True

@@ -144,7 +144,7 @@ def _check_modules(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> N
             tensor = stored[part]
             if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
                 raise HalfplateError(
-                    f"{name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, its spec expects {dtype} {shape}; compress it anew"
+                    f"{name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, its spec expects {dtype} {shape}; compress it again"
                 )
         # A stranger's dense layer must refuse this tensor, or it would load nonsense without a word.
         assert tuple(stored["weight"].shape) != (module.out_features, module.in_features), name

@@ -1,4 +1,4 @@
-"""The main run: plan, read, calibrate, compress block by block, assemble, judge; it can be broken off and gone on with."""
+"""The main run: plan, read, calibrate, compress layer by layer, assemble, judge; it can be broken off and gone on with."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _carry_out(order: _Order, plan: Plan, report: Report) -> dict[str, Any]:
     recipe, clock = plan.recipe, Clock()
     report("reading", 0, 1, facts=_plan_facts(plan, order.out))
     if (threads := order.identity["threads"]) > cores():
-        note = f"{threads}, as it began, more than the {cores()} cores here: slower, and the same bytes"
+        note = f"{threads}, as at the start of the run; this machine has {cores()} cores, so it is slower (the bytes stay the same)"
         report("threads", 1, 1, note)
     result = _compressed(order, plan, report, clock)
     summary = _summary(order.out, result)
@@ -276,7 +276,7 @@ def _check_kl(name: str, recipe: Recipe, out: Path, report: Report) -> dict[str,
     amend_record(out, {"held_out": measures})
     if not measures["kl"] <= recipe.max_kl:
         raise RuinedResult(
-            f"max_kl={recipe.max_kl}: the result is ruined, its KL to the dense model is {measures['kl']:.4g} nats a token on held-out text; "
-            f"it stays in {str(out)!r}; try method armor, larger blocks or more samples"
+            f"max_kl={recipe.max_kl}: KL {measures['kl']:.4g} nats per token on held-out text exceeds it; "
+            f"the checkpoint is kept at {str(out)!r}; try method armor, larger blocks or more samples"
         )
     return measures

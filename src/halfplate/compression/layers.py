@@ -91,7 +91,7 @@ class _Loop:
         if part is None or (damage := self._damage(part)) is not None:
             if part is not None:
                 self.run.report(
-                    "checking", block + 1, self.last + 1, f"block {block} is damaged ({damage}), computed anew"
+                    "checking", block + 1, self.last + 1, f"layer {block} is damaged ({damage}) and is computed again"
                 )
             remove_artifact(self.run.work.block(block))
             return False
@@ -102,7 +102,7 @@ class _Loop:
         """What is wrong with a part; one of other levels is worth nothing where those that were chosen have been lost."""
         specs = part.facts["specs"]
         other = next((name for name, spec in specs.items() if spec != self.specs[name].to_json()), None)
-        return part.damaged() if other is None else f"{other} has another level"
+        return part.damaged() if other is None else f"{other} has another candidate"
 
     def _remember(self, block: int, facts: dict[str, Any], records: list[MatrixRecord]) -> None:
         self.records |= {record.name: record for record in records}

@@ -139,7 +139,7 @@ def assemble_weights(
     if set(names) != found.keys():
         name = min(set(names) ^ found.keys())
         raise HalfplateError(
-            f"{name} is missing or too many among the finished parts; pass --overwrite to start afresh"
+            f"{name} is missing or too many among the finished files; pass --overwrite to start afresh"
         )
     return assemble({name: found[name] for name in names}, folder, progress)
 

@@ -76,7 +76,7 @@ class _Transforming:
             dtype, shape = left.pop(name, (None, ()))
             if dtype is None:
                 raise HalfplateError(
-                    f"{self._where} gives {name}, which is not asked for or there already; {self._cure}"
+                    f"{self._where} gives {name}, which is unexpected or was given before; {self._cure}"
                 )
             if tuple(tensor.shape) != shape:
                 raise HalfplateError(

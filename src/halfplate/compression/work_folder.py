@@ -129,13 +129,13 @@ class WorkFolder:
                 return
         if begun is None and resume and self.finished_work() and not overwrite:
             raise HalfplateError(
-                f"--resume: {str(self.identity)!r} and its copy are damaged or gone, so that nothing says what the finished parts beside it belong to; "
+                f"--resume: {str(self.identity)!r} and its copy are damaged or gone, so it is unknown which run the finished files beside it belong to; "
                 "pass --overwrite to start afresh"
             )
         if begun is not None and self.finished_work() and not overwrite:
             raise HalfplateError(
-                f"out={str(self.out)!r}: an interrupted compression left its finished parts in {str(self.path)!r}; pass --resume to go on "
-                "from them, or --overwrite to start afresh"
+                f"out={str(self.out)!r}: an interrupted compression left its finished files in {str(self.path)!r}; pass --resume to continue"
+                ", or --overwrite to start afresh"
             )
         self.clear()
         for file in (self.identity, self.identity_copy):
@@ -143,10 +143,10 @@ class WorkFolder:
 
     def _refused(self, error: OSError) -> str:
         text = " ".join(str(error).split())
-        kept = "what is finished is kept, --resume goes on from it"
+        kept = "finished work is kept, and --resume continues"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"out={str(self.out)!r}: the disk is full ({text}); free some space: {kept}"
-        return f"out={str(self.out)!r}: {str(self.path)!r} cannot be used ({text}); check that the place is there and can be written: {kept}"
+        return f"out={str(self.out)!r}: {str(self.path)!r} cannot be used ({text}); check that the folder exists and can be written: {kept}"
 
 
 def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], when: str) -> None:

@@ -44,7 +44,7 @@ class EngineChoice:
             )
         if self.address is not None and self.workers is not None:
             raise HalfplateError(
-                f"workers={self.workers} with address={self.address!r}: the CPUs of the cluster say how many tasks run side by side; "
+                f"workers={self.workers} with address={self.address!r}: the CPUs of the cluster determine how many tasks run in parallel; "
                 "leave one of the two out"
             )
         if self.name == "ray" and find_spec("ray") is None:

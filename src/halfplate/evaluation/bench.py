@@ -270,7 +270,7 @@ class _BringingIn:
             self._name, self.ids = name, speed.random_prompt(config.vocab_size, self._prompt)
         elif int(self.ids.max()) >= config.vocab_size:
             raise HalfplateError(
-                f"against={name!r} has another vocabulary than {self._name!r}; give the dense model that it was compressed from"
+                f"against={name!r} has another vocabulary than {self._name!r}; give the original model that it was compressed from"
             )
 
 
@@ -333,4 +333,4 @@ def _check(model: str, prompt: int, new_tokens: int, rounds: int, activations: s
             raise HalfplateError(f"{argument}={number} is too few to time, expected at least {least}")
     if not is_compressed(model) and (activations != "float" or loops):
         option = "activations='int8'" if activations != "float" else "loops=True"
-        raise HalfplateError(f"{option} is for Halfplate checkpoints, and {model!r} is none; leave it out")
+        raise HalfplateError(f"{option} is for Halfplate checkpoints, and {model!r} is not one; leave it out")

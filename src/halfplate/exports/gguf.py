@@ -26,7 +26,7 @@ def export_gguf(source: str, out: Path, overwrite: bool) -> str:
             write_gguf(dense, tokenizer, partial)
     except OSError as error:
         raise HalfplateError(
-            f"out={str(out)!r} could not be written ({error.strerror or error}); check that the place exists and has room"
+            f"out={str(out)!r} could not be written ({error.strerror or error}); check that the folder exists and the disk has free space"
         ) from error
     return f"{out}: {source} in F16 for llama.cpp"
 

@@ -47,11 +47,11 @@ class HalfplateQuantizer(HfQuantizer):
         self._source: Path | None = None  # of the dense model that is to be compressed
         if self.pre_quantized and quantization_config.recipe is not None:
             raise HalfplateError(
-                "recipe: the checkpoint is compressed already; leave quantization_config out, or give the dense model"
+                "recipe: the checkpoint is compressed already; leave quantization_config out, or give the original model"
             )
         if not self.pre_quantized and quantization_config.recipe is None:
             raise HalfplateError(
-                "quantization_config has no recipe to compress a dense model by; pass HalfplateConfig(recipe=Recipe(...))"
+                "quantization_config has no recipe for compressing the original model; pass HalfplateConfig(recipe=Recipe(...))"
             )
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -92,7 +92,7 @@ class HalfplateQuantizer(HfQuantizer):
         for name, spec in specs.items():
             bias = linears[name].bias
             if found is not None and (bias is None) == (f"{name}.bias" in found):
-                state = "missing" if bias is not None else "stored, which the model has not"
+                state = "missing" if bias is not None else "stored, but the model does not have it"
                 raise HalfplateError(
                     f"{name}.bias is {state}; the checkpoint does not fit its config.json, write it again"
                 )

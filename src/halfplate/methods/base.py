@@ -66,19 +66,19 @@ class Method(ABC):
             )
         if not self.wrapped and (spec.out_block or spec.in_block):
             raise HalfplateError(
-                f"block_size={max(spec.out_block, spec.in_block)} asks for wrappers, which method {self.name!r} has not; use block_size=0"
+                f"block_size={max(spec.out_block, spec.in_block)} asks for wrappers, which method {self.name!r} does not make; use block_size=0"
             )
         if not self.low_rank and spec.rank:
             raise HalfplateError(
-                f"rank={spec.rank} asks for a low-rank part, which method {self.name!r} has not; use rank=0"
+                f"rank={spec.rank} asks for a low-rank part, which method {self.name!r} does not make; use rank=0"
             )
         if spec.parts != self.parts:
             raise HalfplateError(
-                f"parts={_names(spec.parts)} is not what method {self.name!r} makes, which is {_names(self.parts)}; ask for the latter"
+                f"parts={_names(spec.parts)} does not match method {self.name!r}; expected {_names(self.parts)}"
             )
         if spec.permuted and not self.permutes:
             raise HalfplateError(
-                f"permuted=True asks for an order of the inputs, which method {self.name!r} as configured has not; use permuted=False"
+                f"permuted=True asks for permuted inputs, which method {self.name!r} as configured does not make; use permuted=False"
             )
 
     def flops(self, spec: WeightSpec) -> float:

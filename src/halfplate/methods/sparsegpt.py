@@ -16,7 +16,7 @@ from halfplate.statistics import InputStatistics, Statistic
 
 @dataclass(frozen=True)
 class SparseGPT(Method):
-    """Prune column after column by W² / U_jj² and let the later columns make up for the error.
+    """Prune column after column by W² / U_jj² and let the later columns compensate for the error.
 
     damping: fraction of the mean second moment added to the diagonal of the Gram matrix. column_block: columns between
     two updates of the whole matrix; it changes the speed, not the result. On a grid, kept values are rounded inside the sweep
@@ -24,7 +24,7 @@ class SparseGPT(Method):
     """
 
     name = "sparsegpt"
-    summary = "second-order pruning; kept weights make up for the error"
+    summary = "second-order pruning; kept weights compensate for the error"
     damping: float = 0.01
     column_block: int = 128
 

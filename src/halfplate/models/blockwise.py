@@ -100,8 +100,8 @@ class BlockwiseModel:
             hidden, rest = self._split_hidden(args, kwargs)
             if index != len(recorded) or (previous is not None and not _same_memory(hidden, previous)):
                 raise HalfplateError(
-                    f"model {self._class} changes the hidden state between its blocks or does not run "
-                    "them in order, so it cannot be run block by block; use a model with a plain chain of decoder blocks"
+                    f"model {self._class} changes the hidden state between its layers or does not run "
+                    "them in order, so it cannot be run layer by layer; use a model with a plain chain of decoder layers"
                 )
             first = hidden if first is None else first
             recorded.append(copied(rest))
@@ -116,13 +116,13 @@ class BlockwiseModel:
                 body(input_ids=input_ids, use_cache=False)
             except (AttributeError, TypeError) as error:
                 # Model code that computes with what a block returns finds a FromBlock there.
-                raise HalfplateError(self._apart("it fails without its blocks", error)) from error
+                raise HalfplateError(self._apart("it fails without its layers", error)) from error
             finally:
                 self._tried.clear()
         if first is None or len(recorded) != len(self.blocks):
             raise HalfplateError(
-                f"model {self._class} ran {len(recorded)} of the {len(self.blocks)} blocks under "
-                f"{self.prefix!r}, so it cannot be run block by block; use a model with a plain chain of decoder blocks"
+                f"model {self._class} ran {len(recorded)} of the {len(self.blocks)} layers under "
+                f"{self.prefix!r}, so it cannot be run layer by layer; use a model with a plain chain of decoder layers"
             )
         return BlockInputs(first, with_handed_on(recorded), text=(input_ids.shape[0], input_ids.shape[1]))
 
@@ -187,8 +187,8 @@ class BlockwiseModel:
     def _apart(self, what: str, error: Exception) -> str:
         reason = " ".join(str(error).split())
         return (
-            f"model {self._class} cannot be run block by block: {what} ({type(error).__name__}: {reason[:200]}); use a method that needs "
-            "no text (magnitude, rtn), or a model with a plain chain of decoder blocks"
+            f"model {self._class} cannot be run layer by layer: {what} ({type(error).__name__}: {reason[:200]}); use a method that needs "
+            "no text (magnitude, rtn), or a model with a plain chain of decoder layers"
         )
 
     def _as_returned(
@@ -206,7 +206,7 @@ class BlockwiseModel:
             try:
                 output = forward(*args, **kwargs)
             except (KeyError, AttributeError, TypeError, RuntimeError) as error:
-                raise HalfplateError(self._apart(f"block {index} fails by itself", error)) from error
+                raise HalfplateError(self._apart(f"layer {index} fails when it is run alone", error)) from error
             self._tried[kind], spec = tree_flatten(list(output[1:]) if isinstance(output, tuple) else [])
             self._returned[kind] = spec if isinstance(output, tuple) else None
         returned = self._returned[kind]
@@ -220,7 +220,7 @@ class BlockwiseModel:
             return args[0], (args[1:], kwargs)
         if "hidden_states" not in kwargs:
             raise HalfplateError(
-                f"model {self._class} calls its blocks with {', '.join(kwargs)}, expected the hidden state first or as hidden_states; "
+                f"model {self._class} calls its layers with {', '.join(kwargs)}, expected the hidden state first or as hidden_states; "
                 "use a method that needs no text (magnitude, rtn)"
             )
         return kwargs["hidden_states"], ((), {name: value for name, value in kwargs.items() if name != "hidden_states"})

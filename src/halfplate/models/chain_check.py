@@ -40,7 +40,7 @@ def check_chain(streamed: StreamedModel, ids: Tensor, splits: str | None = None)
         raise
     # Model code fails with errors of its own.
     except Exception as error:
-        raise HalfplateError(_refusal(streamed, f"its blocks do not run apart ({_reason(error)})")) from error
+        raise HalfplateError(_refusal(streamed, f"its layers do not run separately ({_reason(error)})")) from error
     if splits is not None and inputs.hidden.shape[:2] != ids.shape:
         raise HalfplateError(
             f"{splits}: model {type(streamed.model).__name__} has hidden states of shape {tuple(inputs.hidden.shape)} for tokens of shape "
@@ -56,7 +56,7 @@ def check_chain(streamed: StreamedModel, ids: Tensor, splits: str | None = None)
             raise
         except Exception as error:
             raise HalfplateError(
-                _refusal(streamed, f"block {index} does not run apart from the others ({_reason(error)})")
+                _refusal(streamed, f"layer {index} does not run separately from the others ({_reason(error)})")
             ) from error
         finally:
             streamed.free_block(index)
@@ -75,13 +75,13 @@ def _whole(streamed: StreamedModel, ids: Tensor) -> list[Tensor]:
         name = type(streamed.model).__name__
         if resolved(streamed.blockwise.precision, streamed.device.type) == "bf16":
             raise HalfplateError(
-                f"precision=bf16: model {name} fails in block {max(0, len(seen) - 1)} ({_reason(error)}); pass --precision fp32"
+                f"precision=bf16: model {name} fails in layer {max(0, len(seen) - 1)} ({_reason(error)}); pass --precision fp32"
             ) from error
         raise HalfplateError(
             f"model {name} fails on the calibration tokens ({_reason(error)}); check that it runs in transformers"
         ) from error
     if len(seen) != len(streamed.blocks) + 1:
-        raise HalfplateError(_refusal(streamed, f"it runs {len(seen)} of its {len(streamed.blocks)} blocks"))
+        raise HalfplateError(_refusal(streamed, f"it runs {len(seen)} of its {len(streamed.blocks)} layers"))
     return seen
 
 
@@ -105,19 +105,21 @@ def _some(hidden: Tensor) -> Tensor:
 def _compare(streamed: StreamedModel, index: int, hidden: Tensor, expected: Tensor) -> None:
     found = _some(hidden)
     if found.shape != expected.shape:
-        raise HalfplateError(_refusal(streamed, f"the hidden state before block {index} has another shape"))
+        raise HalfplateError(_refusal(streamed, f"the hidden state before layer {index} has another shape"))
     if not bool(expected.isfinite().all()):
         return  # Whoever collects statistics names the linear.
     difference = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
     if not difference <= TOLERANCE:
-        what = f"block {index - 1} gives" if index else "the embedding gives"
+        what = f"layer {index - 1} gives" if index else "the embedding gives"
         raise HalfplateError(
-            _refusal(streamed, f"{what} another output than in the whole model (relative difference {difference:.2g})")
+            _refusal(
+                streamed, f"{what} a different output than in the whole model (relative difference {difference:.2g})"
+            )
         )
 
 
 def _refusal(streamed: StreamedModel, what: str) -> str:
-    return f"model {type(streamed.model).__name__} cannot be run block by block: {what}, so its statistics would be wrong; {CURE}"
+    return f"model {type(streamed.model).__name__} cannot be run layer by layer: {what}, so its statistics would be wrong; {CURE}"
 
 
 def _reason(error: Exception) -> str:

@@ -66,7 +66,7 @@ def check_plain(name: str, entries: dict[str, Any], tensors: Iterable[str]) -> N
 
 def _already_quantised(name: str, method: str | None, reason: str) -> HalfplateError:
     return HalfplateError(
-        f"model={name!r} is already quantised (quant_method {method or 'unknown'!r}, {reason}); Halfplate compresses dense weights: "
+        f"model={name!r} is already quantised (quant_method {method or 'unknown'!r}, {reason}); Halfplate compresses plain weights: "
         "pass the fp32, bf16 or fp16 model it was made from"
     )
 
@@ -100,7 +100,7 @@ def check_kind(name: str, entries: dict[str, Any]) -> None:
     method = quantisation_of(entries)
     if method == METHOD:
         raise HalfplateError(
-            f"model={name!r} is already compressed by Halfplate; pass the dense model it was made from"
+            f"model={name!r} is already compressed by Halfplate; pass the original model it was made from"
         )
     if method in QUANTISED_AT_RUN_TIME:
         raise _already_quantised(name, method, "which rounds weights and activations whenever the model runs")
@@ -187,15 +187,17 @@ def _freed(config: PretrainedConfig, entries: dict[str, Any]) -> list[str]:
     attention, experts = config._attn_implementation, config._experts_implementation
     if attention not in PLAIN_ATTENTION:
         config._attn_implementation = None
-        notes.append(f"config.json: attn_implementation={attention!r} is left out; attention runs as torch has it here")
+        notes.append(
+            f"config.json: attn_implementation={attention!r} is left out; attention uses torch's implementation"
+        )
     if experts not in PLAIN_EXPERTS:
         config._experts_implementation = None
-        notes.append(f"config.json: experts_implementation={experts!r} is left out; experts run as torch has it here")
+        notes.append(f"config.json: experts_implementation={experts!r} is left out; experts use torch's implementation")
     for key, plain in (("output_attentions", False), ("output_hidden_states", False), ("return_dict", True)):
         stated = entries.get(key)
         if stated is not None and bool(stated) is not plain:
             setattr(config, key, plain)
-            notes.append(f"config.json: {key}={stated!r} is left out, which says what a call returns")
+            notes.append(f"config.json: {key}={stated!r} is left out, because it only sets what a call returns")
     method = quantisation_of(entries)
     for key in ("quantization_config", "compression_config"):
         if key in vars(config):

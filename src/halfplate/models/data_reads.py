@@ -61,7 +61,9 @@ def data_reads(model: nn.Module, prefix: str = "") -> tuple[dict[str, str], str 
         if name in seen or hidden:
             reasons[name] = str((hidden or [read for _, read in reads])[0])
     start = f"{prefix}." if prefix else ""
-    return {start + name: f"its weight is read as data by {by}; kept dense" for name, by in reasons.items()}, failure
+    return {
+        start + name: f"its weight is read as data by {by}; not compressed" for name, by in reasons.items()
+    }, failure
 
 
 def _stated(root: nn.Module) -> dict[str, list[tuple[str, _Read]]]:

@@ -196,7 +196,7 @@ def _left_over(name: str, model: PreTrainedModel, extra: Mapping[str, tuple[str,
             beyond = max(beyond, index if index >= count else -1)
     if beyond >= 0:
         raise HalfplateError(
-            f"model={name!r}: its files hold {beyond + 1} decoder blocks, config.json says num_hidden_layers={count}; "
+            f"model={name!r}: its files hold {beyond + 1} decoder layers, config.json says num_hidden_layers={count}; "
             "correct the number, or download the model again"
         )
     if wrong:

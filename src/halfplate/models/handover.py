@@ -134,8 +134,8 @@ def _identical(value: Any, other: Any) -> bool:
 def _tensor(index: int, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise HalfplateError(
-            f"block {index} hands a {type(value).__name__} on to later blocks, expected tensors, so the model cannot be run block "
-            "by block; use a method that needs no text (magnitude, rtn)"
+            f"layer {index} passes a {type(value).__name__} to later layers, expected tensors, so the model cannot be run layer "
+            "by layer; use a method that needs no text (magnitude, rtn)"
         )
     return value
 
@@ -183,6 +183,6 @@ def _same(leaf: object, other: object, block: int) -> bool:
 
 def _other(block: int, what: str) -> str:
     return (
-        f"the arguments of block {block} differ between two batches of tokens in more than tensors ({what}), so the model cannot be run "
-        "block by block; use a method that needs no text (magnitude, rtn)"
+        f"the arguments of layer {block} differ between two batches of tokens in more than tensors ({what}), so the model cannot be run "
+        "layer by layer; use a method that needs no text (magnitude, rtn)"
     )

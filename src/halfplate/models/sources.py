@@ -244,7 +244,7 @@ def _fitted(source: Source, entries: dict[str, Any]) -> Source:
                 "them; download the model again"
             )
         notes.append(
-            f"config.json: tie_word_embeddings is taken as false, for the files hold {apart[0][0]} and {apart[0][1]} with different values"
+            f"config.json: tie_word_embeddings is taken as false, because the files hold {apart[0][0]} and {apart[0][1]} with different values"
         )
     notes += check_fit(name, model, source.tensors)
     check_saves(name, model.config, entries)

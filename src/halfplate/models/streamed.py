@@ -161,7 +161,7 @@ class StreamedModel:
             name = f"{self.prefix}.{index}.{shared}"
             raise HalfplateError(
                 f"model {type(self.model).__name__}: {name} has no weights of its own (it shares those of {self.tied.get(name, 'another block')}), "
-                "and blocks that share weights cannot be compressed; use a model without shared blocks"
+                "and layers that share weights cannot be compressed; use a model without shared layers"
             )
 
 

@@ -109,7 +109,7 @@ def check_parameters(name: str, needed: int, room: int) -> None:
     """Raise HalfplateError where the model of the configuration has more parameters than its files have room for."""
     if needed > room:
         raise HalfplateError(
-            f"model={name!r}: its configuration describes {needed} parameters, its files have room for {room}; download it again"
+            f"model={name!r}: its configuration describes {needed} parameters, its files can hold {room}; download it again"
         )
 
 

@@ -179,7 +179,7 @@ def _check_budget(budget: float, specs: list[WeightSpec], recipe: Recipe, method
     share = least / sum(spec.dense_nbytes for spec in specs)
     if share > budget:
         raise HalfplateError(
-            f"budget={budget:g} cannot be met: the least is {share:.4f} of the dense bytes with choose={', '.join(recipe.choose) or 'nothing'}; "
+            f"budget={budget:g} cannot be met: the least is {share:.4f} of the original bytes with choose={', '.join(recipe.choose) or 'nothing'}; "
             f"raise it, or add to --choose ({', '.join(CHOICES)})"
         )
 

@@ -146,11 +146,11 @@ class Plan:
         found = []
         if self.decoder_share < LEAST_SHARE:
             found.append(
-                f"only {self.decoder_share:.1%} of the decoder's parameters will be compressed; the column `why skipped` says why the others stay dense"
+                f"only {self.decoder_share:.1%} of the decoder's parameters will be compressed; the column `why skipped` says why the others are not compressed"
             )
         if self.untraced is not None:
             found.append(
-                f"the model does not run without numbers ({self.untraced}), so which weights its code reads as data was taken from its source alone"
+                f"the model cannot be traced ({self.untraced}), so the weights that its code reads as data were found in its source alone"
             )
         return found
 

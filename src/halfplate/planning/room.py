@@ -53,7 +53,7 @@ def _memory_refusal(plan: Plan, workers: int) -> str | None:
     if available is None or plan.memory.peak <= available or torch.device(plan.recipe.device).type != "cpu":
         return None
     return (
-        f"memory: {plan.memory.largest} needs {spoken(plan.memory.peak)}, this process can have {spoken(available)}; "
+        f"memory: {plan.memory.largest} needs {spoken(plan.memory.peak)}, this process can use {spoken(available)}; "
         f"{_cure(plan, workers, available)}"
     )
 
@@ -98,7 +98,7 @@ def _cure(plan: Plan, workers: int, available: int) -> str:
         if allowed(together):
             return f"try {', '.join(text for text, _ in useful[:number])} together"
     grams = "--method wanda, which needs no Gram matrices, or " if plan.job.statistic >= Statistic.GRAM else ""
-    return f"no option of compress brings it down that far; use {grams}a machine with more"
+    return f"no option of compress lowers it enough; use {grams}a machine with more"
 
 
 def _disk_refusal(plan: Plan, out: Path) -> str | None:

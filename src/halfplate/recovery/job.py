@@ -237,7 +237,7 @@ def _begun(order: _Order, overwrite: bool, resume: bool) -> Iterator[None]:
         states = [path for path in found if not path.name.lstrip(".").startswith(TEXT)]
         if states and not (resume or overwrite):
             raise HalfplateError(
-                f"out={str(order.out)!r}: an interrupted recovery left its state in {str(work)!r}; pass --resume to go on from it, or --overwrite to start afresh"
+                f"out={str(order.out)!r}: an interrupted recovery left its state in {str(work)!r}; pass --resume to continue, or --overwrite to start afresh"
             )
         for path in found if overwrite and not resume else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -262,7 +262,7 @@ def _check_tokenizer(base: Path, teacher: str, tokenizer: Any) -> None:
         other = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
         raise HalfplateError(
             f"teacher={teacher!r} has another vocabulary: token {other!r} is {theirs.get(other)} in it and {ours.get(other)} in the "
-            "compressed model; give the dense model that it was compressed from"
+            "compressed model; give the original model that it was compressed from"
         )
 
 
@@ -277,7 +277,7 @@ def _check_teacher(source: Source, student: Any, settings: Recovery) -> None:
         if getattr(wanted, key) != getattr(found, key):
             raise HalfplateError(
                 f"teacher={source.name!r} has another {what} ({getattr(found, key)}) than the compressed model ({getattr(wanted, key)}); "
-                "give the dense model that it was compressed from"
+                "give the original model that it was compressed from"
             )
     check_seq_len(student, settings.seq_len, least=2)
 

@@ -34,7 +34,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) in nats a token, fp32 (), of logits (tokens, vocabulary) each; differentiable by `logits`."""
+    """KL(teacher ‖ student) in nats per token, fp32 (), of logits (tokens, vocabulary) each; differentiable by `logits`."""
     result: Tensor = _Divergence.apply(logits, teacher)
     return result
 

@@ -33,7 +33,7 @@ def save_state(folder: Path, state: State, file: str = FILE) -> None:
     except OSError as error:
         raise HalfplateError(
             f"the state in {str(folder)!r} could not be written ({' '.join(str(error).split())}); "
-            "free some space and go on with --resume from the one before, which is whole"
+            "free some space and continue with --resume from the previous save, which is intact"
         ) from error
 
 

@@ -181,7 +181,7 @@ class Backend(ABC):
 
     def pack_dense(self, linear: nn.Linear, options: Options | None = None) -> Packed:
         """A linear that is not compressed in the layout of this backend, if it `packs_dense`."""
-        raise HalfplateError(f"{self.name} pack compressed linears alone")
+        raise HalfplateError(f"{self.name} packs compressed linears only")
 
 
 def _tensors_below(linear: nn.Module) -> Iterator[str]:
