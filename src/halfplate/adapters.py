@@ -38,7 +38,7 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
             )
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Add an adapter; peft calls this. Raises HalfplateError where `config` trains what the kernels hold packed."""
+        """Add an adapter; peft calls this. Raises HalfplateError if `config` trains what the kernels hold packed."""
         if isinstance(self.get_base_layer(), Packed):
             for name, frozen in (("bias", "none"), ("modules_to_save", None), ("trainable_token_indices", None)):
                 value = getattr(config, name)

@@ -25,7 +25,7 @@ def check_memory(what: str, nbytes: int, argument: str, value: int) -> None:
 
 
 def memory(field: str) -> int | None:
-    """Bytes that the kernel tells of this process under `field` (VmRSS, VmHWM, ...); None where it does not."""
+    """Bytes that the kernel tells of this process under `field` (VmRSS, VmHWM, ...); None if it does not."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
@@ -34,7 +34,7 @@ def memory(field: str) -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may come to hold: what is free, swap too, under the limits of its group and its own; None where nothing tells."""
+    """Bytes that this process may come to hold: what is free, swap too, under the limits of its group and its own; None if nothing tells."""
     own = memory("VmRSS") or 0
     limits = []
     machine = _fields(Path("/proc/meminfo"))

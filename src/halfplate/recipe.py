@@ -76,11 +76,11 @@ class Recipe:
     e.g. `{"iterations": 20}`. core_dtype, wrapper_dtype: element types of kept values and wrappers. pattern: `N:M`, `dense`, or `auto` for that of the method: `dense` where it drops no weights, else `2:4`. block_size: `auto` (planning
     chooses), 0 for no wrappers, 1 for diagonal ones; for slim the rank. out_block_size: that of the wrapper of the outputs,
     where it is to be another. share_wrappers: linears of one input have one input wrapper. group_size: columns that share a scale
-    where the core lies on a grid. inputs: statistics of what the dense blocks see, or of what the compressed
+    where the core lies on a grid. inputs: statistics of what the dense layers see, or of what the compressed
     ones before them make of it; then cross_damping is that of the correction towards the dense outputs, `none` for no
     correction. token_limit: tokens with more energy than so many times the median count as that. precision: of the products
-    while text runs through the blocks; auto takes bf16 where the processor multiplies it. tune_block: steps of tuning
-    each block against the dense one's output. ratios: `owl` gives blocks of more outliers more of M, the mean kept, within
+    while text runs through the layers; auto takes bf16 where the processor multiplies it. tune_block: steps of tuning
+    each layer against the dense one's output. ratios: `owl` gives layers of more outliers more of M, the mean kept, within
     2 · owl_lambda from the least to the most. budget, time_budget: share of the dense bytes, or of the dense linears' decode
     time on this machine, within which the fields `choose` (block_size, pattern, core_dtype) are chosen for each matrix. search:
     `knapsack` over measured errors, or `evolution` from there on the model's own KL, of so many generations with so many
@@ -318,7 +318,7 @@ class Recipe:
     def from_yaml(cls, path: str | Path, **changes: Any) -> Recipe:
         """Read a recipe file, or one that comes with Halfplate by its name, with `changes` in place of what it says.
 
-        Options of the method are added to those of the file, unless the method itself changes. Raises HalfplateError where
+        Options of the method are added to those of the file, unless the method itself changes. Raises HalfplateError if
         the file is missing, is not a YAML mapping, or holds a wrong value.
         """
         return cls.from_mapping(laid_over(file_values(path), changes), source=f"recipe {str(path)!r}")

@@ -26,10 +26,10 @@ def allocate_plan(
 ) -> tuple[Plan, dict[str, Any] | None]:
     """The plan with the level of every matrix chosen, so that the expected KL is least within the budget of its recipe.
 
-    Errors are measured by a quick solve of every candidate on the inputs of the dense model; the KL is taken to grow in
+    Errors are measured by a quick solve of every candidate on the inputs of the original model; the KL is taken to grow in
     proportion with the error of each matrix (it is quadratic in small changes) and to add up. After ROCKET (knapsack over
     measured errors), with the model's own KL in place of a proxy. Where the recipe asks for it, an evolutionary search on the
-    KL of the model at those levels goes on from there, and is told of in a JSON object. Raises HalfplateError where
+    KL of the model at those levels goes on from there, and is told of in a JSON object. Raises HalfplateError if
     the budget cannot be met.
     """
     recipe, evolution = plan.recipe, plan.recipe.evolution

@@ -26,7 +26,7 @@ from halfplate.recovery.loss import divergence
 from halfplate.statistics import InputStatistics, Statistic
 from halfplate.telemetry.progress import Report
 
-# Every candidate is measured in one block of so many; in between only those that were worth their cost there.
+# Every candidate is measured in one layer of so many; in between only those that were worth their cost there.
 FULLY_MEASURED = 10
 WORTH = 0.95  # a dearer level counts if its error is less than this share of that of the one before
 PROBE_SAMPLES = 2  # calibration sequences on which the harm of each matrix alone is measured
@@ -34,7 +34,7 @@ PROBE_SAMPLES = 2  # calibration sequences on which the harm of each matrix alon
 
 @dataclass(frozen=True)
 class MeasuredLevel:
-    """specs: of the matrices at this level. cost: bytes, or seconds a token. error: of their outputs, relative."""
+    """specs: of the matrices at this level. cost: bytes, or seconds per token. error: of their outputs, relative."""
 
     specs: dict[str, WeightSpec]
     cost: float
@@ -45,7 +45,7 @@ class MeasuredLevel:
 class Unit:
     """A matrix, or several that share a wrapper and have one level.
 
-    levels: those that no other beats, dearer ones later. harm: KL to the dense model, nats per token, for each unit of
+    levels: those that no other beats, dearer ones later. harm: KL to the original model, nats per token, for each unit of
     relative error in these matrices alone.
     """
 
@@ -55,7 +55,7 @@ class Unit:
 
 
 class LevelMeasurement:
-    """One pass through the dense model that solves every candidate quickly, judges it, and keeps what is worth its cost.
+    """One pass through the original model that solves every candidate quickly, judges it, and keeps what is worth its cost.
 
     store: where solutions of the levels go, under (number of the unit, number of the level); None throws them away.
     """
@@ -138,7 +138,7 @@ class LevelMeasurement:
         return MeasuredLevel(specs, cost, error), chains
 
     def _harm(self, block: int, names: list[str], linears: list[nn.Linear], chains: list[Chain]) -> float:
-        """KL to the dense model, nats per token, with these matrices alone compressed."""
+        """KL to the original model, nats per token, with these matrices alone compressed."""
         try:
             for name, compressed in zip(names, compressed_linears(linears, chains), strict=True):
                 replace_linear(self.model, name, compressed)
@@ -155,7 +155,7 @@ def _key(spec: WeightSpec) -> tuple[object, ...]:
 
 
 def at_level(planned: Mapping[str, WeightSpec], level: WeightSpec) -> dict[str, WeightSpec] | None:
-    """The specifications `planned` of a unit with pattern, core and blocks of `level`; None where these do not fit one."""
+    """The specifications `planned` of a unit with pattern, core and blocks of `level`; None if these do not fit one."""
     try:
         specs = {
             name: replace(

@@ -28,7 +28,7 @@ def search_samples(samples: int, seq_len: int) -> int:
 
 
 class ModelAtLevels:
-    """The dense model with its linears at the levels of a choice, and the KL to what it was.
+    """The original model with its linears at the levels of a choice, and the KL to what it was.
 
     ids: int64 (sequences, L). A context manager; leaving it puts the dense weights back.
     """
@@ -52,7 +52,7 @@ class ModelAtLevels:
                 linear.weight.data = weight
 
     def kl(self, choice: tuple[int, ...], stage: int, generation: int) -> float:
-        """Nats a token on the text of a stage; that of an early one moves on with the generations."""
+        """Nats per token on the text of a stage; that of an early one moves on with the generations."""
         self._install(choice)
         count: int = max(1, len(self.ids) // FEWER ** (STAGES - 1 - stage))
         rows = torch.arange(count, dtype=torch.int64, device="cpu")

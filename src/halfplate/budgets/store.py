@@ -41,7 +41,7 @@ class LevelStore:
     def put(self, key: tuple[int, int], matrices: list[Chain]) -> None:
         """Keep `matrices`, which share the input wrapper of the first where their specifications say so.
 
-        Raises HalfplateError where the temporary folder has no room.
+        Raises HalfplateError if the temporary folder has no room.
         """
         tensors = {f"{k}.{name}": part for k, chain in enumerate(matrices) for name, part in chain.tensors().items()}
         self._specs[key] = [chain.spec for chain in matrices]

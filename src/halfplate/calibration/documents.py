@@ -139,7 +139,7 @@ def read_text(
 ) -> list[str]:
     """The documents of `source`: a file, what a plugin reads, or the train split of a Hub data set.
 
-    A `.txt` file is one document. A `.jsonl` file has one a line and a `.json` file one an item of its array: the field `text` (which
+    A `.txt` file is one document. A `.jsonl` file has one per line and a `.json` file one an item of its array: the field `text` (which
     may be empty), chat messages in `messages` or `conversations`, or the fields named in `FILE.jsonl:field` (`a+b`: one below the
     other). Each may be gzipped (`.gz`). UTF-8, or UTF-16 with its byte-order mark; line ends become \\n. Rows without text are
     passed over. A Hub data set is named `org/name` or `org/name:config` and needs halfplate[hub]; its first 32 Mi characters are
@@ -169,7 +169,7 @@ def token_stream(
 
 
 def _plugin(source: str, argument: str) -> EntryPoint | None:
-    """The entry point that reads `name` or `name:what`, None where no installed package has that name."""
+    """The entry point that reads `name` or `name:what`, None if no installed package has that name."""
     name = source.partition(":")[0]
     return SOURCES.point(name, argument)
 

@@ -1,4 +1,4 @@
-"""Text to judge a model by where no data set is at hand: sampled from the dense model, from a seed of its own."""
+"""Text to judge a model by where no data set is at hand: sampled from the original model, from a seed of its own."""
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

@@ -107,7 +107,7 @@ def _stream(text: Text, tokenizer: "PreTrainedTokenizerBase", least: int) -> tup
 
 
 def check_seq_len(model: "PreTrainedModel", seq_len: int, least: int) -> None:
-    """Raise HalfplateError where `seq_len` is below `least` or beyond the positions of the model."""
+    """Raise HalfplateError if `seq_len` is below `least` or beyond the positions of the model."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if seq_len < least:
         raise HalfplateError(f"seq_len={seq_len} is too short, expected at least {least} tokens; try 512")

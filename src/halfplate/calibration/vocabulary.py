@@ -60,7 +60,7 @@ def checking_tokens(model: Any, tokenizer: Any, where: str) -> Iterator[None]:
 
 
 def check_tokenizer(tokenizer: Any, vocabulary: int) -> str | None:
-    """What to warn of where the tokenizer knows tokens beyond the vocabulary of the model; None where it does not."""
+    """What to warn of where the tokenizer knows tokens beyond the vocabulary of the model; None if it does not."""
     beyond = sorted((token, text) for text, token in tokenizer.get_vocab().items() if token >= vocabulary)
     if not beyond:
         return None

@@ -27,7 +27,7 @@ def assemble(
 ) -> dict[str, str]:
     """Copy `tensors`, in their order, to the safetensors files of a checkpoint; returns the SHA-256 of each.
 
-    The files are those that `write_tensors` makes of the same tensors. Raises HalfplateError where bytes are not those that
+    The files are those that `write_tensors` makes of the same tensors. Raises HalfplateError if bytes are not those that
     were finished.
     """
     done = 0

@@ -25,7 +25,7 @@ def load_any(name: str, device: str = "cpu", activations: str = "float") -> tupl
 
 
 def calibration_seed(name: str) -> int | None:
-    """The seed that a checkpoint was calibrated with; None for a dense model or a method without calibration."""
+    """The seed that a checkpoint was calibrated with; None for an original model or a method without calibration."""
     if not is_compressed(name):
         return None
     protocol = read_record(Path(name)).get("calibration")

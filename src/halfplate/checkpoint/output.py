@@ -19,7 +19,7 @@ def work_place(out: Path) -> Path:
 
 
 def check_place(out: Path) -> Path:
-    """The absolute path of `out`; raises HalfplateError where the system knows no such place, or has no name left beside it."""
+    """The absolute path of `out`; raises HalfplateError if the system knows no such place, or has no name left beside it."""
     check_name("out", out)
     try:
         target = out.resolve()

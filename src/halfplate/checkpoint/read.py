@@ -42,7 +42,7 @@ def load(
 
     dtype: element type of activations and of all that is not a compressed matrix; compressed tensors keep the type they
     are stored in. activations, head_dtype: as in `halfplate.runtime.accelerate`; `halfplate.runtime.explain(model)` says which
-    path each linear took. kernels: False keeps the plain torch path, whose weights can be trained. Raises HalfplateError where the files are not a whole checkpoint that this version reads: every header,
+    path each linear took. kernels: False keeps the plain torch path, whose weights can be trained. Raises HalfplateError if the files are not a whole checkpoint that this version reads: every header,
     shape, type, position and code is checked, and values for NaN and inf. A flipped bit in a value shows only against the
     checksums (`inspect_checkpoint(path, verify=True)`).
     """
@@ -104,7 +104,7 @@ def _floats(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint in the folder `path`; raises HalfplateError where there is none."""
+    """The tokenizer of the checkpoint in the folder `path`; raises HalfplateError if there is none."""
     from transformers import AutoTokenizer
 
     check_name("path", path)

@@ -41,7 +41,7 @@ def write_checkpoint(
 
     record: goes to `halfplate.json`, with versions and the checksum of each tensor added. other_dtype: element type of
     all floating-point tensors outside compressed matrices; the model is rounded to it in place (`round_others`), so
-    that it computes what the checkpoint will. partial: as in `new_folder`. Raises HalfplateError where `out` may not or cannot be written, and
+    that it computes what the checkpoint will. partial: as in `new_folder`. Raises HalfplateError if `out` may not or cannot be written, and
     where `model` is not as `specs` says.
     """
     _check_modules(model, specs)

@@ -263,7 +263,7 @@ def _levels(plan: Plan) -> dict[str, int]:
 
 
 def _check_kl(name: str, recipe: Recipe, out: Path, report: Report) -> dict[str, Any]:
-    """Judge the compressed model on held-out text, holding both models; raises RuinedResult where its KL exceeds `recipe.max_kl`."""
+    """Judge the compressed model on held-out text, holding both models; raises RuinedResult if its KL exceeds `recipe.max_kl`."""
     assert recipe.max_kl is not None
     dense = load_dense(name, recipe.device)
     compressed = load(out, device=recipe.device, kernels=False)

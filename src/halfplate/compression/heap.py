@@ -8,7 +8,7 @@ from functools import cache
 def trim() -> None:
     """Give freed memory back; nothing happens where the C library is not glibc.
 
-    glibc keeps the pieces that tensors of many sizes leave between others, and a run over many blocks would grow by them.
+    glibc keeps the pieces that tensors of many sizes leave between others, and a run over many layers would grow by them.
     """
     call = _malloc_trim()
     if call is not None:

@@ -1,4 +1,4 @@
-"""Hidden states of the calibration tokens between two blocks, kept in files so that they take no memory."""
+"""Hidden states of the calibration tokens between two layers, kept in files so that they take no memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from halfplate.models.blockwise import BlockInputs
 from halfplate.models.handover import BlockArguments, Carried
 from halfplate.storage.tensor_file import KINDS, NAMES
 
-# Arguments of one block by the number of samples in a batch: those of other tokens differ from them in TokenArguments alone.
+# Arguments of one layer by the number of samples in a batch: those of other tokens differ from them in TokenArguments alone.
 Arguments = dict[int, BlockArguments]
 HIDDEN = "hidden"
 
@@ -28,7 +28,7 @@ HIDDEN = "hidden"
 class HiddenStates:
     """Hidden states in batches, each in a file of its own with its checksum beside it, so that any process may write it.
 
-    path: the files are named after it. shape: (samples, L, d), in fp32; where a batch has another shape or comes with what blocks
+    path: the files are named after it. shape: (samples, L, d), in fp32; where a batch has another shape or comes with what layers
     hand on, the file of the checksum says which tensors lie in it. Machines that write parts of one file see old bytes of each
     other on some network storage.
     """
@@ -57,7 +57,7 @@ class HiddenStates:
         return self.load(number)[0]
 
     def load(self, number: int) -> tuple[Tensor, Carried]:
-        """Batch `number`: the hidden state, and what blocks hand on beside it."""
+        """Batch `number`: the hidden state, and what layers hand on beside it."""
         tensors = {
             name: torch.empty(shape, dtype=KINDS[kind], device="cpu") for name, kind, shape in self._entries(number)
         }
@@ -124,7 +124,7 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class Batches(Sequence[BlockInputs]):
-    """Some batches of hidden states as inputs of one block, read when they are asked for; own: arguments that depend on the tokens."""
+    """Some batches of hidden states as inputs of one layer, read when they are asked for; own: arguments that depend on the tokens."""
 
     hidden: HiddenStates
     arguments: Arguments
@@ -153,7 +153,7 @@ class Batches(Sequence[BlockInputs]):
         arguments = self.arguments[samples]
         if self.own is not None:
             arguments = self.own.put_into(arguments, number, self.block)
-        # Blocks find their arguments by their index.
+        # Layers find their arguments by their index.
         return BlockInputs(
             hidden.to(self.device),
             {self.block: arguments},

@@ -1,4 +1,4 @@
-"""Compression of a model decoder block by decoder block: calibrate, solve, write, free; what is finished is never done again."""
+"""Compression of a model decoder layer by decoder layer: calibrate, solve, write, free; what is finished is never done again."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ AHEAD = 2  # matrices that wait for each worker before no other block begins
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of each matrix, in the order of the plan, and of each block that was tuned."""
+    """What became of each matrix, in the order of the plan, and of each layer that was tuned."""
 
     records: list[MatrixRecord]
     tuned: dict[int, TunedBlock]
 
 
 def compress_blocks(run: Run) -> Outcome:
-    """Leave every planned block as a part in the work folder, and say what became of each matrix.
+    """Leave every planned layer as a part in the work folder, and say what became of each matrix.
 
-    Blocks whose parts are whole stay; a damaged one is computed anew, from hidden states that run through those before it.
+    Layers whose parts are whole stay; a damaged one is computed anew, from hidden states that run through those before it.
     """
     loop = _Loop(run)
     unfinished = [block for block in range(loop.last + 1) if not loop.finished(block)]
@@ -55,7 +55,7 @@ def compress_blocks(run: Run) -> Outcome:
 
 @dataclass
 class _Begun:
-    """A block whose matrices are being solved.
+    """A layer whose matrices are being solved.
 
     done: where each matrix lies, or will. solving: the records of each task. files: of statistics, which go when all is solved.
     matrices: how many may still wait.
@@ -69,7 +69,7 @@ class _Begun:
 
 
 class _Loop:
-    """The blocks of a run, one after the other."""
+    """The layers of a run, one after the other."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.recipe = run, run.plan.recipe
@@ -80,13 +80,13 @@ class _Loop:
         self.records: dict[str, MatrixRecord] = {}
         self.tuned: dict[int, TunedBlock] = {}
         self.streams = Streams(run)
-        # Whether the statistics of a block do not wait for the matrices of the one before, and others solve these meanwhile.
+        # Whether the statistics of a layer do not wait for the matrices of the one before, and others solve these meanwhile.
         self.apart = run.engine.elsewhere and COMPRESSED not in self.streams.names
 
     # What is there already.
 
     def finished(self, block: int) -> bool:
-        """Whether the part of the block is whole; one that is not is removed."""
+        """Whether the part of the layer is whole; one that is not is removed."""
         part = load_artifact(self.run.work.block(block))
         if part is None or (damage := self._damage(part)) is not None:
             if part is not None:
@@ -116,10 +116,10 @@ class _Loop:
     def outcome(self) -> Outcome:
         return Outcome([self.records[name] for name in self.specs], dict(sorted(self.tuned.items())))
 
-    # One block.
+    # One layer.
 
     def begin(self, block: int) -> _Begun:
-        """Collect the statistics of a block and have its matrices solved; done when it returns, unless others solve them."""
+        """Collect the statistics of a layer and have its matrices solved; done when it returns, unless others solve them."""
         begun = _Begun(block)
         if self.streams.names:
             with self.run.clock("statistics"):
@@ -135,11 +135,11 @@ class _Loop:
         return begun
 
     def enough(self, begun: Sequence[_Begun]) -> bool:
-        """Whether the first of these blocks is to be finished before another begins."""
+        """Whether the first of these layers is to be finished before another begins."""
         return not self.apart or sum(one.matrices for one in begun) > AHEAD * self.run.engine.workers
 
     def finish(self, begun: _Begun) -> None:
-        """Wait for the matrices of a block, tune them if asked to, write its part, and take the hidden states past it."""
+        """Wait for the matrices of a layer, tune them if asked to, write its part, and take the hidden states past it."""
         block = begun.block
         with self.run.clock("solving"):
             self._settle(begun)
@@ -154,7 +154,7 @@ class _Loop:
         self.tell({"event": "block", "block": block} | ({} if tuned is None else asdict(tuned)))
 
     def _stages(self, block: int, done: dict[str, Path]) -> Iterator[tuple[list[str], dict[str, InputStatistics]]]:
-        """Linears of a block whose statistics can be had together, with these; what is compressed in between counts."""
+        """Linears of a layer whose statistics can be had together, with these; what is compressed in between counts."""
         names = self.names[block]
         if not names or not self.streams.names:
             yield names, {}
@@ -231,7 +231,7 @@ class _Loop:
             return tune_block(blockwise, block, self.streams.batches(COMPRESSED, block), targets, settings)
 
     def _write(self, block: int, done: dict[str, Path], tuned: TunedBlock | None) -> None:
-        """The whole block as it will be stored, as a part."""
+        """The whole layer as it will be stored, as a part."""
         dtype = self.run.source.other_dtype
         with self.run.clock("writing"):
             blockwise, _ = self.run.blocks.open(self.run.view(block, done))
@@ -255,7 +255,7 @@ class _Loop:
 
 
 def finite(name: str, tensor: Tensor) -> Tensor:
-    """`tensor`; raises HalfplateError where its type could not hold a value."""
+    """`tensor`; raises HalfplateError if its type could not hold a value."""
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         raise HalfplateError(
             f"{name} holds values that are not finite in {tensor.dtype}; choose a wider type or another method"

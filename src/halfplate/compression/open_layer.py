@@ -25,7 +25,7 @@ from halfplate.storage.tensor_file import read_tensor
 
 @dataclass(frozen=True)
 class BlockView:
-    """A decoder block as it is at some moment: of which model, which one, and the parts that hold its finished matrices.
+    """A decoder layer as it is at some moment: of which model, which one, and the parts that hold its finished matrices.
 
     model: a name that no other model has. finished: the part of each matrix that is done, by the matrix's name; several may
     lie in one part. precision: of products while text runs through it. threads: of torch.
@@ -40,12 +40,12 @@ class BlockView:
     finished: Mapping[str, Path]
 
     def needs(self, memory: int) -> Needs:
-        """What a task on this block takes."""
+        """What a task on this layer takes."""
         return Needs(self.threads, int(torch.device(self.device).type == "cuda"), memory)
 
 
 class OpenBlocks:
-    """The block that a process has in memory; the next task mostly wants the same.
+    """The layer that a process has in memory; the next task mostly wants the same.
 
     streamed, name: the model that its views are of, where it is open already.
     """
@@ -64,7 +64,7 @@ class OpenBlocks:
         return self._streamed
 
     def open(self, view: BlockView, dense: bool = False) -> tuple[BlockwiseModel, nn.Module | None]:
-        """The model with the block of the view in it, its finished matrices in their places, and the block as it was before if `dense` asks for it."""
+        """The model with the layer of the view in it, its finished matrices in their places, and the layer as it was before if `dense` asks for it."""
         streamed = self.model(view)
         stale = any(view.finished.get(name) != path for name, path in self._applied.items())
         if self._index != view.index or stale or (dense and self._dense is None):
@@ -81,7 +81,7 @@ class OpenBlocks:
         return streamed.blockwise, self._dense
 
     def mark(self, view: BlockView) -> None:
-        """The open block is as the view says: its matrices have just been written to the parts named there."""
+        """The open layer is as the view says: its matrices have just been written to the parts named there."""
         assert self._index == view.index
         assert self._applied.keys() == view.finished.keys()
         self._applied = dict(view.finished)
@@ -94,7 +94,7 @@ class OpenBlocks:
         return streamed.read(f"{name}.weight")
 
     def close(self) -> None:
-        """Free the memory of the block."""
+        """Free the memory of the layer."""
         if self._streamed is not None and self._index is not None:
             self._streamed.free_block(self._index)
         self._index, self._dense, self._applied = None, None, {}

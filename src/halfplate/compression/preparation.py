@@ -38,7 +38,7 @@ def fixed_threads(recipe: Recipe, work: WorkFolder, resume: bool) -> int:
 
 
 def check_weights(streamed: StreamedModel, work: WorkFolder, clock: Clock, report: Report) -> None:
-    """Read every tensor once: NaN in the last block must not show after a night of work on those before."""
+    """Read every tensor once: NaN in the last layer must not show after a night of work on those before."""
     done = work.path / "checked.json"
     if read_json(done) is not None:
         return
@@ -53,7 +53,7 @@ def check_weights(streamed: StreamedModel, work: WorkFolder, clock: Clock, repor
 def check_blocks(
     streamed: StreamedModel, plan: Plan, tokens: CalibrationTokens, work: WorkFolder, clock: Clock, report: Report
 ) -> None:
-    """Compare the blocks run one at a time with the whole forward on the first tokens, once for all runs."""
+    """Compare the layers run one at a time with the whole forward on the first tokens, once for all runs."""
     done = work.path / "compared.json"
     if read_json(done) is not None:
         return
@@ -121,7 +121,7 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
 def chosen_levels(
     source: Source, plan: Plan, tokens: CalibrationTokens | None, work: WorkFolder, report: Report, clock: Clock
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan with what a budget or the outliers of each block choose, and what is to be told of that.
+    """The plan with what a budget or the outliers of each layer choose, and what is to be told of that.
 
     source: with tensors that can be read one by one. Chosen once for all runs: some choices rest on measured times. The whole
     model is held for it.

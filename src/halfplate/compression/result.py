@@ -56,9 +56,9 @@ def identity_of(source: Source, plan: Plan, threads: int) -> dict[str, Any]:
 
 
 def finished_result(out: Path, source: Source, plan: Plan, identity: dict[str, Any], overwrite: bool) -> Result | None:
-    """The whole result in `out`; None where there is none.
+    """The whole result in `out`; None if there is none.
 
-    Raises HalfplateError where the result there was made otherwise, unless it may be overwritten.
+    Raises HalfplateError if the result there was made otherwise, unless it may be overwritten.
     """
     if not (out / RECORD_FILE).is_file():
         return None
@@ -84,7 +84,7 @@ def _recorded(
     specs: dict[str, WeightSpec],
     overwrite: bool,
 ) -> Result | None:
-    """The result that `record` tells of; None where it was made otherwise and may be overwritten."""
+    """The result that `record` tells of; None if it was made otherwise and may be overwritten."""
     begun = {key: value for key, value in record["recipe"].items() if key != "version"} | record["identity"]
     protocol = record["calibration"]
     try:

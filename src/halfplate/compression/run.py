@@ -34,7 +34,7 @@ class Run:
 
     @cached_property
     def names(self) -> dict[int, list[str]]:
-        """The matrices to compress by their block."""
+        """The matrices to compress by their layer."""
         names: dict[int, list[str]] = defaultdict(list)
         for matrix in self.plan.matrices:
             if matrix.spec is not None and matrix.block is not None:
@@ -43,15 +43,15 @@ class Run:
 
     @property
     def last(self) -> int:
-        """The last block that is compressed."""
+        """The last layer that is compressed."""
         return max(self.names)
 
     def view(self, block: int, finished: Mapping[str, Path]) -> BlockView:
-        """A block with the matrices in `finished` compressed."""
+        """A layer with the matrices in `finished` compressed."""
         recipe = self.plan.recipe
         name = str(self.work.path)
         return BlockView(name, self.source, recipe.device, recipe.precision, self.threads, block, dict(finished))
 
     def parts(self, block: int) -> dict[str, Path]:
-        """Where each matrix of a finished block lies."""
+        """Where each matrix of a finished layer lies."""
         return {name: self.work.block(block) for name in self.names[block]}

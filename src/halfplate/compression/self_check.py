@@ -113,7 +113,7 @@ def self_check(streamed: StreamedModel, run: Run, folder: Path, original: Source
 def _checked_error(stored: Tensor, solved: Tensor, exact: bool) -> float:
     """The Frobenius norm of the difference of logits over that of `solved`, all tokens together.
 
-    exact: whether both were multiplied in fp32. Raises RuinedResult where the difference is more than that of two ways to round.
+    exact: whether both were multiplied in fp32. Raises RuinedResult if the difference is more than that of two ways to round.
     """
     least = torch.finfo(torch.float32).tiny
     error = float((stored - solved).norm() / solved.norm().clamp_min(least))

@@ -23,7 +23,7 @@ def memory_to_solve(method: Method, specs: Iterable[WeightSpec]) -> int:
 
 
 def memory_to_run(specs: Iterable[WeightSpec], hidden: int) -> int:
-    """Bytes in which text runs through a block of these matrices, and through the dense one; hidden: values of one batch."""
+    """Bytes in which text runs through a layer of these matrices, and through the dense one; hidden: values of one batch."""
     # Each compressed matrix has its product beside it meanwhile.
     return PROCESS_NBYTES + 3 * 4 * sum(spec.d_out * spec.d_in for spec in specs) + 16 * 4 * hidden
 

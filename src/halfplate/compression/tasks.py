@@ -30,9 +30,9 @@ from halfplate.storage.artifact import Artifact, save_artifact
 
 @dataclass(frozen=True)
 class CollectSums:
-    """Sums over some chunks of batches of what reaches the linears `names` of a block.
+    """Sums over some chunks of batches of what reaches the linears `names` of a layer.
 
-    dense: where the block's inputs in the dense model lie, if cross moments are wanted. chunks: the batches of each; those of one
+    dense: where the layer's inputs in the original model lie, if cross moments are wanted. chunks: the batches of each; those of one
     are summed by themselves, and then the chunks in their order. out: a part to leave the sums in, for a process whose memory the
     caller does not see. memory: bytes. own: arguments that depend on the tokens.
     """
@@ -128,7 +128,7 @@ class SolveMatrices:
 
 @dataclass(frozen=True)
 class RunBlock:
-    """Take some batches through a block: from `hidden` to `out`, and through the dense block from `dense` to `dense_out`.
+    """Take some batches through a layer: from `hidden` to `out`, and through the dense layer from `dense` to `dense_out`.
 
     memory: bytes. own: arguments that depend on the tokens.
     """

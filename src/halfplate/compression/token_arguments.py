@@ -1,4 +1,4 @@
-"""Arguments of blocks that depend on the tokens and not on their number alone, kept in files beside the hidden states."""
+"""Arguments of layers that depend on the tokens and not on their number alone, kept in files beside the hidden states."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TokenArguments:
         """Keep those of batch `number`."""
         if not found:
             return
-        # Blocks may share a tensor: it lies there once.
+        # Layers may share a tensor: it lies there once.
         names: dict[int, str] = {}
         for tensor in found.values():
             names.setdefault(id(tensor), str(len(names)))
@@ -44,7 +44,7 @@ class TokenArguments:
         return done is not None and all(part is not None and part.damaged() is None for part in parts)
 
     def put_into(self, arguments: BlockArguments, number: int, block: int) -> BlockArguments:
-        """`arguments` of a block as they are for batch `number`."""
+        """`arguments` of a layer as they are for batch `number`."""
         if not self._file(number).exists():
             return arguments
         part = load_artifact(self._file(number))

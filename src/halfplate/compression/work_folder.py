@@ -87,7 +87,7 @@ class WorkFolder:
         return self.path / "identity.copy.json"
 
     def begun(self) -> dict[str, Any] | None:
-        """The identity of the work in the folder; None where there is none, or neither copy is whole."""
+        """The identity of the work in the folder; None if there is none, or neither copy is whole."""
         return read_json(self.identity) or read_json(self.identity_copy)
 
     def finished_work(self) -> bool:
@@ -97,9 +97,9 @@ class WorkFolder:
 
     @contextmanager
     def opened(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> Iterator[None]:
-        """While inside, the folder is there and ours; it goes where the block ends, and stays where it raises with work done.
+        """While inside, the folder is there and ours; it is removed when the `with` block ends, and stays if that raises with work done.
 
-        Raises HalfplateError where another process works there, where work is left and neither `resume` nor `overwrite` is
+        Raises HalfplateError if another process works there, where work is left and neither `resume` nor `overwrite` is
         given, and, without `overwrite`, where it was begun with another `identity`, naming what differs; and for what the system
         refuses.
         """

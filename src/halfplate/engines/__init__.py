@@ -88,7 +88,7 @@ ENGINES: Registry[OpenEngine] = Registry(
 
 @contextmanager
 def open_engine(choice: EngineChoice, kept: Any, threads: int, folder: Path) -> Iterator[Engine]:
-    """The engine that was chosen; raises HalfplateError where it cannot be had.
+    """The engine that was chosen; raises HalfplateError if it cannot be had.
 
     kept: what tasks that run in the process of the caller are given (see `Task.run`). threads: of each task. folder: what tasks
     write to and every machine must see.

@@ -38,7 +38,7 @@ class RayCluster:
 
     address: `HOST:PORT` or `auto`, None to start one of `workers` tasks side by side with `threads` each. folder: what all machines must
     see. The tasks of one call wait in one queue, the costliest first; one whose process or machine dies is tried again elsewhere,
-    TRIES times in all. Raises HalfplateError where the cluster cannot be reached.
+    TRIES times in all. Raises HalfplateError if the cluster cannot be reached.
     """
 
     elsewhere = True

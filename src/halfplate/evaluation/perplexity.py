@@ -1,4 +1,4 @@
-"""Perplexity, KL divergence and agreement with a dense model, over windows of tokens."""
+"""Perplexity, KL divergence and agreement with an original model, over windows of tokens."""
 
 import math
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def evaluate(
     against: "PreTrainedModel | None" = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Measure `model` on `windows` int64 (n, L), each of which scores L - 1 tokens, beside the dense model `against`.
+    """Measure `model` on `windows` int64 (n, L), each of which scores L - 1 tokens, beside the original model `against`.
 
     Keys: perplexity (exp of the mean negative log-likelihood), tokens (scored), windows, seq_len; and with `against`:
     kl (KL(dense ‖ model), mean nats per token over the full vocabulary), top1_agreement (share of tokens for which both
@@ -108,7 +108,7 @@ class _Sums:
     agreed: int = 0
 
     def against(self, tokens: int) -> dict[str, float]:
-        """The measures beside the dense model, over so many tokens."""
+        """The measures beside the original model, over so many tokens."""
         return {
             "kl": self.kl / tokens,
             "top1_agreement": self.agreed / tokens,

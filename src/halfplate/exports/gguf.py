@@ -12,7 +12,7 @@ from halfplate.storage.atomic import whole_file
 
 
 def export_gguf(source: str, out: Path, overwrite: bool) -> str:
-    """Write a checkpoint, multiplied out, or a dense model of any source as one file (see `halfplate.exports.Exporter`).
+    """Write a checkpoint, multiplied out, or an original model of any source as one file (see `halfplate.exports.Exporter`).
 
     Raises HalfplateError for what llama.cpp cannot compute, too.
     """

@@ -33,7 +33,7 @@ OLDEST_TRANSFORMERS = (5, 23)
 class HalfplateQuantizer(HfQuantizer):
     """Puts a `CompressedLinear` wherever the checkpoint holds compressed tensors, and checks what was loaded.
 
-    A dense model with a recipe is loaded as it is and compressed then. record: the content of `halfplate.json`, where there
+    An original model with a recipe is loaded as it is and compressed then. record: the content of `halfplate.json`, where there
     is one, which `save_pretrained` writes again.
     """
 
@@ -203,7 +203,7 @@ def _read_codes(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> dict
 
 
 def _check_room(model: PreTrainedModel, found: Mapping[str, StoredTensor], specs: Mapping[str, WeightSpec]) -> None:
-    """Raise HalfplateError where what is not compressed in the model, still empty, is larger than what is stored of it."""
+    """Raise HalfplateError if what is not compressed in the model, still empty, is larger than what is stored of it."""
     # A tied tensor is stored once, and not tied yet.
     replaced = {f"{name}.weight" for name in specs} | set(model.all_tied_weights_keys)
     needed = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in replaced)

@@ -55,7 +55,7 @@ class Method(ABC):
         """The statistics that `compress` needs; calibration collects no more."""
 
     def check_spec(self, spec: WeightSpec) -> None:
-        """Raise HalfplateError where this method cannot make what `spec` describes; planning asks before any work."""
+        """Raise HalfplateError if this method cannot make what `spec` describes; planning asks before any work."""
         if spec.pattern.is_dense and not self.dense:
             raise HalfplateError(
                 f"pattern='dense' keeps every value, which method {self.name!r} does not do; use pattern 2:4, or method armor, gptq or rtn"
@@ -146,7 +146,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 def store(weight: Tensor, mask: Tensor, spec: WeightSpec) -> Chain:
     """Store `weight` (d_out, d_in) where `mask`, exactly N true a group, in the core dtype of `spec`, without wrappers.
 
-    A grid rounds to nearest, a scale for each row and `spec.group` columns. Raises HalfplateError where a kept value is
+    A grid rounds to nearest, a scale for each row and `spec.group` columns. Raises HalfplateError if a kept value is
     too large for that dtype.
     """
     return Chain.of(spec, NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype, spec.group))

@@ -1,4 +1,4 @@
-"""Whether the blocks of a model, run one at a time, give what the model gives as a whole."""
+"""Whether the layers of a model, run one at a time, give what the model gives as a whole."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CURE = "use a method that needs no text (magnitude, rtn), or another model"
 
 @torch.no_grad()
 def check_chain(streamed: StreamedModel, ids: Tensor, splits: str | None = None) -> None:
-    """Raise HalfplateError unless every block run by itself gives what it gives in the whole forward of the model.
+    """Raise HalfplateError unless every layer run by itself gives what it gives in the whole forward of the model.
 
-    ids: int64 (samples, L), of which the first SAMPLES are taken. One block is in memory at a time, and each is read twice: once for
-    the whole forward and once for the chain, in which other tokens run through every block after these, as in a calibration,
+    ids: int64 (samples, L), of which the first SAMPLES are taken. One layer is in memory at a time, and each is read twice: once for
+    the whole forward and once for the chain, in which other tokens run through every layer after these, as in a calibration,
     so that nothing which a module keeps from its last call can help. splits: the option for which batches are cut into samples,
     which needs hidden states that begin with them.
     """
@@ -64,7 +64,7 @@ def check_chain(streamed: StreamedModel, ids: Tensor, splits: str | None = None)
 
 
 def _whole(streamed: StreamedModel, ids: Tensor) -> list[Tensor]:
-    """Some values of the input of every block in the whole forward, and of the output of the last."""
+    """Some values of the input of every layer in the whole forward, and of the output of the last."""
     seen: list[Tensor] = []
     try:
         with streamed.running(held=False, with_head=False):

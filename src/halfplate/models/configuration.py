@@ -31,7 +31,7 @@ PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
 
 
 def read_entries(name: str, path: Path) -> dict[str, Any]:
-    """`config.json` in the folder `path` as it stands; raises HalfplateError where it is missing or not an object of JSON."""
+    """`config.json` in the folder `path` as it stands; raises HalfplateError if it is missing or not an object of JSON."""
     file = path / "config.json"
     if not file.is_file():
         raise HalfplateError(
@@ -58,7 +58,7 @@ def quantisation_of(entries: dict[str, Any]) -> str | None:
 
 
 def check_plain(name: str, entries: dict[str, Any], tensors: Iterable[str]) -> None:
-    """Raise HalfplateError where the names of `tensors` show quantised weights; a mere entry of `config.json` does not."""
+    """Raise HalfplateError if the names of `tensors` show quantised weights; a mere entry of `config.json` does not."""
     part = next((tensor for tensor in tensors if QUANTISED_PARTS.search(tensor)), None)
     if part is not None:
         raise _already_quantised(name, quantisation_of(entries), f"its files hold {part}")
@@ -115,7 +115,7 @@ def check_kind(name: str, entries: dict[str, Any]) -> None:
 def read_config(name: str, path: Path, entries: dict[str, Any]) -> tuple[PretrainedConfig, tuple[str, ...]]:
     """The configuration in the folder `path`, ready to build the model on any machine, and notes on what was changed in it.
 
-    entries: as `read_entries` gave them. Raises HalfplateError where its class refuses it, or is not a causal language model.
+    entries: as `read_entries` gave them. Raises HalfplateError if its class refuses it, or is not a causal language model.
     """
     import transformers
     from transformers import AutoConfig
@@ -161,14 +161,14 @@ def check_causal(name: str, config: PretrainedConfig) -> None:
 
 
 def check_saves(name: str, config: PretrainedConfig, entries: dict[str, Any]) -> None:
-    """Raise HalfplateError where transformers would refuse to save `config`, as the run does at its end."""
+    """Raise HalfplateError if transformers would refuse to save `config`, as the run does at its end."""
     what = "transformers does not save this config.json, so no result could be written"
     with tempfile.TemporaryDirectory(prefix="halfplate-") as scratch, reading(name, what, "correct it", entries):
         deepcopy(config).save_pretrained(scratch)
 
 
 def read_generation_config(name: str, path: Path) -> GenerationConfig | None:
-    """`generation_config.json` in the folder `path`, None where there is none; raises HalfplateError for a broken one."""
+    """`generation_config.json` in the folder `path`, None if there is none; raises HalfplateError for a broken one."""
     from transformers import GenerationConfig
 
     if not (path / "generation_config.json").is_file():

@@ -24,7 +24,7 @@ INITIALISER = re.compile("_*(init|reset)")
 
 @dataclass(frozen=True)
 class _Read:
-    """`<owner>.weight` in a method of a class; path: of the owner below `self`, None where it is reached otherwise."""
+    """`<owner>.weight` in a method of a class; path: of the owner below `self`, None if it is reached otherwise."""
 
     path: tuple[str, ...] | None
     kind: type

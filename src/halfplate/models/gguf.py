@@ -34,7 +34,7 @@ class GgufHeader:
 def read_header(path: Path, name: str) -> GgufHeader:
     """Read the metadata of the `.gguf` file that the user named `name`.
 
-    Raises HalfplateError when the file is not a GGUF file, is cut short, or is one of several parts.
+    Raises HalfplateError if the file is not a GGUF file, is cut short, or is one of several parts.
     """
     with path.open("rb") as file:
         magic = file.read(4)

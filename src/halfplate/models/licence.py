@@ -1,4 +1,4 @@
-"""The licence that a dense model's own files name."""
+"""The licence that an original model's own files name."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def origin(source: Source) -> dict[str, str | None]:
 
 
 def licence_of(source: Source) -> str | None:
-    """The licence in the model card of a folder, in its config.json or in a GGUF header; None where none says."""
+    """The licence in the model card of a folder, in its config.json or in a GGUF header; None if none says."""
     if source.gguf_header is not None:
         return source.gguf_header.licence
     for found in (_front_matter(source.path / "README.md").get("license"), getattr(source.config, "license", None)):

@@ -1,4 +1,4 @@
-"""Finding the decoder blocks of a model and the linears inside them, and putting another module in a linear's place."""
+"""Finding the decoder layers of a model and the linears inside them, and putting another module in a linear's place."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 
 @dataclass(frozen=True)
 class FoundLinear:
-    """A linear of a decoder block: its full name, the block's index, and the shape (d_out, d_in) of its weight."""
+    """A linear of a decoder layer: its full name, the layer's index, and the shape (d_out, d_in) of its weight."""
 
     name: str
     block: int
@@ -42,17 +42,17 @@ class FoundLinear:
 
 @dataclass(frozen=True)
 class SkippedModule:
-    """A module of a decoder block that stays dense, and why (with the cure, where there is one)."""
+    """A module of a decoder layer that is not compressed, and why (with the cure, where there is one)."""
 
     name: str
     reason: str
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks and their name, such as `("model.layers", ...)`.
+    """The decoder layers and their name, such as `("model.layers", ...)`.
 
     They are the outermost list of `num_hidden_layers` modules; if several are that long, the one with most parameters.
-    Raises HalfplateError when there is none.
+    Raises HalfplateError if there is none.
     """
     expected = getattr(_text_config(model), "num_hidden_layers", None)
     lists: list[tuple[str, nn.ModuleList]] = []
@@ -82,12 +82,12 @@ def find_linears(
     exclude: Sequence[str] = (),
     reads: Mapping[str, str] | None = None,
 ) -> tuple[list[FoundLinear], list[SkippedModule]]:
-    """The linears to compress, in the order of the blocks, and every other matrix of the blocks with its reason.
+    """The linears to compress, in the order of the layers, and every other matrix of the layers with its reason.
 
     include, exclude: fnmatch patterns on full names; without `include` every linear is taken. Routers, indexers and gates of heads
     are never taken, other tiny linears only if a pattern of `include` has more than `*` after its last dot. reads: what
     `data_reads` says of the model, found out if None. Works on the meta device.
-    Raises HalfplateError when a pattern matches nothing, or when no linear is left.
+    Raises HalfplateError if a pattern matches nothing, or if no linear is left.
     """
     found: list[FoundLinear] = []
     skipped: list[SkippedModule] = []
@@ -133,7 +133,7 @@ def find_linears(
 
 
 def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the module of the full name `name` stands; raises HalfplateError when there is none."""
+    """Put `module` where the module of the full name `name` stands; raises HalfplateError if there is none."""
     try:
         model.get_submodule(name)
     except AttributeError:
@@ -156,7 +156,7 @@ def _expert_count(model: nn.Module) -> int | None:
 
 
 def _skip_reason(inner: str, module: nn.Module, experts: int | None) -> str | None:
-    """Why a module with matrices of its own, `inner` by its name in the block, stays dense; None for linears to compress and modules without matrices."""
+    """Why a module with matrices of its own, `inner` by its name in the layer, is not compressed; None for linears to compress and modules without matrices."""
     matrices = {key: tuple(tensor.shape) for key, tensor in module.named_parameters(recurse=False) if tensor.ndim >= 2}
     if not matrices:
         return None
@@ -194,7 +194,7 @@ def _router_reason(parts: list[str], module: nn.Linear, experts: int | None) -> 
 
 
 def _tiny_reason(inner: str, module: nn.Linear) -> str | None:
-    """Why a linear that is tiny beside its input stays dense; None for all others.
+    """Why a linear that is tiny beside its input is not compressed; None for all others.
 
     A share of its input, because whole models are as small.
     """

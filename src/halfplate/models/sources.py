@@ -1,4 +1,4 @@
-"""Where a dense model comes from: a Hugging Face folder, a `.gguf` file or a Hub id, checked before anything heavy loads."""
+"""Where an original model comes from: a Hugging Face folder, a `.gguf` file or a Hub id, checked before anything heavy loads."""
 
 import re
 import warnings
@@ -53,14 +53,14 @@ HUB_IGNORED = ("*/*", "consolidated*")
 
 @dataclass(frozen=True)
 class Source:
-    """A dense model that has been checked but not loaded.
+    """An original model that has been checked but not loaded.
 
     name: as the user gave it.
     kind: `folder`, `gguf` or `hub`.
     path: the local folder or `.gguf` file.
     config: the configuration that the tensors agree with; where config.json says otherwise, `notes` tell.
     nbytes: bytes of the weight files.
-    other_dtype: element type in which tensors that stay dense are stored: the source's own (bf16 for GGUF).
+    other_dtype: element type in which tensors that are not compressed are stored: the source's own (bf16 for GGUF).
     gguf_header: set for GGUF files alone.
     tensors: where each tensor lies, by its name in the files; empty for GGUF.
     notes: one sentence for each entry of the configuration and each tensor that is left out.
@@ -90,7 +90,7 @@ class Source:
 
 @dataclass
 class LoadedModel:
-    """A dense model in fp32 and eval mode, its tokenizer, and where both came from."""
+    """An original model in fp32 and eval mode, its tokenizer, and where both came from."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -168,7 +168,7 @@ def load_dense(model: str | Source, device: str = "cpu") -> LoadedModel:
 
 
 def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the model; raises HalfplateError where none loads."""
+    """The tokenizer of the model; raises HalfplateError if none loads."""
     if source.gguf_header is not None:
         return gguf.load_tokenizer(source.path, source.name)
     return _load_tokenizer(source)
@@ -225,7 +225,7 @@ def _open_folder(name: str, kind: str, path: Path) -> Source:
 
 
 def _fitted(source: Source, entries: dict[str, Any]) -> Source:
-    """`source` with the configuration that its tensors agree with; raises HalfplateError where they do not fit it.
+    """`source` with the configuration that its tensors agree with; raises HalfplateError if they do not fit it.
 
     Everything that would fail later is found here: what cannot be built, is missing, would be dropped, or cannot be saved.
     """

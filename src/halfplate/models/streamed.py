@@ -1,4 +1,4 @@
-"""A dense model on disk of which decoder blocks come into memory one at a time."""
+"""An original model on disk of which decoder layers come into memory one at a time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class StreamedModel:
         self._empty = list(self.blocks)
 
     def read(self, name: str) -> Tensor:
-        """The tensor of the full name `name`, floats as fp32; raises HalfplateError where it holds NaN or inf."""
+        """The tensor of the full name `name`, floats as fp32; raises HalfplateError if it holds NaN or inf."""
         try:
             tensor = read_tensor(self.stored[self.tied.get(name, name)])
         except (OSError, DamagedFile) as error:
@@ -63,12 +63,12 @@ class StreamedModel:
         return tensor.to(self.device)
 
     def block_names(self, index: int) -> list[str]:
-        """The stored tensors of block `index`, in the order of the model."""
+        """The stored tensors of layer `index`, in the order of the model."""
         return [name for name in self.stored if name.startswith(f"{self.prefix}.{index}.")]
 
     @property
     def outer_names(self) -> list[str]:
-        """The stored tensors outside the blocks."""
+        """The stored tensors outside the layers."""
         return [name for name in self.stored if not name.startswith(f"{self.prefix}.")]
 
     def load_block(self, index: int) -> nn.Module:
@@ -79,12 +79,12 @@ class StreamedModel:
         return block
 
     def free_block(self, index: int) -> None:
-        """Give the memory of the block back, and whatever was put into it."""
+        """Give the memory of the layer back, and whatever was put into it."""
         self.blocks[index] = self._empty[index]
 
     @contextmanager
     def outer(self, head: bool) -> Iterator[None]:
-        """While inside, all that is outside the blocks is loaded; head: the output embedding too, where it is a tensor of its own."""
+        """While inside, all that is outside the layers is loaded; head: the output embedding too, where it is a tensor of its own."""
         output = self.model.get_output_embeddings()
         heads = {name for name, module in self.model.named_modules() if module is output}
         names = [name for name in self.outer_names if head or name.rpartition(".")[0] not in heads]
@@ -103,8 +103,8 @@ class StreamedModel:
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> BlockInputs:
-        """`BlockwiseModel.embed`; everything outside the blocks but the head must be loaded (`outer`)."""
-        # They run once, to see what blocks of their class return.
+        """`BlockwiseModel.embed`; everything outside the layers but the head must be loaded (`outer`)."""
+        # They run once, to see what layers of their class return.
         unknown = self.blockwise.unknown_blocks()
         for index in unknown:
             self.load_block(index)
@@ -120,7 +120,7 @@ class StreamedModel:
     ) -> Iterator[PreTrainedModel]:
         """While inside, the model runs as a whole.
 
-        held: its blocks stay in memory; else each is read when it comes to run, and freed after it. pack: makes what runs in the place
+        held: its layers stay in memory; else each is read when it comes to run, and freed after it. pack: makes what runs in the place
         of each linear of a held model. with_head: the output embedding is loaded too.
         """
         hooks: list[RemovableHandle] = []

@@ -68,7 +68,7 @@ def read_json_file(path: Path) -> Any:
 
 
 def check_layers(name: str, entries: Any, argument: str = "model") -> None:
-    """Raise HalfplateError where `entries`, config.json as it stands, counts more layers than any model has.
+    """Raise HalfplateError if `entries`, config.json as it stands, counts more layers than any model has.
 
     Some classes make a list of that length before anything can be compared with the files.
     """
@@ -82,9 +82,9 @@ def check_layers(name: str, entries: Any, argument: str = "model") -> None:
 
 
 def check_counts(name: str, config: Any, tensors: int, elements: int, argument: str = "model") -> None:
-    """Raise HalfplateError where `config`, a configuration of transformers, asks for more than its files can hold.
+    """Raise HalfplateError if `config`, a configuration of transformers, asks for more than its files can hold.
 
-    tensors, elements: what the headers of the weight files name. Every block has a tensor of its own, and the embedding is
+    tensors, elements: what the headers of the weight files name. Every layer has a tensor of its own, and the embedding is
     stored. What else is too large shows when the skeleton is compared with the files.
     """
     text = config.get_text_config()
@@ -106,7 +106,7 @@ def check_counts(name: str, config: Any, tensors: int, elements: int, argument: 
 
 
 def check_parameters(name: str, needed: int, room: int) -> None:
-    """Raise HalfplateError where the model of the configuration has more parameters than its files have room for."""
+    """Raise HalfplateError if the model of the configuration has more parameters than its files have room for."""
     if needed > room:
         raise HalfplateError(
             f"model={name!r}: its configuration describes {needed} parameters, its files can hold {room}; download it again"

@@ -160,7 +160,7 @@ def _sharing(dense: PreTrainedModel, matrices: list[MatrixPlan]) -> list[MatrixP
 
 
 def _groups(dense: PreTrainedModel, names: dict[int, list[str]]) -> list[list[str]]:
-    """The linears `names` of each block by the input that they share, each group in the order of the plan."""
+    """The linears `names` of each layer by the input that they share, each group in the order of the plan."""
     order = {name: index for inside in names.values() for index, name in enumerate(inside)}
     try:
         groups = shared_inputs(dense, names)

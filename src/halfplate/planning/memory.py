@@ -19,7 +19,7 @@ from halfplate.statistics import Statistic
 
 BF16, FP32, FP64 = 2, 4, 8
 ALLOWANCE = 1_500_000_000  # of the bound: libraries, hidden states, the solver
-# Keys and values and the blocks that stay in memory while text is sampled. Not what is free: the text depends, by rounding, on how many
+# Keys and values and the layers that stay in memory while text is sampled. Not what is free: the text depends, by rounding, on how many
 # sequences run side by side, and must be the same everywhere.
 SAMPLING_NBYTES = 700_000_000
 LIBRARIES = 800_000_000  # Python with torch and transformers, where the system does not tell
@@ -51,9 +51,9 @@ class MemoryPlan:
 
 
 def sampling_room(sizes: ModelSizes, device: str) -> tuple[int, int]:
-    """Bytes of blocks and head that stay in memory while text is sampled, and of keys and values.
+    """Bytes of layers and head that stay in memory while text is sampled, and of keys and values.
 
-    Small models stay whole, in bf16 where kernels run that; of a larger one each block is read anew for every token, which more
+    Small models stay whole, in bf16 where kernels run that; of a larger one each layer is read anew for every token, which more
     sequences side by side share.
     """
     kernels = bf16_kernels(device) is not None
@@ -63,7 +63,7 @@ def sampling_room(sizes: ModelSizes, device: str) -> tuple[int, int]:
 
 
 def memory_bound(sizes: ModelSizes, job: Job) -> int:
-    """2 decoder blocks in fp32, what is outside the blocks, one block's Gram matrices and cross moments, and 1.5 GB."""
+    """2 decoder layers in fp32, what is outside the layers, one layer's Gram matrices and cross moments, and 1.5 GB."""
     grams = sum(_gram_nbytes(width, job) for width in sizes.stages)
     return FP32 * (2 * sizes.block + sizes.outer) + grams + ALLOWANCE
 
@@ -97,7 +97,7 @@ def memory_plan(
             # What stays is read before the first token, the rest at every token.
             most = max(held + block + reading, sampling) if held else sampling + block + reading
             phases["calibration text"] = base + tokens + FP32 * sizes.outer + most
-        # While text runs through a block, its finished matrices are whole beside what is stored of them.
+        # While text runs through a layer, its finished matrices are whole beside what is stored of them.
         phases["statistics"] = base + blocks + block + hidden + _stage(sizes, job, collecting=True)
     solve = max(solving_memory(job, spec) for spec in set(specs))
     phases["solving"] = base + blocks + _stage(sizes, job) + solve
@@ -125,7 +125,7 @@ def _loaded(sizes: ModelSizes, specs: Sequence[WeightSpec]) -> int:
 
 
 def solving_memory(job: Job, spec: WeightSpec) -> int:
-    """Bytes held while one matrix is corrected and solved, beside its block and the statistics."""
+    """Bytes held while one matrix is corrected and solved, beside its layer and the statistics."""
     correcting = correcting_nbytes(spec.d_out * spec.d_in, spec.d_in) if job.corrects else 0
     return max(correcting, job.method.solving_nbytes(spec))
 

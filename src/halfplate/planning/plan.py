@@ -23,10 +23,10 @@ LEAST_SHARE = 0.5  # of the parameters of the decoder blocks; below, a plan warn
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """One matrix of the model: how it will be stored, or why it stays dense.
+    """One matrix of the model: how it will be stored, or why it is not compressed.
 
-    shape: (d_out, d_in), or None where a skipped module is not a single matrix. spec: None where it is skipped. flops: operations of
-    solving it; memory: bytes held meanwhile beside the process itself; seconds: None where this machine was not measured.
+    shape: (d_out, d_in), or None if a skipped module is not a single matrix. spec: None if it is skipped. flops: operations of
+    solving it; memory: bytes held meanwhile beside the process itself; seconds: None if this machine was not measured.
     """
 
     name: str
@@ -67,9 +67,9 @@ class MatrixPlan:
 class Plan:
     """Every matrix, the bytes before and after, what it takes, and a fingerprint of all that decides the result.
 
-    other_nbytes: bytes of all that stays dense (embeddings, norms, biases, lm_head, skipped matrices), as it will be
+    other_nbytes: bytes of all that is not compressed (embeddings, norms, biases, lm_head, skipped matrices), as it will be
     stored. source_nbytes: bytes of the weight files read.  memory: held by a run with the
-    workers that the plan was made for. speed: what was measured of this machine, None where it was not; seconds: of each
+    workers that the plan was made for. speed: what was measured of this machine, None if it was not; seconds: of each
     phase in one process, from that. notes: what of the source is left out, one sentence each (`Source.notes`).
     untraced: why no run without numbers could tell which weights the code of the model reads, if so. transforms: what is done to
     the model before; everything else in the plan is of the model that they make.
@@ -137,7 +137,7 @@ class Plan:
 
     @property
     def decoder_share(self) -> float:
-        """Parameters of the matrices to compress over those of all decoder blocks."""
+        """Parameters of the matrices to compress over those of all decoder layers."""
         return sum(spec.d_out * spec.d_in for spec in self.specs.values()) / sum(self.sizes.blocks)
 
     @property

@@ -34,7 +34,7 @@ CURES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def refusal(plan: Plan, out: Path | None, workers: int = 1) -> str | None:
-    """Why the plan cannot be carried out here, in one line that names what would help; None where nothing speaks against it.
+    """Why the plan cannot be carried out here, in one line that names what would help; None if nothing speaks against it.
 
     out: where the result is to be; without it only the memory is looked at.
     """
@@ -42,7 +42,7 @@ def refusal(plan: Plan, out: Path | None, workers: int = 1) -> str | None:
 
 
 def check_room(plan: Plan, out: Path, workers: int) -> None:
-    """Raise HalfplateError where `refusal` speaks against the plan."""
+    """Raise HalfplateError if `refusal` speaks against the plan."""
     if (reason := refusal(plan, out, workers)) is not None:
         raise HalfplateError(reason)
 

@@ -42,7 +42,7 @@ class Speed:
     """What this machine does a second, measured by `measure_speed`.
 
     solving, products: floating-point operations, of the method and of products of many tokens. sampling: weights that a few
-    sequences side by side pass. reading: bytes of weight files. call: seconds of the calls of one block.
+    sequences side by side pass. reading: bytes of weight files. call: seconds of the calls of one layer.
     """
 
     solving: float
@@ -105,7 +105,7 @@ def solving_flops(job: Job, spec: WeightSpec) -> float:
 
 
 def statistics_flops(sizes: ModelSizes, job: Job) -> float:
-    """Operations of running the text through all blocks, as often as their stages ask for, and of its second moments."""
+    """Operations of running the text through all layers, as often as their stages ask for, and of its second moments."""
     recipe, streams = job.recipe, job.streams
     tokens, blocks = recipe.samples * recipe.seq_len, len(sizes.blocks)
     # A run for the inputs of a stage ends there, halfway on average; with dense inputs one run has them all.
@@ -166,7 +166,7 @@ def _products(sizes: ModelSizes, recipe: Recipe) -> float:
 
 
 def _sampling(sizes: ModelSizes, recipe: Recipe) -> float:
-    """Weights a second that the sequences sampled side by side are multiplied with, too many for a cache where the model has as many."""
+    """Weights per second that the sequences sampled side by side are multiplied with, too many for a cache where the model has as many."""
     resident, cache = sampling_room(sizes, recipe.device)
     rows = min(recipe.samples, sequences_at_once(sizes.cache_nbytes, recipe.seq_len, cache))
     matrices = max(1, min(24_000_000, sizes.parameters) // min(sizes.largest, 4_000_000))
@@ -185,7 +185,7 @@ def _sampling(sizes: ModelSizes, recipe: Recipe) -> float:
 
 
 def _reading(source: Source) -> float:
-    """Bytes a second from the weight files to checked numbers in fp32."""
+    """Bytes per second from the weight files to checked numbers in fp32."""
     fitting = [stored for stored in source.tensors.values() if stored.nbytes <= LONGEST_READ]
     if not fitting:
         return 5e8

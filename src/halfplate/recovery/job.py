@@ -256,7 +256,7 @@ def _open_teacher(name: str) -> Source:
 
 
 def _check_tokenizer(base: Path, teacher: str, tokenizer: Any) -> None:
-    """Raise HalfplateError where the same number stands for another token in the teacher."""
+    """Raise HalfplateError if the same number stands for another token in the teacher."""
     ours, theirs = load_tokenizer(base).get_vocab(), tokenizer.get_vocab()
     if ours != theirs:
         other = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))

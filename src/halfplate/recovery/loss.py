@@ -40,7 +40,7 @@ def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
 
 
 def square_head(hidden: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over blocks of |h − t|² / |t|² for hidden states (samples, L, d) of student and teacher.
+    """Mean over layers of |h − t|² / |t|² for hidden states (samples, L, d) of student and teacher.
 
     Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", 2023, SquareHead.
     """

@@ -24,7 +24,7 @@ class State:
 
 
 def save_state(folder: Path, state: State, file: str = FILE) -> None:
-    """Write `state` to `folder`, replacing what is there only once it is whole; raises HalfplateError where it cannot."""
+    """Write `state` to `folder`, replacing what is there only once it is whole; raises HalfplateError if it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         facts = json.dumps({"version": VERSION} | state.facts, sort_keys=True)
@@ -38,7 +38,7 @@ def save_state(folder: Path, state: State, file: str = FILE) -> None:
 
 
 def load_state(folder: Path, identity: dict[str, Any], file: str = FILE) -> State | None:
-    """The state in `folder`, None where there is none; raises HalfplateError where it is damaged or of another identity."""
+    """The state in `folder`, None if there is none; raises HalfplateError if it is damaged or of another identity."""
     path = folder / file
     if not path.exists():
         return None

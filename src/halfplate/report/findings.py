@@ -27,14 +27,14 @@ from halfplate.telemetry.log import LOG_FILE
 
 LARGEST_LOG = 256 * 2**20
 WORST = 10
-# The order in which a block runs them; others follow by name.
+# The order in which a layer runs them; others follow by name.
 USUAL = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 KINDS = ("kept values", "positions", "scales", "wrappers")  # the order of the table; others follow
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One compressed matrix. block: its number in the model, None where its name has none. kind: the last part of its name."""
+    """One compressed matrix. block: its number in the model, None if its name has none. kind: the last part of its name."""
 
     name: str
     block: int | None
@@ -122,7 +122,7 @@ class Findings:
 
     @property
     def kinds(self) -> list[str]:
-        """The linears of a block, in the order of the model."""
+        """The linears of a layer, in the order of the model."""
         return list(dict.fromkeys(matrix.kind for matrix in self.matrices))
 
     def total(self, attribute: str) -> dict[str, float]:
@@ -134,7 +134,7 @@ class Findings:
 
 
 def gather(folder: Path) -> Findings:
-    """Read what `folder`, a checkpoint, and its log say; raises HalfplateError where it is not a whole checkpoint."""
+    """Read what `folder`, a checkpoint, and its log say; raises HalfplateError if it is not a whole checkpoint."""
     found = inspect_checkpoint(folder)
     specs, _ = read_checked_headers(folder)
     record = read_record(folder) if (folder / RECORD_FILE).is_file() else {}
@@ -260,7 +260,7 @@ def _matrix(entry: dict[str, Any], kept: dict[str, Any], seconds: dict[str, floa
 
 
 def _block(name: str) -> int | None:
-    """The first number in a module's name: `model.layers.12.mlp.up_proj` lies in block 12."""
+    """The first number in a module's name: `model.layers.12.mlp.up_proj` lies in layer 12."""
     digits = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", name)
     return int(digits[1]) if digits else None
 

@@ -50,7 +50,7 @@ def uninstall(model: Any) -> None:
 
 
 def why_not(model: Any) -> str | None:
-    """Why the native step cannot decode `model`; None where it can."""
+    """Why the native step cannot decode `model`; None if it can."""
     if not native.available():
         return native.reason()
     if type(model).__name__ not in ARCHITECTURES or not type(model).__module__.startswith("transformers."):

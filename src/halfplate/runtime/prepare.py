@@ -132,7 +132,7 @@ def restore(model: Any) -> None:
 
 
 def bf16_kernels(device: str) -> Callable[[nn.Linear], nn.Module] | None:
-    """What puts the kernels with weights in bf16 in the place of a dense linear; None where `device` has none."""
+    """What puts the kernels with weights in bf16 in the place of a dense linear; None if `device` has none."""
     among = named_backends()
     if refusal_of_dense(torch.device(device), among) is not None:
         return None

@@ -90,7 +90,7 @@ class TimeLeft:
         self._start = self._from = self._share = 0.0
 
     def __call__(self, phase: str, done: int, total: int, share: float | None = None) -> float | None:
-        """The seconds left after this step; None where nothing tells them yet."""
+        """The seconds left after this step; None if nothing tells them yet."""
         if share is None:
             share = done / total if total else 1.0
         if phase != self._phase or share < self._share:

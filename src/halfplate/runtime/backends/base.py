@@ -31,7 +31,7 @@ class Packed(nn.Module, ABC):
     """A linear in the layout of a backend: y = x Wᵀ + bias.
 
     The state dictionary holds the tensors that it was packed from, bit for bit; it takes no new ones, and stays on its
-    device. spec: of the matrix. bias_dtype: None where there is no bias. dtype: that its model computes in. dense_dtype: of
+    device. spec: of the matrix. bias_dtype: None if there is no bias. dtype: that its model computes in. dense_dtype: of
     the weight of the nn.Linear that it stands for; None for a CompressedLinear.
     """
 
@@ -97,7 +97,7 @@ class Packed(nn.Module, ABC):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias (d_out,) in its own type; None where there is none."""
+        """The bias (d_out,) in its own type; None if there is none."""
         return None if self.bias_dtype is None else self.stored()["bias"]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
