@@ -26,11 +26,11 @@ def collect_block(
     statistic: Statistic,
     token_limit: float | None = None,
 ) -> tuple[dict[str, InputStatistics], list[BlockInputs]]:
-    """Run layer `index` on every batch of `inputs`: the statistics of the linears `names`, and the layer's outputs.
+    """Run layer `index` on every batch of `inputs`; returns the statistics of the linears `names`, and the outputs of the layer.
 
     names: full names of modules of this layer. Linears that are given one tensor (q, k and v; gate and up) share one
     InputStatistics object, collected once. diagonal is fp32, gram fp64; `gram` comes with the diagonal.
-    The Gram matrix costs one product (d_in, tokens)·(tokens, d_in) a batch, best with some thousand tokens in each.
+    The Gram matrix costs one product (d_in, tokens)·(tokens, d_in) per batch; batches of some thousand tokens are fastest.
     token_limit: a token with more energy than so many times the median of its batch counts as one of that energy.
     Raises HalfplateError for inputs that are not finite and for linears that never ran, naming the linear.
     """
@@ -45,7 +45,7 @@ def collect_block(
 
 
 def input_stages(blockwise: BlockwiseModel, index: int, batch: BlockInputs, names: Sequence[str]) -> list[list[str]]:
-    """The linears `names` of layer `index` by the input they share, in the order in which `batch` reaches them.
+    """Group the linears `names` of layer `index` by the input that they share, in the order in which `batch` reaches them.
 
     Linears that `batch` does not reach come last, each on its own.
     """
@@ -76,7 +76,7 @@ def stage_sums(
     dense: DenseRun | None = None,
     token_limit: float | None = None,
 ) -> "StageSums":
-    """Sums over the inputs of the linears `names`, one of `input_stages`, in layer `index` as it is now; no run goes past them.
+    """Sums over the inputs of the linears `names`, one of `input_stages`, in layer `index` as it is now; the layer runs only as far as these.
 
     inputs: of the layer, which come through the compressed ones before it. dense: gives the cross moments to what the dense
     model has in the place of those inputs; they come along from Statistic.GRAM on. token_limit: as in `collect_block`. The
@@ -97,7 +97,7 @@ def stage_sums(
 
 
 class _Reached(Exception):
-    """Every linear that was asked for has had its input."""
+    """Raised once every requested linear has received its input."""
 
 
 def _run_to(
@@ -195,7 +195,7 @@ class StageSums:
     sums: dict[str, Sums] = field(default_factory=dict)
 
     def lead(self, name: str, leader: str) -> None:
-        """`leader` has the same input as `name`; raises HalfplateError if it was another before."""
+        """Record that `leader` has the same input as `name`; raises HalfplateError if it had a different one before."""
         if (before := self.leaders.setdefault(name, leader)) != leader:
             other = before if leader == name else leader
             raise HalfplateError(
@@ -238,7 +238,7 @@ class _Collector:
         self._seen.clear()
 
     def compare(self) -> None:
-        """The dense run of a batch is over; the inputs to come are added."""
+        """Mark the end of the original run of a batch; the following inputs are added."""
         self._dense, self.dense_inputs = self.dense_inputs or {}, None
         self._seen.clear()
 

@@ -42,7 +42,7 @@ WITH_FIELDS = re.compile(r"(?P<file>.+\.jsonl?(?:\.gz)?):(?P<fields>.+)", re.IGN
 
 
 def check_source(source: str, argument: str = "calibration") -> None:
-    """Raise HalfplateError if `source` names a file or a plugin that is not there; Hub names are taken on trust."""
+    """Raise HalfplateError if `source` names a file or a plugin that is not there; Hub names are not checked."""
     if _plugin(source, argument) is not None:
         return
     file, _ = split_fields(source)
@@ -73,7 +73,7 @@ class Text:
     """The text of a source, read piece by piece as far as it is asked for.
 
     source: a file, `name` or `name:what` of a plugin, or a Hub data set (see `read_text`). argument: the name that error messages
-    give `source`. skipped: rows without text passed over so far. Raises HalfplateError for a source that is not there or
+    give `source`. skipped: number of rows without text so far. Raises HalfplateError for a source that is not there or
     whose beginning cannot be read, and later for damage further on.
     """
 
@@ -111,12 +111,12 @@ class Text:
         return map(unix_lines, found)
 
     def facts(self) -> dict[str, Any]:
-        """What a protocol records of the last reading: `skipped_rows`, and how `messages` were written; only what there is to say."""
+        """The entries of the protocol about the last reading: `skipped_rows`, and how `messages` were formatted, if there are any."""
         told: dict[str, Any] = {"skipped_rows": self.skipped} if self.skipped else {}
         return told | ({"messages": self._messages} if self._messages else {})
 
     def spoken_facts(self) -> str:
-        """What an error adds on the rows that were passed over."""
+        """The words on skipped rows that an error message adds."""
         return f", and {self.skipped} rows without text" if self.skipped else ""
 
     def _characters(self) -> Iterator[str]:
@@ -188,7 +188,7 @@ def _plugin_documents(point: EntryPoint, source: str, argument: str) -> Iterator
 
 
 def _stated(call: Callable[[], Any], point: EntryPoint, source: str, argument: str) -> Any:
-    """What `call`, code of another package, gives; its failures as one line."""
+    """The result of `call`, which is code of another package; its failures become one line."""
     try:
         return call()
     except HalfplateError:

@@ -114,7 +114,7 @@ def _vocabulary(model: "PreTrainedModel") -> int:
 def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
     """What makes the cache that a batch starts with: one whose room is taken once, or None for models that make one of their own.
 
-    Raises HalfplateError if the model fails, or gives other logits with its cache than without.
+    Raises HalfplateError if the model fails, or its logits with the cache differ from those without.
     """
     from transformers import DynamicCache
 

@@ -1,4 +1,4 @@
-"""What an unfinished compression keeps beside its result: its artifacts, and what they belong to."""
+"""The work folder of an unfinished compression: its artifacts, and the identity of the run that they belong to."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WorkFolder:
         return self.path / "matrices" / f"{name}.safetensors"
 
     def remove_hidden(self) -> None:
-        """Forget the hidden states between two blocks: they are run anew."""
+        """Delete the hidden states between two layers, which are then computed again."""
         shutil.rmtree(self.path / "hidden", ignore_errors=True)
 
     @property
@@ -57,7 +57,7 @@ class WorkFolder:
         return self.path / "outer.safetensors"
 
     def transformed(self, transform: int, piece: int) -> Path:
-        """A piece of what the transform of that number has made."""
+        """The file of one piece of the transform with this number."""
         return self.path / "transforms" / str(transform) / f"{piece:05d}.safetensors"
 
     @property
@@ -69,7 +69,7 @@ class WorkFolder:
         return self.path / "scratch"
 
     def clear(self) -> None:
-        """Remove all that is in the folder, which stays ours."""
+        """Remove everything in the folder; the lock on it stays."""
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -77,13 +77,13 @@ class WorkFolder:
                 entry.unlink()
 
     def remove_abandoned(self) -> None:
-        """Remove what an earlier run left, unless a process works there."""
+        """Remove the files of an earlier run, unless a process works there."""
         with suppress(OSError, HalfplateError), sole_user(self.path, self.out):
             shutil.rmtree(self.path, ignore_errors=True)
 
     @property
     def identity_copy(self) -> Path:
-        """All finished parts are worth nothing without the identity, so it is there twice."""
+        """The second copy of the identity: without it, all finished artifacts would be useless."""
         return self.path / "identity.copy.json"
 
     def begun(self) -> dict[str, Any] | None:
@@ -91,15 +91,15 @@ class WorkFolder:
         return read_json(self.identity) or read_json(self.identity_copy)
 
     def finished_work(self) -> bool:
-        """Whether anything in the folder would be lost with it."""
+        """Whether the folder contains finished work."""
         kinds = ("blocks", "matrices", "transforms/*")
         return self.levels.exists() or any(any(self.path.glob(f"{kind}/*.json")) for kind in kinds)
 
     @contextmanager
     def opened(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> Iterator[None]:
-        """While inside, the folder is there and ours; it is removed when the `with` block ends, and stays if that raises with work done.
+        """Context manager that creates and locks the folder; it is removed when the `with` block ends, and stays if that raises with work done.
 
-        Raises HalfplateError if another process works there, where work is left and neither `resume` nor `overwrite` is
+        Raises HalfplateError if another process works there, if finished work exists and neither `resume` nor `overwrite` is
         given, and, without `overwrite`, where it was begun with another `identity`, naming what differs; and for what the system
         refuses.
         """

@@ -1,4 +1,4 @@
-"""How much disk a compression needs beside its result's place."""
+"""The disk space that a compression needs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SLACK = 2_000_000  # headers, notes, tokenizer, log, report
 
 @dataclass(frozen=True)
 class DiskPlan:
-    """Bytes of the result and of what the work folder holds at most beside it.
+    """Bytes of the result, and the most bytes that the work folder holds beside it.
 
     transformed: the models in fp32 that transforms write first. parts: finished layers and matrices. hidden: states between two
-    layers. statistics: what several processes hand to each other.
+    layers. statistics: files that several processes pass to each other.
     """
 
     result: int
@@ -46,7 +46,7 @@ def disk_plan(
     workers: int,
     transformed: int,
 ) -> DiskPlan:
-    """What a compression writes; other_nbytes: of all that is not compressed, transformed: of what its transforms write."""
+    """The bytes that a compression writes. other_nbytes: of all tensors that are not compressed; transformed: of the files of its transforms."""
     recipe = job.recipe
     linears = sum(spec.nbytes for spec in specs)
     if recipe.budgeted:  # a budget of time knows no bytes

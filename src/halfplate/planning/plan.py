@@ -1,4 +1,4 @@
-"""A plan as such: what becomes of each matrix, and what it takes in all."""
+"""The classes of a plan: each matrix, and the totals."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every matrix, the bytes before and after, what it takes, and a fingerprint of all that decides the result.
+    """Every matrix, the bytes before and after, the resources needed, and a fingerprint of everything that determines the result.
 
     other_nbytes: bytes of all that is not compressed (embeddings, norms, biases, lm_head, skipped matrices), as it will be
-    stored. source_nbytes: bytes of the weight files read.  memory: held by a run with the
-    workers that the plan was made for. speed: what was measured of this machine, None if it was not; seconds: of each
-    phase in one process, from that. notes: what of the source is left out, one sentence each (`Source.notes`).
-    untraced: why no run without numbers could tell which weights the code of the model reads, if so. transforms: what is done to
-    the model before; everything else in the plan is of the model that they make.
+    stored. source_nbytes: bytes of the weight files read. memory: held by a run with the
+    workers that the plan was made for. speed: measured speed of this machine, or None. seconds: estimate for each
+    phase in one process. notes: one sentence for each entry of the source that is left out (`Source.notes`).
+    untraced: why the model could not be traced to find the weights that its code reads, or None. transforms: applied to
+    the model first; everything else in the plan describes the transformed model.
     """
 
     model: str
@@ -122,7 +122,7 @@ class Plan:
 
     @property
     def nbytes_at_most(self) -> int | None:
-        """What the matrices will take at most: `nbytes`, unless levels are chosen in the run; None under a budget of time."""
+        """The most bytes that the matrices can take: `nbytes`, unless the run chooses candidates; None with a time budget."""
         if not self.recipe.budgeted:
             return self.nbytes
         return None if self.recipe.budget is None else int(self.recipe.budget * self.dense_nbytes)
@@ -142,7 +142,7 @@ class Plan:
 
     @property
     def warnings(self) -> list[str]:
-        """What of the plan is likely not to be what was hoped for, a sentence each."""
+        """One sentence for each property of the plan that the user probably does not want."""
         found = []
         if self.decoder_share < LEAST_SHARE:
             found.append(
