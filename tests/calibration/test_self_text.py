@@ -179,7 +179,7 @@ def test_a_model_with_a_cache_of_its_own(tiny_model: Any, architecture: str) -> 
 
 def test_a_model_that_mixes_texts_of_a_batch_up_is_refused(tiny_model: Any) -> None:
     model = tiny_model("rwkv", attention_hidden_size=32, context_length=128)
-    with pytest.raises(HalfplateError, match="RwkvForCausalLM gives other logits token by token"):
+    with pytest.raises(HalfplateError, match="RwkvForCausalLM computes different logits token by token"):
         sample_text(model, Start("bos", 1), samples=2, seq_len=6, seed=0)
 
 
@@ -187,7 +187,7 @@ def test_a_model_that_mixes_texts_of_a_batch_up_is_refused(tiny_model: Any) -> N
     ("broken", "message"),
     [
         ("forgets", r"LlamaForCausalLM computes different logits token by token .*\(relative difference [\d.]+\)"),
-        ("none", "LlamaForCausalLM gives other logits token by token"),
+        ("none", "LlamaForCausalLM computes different logits token by token"),
         ("fails", r"LlamaForCausalLM cannot sample text \(ValueError: it has a cache of its own\)"),
     ],
 )

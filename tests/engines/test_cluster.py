@@ -140,7 +140,7 @@ def test_a_task_that_always_kills_its_process_is_given_up(engine, tmp_path):
     results = engine.run([Waiting(tmp_path, 0)])
     for time_ in range(engines.TRIES):
         os.kill(started(tmp_path, time_ + 1)[-1][1], signal.SIGKILL)
-    with pytest.raises(HalfplateError, match=r"a task was lost 3 times .* go on with --resume"):
+    with pytest.raises(HalfplateError, match=r"a task was lost 3 times .* continue with --resume"):
         list(results)
 
 
@@ -269,7 +269,9 @@ def test_nobody_listens_at_the_address(tiny_folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny_llama"]
 
 
-@pytest.mark.parametrize(("says", "message"), [(b"", "cannot be reached"), (b"HTTP/1.1 400 no\r\n", "something else")])
+@pytest.mark.parametrize(
+    ("says", "message"), [(b"", "cannot be reached"), (b"HTTP/1.1 400 no\r\n", "not the address of a Ray cluster")]
+)
 def test_what_listens_at_the_address_is_no_cluster(tmp_path, monkeypatch, says, message):
     monkeypatch.setattr(cluster_module, "PROBE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:

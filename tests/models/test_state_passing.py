@@ -130,7 +130,7 @@ def test_a_block_that_fails_by_itself_is_refused(tiny_model, tiny_tokenizer, tmp
         kind, "forward", lambda self, x, *args, **kwargs: block(self, x + needed["state"], *args, **kwargs)
     )
     with pytest.raises(
-        HalfplateError, match=r"LlamaForCausalLM cannot be run .*block 0 does not run apart .*KeyError"
+        HalfplateError, match=r"LlamaForCausalLM cannot be run .*layer 0 does not run separately .*KeyError"
     ) as refused:
         check_chain(streamed, tokens())
     assert "\n" not in str(refused.value)
@@ -165,5 +165,7 @@ def test_blocks_of_several_sublayers_are_named(tiny_folder):
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     del model.model.layers[2]
-    with pytest.raises(HalfplateError, match=r"other lengths \(model.layers of 2\) than the 3 blocks"):
+    with pytest.raises(
+        HalfplateError, match=r"module lists of lengths model.layers of 2, but its configuration names 3 layers"
+    ):
         BlockwiseModel(model)

@@ -100,8 +100,8 @@ class WorkFolder:
         """Context manager that creates and locks the folder; it is removed when the `with` block ends, and stays if that raises with work done.
 
         Raises HalfplateError if another process works there, if finished work exists and neither `resume` nor `overwrite` is
-        given, and, without `overwrite`, where it was begun with another `identity`, naming what differs; and for what the system
-        refuses.
+        given, and, without `overwrite`, if the work began with another `identity`, naming what differs, and if the system refuses an
+        operation.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -116,7 +116,7 @@ class _Vocabulary:
         self.types = self._types()
         if pair := overlapping([token for number, token in enumerate(self.tokens) if self._is_whole(number)]):
             raise _Refused(
-                f"its special tokens {pair[0]!r} and {pair[1]!r} can overlap, and llama.cpp then chooses the other one"
+                f"its special tokens {pair[0]!r} and {pair[1]!r} can overlap, and llama.cpp splits such text differently"
             )
         self.special = {key: self._id(key) for key in SPECIAL_IDS}
         for key in OTHER_IDS:

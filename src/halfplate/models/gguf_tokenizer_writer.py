@@ -119,7 +119,7 @@ def _check_added(
             raise ValueError(f"the token {token['content']!r} is looked for in normalised text (normalized)")
     if pair := overlapping([token["content"] for token in added]):
         raise ValueError(
-            f"its tokens {pair[0]!r} and {pair[1]!r} can overlap, and llama.cpp then chooses the other one"
+            f"its tokens {pair[0]!r} and {pair[1]!r} can overlap, and llama.cpp splits such text differently"
         )
     stripping = [token for token in added if token["rstrip"]]
     if not stripping:
