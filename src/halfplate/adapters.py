@@ -1,4 +1,4 @@
-"""LoRA adapters of peft on a compressed model: the base stays frozen, the adapter beside it or merged into a dense copy."""
+"""LoRA adapters of peft on a compressed model: the base stays frozen, the adapter beside it or merged into a copy of full size."""
 
 from typing import Any
 
@@ -58,7 +58,7 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
     ) -> nn.Module:
         """The compressed base, or with `merge` a dense nn.Linear in fp32 that holds base and adapters; peft calls this.
 
-        Raises HalfplateError with `safe_merge` where the sum holds NaN or infinity.
+        Raises HalfplateError with `safe_merge` if the sum holds NaN or infinity.
         """
         base = self.get_base_layer()
         assert isinstance(base, CompressedLinear | Packed)

@@ -70,25 +70,25 @@ def pattern_of(method: str) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what `compress` makes of a model; every value is checked when it is made.
+    """All settings of a compression; every value is checked on creation.
 
     version: of this configuration. method: a name of `halfplate methods`; method_options: the fields of its own configuration,
-    e.g. `{"iterations": 20}`. core_dtype, wrapper_dtype: element types of kept values and wrappers. pattern: `N:M`, `dense`, or `auto` for that of the method: `dense` where it drops no weights, else `2:4`. block_size: `auto` (planning
-    chooses), 0 for no wrappers, 1 for diagonal ones; for slim the rank. out_block_size: that of the wrapper of the outputs,
-    where it is to be another. share_wrappers: linears of one input have one input wrapper. group_size: columns that share a scale
-    where the core lies on a grid. inputs: statistics of what the dense layers see, or of what the compressed
-    ones before them make of it; then cross_damping is that of the correction towards the dense outputs, `none` for no
+    e.g. `{"iterations": 20}`. core_dtype, wrapper_dtype: element types of kept values and wrappers. pattern: `N:M`, `dense`, or `auto` for that of the method: `dense` if it drops no weights, else `2:4`. block_size: `auto` (planning
+    chooses), 0 for no wrappers, 1 for diagonal ones; for slim the rank. out_block_size: that of the output wrapper,
+    if it differs. share_wrappers: linears of one input have one input wrapper. group_size: columns that share a scale
+    of an integer core. inputs: `dense` collects statistics on the inputs from the original layers, `compressed` on those from
+    the compressed layers; then cross_damping is that of the correction towards the original inputs, `none` for no
     correction. token_limit: tokens with more energy than so many times the median count as that. precision: of the products
-    while text runs through the layers; auto takes bf16 where the processor multiplies it. tune_block: steps of tuning
-    each layer against the dense one's output. ratios: `owl` gives layers of more outliers more of M, the mean kept, within
-    2 · owl_lambda from the least to the most. budget, time_budget: share of the dense bytes, or of the dense linears' decode
-    time on this machine, within which the fields `choose` (block_size, pattern, core_dtype) are chosen for each matrix. search:
+    while text runs through the layers; auto takes bf16 if the processor multiplies it. tune_block: steps that tune
+    each layer towards the output of the original one. ratios: `owl` lets layers with more outliers keep more, with the same average, within
+    2 · owl_lambda from the least to the most. budget, time_budget: fraction of the original bytes, or of the decode time of the original
+    linears on this machine, within which the fields `choose` (block_size, pattern, core_dtype) are chosen for each matrix. search:
     `knapsack` over measured errors, or `evolution` from there on the model's own KL, of so many generations with so many
     offspring each. transforms: names of `halfplate.transforms`, applied to the model in this order before anything else; each
     becomes `name@version`. calibration: `self`, a text file or a Hub data set, of which `samples` sequences of `seq_len` tokens are
     used; seed: of everything random. device: `cpu` or `cuda`. include, exclude:
     patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats per token.
-    Raises HalfplateError naming the field, its value and what would do.
+    Raises HalfplateError naming the field, its value and a value that works.
     """
 
     version: int = VERSION
@@ -196,7 +196,7 @@ class Recipe:
 
     def _check_ratios(self) -> None:
         if not 0 <= self.owl_lambda <= 0.5:
-            raise HalfplateError(f"owl_lambda={self.owl_lambda} must be a share of the weights, 0 to 0.5; try 0.08")
+            raise HalfplateError(f"owl_lambda={self.owl_lambda} must be a fraction of the weights, 0 to 0.5; try 0.08")
         if self.ratios == "uniform":
             return
         pattern, method = self.parsed_pattern, self.create_method()
@@ -218,7 +218,7 @@ class Recipe:
 
     @property
     def budgeted(self) -> bool:
-        """Whether the levels of the matrices are chosen under a budget."""
+        """Whether a budget chooses the candidates of the matrices."""
         return self.budget is not None or self.time_budget is not None
 
     def _check_shape(self) -> None:
@@ -335,14 +335,14 @@ class Recipe:
         }
 
     def fingerprint_json(self) -> dict[str, Any]:
-        """`to_json` without what cannot change the result."""
+        """`to_json` without the fields that cannot change the result."""
         values = {key: value for key, value in self.to_json().items() if key not in WITHOUT_EFFECT}
         # A recipe without transforms is what it was before there were any.
         return values if self.transforms else {key: value for key, value in values.items() if key != "transforms"}
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `above` in place of those of `below`; options of the method are added to those below, unless the method changes."""
+    """Override the values of `below` by those of `above`; options of the method are added to those below, unless the method changes."""
     method = below.get("method", Recipe.method)
     kept = below.get("method_options", {}) if above.get("method", method) == method else {}
     added = above.get("method_options", {})

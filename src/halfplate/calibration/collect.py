@@ -183,7 +183,7 @@ class Sums:
 
 
 def _added(before: Tensor | None, more: Tensor) -> Tensor:
-    """The sum in fp64, in the memory of `before` where it is fp64 already; `more` itself where nothing was before."""
+    """The sum in fp64, in the memory of `before` if it is fp64 already; `more` itself if nothing was added before."""
     return more if before is None else before.double().add_(more)
 
 

@@ -32,7 +32,7 @@ WORST_DIFFERENCE = 0.2  # of logits with and without it, relative
 class Start:
     """How a sequence begins.
 
-    kind: `bos` (the model's start token), `eos` (its end token, which separates documents where there is no start
+    kind: `bos` (the model's start token), `eos` (its end token, which separates documents if there is no start
     token), or `uniform` (a token drawn uniformly from the vocabulary; token is then None).
     """
 

@@ -31,7 +31,7 @@ class CalibrationTokens:
     """Calibration text as tokens, ids int64 (samples, seq_len), and the protocol to make it again.
 
     temperature, start and start_token are set for source `self` alone (see `self_text.Start`). facts: what else there is to say
-    of a text: `skipped_rows`, `messages` (see `documents.Text`), and `drawn_from` where only its beginning was drawn from.
+    of a text: `skipped_rows`, `messages` (see `documents.Text`), and `drawn_from` if only its beginning was drawn from.
     """
 
     ids: Tensor

@@ -57,7 +57,7 @@ def check_result_folder(out: Path, overwrite: bool, source: Path) -> None:
 
 @contextmanager
 def sole_user(folder: Path, out: Path) -> Iterator[None]:
-    """While inside, `folder`, which holds the unfinished work of `out`, is this process's; HalfplateError where another's."""
+    """While inside, `folder`, which holds the unfinished work of `out`, is this process's; HalfplateError if it is another's."""
     with (folder / LOCK_FILE).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,7 +22,7 @@ class HalfplateConfig(QuantizationConfigMixin):
     modules: `WeightSpec.to_json()` by module name. version: of this object. runtime: the arguments of
     `halfplate.runtime.accelerate` for the loaded model, or None for the torch path. recipe: for an original model, in place of
     modules; a `Recipe`, a mapping of its fields, or a YAML file. needs: as in the file (docs/format.md). Neither recipe nor runtime is written to disk. Raises HalfplateError
-    where a module's entry or the recipe cannot be read.
+    if a module's entry or the recipe cannot be read.
     """
 
     def __init__(

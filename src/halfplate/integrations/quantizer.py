@@ -180,7 +180,7 @@ class HalfplateQuantizer(HfQuantizer):
 
 
 def note_untied(model: PreTrainedModel) -> None:
-    """Have the configuration say so where transformers has left a head untied, because the files hold another than the embedding.
+    """Record in the configuration if transformers has left a head untied, because the files hold another than the embedding.
 
     Whoever ties by the configuration later, as saving and reading again do, would replace the head.
     """

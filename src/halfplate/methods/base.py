@@ -144,7 +144,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 
 def store(weight: Tensor, mask: Tensor, spec: WeightSpec) -> Chain:
-    """Store `weight` (d_out, d_in) where `mask`, exactly N true a group, in the core dtype of `spec`, without wrappers.
+    """Store `weight` (d_out, d_in) where `mask`, exactly N true per group, in the core dtype of `spec`, without wrappers.
 
     A grid rounds to nearest, a scale for each row and `spec.group` columns. Raises HalfplateError if a kept value is
     too large for that dtype.

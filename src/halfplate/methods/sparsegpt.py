@@ -20,7 +20,7 @@ class SparseGPT(Method):
 
     damping: fraction of the mean second moment added to the diagonal of the Gram matrix. column_block: columns between
     two updates of the whole matrix; it changes the speed, not the result. On a grid, kept values are rounded inside the sweep
-    (where M divides the columns of a scale; else afterwards). Source: Frantar and Alistarh, arXiv 2301.00774.
+    (if M divides the columns of a scale; otherwise afterwards). Source: Frantar and Alistarh, arXiv 2301.00774.
     """
 
     name = "sparsegpt"

@@ -1,4 +1,4 @@
-"""Running a model one decoder layer at a time, exactly as its own forward does."""
+"""Running a model one decoder layer at a time, with exactly the results of its own forward."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from halfplate.precision import products
 
 @dataclass
 class BlockInputs:
-    """What the next layer is called with.
+    """The inputs of the next layer.
 
     hidden: (samples, L, d) in most models; others have more streams than one, in a dimension before or after the samples.
     arguments: by the index of a layer, its other arguments (masks, rotary embeddings, positions). carried: what earlier layers
@@ -71,7 +71,7 @@ class BlockInputs:
 
 
 class BlockwiseModel:
-    """A causal language model as embedding, decoder layers and head, which can be run apart.
+    """A causal language model as embedding, decoder layers and head, which can be run separately.
 
     The model's own forward makes masks and positions, so local attention, per-layer rope and the like need no
     knowledge here. `embed`, `run_block` for every layer in order, and `finish` give the logits of the whole forward,
@@ -227,7 +227,7 @@ class BlockwiseModel:
 
     @contextmanager
     def _blocks_replaced(self, instead: Callable[..., Any]) -> Iterator[None]:
-        """While inside, layer i calls `instead(i, its own forward, *args, **kwargs)`."""
+        """Context manager in which layer i calls `instead(i, its own forward, *args, **kwargs)`."""
         own = [block.__dict__.get("forward") for block in self.blocks]
         try:
             for index, block in enumerate(self.blocks):
@@ -251,6 +251,6 @@ class _Replacement:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether both are the same values in the same place, as a slice that takes all of a tensor is."""
+    """Whether both are the same values at the same address, such as a tensor and a full slice of it."""
     place = [(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()) for x in (a, b)]
     return a is b or place[0] == place[1]

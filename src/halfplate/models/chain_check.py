@@ -1,4 +1,4 @@
-"""Whether the layers of a model, run one at a time, give what the model gives as a whole."""
+"""Checking that the layers of a model, run one at a time, give the same results as the whole model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CURE = "use a method that needs no text (magnitude, rtn), or another model"
 
 @torch.no_grad()
 def check_chain(streamed: StreamedModel, ids: Tensor, splits: str | None = None) -> None:
-    """Raise HalfplateError unless every layer run by itself gives what it gives in the whole forward of the model.
+    """Raise HalfplateError unless every layer, run separately, gives the same output as in the whole forward of the model.
 
     ids: int64 (samples, L), of which the first SAMPLES are taken. One layer is in memory at a time, and each is read twice: once for
     the whole forward and once for the chain, in which other tokens run through every layer after these, as in a calibration,
@@ -64,7 +64,7 @@ def check_chain(streamed: StreamedModel, ids: Tensor, splits: str | None = None)
 
 
 def _whole(streamed: StreamedModel, ids: Tensor) -> list[Tensor]:
-    """Some values of the input of every layer in the whole forward, and of the output of the last."""
+    """A sample of the values of the input of every layer in the whole forward, and of the output of the last."""
     seen: list[Tensor] = []
     try:
         with streamed.running(held=False, with_head=False):
@@ -97,7 +97,7 @@ def _with_own_arguments(inputs: BlockInputs, others: BlockInputs) -> BlockInputs
 
 
 def _some(hidden: Tensor) -> Tensor:
-    """At most about VALUES values of all over the hidden state."""
+    """About VALUES values, spread over the hidden state."""
     # An odd step takes other features of each token.
     return hidden.detach().reshape(-1)[:: hidden.numel() // VALUES | 1].float().clone()
 

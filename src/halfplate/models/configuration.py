@@ -1,4 +1,4 @@
-"""`config.json` and `generation_config.json` of a model folder: read, checked, and freed of what does not belong to the weights."""
+"""`config.json` and `generation_config.json` of a model folder: read, checked, and stripped of entries that do not concern the weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
 
 
 def read_entries(name: str, path: Path) -> dict[str, Any]:
-    """`config.json` in the folder `path` as it stands; raises HalfplateError if it is missing or not an object of JSON."""
+    """The unchanged content of `config.json` in the folder `path`; raises HalfplateError if it is missing or not an object of JSON."""
     file = path / "config.json"
     if not file.is_file():
         raise HalfplateError(
@@ -72,7 +72,7 @@ def _already_quantised(name: str, method: str | None, reason: str) -> HalfplateE
 
 
 def check_values(name: str, entries: dict[str, Any]) -> None:
-    """Raise HalfplateError for values that transformers takes without a word and that make another model, or none."""
+    """Raise HalfplateError for values that transformers accepts silently and that give a different model, or none."""
     for key in ("quantization_config", "compression_config"):
         if entries.get(key) and not isinstance(entries[key], dict):
             raise HalfplateError(
@@ -96,7 +96,7 @@ def _rotary_numbers(entries: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def check_kind(name: str, entries: dict[str, Any]) -> None:
-    """Raise HalfplateError for what `config.json` alone shows not to be a dense text model."""
+    """Raise HalfplateError if `config.json` alone shows that this is not a plain text model."""
     method = quantisation_of(entries)
     if method == METHOD:
         raise HalfplateError(
@@ -182,7 +182,7 @@ def read_generation_config(name: str, path: Path) -> GenerationConfig | None:
 
 
 def _freed(config: PretrainedConfig, entries: dict[str, Any]) -> list[str]:
-    """Take out of `config`, in place, what says how to run it elsewhere, or nothing; what is said of it."""
+    """Remove from `config`, in place, the entries that only say how to run the model; returns a note on each."""
     notes = []
     attention, experts = config._attn_implementation, config._experts_implementation
     if attention not in PLAIN_ATTENTION:

@@ -1,4 +1,4 @@
-"""Which linears of a model have their weight read by the code around them, beside their own forward."""
+"""Finding linears whose weight is read by code other than their own forward."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def _watched(root: nn.Module) -> Iterator[set[str]]:
 
 
 def _watching(kind: Any, name: str, seen: set[str]) -> Any:
-    """A subclass of `kind` that adds `name` to `seen` where the weight is asked for."""
+    """A subclass of `kind` that adds `name` to `seen` when the weight is read."""
     inside = False
 
     class Watching(kind):  # type: ignore[misc]

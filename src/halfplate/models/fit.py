@@ -1,4 +1,4 @@
-"""How the tensors of a model's files fit the model: each is used, or named; none is missing, of another shape, or dropped silently."""
+"""Matching the stored tensors with the model: each is used or named, and none is missing, of another shape or dropped silently."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def _left_over(name: str, model: PreTrainedModel, extra: Mapping[str, tuple[str,
 
 
 def _numbered_blocks(model: PreTrainedModel) -> tuple[int, re.Pattern[str]]:
-    """The number of decoder layers, and what finds the number of a layer in a stored name; nothing where there are none."""
+    """The number of decoder layers, and what finds the number of a layer in a stored name; nothing if there are none."""
     try:
         prefix, blocks = find_blocks(model)
     except HalfplateError:

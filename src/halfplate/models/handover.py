@@ -1,4 +1,4 @@
-"""What a decoder layer is called with beside the hidden state, and what it hands on to later layers."""
+"""The arguments of a decoder layer beside the hidden state, and the values that it passes to later layers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class FromBlock:
 
 
 def copied(arguments: Any) -> Any:
-    """`arguments` in containers of their own, so that a layer that writes into one leaves the original as it is."""
+    """A copy of the containers of `arguments`, so that a layer that writes into one does not change the original."""
     return tree_map(lambda leaf: copy.copy(leaf) if isinstance(leaf, MutableMapping) else leaf, arguments)
 
 
@@ -55,7 +55,7 @@ def filled(arguments: Any, value: Callable[[FromBlock], Any]) -> Any:
 
 
 def with_handed_on(recorded: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[BlockArguments]:
-    """The arguments of every layer, each with what must be kept after it."""
+    """The arguments of every layer, each with the values to keep after it."""
     last: dict[FromBlock, int] = {}
     for index, arguments in enumerate(recorded):
         last |= {leaf: index for leaf in tree_leaves(arguments) if isinstance(leaf, FromBlock)}
@@ -66,7 +66,7 @@ def with_handed_on(recorded: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> li
 
 
 def hands_on(arguments: Iterable[BlockArguments]) -> bool:
-    """Whether any of the layers hands on more than a hidden state, or has a mapping of the model's own to write into."""
+    """Whether any layer passes on more than a hidden state, or writes into a mapping of the model."""
     return any(
         called.handed_on or any(not isinstance(mapping, dict) for _, mapping in _mappings(called.args, called.kwargs))
         for called in arguments
@@ -74,7 +74,7 @@ def hands_on(arguments: Iterable[BlockArguments]) -> bool:
 
 
 def call_arguments(arguments: BlockArguments, carried: Carried) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a layer is called with: `arguments` with what earlier layers have handed on."""
+    """The arguments to call a layer with: `arguments` with the values that earlier layers passed on."""
     args, kwargs = filled((arguments.args, arguments.kwargs), lambda place: carried.get(place.name))
     entries: dict[str, dict[Any, Any]] = {}
     for name, tensor in carried.items():
@@ -97,7 +97,7 @@ def carried_on(
     outputs: Any,
     carried: Carried,
 ) -> Carried:
-    """What the layers after `index` need, from its `outputs` beside the hidden state and what it wrote into its arguments.
+    """The values that layers after `index` need, from its other `outputs` and from the mappings that it wrote into.
 
     called: the arguments that it ran with. carried: what came into it. Raises HalfplateError for values that are no tensors.
     """

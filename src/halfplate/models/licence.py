@@ -9,7 +9,7 @@ LARGEST_CARD = 2 * plain_yaml.LARGEST  # characters, prose behind the front matt
 
 
 def origin(source: Source) -> dict[str, str | None]:
-    """What a checkpoint keeps of where its model came from: the Hub id (None for a file or folder) and the licence."""
+    """The origin of a model that a checkpoint records: the Hub id (None for a file or folder) and the licence."""
     return {"base_model": source.name if source.kind == "hub" else None, "license": licence_of(source)}
 
 

@@ -1,4 +1,4 @@
-"""Finding the decoder layers of a model and the linears inside them, and putting another module in a linear's place."""
+"""Finding the decoder layers of a model and the linears inside them, and replacing a linear by another module."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ class FoundLinear:
 
 @dataclass(frozen=True)
 class SkippedModule:
-    """A module of a decoder layer that is not compressed, and why (with the cure, where there is one)."""
+    """A module of a decoder layer that is not compressed, and why (with the cure, if there is one)."""
 
     name: str
     reason: str
@@ -133,7 +133,7 @@ def find_linears(
 
 
 def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the module of the full name `name` stands; raises HalfplateError if there is none."""
+    """Replace the module of the full name `name` by `module`; raises HalfplateError if there is none."""
     try:
         model.get_submodule(name)
     except AttributeError:

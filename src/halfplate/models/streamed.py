@@ -1,4 +1,4 @@
-"""An original model on disk of which decoder layers come into memory one at a time."""
+"""An original model on disk, whose decoder layers are loaded one at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class StreamedModel:
-    """The modules of a model without their weights, and where these lie.
+    """The modules of a model without their weights, and the places of these in files.
 
     model: in eval mode, its parameters on the meta device but for those that are loaded. Tensors are read in fp32 to
     `device`; precision: as in BlockwiseModel. `stored` names each tensor of the model as `state_dict` does; `tied` maps a name to that of the tensor it shares.
@@ -72,19 +72,19 @@ class StreamedModel:
         return [name for name in self.stored if not name.startswith(f"{self.prefix}.")]
 
     def load_block(self, index: int) -> nn.Module:
-        """Block `index` with its weights, which takes its place in the model until `free_block`."""
+        """Load layer `index` into the model, until `free_block`."""
         block = copy.deepcopy(self._empty[index])
         self._fill(block, index)
         self.blocks[index] = block
         return block
 
     def free_block(self, index: int) -> None:
-        """Give the memory of the layer back, and whatever was put into it."""
+        """Free the memory of the layer and of everything that was put into it."""
         self.blocks[index] = self._empty[index]
 
     @contextmanager
     def outer(self, head: bool) -> Iterator[None]:
-        """While inside, all that is outside the layers is loaded; head: the output embedding too, where it is a tensor of its own."""
+        """Context manager that loads all weights outside the layers. head: also the output embedding, if it has its own tensor."""
         output = self.model.get_output_embeddings()
         heads = {name for name, module in self.model.named_modules() if module is output}
         names = [name for name in self.outer_names if head or name.rpartition(".")[0] not in heads]
@@ -120,7 +120,7 @@ class StreamedModel:
     ) -> Iterator[PreTrainedModel]:
         """While inside, the model runs as a whole.
 
-        held: its layers stay in memory; else each is read when it comes to run, and freed after it. pack: makes what runs in the place
+        held: its layers stay in memory; otherwise each is read before it runs, and freed after it. pack: makes the module that runs in place
         of each linear of a held model. with_head: the output embedding is loaded too.
         """
         hooks: list[RemovableHandle] = []

@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder, checked to be all there and whole before anything reads their tensors."""
+"""The safetensors files of a model folder, checked to be complete and intact before their tensors are read."""
 
 import hashlib
 from collections import Counter

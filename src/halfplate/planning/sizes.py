@@ -26,7 +26,7 @@ TEXT = (3, 7)
 class ModelSizes:
     """Numbers of values; only `cache_nbytes` is in bytes, held per token by the cache of a calibration sequence.
 
-    blocks: values of each decoder layer. outer: of all that is outside the layers, head: of the output embedding among them, where it is
+    blocks: values of each decoder layer. outer: of all that is outside the layers, head: of the output embedding among them, if it is
     a tensor of its own. largest: of one tensor. ffn: the longest side of a linear. stages: d_in of every distinct input of a layer's
     linears, in the order in which they are reached; of the layer where these are largest. beside: values of one token that pass from
     layer to layer beyond those of one hidden state. arguments: of one token among the arguments of all layers.

@@ -26,7 +26,7 @@ class BlockTuning:
 
 @dataclass(frozen=True)
 class TunedBlock:
-    """Error on held-out batches before and after, relative to what the layer adds; equal where tuning won nothing."""
+    """Error on held-out batches before and after, relative to what the layer adds; equal if tuning gained nothing."""
 
     before: float
     after: float

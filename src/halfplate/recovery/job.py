@@ -59,7 +59,7 @@ def recover(
     The masks stay. The state is kept beside `out`, in a hidden folder that goes when `out` is whole, and saved about every
     `save_minutes`; resume: go on from it. Under `accelerate launch` each process takes its share of every batch; all but the
     main one return None. Raises HalfplateError on bad input (a teacher of another vocabulary or depth, a state of other
-    settings), RuinedResult after writing where the held-out KL did not fall.
+    settings), RuinedResult after writing if the held-out KL did not fall.
     """
     base, out = Path(model), Path(out)
     if not save_minutes >= 0:
@@ -104,7 +104,7 @@ def recover(
 
 @dataclass(frozen=True)
 class _Order:
-    """One recovery, checked: what it reads, where it writes, and who works on it. given: windows, where they are not sampled."""
+    """One recovery, checked: what it reads, where it writes, and who works on it. given: windows, if they are not sampled."""
 
     base: Path
     out: Path
@@ -211,7 +211,7 @@ def _identity(base: Path, source: Source, settings: Recovery, given: Tensor | No
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """What `out` says of itself where it is the whole result of the same recovery."""
+    """The record of `out` if it is the complete result of the same recovery."""
     if not (out / RECORD_FILE).is_file():
         return None
     recoveries = read_record(out).get("recoveries")

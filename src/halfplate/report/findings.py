@@ -49,7 +49,7 @@ class Matrix:
 
     @property
     def alarm(self) -> str | None:
-        """What is wrong with it, where something is."""
+        """The fault of the matrix, if it has one."""
         if self.relative_error is not None and self.relative_error >= 1:
             return "its output error is larger than that of a zero matrix"
         if self.losses and (self.losses[-1] > self.losses[0] or min(self.losses) < 0):
@@ -126,7 +126,7 @@ class Findings:
         return list(dict.fromkeys(matrix.kind for matrix in self.matrices))
 
     def total(self, attribute: str) -> dict[str, float]:
-        """The sum of an attribute over the matrices of each kind, where it is known."""
+        """The sum of an attribute over the matrices of each kind, if it is known."""
         sums: Counter[str] = Counter()
         for matrix in self.matrices:
             sums[matrix.kind] += getattr(matrix, attribute) or 0
@@ -181,7 +181,7 @@ def gather(folder: Path) -> Findings:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log that are JSON objects; none where there is no log or it is too large to be one."""
+    """The lines of a log that are JSON objects; none if there is no log or it is too large."""
     try:
         if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_LOG:
             return []
@@ -200,12 +200,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def text(value: Any) -> str | None:
-    """`value` where it is text."""
+    """`value` if it is text."""
     return value if isinstance(value, str) else None
 
 
 def number(value: Any) -> float | None:
-    """`value` where it is a finite number."""
+    """`value` if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -215,7 +215,7 @@ def number(value: Any) -> float | None:
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """`value` where it is a JSON object, else an empty one."""
+    """`value` if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 

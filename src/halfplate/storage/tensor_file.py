@@ -129,7 +129,7 @@ def _check_covered(path: Path, found: Mapping[str, StoredTensor], start: int, si
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
-    """The values of a tensor in memory of their own; raises DamagedFile where the file has become shorter."""
+    """The values of a tensor in memory of their own; raises DamagedFile if the file has become shorter."""
     tensor = torch.empty(stored.shape, dtype=KINDS[stored.kind], device="cpu")
     with stored.path.open("rb", buffering=0) as file:
         _read_into(file.fileno(), stored.start, memoryview(_bytes(tensor)), stored.path)

@@ -24,7 +24,7 @@ class Report(Protocol):
     ) -> None:
         """note: what else is worth a word beside the numbers, e.g. the loss.
 
-        share: how much of the phase's work is done, between 0 and 1, where its steps are unequal. facts: what a log or a
+        share: how much of the phase's work is done, between 0 and 1, if its steps are unequal. facts: what a log or a
         tracker keeps of this step, plain JSON under an `event` that says which kind it is: `plan`, `matrix`, `end`, ... (docs/logging.md).
         """
 

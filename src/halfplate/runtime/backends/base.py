@@ -60,7 +60,7 @@ class Packed(nn.Module, ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of `spec.alone.layout()`, bit for bit as they were packed, and `bias` where there is one."""
+        """The tensors of `spec.alone.layout()`, bit for bit as they were packed, and `bias` if there is one."""
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors that this linear stands for, by name: those of a CompressedLinear, or weight and bias."""
@@ -74,7 +74,7 @@ class Packed(nn.Module, ABC):
         return tensors if bias is None else tensors | {"bias": bias.to(self.bias_dtype)}
 
     def restored(self) -> nn.Module:
-        """The module that this one was packed from, not connected where it shares the wrapper of another."""
+        """The module that this one was packed from, not connected if it shares the wrapper of another."""
         tensors = {name: tensor.to(self.device) for name, tensor in self.stored().items()}
         module: nn.Module
         if self.dense_dtype is not None:
@@ -163,7 +163,7 @@ class Backend(ABC):
         """The linear in the layout of this backend; its own tensors are left as they are.
 
         Raises HalfplateError for what it refuses, for a tensor that is not part of the matrix and for damaged values, and
-        CannotPack where trying shows that it cannot run it.
+        CannotPack if packing shows that it cannot run the linear.
         """
         if (refusal := self.refusal(linear.spec, linear.weight.device)) is not None:
             raise HalfplateError(refusal.reason)
