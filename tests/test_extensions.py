@@ -188,7 +188,7 @@ def test_half_a_surrogate_pair_of_a_plugin_is_no_text(install):
         points=[(SOURCES.group, "own = text_module:read")],
         text_module="def read(what): return ['\\ud800']",
     )
-    with pytest.raises(HalfplateError, match=r"calibration='own', document 1 .* no Unicode text"):
+    with pytest.raises(HalfplateError, match=r"calibration='own', document 1 .* not valid Unicode"):
         read_text("own")
 
 

@@ -119,9 +119,7 @@ def refused(tiny_folder, tmp_path, message, recipe, workers=1):
 def test_too_little_memory_is_refused_before_any_work(tiny_folder, tmp_path, text, monkeypatch, capsys):
     plan = make_plan(str(tiny_folder), Recipe(**SMALL))
     monkeypatch.setattr(room, "available_memory", lambda: 10**8)
-    refused(
-        tiny_folder, tmp_path, "memory: .* needs .*B, this process can have 100.0 MB; no option .*", Recipe(**SMALL)
-    )
+    refused(tiny_folder, tmp_path, "memory: .* needs .*B, this process can use 100.0 MB; no option .*", Recipe(**SMALL))
     assert main(["plan", str(tiny_folder), "--method", "magnitude", "--no-benchmark"]) == 0
     assert "fits no: memory: checking needs" in " ".join(capsys.readouterr().out.split())
     monkeypatch.setattr(limits, "cores", lambda: 4)

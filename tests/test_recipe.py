@@ -40,7 +40,7 @@ def test_method_options_get_the_type_of_the_method():
         ({"pattern": "2:4", "method": "rtn"}, "pattern='2:4' drops values, which method 'rtn' does not do"),
         (
             {"method": "rtn"},
-            "core_dtype='bf16' is not a grid to round to, which is all that method 'rtn' does; use int8",
+            "core_dtype='bf16' is not a quantised type, and method 'rtn' only quantises; use int8",
         ),
         ({"method": "rtn", "core_dtype": "int4", "block_size": 16}, "'rtn' has none"),
         ({"block_size": 16}, "needs a method with wrappers, and 'wanda' has none"),

@@ -1,4 +1,4 @@
-"""LoRA adapters of peft on a compressed model: the base stays frozen, the adapter beside it or merged into a dense copy."""
+"""LoRA adapters of peft on a compressed model: the base stays frozen, the adapter beside it or merged into a copy of full size."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
             )
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Add an adapter; peft calls this. Raises HalfplateError where `config` trains what the kernels hold packed."""
+        """Add an adapter; peft calls this. Raises HalfplateError if `config` trains what the kernels hold packed."""
         if isinstance(self.get_base_layer(), Packed):
             for name, frozen in (("bias", "none"), ("modules_to_save", None), ("trainable_token_indices", None)):
                 value = getattr(config, name)
@@ -58,7 +58,7 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
     ) -> nn.Module:
         """The compressed base, or with `merge` a dense nn.Linear in fp32 that holds base and adapters; peft calls this.
 
-        Raises HalfplateError with `safe_merge` where the sum holds NaN or infinity.
+        Raises HalfplateError with `safe_merge` if the sum holds NaN or infinity.
         """
         base = self.get_base_layer()
         assert isinstance(base, CompressedLinear | Packed)
@@ -80,7 +80,7 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
 
     def merge(self, *_: Any, **__: Any) -> None:
         """Refused: a compressed matrix has no place for a dense sum."""
-        raise HalfplateError("merge_adapter() would need dense weights; call merge_and_unload(), which makes them")
+        raise HalfplateError("merge_adapter() would need full weights; call merge_and_unload(), which makes them")
 
 
 def adapted(config: LoraConfig) -> LoraConfig:
@@ -90,7 +90,7 @@ def adapted(config: LoraConfig) -> LoraConfig:
     """
     if config.use_dora or config.init_lora_weights not in (True, False, "gaussian"):
         raise HalfplateError(
-            f"use_dora={config.use_dora}, init_lora_weights={config.init_lora_weights!r} need dense weights; leave them at their defaults"
+            f"use_dora={config.use_dora}, init_lora_weights={config.init_lora_weights!r} need full weights; leave them at their defaults"
         )
     config._register_custom_module({CompressedLinear: LoraCompressed, Packed: LoraCompressed})
     return config

@@ -25,7 +25,7 @@ def check_name(argument: str, path: str | Path) -> None:
     except UnicodeEncodeError:
         pass
     raise HalfplateError(
-        f"{argument}={str(path)[:80]!r} is no name in UTF-8 to this process; set LC_ALL=C.UTF-8, or choose another name"
+        f"{argument}={str(path)[:80]!r} cannot be read as UTF-8 by this process; set LC_ALL=C.UTF-8, or choose another name"
     )
 
 

@@ -8,7 +8,7 @@ from halfplate.errors import HalfplateError
 
 
 def device_kind(name: Any) -> str:
-    """`cpu`, `cuda` and the like, of the torch device `name`; raises HalfplateError where torch knows no such device."""
+    """`cpu`, `cuda` and the like, of the torch device `name`; raises HalfplateError if torch knows no such device."""
     try:
         return torch.device(name).type
     except (RuntimeError, TypeError):

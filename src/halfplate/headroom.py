@@ -19,11 +19,13 @@ def check_memory(what: str, nbytes: int, argument: str, value: int) -> None:
         return
     most = value * free // nbytes
     cure = f"try {argument}={most} or less" if most else "use a machine with more"
-    raise HalfplateError(f"{what} need {spoken(nbytes)} of memory, this process can have {spoken(free)} more; {cure}")
+    raise HalfplateError(
+        f"{what} need {spoken(nbytes)} of memory, but this process can use only {spoken(free)} more; {cure}"
+    )
 
 
 def memory(field: str) -> int | None:
-    """Bytes that the kernel tells of this process under `field` (VmRSS, VmHWM, ...); None where it does not."""
+    """Bytes that the kernel tells of this process under `field` (VmRSS, VmHWM, ...); None if it does not."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
@@ -32,7 +34,7 @@ def memory(field: str) -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may come to hold: what is free, swap too, under the limits of its group and its own; None where nothing tells."""
+    """Bytes that this process may come to hold: what is free, swap too, under the limits of its group and its own; None if nothing tells."""
     own = memory("VmRSS") or 0
     limits = []
     machine = _fields(Path("/proc/meminfo"))

@@ -40,7 +40,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def check_resumed_threads(threads: int) -> None:
-    """Raise HalfplateError where a run was begun with so many threads that this machine cannot go on with it."""
+    """Raise HalfplateError if a run was begun with so many threads that this machine cannot go on with it."""
     if threads > MOST_PER_CORE * cores():
         raise HalfplateError(
             f"--resume: the run was begun with threads={threads}, and this machine has {cores()} cores; resume it on a machine with more "

@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
             names = Counter(name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode))
             for name, count in names.most_common(1):
                 if count > 1:
-                    raise yaml.YAMLError(f"{name[:80]!r} stands in it twice")
+                    raise yaml.YAMLError(f"{name[:80]!r} occurs in it twice")
         return node
 
 

@@ -70,25 +70,25 @@ def pattern_of(method: str) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what `compress` makes of a model; every value is checked when it is made.
+    """All settings of a compression; every value is checked on creation.
 
     version: of this configuration. method: a name of `halfplate methods`; method_options: the fields of its own configuration,
-    e.g. `{"iterations": 20}`. core_dtype, wrapper_dtype: element types of kept values and wrappers. pattern: `N:M`, `dense`, or `auto` for that of the method: `dense` where it drops no weights, else `2:4`. block_size: `auto` (planning
-    chooses), 0 for no wrappers, 1 for diagonal ones; for slim the rank. out_block_size: that of the wrapper of the outputs,
-    where it is to be another. share_wrappers: linears of one input have one input wrapper. group_size: columns that share a scale
-    where the core lies on a grid. inputs: statistics of what the dense blocks see, or of what the compressed
-    ones before them make of it; then cross_damping is that of the correction towards the dense outputs, `none` for no
+    e.g. `{"iterations": 20}`. core_dtype, wrapper_dtype: element types of kept values and wrappers. pattern: `N:M`, `dense`, or `auto` for that of the method: `dense` if it drops no weights, else `2:4`. block_size: `auto` (planning
+    chooses), 0 for no wrappers, 1 for diagonal ones; for slim the rank. out_block_size: that of the output wrapper,
+    if it differs. share_wrappers: linears of one input have one input wrapper. group_size: columns that share a scale
+    of an integer core. inputs: `dense` collects statistics on the inputs from the original layers, `compressed` on those from
+    the compressed layers; then cross_damping is that of the correction towards the original inputs, `none` for no
     correction. token_limit: tokens with more energy than so many times the median count as that. precision: of the products
-    while text runs through the blocks; auto takes bf16 where the processor multiplies it. tune_block: steps of tuning
-    each block against the dense one's output. ratios: `owl` gives blocks of more outliers more of M, the mean kept, within
-    2 · owl_lambda from the least to the most. budget, time_budget: share of the dense bytes, or of the dense linears' decode
-    time on this machine, within which the fields `choose` (block_size, pattern, core_dtype) are chosen for each matrix. search:
+    while text runs through the layers; auto takes bf16 if the processor multiplies it. tune_block: steps that tune
+    each layer towards the output of the original one. ratios: `owl` lets layers with more outliers keep more, with the same average, within
+    2 · owl_lambda from the least to the most. budget, time_budget: fraction of the original bytes, or of the decode time of the original
+    linears on this machine, within which the fields `choose` (block_size, pattern, core_dtype) are chosen for each matrix. search:
     `knapsack` over measured errors, or `evolution` from there on the model's own KL, of so many generations with so many
     offspring each. transforms: names of `halfplate.transforms`, applied to the model in this order before anything else; each
     becomes `name@version`. calibration: `self`, a text file or a Hub data set, of which `samples` sequences of `seq_len` tokens are
     used; seed: of everything random. device: `cpu` or `cuda`. include, exclude:
-    patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats a token.
-    Raises HalfplateError naming the field, its value and what would do.
+    patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats per token.
+    Raises HalfplateError naming the field, its value and a value that works.
     """
 
     version: int = VERSION
@@ -135,7 +135,7 @@ class Recipe:
             )
         if not isinstance(self.method_options, Mapping):
             raise HalfplateError(
-                f"method_options={self.method_options!r} is not a mapping; write one `name: value` a line below it"
+                f"method_options={self.method_options!r} is not a mapping; write one `name: value` per line below it"
             )
         options = _typed_options(methods.METHODS.get(self.method), self.method_options)
         object.__setattr__(self, "method_options", options)
@@ -159,7 +159,7 @@ class Recipe:
             raise HalfplateError(f"token_limit={self.token_limit} must be a positive number, or none; try 10")
         if self.tune_block and self.inputs != "compressed":
             raise HalfplateError(
-                f"tune_block={self.tune_block} tunes a block for what the compressed blocks before it give; use inputs compressed"
+                f"tune_block={self.tune_block} tunes a layer on the outputs of the compressed layers before it; use inputs compressed"
             )
         self._check_budget()
         self._check_ratios()
@@ -168,7 +168,7 @@ class Recipe:
                 f"cross_damping={self.cross_damping} must be a finite number, 0 or more, or none; try 1.0"
             )
         if self.max_kl is not None and not self.max_kl > 0:
-            raise HalfplateError(f"max_kl={self.max_kl} must be above 0 nats a token; try 1.0")
+            raise HalfplateError(f"max_kl={self.max_kl} must be above 0 nats per token; try 1.0")
         device_kind(self.device)
         for name in ("method", "calibration"):
             if not getattr(self, name).strip():
@@ -177,13 +177,15 @@ class Recipe:
     def _check_budget(self) -> None:
         if self.budget is not None and self.time_budget is not None:
             raise HalfplateError(
-                f"budget={self.budget}, time_budget={self.time_budget}: only one of them can rule; leave one out"
+                f"budget={self.budget}, time_budget={self.time_budget}: they exclude each other; leave one out"
             )
         for name in ("budget", "time_budget"):
             if (value := getattr(self, name)) is not None and not 0 < value <= 1:
-                raise HalfplateError(f"{name}={value} must be a share of the dense model, above 0 and up to 1; try 0.6")
+                raise HalfplateError(
+                    f"{name}={value} must be a fraction of the original model, above 0 and up to 1; try 0.6"
+                )
         if self.search == "evolution" and not self.budgeted:
-            raise HalfplateError("search='evolution' looks for the best levels within a budget; give --budget 0.6")
+            raise HalfplateError("search='evolution' looks for the best candidates within a budget; give --budget 0.6")
         if self.choose != CHOICES and not self.budgeted:
             raise HalfplateError(
                 f"choose={','.join(self.choose)} says what a budget may choose, and there is none; give --budget 0.6, or leave it out"
@@ -194,13 +196,13 @@ class Recipe:
 
     def _check_ratios(self) -> None:
         if not 0 <= self.owl_lambda <= 0.5:
-            raise HalfplateError(f"owl_lambda={self.owl_lambda} must be a share of the weights, 0 to 0.5; try 0.08")
+            raise HalfplateError(f"owl_lambda={self.owl_lambda} must be a fraction of the weights, 0 to 0.5; try 0.08")
         if self.ratios == "uniform":
             return
         pattern, method = self.parsed_pattern, self.create_method()
         if pattern.is_dense:
             raise HalfplateError(
-                f"ratios={self.ratios!r} spreads N of M over the blocks, and pattern dense has none; try 4:8"
+                f"ratios={self.ratios!r} spreads N of M over the layers, and pattern dense has none; try 4:8"
             )
         if self.budgeted:
             raise HalfplateError(
@@ -216,7 +218,7 @@ class Recipe:
 
     @property
     def budgeted(self) -> bool:
-        """Whether the levels of the matrices are chosen under a budget."""
+        """Whether a budget chooses the candidates of the matrices."""
         return self.budget is not None or self.time_budget is not None
 
     def _check_shape(self) -> None:
@@ -245,7 +247,7 @@ class Recipe:
         method.check_spec(self.spec(1, pattern.m, block))
         if self.group_size != GROUP and self.core_dtype not in QUANTIZERS and not self.budgeted:
             raise HalfplateError(
-                f"group_size={self.group_size} is for cores on a grid, and core_dtype={self.core_dtype!r} has no scales; "
+                f"group_size={self.group_size} is for quantised cores, and core_dtype={self.core_dtype!r} has no scales; "
                 f"leave it out or use {', '.join(QUANTIZERS)}"
             )
         if pattern.is_dense and self.core_dtype not in QUANTIZERS:
@@ -316,7 +318,7 @@ class Recipe:
     def from_yaml(cls, path: str | Path, **changes: Any) -> Recipe:
         """Read a recipe file, or one that comes with Halfplate by its name, with `changes` in place of what it says.
 
-        Options of the method are added to those of the file, unless the method itself changes. Raises HalfplateError where
+        Options of the method are added to those of the file, unless the method itself changes. Raises HalfplateError if
         the file is missing, is not a YAML mapping, or holds a wrong value.
         """
         return cls.from_mapping(laid_over(file_values(path), changes), source=f"recipe {str(path)!r}")
@@ -333,14 +335,14 @@ class Recipe:
         }
 
     def fingerprint_json(self) -> dict[str, Any]:
-        """`to_json` without what cannot change the result."""
+        """`to_json` without the fields that cannot change the result."""
         values = {key: value for key, value in self.to_json().items() if key not in WITHOUT_EFFECT}
         # A recipe without transforms is what it was before there were any.
         return values if self.transforms else {key: value for key, value in values.items() if key != "transforms"}
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `above` in place of those of `below`; options of the method are added to those below, unless the method changes."""
+    """Override the values of `below` by those of `above`; options of the method are added to those below, unless the method changes."""
     method = below.get("method", Recipe.method)
     kept = below.get("method_options", {}) if above.get("method", method) == method else {}
     added = above.get("method_options", {})
@@ -360,13 +362,13 @@ def file_values(path: str | Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise HalfplateError(
-            f"recipe={str(path)!r} is not valid YAML: {error}; write one `name: value` a line"
+            f"recipe={str(path)!r} is not valid YAML: {error}; write one `name: value` per line"
         ) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise HalfplateError(
-            f"recipe={str(path)!r} holds a {type(values).__name__}, expected a mapping; write one `name: value` a line"
+            f"recipe={str(path)!r} holds a {type(values).__name__}, expected a mapping; write one `name: value` per line"
         )
     return values
 

@@ -21,7 +21,7 @@ class InputStatistics:
     """Second moments of the inputs X (tokens, d_in) that reached one matrix.
 
     tokens: rows of X. diagonal: fp32 (d_in,), mean of X². gram: fp32 or fp64 (d_in, d_in), XᵀX / tokens. cross: fp64
-    (d_in, d_in), X_denseᵀ X / tokens, where X comes through a compressed prefix and X_dense is what the dense model has there.
+    (d_in, d_in), X_denseᵀ X / tokens, where X comes through a compressed prefix and X_dense is what the original model has there.
     """
 
     tokens: int = 0
@@ -30,7 +30,7 @@ class InputStatistics:
     cross: Tensor | None = None
 
     def require_diagonal(self) -> Tensor:
-        """The diagonal; raises HalfplateError where it was not collected."""
+        """The diagonal; raises HalfplateError if it was not collected."""
         if self.diagonal is None:
             raise HalfplateError(
                 "statistics=none were collected, expected the diagonal of the second moment; calibrate first"
@@ -38,7 +38,7 @@ class InputStatistics:
         return self.diagonal
 
     def require_gram(self) -> Tensor:
-        """The Gram matrix; raises HalfplateError where it was not collected."""
+        """The Gram matrix; raises HalfplateError if it was not collected."""
         if self.gram is None:
             raise HalfplateError(
                 "statistics without a Gram matrix were collected, expected one; calibrate with Statistic.GRAM"

@@ -27,8 +27,8 @@ def plan(
 ) -> Plan:
     """Plan the compression of `model`, reading its configuration and no weight.
 
-    recipe: a Recipe or the path of a YAML file; options: fields of Recipe, which go before it, as flags do. benchmark: time this machine
-    for a few seconds (one tensor is read), for an estimate of the time. workers: processes that would share the work.
+    recipe: a Recipe or the path of a YAML file; options: fields of Recipe that override it, as flags do. benchmark: time this machine
+    for a few seconds (one tensor is read), to estimate the time. workers: number of processes of the run.
     Raises HalfplateError on bad input.
 
     ```pycon
@@ -58,13 +58,13 @@ def compress(
 ) -> dict[str, Any]:
     """Compress `model`, write the checkpoint `out` with its log, and return the JSON object of `halfplate compress --json`.
 
-    recipe, options: as in `plan`. report: told of every step (`halfplate.telemetry.progress.Report`). statistics: collect at
-    least these, so that methods that need less are judged by the true output error too. resume: go on from what an interrupted
-    run of the same model, recipe and text left beside `out`. engine, workers, address: who does the work, `local` or `ray`; the result is the same.
+    recipe, options: as in `plan`. report: called at every step (`halfplate.telemetry.progress.Report`). statistics: collect at
+    least these, so that methods that need less are judged by the true output error too. resume: continue an interrupted
+    run of the same model, recipe and text beside `out`. engine, workers, address: where the tasks run, `local` or `ray`; the result is the same.
     benchmark: whether the plan of a long run may time this machine for a few seconds.
-    check: compare the result with the solved weights and with the original model before it takes its place.
-    Raises HalfplateError on bad input, and where memory or disk will not do, with nothing written, RuinedResult where the
-    self-check fails, with nothing written, and after writing where the KL exceeds `max_kl`.
+    check: compare the result with the solved weights and with the original model before `out` is written.
+    Raises HalfplateError on bad input and if memory or disk are too small, with nothing written, RuinedResult if the
+    self-check fails, with nothing written, and after writing if the KL exceeds `max_kl`.
 
     ```pycon
     >>> summary = halfplate.compress("tiny", "tiny-armor", samples=4, seq_len=32, method_options={"iterations": 2})
@@ -101,11 +101,11 @@ def recover(
     device: str = "cpu",
     **options: Any,
 ) -> dict[str, Any] | None:
-    """Train the checkpoint `model` towards the dense `teacher`, its masks kept, write `out` and return the summary.
+    """Train the checkpoint `model` towards the original `teacher` with fixed masks, write `out` and return the summary.
 
-    settings, options: a Recovery, and fields that go before it; tokens or minutes must be given. resume: go on from the state that
+    settings, options: a Recovery, and fields that override it; tokens or minutes must be given. resume: go on from the state that
     an interrupted run left, which is saved every `save_minutes`. Under `accelerate launch` all processes but the main one
-    return None. Raises HalfplateError on bad input, RuinedResult after writing where the held-out KL did not fall.
+    return None. Raises HalfplateError on bad input, RuinedResult after writing if the held-out KL did not fall.
     """
     for name in options.keys() - {field.name for field in fields(Recovery)}:
         raise unknown("option", name, [field.name for field in fields(Recovery)])

@@ -10,7 +10,7 @@ def package_version() -> str:
 
 
 def installed_version(library: str) -> str | None:
-    """The version in the metadata of a library; None where there are none, or none that may be read."""
+    """The version in the metadata of a library; None if there are none, or none that may be read."""
     try:
         return version(library)
     except PackageNotFoundError:

@@ -70,17 +70,17 @@ def test_the_stopwatch_tells_a_time(tiny_folder, tmp_path, monkeypatch):
 
 
 def test_a_budget_that_cannot_be_met_is_refused_before_any_work(tiny_folder):
-    with pytest.raises(HalfplateError, match=r"budget=0\.2 cannot be met: the least is 0\.\d+ of the dense bytes"):
+    with pytest.raises(HalfplateError, match=r"budget=0\.2 cannot be met: the least is 0\.\d+ of the original bytes"):
         make_plan(str(tiny_folder), Recipe(**SMALL, budget=0.2, choose=("pattern",)))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 0.0}, "budget=0.0 must be a share"),
-        ({"budget": 1.5}, "budget=1.5 must be a share"),
-        ({"budget": 0.5, "time_budget": 0.5}, "only one of them can rule"),
-        ({"search": "evolution"}, "search='evolution' looks for the best levels within a budget; give --budget"),
+        ({"budget": 0.0}, "budget=0.0 must be a fraction"),
+        ({"budget": 1.5}, "budget=1.5 must be a fraction"),
+        ({"budget": 0.5, "time_budget": 0.5}, "they exclude each other"),
+        ({"search": "evolution"}, "search='evolution' looks for the best candidates within a budget; give --budget"),
         ({"budget": 0.5, "search": "annealing"}, "search='annealing' is not one of knapsack, evolution"),
         ({"budget": 0.5, "search": "evolution", "offspring": 0}, "offspring=0 is out of range"),
         ({"choose": ("pattern",)}, "choose=pattern says what a budget may choose, and there is none"),

@@ -170,7 +170,7 @@ def test_an_input_shared_only_sometimes_is_refused() -> None:
 
 def test_a_name_of_another_block_is_refused() -> None:
     for name in ("layers.1.first", "layers.0.third"):
-        with pytest.raises(HalfplateError, match="is not a module of block 0"):
+        with pytest.raises(HalfplateError, match="is not a module of layer 0"):
             collect_toy("shared", [name])
 
 

@@ -45,7 +45,7 @@ def test_a_jsonl_file_has_a_document_a_line_and_keeps_empty_ones(tmp_path: Path,
         (b'{"text": 7}', "line 2 has no string in field 'text'"),
         (b'{"messages": "hello"}', "line 2 has no string in field 'text'"),
         (b'{"messages": [{"role": 1}]}', "line 2 has a message that is not an object with texts"),
-        (b'{"text": "\\ud800"}', "line 2 holds .* no Unicode text"),
+        (b'{"text": "\\ud800"}', "line 2 holds .* not valid Unicode"),
     ],
 )
 def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes, expected: str) -> None:

@@ -154,7 +154,7 @@ def test_lines_cut_anywhere_equal_json_itself(rows: list[Any], size: int) -> Non
         ('[{"text": "a"} {"text": "b"}]', "row 2 is not valid JSON"),
         ('[{"text": "a"}, ]', "row 2 is not valid JSON"),
         ('[{"text": "a"}', "ends inside its array"),
-        ('[{"text": "a"}] more', "holds more after its array"),
+        ('[{"text": "a"}] more', "has more text after its array"),
         ("[" * 100_000, "row 1 is not valid JSON"),
         ('{"text": "a"} {"text"', "row 2 is not valid JSON"),
         ("[7]", "row 1 holds a int"),

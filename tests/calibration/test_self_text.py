@@ -179,15 +179,15 @@ def test_a_model_with_a_cache_of_its_own(tiny_model: Any, architecture: str) -> 
 
 def test_a_model_that_mixes_texts_of_a_batch_up_is_refused(tiny_model: Any) -> None:
     model = tiny_model("rwkv", attention_hidden_size=32, context_length=128)
-    with pytest.raises(HalfplateError, match="RwkvForCausalLM gives other logits token by token"):
+    with pytest.raises(HalfplateError, match="RwkvForCausalLM computes different logits token by token"):
         sample_text(model, Start("bos", 1), samples=2, seq_len=6, seed=0)
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("forgets", r"LlamaForCausalLM gives other logits token by token .*\(by [\d.]+ of their size\)"),
-        ("none", "LlamaForCausalLM gives other logits token by token"),
+        ("forgets", r"LlamaForCausalLM computes different logits token by token .*\(relative difference [\d.]+\)"),
+        ("none", "LlamaForCausalLM computes different logits token by token"),
         ("fails", r"LlamaForCausalLM cannot sample text \(ValueError: it has a cache of its own\)"),
     ],
 )

@@ -191,7 +191,7 @@ def test_biases_have_to_be_those_of_the_model(written: Any) -> None:
     edit_tensors(
         one.folder, lambda tensors: tensors.update({f"{NAME}.bias": torch.zeros(32), f"{other}.bias": torch.zeros(48)})
     )
-    refused(one.folder, rf"{other}\.bias is stored, which the model has not", every)
+    refused(one.folder, rf"{other}\.bias is stored, but the model does not have it", every)
 
 
 def test_a_stray_tensor_is_named(written: Any) -> None:

@@ -98,7 +98,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(written: Any
         model.save_pretrained(tmp_path / "file")
     name = next(iter(one.specs))
     model.set_submodule(name, torch.nn.Linear(32, 32))
-    with pytest.raises(HalfplateError, match=f"{name} is a Linear, no compressed matrix any more"):
+    with pytest.raises(HalfplateError, match=f"{name} is a Linear, not a compressed matrix any more"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 

@@ -7,7 +7,7 @@ import pytest
 
 QUICK = ["--samples", "2", "--seq-len", "16", "--threads", "1"]
 LARGE, HUGE = 10**12, 10**30
-NEEDS, RANGE = "of memory, this process can have", "is out of range; expected at least"
+NEEDS, RANGE = "of memory, but this process can use", "is out of range; expected at least"
 
 COMPRESS = ["compress", "MODEL", "-o", "NEW"]
 EVAL = ["eval", "OUT", "--against", "MODEL"]

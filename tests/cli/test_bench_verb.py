@@ -38,7 +38,7 @@ def test_bench_of_all_loops(halfplate, checkpoint, tiny_folder):
 def test_bench_table(halfplate, checkpoint, tiny_folder):
     outcome = halfplate("bench", checkpoint, "--against", tiny_folder, *QUICK)
     assert outcome.status == 0, outcome.err
-    for part in ("halfplate", "original fp32", "original bf16", "decode:", "prefill:", "memory reads", "load"):
+    for part in ("halfplate", "original fp32", "original bf16", "decode:", "prefill:", "memory read bandwidth", "load"):
         assert part in outcome.out
 
 

@@ -140,7 +140,7 @@ for command in commands:
     errors = [line for line in told.splitlines() if line.startswith("halfplate: error: ")]
     for line, argument in zip(errors, ("model", "out", "path", "calibration"), strict=True):
         assert f"error: {argument}='" in line
-        assert "no name in UTF-8" in line
+        assert "cannot be read as UTF-8" in line
         assert "LC_ALL=C.UTF-8" in line
     printed = done.stdout.decode("ascii")
     assert r"Caf\xe9\u4e2dx" in printed
@@ -150,12 +150,14 @@ for command in commands:
 @pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")
 def test_names_that_are_no_utf8_are_refused_before_any_work(halfplate, tiny_folder, tmp_path):
     name = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
-    halfplate("compress", tiny_folder, "-o", name, *QUICK).refused("out=", "no name in UTF-8", "choose another name")
+    halfplate("compress", tiny_folder, "-o", name, *QUICK).refused(
+        "out=", "cannot be read as UTF-8", "choose another name"
+    )
     Path(name).mkdir()
     for command in (
         ["plan", name],
         ["compress", name, "-o", tmp_path / "out"],
         ["export", name, "-o", tmp_path / "out"],
     ):
-        halfplate(*command).refused("no name in UTF-8")
+        halfplate(*command).refused("cannot be read as UTF-8")
     assert list(Path(name).iterdir()) == []

@@ -97,7 +97,7 @@ def test_options_that_cannot_be_say_so(halfplate, tiny_folder, tmp_path, options
 
 def test_int8_activations_are_for_checkpoints(halfplate, tiny_folder):
     for verb in (("eval", tiny_folder), ("generate", tiny_folder, "x")):
-        halfplate(*verb, "--activations", "int8").refused("activations='int8'", "none; leave it out")
+        halfplate(*verb, "--activations", "int8").refused("activations='int8'", "not one; leave it out")
 
 
 def test_engine_local_is_taken(halfplate, tiny_folder):

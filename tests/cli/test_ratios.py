@@ -49,8 +49,8 @@ def test_the_tables_say_what_was_kept(halfplate, tiny_folder, tmp_path):
         ({"ratios": "owl", "budget": 0.5}, "ratios='owl' and a budget both choose"),
         ({"ratios": "owl", "method": "rtn", "core_dtype": "int4"}, "ratios='owl' spreads N of M .* pattern dense"),
         ({"ratios": "owl", "pattern": "16:32", "block_size": 32}, "pattern=20:32|keeps more than 16"),
-        ({"owl_lambda": -0.1}, "owl_lambda=-0.1 must be a share"),
-        ({"owl_lambda": float("nan")}, "owl_lambda=nan must be a share"),
+        ({"owl_lambda": -0.1}, "owl_lambda=-0.1 must be a fraction"),
+        ({"owl_lambda": float("nan")}, "owl_lambda=nan must be a fraction"),
     ],
 )
 def test_what_cannot_be_is_refused(options, complaint):

@@ -49,7 +49,7 @@ def test_half_a_surrogate_pair_is_no_text(halfplate, tiny_folder, tmp_path):
     file = tmp_path / "text.jsonl"
     file.write_text(json.dumps({"text": "fine"}) + '\n{"text": "\\ud800 and more"}\n')
     outcome = halfplate("compress", tiny_folder, "-o", tmp_path / "out", "--calibration", file, *QUICK)
-    outcome.refused("line 2", "no Unicode text")
+    outcome.refused("line 2", "not valid Unicode")
 
 
 def test_a_learning_rate_that_diverges_is_named(halfplate, tiny_folder, tmp_path):

@@ -149,7 +149,7 @@ def test_what_differs_is_named(tiny_folder, tmp_path, monkeypatch, text_file):
     (tiny_folder / "model.safetensors").write_bytes(weights[:-400] + bytes(40) + weights[-360:])
     refused("--resume: model was")
     (tiny_folder / "model.safetensors").write_bytes(weights)
-    with pytest.raises(HalfplateError, match=r"left its finished parts in .*; pass --resume to go on"):
+    with pytest.raises(HalfplateError, match=r"left its finished files in .*; pass --resume to continue"):
         compress(str(tiny_folder), out, Recipe(**recipe))
     compress(str(tiny_folder), out, Recipe(**recipe | {"seed": 1}), overwrite=True)
     assert json.loads((out / "halfplate.json").read_text())["recipe"]["seed"] == 1
@@ -298,9 +298,7 @@ def test_a_full_disk_loses_nothing(tiny_folder_once, tmp_path, monkeypatch, comp
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", full)
-        with pytest.raises(
-            HalfplateError, match=r"the disk is full .*what is finished is kept, --resume goes on from it"
-        ):
+        with pytest.raises(HalfplateError, match=r"the disk is full .*finished work is kept, and --resume continues"):
             compress(str(tiny_folder_once), tmp_path / "out", recipe)
     names = solved(monkeypatch)
     compress(str(tiny_folder_once), tmp_path / "out", recipe, resume=True)
@@ -364,9 +362,7 @@ def test_a_mount_that_vanishes_and_comes_back_loses_nothing(tiny_folder_once, tm
         if facts.get("event") == "block" and not away.exists():
             place.rename(away)
 
-    with pytest.raises(
-        HalfplateError, match=r"cannot be used .*; check that the place is there .* --resume goes on from it"
-    ):
+    with pytest.raises(HalfplateError, match=r"cannot be used .*; check that the folder exists .* --resume continues"):
         compress(str(tiny_folder_once), place / "out", recipe, report=vanish)
     if place.exists():
         shutil.rmtree(place)

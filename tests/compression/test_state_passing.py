@@ -103,7 +103,7 @@ def test_workers_give_the_same(saved, text_file, tmp_path):
 
 def test_precision_is_named_where_a_model_does_not_run_in_it(saved, text_file, tmp_path):
     with pytest.raises(
-        HalfplateError, match=r"precision=bf16: model DbrxForCausalLM fails in block 0 .*pass --precision fp32$"
+        HalfplateError, match=r"precision=bf16: model DbrxForCausalLM fails in layer 0 .*pass --precision fp32$"
     ) as refused:
         compress(str(saved("dbrx")), tmp_path / "out", recipe_of("dbrx", text_file, precision="bf16"))
     assert "\n" not in str(refused.value)
@@ -134,7 +134,7 @@ def test_a_refusal_leaves_nothing(saved, tiny_folder, text_file, tmp_path, monke
         return forward(self, *args, **kwargs) * len(calls)
 
     monkeypatch.setattr(Block, "forward", changing)
-    with pytest.raises(HalfplateError, match="LlamaForCausalLM cannot be run block by block: block 0"):
+    with pytest.raises(HalfplateError, match="LlamaForCausalLM cannot be run layer by layer: layer 0"):
         compress(str(tiny_folder), tmp_path / "out", recipe_of("llama", text_file))
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
@@ -189,7 +189,7 @@ def test_arguments_by_token_lie_once(tmp_path):
 
 def test_arguments_that_differ_in_more_than_tensors_are_refused():
     first, second = ([BlockArguments((), {"count": count})] for count in (1, 2))
-    with pytest.raises(HalfplateError, match=r"arguments of block 0 differ .*1 in one is 2 in the other"):
+    with pytest.raises(HalfplateError, match=r"arguments of layer 0 differ .*1 in one is 2 in the other"):
         differing(first, second)
 
 

@@ -140,7 +140,7 @@ def test_a_task_that_always_kills_its_process_is_given_up(engine, tmp_path):
     results = engine.run([Waiting(tmp_path, 0)])
     for time_ in range(engines.TRIES):
         os.kill(started(tmp_path, time_ + 1)[-1][1], signal.SIGKILL)
-    with pytest.raises(HalfplateError, match=r"a task was lost 3 times .* go on with --resume"):
+    with pytest.raises(HalfplateError, match=r"a task was lost 3 times .* continue with --resume"):
         list(results)
 
 
@@ -207,7 +207,7 @@ def test_refusals_of_a_cluster(cluster, engine, tmp_path):
     with pytest.raises(HalfplateError, match=r"torch is '2.* on machine .* and '1.0' where the command runs"):
         run_on_site(other, Refusing())
     gone = Site(site.halfplate, site.torch, site.processor, tmp_path / "gone")
-    with pytest.raises(HalfplateError, match=r"does not see '.*gone'; put OUT and the model where every machine sees"):
+    with pytest.raises(HalfplateError, match=r"cannot read '.*gone'; put OUT and the model on storage"):
         run_on_site(gone, Refusing())
 
 
@@ -215,7 +215,7 @@ def test_no_machine_is_left_for_a_task(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster_module, "PATIENCE", 0.1)
     results = engine.run([Waiting(tmp_path, 0)])
     monkeypatch.setattr(engine, "_machines", lambda: [])
-    with pytest.raises(HalfplateError, match=r"needs 1 CPU and .* cluster has 0 CPUs and .*; go on with --resume"):
+    with pytest.raises(HalfplateError, match=r"needs 1 CPU and .* cluster has 0 CPUs and .*; continue with --resume"):
         list(results)
 
 
@@ -269,7 +269,9 @@ def test_nobody_listens_at_the_address(tiny_folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny_llama"]
 
 
-@pytest.mark.parametrize(("says", "message"), [(b"", "cannot be reached"), (b"HTTP/1.1 400 no\r\n", "something else")])
+@pytest.mark.parametrize(
+    ("says", "message"), [(b"", "cannot be reached"), (b"HTTP/1.1 400 no\r\n", "not the address of a Ray cluster")]
+)
 def test_what_listens_at_the_address_is_no_cluster(tmp_path, monkeypatch, says, message):
     monkeypatch.setattr(cluster_module, "PROBE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -40,20 +40,21 @@ def test_a_new_field_or_tensor_is_refused_by_every_backend(name, spec):
     word = "weight_zeros" if isinstance(spec, Zeros) else f"offset={spec.offset}"
     for device in map(torch.device, backend.devices):
         assert (
-            f"no kernel knows {'the tensor ' * isinstance(spec, Zeros)}{word}" in backend.refusal(spec, device).reason
+            f"no kernel supports {'the tensor ' * isinstance(spec, Zeros)}{word}"
+            in backend.refusal(spec, device).reason
         )
-        assert "no kernel knows" in refusal(spec, device, backends())
+        assert "no kernel supports" in refusal(spec, device, backends())
     assert backend.capability.refusal(WeightSpec(8, 16)) is None
 
 
 def test_no_backend_packs_what_it_does_not_know():
     for spec in (Offset(8, 16), Zeros(8, 16)):
-        with pytest.raises(HalfplateError, match="no kernel knows"):
+        with pytest.raises(HalfplateError, match="no kernel supports"):
             linear.pack(spec, random_linear(WeightSpec(8, 16)))
         module = CompressedLinear(spec, False)
-        assert "no kernel knows" in pack(module, Options(), backends())
+        assert "no kernel supports" in pack(module, Options(), backends())
         for backend in backends():
-            with pytest.raises(HalfplateError, match="no kernel knows"):
+            with pytest.raises(HalfplateError, match="no kernel supports"):
                 backend.pack(module)
 
 
@@ -68,10 +69,10 @@ def test_what_has_no_kernel_is_said_with_the_nearest_setting():
     fine, small = WeightSpec(8, 128), WeightSpec(8, 128, DENSE, "int4", group=32)
     assert without_kernel([fine]) is None
     said = without_kernel([fine, small, small])
-    assert said == f"2 of 3 matrices run by torch, slower than the dense model: {GROUPS_OF_32}"
+    assert said == f"2 of 3 matrices run by torch, slower than the original model: {GROUPS_OF_32}"
     assert "--pattern 2:4" in without_kernel([WeightSpec(8, 16, Pattern(4, 8))])
     assert "low-rank part (rank=2)" in without_kernel([WeightSpec(8, 16, rank=2)])
-    assert "order of the matrix's own" in without_kernel([WeightSpec(8, 16, permuted=True)])
+    assert "permuted inputs" in without_kernel([WeightSpec(8, 16, permuted=True)])
 
 
 def test_every_verb_says_it(tiny_folder, tmp_path, capsys):
@@ -86,7 +87,7 @@ def test_every_verb_says_it(tiny_folder, tmp_path, capsys):
 
     assert said in spoken("plan", str(tiny_folder), *options)
     assert said in spoken("compress", str(tiny_folder), "-o", out, *options, "--quiet")
-    assert f"kernels: 14 of 14 matrices run by torch, slower than the dense model: {said}" in spoken("inspect", out)
+    assert f"kernels: 14 of 14 matrices run by torch, slower than the original model: {said}" in spoken("inspect", out)
     assert f"halfplate: warning: {out}: 14 of 14" in spoken("generate", out, "One day", "--max-new-tokens", "1")
     assert "scales of 128 columns" in spoken("doctor")
     with pytest.warns(HalfplateWarning, match="--group-size 128"):

@@ -175,7 +175,8 @@ def test_every_stored_type(row: Row, core_dtype: str) -> None:
     spec = replace(spec, wrapper_dtype=core_dtype if core_dtype in WRAPPER_DTYPES and core_dtype != "int8" else grid)
     if core_dtype not in QUANTIZERS and not METHODS.get(row.name).sparse:
         with pytest.raises(
-            HalfplateError, match=rf"core_dtype='{core_dtype}' is not a grid .*; use int8 or int4 or int3 or int2"
+            HalfplateError,
+            match=rf"core_dtype='{core_dtype}' is not a quantised type.*; use int8 or int4 or int3 or int2",
         ):
             compress(row, random_weight(), random_statistics(), spec)
         return
@@ -342,11 +343,13 @@ def test_what_does_not_fit_is_refused(row: Row) -> None:
         with pytest.raises(HalfplateError, match=r"gram has shape \(36, 36\), expected \(40, 40\)"):
             compress(row, weight, replace(statistics, gram=torch.eye(36)), spec)
     if not row.block:
-        with pytest.raises(HalfplateError, match=rf"block_size=8 asks for wrappers, which method '{row.name}' has not"):
+        with pytest.raises(
+            HalfplateError, match=rf"block_size=8 asks for wrappers, which method '{row.name}' does not make"
+        ):
             compress(row, weight, statistics, replace(spec, in_block=8))
     if not spec.permuted:
         with pytest.raises(
-            HalfplateError, match=rf"permuted=True asks for an order .* method '{row.name}' as configured"
+            HalfplateError, match=rf"permuted=True asks for permuted inputs.* method '{row.name}' as configured"
         ):
             compress(row, weight, statistics, replace(spec, permuted=True))
 

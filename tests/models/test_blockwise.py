@@ -1,4 +1,4 @@
-"""Running block by block equals the whole forward, bit for bit, on every architecture."""
+"""Running layer by layer equals the whole forward, bit for bit, on every architecture."""
 
 import pytest
 import torch
@@ -158,7 +158,7 @@ def test_a_model_that_changes_the_hidden_state_between_blocks_is_refused(tiny_mo
         return hidden
 
     body.forward = forward
-    with pytest.raises(HalfplateError, match="changes the hidden state between its blocks"):
+    with pytest.raises(HalfplateError, match="changes the hidden state between its layers"):
         BlockwiseModel(model).embed(tokens())
 
 

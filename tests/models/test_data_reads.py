@@ -89,7 +89,7 @@ def test_reads_are_found_and_named(tiny_model, kind, attributes, reason, device)
     before = {name: (type(module), dict(vars(module))) for name, module in model.named_modules()}
     reads, failure = data_reads(model, "model.layers")
     assert failure is None
-    assert reads == ({} if reason is None else {UP: f"its weight is read as data {reason}; kept dense"})
+    assert reads == ({} if reason is None else {UP: f"its weight is read as data {reason}; not compressed"})
     assert before == {name: (type(module), vars(module)) for name, module in model.named_modules()}
     found, skipped = find_linears(model)
     assert {module.name: module.reason for module in skipped} == reads

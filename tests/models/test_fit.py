@@ -65,7 +65,7 @@ def test_a_bias_of_zeros_is_named_and_left_out(tiny_folder):
 
 def test_more_blocks_than_the_config_names(tiny_folder):
     edit_config(tiny_folder, num_hidden_layers=1)
-    refused(lambda: make_plan(str(tiny_folder), RECIPE), "hold 2 decoder blocks, config.json says num_hidden_layers=1")
+    refused(lambda: make_plan(str(tiny_folder), RECIPE), "hold 2 decoder layers, config.json says num_hidden_layers=1")
 
 
 def test_fewer_blocks_than_the_config_names(tiny_folder):
@@ -109,7 +109,7 @@ def test_blocks_that_predict_further_tokens_are_named(tiny_folder):
     add(tiny_folder, "model.layers.2.mlp.up_proj.weight", torch.ones(48, 32))
     assert "predict further tokens" in open_source(str(tiny_folder)).notes[0]
     add(tiny_folder, "model.layers.3.mlp.up_proj.weight", torch.ones(48, 32))
-    refused(lambda: open_source(str(tiny_folder)), "hold 4 decoder blocks, .*num_hidden_layers=2")
+    refused(lambda: open_source(str(tiny_folder)), "hold 4 decoder layers, .*num_hidden_layers=2")
 
 
 def test_a_prefix_of_a_training_tool_is_named(tiny_folder):

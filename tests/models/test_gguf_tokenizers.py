@@ -212,7 +212,7 @@ def test_a_space_that_llama_cpp_writes_in_more_places_is_said(scheme: str) -> No
         (BYTE_LEVEL, [added("<x>", single_word=True)], "'<x>' has single_word"),
         (BYTE_LEVEL, [added("<x>", lstrip=True)], "'<x>' has lstrip"),
         (BYTE_LEVEL, [added("<x>", rstrip=True)], "'<x>' has rstrip"),
-        (BYTE_LEVEL, [added("[ab"), added("bcd]")], r"where its tokens '\[ab' and 'bcd\]' overlap"),
+        (BYTE_LEVEL, [added("[ab"), added("bcd]")], r"its tokens '\[ab' and 'bcd\]' can overlap"),
         (PIECES, [added("<x>", normalized=True)], "'<x>' is looked for in normalised text"),
         (CASES["pieces, as Phi-3"], [added("<x>")], "has rstrip"),
     ],
@@ -276,7 +276,7 @@ def test_overlapping_tokens_of_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr("halfplate.models.gguf_tokenizer_writer.overlapping", lambda tokens: None)
         cases.write(tokenizer, tmp_path / "model.gguf")
-    with pytest.raises(HalfplateError, match=r"where its special tokens '\[ab' and 'bcd\]' overlap"):
+    with pytest.raises(HalfplateError, match=r"its special tokens '\[ab' and 'bcd\]' can overlap"):
         read_tokenizer(tmp_path / "model.gguf", "model.gguf")
 
 

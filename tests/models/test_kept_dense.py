@@ -43,12 +43,12 @@ def test_names_decide_where_sizes_do_not(tiny_model):
     found, skipped = find_linears(with_gates(tiny_model))
     place = "model.layers.0.gates."
     assert {module.name.removeprefix(place): module.reason for module in skipped} == {
-        "router.inner": "part of a router: decides where tokens go; kept dense",
-        "router_mlp.inner": "part of a router: decides where tokens go; kept dense",
-        "gate.inner": "part of a gate: decides what passes; kept dense",
-        "message_gate.inner": "part of a gate: decides what passes; kept dense",
-        "indexer.inner": "indexer: chooses the tokens that attention sees; kept dense",
-        "b_proj": "gate of the heads of linear attention, 4 outputs: tiny, and decides what is forgotten; kept dense",
+        "router.inner": "part of a router: decides where tokens go; not compressed",
+        "router_mlp.inner": "part of a router: decides where tokens go; not compressed",
+        "gate.inner": "part of a gate: decides what passes; not compressed",
+        "message_gate.inner": "part of a gate: decides what passes; not compressed",
+        "indexer.inner": "indexer: chooses the tokens that attention sees; not compressed",
+        "b_proj": "gate of the heads of linear attention, 4 outputs: tiny, and decides what is forgotten; not compressed",
     }
     taken = {linear.name.removeprefix(place) for linear in found if linear.name.startswith(place)}
     assert taken == {"gate_proj", "output_gate", "in_proj_a"}
@@ -99,7 +99,7 @@ def test_a_linear_with_a_forward_of_its_own_stays_dense(tiny_model):
         before = model(torch.arange(8)[None]).logits
     found, skipped = find_linears(model)
     assert [(module.name, module.reason) for module in skipped] == [
-        ("model.layers.0.mlp.up_proj", "Doubled has a forward of its own; kept dense")
+        ("model.layers.0.mlp.up_proj", "Doubled has a forward of its own; not compressed")
     ]
     assert len(found) == 13
     with torch.no_grad():

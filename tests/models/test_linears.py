@@ -90,7 +90,7 @@ def test_gpt2_is_refused(tiny_model):
 
 
 def test_a_model_without_blocks_is_refused():
-    with pytest.raises(HalfplateError, match="Sequential has no list of decoder blocks"):
+    with pytest.raises(HalfplateError, match="Sequential has no list of decoder layers"):
         find_blocks(nn.Sequential(nn.Linear(2, 2)))
 
 

@@ -1,4 +1,4 @@
-"""Models whose blocks pass on more than a hidden state run block by block as they run whole, or are refused in one line."""
+"""Models whose blocks pass on more than a hidden state run layer by layer as they run whole, or are refused in one line."""
 
 import json
 from dataclasses import replace
@@ -102,7 +102,7 @@ def test_state_that_cannot_be_carried_is_refused(tiny_model, tiny_tokenizer, tmp
 
     monkeypatch.setattr(kind, "forward", passing if kept_in == "a module" else changing)
     with pytest.raises(
-        HalfplateError, match=r"LlamaForCausalLM cannot be run block by block: block 1 .*\(relative difference 0\.\d+\)"
+        HalfplateError, match=r"LlamaForCausalLM cannot be run layer by layer: layer 1 .*\(relative difference 0\.\d+\)"
     ) as refused:
         check_chain(streamed, tokens())
     assert "\n" not in str(refused.value)
@@ -130,7 +130,7 @@ def test_a_block_that_fails_by_itself_is_refused(tiny_model, tiny_tokenizer, tmp
         kind, "forward", lambda self, x, *args, **kwargs: block(self, x + needed["state"], *args, **kwargs)
     )
     with pytest.raises(
-        HalfplateError, match=r"LlamaForCausalLM cannot be run .*block 0 does not run apart .*KeyError"
+        HalfplateError, match=r"LlamaForCausalLM cannot be run .*layer 0 does not run separately .*KeyError"
     ) as refused:
         check_chain(streamed, tokens())
     assert "\n" not in str(refused.value)
@@ -165,5 +165,7 @@ def test_blocks_of_several_sublayers_are_named(tiny_folder):
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     del model.model.layers[2]
-    with pytest.raises(HalfplateError, match=r"other lengths \(model.layers of 2\) than the 3 blocks"):
+    with pytest.raises(
+        HalfplateError, match=r"module lists of lengths model.layers of 2, but its configuration names 3 layers"
+    ):
         BlockwiseModel(model)

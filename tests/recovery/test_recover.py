@@ -141,7 +141,7 @@ def test_an_interrupted_recovery_ends_in_the_same_bytes(wrapped, tiny_folder, tm
     assert not out.exists()
     assert work(out).exists()
     if step > 1:  # before it there is a text and no state
-        with pytest.raises(HalfplateError, match="pass --resume to go on"):
+        with pytest.raises(HalfplateError, match="pass --resume to continue"):
             recover(wrapped, str(tiny_folder), out, settings)
     told = []
     recover(

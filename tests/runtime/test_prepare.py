@@ -96,7 +96,7 @@ def test_int8_activations_are_for_grids_and_near(tiny_model):
     ("options", "reason"),
     [
         ({"pattern": Pattern(4, 8)}, "pattern 4:8"),
-        ({"permuted": True}, "inputs in an order of the matrix's own"),
+        ({"permuted": True}, "permuted inputs"),
         ({"core_dtype": "int4", "group": 64}, "scales of 64 columns, only of 128"),
     ],
 )

@@ -65,7 +65,7 @@ def entry(start, end):
         (f'{{"a":{entry(0, 8)},"b":{entry(4, 8)}}}', "'b' does not begin where"),
         (f'{{"a":{entry(4, 8)}}}', "'a' does not begin where"),
         (f'{{"a":{entry(0, 4)}}}', "4 bytes in it belong to no tensor"),
-        (f'{{"a":{entry(0, 4)},"a":{entry(0, 8)}}}', "stands in it twice"),
+        (f'{{"a":{entry(0, 4)},"a":{entry(0, 8)}}}', "occurs in it twice"),
         (f'{{"b":{entry(4, 8)},"none":{entry(4, 4)},"a":{entry(0, 4)}}}', None),
     ],
 )

@@ -196,7 +196,7 @@ def test_a_compression_that_is_killed_while_it_converts_gives_the_same_bytes(for
         compress(source.name, tmp_path / "out", RECIPE, report=kill)
     (kept,) = WorkFolder(tmp_path / "out").path.rglob("*.safetensors")
     shutil.copy2(kept, tmp_path / "kept")
-    with pytest.raises(HalfplateError, match=r"left its finished parts .*--resume"):
+    with pytest.raises(HalfplateError, match=r"left its finished files .*--resume"):
         compress(source.name, tmp_path / "out", RECIPE)
 
     def seen(phase, done, total, note="", share=None, facts=NO_FACTS):

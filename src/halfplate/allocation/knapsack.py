@@ -24,12 +24,12 @@ def allocate(matrices: Sequence[Sequence[Level]], budget: float) -> list[int]:
 
     A multiple-choice knapsack, solved by dynamic programming over costs rounded up to `budget` / 20,000, so that the budget
     is never exceeded; the loss is that of the best choice at the rounded costs. Of equal losses the cheaper choice wins.
-    Raises HalfplateError where even the cheapest levels cost more, naming the least budget that will do.
+    Raises HalfplateError if even the cheapest levels cost more, naming the least budget that will do.
     """
     least = sum(min(level.cost for level in levels) for levels in matrices)
     if not least <= budget:
         raise HalfplateError(
-            f"budget={budget:.6g} cannot be met, the least is {least:.6g}; raise it, or offer cheaper levels"
+            f"budget={budget:.6g} cannot be met, the least is {least:.6g}; raise it, or offer cheaper candidates"
         )
     unit = budget / (UNITS - len(matrices)) if budget > 0 else 1.0  # rounding up may not make the least impossible
     room = UNITS

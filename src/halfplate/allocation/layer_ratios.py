@@ -1,4 +1,4 @@
-"""How much each decoder block may keep, by the outliers among its weights."""
+"""How much each decoder layer may keep, by the outliers among its weights."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ OUTLIER = 5.0  # times the mean
 
 
 def outlier_share(scores: Sequence[Tensor]) -> float:
-    """Share of all entries of `scores`, those of the linears of one block, that are above 5 times their common mean.
+    """Share of all entries of `scores`, those of the linears of one layer, that are above 5 times their common mean.
 
     scores: |W_ij| · ‖X_j‖, (d_out, d_in) each. 0 where all are 0. Source: OWL, Yin et al. (ICML 2024), equation 2, its M = 5.
     """
@@ -23,7 +23,7 @@ def outlier_share(scores: Sequence[Tensor]) -> float:
 def kept_ratios(shares: Sequence[float], sizes: Sequence[int], mean: float, spread: float) -> list[float]:
     """Kept share of each block: linear in its share of outliers, over a range of 2 · `spread`, with the mean `mean`.
 
-    sizes: weights of each block, by which the mean is taken. Blocks of equal shares keep the same. Source: OWL, section 3,
+    sizes: weights of each layer, by which the mean is taken. Layers of equal shares keep the same. Source: OWL, section 3,
     with λ = `spread`.
     """
     least, most = min(shares), max(shares)
@@ -34,7 +34,7 @@ def kept_ratios(shares: Sequence[float], sizes: Sequence[int], mean: float, spre
 
 
 def kept_of_groups(ratios: Sequence[float], sizes: Sequence[int], pattern: Pattern) -> list[int]:
-    """N of M for each block, near its ratio, that together keep no more than `pattern` in all blocks does, nor a step less.
+    """N of M for each layer, near its ratio, that together keep no more than `pattern` in all layers does, nor a step less.
 
     Each ratio is rounded down, and then those of largest remainder up while the whole stays within (the method of largest
     remainders; of equal ones the first). N stays from 1 to M − 1.

@@ -1,1 +1,1 @@
-"""What of a model is kept under a budget: candidates of each matrix measured, and chosen among."""
+"""Budgets: measuring the candidates of each matrix, and choosing one for each."""

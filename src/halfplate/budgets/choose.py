@@ -1,4 +1,4 @@
-"""Choosing the level of every matrix under one budget, from measured errors, measured harm and measured times."""
+"""Choosing a candidate for every matrix within a budget, from measured errors, harm and times."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from halfplate.telemetry.progress import Report
 def allocate_plan(
     loaded: LoadedModel, plan: Plan, tokens: CalibrationTokens, report: Report, clock: Clock
 ) -> tuple[Plan, dict[str, Any] | None]:
-    """The plan with the level of every matrix chosen, so that the expected KL is least within the budget of its recipe.
+    """The plan with a candidate chosen for every matrix, so that the expected KL is least within the budget of its recipe.
 
-    Errors are measured by a quick solve of every candidate on the inputs of the dense model; the KL is taken to grow in
-    proportion with the error of each matrix (it is quadratic in small changes) and to add up. After ROCKET (knapsack over
-    measured errors), with the model's own KL in place of a proxy. Where the recipe asks for it, an evolutionary search on the
-    KL of the model at those levels goes on from there, and is told of in a JSON object. Raises HalfplateError where
+    Errors are measured by a quick solve of every candidate on the inputs of the original model; the KL is assumed to be
+    proportional to the error of each matrix (it is quadratic in small changes) and to add up. After ROCKET (knapsack over
+    measured errors), with the model's own KL instead of a proxy. If the recipe says so, an evolutionary search on the
+    KL of the model with those candidates continues from there, and a JSON object describes it. Raises HalfplateError if
     the budget cannot be met.
     """
     recipe, evolution = plan.recipe, plan.recipe.evolution
@@ -67,5 +67,5 @@ def _knapsack(units: list[Unit], budget: float, whole: float, time_budget: float
         least = sum(min(level.cost for level in levels) for levels in options) / whole
         name, value = ("budget", budget / whole) if time_budget is None else ("time_budget", time_budget)
         raise HalfplateError(
-            f"{name}={value:g} cannot be met: the least is {least:.4f}; raise it, or let --choose leave more free"
+            f"{name}={value:g} cannot be met: the least is {least:.4f}; raise it, or add fields to --choose"
         ) from None

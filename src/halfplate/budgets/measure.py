@@ -1,4 +1,4 @@
-"""Measuring what each level of each matrix costs and loses, before a budget chooses among them."""
+"""Measuring the cost and the error of each candidate of each matrix, before a budget chooses among them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from halfplate.recovery.loss import divergence
 from halfplate.statistics import InputStatistics, Statistic
 from halfplate.telemetry.progress import Report
 
-# Every candidate is measured in one block of so many; in between only those that were worth their cost there.
+# Every candidate is measured in one layer of so many; in between only those that were worth their cost there.
 FULLY_MEASURED = 10
 WORTH = 0.95  # a dearer level counts if its error is less than this share of that of the one before
 PROBE_SAMPLES = 2  # calibration sequences on which the harm of each matrix alone is measured
@@ -34,7 +34,7 @@ PROBE_SAMPLES = 2  # calibration sequences on which the harm of each matrix alon
 
 @dataclass(frozen=True)
 class MeasuredLevel:
-    """specs: of the matrices at this level. cost: bytes, or seconds a token. error: of their outputs, relative."""
+    """A candidate with its measures. specs: of the matrices. cost: bytes, or seconds per token. error: relative, of their outputs."""
 
     specs: dict[str, WeightSpec]
     cost: float
@@ -43,9 +43,9 @@ class MeasuredLevel:
 
 @dataclass(frozen=True)
 class Unit:
-    """A matrix, or several that share a wrapper and have one level.
+    """A matrix, or several that share a wrapper and therefore have the same candidate.
 
-    levels: those that no other beats, dearer ones later. harm: KL to the dense model, nats a token, for each unit of
+    levels: the candidates of the Pareto front, by increasing cost. harm: KL to the original model, nats per token, per unit of
     relative error in these matrices alone.
     """
 
@@ -55,9 +55,9 @@ class Unit:
 
 
 class LevelMeasurement:
-    """One pass through the dense model that solves every candidate quickly, judges it, and keeps what is worth its cost.
+    """One pass through the original model that solves every candidate quickly, measures it, and keeps the Pareto front.
 
-    store: where solutions of the levels go, under (number of the unit, number of the level); None throws them away.
+    store: receives the solutions, under (number of the unit, number of the candidate); None discards them.
     """
 
     def __init__(self, loaded: LoadedModel, plan: Plan, ids: Tensor, store: LevelStore | None) -> None:
@@ -73,7 +73,7 @@ class LevelMeasurement:
         self.worthwhile: dict[tuple[str, ...], list[WeightSpec]] = {}
 
     def run(self, report: Report) -> list[Unit]:
-        """All units, in the order of the plan."""
+        """Measure all units, in the order of the plan."""
         specs = self.plan.specs
         groups: dict[int, list[list[str]]] = defaultdict(list)
         blocks = {matrix.name: matrix.block for matrix in self.plan.matrices if matrix.block is not None}
@@ -138,7 +138,7 @@ class LevelMeasurement:
         return MeasuredLevel(specs, cost, error), chains
 
     def _harm(self, block: int, names: list[str], linears: list[nn.Linear], chains: list[Chain]) -> float:
-        """KL to the dense model, nats a token, with these matrices alone compressed."""
+        """KL to the original model, nats per token, with these matrices alone compressed."""
         try:
             for name, compressed in zip(names, compressed_linears(linears, chains), strict=True):
                 replace_linear(self.model, name, compressed)
@@ -150,12 +150,12 @@ class LevelMeasurement:
 
 
 def _key(spec: WeightSpec) -> tuple[object, ...]:
-    """What matrices of different shapes may have in common."""
+    """The settings that matrices of different shapes can have in common."""
     return spec.pattern, spec.core_dtype, spec.out_block, spec.in_block
 
 
 def at_level(planned: Mapping[str, WeightSpec], level: WeightSpec) -> dict[str, WeightSpec] | None:
-    """The specifications `planned` of a unit with pattern, core and blocks of `level`; None where these do not fit one."""
+    """The specifications `planned` of a unit with the pattern, core and blocks of candidate `level`; None if these do not fit one."""
     try:
         specs = {
             name: replace(
@@ -173,7 +173,7 @@ def at_level(planned: Mapping[str, WeightSpec], level: WeightSpec) -> dict[str, 
 
 
 def compressed_linears(linears: Sequence[nn.Linear], chains: Sequence[Chain]) -> list[CompressedLinear]:
-    """`chains` as modules in the place of `linears`, those that share a wrapper connected to the first."""
+    """Modules of `chains` that replace `linears`; those that share a wrapper are connected to the first."""
     modules = [
         CompressedLinear.from_weight(chain, chain.spec, linear.bias)
         for linear, chain in zip(linears, chains, strict=True)
@@ -184,7 +184,7 @@ def compressed_linears(linears: Sequence[nn.Linear], chains: Sequence[Chain]) ->
 
 
 def _front(levels: Sequence[MeasuredLevel]) -> list[MeasuredLevel]:
-    """The levels that no other beats in cost and error, the cheapest first, without those that gain next to nothing."""
+    """The Pareto front of cost and error, the cheapest first, without candidates that gain almost nothing."""
     front: list[MeasuredLevel] = []
     for level in sorted(levels, key=lambda level: (level.cost, level.error)):
         if not front or level.error < WORTH * front[-1].error:

@@ -1,4 +1,4 @@
-"""N of M for every decoder block, from the outliers that the dense model has there."""
+"""Choosing N of M for every decoder layer by its outliers in the original model."""
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +20,7 @@ from halfplate.telemetry.progress import Report
 
 @dataclass(frozen=True)
 class BlockRatio:
-    """What one decoder block keeps. outlier_share: of its weights, those of a score above 5 times the mean."""
+    """The share that one decoder layer keeps. outlier_share: share of its weights with a score above 5 times the mean."""
 
     block: int
     outlier_share: float
@@ -34,9 +34,9 @@ class BlockRatio:
 def ratio_plan(
     loaded: LoadedModel, plan: Plan, tokens: CalibrationTokens, report: Report, clock: Clock
 ) -> tuple[Plan, list[BlockRatio]]:
-    """The plan with N of M chosen for every block by OWL, and what was chosen; the mean stays that of the recipe.
+    """The plan with N of M chosen for every layer by OWL, and the choices; the average stays that of the recipe.
 
-    Scores are |W| · ‖X‖ of the planned matrices on the inputs of the dense model.
+    Scores are |W| · ‖X‖ of the planned matrices on the inputs of the original model.
     """
     with clock("choosing ratios"):
         shares = _outlier_shares(loaded, plan, tokens, report)
@@ -56,7 +56,7 @@ def ratio_plan(
 
 
 def _outlier_shares(loaded: LoadedModel, plan: Plan, tokens: CalibrationTokens, report: Report) -> dict[int, float]:
-    """By block, in their order, where the plan has matrices there."""
+    """The outlier share of every layer with planned matrices, in order."""
     names: dict[int, list[str]] = defaultdict(list)
     for matrix in plan.matrices:
         if matrix.spec is not None and matrix.block is not None:

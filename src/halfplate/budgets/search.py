@@ -1,4 +1,4 @@
-"""The evolutionary search over levels, judged by the KL of the model itself."""
+"""The evolutionary search over candidates, by the KL of the model itself."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ FEWER = 4  # each stage before has so many times fewer
 
 
 def search_samples(samples: int, seq_len: int) -> int:
-    """How many of the calibration sequences judge the levels, and are kept from the solves of these; one at least."""
+    """The number of calibration sequences that measure the KL and are held out from the solves; at least one."""
     return max(1, min(-(-TOKENS // seq_len), samples // 2))
 
 
 class ModelAtLevels:
-    """The dense model with its linears at the levels of a choice, and the KL to what it was.
+    """The original model with its linears replaced by chosen candidates, and the KL to the original.
 
-    ids: int64 (sequences, L). A context manager; leaving it puts the dense weights back.
+    ids: int64 (sequences, L). A context manager; leaving it restores the original weights.
     """
 
     def __init__(self, model: nn.Module, units: Sequence[Unit], store: LevelStore, ids: Tensor) -> None:
@@ -52,7 +52,7 @@ class ModelAtLevels:
                 linear.weight.data = weight
 
     def kl(self, choice: tuple[int, ...], stage: int, generation: int) -> float:
-        """Nats a token on the text of a stage; that of an early one moves on with the generations."""
+        """Nats per token on the text of a stage; early stages use other text in each generation."""
         self._install(choice)
         count: int = max(1, len(self.ids) // FEWER ** (STAGES - 1 - stage))
         rows = torch.arange(count, dtype=torch.int64, device="cpu")
@@ -95,9 +95,9 @@ def search_levels(
     settings: Evolution,
     report: Report,
 ) -> tuple[list[int], dict[str, Any]]:
-    """The levels that the search from `start` ends at, and a JSON object that says how it went.
+    """The candidates that the search from `start` selects, and a JSON object that describes its course.
 
-    ids: text that the solves in `store` have not seen. The search is EvoPress (halfplate.allocation.evolution).
+    ids: tokens that the solves in `store` have not seen. The search is EvoPress (halfplate.allocation.evolution).
     """
     costs = [[level.cost for level in unit.levels] for unit in units]
     with ModelAtLevels(model, units, store, ids) as at_levels:

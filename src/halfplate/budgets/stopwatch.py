@@ -17,7 +17,7 @@ TIMINGS = 5
 
 
 class Stopwatch:
-    """Seconds that a linear takes for one token, read from memory; one measurement serves all of one specification."""
+    """Seconds that a linear takes for one token, with weights read from memory; measured once per specification."""
 
     def __init__(self) -> None:
         self._known: dict[WeightSpec, float] = {}

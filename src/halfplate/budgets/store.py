@@ -1,4 +1,4 @@
-"""The solved levels of every matrix, kept until a search has chosen among them."""
+"""The solved candidates of every matrix, kept until a search has chosen among them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEMORY_BYTES = 2 * 2**30  # what goes beyond lies in a temporary folder
 
 
 class LevelStore:
-    """Matrices by a key of two numbers, each under several names: in memory, or as stored tensors in a file.
+    """Matrices by a key of two numbers, in memory or as stored tensors in a file.
 
     A context manager; leaving it deletes the files. memory_bytes: what is held in memory.
     """
@@ -39,9 +39,9 @@ class LevelStore:
             self._folder.cleanup()
 
     def put(self, key: tuple[int, int], matrices: list[Chain]) -> None:
-        """Keep `matrices`, which share the input wrapper of the first where their specifications say so.
+        """Store `matrices`, which share the input wrapper of the first if their specifications say so.
 
-        Raises HalfplateError where the temporary folder has no room.
+        Raises HalfplateError if the disk of the temporary folder is full.
         """
         tensors = {f"{k}.{name}": part for k, chain in enumerate(matrices) for name, part in chain.tensors().items()}
         self._specs[key] = [chain.spec for chain in matrices]
@@ -56,8 +56,8 @@ class LevelStore:
             write_file(self._file(key), tensors, durable=False)
         except OSError as error:
             raise HalfplateError(
-                f"levels could not be kept in {self._folder.name!r} ({' '.join(str(error).split())}); free some space there, "
-                "or name another place by the environment's TMPDIR"
+                f"candidates could not be written to {self._folder.name!r} ({' '.join(str(error).split())}); free some space there, "
+                "or set TMPDIR to another folder"
             ) from error
 
     def dense(self, key: tuple[int, int], device: torch.device) -> list[Tensor]:

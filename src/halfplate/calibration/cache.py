@@ -1,4 +1,4 @@
-"""A cache of keys and values whose room is taken once; imports transformers, so it is imported where it is used."""
+"""A cache of keys and values that is allocated once. It imports transformers, so import it only where it is used."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -15,9 +15,9 @@ from halfplate.models.without_values import run_without_values
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values (sequences, heads, tokens so far, head_dim) as views of room for `length` tokens.
+    """Keys and values (sequences, heads, tokens so far, head_dim) as views of buffers for `length` tokens.
 
-    DynamicLayer copies all of them for each new token, and StaticLayer has attention read the room not yet used.
+    DynamicLayer copies all of them for each new token, and StaticLayer makes attention read the unused part of the buffer.
     """
 
     def __init__(self, length: int) -> None:
@@ -44,7 +44,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def preallocated_cache(config: PretrainedConfig, length: int) -> DynamicCache:
-    """A cache for sequences of `length` tokens; layers of local attention, which hold a short window, stay as they are."""
+    """A cache for sequences of `length` tokens; layers of local attention, whose window is short, are not changed."""
     cache = DynamicCache(config=config)
     cache.layers = [PreallocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
@@ -59,7 +59,7 @@ class _Described:
 
 
 def cache_nbytes(config: PretrainedConfig, length: int) -> int:
-    """Bytes of the cache of one sequence of `length` tokens in fp32, as a model without values fills it; whatever that raises goes on."""
+    """Bytes of the cache of one sequence of `length` tokens in fp32, measured with a model on the meta device; its exceptions are passed on."""
     return _measured(_Described(config.to_json_string(use_diff=False), config), length)
 
 

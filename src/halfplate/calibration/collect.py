@@ -1,4 +1,4 @@
-"""Statistics of the inputs of a decoder block's linears, collected while the block runs."""
+"""Statistics of the inputs of a decoder layer's linears, collected while the layer runs."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +26,11 @@ def collect_block(
     statistic: Statistic,
     token_limit: float | None = None,
 ) -> tuple[dict[str, InputStatistics], list[BlockInputs]]:
-    """Run block `index` on every batch of `inputs`: the statistics of the linears `names`, and the block's outputs.
+    """Run layer `index` on every batch of `inputs`; returns the statistics of the linears `names`, and the outputs of the layer.
 
-    names: full names of modules of this block. Linears that are given one tensor (q, k and v; gate and up) share one
+    names: full names of modules of this layer. Linears that are given one tensor (q, k and v; gate and up) share one
     InputStatistics object, collected once. diagonal is fp32, gram fp64; `gram` comes with the diagonal.
-    The Gram matrix costs one product (d_in, tokens)·(tokens, d_in) a batch, best with some thousand tokens in each.
+    The Gram matrix costs one product (d_in, tokens)·(tokens, d_in) per batch; batches of some thousand tokens are fastest.
     token_limit: a token with more energy than so many times the median of its batch counts as one of that energy.
     Raises HalfplateError for inputs that are not finite and for linears that never ran, naming the linear.
     """
@@ -45,7 +45,7 @@ def collect_block(
 
 
 def input_stages(blockwise: BlockwiseModel, index: int, batch: BlockInputs, names: Sequence[str]) -> list[list[str]]:
-    """The linears `names` of block `index` by the input they share, in the order in which `batch` reaches them.
+    """Group the linears `names` of layer `index` by the input that they share, in the order in which `batch` reaches them.
 
     Linears that `batch` does not reach come last, each on its own.
     """
@@ -61,7 +61,7 @@ def input_stages(blockwise: BlockwiseModel, index: int, batch: BlockInputs, name
 
 @dataclass(frozen=True, eq=False)
 class DenseRun:
-    """A block as it was before it was compressed, and its inputs in the dense model, batch by batch."""
+    """A layer as it was before it was compressed, and its inputs in the original model, batch by batch."""
 
     block: nn.Module
     inputs: Sequence[BlockInputs]
@@ -76,9 +76,9 @@ def stage_sums(
     dense: DenseRun | None = None,
     token_limit: float | None = None,
 ) -> "StageSums":
-    """Sums over the inputs of the linears `names`, one of `input_stages`, in block `index` as it is now; no run goes past them.
+    """Sums over the inputs of the linears `names`, one of `input_stages`, in layer `index` as it is now; the layer runs only as far as these.
 
-    inputs: of the block, which come through the compressed ones before it. dense: gives the cross moments to what the dense
+    inputs: of the layer, which come through the compressed ones before it. dense: gives the cross moments to what the dense
     model has in the place of those inputs; they come along from Statistic.GRAM on. token_limit: as in `collect_block`. The
     sums of further batches may be added before statistics are made of them.
     """
@@ -97,7 +97,7 @@ def stage_sums(
 
 
 class _Reached(Exception):
-    """Every linear that was asked for has had its input."""
+    """Raised once every requested linear has received its input."""
 
 
 def _run_to(
@@ -108,7 +108,7 @@ def _run_to(
     modules: dict[str, nn.Module],
     block: nn.Module | None,
 ) -> None:
-    """Run a block on `batch` until all of `modules` have been called."""
+    """Run a layer on `batch` until all of `modules` have been called."""
     left = set(modules)
 
     def reached(name: str, *_: Any) -> None:
@@ -137,7 +137,7 @@ class Sums:
     crosses: Tensor | None = None
 
     def add(self, x: Tensor, statistic: Statistic, dense: Tensor | None, token_limit: float | None = None) -> None:
-        """Add x fp32 (tokens, d_in), and its products with `dense`, what the dense model has in its place.
+        """Add x fp32 (tokens, d_in), and its products with `dense`, what the original model has in its place.
 
         token_limit: a token with more energy than so many times the median counts as one of that energy; tokens without any
         have no part in the median.
@@ -183,7 +183,7 @@ class Sums:
 
 
 def _added(before: Tensor | None, more: Tensor) -> Tensor:
-    """The sum in fp64, in the memory of `before` where it is fp64 already; `more` itself where nothing was before."""
+    """The sum in fp64, in the memory of `before` if it is fp64 already; `more` itself if nothing was added before."""
     return more if before is None else before.double().add_(more)
 
 
@@ -195,7 +195,7 @@ class StageSums:
     sums: dict[str, Sums] = field(default_factory=dict)
 
     def lead(self, name: str, leader: str) -> None:
-        """`leader` has the same input as `name`; raises HalfplateError where it was another before."""
+        """Record that `leader` has the same input as `name`; raises HalfplateError if it had a different one before."""
         if (before := self.leaders.setdefault(name, leader)) != leader:
             other = before if leader == name else leader
             raise HalfplateError(
@@ -215,7 +215,7 @@ class StageSums:
         for name in names:
             if name not in self.leaders:
                 raise HalfplateError(
-                    f"{name} never ran on the calibration tokens, so nothing is known of its inputs; "
+                    f"{name} never ran on the calibration tokens, so it has no input statistics; "
                     "raise samples, or exclude it"
                 )
         found = {leader: sums.statistics() for leader, sums in self.sums.items()}
@@ -230,7 +230,7 @@ class _Collector:
         self.stage = StageSums()
         # The tensor is kept beside its leader, so that no other can have its identity while the batch runs.
         self._seen: dict[tuple[int, int], tuple[str, Tensor]] = {}
-        # While the dense model runs, inputs by leader are kept here; then those of the same batch are added against them.
+        # While the original model runs, inputs by leader are kept here; then those of the same batch are added against them.
         self.dense_inputs: dict[str, Tensor] | None = None
         self._dense: dict[str, Tensor] = {}
 
@@ -238,7 +238,7 @@ class _Collector:
         self._seen.clear()
 
     def compare(self) -> None:
-        """The dense run of a batch is over; the inputs to come are added."""
+        """Mark the end of the original run of a batch; the following inputs are added."""
         self._dense, self.dense_inputs = self.dense_inputs or {}, None
         self._seen.clear()
 
@@ -275,12 +275,12 @@ class _Collector:
             broken = int((~torch.isfinite(sums.squares)).sum())
             raise HalfplateError(
                 f"{name}: {broken} of its {x.shape[-1]} inputs are not finite on the calibration tokens; "
-                "check that the dense model works on this text, or pass another"
+                "check that the original model works on this text, or pass another"
             )
 
 
 def _module_of_block(blockwise: BlockwiseModel, index: int, name: str) -> nn.Module:
-    """The module of the full name `name`, which must lie in block `index`."""
+    """The module of the full name `name`, which must lie in layer `index`."""
     prefix = f"{blockwise.prefix}.{index}."
     try:
         if not name.startswith(prefix):
@@ -288,5 +288,5 @@ def _module_of_block(blockwise: BlockwiseModel, index: int, name: str) -> nn.Mod
         return blockwise.blocks[index].get_submodule(name.removeprefix(prefix))
     except AttributeError:
         raise HalfplateError(
-            f"{name!r} is not a module of block {index}; expected a name such as {prefix}..."
+            f"{name!r} is not a module of layer {index}; expected a name such as {prefix}..."
         ) from None

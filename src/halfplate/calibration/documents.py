@@ -42,7 +42,7 @@ WITH_FIELDS = re.compile(r"(?P<file>.+\.jsonl?(?:\.gz)?):(?P<fields>.+)", re.IGN
 
 
 def check_source(source: str, argument: str = "calibration") -> None:
-    """Raise HalfplateError if `source` names a file or a plugin that is not there; Hub names are taken on trust."""
+    """Raise HalfplateError if `source` names a file or a plugin that is not there; Hub names are not checked."""
     if _plugin(source, argument) is not None:
         return
     file, _ = split_fields(source)
@@ -73,7 +73,7 @@ class Text:
     """The text of a source, read piece by piece as far as it is asked for.
 
     source: a file, `name` or `name:what` of a plugin, or a Hub data set (see `read_text`). argument: the name that error messages
-    give `source`. skipped: rows without text passed over so far. Raises HalfplateError for a source that is not there or
+    give `source`. skipped: number of rows without text so far. Raises HalfplateError for a source that is not there or
     whose beginning cannot be read, and later for damage further on.
     """
 
@@ -111,12 +111,12 @@ class Text:
         return map(unix_lines, found)
 
     def facts(self) -> dict[str, Any]:
-        """What a protocol records of the last reading: `skipped_rows`, and how `messages` were written; only what there is to say."""
+        """The entries of the protocol about the last reading: `skipped_rows`, and how `messages` were formatted, if there are any."""
         told: dict[str, Any] = {"skipped_rows": self.skipped} if self.skipped else {}
         return told | ({"messages": self._messages} if self._messages else {})
 
     def spoken_facts(self) -> str:
-        """What an error adds on the rows that were passed over."""
+        """The words on skipped rows that an error message adds."""
         return f", and {self.skipped} rows without text" if self.skipped else ""
 
     def _characters(self) -> Iterator[str]:
@@ -139,7 +139,7 @@ def read_text(
 ) -> list[str]:
     """The documents of `source`: a file, what a plugin reads, or the train split of a Hub data set.
 
-    A `.txt` file is one document. A `.jsonl` file has one a line and a `.json` file one an item of its array: the field `text` (which
+    A `.txt` file is one document. A `.jsonl` file has one per line and a `.json` file one an item of its array: the field `text` (which
     may be empty), chat messages in `messages` or `conversations`, or the fields named in `FILE.jsonl:field` (`a+b`: one below the
     other). Each may be gzipped (`.gz`). UTF-8, or UTF-16 with its byte-order mark; line ends become \\n. Rows without text are
     passed over. A Hub data set is named `org/name` or `org/name:config` and needs halfplate[hub]; its first 32 Mi characters are
@@ -169,7 +169,7 @@ def token_stream(
 
 
 def _plugin(source: str, argument: str) -> EntryPoint | None:
-    """The entry point that reads `name` or `name:what`, None where no installed package has that name."""
+    """The entry point that reads `name` or `name:what`, None if no installed package has that name."""
     name = source.partition(":")[0]
     return SOURCES.point(name, argument)
 
@@ -188,7 +188,7 @@ def _plugin_documents(point: EntryPoint, source: str, argument: str) -> Iterator
 
 
 def _stated(call: Callable[[], Any], point: EntryPoint, source: str, argument: str) -> Any:
-    """What `call`, code of another package, gives; its failures as one line."""
+    """The result of `call`, which is code of another package; its failures become one line."""
     try:
         return call()
     except HalfplateError:
@@ -205,7 +205,7 @@ def _hub_rows(source: str, argument: str) -> Iterator[tuple[str, Any]]:
         from datasets import load_dataset
     except ImportError:
         raise HalfplateError(
-            f"{argument}={source!r} is no file here, and reading it as a Hub data set needs the package datasets; "
+            f"{argument}={source!r} is not a file here, and reading it as a Hub data set needs the package datasets; "
             "pip install 'halfplate[hub]' or pass a text file"
         ) from None
     name, _, config = source.partition(":")
@@ -227,6 +227,6 @@ def _hub_rows(source: str, argument: str) -> Iterator[tuple[str, Any]]:
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise HalfplateError(
-            f"{argument}={source!r} is no file here and could not be read as a Hub data set ({reason}); "
+            f"{argument}={source!r} is not a file here and could not be read as a Hub data set ({reason}); "
             "check the name (org/name:config) and the network, or pass a text file"
         ) from None

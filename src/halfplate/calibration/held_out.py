@@ -1,4 +1,4 @@
-"""Text to judge a model by where no data set is at hand: sampled from the dense model, from a seed of its own."""
+"""Held-out text for evaluation without a data set: sampled from the original model with a separate seed."""
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

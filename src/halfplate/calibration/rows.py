@@ -27,17 +27,17 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "as
 
 
 def check_unicode(text: str, where: str) -> None:
-    """Raise HalfplateError if `text` holds half of a surrogate pair, which no tokenizer takes."""
+    """Raise HalfplateError if `text` contains half of a surrogate pair, which no tokenizer accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise HalfplateError(
-            f"{where} holds {text[error.start]!r} at character {error.start}, which is no Unicode text; remove it"
+            f"{where} holds {text[error.start]!r} at character {error.start}, which is not valid Unicode; remove it"
         ) from None
 
 
 def json_lines(blocks: Iterable[str], where: str) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, and its value: one JSON value a line; blank lines are passed over."""
+    """The place and the value of each row: one JSON value per line; blank lines are skipped."""
     number, begun = 0, ""
     for block in _with_last_line(blocks):
         # \n alone: JSON strings may hold the other characters that Python takes for line ends.
@@ -52,7 +52,7 @@ def json_lines(blocks: Iterable[str], where: str) -> Iterator[tuple[str, Any]]:
 
 
 def json_values(blocks: Iterable[str], where: str) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, and its value: the items of one JSON array, or JSON values one after the other."""
+    """The place and the value of each row: the items of one JSON array, or consecutive JSON values."""
     source, decoder = iter(blocks), json.JSONDecoder()
     held = _stripped(next(source, ""), source)
     if in_array := held.startswith("["):
@@ -62,7 +62,9 @@ def json_values(blocks: Iterable[str], where: str) -> Iterator[tuple[str, Any]]:
         if in_array and held[0] == "]":
             held = _stripped(held[1:], source)
             if held:
-                raise HalfplateError(f"{where} holds more after its array ({held[:20]!r}); expected one array of rows")
+                raise HalfplateError(
+                    f"{where} has more text after its array ({held[:20]!r}); expected one array of rows"
+                )
             return
         if in_array and number:
             if held[0] != ",":
@@ -77,7 +79,7 @@ def json_values(blocks: Iterable[str], where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _next_value(held: str, source: Iterator[str], decoder: json.JSONDecoder, place: str) -> tuple[Any, str]:
-    """The value that `held` begins with, reading on from `source` as far as it takes, and what follows it."""
+    """The value at the beginning of `held`, reading more of `source` as needed, and the text after it."""
     while True:
         reason = None
         try:
@@ -220,7 +222,7 @@ def _with_last_line(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def _stripped(held: str, source: Iterator[str]) -> str:
-    """What follows the white space; empty at the end alone."""
+    """The text after the white space; empty only at the end."""
     while not (held := held.lstrip(" \t\n\r")):
         more = next(source, "")
         if not more:
@@ -230,7 +232,7 @@ def _stripped(held: str, source: Iterator[str]) -> str:
 
 
 def _may_go_on(value: Any, rest: str) -> bool:
-    """Whether `value` may be the beginning of a longer number, of which `rest` is all that was read."""
+    """Whether `value` may be the beginning of a longer number; `rest` is the text read so far."""
     return isinstance(value, int | float) and not rest.lstrip("0123456789.eE+-")
 
 

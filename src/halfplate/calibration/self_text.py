@@ -32,7 +32,7 @@ WORST_DIFFERENCE = 0.2  # of logits with and without it, relative
 class Start:
     """How a sequence begins.
 
-    kind: `bos` (the model's start token), `eos` (its end token, which separates documents where there is no start
+    kind: `bos` (the model's start token), `eos` (its end token, which separates documents if there is no start
     token), or `uniform` (a token drawn uniformly from the vocabulary; token is then None).
     """
 
@@ -76,7 +76,7 @@ def sample_text(
     token forced there makes SmolLM2-135M-Instruct loop over empty system prompts. So no sequence needs padding.
     All random numbers are drawn beforehand, one for each token: how many sequences run side by side (bounded by `cache_nbytes`
     of keys and values) changes the text by rounding alone. The model runs as a whole, one token at a time.
-    progress: called with the tokens sampled so far and in all. Raises HalfplateError where logits are not finite.
+    progress: called with the tokens sampled so far and in all. Raises HalfplateError if logits are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     chances = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64, device="cpu").to(model.device)
@@ -114,7 +114,7 @@ def _vocabulary(model: "PreTrainedModel") -> int:
 def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
     """What makes the cache that a batch starts with: one whose room is taken once, or None for models that make one of their own.
 
-    Raises HalfplateError where the model fails, or gives other logits with its cache than without.
+    Raises HalfplateError if the model fails, or its logits with the cache differ from those without.
     """
     from transformers import DynamicCache
 
@@ -147,8 +147,8 @@ def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
     # Kernels round differently for one token and for several; what is forgotten changes far more.
     if not difference < WORST_DIFFERENCE:
         raise HalfplateError(
-            f"calibration=self: {type(model).__name__} gives other logits token by token than for a whole text (by {difference:.2g} of their "
-            "size), so it cannot sample text; pass a text file with --calibration"
+            f"calibration=self: {type(model).__name__} computes different logits token by token than for a whole text (relative difference "
+            f"{difference:.2g}), so it cannot sample text; pass a text file with --calibration"
         )
     return new_cache
 
@@ -156,7 +156,7 @@ def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
 def _next_logits(model: "PreTrainedModel", current: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """Logits (sequences, vocabulary) of the token after `current` int64 (sequences, 1), and the cache with it.
 
-    cache: None where the model makes one; it comes back as the model gives it, if it does.
+    cache: None if the model makes one; it comes back as the model gives it, if it does.
     """
     taken = inspect.signature(model.forward).parameters
     name = next((name for name in CACHE_NAMES if name in taken), None)

@@ -1,4 +1,4 @@
-"""The tokens that a model is calibrated on, whatever their source, and the record of them."""
+"""The calibration tokens, from any source, and their record."""
 
 import hashlib
 from collections.abc import Callable
@@ -28,10 +28,10 @@ DRAWN_CHARACTERS = 8 * 2**20
 
 @dataclass(frozen=True, eq=False)
 class CalibrationTokens:
-    """Calibration text as tokens, ids int64 (samples, seq_len), and what is needed to make it again.
+    """Calibration text as tokens, ids int64 (samples, seq_len), and the protocol to make it again.
 
     temperature, start and start_token are set for source `self` alone (see `self_text.Start`). facts: what else there is to say
-    of a text: `skipped_rows`, `messages` (see `documents.Text`), and `drawn_from` where only its beginning was drawn from.
+    of a text: `skipped_rows`, `messages` (see `documents.Text`), and `drawn_from` if only its beginning was drawn from.
     """
 
     ids: Tensor
@@ -43,7 +43,7 @@ class CalibrationTokens:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def protocol(self) -> dict[str, Any]:
-        """What a checkpoint records of its calibration; `sha256` is that of the ids as little-endian int64."""
+        """The record of the calibration in a checkpoint; `sha256` is that of the ids as little-endian int64."""
         samples, seq_len = self.ids.shape
         content = self.ids.cpu().contiguous().numpy().astype("<i8").tobytes()
         record: dict[str, Any] = {
@@ -94,7 +94,7 @@ def calibration_tokens(
 
 
 def _stream(text: Text, tokenizer: "PreTrainedTokenizerBase", least: int) -> tuple[Tensor, dict[str, Any]]:
-    """The tokens that windows are drawn from, int64 (tokens,), and what a protocol says of the text."""
+    """The tokens that windows are drawn from, int64 (tokens,), and the facts about the text for the protocol."""
     pieces, whole = first_characters(text.pieces(tokenizer), DRAWN_CHARACTERS)
     stream = tokens_of(tokenizer, pieces)
     if whole():
@@ -107,12 +107,12 @@ def _stream(text: Text, tokenizer: "PreTrainedTokenizerBase", least: int) -> tup
 
 
 def check_seq_len(model: "PreTrainedModel", seq_len: int, least: int) -> None:
-    """Raise HalfplateError where `seq_len` is below `least` or beyond the positions that the model knows."""
+    """Raise HalfplateError if `seq_len` is below `least` or beyond the positions of the model."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if seq_len < least:
         raise HalfplateError(f"seq_len={seq_len} is too short, expected at least {least} tokens; try 512")
     if isinstance(most, int) and seq_len > most:
-        raise HalfplateError(f"seq_len={seq_len} is beyond the {most} positions that the model knows; try {most}")
+        raise HalfplateError(f"seq_len={seq_len} is beyond the {most} positions of the model; try {most}")
 
 
 def check_tokens_fit(argument: str, windows: int, seq_len: int) -> None:
@@ -137,7 +137,7 @@ def _draw_windows(stream: Tensor, text: Text, samples: int, seq_len: int, seed: 
 
 
 def shorter(argument: str, count: int, tokens: int) -> str:
-    """The numbers with which a text of so many tokens would do, of which it has `count` windows."""
+    """The smaller numbers for which a text of so many tokens, with `count` windows, is long enough."""
     return (
         f"{argument}={count}" if count else f"a seq_len up to {tokens}" if tokens >= 2 else "a text that is not empty"
     )

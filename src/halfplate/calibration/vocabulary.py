@@ -1,4 +1,4 @@
-"""The one check that a model has a vector for every token it is given."""
+"""The check that a model has an embedding for every token that it gets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 def check_tokens(
     ids: Tensor | list[int], model: PreTrainedModel, where: str, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Raise HalfplateError if `ids` hold a token that the model has no vector for, naming it and its text.
+    """Raise HalfplateError if `ids` contain a token that the model has no embedding for, naming it and its text.
 
     where: what gave the tokens, such as `prompt` or `text='a.txt'`.
     """
@@ -44,7 +44,7 @@ def check_tokens(
 
 @contextmanager
 def checking_tokens(model: Any, tokenizer: Any, where: str) -> Iterator[None]:
-    """While inside, `check_tokens` sees all that the model is given; for code of others that makes the tokens itself."""
+    """Context manager that applies `check_tokens` to every input of the model, for foreign code that makes the tokens itself."""
     if check_tokenizer(tokenizer, vocabulary_of(model)) is None:
         yield
         return
@@ -60,7 +60,7 @@ def checking_tokens(model: Any, tokenizer: Any, where: str) -> Iterator[None]:
 
 
 def check_tokenizer(tokenizer: Any, vocabulary: int) -> str | None:
-    """What to warn of where the tokenizer knows tokens beyond the vocabulary of the model; None where it does not."""
+    """A warning if the tokenizer has tokens beyond the vocabulary of the model, else None."""
     beyond = sorted((token, text) for text, token in tokenizer.get_vocab().items() if token >= vocabulary)
     if not beyond:
         return None

@@ -27,7 +27,7 @@ def assemble(
 ) -> dict[str, str]:
     """Copy `tensors`, in their order, to the safetensors files of a checkpoint; returns the SHA-256 of each.
 
-    The files are those that `write_tensors` makes of the same tensors. Raises HalfplateError where bytes are not those that
+    The files are those that `write_tensors` makes of the same tensors. Raises HalfplateError if bytes are not those that
     were finished.
     """
     done = 0
@@ -37,8 +37,8 @@ def assemble(
         sha256 = file.copy(name, tensors[name].stored)
         if sha256 != tensors[name].sha256:
             raise HalfplateError(
-                f"{name} in {str(tensors[name].stored.path)!r} is damaged: it has not the bytes that were written; run the same "
-                "command again with --resume, which computes that part anew"
+                f"{name} in {str(tensors[name].stored.path)!r} is damaged: its bytes are not those that were written; run the same "
+                "command again with --resume, to compute it again"
             )
         done += 1
         progress(done, len(tensors))

@@ -111,7 +111,7 @@ def _what(record: Mapping[str, Any], base: str, specs: Mapping[str, WeightSpec])
 
 
 def _tuned(record: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """The errors of each tuned block before and after."""
+    """The errors of each tuned layer before and after."""
     blocks = record.get("tuned_blocks")
     ends = [
         (block.get("before"), block.get("after"))

@@ -63,7 +63,7 @@ def parse_modules(version: Any, modules: Any, needs: Any = None) -> dict[str, We
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`; raises HalfplateError where there is none."""
+    """The JSON object in the file `path`; raises HalfplateError if there is none."""
     try:
         content = read_json_file(path)
     except FileNotFoundError:
@@ -80,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_specs(folder: Path) -> dict[str, WeightSpec]:
-    """The specifications of the compressed modules of a checkpoint; raises HalfplateError where `folder` is none."""
+    """The specifications of the compressed modules of a checkpoint; raises HalfplateError if `folder` is none."""
     check_name("path", folder)
     if not folder.is_dir():
         raise HalfplateError(f"path={str(folder)!r} is not a folder; give the folder of a Halfplate checkpoint")
@@ -95,7 +95,7 @@ def read_specs(folder: Path) -> dict[str, WeightSpec]:
 
 
 def other_dtype(folder: Path) -> torch.dtype:
-    """The element type in which a checkpoint stores what is not a compressed matrix; raises HalfplateError where it says none."""
+    """The element type in which a checkpoint stores what is not a compressed matrix; raises HalfplateError if it says none."""
     named = read_json(folder / CONFIG_FILE).get("dtype")
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
     if named not in dtypes:
@@ -104,7 +104,7 @@ def other_dtype(folder: Path) -> torch.dtype:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """`halfplate.json` of a checkpoint; raises HalfplateError where it is absent, damaged or too new."""
+    """`halfplate.json` of a checkpoint; raises HalfplateError if it is absent, damaged or too new."""
     record = read_json(folder / RECORD_FILE)
     version = record.get("format_version")
     if type(version) is not int or version < 1:

@@ -47,9 +47,9 @@ def _is_ours(folder: Path) -> bool:
 
 @contextmanager
 def new_folder(out: Path, overwrite: bool, partial: Path | None = None) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends, and vanishes when the block raises.
+    """A temporary folder beside `out` that takes its place when the `with` block ends, and is removed if it raises.
 
-    partial: where to make it, on the disk of `out`; what a killed process left there goes. Its files reach the disk before the rename. Raises HalfplateError where `check_out` does or where writing fails,
+    partial: where to make it, on the disk of `out`; what a killed process left there goes. Its files reach the disk before the rename. Raises HalfplateError if `check_out` does or where writing fails,
     for example on a full disk; then, and on Ctrl-C, `out` is as it was.
     """
     target = out.resolve()
@@ -77,7 +77,7 @@ def _reason(out: Path, error: Exception) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
         f"os error {code}" in text for code in (errno.ENOSPC, errno.EDQUOT)
     )
-    cure = "the disk is full, free some space" if full else "check that the place exists and can be written"
+    cure = "the disk is full, free some space" if full else "check that the folder exists and can be written"
     return f"out={str(out)!r} could not be written ({text}): {cure} or choose another place; nothing was left there"
 
 
@@ -112,7 +112,7 @@ def _replace(partial: Path, target: Path) -> None:
 
 
 def replace_file(file: Path, content: str) -> None:
-    """Write a text file whole or not at all, in place of what stood there; raises HalfplateError where that fails."""
+    """Write a text file whole or not at all, in place of what stood there; raises HalfplateError if that fails."""
     try:
         with whole_file(file) as partial:
             partial.write_text(content, encoding="utf-8")

@@ -18,14 +18,14 @@ def load_any(name: str, device: str = "cpu", activations: str = "float") -> tupl
         return load(name, device=device, activations=activations), load_tokenizer(name)
     if activations != "float":
         raise HalfplateError(
-            f"activations={activations!r} is for Halfplate checkpoints, and {name!r} is none; leave it out"
+            f"activations={activations!r} is for Halfplate checkpoints, and {name!r} is not one; leave it out"
         )
     loaded = load_dense(name, device)
     return loaded.model, loaded.tokenizer
 
 
 def calibration_seed(name: str) -> int | None:
-    """The seed that a checkpoint was calibrated with; None for a dense model or a method without calibration."""
+    """The seed that a checkpoint was calibrated with; None for an original model or a method without calibration."""
     if not is_compressed(name):
         return None
     protocol = read_record(Path(name)).get("calibration")

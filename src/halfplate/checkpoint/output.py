@@ -19,7 +19,7 @@ def work_place(out: Path) -> Path:
 
 
 def check_place(out: Path) -> Path:
-    """The absolute path of `out`; raises HalfplateError where the system knows no such place, or has no name left beside it."""
+    """The absolute path of `out`; raises HalfplateError if the system knows no such place, or has no name left beside it."""
     check_name("out", out)
     try:
         target = out.resolve()
@@ -57,7 +57,7 @@ def check_result_folder(out: Path, overwrite: bool, source: Path) -> None:
 
 @contextmanager
 def sole_user(folder: Path, out: Path) -> Iterator[None]:
-    """While inside, `folder`, which holds the unfinished work of `out`, is this process's; HalfplateError where another's."""
+    """While inside, `folder`, which holds the unfinished work of `out`, is this process's; HalfplateError if it is another's."""
     with (folder / LOCK_FILE).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class HalfplateConfig(QuantizationConfigMixin):
-    """`quantization_config` of a checkpoint, or of a dense model that is to be compressed while it is loaded.
+    """`quantization_config` of a checkpoint, or of an original model that is to be compressed while it is loaded.
 
     modules: `WeightSpec.to_json()` by module name. version: of this object. runtime: the arguments of
-    `halfplate.runtime.accelerate` for the loaded model, or None for the torch path. recipe: for a dense model, in place of
+    `halfplate.runtime.accelerate` for the loaded model, or None for the torch path. recipe: for an original model, in place of
     modules; a `Recipe`, a mapping of its fields, or a YAML file. needs: as in the file (docs/format.md). Neither recipe nor runtime is written to disk. Raises HalfplateError
-    where a module's entry or the recipe cannot be read.
+    if a module's entry or the recipe cannot be read.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class HalfplateConfig(QuantizationConfigMixin):
     ) -> None:
         if recipe is None and modules is None and version is None:
             raise HalfplateError(
-                "HalfplateConfig needs a recipe for a dense model, HalfplateConfig(recipe=Recipe(...)); a checkpoint is loaded without a quantization_config"
+                "HalfplateConfig needs a recipe for an original model, HalfplateConfig(recipe=Recipe(...)); a checkpoint is loaded without a quantization_config"
             )
         if recipe is None:
             parse_modules(version, modules, needs)
         elif modules is not None:
             raise HalfplateError(
-                "recipe and modules are both given; give the recipe for a dense model, the modules for a checkpoint"
+                "recipe and modules are both given; give the recipe for an original model, the modules for a checkpoint"
             )
         self.quant_method = METHOD  # type: ignore[assignment]
         self.version = VERSION if recipe is not None else version
@@ -61,7 +61,7 @@ class HalfplateConfig(QuantizationConfigMixin):
 
     @property
     def specs(self) -> dict[str, WeightSpec]:
-        """What each compressed module looks like, by its path; raises HalfplateError where `modules` says what cannot be."""
+        """What each compressed module looks like, by its path; raises HalfplateError if `modules` says what cannot be."""
         return parse_modules(self.version, self.modules, self.needs)
 
 

@@ -42,7 +42,7 @@ def load(
 
     dtype: element type of activations and of all that is not a compressed matrix; compressed tensors keep the type they
     are stored in. activations, head_dtype: as in `halfplate.runtime.accelerate`; `halfplate.runtime.explain(model)` says which
-    path each linear took. kernels: False keeps the plain torch path, whose weights can be trained. Raises HalfplateError where the files are not a whole checkpoint that this version reads: every header,
+    path each linear took. kernels: False keeps the plain torch path, whose weights can be trained. Raises HalfplateError if the files are not a whole checkpoint that this version reads: every header,
     shape, type, position and code is checked, and values for NaN and inf. A flipped bit in a value shows only against the
     checksums (`inspect_checkpoint(path, verify=True)`).
     """
@@ -104,13 +104,13 @@ def _floats(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint in the folder `path`; raises HalfplateError where there is none."""
+    """The tokenizer of the checkpoint in the folder `path`; raises HalfplateError if there is none."""
     from transformers import AutoTokenizer
 
     check_name("path", path)
     if not Path(path).is_dir():
         raise HalfplateError(f"path={str(path)!r} is not a folder; give the folder of a Halfplate checkpoint")
-    cure = "put the tokenizer files of its dense model there"
+    cure = "put the tokenizer files of its original model there"
     with reading(str(path), "it has no tokenizer that can be read", cure, argument="path"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=False, local_files_only=True

@@ -74,7 +74,7 @@ def _check_savable(model: Any, folder: Path, variant: str | None) -> None:
         module = model.get_submodule(name)
         if not isinstance(module, CompressedLinear) and not (isinstance(module, Packed) and module.dense_dtype is None):
             raise HalfplateError(
-                f"{name} is a {type(module).__name__}, no compressed matrix any more; call model.dequantize() and save a dense model, "
+                f"{name} is a {type(module).__name__}, not a compressed matrix any more; call model.dequantize() and save the full-size model, "
                 "or take adapters off with unload()"
             )
 

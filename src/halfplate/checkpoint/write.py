@@ -41,7 +41,7 @@ def write_checkpoint(
 
     record: goes to `halfplate.json`, with versions and the checksum of each tensor added. other_dtype: element type of
     all floating-point tensors outside compressed matrices; the model is rounded to it in place (`round_others`), so
-    that it computes what the checkpoint will. partial: as in `new_folder`. Raises HalfplateError where `out` may not or cannot be written, and
+    that it computes what the checkpoint will. partial: as in `new_folder`. Raises HalfplateError if `out` may not or cannot be written, and
     where `model` is not as `specs` says.
     """
     _check_modules(model, specs)
@@ -144,7 +144,7 @@ def _check_modules(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> N
             tensor = stored[part]
             if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
                 raise HalfplateError(
-                    f"{name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, its spec expects {dtype} {shape}; compress it anew"
+                    f"{name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, its spec expects {dtype} {shape}; compress it again"
                 )
         # A stranger's dense layer must refuse this tensor, or it would load nonsense without a word.
         assert tuple(stored["weight"].shape) != (module.out_features, module.in_features), name

@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     load = load_average()
     if load is not None and load > cores() / 2:
         print(
-            f"halfplate: warning: load {load:.1f} on {cores()} cores; figures of a busy machine waver", file=sys.stderr
+            f"halfplate: warning: load {load:.1f} on {cores()} cores; the machine is busy, so results may be noisy",
+            file=sys.stderr,
         )
     options = ("prompt", "new_tokens", "threads", "activations", "head_dtype", "rounds", "loops")
     with progress(args) as report:
@@ -105,7 +106,7 @@ def _print(result: dict[str, Any]) -> None:
         )
     for path in result["paths"]:
         print(path)
-    print(f"memory reads {result['read_gb_per_s']:.1f} GB/s; {result['machine']}")
+    print(f"memory read bandwidth: {result['read_gb_per_s']:.1f} GB/s; {result['machine']}")
 
 
 LOOPS = {

@@ -148,7 +148,7 @@ class _Lines(Listener):
             self._phase, self._told, self._ended = phase, now, False
         if self._every_step and step.facts:
             say(json.dumps(finite(step.facts)))
-        # What follows the last step of a phase (a block is left after its last matrix) has no line of its own.
+        # What follows the last step of a phase (a layer is left after its last matrix) has no line of its own.
         if not self._ended and (done >= total or now - self._told >= LOG_SECONDS):
             self._told, self._ended = now, done >= total
             left = f", {duration(seconds_left)} left" if seconds_left is not None and done < total else ""

@@ -1,4 +1,4 @@
-"""The main run: plan, read, calibrate, compress block by block, assemble, judge; it can be broken off and gone on with."""
+"""The main run: plan, read, calibrate, compress layer by layer, assemble, judge. It can be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ MAX_KL_SEQ_LEN = 256
 
 @dataclass(frozen=True)
 class _Order:
-    """What was asked for, and all that decides the result but the text."""
+    """What the caller asked for, and everything that determines the result except the text."""
 
     source: Source
     out: Path
@@ -85,13 +85,15 @@ def compress(
 ) -> dict[str, Any]:
     """Compress `model` by `recipe`, write the checkpoint `out` with its log and its report, and return the summary.
 
-    report: told of every step (`halfplate.telemetry.progress.Report`), for progress and trackers. statistics: collect at
-    least these, e.g. GRAM so that every method is judged by its true output error. resume: go on from what an interrupted
-    run of the same model, recipe and text left beside `out`, with the same result. engine, workers, address: who does the
-    work (`halfplate.engines.local.EngineChoice`); the result does not depend on them. benchmark: whether the plan of a long
+    report: called at every step (`halfplate.telemetry.progress.Report`), for progress and trackers. statistics: collect at
+    least these, e.g. GRAM so that every method is judged by its true output error. resume: continue an interrupted
+    run of the same model, recipe and text beside `out`, with the same result. engine, workers, address: where the tasks
+    run (`halfplate.engines.local.EngineChoice`); the result does not depend on them. benchmark: whether the plan of a long
     run may time this machine for a few seconds. check: compare the result with the solved weights and with the original model
-    before it takes its place (`halfplate.compression.self_check`). Raises HalfplateError on bad input, and where memory or disk will not do, with
-    nothing written, RuinedResult where the self-check fails, with nothing written, and after writing where the KL exceeds `recipe.max_kl`.
+    before `out` is written (`halfplate.compression.self_check`).
+
+    Raises HalfplateError, with nothing written, on bad input and if memory or disk are too small. Raises RuinedResult if the self-check fails, with
+    nothing written, and if the KL exceeds `recipe.max_kl`, after writing.
     """
     recipe, out = recipe or Recipe(), Path(out)
     choice = EngineChoice(engine, workers, address)
@@ -127,7 +129,7 @@ def compress(
 
 
 def _reported(out: Path) -> dict[str, str | None]:
-    """Write the report: its file, or None and the reason, which takes nothing from the checkpoint."""
+    """Write the report. Returns its file, or None and the reason; a failure does not affect the checkpoint."""
     try:
         return {"report": str(write_report(out))}
     except HalfplateError as error:
@@ -138,7 +140,7 @@ def _carry_out(order: _Order, plan: Plan, report: Report) -> dict[str, Any]:
     recipe, clock = plan.recipe, Clock()
     report("reading", 0, 1, facts=_plan_facts(plan, order.out))
     if (threads := order.identity["threads"]) > cores():
-        note = f"{threads}, as it began, more than the {cores()} cores here: slower, and the same bytes"
+        note = f"{threads}, as at the start of the run; this machine has {cores()} cores, so it is slower (the bytes stay the same)"
         report("threads", 1, 1, note)
     result = _compressed(order, plan, report, clock)
     summary = _summary(order.out, result)
@@ -152,7 +154,7 @@ def _carry_out(order: _Order, plan: Plan, report: Report) -> dict[str, Any]:
 
 
 def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Result:
-    """Do what is not done yet, and put the result in its place."""
+    """Do the work that is not finished yet, and move the result to `out`."""
     recipe, work, source = plan.recipe, order.work, order.source
     with ExitStack() as stack:
         with clock("reading"):
@@ -252,7 +254,7 @@ def _summary(out: Path, result: Result) -> dict[str, Any]:
 
 
 def _levels(plan: Plan) -> dict[str, int]:
-    """How many matrices have each level, the commonest first."""
+    """The number of matrices with each candidate, the most frequent first."""
 
     def spoken(spec: WeightSpec) -> str:
         sizes = dict.fromkeys((spec.out_block, spec.in_block))
@@ -263,7 +265,7 @@ def _levels(plan: Plan) -> dict[str, int]:
 
 
 def _check_kl(name: str, recipe: Recipe, out: Path, report: Report) -> dict[str, Any]:
-    """Judge the compressed model on held-out text, holding both models; raises RuinedResult where its KL exceeds `recipe.max_kl`."""
+    """Measure the compressed model on held-out text, with both models in memory; raises RuinedResult if its KL exceeds `recipe.max_kl`."""
     assert recipe.max_kl is not None
     dense = load_dense(name, recipe.device)
     compressed = load(out, device=recipe.device, kernels=False)
@@ -276,7 +278,7 @@ def _check_kl(name: str, recipe: Recipe, out: Path, report: Report) -> dict[str,
     amend_record(out, {"held_out": measures})
     if not measures["kl"] <= recipe.max_kl:
         raise RuinedResult(
-            f"max_kl={recipe.max_kl}: the result is ruined, its KL to the dense model is {measures['kl']:.4g} nats a token on held-out text; "
-            f"it stays in {str(out)!r}; try method armor, larger blocks or more samples"
+            f"max_kl={recipe.max_kl}: KL {measures['kl']:.4g} nats per token on held-out text exceeds it; "
+            f"the checkpoint is kept at {str(out)!r}; try method armor, larger blocks or more samples"
         )
     return measures

@@ -1,4 +1,4 @@
-"""What the C library keeps of freed memory, given back to the system."""
+"""Returning the memory that the C library keeps after it was freed to the system."""
 
 import ctypes
 from collections.abc import Callable
@@ -6,9 +6,9 @@ from functools import cache
 
 
 def trim() -> None:
-    """Give freed memory back; nothing happens where the C library is not glibc.
+    """Return freed memory to the system; does nothing if the C library is not glibc.
 
-    glibc keeps the pieces that tensors of many sizes leave between others, and a run over many blocks would grow by them.
+    glibc keeps the gaps that tensors of many sizes leave between others, so a run over many layers would grow.
     """
     call = _malloc_trim()
     if call is not None:

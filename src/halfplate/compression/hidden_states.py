@@ -1,4 +1,4 @@
-"""Hidden states of the calibration tokens between two blocks, kept in files so that they take no memory."""
+"""Hidden states of the calibration tokens between two layers, kept in files so that they take no memory."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from halfplate.models.blockwise import BlockInputs
 from halfplate.models.handover import BlockArguments, Carried
 from halfplate.storage.tensor_file import KINDS, NAMES
 
-# Arguments of one block by the number of samples in a batch: those of other tokens differ from them in TokenArguments alone.
+# Arguments of one layer by the number of samples in a batch: those of other tokens differ from them in TokenArguments alone.
 Arguments = dict[int, BlockArguments]
 HIDDEN = "hidden"
 
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """Hidden states in batches, each in a file of its own with its checksum beside it, so that any process may write it.
+    """Hidden states in batches. Each batch is a file with a checksum beside it, so any process may write it.
 
-    path: the files are named after it. shape: (samples, L, d), in fp32; where a batch has another shape or comes with what blocks
-    hand on, the file of the checksum says which tensors lie in it. Machines that write parts of one file see old bytes of each
-    other on some network storage.
+    path: prefix of the file names. shape: (samples, L, d), in fp32; if a batch has another shape, or layers pass on more tensors,
+    the checksum file lists the tensors of the batch. There is one file per batch because, on some network storage, machines that
+    write to the same file see old bytes of each other.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class HiddenStates:
         return tuple(tuple(range(start, end)) for start, end in pairwise(ends))
 
     def samples(self, number: int) -> int:
-        """How many samples batch `number` has."""
+        """The number of samples in batch `number`."""
         return min(self.batch, self.shape[0] - number * self.batch)
 
     def read(self, number: int) -> Tensor:
@@ -57,7 +57,7 @@ class HiddenStates:
         return self.load(number)[0]
 
     def load(self, number: int) -> tuple[Tensor, Carried]:
-        """Batch `number`: the hidden state, and what blocks hand on beside it."""
+        """Batch `number`: the hidden state, and the other tensors that layers pass on."""
         tensors = {
             name: torch.empty(shape, dtype=KINDS[kind], device="cpu") for name, kind, shape in self._entries(number)
         }
@@ -90,13 +90,13 @@ class HiddenStates:
         self._check_file(number).write_text(digest.hexdigest() + ("" if plain else f"\n{json.dumps(entries)}"))
 
     def _entries(self, number: int) -> list[tuple[str, str, list[int]]]:
-        """Name, kind and shape of each tensor of a batch, the hidden state first."""
+        """Name, element type and shape of each tensor of a batch, the hidden state first."""
         _, _, entries = self._check_file(number).read_text().partition("\n")
         plain = [(HIDDEN, "F32", [self.samples(number), *self.shape[1:]])]
         return json.loads(entries) if entries else plain
 
     def whole(self) -> bool:
-        """Whether every batch is there and has its checksum."""
+        """Whether every batch exists and matches its checksum."""
         try:
             return all(self._whole(number) for number in range(self.batches))
         except (OSError, ValueError, KeyError, TypeError):
@@ -115,7 +115,7 @@ class HiddenStates:
             self.file(number).unlink(missing_ok=True)
 
     def file(self, number: int) -> Path:
-        """Where batch `number` lies."""
+        """The file of batch `number`."""
         return self.path.with_name(f"{self.path.name}.{number}")
 
     def _check_file(self, number: int) -> Path:
@@ -124,7 +124,7 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class Batches(Sequence[BlockInputs]):
-    """Some batches of hidden states as inputs of one block, read when they are asked for; own: arguments that depend on the tokens."""
+    """Some batches of hidden states as inputs of one layer, read on demand. own: arguments that depend on the tokens."""
 
     hidden: HiddenStates
     arguments: Arguments
@@ -153,7 +153,7 @@ class Batches(Sequence[BlockInputs]):
         arguments = self.arguments[samples]
         if self.own is not None:
             arguments = self.own.put_into(arguments, number, self.block)
-        # Blocks find their arguments by their index.
+        # Layers find their arguments by their index.
         return BlockInputs(
             hidden.to(self.device),
             {self.block: arguments},

@@ -1,4 +1,4 @@
-"""Sums and statistics that tasks leave in artifacts for each other."""
+"""Sums and statistics that tasks pass to each other in artifacts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from halfplate.storage.tensor_file import read_tensor
 
 
 def save_sums(path: Path, sums: StageSums) -> None:
-    """Leave sums in a part."""
+    """Write sums to an artifact."""
     tensors: dict[str, Tensor] = {}
     for leader, found in sums.sums.items():
         if found.squares is not None:
@@ -28,7 +28,7 @@ def save_sums(path: Path, sums: StageSums) -> None:
 
 
 def load_sums(path: Path) -> StageSums:
-    """What `save_sums` left."""
+    """Read the sums that `save_sums` wrote."""
     part = _whole(path)
 
     def tensor(name: str) -> Tensor | None:
@@ -42,7 +42,7 @@ def load_sums(path: Path) -> StageSums:
 
 
 def save_statistics(path: Path, statistics: Mapping[str, InputStatistics]) -> None:
-    """Leave the statistics of some inputs in a part, by the names of their leaders."""
+    """Write the statistics of some inputs to an artifact, by the names of their leaders."""
     tensors = {
         f"{leader}:{key}": tensor
         for leader, found in statistics.items()
@@ -54,7 +54,7 @@ def save_statistics(path: Path, statistics: Mapping[str, InputStatistics]) -> No
 
 
 def load_statistics(path: Path, leader: str, device: str) -> InputStatistics:
-    """Those of one input."""
+    """Read the statistics of one input."""
     part = _whole(path)
     found = {
         key: read_tensor(part.tensors[name]).to(device)

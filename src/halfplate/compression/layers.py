@@ -1,4 +1,4 @@
-"""Compression of a model decoder block by decoder block: calibrate, solve, write, free; what is finished is never done again."""
+"""Compression of a model, one decoder layer at a time: calibrate, solve, write, free. Finished work is never repeated."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ AHEAD = 2  # matrices that wait for each worker before no other block begins
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of each matrix, in the order of the plan, and of each block that was tuned."""
+    """The result for each matrix, in the order of the plan, and for each tuned layer."""
 
     records: list[MatrixRecord]
     tuned: dict[int, TunedBlock]
 
 
 def compress_blocks(run: Run) -> Outcome:
-    """Leave every planned block as a part in the work folder, and say what became of each matrix.
+    """Write every planned layer to an artifact in the work folder, and return the result for each matrix.
 
-    Blocks whose parts are whole stay; a damaged one is computed anew, from hidden states that run through those before it.
+    Intact artifacts are kept. A damaged layer is computed again, from hidden states that run through the layers before it.
     """
     loop = _Loop(run)
     unfinished = [block for block in range(loop.last + 1) if not loop.finished(block)]
@@ -55,10 +55,10 @@ def compress_blocks(run: Run) -> Outcome:
 
 @dataclass
 class _Begun:
-    """A block whose matrices are being solved.
+    """A layer whose matrices are being solved.
 
-    done: where each matrix lies, or will. solving: the records of each task. files: of statistics, which go when all is solved.
-    matrices: how many may still wait.
+    done: the artifact of each matrix, also of those still to be solved. solving: the records of each task. files: of statistics,
+    removed when all matrices are solved. matrices: the number that may still wait.
     """
 
     block: int
@@ -69,7 +69,7 @@ class _Begun:
 
 
 class _Loop:
-    """The blocks of a run, one after the other."""
+    """Processes the layers of a run in order."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.recipe = run, run.plan.recipe
@@ -80,18 +80,18 @@ class _Loop:
         self.records: dict[str, MatrixRecord] = {}
         self.tuned: dict[int, TunedBlock] = {}
         self.streams = Streams(run)
-        # Whether the statistics of a block do not wait for the matrices of the one before, and others solve these meanwhile.
+        # Whether the statistics of a layer do not wait for the matrices of the one before, and others solve these meanwhile.
         self.apart = run.engine.elsewhere and COMPRESSED not in self.streams.names
 
     # What is there already.
 
     def finished(self, block: int) -> bool:
-        """Whether the part of the block is whole; one that is not is removed."""
+        """Whether the artifact of the layer is intact; a damaged one is removed."""
         part = load_artifact(self.run.work.block(block))
         if part is None or (damage := self._damage(part)) is not None:
             if part is not None:
                 self.run.report(
-                    "checking", block + 1, self.last + 1, f"block {block} is damaged ({damage}), computed anew"
+                    "checking", block + 1, self.last + 1, f"layer {block} is damaged ({damage}) and is computed again"
                 )
             remove_artifact(self.run.work.block(block))
             return False
@@ -99,10 +99,10 @@ class _Loop:
         return True
 
     def _damage(self, part: Artifact) -> str | None:
-        """What is wrong with a part; one of other levels is worth nothing where those that were chosen have been lost."""
+        """The damage of an artifact, or None. One with other candidates is useless: the chosen ones were lost and chosen again."""
         specs = part.facts["specs"]
         other = next((name for name, spec in specs.items() if spec != self.specs[name].to_json()), None)
-        return part.damaged() if other is None else f"{other} has another level"
+        return part.damaged() if other is None else f"{other} has another candidate"
 
     def _remember(self, block: int, facts: dict[str, Any], records: list[MatrixRecord]) -> None:
         self.records |= {record.name: record for record in records}
@@ -116,10 +116,10 @@ class _Loop:
     def outcome(self) -> Outcome:
         return Outcome([self.records[name] for name in self.specs], dict(sorted(self.tuned.items())))
 
-    # One block.
+    # One layer.
 
     def begin(self, block: int) -> _Begun:
-        """Collect the statistics of a block and have its matrices solved; done when it returns, unless others solve them."""
+        """Collect the statistics of a layer and start solving its matrices. They are solved on return, unless other processes solve them."""
         begun = _Begun(block)
         if self.streams.names:
             with self.run.clock("statistics"):
@@ -135,11 +135,11 @@ class _Loop:
         return begun
 
     def enough(self, begun: Sequence[_Begun]) -> bool:
-        """Whether the first of these blocks is to be finished before another begins."""
+        """Whether to finish the first of these layers before another begins."""
         return not self.apart or sum(one.matrices for one in begun) > AHEAD * self.run.engine.workers
 
     def finish(self, begun: _Begun) -> None:
-        """Wait for the matrices of a block, tune them if asked to, write its part, and take the hidden states past it."""
+        """Wait for the matrices of a layer, tune them if the recipe says so, write its artifact, and run the hidden states through it."""
         block = begun.block
         with self.run.clock("solving"):
             self._settle(begun)
@@ -154,7 +154,7 @@ class _Loop:
         self.tell({"event": "block", "block": block} | ({} if tuned is None else asdict(tuned)))
 
     def _stages(self, block: int, done: dict[str, Path]) -> Iterator[tuple[list[str], dict[str, InputStatistics]]]:
-        """Linears of a block whose statistics can be had together, with these; what is compressed in between counts."""
+        """Groups of linears of a layer, each with its statistics, collected after the groups before it are compressed."""
         names = self.names[block]
         if not names or not self.streams.names:
             yield names, {}
@@ -171,7 +171,7 @@ class _Loop:
             yield stage, statistics
 
     def _kept(self, name: str) -> Path | None:
-        """The part of a matrix that was finished before the run was interrupted."""
+        """The artifact of a matrix that was finished before the run was interrupted."""
         path = self.run.work.matrix(self.leaders[name])
         part = load_artifact(path)
         if part is None or self._damage(part) is not None:
@@ -180,7 +180,7 @@ class _Loop:
         return path
 
     def _solve(self, begun: _Begun, stage: Sequence[str], statistics: dict[str, InputStatistics]) -> None:
-        """Hand the matrices `stage` to the engine."""
+        """Submit the matrices `stage` to the engine."""
         engine, view = self.run.engine, self.run.view(begun.block, begun.done)
         left = [name for name in stage if self.leaders[name] == name and self._kept(name) is None]
         given: dict[str, Any] = {name: statistics.get(name, InputStatistics()) for name in left}
@@ -198,7 +198,7 @@ class _Loop:
         begun.done |= {name: self.run.work.matrix(self.leaders[name]) for name in stage}
 
     def _settle(self, begun: _Begun) -> None:
-        """Wait for what the engine solves."""
+        """Wait for the matrices that the engine solves."""
         for results in begun.solving:
             for records in results:
                 for record in records:
@@ -209,7 +209,7 @@ class _Loop:
         begun.solving, begun.files = [], set()
 
     def _left_in_files(self, given: dict[str, InputStatistics]) -> dict[str, tuple[Path, str]]:
-        """The statistics of each input once in a file, and where each matrix finds its own."""
+        """Write the statistics of each input to a file once, and return the file for each matrix."""
         places: dict[str, tuple[Path, str]] = {}
         known: dict[int, tuple[Path, str]] = {}
         for name, statistics in given.items():
@@ -231,7 +231,7 @@ class _Loop:
             return tune_block(blockwise, block, self.streams.batches(COMPRESSED, block), targets, settings)
 
     def _write(self, block: int, done: dict[str, Path], tuned: TunedBlock | None) -> None:
-        """The whole block as it will be stored, as a part."""
+        """Write the whole layer, as it will be stored, to an artifact."""
         dtype = self.run.source.other_dtype
         with self.run.clock("writing"):
             blockwise, _ = self.run.blocks.open(self.run.view(block, done))
@@ -255,7 +255,7 @@ class _Loop:
 
 
 def finite(name: str, tensor: Tensor) -> Tensor:
-    """`tensor`; raises HalfplateError where its type could not hold a value."""
+    """Return `tensor`; raises HalfplateError if its type cannot hold one of its values."""
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         raise HalfplateError(
             f"{name} holds values that are not finite in {tensor.dtype}; choose a wider type or another method"
@@ -264,7 +264,7 @@ def finite(name: str, tensor: Tensor) -> Tensor:
 
 
 class _Hidden(Sequence[Tensor]):
-    """Hidden states batch by batch, read when they are asked for."""
+    """Hidden states batch by batch, read on demand."""
 
     def __init__(self, states: HiddenStates, device: str) -> None:
         self._states, self._device = states, device

@@ -1,4 +1,4 @@
-"""A layer of the model as it is at some moment, and the one that a process has in memory."""
+"""The state of a layer during the run, and the layer that a process has in memory."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from halfplate.storage.tensor_file import read_tensor
 
 @dataclass(frozen=True)
 class BlockView:
-    """A decoder block as it is at some moment: of which model, which one, and the parts that hold its finished matrices.
+    """The state of a decoder layer: the model, the index, and the artifacts of its finished matrices.
 
-    model: a name that no other model has. finished: the part of each matrix that is done, by the matrix's name; several may
-    lie in one part. precision: of products while text runs through it. threads: of torch.
+    model: a name that no other model has. finished: the artifact of each finished matrix, by the name of the matrix; several may
+    share one artifact. precision: of matrix products while text runs through it. threads: of torch.
     """
 
     model: str
@@ -40,14 +40,14 @@ class BlockView:
     finished: Mapping[str, Path]
 
     def needs(self, memory: int) -> Needs:
-        """What a task on this block takes."""
+        """The resources that a task on this layer needs."""
         return Needs(self.threads, int(torch.device(self.device).type == "cuda"), memory)
 
 
 class OpenBlocks:
-    """The block that a process has in memory; the next task mostly wants the same.
+    """The layer that a process keeps in memory, because the next task usually needs the same one.
 
-    streamed, name: the model that its views are of, where it is open already.
+    streamed, name: the model of its views, if it is open already.
     """
 
     def __init__(self, streamed: StreamedModel | None = None, name: str = "") -> None:
@@ -64,7 +64,7 @@ class OpenBlocks:
         return self._streamed
 
     def open(self, view: BlockView, dense: bool = False) -> tuple[BlockwiseModel, nn.Module | None]:
-        """The model with the block of the view in it, its finished matrices in their places, and the block as it was before if `dense` asks for it."""
+        """Load the layer of the view with its finished matrices. Returns the model, and with `dense` also the original layer."""
         streamed = self.model(view)
         stale = any(view.finished.get(name) != path for name, path in self._applied.items())
         if self._index != view.index or stale or (dense and self._dense is None):
@@ -81,20 +81,20 @@ class OpenBlocks:
         return streamed.blockwise, self._dense
 
     def mark(self, view: BlockView) -> None:
-        """The open block is as the view says: its matrices have just been written to the parts named there."""
+        """Declare that the open layer matches the view: its matrices have just been written to these artifacts."""
         assert self._index == view.index
         assert self._applied.keys() == view.finished.keys()
         self._applied = dict(view.finished)
 
     def weight(self, view: BlockView, name: str) -> Tensor:
-        """The dense weight of the linear `name`, fp32 (d_out, d_in)."""
+        """The original weight of the linear `name`, fp32 (d_out, d_in)."""
         streamed = self.model(view)
         if self._index == view.index and name not in self._applied:
             return cast(nn.Linear, streamed.model.get_submodule(name)).weight.detach()
         return streamed.read(f"{name}.weight")
 
     def close(self) -> None:
-        """Free the memory of the block."""
+        """Free the memory of the layer."""
         if self._streamed is not None and self._index is not None:
             self._streamed.free_block(self._index)
         self._index, self._dense, self._applied = None, None, {}

@@ -1,4 +1,4 @@
-"""What comes before the first block: a model that can be read in pieces, checked weights, text, and levels; each is done once."""
+"""The steps before the first layer: a model that can be read in pieces, checked weights, text, and candidates. Each is done once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FEW = 16  # tokens of a text that comes before the real one
 
 
 def fixed_threads(recipe: Recipe, work: WorkFolder, resume: bool) -> int:
-    """The threads of every task, which an interrupted run goes on with unless the recipe says otherwise: bits depend on them."""
+    """The threads of every task. A resumed run keeps them unless the recipe sets others, because the bits depend on them."""
     begun = work.begun() if resume else None
     if recipe.threads is None and begun is not None:
         check_resumed_threads(int(begun["threads"]))
@@ -38,7 +38,7 @@ def fixed_threads(recipe: Recipe, work: WorkFolder, resume: bool) -> int:
 
 
 def check_weights(streamed: StreamedModel, work: WorkFolder, clock: Clock, report: Report) -> None:
-    """Read every tensor once: NaN in the last block must not show after a night of work on those before."""
+    """Read every tensor once, so that NaN in the last layer is found before hours of work on the others."""
     done = work.path / "checked.json"
     if read_json(done) is not None:
         return
@@ -53,7 +53,7 @@ def check_weights(streamed: StreamedModel, work: WorkFolder, clock: Clock, repor
 def check_blocks(
     streamed: StreamedModel, plan: Plan, tokens: CalibrationTokens, work: WorkFolder, clock: Clock, report: Report
 ) -> None:
-    """Compare the blocks run one at a time with the whole forward on the first tokens, once for all runs."""
+    """Compare running layer by layer with the whole forward pass on the first tokens; a resumed run does not repeat this."""
     done = work.path / "compared.json"
     if read_json(done) is not None:
         return
@@ -72,7 +72,7 @@ def _splits(recipe: Recipe) -> str | None:
 
 
 def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, report: Report) -> CalibrationTokens:
-    """The tokens, kept in the work folder; those of a text are made anew and must be the same."""
+    """The calibration tokens, kept in the work folder. Those of a text are made again on resume and must be equal."""
     recipe = plan.recipe
     kept = load_artifact(work.tokens)
     if kept is not None and kept.damaged() is None and recipe.calibration == "self":
@@ -121,10 +121,10 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
 def chosen_levels(
     source: Source, plan: Plan, tokens: CalibrationTokens | None, work: WorkFolder, report: Report, clock: Clock
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan with what a budget or the outliers of each block choose, and what is to be told of that.
+    """The plan with the formats that a budget or the outliers of each layer choose, and the facts to record about that.
 
-    source: with tensors that can be read one by one. Chosen once for all runs: some choices rest on measured times. The whole
-    model is held for it.
+    source: its tensors can be read one by one. A resumed run does not choose again, because some choices depend on measured times.
+    Holds the whole model.
     """
     recipe = plan.recipe
     if not recipe.budgeted and recipe.ratios == "uniform":

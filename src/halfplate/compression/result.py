@@ -1,4 +1,4 @@
-"""The result of a compression: putting it together from its parts, and knowing one that is there already."""
+"""The result of a compression: assembling it from its artifacts, and recognising a finished one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RECORDED = ("model", "statistics", "halfplate", "plugins")  # what of an identit
 
 @dataclass(frozen=True)
 class Result:
-    """A finished compression: the plan with its levels, what became of it, the protocol of the text, what else the record tells, and what the self-check found."""
+    """A finished compression: the plan with its candidates, the outcome, the protocol of the text, further facts of the record, and the result of the self-check."""
 
     plan: Plan
     outcome: Outcome
@@ -42,7 +42,7 @@ class Result:
 
 
 def identity_of(source: Source, plan: Plan, threads: int) -> dict[str, Any]:
-    """All that decides the bytes of the result but the text: the model, the recipe entry by entry, threads and versions."""
+    """Everything that determines the bytes of the result except the text: the model, each entry of the recipe, threads and versions."""
     model = json.dumps(source.identity(), sort_keys=True, default=str).encode()
     recipe = {key: value for key, value in plan.recipe.fingerprint_json().items() if key != "version"}
     plain: dict[str, Any] = json.loads(json.dumps(recipe))
@@ -56,9 +56,9 @@ def identity_of(source: Source, plan: Plan, threads: int) -> dict[str, Any]:
 
 
 def finished_result(out: Path, source: Source, plan: Plan, identity: dict[str, Any], overwrite: bool) -> Result | None:
-    """The whole result in `out`; None where there is none.
+    """The complete result in `out`; None if there is none.
 
-    Raises HalfplateError where the result there was made otherwise, unless it may be overwritten.
+    Raises HalfplateError if that result was made in another way, unless it may be overwritten.
     """
     if not (out / RECORD_FILE).is_file():
         return None
@@ -84,7 +84,7 @@ def _recorded(
     specs: dict[str, WeightSpec],
     overwrite: bool,
 ) -> Result | None:
-    """The result that `record` tells of; None where it was made otherwise and may be overwritten."""
+    """The result that `record` describes; None if it was made in another way and may be overwritten."""
     begun = {key: value for key, value in record["recipe"].items() if key != "version"} | record["identity"]
     protocol = record["calibration"]
     try:
@@ -139,13 +139,13 @@ def assemble_weights(
     if set(names) != found.keys():
         name = min(set(names) ^ found.keys())
         raise HalfplateError(
-            f"{name} is missing or too many among the finished parts; pass --overwrite to start afresh"
+            f"{name} is missing or too many among the finished files; pass --overwrite to start afresh"
         )
     return assemble({name: found[name] for name in names}, folder, progress)
 
 
 def _save_plain(streamed: StreamedModel, names: list[str], path: Path) -> None:
-    """Tensors that nothing is done to, in the type they will be stored in; one at a time is held."""
+    """Write the uncompressed tensors in the type that they are stored in, one in memory at a time."""
     dtype = streamed.source.other_dtype
     kinds = {name: KINDS[streamed.stored[name].kind] for name in names}
     entries = {

@@ -1,4 +1,4 @@
-"""One compression under way: what all its steps share."""
+"""The state of a running compression that all its steps share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from halfplate.telemetry.progress import Report
 
 @dataclass
 class Run:
-    """source: with its tensors where they can be read one by one. blocks: what this process has open."""
+    """source: the model, whose tensors can be read one by one. blocks: the layer that this process has open."""
 
     source: Source
     plan: Plan
@@ -34,7 +34,7 @@ class Run:
 
     @cached_property
     def names(self) -> dict[int, list[str]]:
-        """The matrices to compress by their block."""
+        """The matrices to compress, by layer."""
         names: dict[int, list[str]] = defaultdict(list)
         for matrix in self.plan.matrices:
             if matrix.spec is not None and matrix.block is not None:
@@ -43,15 +43,15 @@ class Run:
 
     @property
     def last(self) -> int:
-        """The last block that is compressed."""
+        """The last layer that is compressed."""
         return max(self.names)
 
     def view(self, block: int, finished: Mapping[str, Path]) -> BlockView:
-        """A block with the matrices in `finished` compressed."""
+        """A layer with the matrices in `finished` compressed."""
         recipe = self.plan.recipe
         name = str(self.work.path)
         return BlockView(name, self.source, recipe.device, recipe.precision, self.threads, block, dict(finished))
 
     def parts(self, block: int) -> dict[str, Path]:
-        """Where each matrix of a finished block lies."""
+        """The artifact of each matrix of a finished layer."""
         return {name: self.work.block(block) for name in self.names[block]}

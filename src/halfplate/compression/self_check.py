@@ -50,11 +50,11 @@ and gave him a big hug. From that day on, the boy went to the lighthouse after s
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What the self-check found.
+    """The result of the self-check.
 
     kl: KL(original ‖ checkpoint), mean nats per token. top1_agreement: share of tokens with the same most likely token.
     logit_error: Frobenius norm of the difference between the logits of the checkpoint and of the solved weights, over the norm
-    of the latter. tokens: scored. loaded: `whole` as `halfplate.load` gives it, or `by layer` where it would exceed the
+    of the latter. tokens: scored. loaded: `whole` if `halfplate.load` loaded it, or `by layer` if that would exceed the
     memory bound.
     """
 
@@ -66,7 +66,7 @@ class SelfCheck:
 
     @property
     def nonsense(self) -> bool:
-        """Whether the model is too far from the original to write sensible text."""
+        """Whether the KL is too high for sensible text."""
         return not self.kl <= NONSENSE_KL
 
     def to_json(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def self_check(streamed: StreamedModel, run: Run, folder: Path, original: Source
     """Compare the checkpoint in `folder` with the solved weights and with the original model, on one short built-in text.
 
     The solved weights are multiplied out and run through the model's code, layer by layer. original: the model before its
-    transforms. Raises RuinedResult if the checkpoint computes anything else, or numbers that are not finite.
+    transforms. Raises RuinedResult if the checkpoint computes different logits, or numbers that are not finite.
     """
     ids = check_tokens(load_tokenizer(folder), streamed.model).to(streamed.device)
     specs = run.plan.specs
@@ -113,7 +113,7 @@ def self_check(streamed: StreamedModel, run: Run, folder: Path, original: Source
 def _checked_error(stored: Tensor, solved: Tensor, exact: bool) -> float:
     """The Frobenius norm of the difference of logits over that of `solved`, all tokens together.
 
-    exact: whether both were multiplied in fp32. Raises RuinedResult where the difference is more than that of two ways to round.
+    exact: whether both were multiplied in fp32. Raises RuinedResult if the difference is larger than rounding explains.
     """
     least = torch.finfo(torch.float32).tiny
     error = float((stored - solved).norm() / solved.norm().clamp_min(least))
@@ -129,7 +129,7 @@ def _checked_error(stored: Tensor, solved: Tensor, exact: bool) -> float:
 
 
 def _in_full_precision(streamed: StreamedModel) -> bool:
-    """Whether torch multiplies fp32 as fp32 here: on the processor, unless the process has allowed it less."""
+    """Whether torch multiplies fp32 in full fp32: on the CPU, unless the process allowed less."""
     # Older versions of torch have no such setting.
     products: Any = getattr(torch.backends.mkldnn, "matmul", None)
     return streamed.device.type == "cpu" and getattr(products, "fp32_precision", "ieee") in FULL_PRECISION
@@ -176,7 +176,7 @@ def _logits(streamed: StreamedModel, ids: Tensor, variants: list[Callable[[int],
 
 @contextmanager
 def _in_fp32(blockwise: BlockwiseModel) -> Iterator[None]:
-    """Calibration may multiply in bf16; what is compared here must not."""
+    """Calibration may multiply in bf16. This comparison must use fp32."""
     precision, blockwise.precision = blockwise.precision, "fp32"
     try:
         yield
@@ -185,7 +185,7 @@ def _in_fp32(blockwise: BlockwiseModel) -> Iterator[None]:
 
 
 def _round_outer(streamed: StreamedModel) -> None:
-    """Round what stands outside the layers to the type that it is stored in."""
+    """Round the tensors outside the layers to the type that they are stored in."""
     tensors = streamed.model.state_dict(keep_vars=True)
     for name in streamed.outer_names:
         if tensors[name].is_floating_point() and not tensors[name].is_meta:
@@ -193,12 +193,12 @@ def _round_outer(streamed: StreamedModel) -> None:
 
 
 def _put_solved(streamed: StreamedModel, run: Run, index: int) -> None:
-    """Give the layer the weights that were solved, multiplied out; the original linears stay."""
+    """Put the solved weights, multiplied out, into the layer; the original linears stay."""
     if not run.names.get(index):
         return
     part = load_artifact(run.work.block(index))
     if part is None:
-        raise HalfplateError(f"the finished part of layer {index} is gone; run the same command again with --resume")
+        raise HalfplateError(f"the finished file of layer {index} is gone; run the same command again with --resume")
     tensors = {name: read_tensor(stored).to(streamed.device) for name, stored in part.tensors.items()}
     block, prefix = streamed.blocks[index], f"{streamed.prefix}.{index}."
     specs = {name: run.plan.specs[name] for name in run.names[index]}
@@ -233,14 +233,14 @@ class _Written:
         self._specs, self._found = read_checked_headers(folder)
 
     def check_outer(self, streamed: StreamedModel) -> None:
-        """Raise RuinedResult unless what stands outside the layers is that of the original, in the type that it is stored in."""
+        """Raise RuinedResult unless the tensors outside the layers equal those of the original, in the type that they are stored in."""
         for name in streamed.outer_names:
             ((_, stored),) = read_tensors({name: self._found[name]})
             if not torch.equal(stored, streamed.read(name).to("cpu", stored.dtype)):
                 raise _ruined(f"{name} in the written checkpoint is not that of the original")
 
     def put(self, streamed: StreamedModel, index: int) -> None:
-        """Give the layer what the checkpoint stores for it, its compressed linears on the fastest path."""
+        """Put the stored tensors of the checkpoint into the layer, its compressed linears on the fastest path."""
         prefix = f"{streamed.prefix}.{index}."
         block = streamed.blocks[index]
         found = {name: stored for name, stored in self._found.items() if name.startswith(prefix)}
@@ -257,7 +257,7 @@ class _Written:
 
 
 def _loaded_logits(folder: Path, ids: Tensor, device: str) -> Tensor:
-    """Logits of the checkpoint as `halfplate.load` gives it, the last tokens one by one where decoding is native."""
+    """Logits of the checkpoint loaded by `halfplate.load`; the last tokens run one by one if decoding is native."""
     with warnings.catch_warnings():
         # What has no kernel was said at the start; the folder has no name of the user's yet.
         warnings.simplefilter("ignore", HalfplateWarning)

@@ -1,4 +1,4 @@
-"""The calibration tokens on their way through the blocks, and what is learned from them there."""
+"""The hidden states of the calibration tokens between layers, and the statistics collected from them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ DENSE, COMPRESSED = "dense", "compressed"  # streams: of the dense model, and th
 
 
 class Streams:
-    """The hidden states of the tokens before some block, in one stream or both; none where no text runs.
+    """The hidden states of the tokens before some layer, in one stream or two; none if the method needs no text.
 
-    names: the streams there are. corrected: whether cross moments between the two are collected.
+    names: of the streams. corrected: whether cross moments between the two are collected.
     """
 
     def __init__(self, run: Run) -> None:
@@ -44,7 +44,7 @@ class Streams:
         return (COMPRESSED, DENSE) if self.run.plan.job.streams == 2 else (COMPRESSED,)
 
     def reach(self, block: int) -> None:
-        """Bring them to the inputs of `block`, from the nearest block before it that they are known for."""
+        """Compute the inputs of layer `block`, starting at the nearest earlier layer whose inputs are known."""
         start = next((at for at in range(block, 0, -1) if at == self._at or self._whole(at)), 0)
         self._know_arguments()
         if not (self._embedded or self._own.whole()) or (start == 0 and not self._whole(0)):
@@ -58,7 +58,7 @@ class Streams:
         self._at = block
 
     def pass_by(self, block: int, streams: tuple[str, ...] | None = None) -> None:
-        """Take them from the inputs of `block` to its outputs, and forget the inputs; after the last block just forget."""
+        """Compute the outputs of layer `block` and delete its inputs; after the last layer, only delete."""
         if block < self.run.last:
             self.advance(block, self.run.parts(block), streams)
             self._at = block + 1
@@ -72,8 +72,8 @@ class Streams:
         return all(self.hidden(stream, block).whole() for stream in self.names)
 
     def hidden(self, stream: str, block: int) -> HiddenStates:
-        """The inputs of `block` in a stream."""
-        # Before the first block all streams are one.
+        """The inputs of layer `block` in a stream."""
+        # Before the first layer all streams are one.
         return HiddenStates(self.run.work.hidden(stream if block else DENSE, block), self._shape, BATCH)
 
     @property
@@ -83,11 +83,11 @@ class Streams:
         return samples, length, self.run.source.config.get_text_config().hidden_size
 
     def batches(self, stream: str, block: int) -> Batches:
-        """The same as inputs that the block can be called with."""
+        """The inputs of layer `block`, ready to call it with."""
         return Batches(self.hidden(stream, block), self._arguments[block], block, self.recipe.device, own=self._own)
 
     def _embed(self) -> None:
-        """The inputs of the first block, and the arguments of all blocks that depend on the tokens."""
+        """The inputs of the first layer, and the arguments of all layers that depend on the tokens."""
         assert self.run.tokens is not None
         streamed = self.run.blocks.model(self.run.view(0, {}))
         target = self.hidden(DENSE, 0)
@@ -99,7 +99,7 @@ class Streams:
         self._own.finish(target.batches)
 
     def _know_arguments(self) -> None:
-        """The other arguments of every block for every size of batch, those of the first tokens."""
+        """The other arguments of every layer for every size of batch, those of the first tokens."""
         if self._arguments:
             return
         assert self.run.tokens is not None
@@ -115,12 +115,12 @@ class Streams:
         }
 
     def advance(self, block: int, parts: Mapping[str, Path], streams: tuple[str, ...] | None = None) -> None:
-        """Run them through a block, whose matrices lie in `parts`; streams: those in question, by default all."""
+        """Run the hidden states through a layer whose matrices are in `parts`. streams: by default all."""
         streams = self.names if streams is None else streams
         pairs = {stream: (self.hidden(stream, block), self.hidden(stream, block + 1)) for stream in streams}
         view, plain = self.run.view(block, parts), (None, None)
         if COMPRESSED not in self.names:
-            # The one stream is the dense model's: no second copy of the block is needed.
+            # The one stream is the original model's: no second copy of the layer is needed.
             view, pairs = self.run.view(block, {}), {COMPRESSED: pairs[DENSE]}
         (hidden, out), (dense, dense_out) = (pairs.get(stream, plain) for stream in (COMPRESSED, DENSE))
         arguments, memory = self._arguments[block], self._memory_to_run(block)
@@ -132,7 +132,7 @@ class Streams:
             pass
 
     def _shares(self) -> list[tuple[tuple[int, ...], ...]]:
-        """The chunks of batches for each task: all for one process; one by one where several share them."""
+        """The chunks of batches of each task: all in one task for one process, one per task for several."""
         chunks = self.hidden(DENSE, 0).chunks
         return [(chunk,) for chunk in chunks] if self.run.engine.elsewhere else [chunks]
 
@@ -141,7 +141,7 @@ class Streams:
         return memory_to_run([self.run.plan.specs[name] for name in self.run.names[block]], BATCH * length * width)
 
     def stages(self, block: int, done: Mapping[str, Path]) -> list[list[str]]:
-        """The linears of a block by what must be compressed before their inputs are final."""
+        """The linears of a layer in groups, in the order in which their inputs become final."""
         names = self.run.names[block]
         if self.recipe.inputs == "dense":
             return [names]
@@ -149,7 +149,7 @@ class Streams:
         return input_stages(blockwise, block, self.batches(COMPRESSED, block)[0], names)
 
     def collect(self, block: int, stage: list[str], done: Mapping[str, Path]) -> dict[str, InputStatistics]:
-        """Statistics of the linears `stage` of a block in which the matrices in `done` are compressed."""
+        """Statistics of the linears `stage` of a layer in which the matrices in `done` are compressed."""
         hidden = self.hidden(COMPRESSED if COMPRESSED in self.names else DENSE, block)
         dense = self.hidden(DENSE, block) if self.corrected else None
         specs = [self.run.plan.specs[name] for name in stage]

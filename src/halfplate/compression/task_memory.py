@@ -1,4 +1,4 @@
-"""The memory that tasks of a compression take. Rough, and rather too much than too little."""
+"""Estimates of the memory that tasks of a compression need; rough, and too high rather than too low."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROCESS_NBYTES = 700_000_000  # Python with torch and transformers
 
 
 def memory_to_solve(method: Method, specs: Iterable[WeightSpec]) -> int:
-    """Bytes in which matrices of one input are corrected for compressed inputs and solved, together where they are several."""
+    """Bytes needed to correct matrices of one input for compressed inputs and to solve them, together if there are several."""
     specs = list(specs)
     weights = sum(spec.d_out * spec.d_in for spec in specs)
     width = max(spec.d_in for spec in specs) if method.requires >= Statistic.GRAM else 0
@@ -23,11 +23,11 @@ def memory_to_solve(method: Method, specs: Iterable[WeightSpec]) -> int:
 
 
 def memory_to_run(specs: Iterable[WeightSpec], hidden: int) -> int:
-    """Bytes in which text runs through a block of these matrices, and through the dense one; hidden: values of one batch."""
+    """Bytes needed to run text through a layer of these matrices and through the original layer; hidden: values of one batch."""
     # Each compressed matrix has its product beside it meanwhile.
     return PROCESS_NBYTES + 3 * 4 * sum(spec.d_out * spec.d_in for spec in specs) + 16 * 4 * hidden
 
 
 def memory_to_collect(specs: Iterable[WeightSpec], needed: Statistic) -> int:
-    """Bytes of the sums for matrices of which each may have an input of its own: a chunk's, and a batch's being added."""
+    """Bytes of the sums of one chunk and one batch, if each matrix has an input of its own."""
     return sum(24 * spec.d_in**2 for spec in specs) if needed >= Statistic.GRAM else 0

@@ -1,4 +1,4 @@
-"""The pieces of work that engines hand to processes: each reads what it needs from files and gives the same result anywhere."""
+"""The tasks that engines run in processes. Each reads its input from files and gives the same result on every machine."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from halfplate.storage.artifact import Artifact, save_artifact
 
 @dataclass(frozen=True)
 class CollectSums:
-    """Sums over some chunks of batches of what reaches the linears `names` of a block.
+    """Collect sums over the inputs of the linears `names` of a layer, for some chunks of batches.
 
-    dense: where the block's inputs in the dense model lie, if cross moments are wanted. chunks: the batches of each; those of one
+    dense: files of the layer's inputs in the original model, if cross moments are collected. chunks: the batches of each; those of one
     are summed by themselves, and then the chunks in their order. out: a part to leave the sums in, for a process whose memory the
     caller does not see. memory: bytes. own: arguments that depend on the tokens.
     """
@@ -84,9 +84,9 @@ class CollectSums:
 
 @dataclass(frozen=True)
 class SolveMatrices:
-    """Solve one matrix, or all that share a wrapper, and leave them in a part; gives back their records.
+    """Solve one matrix, or all that share a wrapper, write them to an artifact, and return their records.
 
-    statistics: as they are, or the part that `save_statistics` wrote, with the name of the input's leader.
+    statistics: the statistics, or the artifact that `save_statistics` wrote with the name of the input's leader.
     """
 
     view: BlockView
@@ -128,7 +128,7 @@ class SolveMatrices:
 
 @dataclass(frozen=True)
 class RunBlock:
-    """Take some batches through a block: from `hidden` to `out`, and through the dense block from `dense` to `dense_out`.
+    """Take some batches through a layer: from `hidden` to `out`, and through the original layer from `dense` to `dense_out`.
 
     memory: bytes. own: arguments that depend on the tokens.
     """
@@ -169,7 +169,7 @@ class RunBlock:
 
 
 def facts_of(records: list[MatrixRecord], specs: Mapping[str, WeightSpec]) -> dict[str, object]:
-    """What a part says of its matrices."""
+    """The facts that an artifact stores about its matrices."""
     return {
         "specs": {record.name: specs[record.name].to_json() for record in records},
         "records": {record.name: record.to_json() | {"seconds": record.seconds} for record in records},
@@ -177,5 +177,5 @@ def facts_of(records: list[MatrixRecord], specs: Mapping[str, WeightSpec]) -> di
 
 
 def records_in(part: Artifact) -> list[MatrixRecord]:
-    """The records of the matrices in a part."""
+    """The records of the matrices in an artifact."""
     return [MatrixRecord.from_json(name, entry) for name, entry in part.facts["records"].items()]

@@ -1,4 +1,4 @@
-"""Arguments of blocks that depend on the tokens and not on their number alone, kept in files beside the hidden states."""
+"""Arguments of layers that depend on the tokens, not only on their number, kept in files beside the hidden states."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from halfplate.storage.tensor_file import read_tensor
 
 @dataclass(frozen=True)
 class TokenArguments:
-    """What `differing` finds for every batch of the tokens, one part a batch that has any; `folder` holds them all."""
+    """The result of `differing` for every batch of tokens, one artifact in `folder` for each batch that has any."""
 
     folder: Path
 
     def write(self, number: int, found: Places) -> None:
-        """Keep those of batch `number`."""
+        """Write the arguments of batch `number`."""
         if not found:
             return
-        # Blocks may share a tensor: it lies there once.
+        # Layers may share a tensor: it lies there once.
         names: dict[int, str] = {}
         for tensor in found.values():
             names.setdefault(id(tensor), str(len(names)))
@@ -33,18 +33,18 @@ class TokenArguments:
         save_artifact(self._file(number), tensors, {"places": places}, durable=False)
 
     def finish(self, batches: int) -> None:
-        """All batches have been written."""
+        """Mark that all batches have been written."""
         kept = [number for number in range(batches) if self._file(number).exists()]
         write_json(self._done, {"kept": kept}, durable=False)
 
     def whole(self) -> bool:
-        """Whether those of every batch are there, undamaged."""
+        """Whether the arguments of every batch exist and are intact."""
         done = read_json(self._done)
         parts = [] if done is None else [load_artifact(self._file(number)) for number in done["kept"]]
         return done is not None and all(part is not None and part.damaged() is None for part in parts)
 
     def put_into(self, arguments: BlockArguments, number: int, block: int) -> BlockArguments:
-        """`arguments` of a block as they are for batch `number`."""
+        """`arguments` of a layer with the tensors of batch `number` put in."""
         if not self._file(number).exists():
             return arguments
         part = load_artifact(self._file(number))

@@ -1,4 +1,4 @@
-"""Carrying out the transforms of a plan: piece by piece, each kept in the work folder and made once."""
+"""Running the transforms of a plan piece by piece. Each piece is made once and kept in the work folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from halfplate.transforms import Maker, Piece, find, outline, pieces_of
 
 
 def transformed(source: Source, plan: Plan, work: WorkFolder, report: Report) -> tuple[Source, Source]:
-    """The original and what the transforms of the plan make of it, both with tensors that can be read one by one."""
+    """The original and the transformed model; the tensors of both can be read one by one."""
     original = source
     for number, step in enumerate(plan.transforms):
         source = _Transforming(source, step.label, step.automatic, work, number).run(report)
@@ -39,7 +39,7 @@ class _Transforming:
         self.transform = find(label)
 
     def run(self, report: Report) -> Source:
-        """Make the pieces that are not there, and give the result."""
+        """Make the missing pieces, and return the result."""
         result = outline(self.transform, self.source)
         pieces = self._pieces(result)
         found: dict[str, StoredTensor] = {}
@@ -70,13 +70,13 @@ class _Transforming:
         return self.transform.open(self.source)
 
     def _checked(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of a piece as they are written; raises HalfplateError unless they are those that it asks for."""
+        """Pass on the tensors of a piece while they are written; raises HalfplateError unless they match its entries."""
         left = dict(piece.entries)
         for name, tensor in self._made(piece):
             dtype, shape = left.pop(name, (None, ()))
             if dtype is None:
                 raise HalfplateError(
-                    f"{self._where} gives {name}, which is not asked for or there already; {self._cure}"
+                    f"{self._where} gives {name}, which is unexpected or was given before; {self._cure}"
                 )
             if tuple(tensor.shape) != shape:
                 raise HalfplateError(

@@ -1,4 +1,4 @@
-"""What an unfinished compression keeps beside its result: its artifacts, and what they belong to."""
+"""The work folder of an unfinished compression: its artifacts, and the identity of the run that they belong to."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WorkFolder:
         return self.path / "matrices" / f"{name}.safetensors"
 
     def remove_hidden(self) -> None:
-        """Forget the hidden states between two blocks: they are run anew."""
+        """Delete the hidden states between two layers, which are then computed again."""
         shutil.rmtree(self.path / "hidden", ignore_errors=True)
 
     @property
@@ -57,7 +57,7 @@ class WorkFolder:
         return self.path / "outer.safetensors"
 
     def transformed(self, transform: int, piece: int) -> Path:
-        """A piece of what the transform of that number has made."""
+        """The file of one piece of the transform with this number."""
         return self.path / "transforms" / str(transform) / f"{piece:05d}.safetensors"
 
     @property
@@ -69,7 +69,7 @@ class WorkFolder:
         return self.path / "scratch"
 
     def clear(self) -> None:
-        """Remove all that is in the folder, which stays ours."""
+        """Remove everything in the folder; the lock on it stays."""
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -77,31 +77,31 @@ class WorkFolder:
                 entry.unlink()
 
     def remove_abandoned(self) -> None:
-        """Remove what an earlier run left, unless a process works there."""
+        """Remove the files of an earlier run, unless a process works there."""
         with suppress(OSError, HalfplateError), sole_user(self.path, self.out):
             shutil.rmtree(self.path, ignore_errors=True)
 
     @property
     def identity_copy(self) -> Path:
-        """All finished parts are worth nothing without the identity, so it is there twice."""
+        """The second copy of the identity: without it, all finished artifacts would be useless."""
         return self.path / "identity.copy.json"
 
     def begun(self) -> dict[str, Any] | None:
-        """The identity of the work in the folder; None where there is none, or neither copy is whole."""
+        """The identity of the work in the folder; None if there is none, or neither copy is whole."""
         return read_json(self.identity) or read_json(self.identity_copy)
 
     def finished_work(self) -> bool:
-        """Whether anything in the folder would be lost with it."""
+        """Whether the folder contains finished work."""
         kinds = ("blocks", "matrices", "transforms/*")
         return self.levels.exists() or any(any(self.path.glob(f"{kind}/*.json")) for kind in kinds)
 
     @contextmanager
     def opened(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> Iterator[None]:
-        """While inside, the folder is there and ours; it goes where the block ends, and stays where it raises with work done.
+        """Context manager that creates and locks the folder; it is removed when the `with` block ends, and stays if that raises with work done.
 
-        Raises HalfplateError where another process works there, where work is left and neither `resume` nor `overwrite` is
-        given, and, without `overwrite`, where it was begun with another `identity`, naming what differs; and for what the system
-        refuses.
+        Raises HalfplateError if another process works there, if finished work exists and neither `resume` nor `overwrite` is
+        given, and, without `overwrite`, if the work began with another `identity`, naming what differs, and if the system refuses an
+        operation.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -129,13 +129,13 @@ class WorkFolder:
                 return
         if begun is None and resume and self.finished_work() and not overwrite:
             raise HalfplateError(
-                f"--resume: {str(self.identity)!r} and its copy are damaged or gone, so that nothing says what the finished parts beside it belong to; "
+                f"--resume: {str(self.identity)!r} and its copy are damaged or gone, so it is unknown which run the finished files beside it belong to; "
                 "pass --overwrite to start afresh"
             )
         if begun is not None and self.finished_work() and not overwrite:
             raise HalfplateError(
-                f"out={str(self.out)!r}: an interrupted compression left its finished parts in {str(self.path)!r}; pass --resume to go on "
-                "from them, or --overwrite to start afresh"
+                f"out={str(self.out)!r}: an interrupted compression left its finished files in {str(self.path)!r}; pass --resume to continue"
+                ", or --overwrite to start afresh"
             )
         self.clear()
         for file in (self.identity, self.identity_copy):
@@ -143,10 +143,10 @@ class WorkFolder:
 
     def _refused(self, error: OSError) -> str:
         text = " ".join(str(error).split())
-        kept = "what is finished is kept, --resume goes on from it"
+        kept = "finished work is kept, and --resume continues"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"out={str(self.out)!r}: the disk is full ({text}); free some space: {kept}"
-        return f"out={str(self.out)!r}: {str(self.path)!r} cannot be used ({text}); check that the place is there and can be written: {kept}"
+        return f"out={str(self.out)!r}: {str(self.path)!r} cannot be used ({text}); check that the folder exists and can be written: {kept}"
 
 
 def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], when: str) -> None:

@@ -44,7 +44,7 @@ class EngineChoice:
             )
         if self.address is not None and self.workers is not None:
             raise HalfplateError(
-                f"workers={self.workers} with address={self.address!r}: the CPUs of the cluster say how many tasks run side by side; "
+                f"workers={self.workers} with address={self.address!r}: the CPUs of the cluster determine how many tasks run in parallel; "
                 "leave one of the two out"
             )
         if self.name == "ray" and find_spec("ray") is None:
@@ -88,7 +88,7 @@ ENGINES: Registry[OpenEngine] = Registry(
 
 @contextmanager
 def open_engine(choice: EngineChoice, kept: Any, threads: int, folder: Path) -> Iterator[Engine]:
-    """The engine that was chosen; raises HalfplateError where it cannot be had.
+    """The engine that was chosen; raises HalfplateError if it cannot be had.
 
     kept: what tasks that run in the process of the caller are given (see `Task.run`). threads: of each task. folder: what tasks
     write to and every machine must see.

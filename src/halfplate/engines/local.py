@@ -72,8 +72,8 @@ class Processes:
                     tries += 1
                     if tries == TRIES:
                         raise HalfplateError(
-                            f"workers={self.workers}: a worker process died {TRIES} times, mostly for lack of memory; use fewer workers, "
-                            "and go on with --resume"
+                            f"workers={self.workers}: a worker process died {TRIES} times, probably for lack of memory; use fewer workers, "
+                            "and continue with --resume"
                         )
                     # All that runs in a broken pool fails with it; what was done before is kept.
                     pool = self._pool_after(pool)

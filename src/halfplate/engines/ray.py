@@ -38,7 +38,7 @@ class RayCluster:
 
     address: `HOST:PORT` or `auto`, None to start one of `workers` tasks side by side with `threads` each. folder: what all machines must
     see. The tasks of one call wait in one queue, the costliest first; one whose process or machine dies is tried again elsewhere,
-    TRIES times in all. Raises HalfplateError where the cluster cannot be reached.
+    TRIES times in all. Raises HalfplateError if the cluster cannot be reached.
     """
 
     elsewhere = True
@@ -47,7 +47,7 @@ class RayCluster:
         import ray
 
         if ray.is_initialized():
-            raise HalfplateError("engine='ray': this process is connected to Ray already; call ray.shutdown() before")
+            raise HalfplateError("engine='ray': this process is connected to Ray already; call ray.shutdown() first")
         self._ray = ray
         self._address = address
         if address is None:
@@ -82,15 +82,15 @@ class RayCluster:
         try:
             while not self._ray.wait([reference], timeout=PATIENCE)[0]:
                 if not self._fits(needs):
-                    raise HalfplateError(f"{self._too_small(needs)}; go on with --resume")
+                    raise HalfplateError(f"{self._too_small(needs)}; continue with --resume")
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             # What the task raised, without the trace of another machine where it is ours.
             raise error.cause from None
         except self._ray.exceptions.RayError as error:
             raise HalfplateError(
-                f"engine='ray': a task was lost {TRIES} times with its process or machine, mostly for lack of memory ({_first_line(error)}); "
-                "use machines with more memory, and go on with --resume"
+                f"engine='ray': a task was lost {TRIES} times with its process or machine, probably for lack of memory ({_first_line(error)}); "
+                "use machines with more memory, and continue with --resume"
             ) from None
 
     def _machines(self) -> list[dict[str, float]]:
@@ -160,7 +160,7 @@ def _check_site(site: Site) -> None:
             )
     if not site.folder.is_dir():
         raise HalfplateError(
-            f"engine='ray': machine {machine!r} does not see {str(site.folder)!r}; put OUT and the model where every machine sees them"
+            f"engine='ray': machine {machine!r} cannot read {str(site.folder)!r}; put OUT and the model on storage that every machine can read"
         )
 
 
@@ -214,7 +214,7 @@ def _probe(address: str) -> None:
         ) from None
     if answer[3:4] != SETTINGS[3:4]:
         raise HalfplateError(
-            f"address={address!r} is that of something else than a Ray cluster; give the HOST:PORT that `ray start --head` printed"
+            f"address={address!r} is not the address of a Ray cluster; give the HOST:PORT that `ray start --head` printed"
         )
 
 

@@ -1,4 +1,4 @@
-"""The speed of a model beside its dense model, in one process."""
+"""The speed of a model beside its original model, in one process."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +34,7 @@ WARM_UP_TOKENS = 2
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender that is loaded and warm. peak: bytes of memory that loading and running it took, None where unknown."""
+    """A contender that is loaded and warm. peak: bytes of memory that loading and running it took, None if unknown."""
 
     contender: Contender
     weights: WeightBytes
@@ -43,7 +43,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Speeds of every contender by round, and the bytes a second that the machine read in that round."""
+    """Speeds of every contender by round, and the bytes per second that the machine read in that round."""
 
     speeds: Mapping[str, list[Speed]]
     bandwidth: list[float]
@@ -82,12 +82,12 @@ def bench(
     loops: bool = False,
     progress: Report | None = None,
 ) -> dict[str, Any]:
-    """Time reading `prompt` tokens and writing `new_tokens` after them, in rounds that alternate with the dense model.
+    """Time reading `prompt` tokens and writing `new_tokens` after them, in rounds that alternate with the original model.
 
-    model: a checkpoint, or a dense model. against: the dense model, timed in fp32 and bf16 by transformers' `generate`; the
+    model: a checkpoint, or an original model. against: the original model, timed in fp32 and bf16 by transformers' `generate`; the
     faster is compared with. activations, head_dtype: as in `halfplate.load`, for a checkpoint. loops: also time the
     checkpoint by `generate` and the dense weights, packed in bf16, by the loop of the checkpoint. Keys of the result are
-    those of `halfplate bench --json` (docs/speed.md); tokens a second and bytes, medians over `rounds`.
+    those of `halfplate bench --json` (docs/speed.md); tokens per second and bytes, medians over `rounds`.
     progress: called with a phase, what is done and what there is in all.
     Raises HalfplateError for numbers that cannot work and for models that cannot be read.
     """
@@ -270,12 +270,12 @@ class _BringingIn:
             self._name, self.ids = name, speed.random_prompt(config.vocab_size, self._prompt)
         elif int(self.ids.max()) >= config.vocab_size:
             raise HalfplateError(
-                f"against={name!r} has another vocabulary than {self._name!r}; give the dense model that it was compressed from"
+                f"against={name!r} has another vocabulary than {self._name!r}; give the original model that it was compressed from"
             )
 
 
 def _compared(subject: dict[str, Entry], dense: dict[str, Entry], rounds: Rounds) -> dict[str, Any]:
-    """The figures of the model, of the dense model at its best, and their ratios."""
+    """The figures of the model, of the original model at its best, and their ratios."""
     ours = COMPRESSED if COMPRESSED in subject else _fastest(list(subject), rounds.decode)
     ours_prefill = COMPRESSED if COMPRESSED in subject else _fastest(list(subject), rounds.prefill)
     result = _best(subject, ours, ours_prefill, rounds)
@@ -333,4 +333,4 @@ def _check(model: str, prompt: int, new_tokens: int, rounds: int, activations: s
             raise HalfplateError(f"{argument}={number} is too few to time, expected at least {least}")
     if not is_compressed(model) and (activations != "float" or loops):
         option = "activations='int8'" if activations != "float" else "loops=True"
-        raise HalfplateError(f"{option} is for Halfplate checkpoints, and {model!r} is none; leave it out")
+        raise HalfplateError(f"{option} is for Halfplate checkpoints, and {model!r} is not one; leave it out")

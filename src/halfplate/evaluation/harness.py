@@ -13,10 +13,10 @@ from halfplate.checkpoint.loading import load_any
 
 
 class HalfplateLM(HFLM):
-    """A checkpoint of Halfplate, or a dense model, in fp32 on the fastest path there is, as `halfplate eval --tasks` has it.
+    """A checkpoint of Halfplate, or an original model, in fp32 on the fastest path there is, as `halfplate eval --tasks` has it.
 
     pretrained: folder, Hub id or `.gguf` file. activations: as in `halfplate.load`. Other arguments are those of lm-eval's
-    `hf`. Raises HalfplateError where the model cannot be loaded.
+    `hf`. Raises HalfplateError if the model cannot be loaded.
     """
 
     def __init__(self, pretrained: str, activations: str = "float", device: str | None = None, **kwargs: Any) -> None:

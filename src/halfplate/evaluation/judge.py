@@ -42,10 +42,10 @@ def evaluate(
     activations: str = "float",
     report: Report = silent,
 ) -> dict[str, Any]:
-    """Perplexity of `model`, beside the dense model `against` KL and top-1 agreement, and scores on tasks of lm-eval.
+    """Perplexity of `model`, beside the original model `against` KL and top-1 agreement, and scores on tasks of lm-eval.
 
     model: a checkpoint, a folder, a Hub id or a `.gguf` file. text: sources to score (files, Hub data sets), None for held-out
-    text that the dense model samples; with tasks alone, no text is scored. seq_len: tokens of a window, None for 1024, 256 for
+    text that the original model samples; with tasks alone, no text is scored. seq_len: tokens of a window, None for 1024, 256 for
     sampled text. windows: only the first so many, None for all, 16 of sampled text. tasks_folder: more task definitions.
     limit: only the first rows of each task. activations: as in `halfplate.load`.
     Returns the JSON object of `halfplate eval --json`: measures over all texts, under `texts` those of each where there are
@@ -74,7 +74,7 @@ def evaluate(
     dense, dense_tokenizer = load_any(against) if against else (None, None)
     if dense is not None and dense.config.get_text_config().vocab_size != judged.config.get_text_config().vocab_size:
         raise HalfplateError(
-            f"against={against!r} has another vocabulary than {model!r}; give the dense model that it was compressed from"
+            f"against={against!r} has another vocabulary than {model!r}; give the original model that it was compressed from"
         )
     report("reading", 1, 1)
     scores = {} if tasks is None else {"tasks": _tasks(judged, tokenizer, tasks, tasks_folder, limit, report)}

@@ -1,4 +1,4 @@
-"""Perplexity, KL divergence and agreement with a dense model, over windows of tokens."""
+"""Perplexity, KL divergence and agreement with an original model, over windows of tokens."""
 
 import math
 from collections.abc import Callable
@@ -56,10 +56,10 @@ def evaluate(
     against: "PreTrainedModel | None" = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Measure `model` on `windows` int64 (n, L), each of which scores L - 1 tokens, beside the dense model `against`.
+    """Measure `model` on `windows` int64 (n, L), each of which scores L - 1 tokens, beside the original model `against`.
 
     Keys: perplexity (exp of the mean negative log-likelihood), tokens (scored), windows, seq_len; and with `against`:
-    kl (KL(dense ‖ model), mean nats a token over the full vocabulary), top1_agreement (share of tokens for which both
+    kl (KL(dense ‖ model), mean nats per token over the full vocabulary), top1_agreement (share of tokens for which both
     models have the same most likely one) and dense_perplexity. A ruined model gives inf or nan, which the command line
     writes to JSON as null. Log-probabilities are fp64, because the KL of a nearly equal model is below the rounding of fp32.
     progress: called with the windows done and in all.
@@ -108,7 +108,7 @@ class _Sums:
     agreed: int = 0
 
     def against(self, tokens: int) -> dict[str, float]:
-        """The measures beside the dense model, over so many tokens."""
+        """The measures beside the original model, over so many tokens."""
         return {
             "kl": self.kl / tokens,
             "top1_agreement": self.agreed / tokens,
@@ -140,8 +140,8 @@ def _add_batch(sums: _Sums, logits: Tensor, dense: Tensor | None, targets: Tenso
     """Add the measures of logits and dense logits (tokens, vocabulary) for the true tokens `targets` (tokens,)."""
     if dense is not None and dense.shape != logits.shape:
         raise HalfplateError(
-            f"against: the dense model has a vocabulary of {dense.shape[-1]}, the model one of {logits.shape[-1]}; "
-            "pass the dense model that this one was made from"
+            f"against: the original model has a vocabulary of {dense.shape[-1]}, the model one of {logits.shape[-1]}; "
+            "pass the original model that this one was made from"
         )
     targets = targets.to(logits.device)
     for first in range(0, len(targets), ROWS_AT_ONCE):

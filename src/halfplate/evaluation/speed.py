@@ -36,7 +36,7 @@ class Speed:
 class WeightBytes:
     """Resident bytes of a model's weights.
 
-    total: every parameter and buffer once. linears: those of the decoder blocks without norms. a_token: what one decoded
+    total: every parameter and buffer once. linears: those of the decoder layers without norms. a_token: what one decoded
     token reads, which is all but an embedding table that is not also the head.
     """
 
@@ -63,7 +63,7 @@ def alternate(
     rounds: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[Result]]:
-    """Run every task once a round, so that all see the same machine; each round starts with another of them.
+    """Run every task once per round, so that all see the same machine; each round starts with another of them.
 
     Returns the results of each task in the order of the rounds. progress: called with the runs done and in all.
     """
@@ -124,7 +124,7 @@ def _storages(tensors: Sequence[Tensor]) -> dict[int, int]:
 
 
 def read_probe(threads: int) -> Callable[[], float]:
-    """A function that measures how fast the machine reads memory now: bytes a second, median of a few passes.
+    """A function that measures how fast the machine reads memory now: bytes per second, median of a few passes.
 
     It holds `PROBE_BYTES`. Reads with the native kernels where there are any, else with the sum of torch.
     """

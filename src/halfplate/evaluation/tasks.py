@@ -10,7 +10,7 @@ MEASURES = ("acc", "acc_norm")
 
 
 def check_available() -> None:
-    """Raise HalfplateError where lm-eval is not installed."""
+    """Raise HalfplateError if lm-eval is not installed."""
     try:
         import lm_eval  # noqa: F401
     except ImportError:

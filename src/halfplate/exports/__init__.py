@@ -1,4 +1,4 @@
-"""Exports, one file each: a checkpoint or a dense model as the files of other tools.
+"""Exports, one file each: a checkpoint or an original model as the files of other tools.
 
 To add one: write its file with a function of the type `Exporter`, and add a line to `EXPORTS`. Other packages add theirs
 by an entry point of the group `halfplate.exports` (docs/extending.md).
@@ -17,7 +17,7 @@ __all__ = ["EXPORTS", "Exporter", "export"]
 class Exporter(Protocol):
     """Writes the model `source` to `out`, whole or not at all, and returns one sentence on what was written.
 
-    source: a Halfplate checkpoint or a dense model of any source. overwrite: replace what `out` holds. Raises HalfplateError
+    source: a Halfplate checkpoint or an original model of any source. overwrite: replace what `out` holds. Raises HalfplateError
     for a damaged source, for what the format cannot hold, and if `out` cannot be written.
     """
 

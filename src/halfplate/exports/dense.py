@@ -12,7 +12,7 @@ from halfplate.models.sources import is_compressed, load_dense
 
 
 def export_dense(source: str, out: Path, overwrite: bool) -> str:
-    """Write a checkpoint, multiplied out, or a dense model of any source as a folder (see `halfplate.exports.Exporter`).
+    """Write a checkpoint, multiplied out, or an original model of any source as a folder (see `halfplate.exports.Exporter`).
 
     Floating-point tensors keep the element type of the source; those of a GGUF file become bf16. Products are taken in fp32.
     """

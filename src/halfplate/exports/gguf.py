@@ -12,7 +12,7 @@ from halfplate.storage.atomic import whole_file
 
 
 def export_gguf(source: str, out: Path, overwrite: bool) -> str:
-    """Write a checkpoint, multiplied out, or a dense model of any source as one file (see `halfplate.exports.Exporter`).
+    """Write a checkpoint, multiplied out, or an original model of any source as one file (see `halfplate.exports.Exporter`).
 
     Raises HalfplateError for what llama.cpp cannot compute, too.
     """
@@ -26,7 +26,7 @@ def export_gguf(source: str, out: Path, overwrite: bool) -> str:
             write_gguf(dense, tokenizer, partial)
     except OSError as error:
         raise HalfplateError(
-            f"out={str(out)!r} could not be written ({error.strerror or error}); check that the place exists and has room"
+            f"out={str(out)!r} could not be written ({error.strerror or error}); check that the folder exists and the disk has free space"
         ) from error
     return f"{out}: {source} in F16 for llama.cpp"
 

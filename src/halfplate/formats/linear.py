@@ -82,7 +82,7 @@ class CompressedLinear(nn.Module):
             return stored
         if self.lender is None:
             raise HalfplateError(
-                f"in_shared={self.spec.in_shared!r}: the module that holds the input wrapper is not at hand; call halfplate.formats.connect(model)"
+                f"in_shared={self.spec.in_shared!r}: the module that holds the input wrapper is not connected; call halfplate.formats.connect(model)"
             )
         borrowed = self.spec.borrowed()
         shared = {name: tensor for name, tensor in self.lender.stored().items() if name in borrowed}

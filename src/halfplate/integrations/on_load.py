@@ -1,4 +1,4 @@
-"""Compression of a dense model while transformers loads it."""
+"""Compression of an original model while transformers loads it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 def compress_in_place(
     model: PreTrainedModel, source: Path | None, recipe: Recipe | None
 ) -> tuple[dict[str, WeightSpec], dict[str, Any]]:
-    """Compress the dense model in the folder `source` and put the result into `model`, which was loaded from there.
+    """Compress the original model in the folder `source` and put the result into `model`, which was loaded from there.
 
     What it becomes is what `compress` would have written; other tensors keep the element type that `model` was loaded in.
-    Returns the specifications of the compressed modules and the record of the compression. Raises HalfplateError where
+    Returns the specifications of the compressed modules and the record of the compression. Raises HalfplateError if
     `compress` does, and where parts of the model are not in memory.
     """
     absent = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
@@ -57,7 +57,7 @@ def compress_in_place(
         module.load_state_dict(stored | ({} if bias is None else {"bias": bias.detach()}), assign=True)
         replace_linear(model, name, module.requires_grad_(False))
     connect(model)
-    # Tuning and transforms may have changed what stays dense, too.
+    # Tuning and transforms may have changed what is not compressed, too.
     state = model.state_dict()
     for name, tensor in tensors.items():
         state[name].copy_(tensor)

@@ -33,7 +33,7 @@ OLDEST_TRANSFORMERS = (5, 23)
 class HalfplateQuantizer(HfQuantizer):
     """Puts a `CompressedLinear` wherever the checkpoint holds compressed tensors, and checks what was loaded.
 
-    A dense model with a recipe is loaded as it is and compressed then. record: the content of `halfplate.json`, where there
+    An original model with a recipe is loaded as it is and compressed then. record: the content of `halfplate.json`, where there
     is one, which `save_pretrained` writes again.
     """
 
@@ -47,11 +47,11 @@ class HalfplateQuantizer(HfQuantizer):
         self._source: Path | None = None  # of the dense model that is to be compressed
         if self.pre_quantized and quantization_config.recipe is not None:
             raise HalfplateError(
-                "recipe: the checkpoint is compressed already; leave quantization_config out, or give the dense model"
+                "recipe: the checkpoint is compressed already; leave quantization_config out, or give the original model"
             )
         if not self.pre_quantized and quantization_config.recipe is None:
             raise HalfplateError(
-                "quantization_config has no recipe to compress a dense model by; pass HalfplateConfig(recipe=Recipe(...))"
+                "quantization_config has no recipe for compressing the original model; pass HalfplateConfig(recipe=Recipe(...))"
             )
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -92,7 +92,7 @@ class HalfplateQuantizer(HfQuantizer):
         for name, spec in specs.items():
             bias = linears[name].bias
             if found is not None and (bias is None) == (f"{name}.bias" in found):
-                state = "missing" if bias is not None else "stored, which the model has not"
+                state = "missing" if bias is not None else "stored, but the model does not have it"
                 raise HalfplateError(
                     f"{name}.bias is {state}; the checkpoint does not fit its config.json, write it again"
                 )
@@ -180,7 +180,7 @@ class HalfplateQuantizer(HfQuantizer):
 
 
 def note_untied(model: PreTrainedModel) -> None:
-    """Have the configuration say so where transformers has left a head untied, because the files hold another than the embedding.
+    """Record in the configuration if transformers has left a head untied, because the files hold another than the embedding.
 
     Whoever ties by the configuration later, as saving and reading again do, would replace the head.
     """
@@ -203,7 +203,7 @@ def _read_codes(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> dict
 
 
 def _check_room(model: PreTrainedModel, found: Mapping[str, StoredTensor], specs: Mapping[str, WeightSpec]) -> None:
-    """Raise HalfplateError where what is not compressed in the model, still empty, is larger than what is stored of it."""
+    """Raise HalfplateError if what is not compressed in the model, still empty, is larger than what is stored of it."""
     # A tied tensor is stored once, and not tied yet.
     replaced = {f"{name}.weight" for name in specs} | set(model.all_tied_weights_keys)
     needed = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in replaced)

@@ -45,12 +45,12 @@ class Capability:
         for field in fields(spec):
             known = self.fields.get(field.name)
             if known is None:
-                return Refusal(f"no kernel knows {field.name}={getattr(spec, field.name)!r}")
+                return Refusal(f"no kernel supports {field.name}={getattr(spec, field.name)!r}")
             if not known.takes(spec):
                 return Refusal(known.refuses.format(value=getattr(spec, field.name)), known.nearest)
         for name in spec.layout():
             if name not in self.tensors:
-                return Refusal(f"no kernel knows the tensor {name}")
+                return Refusal(f"no kernel supports the tensor {name}")
         return None
 
 
@@ -75,9 +75,7 @@ def pattern_of(values: Iterable[str], refuses: str, nearest: str) -> Field:
 NO_RANK = one_of(
     "rank", (0,), "no kernel for a low-rank part (rank={value})", "a method without one, e.g. --method armor"
 )
-NO_ORDER = one_of(
-    "permuted", (False,), "no kernel for inputs in an order of the matrix's own", "a method that leaves them in order"
-)
+NO_ORDER = one_of("permuted", (False,), "no kernel for permuted inputs", "a method that leaves them in order")
 
 NO_PARTS = Field(lambda spec: not spec.parts, "no kernel for {value}", "a method without such parts")
 

@@ -55,7 +55,7 @@ class Method(ABC):
         """The statistics that `compress` needs; calibration collects no more."""
 
     def check_spec(self, spec: WeightSpec) -> None:
-        """Raise HalfplateError where this method cannot make what `spec` describes; planning asks before any work."""
+        """Raise HalfplateError if this method cannot make what `spec` describes; planning asks before any work."""
         if spec.pattern.is_dense and not self.dense:
             raise HalfplateError(
                 f"pattern='dense' keeps every value, which method {self.name!r} does not do; use pattern 2:4, or method armor, gptq or rtn"
@@ -66,19 +66,19 @@ class Method(ABC):
             )
         if not self.wrapped and (spec.out_block or spec.in_block):
             raise HalfplateError(
-                f"block_size={max(spec.out_block, spec.in_block)} asks for wrappers, which method {self.name!r} has not; use block_size=0"
+                f"block_size={max(spec.out_block, spec.in_block)} asks for wrappers, which method {self.name!r} does not make; use block_size=0"
             )
         if not self.low_rank and spec.rank:
             raise HalfplateError(
-                f"rank={spec.rank} asks for a low-rank part, which method {self.name!r} has not; use rank=0"
+                f"rank={spec.rank} asks for a low-rank part, which method {self.name!r} does not make; use rank=0"
             )
         if spec.parts != self.parts:
             raise HalfplateError(
-                f"parts={_names(spec.parts)} is not what method {self.name!r} makes, which is {_names(self.parts)}; ask for the latter"
+                f"parts={_names(spec.parts)} does not match method {self.name!r}; expected {_names(self.parts)}"
             )
         if spec.permuted and not self.permutes:
             raise HalfplateError(
-                f"permuted=True asks for an order of the inputs, which method {self.name!r} as configured has not; use permuted=False"
+                f"permuted=True asks for permuted inputs, which method {self.name!r} as configured does not make; use permuted=False"
             )
 
     def flops(self, spec: WeightSpec) -> float:
@@ -144,9 +144,9 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 
 def store(weight: Tensor, mask: Tensor, spec: WeightSpec) -> Chain:
-    """Store `weight` (d_out, d_in) where `mask`, exactly N true a group, in the core dtype of `spec`, without wrappers.
+    """Store `weight` (d_out, d_in) where `mask`, exactly N true per group, in the core dtype of `spec`, without wrappers.
 
-    A grid rounds to nearest, a scale for each row and `spec.group` columns. Raises HalfplateError where a kept value is
+    A grid rounds to nearest, a scale for each row and `spec.group` columns. Raises HalfplateError if a kept value is
     too large for that dtype.
     """
     return Chain.of(spec, NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype, spec.group))

@@ -95,10 +95,10 @@ class DenoiseRotator(Method):
 
 
 def _removal_error(weight: Tensor, inverse: Tensor) -> Tensor:
-    """W² / [H⁻¹]_jj: what the removal of a weight costs where the others make up for it."""
+    """W² / [H⁻¹]_jj: the cost of removing a weight if the others compensate for it."""
     return weight.square() / inverse
 
 
 def _size_under_input(weight: Tensor, moment: Tensor) -> Tensor:
-    """W² H_jj: what it costs where they do not."""
+    """W² H_jj: the cost if they do not."""
     return weight.square() * moment

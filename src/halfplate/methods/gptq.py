@@ -16,14 +16,14 @@ from halfplate.statistics import InputStatistics, Statistic
 
 @dataclass(frozen=True)
 class GPTQ(Method):
-    """Keep every weight, rounded column after column, and let the later columns make up for the error.
+    """Keep every weight, rounded column after column, and let the later columns compensate for the error.
 
     damping: fraction of the mean second moment added to the diagonal of the Gram matrix. Each row has a symmetric grid for 128
     (or 64, or 32) columns, chosen when the sweep reaches them; columns go in their order. Source: Frantar et al., arXiv 2210.17323.
     """
 
     name = "gptq"
-    summary = "every weight rounded to int8, int4, int3 or int2; later columns make up for the error"
+    summary = "every weight rounded to int8, int4, int3 or int2; later columns compensate for the error"
     sparse, dense = False, True
     damping: float = 0.01
 
@@ -35,7 +35,7 @@ class GPTQ(Method):
         super().check_spec(spec)
         if spec.core_dtype not in QUANTIZERS:
             raise HalfplateError(
-                f"core_dtype={spec.core_dtype!r} is not a grid to round to, which is all that method 'gptq' does; use {' or '.join(QUANTIZERS)}"
+                f"core_dtype={spec.core_dtype!r} is not a quantised type, and method 'gptq' only quantises; use {' or '.join(QUANTIZERS)}"
             )
 
     @property

@@ -25,7 +25,7 @@ class RoundToNearest(Method):
         super().check_spec(spec)
         if spec.core_dtype not in QUANTIZERS:
             raise HalfplateError(
-                f"core_dtype={spec.core_dtype!r} is not a grid to round to, which is all that method 'rtn' does; use {' or '.join(QUANTIZERS)}"
+                f"core_dtype={spec.core_dtype!r} is not a quantised type, and method 'rtn' only quantises; use {' or '.join(QUANTIZERS)}"
             )
 
     @property

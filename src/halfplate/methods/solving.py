@@ -36,7 +36,7 @@ class MatrixRecord:
 
     @classmethod
     def from_json(cls, name: str, entry: Mapping[str, Any]) -> "MatrixRecord":
-        """What `to_json` gave, with `seconds` where they are known."""
+        """What `to_json` gave, with `seconds` if they are known."""
         losses = tuple(float(loss) for loss in entry["losses"])
         return cls(name, entry["relative_error"], entry["error_kind"], losses, entry.get("seconds", 0.0))
 
@@ -66,7 +66,7 @@ def solve_matrices(
 
     weights: fp32 (d_out, d_in) each. statistics: of their common input. Those that share are solved as one matrix, whose
     losses each of them has. cross_damping: of the correction for inputs that come through a compressed prefix
-    (halfplate.solvers.target), or `none`. Raises HalfplateError naming the matrix where the method refuses it or its values
+    (halfplate.solvers.target), or `none`. Raises HalfplateError naming the matrix if the method refuses it or its values
     do not fit their types.
     """
     start = time.perf_counter()
@@ -92,9 +92,9 @@ def solve_matrices(
 def solve_group(
     weights: Sequence[Tensor], method: Method, statistics: InputStatistics, specs: Sequence[WeightSpec], name: str
 ) -> tuple[list[Chain], tuple[float, ...]]:
-    """What `method` makes of `weights` (d_out, d_in) of one input, stacked where they are several, and its losses.
+    """What `method` makes of `weights` (d_out, d_in) of one input, stacked if there are several, and its losses.
 
-    Raises HalfplateError naming the matrix `name` where the method refuses it.
+    Raises HalfplateError naming the matrix `name` if the method refuses it.
     """
     try:
         solution = method.compress(stacked(weights, specs), statistics, stacked_spec(specs))
@@ -107,7 +107,7 @@ def solve_group(
 def relative_error(weight: Tensor, dense: Tensor, statistics: InputStatistics) -> tuple[float, str]:
     """tr(D H Dᵀ) / tr(W H Wᵀ) with D = W - `dense`, both (d_out, d_in), and what stood for H.
 
-    H is the Gram matrix, else its diagonal, else the identity. It is 0 where both traces are.
+    H is the Gram matrix, else its diagonal, else the identity. It is 0 if both traces are 0.
     """
 
     def weighted(matrix: Tensor) -> float:

@@ -16,15 +16,15 @@ from halfplate.statistics import InputStatistics, Statistic
 
 @dataclass(frozen=True)
 class SparseGPT(Method):
-    """Prune column after column by W² / U_jj² and let the later columns make up for the error.
+    """Prune column after column by W² / U_jj² and let the later columns compensate for the error.
 
     damping: fraction of the mean second moment added to the diagonal of the Gram matrix. column_block: columns between
     two updates of the whole matrix; it changes the speed, not the result. On a grid, kept values are rounded inside the sweep
-    (where M divides the columns of a scale; else afterwards). Source: Frantar and Alistarh, arXiv 2301.00774.
+    (if M divides the columns of a scale; otherwise afterwards). Source: Frantar and Alistarh, arXiv 2301.00774.
     """
 
     name = "sparsegpt"
-    summary = "second-order pruning; kept weights make up for the error"
+    summary = "second-order pruning; kept weights compensate for the error"
     damping: float = 0.01
     column_block: int = 128
 

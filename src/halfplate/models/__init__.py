@@ -1,4 +1,4 @@
-"""Reading Hugging Face decoder-only models: sources, decoder blocks and their linears, running block by block."""
+"""Reading Hugging Face decoder-only models: sources, decoder layers and their linears, running layer by layer."""
 
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.models.linears import FoundLinear, SkippedModule, find_blocks, find_linears, replace_linear

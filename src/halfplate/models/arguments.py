@@ -1,4 +1,4 @@
-"""What transformers calls the cache of keys and values, which it renamed in 5.24."""
+"""The name of the cache of keys and values, which transformers renamed in 5.24."""
 
 import inspect
 from collections.abc import Callable

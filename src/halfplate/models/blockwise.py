@@ -1,4 +1,4 @@
-"""Running a model one decoder block at a time, exactly as its own forward does."""
+"""Running a model one decoder layer at a time, with exactly the results of its own forward."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,10 +26,10 @@ from halfplate.precision import products
 
 @dataclass
 class BlockInputs:
-    """What the next block is called with.
+    """The inputs of the next layer.
 
     hidden: (samples, L, d) in most models; others have more streams than one, in a dimension before or after the samples.
-    arguments: by the index of a block, its other arguments (masks, rotary embeddings, positions). carried: what earlier blocks
+    arguments: by the index of a layer, its other arguments (masks, rotary embeddings, positions). carried: what earlier layers
     hand on beside the hidden state (shared keys and values, the state of a router). text: (samples, L) of the tokens, where hidden
     does not begin with it.
     """
@@ -47,7 +47,7 @@ class BlockInputs:
 
     @property
     def all_arguments(self) -> list[BlockArguments]:
-        """The arguments of all blocks in their order, as `embed` gives them."""
+        """The arguments of all layers in their order, as `embed` gives them."""
         return [self.arguments[block] for block in range(len(self.arguments))]
 
     def split(self, size: int) -> list["BlockInputs"]:
@@ -55,7 +55,7 @@ class BlockInputs:
         samples, length = self.shape
 
         def cut(part: Tensor, first: int) -> Tensor:
-            # Some blocks hand on one row for each token.
+            # Some layers hand on one row for each token.
             if part.ndim == 2 and len(part) == samples * length != samples:
                 return part[first * length : (first + size) * length]
             # A square of length by length has no samples, though their number may be the same.
@@ -71,26 +71,26 @@ class BlockInputs:
 
 
 class BlockwiseModel:
-    """A causal language model as embedding, decoder blocks and head, which can be run apart.
+    """A causal language model as embedding, decoder layers and head, which can be run separately.
 
     The model's own forward makes masks and positions, so local attention, per-layer rope and the like need no
-    knowledge here. `embed`, `run_block` for every block in order, and `finish` give the logits of the whole forward,
-    bit for bit. Modules replaced inside the blocks are used from then on. precision: of the products in `run_block`, one of
-    `halfplate.precision`. Raises HalfplateError if no blocks are found, or if the model changes the hidden state between two
-    blocks.
+    knowledge here. `embed`, `run_block` for every layer in order, and `finish` give the logits of the whole forward,
+    bit for bit. Modules replaced inside the layers are used from then on. precision: of the products in `run_block`, one of
+    `halfplate.precision`. Raises HalfplateError if no layers are found, or if the model changes the hidden state between two
+    layers.
     """
 
     def __init__(self, model: nn.Module, precision: str = "fp32") -> None:
         self.model, self.precision = model, precision
         self.prefix, self.blocks = find_blocks(model)
-        # How blocks of a class return what comes beside the hidden state; None where they return that alone.
+        # How layers of a class return what comes beside the hidden state; None if they return that alone.
         self._returned: dict[type[nn.Module], TreeSpec | None] = {}
-        # What the first block of each class gave beside the hidden state, while the arguments are gathered.
+        # What the first layer of each class gave beside the hidden state, while the arguments are gathered.
         self._tried: dict[type[nn.Module], list[Any]] = {}
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> BlockInputs:
-        """The input of the first block for `input_ids` int64 (samples, L), and the arguments of every block."""
+        """The input of the first layer for `input_ids` int64 (samples, L), and the arguments of every layer."""
         recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         first: Tensor | None = None
         previous: Tensor | None = None
@@ -100,8 +100,8 @@ class BlockwiseModel:
             hidden, rest = self._split_hidden(args, kwargs)
             if index != len(recorded) or (previous is not None and not _same_memory(hidden, previous)):
                 raise HalfplateError(
-                    f"model {self._class} changes the hidden state between its blocks or does not run "
-                    "them in order, so it cannot be run block by block; use a model with a plain chain of decoder blocks"
+                    f"model {self._class} changes the hidden state between its layers or does not run "
+                    "them in order, so it cannot be run layer by layer; use a model with a plain chain of decoder layers"
                 )
             first = hidden if first is None else first
             recorded.append(copied(rest))
@@ -115,19 +115,19 @@ class BlockwiseModel:
             try:
                 body(input_ids=input_ids, use_cache=False)
             except (AttributeError, TypeError) as error:
-                # Model code that computes with what a block returns finds a FromBlock there.
-                raise HalfplateError(self._apart("it fails without its blocks", error)) from error
+                # Model code that computes with what a layer returns finds a FromBlock there.
+                raise HalfplateError(self._apart("it fails without its layers", error)) from error
             finally:
                 self._tried.clear()
         if first is None or len(recorded) != len(self.blocks):
             raise HalfplateError(
-                f"model {self._class} ran {len(recorded)} of the {len(self.blocks)} blocks under "
-                f"{self.prefix!r}, so it cannot be run block by block; use a model with a plain chain of decoder blocks"
+                f"model {self._class} ran {len(recorded)} of the {len(self.blocks)} layers under "
+                f"{self.prefix!r}, so it cannot be run layer by layer; use a model with a plain chain of decoder layers"
             )
         return BlockInputs(first, with_handed_on(recorded), text=(input_ids.shape[0], input_ids.shape[1]))
 
     def run_block(self, index: int, inputs: BlockInputs, block: nn.Module | None = None) -> BlockInputs:
-        """The input of block `index + 1` from that of block `index`; hidden keeps its shape.
+        """The input of layer `index + 1` from that of layer `index`; hidden keeps its shape.
 
         block: another module to run in its place.
         """
@@ -143,7 +143,7 @@ class BlockwiseModel:
     def run_whole(self, input_ids: Tensor, seen: Callable[[int, Tensor], None]) -> None:
         """The model's own forward without its head, in the precision of `run_block`.
 
-        seen: called with the input of each block and, under the number of blocks, with the output of the last.
+        seen: called with the input of each layer and, under the number of layers, with the output of the last.
         """
 
         def watch(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -162,13 +162,13 @@ class BlockwiseModel:
 
     @torch.no_grad()
     def finish(self, inputs: BlockInputs) -> Tensor:
-        """Logits (samples, L, vocabulary) from the output of the last block."""
+        """Logits (samples, L, vocabulary) from the output of the last layer."""
 
         def skip(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             hidden = inputs.hidden if index == len(self.blocks) - 1 else self._split_hidden(args, kwargs)[0]
             return self._as_returned(index, hidden, forward, args, kwargs)
 
-        # The tokens do not matter: the last block hands out `inputs.hidden` in any case.
+        # The tokens do not matter: the last layer hands out `inputs.hidden` in any case.
         ids = torch.zeros(inputs.shape, dtype=torch.int64, device=inputs.hidden.device)
         with self._blocks_replaced(skip):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
@@ -176,7 +176,7 @@ class BlockwiseModel:
         return logits
 
     def unknown_blocks(self) -> list[int]:
-        """The first block of each class that has not run yet; `embed` runs it once, to see what it returns."""
+        """The first layer of each class that has not run yet; `embed` runs it once, to see what it returns."""
         first = {type(block): index for index, block in reversed(list(enumerate(self.blocks)))}
         return [index for kind, index in first.items() if kind not in self._returned]
 
@@ -187,8 +187,8 @@ class BlockwiseModel:
     def _apart(self, what: str, error: Exception) -> str:
         reason = " ".join(str(error).split())
         return (
-            f"model {self._class} cannot be run block by block: {what} ({type(error).__name__}: {reason[:200]}); use a method that needs "
-            "no text (magnitude, rtn), or a model with a plain chain of decoder blocks"
+            f"model {self._class} cannot be run layer by layer: {what} ({type(error).__name__}: {reason[:200]}); use a method that needs "
+            "no text (magnitude, rtn), or a model with a plain chain of decoder layers"
         )
 
     def _as_returned(
@@ -199,14 +199,14 @@ class BlockwiseModel:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """`hidden` in the form that block `index` returns it; blocks of a class that is not yet known run once to see it."""
+        """`hidden` in the form that layer `index` returns it; layers of a class that is not yet known run once to see it."""
         kind = type(self.blocks[index])
         if kind not in self._returned:
             args, kwargs = filled((args, kwargs), lambda at: self._tried[type(self.blocks[at.block])][at.leaf])
             try:
                 output = forward(*args, **kwargs)
             except (KeyError, AttributeError, TypeError, RuntimeError) as error:
-                raise HalfplateError(self._apart(f"block {index} fails by itself", error)) from error
+                raise HalfplateError(self._apart(f"layer {index} fails when it is run alone", error)) from error
             self._tried[kind], spec = tree_flatten(list(output[1:]) if isinstance(output, tuple) else [])
             self._returned[kind] = spec if isinstance(output, tuple) else None
         returned = self._returned[kind]
@@ -215,19 +215,19 @@ class BlockwiseModel:
         return (hidden, *tree_unflatten([FromBlock(index, leaf) for leaf in range(returned.num_leaves)], returned))
 
     def _split_hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, Any]]:
-        """The hidden state, which comes first or by its name, and the other arguments of a block."""
+        """The hidden state, which comes first or by its name, and the other arguments of a layer."""
         if args:
             return args[0], (args[1:], kwargs)
         if "hidden_states" not in kwargs:
             raise HalfplateError(
-                f"model {self._class} calls its blocks with {', '.join(kwargs)}, expected the hidden state first or as hidden_states; "
+                f"model {self._class} calls its layers with {', '.join(kwargs)}, expected the hidden state first or as hidden_states; "
                 "use a method that needs no text (magnitude, rtn)"
             )
         return kwargs["hidden_states"], ((), {name: value for name, value in kwargs.items() if name != "hidden_states"})
 
     @contextmanager
     def _blocks_replaced(self, instead: Callable[..., Any]) -> Iterator[None]:
-        """While inside, block i calls `instead(i, its own forward, *args, **kwargs)`."""
+        """Context manager in which layer i calls `instead(i, its own forward, *args, **kwargs)`."""
         own = [block.__dict__.get("forward") for block in self.blocks]
         try:
             for index, block in enumerate(self.blocks):
@@ -251,6 +251,6 @@ class _Replacement:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether both are the same values in the same place, as a slice that takes all of a tensor is."""
+    """Whether both are the same values at the same address, such as a tensor and a full slice of it."""
     place = [(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()) for x in (a, b)]
     return a is b or place[0] == place[1]

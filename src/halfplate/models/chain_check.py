@@ -1,4 +1,4 @@
-"""Whether the blocks of a model, run one at a time, give what the model gives as a whole."""
+"""Checking that the layers of a model, run one at a time, give the same results as the whole model."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CURE = "use a method that needs no text (magnitude, rtn), or another model"
 
 @torch.no_grad()
 def check_chain(streamed: StreamedModel, ids: Tensor, splits: str | None = None) -> None:
-    """Raise HalfplateError unless every block run by itself gives what it gives in the whole forward of the model.
+    """Raise HalfplateError unless every layer, run separately, gives the same output as in the whole forward of the model.
 
-    ids: int64 (samples, L), of which the first SAMPLES are taken. One block is in memory at a time, and each is read twice: once for
-    the whole forward and once for the chain, in which other tokens run through every block after these, as in a calibration,
+    ids: int64 (samples, L), of which the first SAMPLES are taken. One layer is in memory at a time, and each is read twice: once for
+    the whole forward and once for the chain, in which other tokens run through every layer after these, as in a calibration,
     so that nothing which a module keeps from its last call can help. splits: the option for which batches are cut into samples,
     which needs hidden states that begin with them.
     """
@@ -40,7 +40,7 @@ def check_chain(streamed: StreamedModel, ids: Tensor, splits: str | None = None)
         raise
     # Model code fails with errors of its own.
     except Exception as error:
-        raise HalfplateError(_refusal(streamed, f"its blocks do not run apart ({_reason(error)})")) from error
+        raise HalfplateError(_refusal(streamed, f"its layers do not run separately ({_reason(error)})")) from error
     if splits is not None and inputs.hidden.shape[:2] != ids.shape:
         raise HalfplateError(
             f"{splits}: model {type(streamed.model).__name__} has hidden states of shape {tuple(inputs.hidden.shape)} for tokens of shape "
@@ -56,7 +56,7 @@ def check_chain(streamed: StreamedModel, ids: Tensor, splits: str | None = None)
             raise
         except Exception as error:
             raise HalfplateError(
-                _refusal(streamed, f"block {index} does not run apart from the others ({_reason(error)})")
+                _refusal(streamed, f"layer {index} does not run separately from the others ({_reason(error)})")
             ) from error
         finally:
             streamed.free_block(index)
@@ -64,7 +64,7 @@ def check_chain(streamed: StreamedModel, ids: Tensor, splits: str | None = None)
 
 
 def _whole(streamed: StreamedModel, ids: Tensor) -> list[Tensor]:
-    """Some values of the input of every block in the whole forward, and of the output of the last."""
+    """A sample of the values of the input of every layer in the whole forward, and of the output of the last."""
     seen: list[Tensor] = []
     try:
         with streamed.running(held=False, with_head=False):
@@ -75,13 +75,13 @@ def _whole(streamed: StreamedModel, ids: Tensor) -> list[Tensor]:
         name = type(streamed.model).__name__
         if resolved(streamed.blockwise.precision, streamed.device.type) == "bf16":
             raise HalfplateError(
-                f"precision=bf16: model {name} fails in block {max(0, len(seen) - 1)} ({_reason(error)}); pass --precision fp32"
+                f"precision=bf16: model {name} fails in layer {max(0, len(seen) - 1)} ({_reason(error)}); pass --precision fp32"
             ) from error
         raise HalfplateError(
             f"model {name} fails on the calibration tokens ({_reason(error)}); check that it runs in transformers"
         ) from error
     if len(seen) != len(streamed.blocks) + 1:
-        raise HalfplateError(_refusal(streamed, f"it runs {len(seen)} of its {len(streamed.blocks)} blocks"))
+        raise HalfplateError(_refusal(streamed, f"it runs {len(seen)} of its {len(streamed.blocks)} layers"))
     return seen
 
 
@@ -97,7 +97,7 @@ def _with_own_arguments(inputs: BlockInputs, others: BlockInputs) -> BlockInputs
 
 
 def _some(hidden: Tensor) -> Tensor:
-    """At most about VALUES values of all over the hidden state."""
+    """About VALUES values, spread over the hidden state."""
     # An odd step takes other features of each token.
     return hidden.detach().reshape(-1)[:: hidden.numel() // VALUES | 1].float().clone()
 
@@ -105,19 +105,21 @@ def _some(hidden: Tensor) -> Tensor:
 def _compare(streamed: StreamedModel, index: int, hidden: Tensor, expected: Tensor) -> None:
     found = _some(hidden)
     if found.shape != expected.shape:
-        raise HalfplateError(_refusal(streamed, f"the hidden state before block {index} has another shape"))
+        raise HalfplateError(_refusal(streamed, f"the hidden state before layer {index} has another shape"))
     if not bool(expected.isfinite().all()):
         return  # Whoever collects statistics names the linear.
     difference = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
     if not difference <= TOLERANCE:
-        what = f"block {index - 1} gives" if index else "the embedding gives"
+        what = f"layer {index - 1} gives" if index else "the embedding gives"
         raise HalfplateError(
-            _refusal(streamed, f"{what} another output than in the whole model (relative difference {difference:.2g})")
+            _refusal(
+                streamed, f"{what} a different output than in the whole model (relative difference {difference:.2g})"
+            )
         )
 
 
 def _refusal(streamed: StreamedModel, what: str) -> str:
-    return f"model {type(streamed.model).__name__} cannot be run block by block: {what}, so its statistics would be wrong; {CURE}"
+    return f"model {type(streamed.model).__name__} cannot be run layer by layer: {what}, so its statistics would be wrong; {CURE}"
 
 
 def _reason(error: Exception) -> str:

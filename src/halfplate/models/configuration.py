@@ -1,4 +1,4 @@
-"""`config.json` and `generation_config.json` of a model folder: read, checked, and freed of what does not belong to the weights."""
+"""`config.json` and `generation_config.json` of a model folder: read, checked, and stripped of entries that do not concern the weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
 
 
 def read_entries(name: str, path: Path) -> dict[str, Any]:
-    """`config.json` in the folder `path` as it stands; raises HalfplateError where it is missing or not an object of JSON."""
+    """The unchanged content of `config.json` in the folder `path`; raises HalfplateError if it is missing or not an object of JSON."""
     file = path / "config.json"
     if not file.is_file():
         raise HalfplateError(
@@ -58,7 +58,7 @@ def quantisation_of(entries: dict[str, Any]) -> str | None:
 
 
 def check_plain(name: str, entries: dict[str, Any], tensors: Iterable[str]) -> None:
-    """Raise HalfplateError where the names of `tensors` show quantised weights; a mere entry of `config.json` does not."""
+    """Raise HalfplateError if the names of `tensors` show quantised weights; a mere entry of `config.json` does not."""
     part = next((tensor for tensor in tensors if QUANTISED_PARTS.search(tensor)), None)
     if part is not None:
         raise _already_quantised(name, quantisation_of(entries), f"its files hold {part}")
@@ -66,13 +66,13 @@ def check_plain(name: str, entries: dict[str, Any], tensors: Iterable[str]) -> N
 
 def _already_quantised(name: str, method: str | None, reason: str) -> HalfplateError:
     return HalfplateError(
-        f"model={name!r} is already quantised (quant_method {method or 'unknown'!r}, {reason}); Halfplate compresses dense weights: "
+        f"model={name!r} is already quantised (quant_method {method or 'unknown'!r}, {reason}); Halfplate compresses plain weights: "
         "pass the fp32, bf16 or fp16 model it was made from"
     )
 
 
 def check_values(name: str, entries: dict[str, Any]) -> None:
-    """Raise HalfplateError for values that transformers takes without a word and that make another model, or none."""
+    """Raise HalfplateError for values that transformers accepts silently and that give a different model, or none."""
     for key in ("quantization_config", "compression_config"):
         if entries.get(key) and not isinstance(entries[key], dict):
             raise HalfplateError(
@@ -96,11 +96,11 @@ def _rotary_numbers(entries: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def check_kind(name: str, entries: dict[str, Any]) -> None:
-    """Raise HalfplateError for what `config.json` alone shows not to be a dense text model."""
+    """Raise HalfplateError if `config.json` alone shows that this is not a plain text model."""
     method = quantisation_of(entries)
     if method == METHOD:
         raise HalfplateError(
-            f"model={name!r} is already compressed by Halfplate; pass the dense model it was made from"
+            f"model={name!r} is already compressed by Halfplate; pass the original model it was made from"
         )
     if method in QUANTISED_AT_RUN_TIME:
         raise _already_quantised(name, method, "which rounds weights and activations whenever the model runs")
@@ -115,7 +115,7 @@ def check_kind(name: str, entries: dict[str, Any]) -> None:
 def read_config(name: str, path: Path, entries: dict[str, Any]) -> tuple[PretrainedConfig, tuple[str, ...]]:
     """The configuration in the folder `path`, ready to build the model on any machine, and notes on what was changed in it.
 
-    entries: as `read_entries` gave them. Raises HalfplateError where its class refuses it, or is not a causal language model.
+    entries: as `read_entries` gave them. Raises HalfplateError if its class refuses it, or is not a causal language model.
     """
     import transformers
     from transformers import AutoConfig
@@ -161,14 +161,14 @@ def check_causal(name: str, config: PretrainedConfig) -> None:
 
 
 def check_saves(name: str, config: PretrainedConfig, entries: dict[str, Any]) -> None:
-    """Raise HalfplateError where transformers would refuse to save `config`, as the run does at its end."""
+    """Raise HalfplateError if transformers would refuse to save `config`, as the run does at its end."""
     what = "transformers does not save this config.json, so no result could be written"
     with tempfile.TemporaryDirectory(prefix="halfplate-") as scratch, reading(name, what, "correct it", entries):
         deepcopy(config).save_pretrained(scratch)
 
 
 def read_generation_config(name: str, path: Path) -> GenerationConfig | None:
-    """`generation_config.json` in the folder `path`, None where there is none; raises HalfplateError for a broken one."""
+    """`generation_config.json` in the folder `path`, None if there is none; raises HalfplateError for a broken one."""
     from transformers import GenerationConfig
 
     if not (path / "generation_config.json").is_file():
@@ -182,20 +182,22 @@ def read_generation_config(name: str, path: Path) -> GenerationConfig | None:
 
 
 def _freed(config: PretrainedConfig, entries: dict[str, Any]) -> list[str]:
-    """Take out of `config`, in place, what says how to run it elsewhere, or nothing; what is said of it."""
+    """Remove from `config`, in place, the entries that only say how to run the model; returns a note on each."""
     notes = []
     attention, experts = config._attn_implementation, config._experts_implementation
     if attention not in PLAIN_ATTENTION:
         config._attn_implementation = None
-        notes.append(f"config.json: attn_implementation={attention!r} is left out; attention runs as torch has it here")
+        notes.append(
+            f"config.json: attn_implementation={attention!r} is left out; attention uses torch's implementation"
+        )
     if experts not in PLAIN_EXPERTS:
         config._experts_implementation = None
-        notes.append(f"config.json: experts_implementation={experts!r} is left out; experts run as torch has it here")
+        notes.append(f"config.json: experts_implementation={experts!r} is left out; experts use torch's implementation")
     for key, plain in (("output_attentions", False), ("output_hidden_states", False), ("return_dict", True)):
         stated = entries.get(key)
         if stated is not None and bool(stated) is not plain:
             setattr(config, key, plain)
-            notes.append(f"config.json: {key}={stated!r} is left out, which says what a call returns")
+            notes.append(f"config.json: {key}={stated!r} is left out, because it only sets what a call returns")
     method = quantisation_of(entries)
     for key in ("quantization_config", "compression_config"):
         if key in vars(config):

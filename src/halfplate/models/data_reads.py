@@ -1,4 +1,4 @@
-"""Which linears of a model have their weight read by the code around them, beside their own forward."""
+"""Finding linears whose weight is read by code other than their own forward."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INITIALISER = re.compile("_*(init|reset)")
 
 @dataclass(frozen=True)
 class _Read:
-    """`<owner>.weight` in a method of a class; path: of the owner below `self`, None where it is reached otherwise."""
+    """`<owner>.weight` in a method of a class; path: of the owner below `self`, None if it is reached otherwise."""
 
     path: tuple[str, ...] | None
     kind: type
@@ -61,7 +61,9 @@ def data_reads(model: nn.Module, prefix: str = "") -> tuple[dict[str, str], str 
         if name in seen or hidden:
             reasons[name] = str((hidden or [read for _, read in reads])[0])
     start = f"{prefix}." if prefix else ""
-    return {start + name: f"its weight is read as data by {by}; kept dense" for name, by in reasons.items()}, failure
+    return {
+        start + name: f"its weight is read as data by {by}; not compressed" for name, by in reasons.items()
+    }, failure
 
 
 def _stated(root: nn.Module) -> dict[str, list[tuple[str, _Read]]]:
@@ -210,7 +212,7 @@ def _watched(root: nn.Module) -> Iterator[set[str]]:
 
 
 def _watching(kind: Any, name: str, seen: set[str]) -> Any:
-    """A subclass of `kind` that adds `name` to `seen` where the weight is asked for."""
+    """A subclass of `kind` that adds `name` to `seen` when the weight is read."""
     inside = False
 
     class Watching(kind):  # type: ignore[misc]

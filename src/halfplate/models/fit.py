@@ -1,4 +1,4 @@
-"""How the tensors of a model's files fit the model: each is used, or named; none is missing, of another shape, or dropped silently."""
+"""Matching the stored tensors with the model: each is used or named, and none is missing, of another shape or dropped silently."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def stored_apart(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) ->
 
 
 def same_values(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two stored tensors are equal, found without holding either; raises HalfplateError where they cannot be read."""
+    """Whether two stored tensors are equal, found without holding either; raises HalfplateError if they cannot be read."""
     if first.shape != second.shape:
         return False
     if first.kind != second.kind:
@@ -196,7 +196,7 @@ def _left_over(name: str, model: PreTrainedModel, extra: Mapping[str, tuple[str,
             beyond = max(beyond, index if index >= count else -1)
     if beyond >= 0:
         raise HalfplateError(
-            f"model={name!r}: its files hold {beyond + 1} decoder blocks, config.json says num_hidden_layers={count}; "
+            f"model={name!r}: its files hold {beyond + 1} decoder layers, config.json says num_hidden_layers={count}; "
             "correct the number, or download the model again"
         )
     if wrong:
@@ -208,7 +208,7 @@ def _left_over(name: str, model: PreTrainedModel, extra: Mapping[str, tuple[str,
 
 
 def _numbered_blocks(model: PreTrainedModel) -> tuple[int, re.Pattern[str]]:
-    """The number of decoder blocks, and what finds the number of a block in a stored name; nothing where there are none."""
+    """The number of decoder layers, and what finds the number of a layer in a stored name; nothing if there are none."""
     try:
         prefix, blocks = find_blocks(model)
     except HalfplateError:
@@ -243,7 +243,7 @@ def _all_zero(stored: StoredTensor) -> bool:
 
 
 def _check_prefix(name: str, missing: Collection[str], extra: list[str]) -> None:
-    """Raise HalfplateError where all names are the model's but for a prefix that a training tool has put before them."""
+    """Raise HalfplateError if all names are the model's but for a prefix that a training tool has put before them."""
     for stored in extra[:1]:
         rest = stored
         while "." in rest:

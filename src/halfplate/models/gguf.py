@@ -1,4 +1,4 @@
-"""Dense models from `.gguf` files. Every key and tensor of a file is used or refused by name (`gguf_families`)."""
+"""Models from `.gguf` files. Every key and tensor of a file is used or refused by name (`gguf_families`)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ LARGEST_ROPE = 2**20  # bytes of a tensor of rotary factors, which has one for e
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of itself: architecture, how its vocabulary splits text and its licence (None: it does not say), what it holds."""
+    """The header of a GGUF file: architecture, pre-tokenizer and licence (None if not given), and the contents."""
 
     architecture: str
     pre_tokenizer: str | None
@@ -34,7 +34,7 @@ class GgufHeader:
 def read_header(path: Path, name: str) -> GgufHeader:
     """Read the metadata of the `.gguf` file that the user named `name`.
 
-    Raises HalfplateError when the file is not a GGUF file, is cut short, or is one of several parts.
+    Raises HalfplateError if the file is not a GGUF file, is cut short, or is one of several parts.
     """
     with path.open("rb") as file:
         magic = file.read(4)
@@ -109,7 +109,7 @@ def load_model(path: Path, name: str, config: "PretrainedConfig") -> "tuple[PreT
 
 
 def tensor_reader(path: Path, name: str, model: "PreTrainedModel") -> "Callable[[str], Tensor | None]":
-    """What reads a tensor of `model`, in fp32, by its name in the model; None if the file lacks it. A bias that it lacks is zero.
+    """A function that reads a tensor of `model` in fp32, by its name in the model; it returns None if the file lacks the tensor. A bias that it lacks is zero.
 
     Raises HalfplateError for a tensor of the file that is not a part of the model.
     """

@@ -63,7 +63,7 @@ def check_header(path: Path) -> GgufContents:
         for _ in range(entries):
             key = walk.name()
             if key in metadata:
-                raise DamagedHeader(f"the key {key[:60]!r} stands twice")
+                raise DamagedHeader(f"the key {key[:60]!r} occurs twice")
             metadata[key] = walk.value(walk.number("<I"))
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment not in {1 << power for power in range(17)}:
@@ -73,7 +73,7 @@ def check_header(path: Path) -> GgufContents:
         for _ in range(tensors):
             name = walk.name()
             if name in found:
-                raise DamagedHeader(f"the tensor {name[:60]!r} stands twice")
+                raise DamagedHeader(f"the tensor {name[:60]!r} occurs twice")
             dimensions = walk.number("<I")
             if dimensions > MOST_DIMENSIONS:
                 raise DamagedHeader(f"a tensor has {dimensions} dimensions")
@@ -114,7 +114,7 @@ class _Walk:
         number: int = self.number("<Q")
         self.elements += number
         if number * least > len(self.content) - self.place or self.elements > MOST_ELEMENTS:
-            raise DamagedHeader(f"it counts {number} where the file has no room for them")
+            raise DamagedHeader(f"it counts {number} entries, more than the file can hold")
         return number
 
     def text(self, longest: int) -> bytes:

@@ -1,7 +1,7 @@
 """How byte-level vocabularies split text before they merge, and llama.cpp's names for it (`tokenizer.ggml.pre`).
 
 A GGUF file holds the name alone; a tokenizer.json holds the steps. The patterns are what llama.cpp computes under each name, in
-the syntax of the `tokenizers` library. For most names it is what their tokenizer.json says; where it is not, `meant` has that.
+the syntax of the `tokenizers` library. For most names it is what their tokenizer.json says; if it differs, `meant` has the steps.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _cased_by_llama(suffix: str, digits: str) -> str:
 
 
 def _caseless(digits: str) -> str:
-    """`_cased` as llama.cpp computes it where it is given the expression of the tokenizer.json: all letters are alike."""
+    """`_cased` as llama.cpp computes it if it is given the expression of the tokenizer.json: all letters are alike."""
     words = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+{_ASCII_SUFFIX}"
     return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 
@@ -95,7 +95,7 @@ COHERE_DIGITS = r"\d{1,3}(?=(?:\d{3})*\b)"
 
 @dataclass(frozen=True)
 class Cut:
-    """One more step of a tokenizer.json than llama.cpp has: `pattern`, over text, or over its bytes where `on_bytes`.
+    """One more step of a tokenizer.json than llama.cpp has: `pattern`, over text, or over its bytes if `on_bytes`.
 
     It has no effect if no token of the vocabulary crosses it.
     """
@@ -113,7 +113,7 @@ class PreTokenizer:
     ignore_merges: a whole piece that is a token is taken without merging
     add_bos: whether llama.cpp starts texts with the bos token if the file does not say
     cuts: tokenizer.json files with one more step
-    meant: the steps of the tokenizer.json that the names stand for, where llama.cpp splits otherwise; such a one is not written
+    meant: the steps of the tokenizer.json that the names stand for, if llama.cpp splits differently; such a pre-tokenizer is not written
     differs: on which text, for the message
     """
 

@@ -115,7 +115,9 @@ class _Vocabulary:
         self.ids = {token: number for number, token in enumerate(self.tokens)}
         self.types = self._types()
         if pair := overlapping([token for number, token in enumerate(self.tokens) if self._is_whole(number)]):
-            raise _Refused(f"where its special tokens {pair[0]!r} and {pair[1]!r} overlap, llama.cpp takes another one")
+            raise _Refused(
+                f"its special tokens {pair[0]!r} and {pair[1]!r} can overlap, and llama.cpp splits such text differently"
+            )
         self.special = {key: self._id(key) for key in SPECIAL_IDS}
         for key in OTHER_IDS:
             self._id(key)

@@ -118,7 +118,9 @@ def _check_added(
         if token["normalized"] and _prepends(normalizer):
             raise ValueError(f"the token {token['content']!r} is looked for in normalised text (normalized)")
     if pair := overlapping([token["content"] for token in added]):
-        raise ValueError(f"where its tokens {pair[0]!r} and {pair[1]!r} overlap, llama.cpp takes another one")
+        raise ValueError(
+            f"its tokens {pair[0]!r} and {pair[1]!r} can overlap, and llama.cpp splits such text differently"
+        )
     stripping = [token for token in added if token["rstrip"]]
     if not stripping:
         return
@@ -285,8 +287,8 @@ def _space_prefix(described: dict[str, Any], vocabulary: dict[str, int]) -> bool
                 return False
             # As SentencePiece, by which such models were trained, and unlike what transformers 5 makes of their tokenizers.
             warnings.warn(
-                "format='gguf': llama.cpp writes a space before every text, also behind special tokens and before a space; "
-                f"this tokenizer (Metaspace, {scheme}) does not where a space stands or behind special tokens, so such texts get other tokens there",
+                "format='gguf': llama.cpp writes a space before every text, also after special tokens and before a space; "
+                f"this tokenizer (Metaspace, {scheme}) writes none there, so llama.cpp makes different tokens of such text",
                 HalfplateWarning,
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""A dense model as a GGUF file that llama.cpp runs, tokenizer included, through the `gguf` package."""
+"""A full-size model as a GGUF file that llama.cpp runs, tokenizer included, through the `gguf` package."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

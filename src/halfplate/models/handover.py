@@ -1,4 +1,4 @@
-"""What a decoder block is called with beside the hidden state, and what it hands on to later blocks."""
+"""The arguments of a decoder layer beside the hidden state, and the values that it passes to later layers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from halfplate.errors import HalfplateError
 
-# Tensors that blocks hand on, by a name that says where the later block takes them.
+# Tensors that layers hand on, by a name that says where the later layer takes them.
 Carried = dict[str, Tensor]
-# Tensors among the arguments of all blocks, by the block and their place among its arguments.
+# Tensors among the arguments of all layers, by the layer and their place among its arguments.
 Places = dict[tuple[int, int], Tensor]
 
 
 class BlockArguments(NamedTuple):
-    """Positional and keyword arguments of one block, without the hidden state.
+    """Positional and keyword arguments of one layer, without the hidden state.
 
-    handed_on: names of the outputs of this and earlier blocks that a later block takes as an argument. In args and kwargs, a
+    handed_on: names of the outputs of this and earlier layers that a later layer takes as an argument. In args and kwargs, a
     FromBlock stands for such an output.
     """
 
@@ -34,7 +34,7 @@ class BlockArguments(NamedTuple):
 
 @dataclass(frozen=True)
 class FromBlock:
-    """Stands for a value that block `block` returns beside the hidden state: leaf `leaf` of its other outputs."""
+    """Stands for a value that layer `block` returns beside the hidden state: leaf `leaf` of its other outputs."""
 
     block: int
     leaf: int
@@ -45,7 +45,7 @@ class FromBlock:
 
 
 def copied(arguments: Any) -> Any:
-    """`arguments` in containers of their own, so that a block that writes into one leaves the original as it is."""
+    """A copy of the containers of `arguments`, so that a layer that writes into one does not change the original."""
     return tree_map(lambda leaf: copy.copy(leaf) if isinstance(leaf, MutableMapping) else leaf, arguments)
 
 
@@ -55,7 +55,7 @@ def filled(arguments: Any, value: Callable[[FromBlock], Any]) -> Any:
 
 
 def with_handed_on(recorded: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[BlockArguments]:
-    """The arguments of every block, each with what must be kept after it."""
+    """The arguments of every layer, each with the values to keep after it."""
     last: dict[FromBlock, int] = {}
     for index, arguments in enumerate(recorded):
         last |= {leaf: index for leaf in tree_leaves(arguments) if isinstance(leaf, FromBlock)}
@@ -66,7 +66,7 @@ def with_handed_on(recorded: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> li
 
 
 def hands_on(arguments: Iterable[BlockArguments]) -> bool:
-    """Whether any of the blocks hands on more than a hidden state, or has a mapping of the model's own to write into."""
+    """Whether any layer passes on more than a hidden state, or writes into a mapping of the model."""
     return any(
         called.handed_on or any(not isinstance(mapping, dict) for _, mapping in _mappings(called.args, called.kwargs))
         for called in arguments
@@ -74,7 +74,7 @@ def hands_on(arguments: Iterable[BlockArguments]) -> bool:
 
 
 def call_arguments(arguments: BlockArguments, carried: Carried) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a block is called with: `arguments` with what earlier blocks have handed on."""
+    """The arguments to call a layer with: `arguments` with the values that earlier layers passed on."""
     args, kwargs = filled((arguments.args, arguments.kwargs), lambda place: carried.get(place.name))
     entries: dict[str, dict[Any, Any]] = {}
     for name, tensor in carried.items():
@@ -97,7 +97,7 @@ def carried_on(
     outputs: Any,
     carried: Carried,
 ) -> Carried:
-    """What the blocks after `index` need, from its `outputs` beside the hidden state and what it wrote into its arguments.
+    """The values that layers after `index` need, from its other `outputs` and from the mappings that it wrote into.
 
     called: the arguments that it ran with. carried: what came into it. Raises HalfplateError for values that are no tensors.
     """
@@ -120,7 +120,7 @@ def carried_on(
 
 
 def _mappings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, MutableMapping[Any, Any]]]:
-    """The arguments of a block that it may write into, by their names."""
+    """The arguments of a layer that it may write into, by their names."""
     named = {str(position): value for position, value in enumerate(args)} | dict(kwargs)
     return ((name, value) for name, value in named.items() if isinstance(value, MutableMapping))
 
@@ -134,19 +134,19 @@ def _identical(value: Any, other: Any) -> bool:
 def _tensor(index: int, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise HalfplateError(
-            f"block {index} hands a {type(value).__name__} on to later blocks, expected tensors, so the model cannot be run block "
-            "by block; use a method that needs no text (magnitude, rtn)"
+            f"layer {index} passes a {type(value).__name__} to later layers, expected tensors, so the model cannot be run layer "
+            "by layer; use a method that needs no text (magnitude, rtn)"
         )
     return value
 
 
 def differing(reference: Sequence[BlockArguments], own: Sequence[BlockArguments]) -> Places:
-    """The tensors in which the arguments `own` of all blocks differ from `reference`, those of other tokens of the same shape.
+    """The tensors in which the arguments `own` of all layers differ from `reference`, those of other tokens of the same shape.
 
-    Raises HalfplateError where they differ in more than tensors.
+    Raises HalfplateError if they differ in more than tensors.
     """
     found: Places = {}
-    # Blocks mostly share their masks and positions.
+    # Layers mostly share their masks and positions.
     known: dict[tuple[int, int], bool] = {}
     for block, (before, now) in enumerate(zip(reference, own, strict=True)):
         leaves, form = tree_flatten((before.args, before.kwargs))
@@ -163,7 +163,7 @@ def differing(reference: Sequence[BlockArguments], own: Sequence[BlockArguments]
 
 
 def patched(arguments: BlockArguments, tensors: Mapping[int, Tensor]) -> BlockArguments:
-    """`arguments` of a block with `tensors` in their places."""
+    """`arguments` of a layer with `tensors` in their places."""
     if not tensors:
         return arguments
     leaves, form = tree_flatten((arguments.args, arguments.kwargs))
@@ -183,6 +183,6 @@ def _same(leaf: object, other: object, block: int) -> bool:
 
 def _other(block: int, what: str) -> str:
     return (
-        f"the arguments of block {block} differ between two batches of tokens in more than tensors ({what}), so the model cannot be run "
-        "block by block; use a method that needs no text (magnitude, rtn)"
+        f"the arguments of layer {block} differ between two batches of tokens in more than tensors ({what}), so the model cannot be run "
+        "layer by layer; use a method that needs no text (magnitude, rtn)"
     )

@@ -1,4 +1,4 @@
-"""The licence that a dense model's own files name."""
+"""The licence that an original model's own files name."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ LARGEST_CARD = 2 * plain_yaml.LARGEST  # characters, prose behind the front matt
 
 
 def origin(source: Source) -> dict[str, str | None]:
-    """What a checkpoint keeps of where its model came from: the Hub id (None for a file or folder) and the licence."""
+    """The origin of a model that a checkpoint records: the Hub id (None for a file or folder) and the licence."""
     return {"base_model": source.name if source.kind == "hub" else None, "license": licence_of(source)}
 
 
 def licence_of(source: Source) -> str | None:
-    """The licence in the model card of a folder, in its config.json or in a GGUF header; None where none says."""
+    """The licence in the model card of a folder, in its config.json or in a GGUF header; None if none says."""
     if source.gguf_header is not None:
         return source.gguf_header.licence
     for found in (_front_matter(source.path / "README.md").get("license"), getattr(source.config, "license", None)):

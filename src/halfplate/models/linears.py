@@ -1,4 +1,4 @@
-"""Finding the decoder blocks of a model and the linears inside them, and putting another module in a linear's place."""
+"""Finding the decoder layers of a model and the linears inside them, and replacing a linear by another module."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 
 @dataclass(frozen=True)
 class FoundLinear:
-    """A linear of a decoder block: its full name, the block's index, and the shape (d_out, d_in) of its weight."""
+    """A linear of a decoder layer: its full name, the layer's index, and the shape (d_out, d_in) of its weight."""
 
     name: str
     block: int
@@ -42,17 +42,17 @@ class FoundLinear:
 
 @dataclass(frozen=True)
 class SkippedModule:
-    """A module of a decoder block that stays dense, and why (with the cure, where there is one)."""
+    """A module of a decoder layer that is not compressed, and why (with the cure, if there is one)."""
 
     name: str
     reason: str
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks and their name, such as `("model.layers", ...)`.
+    """The decoder layers and their name, such as `("model.layers", ...)`.
 
     They are the outermost list of `num_hidden_layers` modules; if several are that long, the one with most parameters.
-    Raises HalfplateError when there is none.
+    Raises HalfplateError if there is none.
     """
     expected = getattr(_text_config(model), "num_hidden_layers", None)
     lists: list[tuple[str, nn.ModuleList]] = []
@@ -65,13 +65,12 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         lists = [(name, blocks) for name, blocks in lists if len(blocks) == expected]
     if not lists and other:
         raise HalfplateError(
-            f"model {type(model).__name__} has lists of other lengths ({other}) than the {expected} blocks that its configuration names "
-            "(num_hidden_layers), as models whose blocks hold several sublayers or are run more than once have; expected one list of "
-            "decoder blocks that run in order: use another model"
+            f"model {type(model).__name__} has module lists of lengths {other}, but its configuration names {expected} layers (num_hidden_layers); "
+            "expected one list of decoder layers that run in order: use another model"
         )
     if not lists:
         raise HalfplateError(
-            f"model {type(model).__name__} has no list of {expected or 'decoder'} blocks; "
+            f"model {type(model).__name__} has no list of {expected or 'decoder'} layers; "
             "expected a decoder-only model of the transformers library, such as LlamaForCausalLM"
         )
     return max(lists, key=lambda found: sum(parameter.numel() for parameter in found[1].parameters()))
@@ -83,12 +82,12 @@ def find_linears(
     exclude: Sequence[str] = (),
     reads: Mapping[str, str] | None = None,
 ) -> tuple[list[FoundLinear], list[SkippedModule]]:
-    """The linears to compress, in the order of the blocks, and every other matrix of the blocks with its reason.
+    """The linears to compress, in the order of the layers, and every other matrix of the layers with its reason.
 
     include, exclude: fnmatch patterns on full names; without `include` every linear is taken. Routers, indexers and gates of heads
     are never taken, other tiny linears only if a pattern of `include` has more than `*` after its last dot. reads: what
     `data_reads` says of the model, found out if None. Works on the meta device.
-    Raises HalfplateError when a pattern matches nothing, or when no linear is left.
+    Raises HalfplateError if a pattern matches nothing, or if no linear is left.
     """
     found: list[FoundLinear] = []
     skipped: list[SkippedModule] = []
@@ -134,7 +133,7 @@ def find_linears(
 
 
 def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the module of the full name `name` stands; raises HalfplateError when there is none."""
+    """Replace the module of the full name `name` by `module`; raises HalfplateError if there is none."""
     try:
         model.get_submodule(name)
     except AttributeError:
@@ -157,52 +156,52 @@ def _expert_count(model: nn.Module) -> int | None:
 
 
 def _skip_reason(inner: str, module: nn.Module, experts: int | None) -> str | None:
-    """Why a module with matrices of its own, `inner` by its name in the block, stays dense; None for linears to compress and modules without matrices."""
+    """Why a module with matrices of its own, `inner` by its name in the layer, is not compressed; None for linears to compress and modules without matrices."""
     matrices = {key: tuple(tensor.shape) for key, tensor in module.named_parameters(recurse=False) if tensor.ndim >= 2}
     if not matrices:
         return None
     if isinstance(module, nn.Linear):
         return _router_reason(inner.split("."), module, experts) or (
-            None if is_plain_linear(module) else f"{type(module).__name__} has a forward of its own; kept dense"
+            None if is_plain_linear(module) else f"{type(module).__name__} has a forward of its own; not compressed"
         )
     key, shape = max(matrices.items(), key=lambda item: len(item[1]))
     if type(module).__name__ == "Conv1D":
-        return "Conv1D of GPT-2, which stores its weight as (d_in, d_out), is not an nn.Linear; kept dense"
+        return "Conv1D of GPT-2, which stores its weight as (d_in, d_out), is not an nn.Linear; not compressed"
     if len(shape) == 3 and shape[0] == experts:
         return (
-            f"{shape[0]} experts held in 3-D tensors ({key} of shape {shape}) instead of linears; kept dense: "
+            f"{shape[0]} experts held in 3-D tensors ({key} of shape {shape}) instead of linears; not compressed: "
             "use a model without experts to compress its MLPs"
         )
     if len(shape) == 2 and shape[0] == experts:
-        return f"router of {experts} experts: tiny, and decides where tokens go; kept dense"
-    return f"{type(module).__name__} (its {key} has shape {shape}) is not an nn.Linear; kept dense"
+        return f"router of {experts} experts: tiny, and decides where tokens go; not compressed"
+    return f"{type(module).__name__} (its {key} has shape {shape}) is not an nn.Linear; not compressed"
 
 
 def _router_reason(parts: list[str], module: nn.Linear, experts: int | None) -> str | None:
     """Why the linear of the name `parts` decides too much to be compressed; None for all others."""
     leaf = parts[-1]
     if leaf in ROUTER_NAMES and experts is not None and module.out_features in (1, experts):
-        return f"router of {experts} experts: tiny, and decides where tokens go; kept dense"
+        return f"router of {experts} experts: tiny, and decides where tokens go; not compressed"
     if any(map(INDEXER.search, parts)):
-        return "indexer: chooses the tokens that attention sees; kept dense"
+        return "indexer: chooses the tokens that attention sees; not compressed"
     if any(map(ROUTER.search, parts)):
-        return "part of a router: decides where tokens go; kept dense"
+        return "part of a router: decides where tokens go; not compressed"
     if any(map(GATE.search, parts[:-1])):
-        return "part of a gate: decides what passes; kept dense"
+        return "part of a gate: decides what passes; not compressed"
     if leaf in HEAD_GATES and module.out_features <= HEAD_GATE_OUTPUTS:
-        return f"gate of the heads of linear attention, {module.out_features} outputs: tiny, and decides what is forgotten; kept dense"
+        return f"gate of the heads of linear attention, {module.out_features} outputs: tiny, and decides what is forgotten; not compressed"
     return None
 
 
 def _tiny_reason(inner: str, module: nn.Linear) -> str | None:
-    """Why a linear that is tiny beside its input stays dense; None for all others.
+    """Why a linear that is tiny beside its input is not compressed; None for all others.
 
     A share of its input, because whole models are as small.
     """
     d_out, d_in = module.out_features, module.in_features
     if d_out > TINY_OUTPUTS or TINY_SHARE * d_out > d_in or ATTENTION.search(inner.rpartition(".")[2]):
         return None
-    return f"{d_out} outputs of {d_in} inputs: too small to gain by it; kept dense unless --include names it"
+    return f"{d_out} outputs of {d_in} inputs: too small to gain by it; not compressed unless --include names it"
 
 
 def _asked_for(name: str, include: Sequence[str]) -> bool:
@@ -212,7 +211,7 @@ def _asked_for(name: str, include: Sequence[str]) -> bool:
 
 def _nothing_left(model: nn.Module, skipped: list[SkippedModule]) -> str:
     example = f" ({len(skipped)} modules skipped, such as {skipped[0].name}: {skipped[0].reason})" if skipped else ""
-    return f"model {type(model).__name__} has no nn.Linear to compress in its decoder blocks{example}; pass a model built of nn.Linear, such as LlamaForCausalLM"
+    return f"model {type(model).__name__} has no nn.Linear to compress in its decoder layers{example}; pass a model built of nn.Linear, such as LlamaForCausalLM"
 
 
 def _check_pattern(

@@ -1,4 +1,4 @@
-"""Failures of other libraries while they read a model, said in one line."""
+"""Turning failures of other libraries while they read a model into one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONGEST_REASON = 600  # characters of another library's message
 def reading(
     name: str, what: str, cure: str, entries: Mapping[str, Any] | None = None, argument: str = "model"
 ) -> Iterator[None]:
-    """Turn whatever fails inside into a HalfplateError: `model=NAME: WHAT (REASON); CURE`.
+    """Turn any exception inside into a HalfplateError: `model=NAME: WHAT (REASON); CURE`.
 
     A model folder is data of any shape, and each library that reads it fails with errors of its own. what: the file and what it
     cannot do. entries: config.json, to name the key whose value a library did not know. A HalfplateError passes unchanged.
@@ -30,7 +30,7 @@ def reading(
 
 
 def in_words(error: Exception, entries: Mapping[str, Any] | None = None) -> str:
-    """The reason of `error` on one line, with its class where the message alone says nothing."""
+    """The reason of `error` on one line, with its class if the message alone says nothing."""
     reason = " ".join(str(error).split())
     if isinstance(error, KeyError) and entries is not None and error.args:
         key = _key_of(error.args[0], entries)

@@ -1,4 +1,4 @@
-"""Where a dense model comes from: a Hugging Face folder, a `.gguf` file or a Hub id, checked before anything heavy loads."""
+"""Where an original model comes from: a Hugging Face folder, a `.gguf` file or a Hub id, checked before anything heavy loads."""
 
 import re
 import warnings
@@ -53,16 +53,16 @@ HUB_IGNORED = ("*/*", "consolidated*")
 
 @dataclass(frozen=True)
 class Source:
-    """A dense model that has been checked but not loaded.
+    """An original model that has been checked but not loaded.
 
     name: as the user gave it.
     kind: `folder`, `gguf` or `hub`.
     path: the local folder or `.gguf` file.
-    config: the configuration that the tensors agree with; where config.json says otherwise, `notes` tell.
+    config: the configuration that the tensors agree with; `notes` name the differences from config.json.
     nbytes: bytes of the weight files.
-    other_dtype: element type in which tensors that stay dense are stored: the source's own (bf16 for GGUF).
-    gguf_header: set for GGUF files alone.
-    tensors: where each tensor lies, by its name in the files; empty for GGUF.
+    other_dtype: element type in which tensors that are not compressed are stored: the source's own (bf16 for GGUF).
+    gguf_header: set only for GGUF files.
+    tensors: the place of each tensor, by its name in the files; empty for GGUF.
     notes: one sentence for each entry of the configuration and each tensor that is left out.
     in_model_form: each tensor is named and stored as the model has it, because a transform wrote it.
     """
@@ -80,7 +80,7 @@ class Source:
     in_model_form: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """What tells two models apart without reading them whole: the configuration, the weight files and some bytes of every tensor."""
+        """The identity of a model, without reading it whole: the configuration, the weight files and some bytes of every tensor."""
         return {
             "config": self.config.to_dict(),
             "weights": [[path.name, path.stat().st_size] for path in self.weight_files],
@@ -90,7 +90,7 @@ class Source:
 
 @dataclass
 class LoadedModel:
-    """A dense model in fp32 and eval mode, its tokenizer, and where both came from."""
+    """An original model in fp32 and eval mode, its tokenizer, and where both came from."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -100,7 +100,7 @@ class LoadedModel:
 def open_source(name: str) -> Source:
     """Resolve and check `name`: a local folder, a `.gguf` file, or a Hub id (the only case that uses the network).
 
-    Raises HalfplateError for anything but a dense decoder-only language model in whole safetensors or GGUF files.
+    Raises HalfplateError for anything but an uncompressed decoder-only language model in whole safetensors or GGUF files.
     """
     if not name.strip():
         raise HalfplateError(f"model={name!r} is empty; pass a local folder, a .gguf file, or a Hub id")
@@ -121,7 +121,7 @@ def skeleton(source: Source, buffers: bool = False) -> "PreTrainedModel":
     """The model on the meta device: names and shapes of all tensors, and no values.
 
     buffers: those that are computed and not stored, such as the frequencies of rotary embeddings, have their values. Raises
-    HalfplateError where transformers cannot build it, and where it is larger than its files.
+    HalfplateError if transformers cannot build it, or if it is larger than its files.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -168,7 +168,7 @@ def load_dense(model: str | Source, device: str = "cpu") -> LoadedModel:
 
 
 def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the model; raises HalfplateError where none loads."""
+    """The tokenizer of the model; raises HalfplateError if none loads."""
     if source.gguf_header is not None:
         return gguf.load_tokenizer(source.path, source.name)
     return _load_tokenizer(source)
@@ -225,9 +225,9 @@ def _open_folder(name: str, kind: str, path: Path) -> Source:
 
 
 def _fitted(source: Source, entries: dict[str, Any]) -> Source:
-    """`source` with the configuration that its tensors agree with; raises HalfplateError where they do not fit it.
+    """`source` with the configuration that its tensors agree with; raises HalfplateError if they do not fit it.
 
-    Everything that would fail later is found here: what cannot be built, is missing, would be dropped, or cannot be saved.
+    Finds everything that would fail later: models that cannot be built or saved, and tensors that are missing or would be dropped.
     """
     name, notes = source.name, list(source.notes)
     model = skeleton(source)
@@ -244,7 +244,7 @@ def _fitted(source: Source, entries: dict[str, Any]) -> Source:
                 "them; download the model again"
             )
         notes.append(
-            f"config.json: tie_word_embeddings is taken as false, for the files hold {apart[0][0]} and {apart[0][1]} with different values"
+            f"config.json: tie_word_embeddings is taken as false, because the files hold {apart[0][0]} and {apart[0][1]} with different values"
         )
     notes += check_fit(name, model, source.tensors)
     check_saves(name, model.config, entries)

@@ -1,4 +1,4 @@
-"""A dense model on disk of which decoder blocks come into memory one at a time."""
+"""An original model on disk, whose decoder layers are loaded one at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class StreamedModel:
-    """The modules of a model without their weights, and where these lie.
+    """The modules of a model without their weights, and the places of these in files.
 
     model: in eval mode, its parameters on the meta device but for those that are loaded. Tensors are read in fp32 to
     `device`; precision: as in BlockwiseModel. `stored` names each tensor of the model as `state_dict` does; `tied` maps a name to that of the tensor it shares.
@@ -44,7 +44,7 @@ class StreamedModel:
         self._empty = list(self.blocks)
 
     def read(self, name: str) -> Tensor:
-        """The tensor of the full name `name`, floats as fp32; raises HalfplateError where it holds NaN or inf."""
+        """The tensor of the full name `name`, floats as fp32; raises HalfplateError if it holds NaN or inf."""
         try:
             tensor = read_tensor(self.stored[self.tied.get(name, name)])
         except (OSError, DamagedFile) as error:
@@ -63,28 +63,28 @@ class StreamedModel:
         return tensor.to(self.device)
 
     def block_names(self, index: int) -> list[str]:
-        """The stored tensors of block `index`, in the order of the model."""
+        """The stored tensors of layer `index`, in the order of the model."""
         return [name for name in self.stored if name.startswith(f"{self.prefix}.{index}.")]
 
     @property
     def outer_names(self) -> list[str]:
-        """The stored tensors outside the blocks."""
+        """The stored tensors outside the layers."""
         return [name for name in self.stored if not name.startswith(f"{self.prefix}.")]
 
     def load_block(self, index: int) -> nn.Module:
-        """Block `index` with its weights, which takes its place in the model until `free_block`."""
+        """Load layer `index` into the model, until `free_block`."""
         block = copy.deepcopy(self._empty[index])
         self._fill(block, index)
         self.blocks[index] = block
         return block
 
     def free_block(self, index: int) -> None:
-        """Give the memory of the block back, and whatever was put into it."""
+        """Free the memory of the layer and of everything that was put into it."""
         self.blocks[index] = self._empty[index]
 
     @contextmanager
     def outer(self, head: bool) -> Iterator[None]:
-        """While inside, all that is outside the blocks is loaded; head: the output embedding too, where it is a tensor of its own."""
+        """Context manager that loads all weights outside the layers. head: also the output embedding, if it has its own tensor."""
         output = self.model.get_output_embeddings()
         heads = {name for name, module in self.model.named_modules() if module is output}
         names = [name for name in self.outer_names if head or name.rpartition(".")[0] not in heads]
@@ -103,8 +103,8 @@ class StreamedModel:
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> BlockInputs:
-        """`BlockwiseModel.embed`; everything outside the blocks but the head must be loaded (`outer`)."""
-        # They run once, to see what blocks of their class return.
+        """`BlockwiseModel.embed`; everything outside the layers but the head must be loaded (`outer`)."""
+        # They run once, to see what layers of their class return.
         unknown = self.blockwise.unknown_blocks()
         for index in unknown:
             self.load_block(index)
@@ -120,7 +120,7 @@ class StreamedModel:
     ) -> Iterator[PreTrainedModel]:
         """While inside, the model runs as a whole.
 
-        held: its blocks stay in memory; else each is read when it comes to run, and freed after it. pack: makes what runs in the place
+        held: its layers stay in memory; otherwise each is read before it runs, and freed after it. pack: makes the module that runs in place
         of each linear of a held model. with_head: the output embedding is loaded too.
         """
         hooks: list[RemovableHandle] = []
@@ -161,7 +161,7 @@ class StreamedModel:
             name = f"{self.prefix}.{index}.{shared}"
             raise HalfplateError(
                 f"model {type(self.model).__name__}: {name} has no weights of its own (it shares those of {self.tied.get(name, 'another block')}), "
-                "and blocks that share weights cannot be compressed; use a model without shared blocks"
+                "and layers that share weights cannot be compressed; use a model without shared layers"
             )
 
 

@@ -1,7 +1,7 @@
-"""What is checked of a model folder before anything in it is believed: it may be anybody's.
+"""The checks of an untrusted model folder, before its content is used.
 
-Sizes are compared with what the files hold before anything is allocated by them; links do not lead out; no other model is
-fetched because a file says so.
+Sizes are compared with the files before memory is allocated. Links out of the folder are refused. No file can cause another model
+to be fetched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_OF_ANYTHING = 2**20  # heads, experts, groups: what a configuration counts,
 def check_folder(name: str, folder: Path, argument: str = "model") -> None:
     """Raise HalfplateError for links that lead out of `folder`, and for an adapter, whose base would be fetched from elsewhere.
 
-    The Hub's own cache, where a snapshot links to `../../blobs`, is as it should be.
+    The links of the Hub's own cache, from a snapshot to `../../blobs`, are allowed.
     """
     home = folder.resolve()
     allowed = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
@@ -46,7 +46,7 @@ def check_folder(name: str, folder: Path, argument: str = "model") -> None:
 
 
 def _end(link: Path) -> Path:
-    """Where a link leads; nowhere, if it leads back to itself."""
+    """The target of a link; `/` if it leads back to itself."""
     try:
         return link.resolve()
     except (OSError, RuntimeError):
@@ -68,7 +68,7 @@ def read_json_file(path: Path) -> Any:
 
 
 def check_layers(name: str, entries: Any, argument: str = "model") -> None:
-    """Raise HalfplateError where `entries`, config.json as it stands, counts more layers than any model has.
+    """Raise HalfplateError if `entries`, config.json as it stands, counts more layers than any model has.
 
     Some classes make a list of that length before anything can be compared with the files.
     """
@@ -82,10 +82,10 @@ def check_layers(name: str, entries: Any, argument: str = "model") -> None:
 
 
 def check_counts(name: str, config: Any, tensors: int, elements: int, argument: str = "model") -> None:
-    """Raise HalfplateError where `config`, a configuration of transformers, asks for more than its files can hold.
+    """Raise HalfplateError if `config`, a configuration of transformers, asks for more than its files can hold.
 
-    tensors, elements: what the headers of the weight files name. Every block has a tensor of its own, and the embedding is
-    stored. What else is too large shows when the skeleton is compared with the files.
+    tensors, elements: what the headers of the weight files name. Every layer has a tensor of its own, and the embedding is
+    stored. Other numbers that are too large are found when the skeleton is compared with the files.
     """
     text = config.get_text_config()
     entries = text.to_dict()
@@ -106,10 +106,10 @@ def check_counts(name: str, config: Any, tensors: int, elements: int, argument: 
 
 
 def check_parameters(name: str, needed: int, room: int) -> None:
-    """Raise HalfplateError where the model of the configuration has more parameters than its files have room for."""
+    """Raise HalfplateError if the model of the configuration has more parameters than its files can hold."""
     if needed > room:
         raise HalfplateError(
-            f"model={name!r}: its configuration describes {needed} parameters, its files have room for {room}; download it again"
+            f"model={name!r}: its configuration describes {needed} parameters, its files can hold {room}; download it again"
         )
 
 

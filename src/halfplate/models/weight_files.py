@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder, checked to be all there and whole before anything reads their tensors."""
+"""The safetensors files of a model folder, checked to be complete and intact before their tensors are read."""
 
 import hashlib
 from collections import Counter
@@ -14,7 +14,7 @@ from halfplate.storage.shards import INDEX, SINGLE, weight_map_of
 from halfplate.storage.tensor_file import DamagedFile, StoredTensor, read_header
 
 PICKLED = ("*.bin", "*.pt", "*.pth")
-# Element types of safetensors that a dense model is stored in; whatever else is a float is too fine or too coarse.
+# Element types of safetensors that an original model is stored in; whatever else is a float is too fine or too coarse.
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
 SAMPLED = 4096  # bytes of each tensor that tell two models of one shape apart
 
@@ -32,7 +32,7 @@ class WeightFiles:
 def find_weight_files(name: str, folder: Path) -> WeightFiles:
     """The weight files in the `folder` of the model that the user named `name`, with their headers read.
 
-    Raises HalfplateError when there are none, one is missing or cut short, or the weights are not plain floats.
+    Raises HalfplateError if there are none, one is missing or cut short, or the weights are not plain floats.
     """
     if (folder / SINGLE).is_file():
         paths = [folder / SINGLE]

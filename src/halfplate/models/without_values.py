@@ -1,4 +1,4 @@
-"""Running a model on the meta device: shapes and the order of calls, and no numbers."""
+"""Running a model on the meta device: it gives shapes and the order of calls, but no values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXPERTS = "batched_mm"
 
 @contextmanager
 def run_without_values(model: nn.Module) -> Iterator[None]:
-    """While inside, `model`, on the meta device, runs as far as it asks for no values; what fails raises, and prints nothing."""
+    """Context manager in which `model`, on the meta device, runs as long as it needs no values. Failures raise, and print nothing."""
     # torch logs a traceback of its own before it raises.
     loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch._subclasses.fake_utils")]
     told = [logger.level for logger in loggers]

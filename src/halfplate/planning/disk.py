@@ -1,4 +1,4 @@
-"""How much disk a compression needs beside its result's place."""
+"""The disk space that a compression needs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SLACK = 2_000_000  # headers, notes, tokenizer, log, report
 
 @dataclass(frozen=True)
 class DiskPlan:
-    """Bytes of the result and of what the work folder holds at most beside it.
+    """Bytes of the result, and the most bytes that the work folder holds beside it.
 
-    transformed: the models in fp32 that transforms write first. parts: finished blocks and matrices. hidden: states between two
-    blocks. statistics: what several processes hand to each other.
+    transformed: the models in fp32 that transforms write first. parts: finished layers and matrices. hidden: states between two
+    layers. statistics: files that several processes pass to each other.
     """
 
     result: int
@@ -46,7 +46,7 @@ def disk_plan(
     workers: int,
     transformed: int,
 ) -> DiskPlan:
-    """What a compression writes; other_nbytes: of all that stays dense, transformed: of what its transforms write."""
+    """The bytes that a compression writes. other_nbytes: of all tensors that are not compressed; transformed: of the files of its transforms."""
     recipe = job.recipe
     linears = sum(spec.nbytes for spec in specs)
     if recipe.budgeted:  # a budget of time knows no bytes
@@ -54,13 +54,13 @@ def disk_plan(
     result = linears + other_nbytes + SLACK
     hidden = statistics = 0
     if job.runs_text:
-        # Of two neighbouring blocks while one is written, and all that blocks are given of each token.
+        # Of two neighbouring layers while one is written, and all that layers are given of each token.
         values = 2 * job.streams * (sizes.hidden + sizes.beside) + sizes.arguments
         hidden = FP32 * recipe.samples * recipe.seq_len * values
         if workers > 1 and job.statistic >= Statistic.GRAM:
             kinds = 2 if job.corrects else 1
             chunks = min(CHUNKS, -(-recipe.samples // BATCH))
             statistics = FP64 * max(sizes.stages) ** 2 * kinds * (chunks + 1)
-    # Matrices lie beside their block until it is whole, so those of one block lie there twice.
+    # Matrices lie beside their layer until it is whole, so those of one layer lie there twice.
     twice = FP32 * sizes.block
     return DiskPlan(result, transformed, result + twice, hidden, statistics)

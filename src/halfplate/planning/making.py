@@ -50,8 +50,8 @@ AUTO_SHARE = 0.05  # of the dense parameters of the whole plan
 def make_plan(model: str, recipe: Recipe, measure: bool | None = False, workers: int = 1) -> Plan:
     """Plan the compression of `model`, reading its configuration and no weight; raises HalfplateError on bad input.
 
-    measure: time this machine for a few seconds, reading one tensor, for an estimate of the time; None does so where the run takes
-    much longer than that. workers: processes that would share the work.
+    measure: time this machine for a few seconds, reading one tensor, to estimate the time; None does so only if the run takes
+    much longer than that. workers: number of processes of the run.
     """
     check_threads(recipe.threads)
     check_workers(workers)
@@ -65,7 +65,7 @@ def plan_source(
     workers: int = 1,
     statistic: Statistic = Statistic.NONE,
 ) -> Plan:
-    """`make_plan` of a source that is already open; statistic: what is collected at least."""
+    """`make_plan` of a source that is already open. statistic: collect at least this one."""
     # From here on, `source` is the model that will be compressed, as far as it is known without its tensors.
     original, (source, transforms) = source, plan_transforms(source, recipe.transforms)
     dense, job = skeleton(source), Job(recipe, statistic)
@@ -137,20 +137,20 @@ def plan_source(
 
 
 def _reading_modules(source: Source) -> AbstractContextManager[None]:
-    """The context in which the modules of a model and its configuration are asked for sizes, which may be anything."""
+    """Context manager that turns failures while sizes are read from a model and its configuration into a HalfplateError."""
     what = f"sizes of a {source.config.model_type} model cannot be read"
     return reading(source.name, what, "correct its config.json or download the model again")
 
 
 def _cost(job: Job, spec: WeightSpec, speed: Speed | None) -> dict[str, Any]:
-    """What solving a matrix takes, as fields of MatrixPlan."""
+    """The cost of solving a matrix, as fields of MatrixPlan."""
     flops = solving_flops(job, spec)
     seconds = None if speed is None else flops / speed.solving
     return {"flops": flops, "seconds": seconds, "memory": solving_memory(job, spec)}
 
 
 def _sharing(dense: PreTrainedModel, matrices: list[MatrixPlan]) -> list[MatrixPlan]:
-    """`matrices` with one input wrapper for all that the model gives one input."""
+    """`matrices` with one input wrapper for all that read the same input."""
     names: dict[int, list[str]] = {}
     for matrix in matrices:
         if matrix.spec is not None and matrix.block is not None:
@@ -160,7 +160,7 @@ def _sharing(dense: PreTrainedModel, matrices: list[MatrixPlan]) -> list[MatrixP
 
 
 def _groups(dense: PreTrainedModel, names: dict[int, list[str]]) -> list[list[str]]:
-    """The linears `names` of each block by the input that they share, each group in the order of the plan."""
+    """The linears `names` of each layer by the input that they share, each group in the order of the plan."""
     order = {name: index for inside in names.values() for index, name in enumerate(inside)}
     try:
         groups = shared_inputs(dense, names)
@@ -179,7 +179,7 @@ def _check_budget(budget: float, specs: list[WeightSpec], recipe: Recipe, method
     share = least / sum(spec.dense_nbytes for spec in specs)
     if share > budget:
         raise HalfplateError(
-            f"budget={budget:g} cannot be met: the least is {share:.4f} of the dense bytes with choose={', '.join(recipe.choose) or 'nothing'}; "
+            f"budget={budget:g} cannot be met: the least is {share:.4f} of the original bytes with choose={', '.join(recipe.choose) or 'nothing'}; "
             f"raise it, or add to --choose ({', '.join(CHOICES)})"
         )
 
@@ -192,7 +192,7 @@ def _nothing_fits(name: str, found: list[FoundLinear], pattern: Pattern) -> str:
 
 
 def _block_size(recipe: Recipe, linears: list[FoundLinear]) -> int:
-    """The block size asked for; for `auto` the largest whose wrappers stay within AUTO_SHARE, else the smallest."""
+    """The block size of the recipe. For `auto`, the largest whose wrappers stay within AUTO_SHARE, or else the smallest."""
     if recipe.block_size != "auto":
         return recipe.block_size
     m, shapes = recipe.parsed_pattern.m, Counter((linear.d_out, linear.d_in) for linear in linears)

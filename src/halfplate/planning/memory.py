@@ -1,4 +1,4 @@
-"""How much memory a compression holds at most, phase by phase, and the bound that it keeps to (docs/memory.md)."""
+"""The peak memory of a compression in each phase, and its bound (docs/memory.md)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from halfplate.statistics import Statistic
 
 BF16, FP32, FP64 = 2, 4, 8
 ALLOWANCE = 1_500_000_000  # of the bound: libraries, hidden states, the solver
-# Keys and values and the blocks that stay in memory while text is sampled. Not what is free: the text depends, by rounding, on how many
+# Keys and values and the layers that stay in memory while text is sampled. Not what is free: the text depends, by rounding, on how many
 # sequences run side by side, and must be the same everywhere.
 SAMPLING_NBYTES = 700_000_000
 LIBRARIES = 800_000_000  # Python with torch and transformers, where the system does not tell
@@ -30,7 +30,7 @@ HEAP = 100_000_000  # freed and not given back
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes held at most in each phase, the bound, and the options for which the whole model is held, outside of it."""
+    """The most bytes held in each phase, the bound, and the options that hold the whole model and are outside the bound."""
 
     phases: dict[str, int]
     bound: int
@@ -51,10 +51,10 @@ class MemoryPlan:
 
 
 def sampling_room(sizes: ModelSizes, device: str) -> tuple[int, int]:
-    """Bytes of blocks and head that stay in memory while text is sampled, and of keys and values.
+    """Bytes of layers and head that stay in memory while text is sampled, and of keys and values.
 
-    Small models stay whole, in bf16 where kernels run that; of a larger one each block is read anew for every token, which more
-    sequences side by side share.
+    Small models stay in memory, in bf16 if kernels run it. Each layer of a larger model is read again for every token, once for all
+    sequences of a batch.
     """
     kernels = bf16_kernels(device) is not None
     whole = BF16 * (sum(sizes.blocks) + sizes.hidden * sizes.vocabulary) if kernels else FP32 * sum(sizes.blocks)
@@ -63,7 +63,7 @@ def sampling_room(sizes: ModelSizes, device: str) -> tuple[int, int]:
 
 
 def memory_bound(sizes: ModelSizes, job: Job) -> int:
-    """2 decoder blocks in fp32, what is outside the blocks, one block's Gram matrices and cross moments, and 1.5 GB."""
+    """2 decoder layers in fp32, the weights outside the layers, one layer's Gram matrices and cross moments, and 1.5 GB."""
     grams = sum(_gram_nbytes(width, job) for width in sizes.stages)
     return FP32 * (2 * sizes.block + sizes.outer) + grams + ALLOWANCE
 
@@ -75,7 +75,7 @@ def memory_plan(
     workers: int,
     transforming: int = 0,
 ) -> MemoryPlan:
-    """What a compression holds; transforming: bytes that its transforms hold."""
+    """The memory plan of a compression. transforming: bytes that its transforms hold."""
     recipe, runs = job.recipe, job.runs_text
     base = (memory("VmRSS") or LIBRARIES) + HEAP
     block, reading = FP32 * sizes.block, (FP32 + 2) * sizes.largest
@@ -97,7 +97,7 @@ def memory_plan(
             # What stays is read before the first token, the rest at every token.
             most = max(held + block + reading, sampling) if held else sampling + block + reading
             phases["calibration text"] = base + tokens + FP32 * sizes.outer + most
-        # While text runs through a block, its finished matrices are whole beside what is stored of them.
+        # While text runs through a layer, its finished matrices are whole beside what is stored of them.
         phases["statistics"] = base + blocks + block + hidden + _stage(sizes, job, collecting=True)
     solve = max(solving_memory(job, spec) for spec in set(specs))
     phases["solving"] = base + blocks + _stage(sizes, job) + solve
@@ -114,18 +114,18 @@ def memory_plan(
 
 
 def check_loads_whole(sizes: ModelSizes, specs: Sequence[WeightSpec], job: Job) -> bool:
-    """Whether the self-check may load the whole result within the bound; a larger one is read layer by layer."""
+    """Whether the self-check can load the whole result within the bound; a larger result is read layer by layer."""
     return _loaded(sizes, specs) + LIBRARIES <= memory_bound(sizes, job)
 
 
 def _loaded(sizes: ModelSizes, specs: Sequence[WeightSpec]) -> int:
-    """Bytes of the loaded result: what is compressed as stored and once more while it is packed, the rest in fp32."""
+    """Bytes of the loaded result: compressed matrices as stored and again while they are packed, the rest in fp32."""
     compressed = sum(spec.d_out * spec.d_in for spec in specs)
     return FP32 * (sizes.parameters - compressed) + sum(spec.nbytes for spec in specs) * 5 // 4
 
 
 def solving_memory(job: Job, spec: WeightSpec) -> int:
-    """Bytes held while one matrix is corrected and solved, beside its block and the statistics."""
+    """Bytes held while one matrix is corrected and solved, without its layer and the statistics."""
     correcting = correcting_nbytes(spec.d_out * spec.d_in, spec.d_in) if job.corrects else 0
     return max(correcting, job.method.solving_nbytes(spec))
 
@@ -137,7 +137,7 @@ def _gram_nbytes(width: int, job: Job) -> int:
 
 
 def _stage(sizes: ModelSizes, job: Job, collecting: bool = False) -> int:
-    """The Gram matrices held at once; while they are collected also a chunk's sums, and a batch's products."""
+    """The Gram matrices held at once, and during collection the sums of a chunk and the products of a batch."""
     grams = [_gram_nbytes(width, job) for width in sizes.stages]
     held = sum(grams) if job.recipe.inputs == "dense" else max(grams)
     return held + (held + max(grams) // 2 if collecting else 0)

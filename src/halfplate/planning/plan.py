@@ -1,4 +1,4 @@
-"""A plan as such: what becomes of each matrix, and what it takes in all."""
+"""The classes of a plan: each matrix, and the totals."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LEAST_SHARE = 0.5  # of the parameters of the decoder blocks; below, a plan warn
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """One matrix of the model: how it will be stored, or why it stays dense.
+    """One matrix of the model: how it will be stored, or why it is not compressed.
 
-    shape: (d_out, d_in), or None where a skipped module is not a single matrix. spec: None where it is skipped. flops: operations of
-    solving it; memory: bytes held meanwhile beside the process itself; seconds: None where this machine was not measured.
+    shape: (d_out, d_in), or None if a skipped module is not a single matrix. spec: None if it is skipped. flops: operations of
+    solving it; memory: bytes held meanwhile beside the process itself; seconds: None if this machine was not measured.
     """
 
     name: str
@@ -65,14 +65,14 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every matrix, the bytes before and after, what it takes, and a fingerprint of all that decides the result.
+    """Every matrix, the bytes before and after, the resources needed, and a fingerprint of everything that determines the result.
 
-    other_nbytes: bytes of all that stays dense (embeddings, norms, biases, lm_head, skipped matrices), as it will be
-    stored. source_nbytes: bytes of the weight files read.  memory: held by a run with the
-    workers that the plan was made for. speed: what was measured of this machine, None where it was not; seconds: of each
-    phase in one process, from that. notes: what of the source is left out, one sentence each (`Source.notes`).
-    untraced: why no run without numbers could tell which weights the code of the model reads, if so. transforms: what is done to
-    the model before; everything else in the plan is of the model that they make.
+    other_nbytes: bytes of all that is not compressed (embeddings, norms, biases, lm_head, skipped matrices), as it will be
+    stored. source_nbytes: bytes of the weight files read. memory: held by a run with the
+    workers that the plan was made for. speed: measured speed of this machine, or None. seconds: estimate for each
+    phase in one process. notes: one sentence for each entry of the source that is left out (`Source.notes`).
+    untraced: why the model could not be traced to find the weights that its code reads, or None. transforms: applied to
+    the model first; everything else in the plan describes the transformed model.
     """
 
     model: str
@@ -122,7 +122,7 @@ class Plan:
 
     @property
     def nbytes_at_most(self) -> int | None:
-        """What the matrices will take at most: `nbytes`, unless levels are chosen in the run; None under a budget of time."""
+        """The most bytes that the matrices can take: `nbytes`, unless the run chooses candidates; None with a time budget."""
         if not self.recipe.budgeted:
             return self.nbytes
         return None if self.recipe.budget is None else int(self.recipe.budget * self.dense_nbytes)
@@ -137,20 +137,20 @@ class Plan:
 
     @property
     def decoder_share(self) -> float:
-        """Parameters of the matrices to compress over those of all decoder blocks."""
+        """Parameters of the matrices to compress over those of all decoder layers."""
         return sum(spec.d_out * spec.d_in for spec in self.specs.values()) / sum(self.sizes.blocks)
 
     @property
     def warnings(self) -> list[str]:
-        """What of the plan is likely not to be what was hoped for, a sentence each."""
+        """One sentence for each property of the plan that the user probably does not want."""
         found = []
         if self.decoder_share < LEAST_SHARE:
             found.append(
-                f"only {self.decoder_share:.1%} of the decoder's parameters will be compressed; the column `why skipped` says why the others stay dense"
+                f"only {self.decoder_share:.1%} of the decoder's parameters will be compressed; the column `why skipped` says why the others are not compressed"
             )
         if self.untraced is not None:
             found.append(
-                f"the model does not run without numbers ({self.untraced}), so which weights its code reads as data was taken from its source alone"
+                f"the model cannot be traced ({self.untraced}), so the weights that its code reads as data were found in its source alone"
             )
         return found
 

@@ -1,4 +1,4 @@
-"""Whether this machine has the memory and the disk that a plan asks for, decided before any work is done."""
+"""Checking, before any work, whether this machine has the memory and disk that a plan needs."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ CURES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def refusal(plan: Plan, out: Path | None, workers: int = 1) -> str | None:
-    """Why the plan cannot be carried out here, in one line that names what would help; None where nothing speaks against it.
+    """Why this machine cannot run the plan, in one line that names a cure; None if it can.
 
-    out: where the result is to be; without it only the memory is looked at.
+    out: folder of the result; without it only the memory is checked.
     """
     return _memory_refusal(plan, workers) or (None if out is None else _disk_refusal(plan, out))
 
 
 def check_room(plan: Plan, out: Path, workers: int) -> None:
-    """Raise HalfplateError where `refusal` speaks against the plan."""
+    """Raise HalfplateError if `refusal` finds a reason against the plan."""
     if (reason := refusal(plan, out, workers)) is not None:
         raise HalfplateError(reason)
 
@@ -53,13 +53,13 @@ def _memory_refusal(plan: Plan, workers: int) -> str | None:
     if available is None or plan.memory.peak <= available or torch.device(plan.recipe.device).type != "cpu":
         return None
     return (
-        f"memory: {plan.memory.largest} needs {spoken(plan.memory.peak)}, this process can have {spoken(available)}; "
+        f"memory: {plan.memory.largest} needs {spoken(plan.memory.peak)}, this process can use {spoken(available)}; "
         f"{_cure(plan, workers, available)}"
     )
 
 
 def _cure(plan: Plan, workers: int, available: int) -> str:
-    """The first option, or the fewest from the first on, with which the plan would fit."""
+    """The first option with which the plan would fit, or else the shortest list of options from the first on."""
     specs, checked = list(plan.specs.values()), CHECKING in plan.memory.phases
 
     def fits(changes: dict[str, Any]) -> bool:
@@ -98,7 +98,7 @@ def _cure(plan: Plan, workers: int, available: int) -> str:
         if allowed(together):
             return f"try {', '.join(text for text, _ in useful[:number])} together"
     grams = "--method wanda, which needs no Gram matrices, or " if plan.job.statistic >= Statistic.GRAM else ""
-    return f"no option of compress brings it down that far; use {grams}a machine with more"
+    return f"no option of compress lowers it enough; use {grams}a machine with more"
 
 
 def _disk_refusal(plan: Plan, out: Path) -> str | None:
@@ -125,7 +125,7 @@ def _disk_refusal(plan: Plan, out: Path) -> str | None:
 
 
 def _nbytes(folder: Path) -> int:
-    """Bytes of what an earlier run left, which this one need not write again."""
+    """Bytes of files of an earlier run, which this one need not write again."""
     try:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError:

@@ -1,4 +1,4 @@
-"""What of a model decides the memory, the disk and the time of its compression."""
+"""The sizes of a model that determine the memory, disk and time of its compression."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ TEXT = (3, 7)
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Numbers of values, but for `cache_nbytes`, the bytes that a calibration sequence's cache holds per token.
+    """Numbers of values; only `cache_nbytes` is in bytes, held per token by the cache of a calibration sequence.
 
-    blocks: values of each decoder block. outer: of all that is outside the blocks, head: of the output embedding among them, where it is
-    a tensor of its own. largest: of one tensor. ffn: the longest side of a linear. stages: d_in of every distinct input of a block's
-    linears, in the order in which they are reached; of the block where these are largest. beside: values of one token that pass from
-    block to block beyond those of one hidden state. arguments: of one token among the arguments of all blocks.
+    blocks: values of each decoder layer. outer: of all that is outside the layers, head: of the output embedding among them, if it is
+    a tensor of its own. largest: of one tensor. ffn: the longest side of a linear. stages: d_in of every distinct input of a layer's
+    linears, in the order in which they are reached; of the layer where these are largest. beside: values of one token that pass from
+    layer to layer beyond those of one hidden state. arguments: of one token among the arguments of all layers.
     """
 
     blocks: tuple[int, ...]
@@ -50,7 +50,7 @@ class ModelSizes:
 
     @property
     def block(self) -> int:
-        """Values of the largest block."""
+        """Values of the largest layer."""
         return max(self.blocks)
 
 
@@ -79,7 +79,7 @@ def sizes_of(dense: PreTrainedModel, linears: list[FoundLinear], seq_len: int) -
 
 
 def _run_without_values(dense: PreTrainedModel, linears: list[FoundLinear]) -> tuple[tuple[int, ...], int, int]:
-    """The d_in of every distinct input in the block where they are largest, and values of one token between and beside blocks."""
+    """The d_in of every distinct input in the layer where they are largest, and the values per token that pass between layers."""
     by_block: dict[int, list[FoundLinear]] = {}
     for linear in linears:
         by_block.setdefault(linear.block, []).append(linear)
@@ -97,7 +97,7 @@ def _run_without_values(dense: PreTrainedModel, linears: list[FoundLinear]) -> t
         return tuple(widths[stage[0]] for stage in stages), between, arguments
     except Exception:
         pass
-    # Then no input is taken to be shared, and every block to have what the first has.
+    # Then no input is taken to be shared, and every layer to have what the first has.
     try:
         with run_without_values(dense):
             first, beside = _first_inputs(dense)
@@ -107,7 +107,7 @@ def _run_without_values(dense: PreTrainedModel, linears: list[FoundLinear]) -> t
 
 
 def shared_inputs(dense: PreTrainedModel, names: dict[int, list[str]]) -> list[list[str]]:
-    """The linears `names` of each block by the input that they share, found by a run without any numbers."""
+    """The linears `names` of each layer by the input that they share, found by a run on the meta device."""
     with run_without_values(dense):
         return _stages(*_embedded(dense), names, [])
 
@@ -120,7 +120,7 @@ def _embedded(dense: PreTrainedModel) -> tuple[BlockwiseModel, BlockInputs]:
 def _stages(
     blockwise: BlockwiseModel, batch: BlockInputs, names: dict[int, list[str]], passed: list[BlockInputs]
 ) -> list[list[str]]:
-    """`shared_inputs` of the blocks from `batch` on; passed: takes what goes from block to block, where that is more than a hidden state."""
+    """`shared_inputs` of the layers from `batch` on. passed: called with the values that go from layer to layer, if they are more than a hidden state."""
     found = []
     carries = hands_on(batch.all_arguments)
     for block in range(max(names) + 1):
@@ -134,7 +134,7 @@ def _stages(
 
 
 def _first_inputs(dense: PreTrainedModel) -> tuple[Tensor, Any]:
-    """The hidden state and the other arguments that the first block is called with."""
+    """The hidden state and the other arguments that the first layer is called with."""
     seen: list[Any] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -154,7 +154,7 @@ def _first_inputs(dense: PreTrainedModel) -> tuple[Tensor, Any]:
 
 
 class _Seen(Exception):
-    """The first block has been called."""
+    """The first layer has been called."""
 
 
 def _argument_values(arguments: Any) -> int:

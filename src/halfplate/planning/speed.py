@@ -1,4 +1,4 @@
-"""How long a compression takes: operations counted, and what this machine does of them a second, measured in a few seconds."""
+"""The time of a compression: counted operations, divided by the speed of this machine, which is measured in a few seconds."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ SMALL_OPERATIONS = 100  # of one block and one token, whose time is that of the 
 
 @dataclass(frozen=True)
 class Speed:
-    """What this machine does a second, measured by `measure_speed`.
+    """Rates of this machine per second, measured by `measure_speed`.
 
     solving, products: floating-point operations, of the method and of products of many tokens. sampling: weights that a few
-    sequences side by side pass. reading: bytes of weight files. call: seconds of the calls of one block.
+    sequences side by side pass. reading: bytes of weight files. call: seconds of the calls of one layer.
     """
 
     solving: float
@@ -53,7 +53,7 @@ class Speed:
 
 
 def measure_speed(source: Source, sizes: ModelSizes, specs: Sequence[WeightSpec], job: Job) -> Speed:
-    """Time the method on a few small matrices like those of the plan, products, and the reading of one tensor."""
+    """Time the method on a few small matrices like those of the plan, matrix products, and reading one tensor."""
     recipe = job.recipe
     with _threads(recipe.threads), torch.no_grad():
         return Speed(
@@ -94,7 +94,7 @@ def seconds_of(
 
 
 def solving_flops(job: Job, spec: WeightSpec) -> float:
-    """Operations of one matrix: the method, the correction towards dense inputs, and the error of the result."""
+    """Operations of one matrix: the method, the correction towards the original inputs, and the error of the result."""
     flops = job.method.flops(spec)
     product = 2.0 * spec.d_out * spec.d_in**2
     if job.statistic >= Statistic.GRAM:
@@ -105,7 +105,7 @@ def solving_flops(job: Job, spec: WeightSpec) -> float:
 
 
 def statistics_flops(sizes: ModelSizes, job: Job) -> float:
-    """Operations of running the text through all blocks, as often as their stages ask for, and of its second moments."""
+    """Operations of running the text through all layers, once per stage, and of its second moments."""
     recipe, streams = job.recipe, job.streams
     tokens, blocks = recipe.samples * recipe.seq_len, len(sizes.blocks)
     # A run for the inputs of a stage ends there, halfway on average; with dense inputs one run has them all.
@@ -125,7 +125,7 @@ def _sampling_seconds(sizes: ModelSizes, source_nbytes: int, recipe: Recipe, spe
 
 
 def _solving(method: Method, specs: Sequence[WeightSpec], device: str) -> float:
-    """Operations a second of the method on small matrices like those that take longest."""
+    """Operations per second of the method on small matrices like those that take longest."""
     quick, random = method.quick(), torch.Generator().manual_seed(0)
     small = list(dict.fromkeys(_small(spec) for spec in sorted(specs, key=method.flops, reverse=True)))[:SHAPES]
     flops = seconds = 0.0
@@ -157,7 +157,7 @@ def _small(spec: WeightSpec) -> WeightSpec:
 
 
 def _products(sizes: ModelSizes, recipe: Recipe) -> float:
-    """Operations a second of a product of many tokens with a weight."""
+    """Operations per second of a product of many tokens with a weight."""
     tokens = min(BATCH * recipe.seq_len, 1024)
     d_in, d_out = min(sizes.hidden, 2048), min(sizes.ffn, 2048)
     x, weight = (torch.ones(rows, d_in, dtype=torch.float32, device=recipe.device) for rows in (tokens, d_out))
@@ -166,7 +166,7 @@ def _products(sizes: ModelSizes, recipe: Recipe) -> float:
 
 
 def _sampling(sizes: ModelSizes, recipe: Recipe) -> float:
-    """Weights a second that the sequences sampled side by side are multiplied with, too many for a cache where the model has as many."""
+    """Weights per second that the sequences sampled side by side are multiplied with, too many for a cache where the model has as many."""
     resident, cache = sampling_room(sizes, recipe.device)
     rows = min(recipe.samples, sequences_at_once(sizes.cache_nbytes, recipe.seq_len, cache))
     matrices = max(1, min(24_000_000, sizes.parameters) // min(sizes.largest, 4_000_000))
@@ -185,7 +185,7 @@ def _sampling(sizes: ModelSizes, recipe: Recipe) -> float:
 
 
 def _reading(source: Source) -> float:
-    """Bytes a second from the weight files to checked numbers in fp32."""
+    """Bytes per second from the weight files to checked numbers in fp32."""
     fitting = [stored for stored in source.tensors.values() if stored.nbytes <= LONGEST_READ]
     if not fitting:
         return 5e8
@@ -203,7 +203,7 @@ def _call() -> float:
 
 
 def _timed(run: Callable[[], object], least: float = LEAST_SECONDS) -> float:
-    """Seconds of one call after a first one, at least that many seconds long together."""
+    """Seconds per call after a warm-up call, over calls that together take a minimum time."""
     if least:
         run()
     start, calls = time.perf_counter(), 0

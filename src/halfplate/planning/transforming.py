@@ -1,4 +1,4 @@
-"""The transforms of a plan: which are applied, and what each holds and writes."""
+"""The transforms of a plan, with the memory and disk that each needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from halfplate.transforms import CONVERSION, Transform, find, outline, pieces_of
 
 @dataclass(frozen=True)
 class TransformPlan:
-    """One transform. label: `NAME@VERSION`. automatic: not asked for. memory: bytes held at most. disk: bytes of the model that it writes."""
+    """One transform. label: `NAME@VERSION`. automatic: not named in the recipe. memory: peak bytes. disk: bytes of the model that it writes."""
 
     label: str
     automatic: bool
@@ -32,7 +32,7 @@ class TransformPlan:
 
 
 def plan_transforms(source: Source, names: Sequence[str]) -> tuple[Source, tuple[TransformPlan, ...]]:
-    """The outline of the model that will be compressed, and the transforms that make it of `source`.
+    """The outline of the model that will be compressed, and the transforms that turn `source` into it.
 
     names: of the recipe, in order. Raises HalfplateError for a transform that does not support the model, with its reason.
     """

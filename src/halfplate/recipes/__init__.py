@@ -11,5 +11,5 @@ def names() -> list[str]:
 
 
 def shipped(name: str) -> Path | None:
-    """The file of the recipe `name`; None where there is no such recipe."""
+    """The file of the recipe `name`; None if there is no such recipe."""
     return FOLDER / f"{name}.yaml" if name in names() else None

@@ -1,4 +1,4 @@
-"""Block-output tuning: one decoder block, its masks fixed, against the output of the dense block."""
+"""Block-output tuning: one decoder layer, its masks fixed, against the output of the dense layer."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ class BlockTuning:
 
 @dataclass(frozen=True)
 class TunedBlock:
-    """Error on held-out batches before and after, relative to what the block adds; equal where tuning won nothing."""
+    """Error on held-out batches before and after, relative to what the layer adds; equal if tuning gained nothing."""
 
     before: float
     after: float
@@ -41,9 +41,9 @@ def tune_block(
 ) -> TunedBlock:
     """Tune wrappers and kept values of every compressed linear in block `index`, in place.
 
-    inputs: what reaches the block, in batches of any size, through the compressed blocks before it. dense: what the dense block gives
-    for the dense inputs, hidden (samples, L, d) a batch. The error of a token counts relative to what the block adds to
-    it, so that single massive activations do not drown the rest. Where held-out batches are not better off, the block stays.
+    inputs: what reaches the layer, in batches of any size, through the compressed layers before it. dense: what the dense layer gives
+    for the dense inputs, hidden (samples, L, d) a batch. The error of a token counts relative to what the layer adds to
+    it, so that single massive activations do not drown the rest. Where held-out batches are not better off, the layer stays.
     """
     inputs = _Parts(inputs, [len(batch.hidden) for batch in inputs])
     dense = _Parts(dense, [len(batch) for batch in dense])

@@ -35,7 +35,7 @@ class Progress:
 
 
 def check_trainable(specs: Mapping[str, WeightSpec], settings: Recovery) -> None:
-    """Raise HalfplateError where a model of the matrices `specs` has nothing to train by `settings`."""
+    """Raise HalfplateError if a model of the matrices `specs` has nothing to train by `settings`."""
     added = any(spec.trains_beside_core for spec in specs.values())
     if settings.train == "wrappers" and not settings.norms and not added:
         raise _nothing_to_train(settings)
@@ -51,7 +51,7 @@ def _nothing_to_train(settings: Recovery) -> HalfplateError:
 def in_training(student: Any, settings: Recovery) -> Iterator[dict[str, nn.Parameter]]:
     """While inside, the student's linears are trainable; yields the parameters to train by name.
 
-    Raises HalfplateError where nothing is left to train, as in a model whose norms have no numbers.
+    Raises HalfplateError if nothing is left to train, as in a model whose norms have no numbers.
     """
     student.requires_grad_(False)
     with torch.enable_grad(), trainable(student, values_too=settings.train == "all") as linears:

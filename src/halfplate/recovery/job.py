@@ -59,7 +59,7 @@ def recover(
     The masks stay. The state is kept beside `out`, in a hidden folder that goes when `out` is whole, and saved about every
     `save_minutes`; resume: go on from it. Under `accelerate launch` each process takes its share of every batch; all but the
     main one return None. Raises HalfplateError on bad input (a teacher of another vocabulary or depth, a state of other
-    settings), RuinedResult after writing where the held-out KL did not fall.
+    settings), RuinedResult after writing if the held-out KL did not fall.
     """
     base, out = Path(model), Path(out)
     if not save_minutes >= 0:
@@ -104,7 +104,7 @@ def recover(
 
 @dataclass(frozen=True)
 class _Order:
-    """One recovery, checked: what it reads, where it writes, and who works on it. given: windows, where they are not sampled."""
+    """One recovery, checked: what it reads, where it writes, and who works on it. given: windows, if they are not sampled."""
 
     base: Path
     out: Path
@@ -211,7 +211,7 @@ def _identity(base: Path, source: Source, settings: Recovery, given: Tensor | No
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """What `out` says of itself where it is the whole result of the same recovery."""
+    """The record of `out` if it is the complete result of the same recovery."""
     if not (out / RECORD_FILE).is_file():
         return None
     recoveries = read_record(out).get("recoveries")
@@ -237,7 +237,7 @@ def _begun(order: _Order, overwrite: bool, resume: bool) -> Iterator[None]:
         states = [path for path in found if not path.name.lstrip(".").startswith(TEXT)]
         if states and not (resume or overwrite):
             raise HalfplateError(
-                f"out={str(order.out)!r}: an interrupted recovery left its state in {str(work)!r}; pass --resume to go on from it, or --overwrite to start afresh"
+                f"out={str(order.out)!r}: an interrupted recovery left its state in {str(work)!r}; pass --resume to continue, or --overwrite to start afresh"
             )
         for path in found if overwrite and not resume else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -256,13 +256,13 @@ def _open_teacher(name: str) -> Source:
 
 
 def _check_tokenizer(base: Path, teacher: str, tokenizer: Any) -> None:
-    """Raise HalfplateError where the same number stands for another token in the teacher."""
+    """Raise HalfplateError if the same number stands for another token in the teacher."""
     ours, theirs = load_tokenizer(base).get_vocab(), tokenizer.get_vocab()
     if ours != theirs:
         other = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
         raise HalfplateError(
             f"teacher={teacher!r} has another vocabulary: token {other!r} is {theirs.get(other)} in it and {ours.get(other)} in the "
-            "compressed model; give the dense model that it was compressed from"
+            "compressed model; give the original model that it was compressed from"
         )
 
 
@@ -277,7 +277,7 @@ def _check_teacher(source: Source, student: Any, settings: Recovery) -> None:
         if getattr(wanted, key) != getattr(found, key):
             raise HalfplateError(
                 f"teacher={source.name!r} has another {what} ({getattr(found, key)}) than the compressed model ({getattr(wanted, key)}); "
-                "give the dense model that it was compressed from"
+                "give the original model that it was compressed from"
             )
     check_seq_len(student, settings.seq_len, least=2)
 

@@ -34,13 +34,13 @@ class _Divergence(torch.autograd.Function):
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) in nats a token, fp32 (), of logits (tokens, vocabulary) each; differentiable by `logits`."""
+    """KL(teacher ‖ student) in nats per token, fp32 (), of logits (tokens, vocabulary) each; differentiable by `logits`."""
     result: Tensor = _Divergence.apply(logits, teacher)
     return result
 
 
 def square_head(hidden: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over blocks of |h − t|² / |t|² for hidden states (samples, L, d) of student and teacher.
+    """Mean over layers of |h − t|² / |t|² for hidden states (samples, L, d) of student and teacher.
 
     Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", 2023, SquareHead.
     """

@@ -19,7 +19,7 @@ class Recovery:
     norms: train norms and biases as well. batch: sequences of a step, over all processes. square_head: weight of the feature
     loss, 0 for none. learning_rate: AdamW's at its
     highest, relative to the root mean square of each tensor. text: `self` (sampled from the teacher: `samples` sequences, by `seed`) or
-    a text, of which all windows of `seq_len` tokens are used. precision: of the products; bf16 under `auto` where the processor multiplies it.
+    a text, of which all windows of `seq_len` tokens are used. precision: of the products; bf16 under `auto` if the processor multiplies it.
     Raises HalfplateError for values that cannot work.
     """
 

@@ -24,7 +24,7 @@ class State:
 
 
 def save_state(folder: Path, state: State, file: str = FILE) -> None:
-    """Write `state` to `folder`, replacing what is there only once it is whole; raises HalfplateError where it cannot."""
+    """Write `state` to `folder`, replacing what is there only once it is whole; raises HalfplateError if it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         facts = json.dumps({"version": VERSION} | state.facts, sort_keys=True)
@@ -33,12 +33,12 @@ def save_state(folder: Path, state: State, file: str = FILE) -> None:
     except OSError as error:
         raise HalfplateError(
             f"the state in {str(folder)!r} could not be written ({' '.join(str(error).split())}); "
-            "free some space and go on with --resume from the one before, which is whole"
+            "free some space and continue with --resume from the previous save, which is intact"
         ) from error
 
 
 def load_state(folder: Path, identity: dict[str, Any], file: str = FILE) -> State | None:
-    """The state in `folder`, None where there is none; raises HalfplateError where it is damaged or of another identity."""
+    """The state in `folder`, None if there is none; raises HalfplateError if it is damaged or of another identity."""
     path = folder / file
     if not path.exists():
         return None

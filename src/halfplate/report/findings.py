@@ -27,14 +27,14 @@ from halfplate.telemetry.log import LOG_FILE
 
 LARGEST_LOG = 256 * 2**20
 WORST = 10
-# The order in which a block runs them; others follow by name.
+# The order in which a layer runs them; others follow by name.
 USUAL = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 KINDS = ("kept values", "positions", "scales", "wrappers")  # the order of the table; others follow
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One compressed matrix. block: its number in the model, None where its name has none. kind: the last part of its name."""
+    """One compressed matrix. block: its number in the model, None if its name has none. kind: the last part of its name."""
 
     name: str
     block: int | None
@@ -49,7 +49,7 @@ class Matrix:
 
     @property
     def alarm(self) -> str | None:
-        """What is wrong with it, where something is."""
+        """The fault of the matrix, if it has one."""
         if self.relative_error is not None and self.relative_error >= 1:
             return "its output error is larger than that of a zero matrix"
         if self.losses and (self.losses[-1] > self.losses[0] or min(self.losses) < 0):
@@ -122,11 +122,11 @@ class Findings:
 
     @property
     def kinds(self) -> list[str]:
-        """The linears of a block, in the order of the model."""
+        """The linears of a layer, in the order of the model."""
         return list(dict.fromkeys(matrix.kind for matrix in self.matrices))
 
     def total(self, attribute: str) -> dict[str, float]:
-        """The sum of an attribute over the matrices of each kind, where it is known."""
+        """The sum of an attribute over the matrices of each kind, if it is known."""
         sums: Counter[str] = Counter()
         for matrix in self.matrices:
             sums[matrix.kind] += getattr(matrix, attribute) or 0
@@ -134,7 +134,7 @@ class Findings:
 
 
 def gather(folder: Path) -> Findings:
-    """Read what `folder`, a checkpoint, and its log say; raises HalfplateError where it is not a whole checkpoint."""
+    """Read what `folder`, a checkpoint, and its log say; raises HalfplateError if it is not a whole checkpoint."""
     found = inspect_checkpoint(folder)
     specs, _ = read_checked_headers(folder)
     record = read_record(folder) if (folder / RECORD_FILE).is_file() else {}
@@ -181,7 +181,7 @@ def gather(folder: Path) -> Findings:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log that are JSON objects; none where there is no log or it is too large to be one."""
+    """The lines of a log that are JSON objects; none if there is no log or it is too large."""
     try:
         if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_LOG:
             return []
@@ -200,12 +200,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def text(value: Any) -> str | None:
-    """`value` where it is text."""
+    """`value` if it is text."""
     return value if isinstance(value, str) else None
 
 
 def number(value: Any) -> float | None:
-    """`value` where it is a finite number."""
+    """`value` if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -215,7 +215,7 @@ def number(value: Any) -> float | None:
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """`value` where it is a JSON object, else an empty one."""
+    """`value` if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
@@ -260,7 +260,7 @@ def _matrix(entry: dict[str, Any], kept: dict[str, Any], seconds: dict[str, floa
 
 
 def _block(name: str) -> int | None:
-    """The first number in a module's name: `model.layers.12.mlp.up_proj` lies in block 12."""
+    """The first number in a module's name: `model.layers.12.mlp.up_proj` lies in layer 12."""
     digits = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", name)
     return int(digits[1]) if digits else None
 

@@ -18,7 +18,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One measure. protocol: how it was measured, empty where it was not."""
+    """One measure. protocol: how it was measured, empty if it was not."""
 
     group: str
     measure: str

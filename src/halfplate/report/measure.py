@@ -67,7 +67,7 @@ def measure(folder: Path, settings: Measuring, report: Report) -> dict[str, Any]
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    """What `model` writes greedily after `prompt`; in its chat template where the tokenizer has one."""
+    """What `model` writes greedily after `prompt`; in its chat template if the tokenizer has one."""
     import torch
 
     from halfplate.runtime import greedy

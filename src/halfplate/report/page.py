@@ -96,7 +96,7 @@ def _head(title: str, numeric: bool = False) -> Markup:
 
 
 def _figure(value: float | None) -> Markup:
-    """A cell with a number, empty where there is none."""
+    """A cell with a number, empty if there is none."""
     if value is None:
         return Markup('<td class="n"></td>')
     return Markup('<td class="n" data-v="{!r}">{}</td>').format(value, short(value))

@@ -66,7 +66,7 @@ class Scale:
 
 
 def heat_map(matrices: Sequence[Matrix], kinds: Sequence[str]) -> Markup | None:
-    """Relative error of every matrix, a column a block and a row a linear, with its legend; None without errors."""
+    """Relative error of every matrix, a column a layer and a row a linear, with its legend; None without errors."""
     placed = [(m, m.block, m.relative_error) for m in matrices if m.block is not None and m.relative_error is not None]
     if not placed:
         return None
@@ -181,7 +181,7 @@ class Bar:
 
 
 def bars(chart: Sequence[Bar], title: str) -> Markup | None:
-    """Horizontal bars from zero, the longest filling the width; None where there is nothing to show."""
+    """Horizontal bars from zero, the longest filling the width; None if there is nothing to show."""
     longest = max((max(bar.value, bar.whole or 0) for bar in chart), default=0)
     if longest <= 0:
         return None
@@ -207,7 +207,7 @@ def _bar(kind: str, x: float, y: float, width: float) -> Markup:
 
 
 def byte_bars(compressed: dict[str, float], dense: dict[str, float]) -> list[Bar]:
-    """Bytes of each kind of linear, before it those of the dense model."""
+    """Bytes of each kind of linear, before it those of the original model."""
     return [
         Bar(kind, nbytes, f"{count(nbytes)} of {count(dense[kind])}", dense[kind])
         for kind, nbytes in compressed.items()

@@ -22,7 +22,7 @@ def percent(share: float) -> str:
 
 
 def short(value: float) -> str:
-    """Three significant digits, without an exponent where it can be read so."""
+    """Three significant digits, without an exponent if it is readable."""
     if 1000 <= abs(value) < 1e7:
         return f"{value:,.0f}"
     return f"{value:.3g}" if value == 0 or 1e-4 <= abs(value) < 1e5 else f"{value:.2e}"

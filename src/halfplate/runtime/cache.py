@@ -96,7 +96,7 @@ class GrowingLayer(DynamicLayer):
 
 
 class GrowingCache(Cache):
-    """A cache of `GrowingLayer`s, one a decoder block."""
+    """A cache of `GrowingLayer`s, one a decoder layer."""
 
     def __init__(self, blocks: int) -> None:
         super().__init__(layers=[GrowingLayer() for _ in range(blocks)])

@@ -50,7 +50,7 @@ def uninstall(model: Any) -> None:
 
 
 def why_not(model: Any) -> str | None:
-    """Why the native step cannot decode `model`; None where it can."""
+    """Why the native step cannot decode `model`; None if it can."""
     if not native.available():
         return native.reason()
     if type(model).__name__ not in ARCHITECTURES or not type(model).__module__.startswith("transformers."):
@@ -247,7 +247,7 @@ def _revive(dense: type) -> Any:
 
 @cache
 def _native_class(dense: type) -> type:
-    """A subclass of a transformers model class, of the same name, that decodes natively where it can."""
+    """A subclass of a transformers model class, of the same name, that decodes natively if possible."""
     cache_name = cache_argument(dense.forward)  # type: ignore[attr-defined]
 
     @wraps(dense.forward)  # type: ignore[attr-defined]  # transformers reads its signature
@@ -296,9 +296,9 @@ def greedy(
     stop_ids: Collection[int] = (),
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Continue `ids`, int64 (1, L), with the most likely tokens: (1, at most L + new_tokens), less where one of `stop_ids` comes.
+    """Continue `ids`, int64 (1, L), with the most likely tokens: (1, at most L + new_tokens), less if one of `stop_ids` comes.
 
-    Natively where the model is installed, else by transformers' `generate`. on_token: called with each new token as soon as it
+    Natively if the model is installed, else by transformers' `generate`. on_token: called with each new token as soon as it
     is known. Raises HalfplateError for a batch.
     """
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:

@@ -24,7 +24,7 @@ class StoredEmbedding(nn.Module):
 
     @classmethod
     def of(cls, module: nn.Embedding) -> "StoredEmbedding | None":
-        """`module` in bf16, None where that would round or not be smaller."""
+        """`module` in bf16, None if that would round or not be smaller."""
         weight = module.weight.detach()
         half = weight.to(torch.bfloat16)
         if weight.dtype.itemsize <= 2 or not torch.equal(half.to(weight.dtype), weight):

@@ -26,7 +26,7 @@ HEAD_DTYPES = ("fp32", "bf16", "int8")
 
 @dataclass(frozen=True)
 class LinearPath:
-    """How one linear runs, and why so where it is not the fastest way."""
+    """How one linear runs, and the reason if it is not the fastest way."""
 
     name: str
     path: str
@@ -67,10 +67,10 @@ def accelerate(
 ) -> Acceleration:
     """Replace the linears of a transformers model, compressed or dense, by the fastest that this machine has, in place.
 
-    activations: `float`, or `int8` (a scale a token and 128 inputs) where cores are int8 or int4. head_dtype: how the output
-    layer is stored for the runtime, `fp32`, `bf16` or `int8`; None takes bf16 where that is exact, else fp32. dense_dtype: the
+    activations: `float`, or `int8` (one scale per token and 128 inputs) if cores are int8 or int4. head_dtype: how the output
+    layer is stored for the runtime, `fp32`, `bf16` or `int8`; None chooses bf16 if that is exact, else fp32. dense_dtype: the
     same for linears that are not compressed. backends: names of those that may run linears, the first choice first; None
-    asks all. Embeddings are kept in bf16 where that is exact. On CUDA, 2:4 cores go through torch's semi-structured products. What no kernel
+    asks all. Embeddings are kept in bf16 if that is exact. On CUDA, 2:4 cores go through torch's semi-structured products. What no kernel
     runs keeps its torch path, and the result says why. Raises HalfplateError for an unknown option and a damaged matrix.
     """
     check_options(activations, head_dtype)
@@ -132,7 +132,7 @@ def restore(model: Any) -> None:
 
 
 def bf16_kernels(device: str) -> Callable[[nn.Linear], nn.Module] | None:
-    """What puts the kernels with weights in bf16 in the place of a dense linear; None where `device` has none."""
+    """What puts the kernels with weights in bf16 in the place of a dense linear; None if `device` has none."""
     among = named_backends()
     if refusal_of_dense(torch.device(device), among) is not None:
         return None

@@ -12,7 +12,7 @@ CHUNK = 1 << 18  # numbers compared at once: they stay in the cache
 
 
 def check_available() -> None:
-    """Raise HalfplateError where scipy, which solves the assignments, is not installed."""
+    """Raise HalfplateError if scipy, which solves the assignments, is not installed."""
     if find_spec("scipy") is None:
         raise HalfplateError(
             "permute=True needs scipy, which is not installed; run `pip install 'halfplate[permutation]'`"

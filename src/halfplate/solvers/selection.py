@@ -11,7 +11,7 @@ def keep_largest(score: Tensor, pattern: Pattern) -> Tensor:
     """Keep the N largest scores of every group of M consecutive inputs, of equal ones the first.
 
     score: (d_out, d_in), any real dtype, infinities allowed. Returns bool (d_out, d_in) with exactly N true entries in
-    each group, the same on every run and device. Raises HalfplateError where M does not divide d_in or a score is NaN.
+    each group, the same on every run and device. Raises HalfplateError if M does not divide d_in or a score is NaN.
     """
     d_out, d_in = score.shape
     pattern.kept(d_in)

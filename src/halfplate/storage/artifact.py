@@ -64,7 +64,7 @@ def save_artifact_of(
 
 
 def load_artifact(path: Path) -> Artifact | None:
-    """The artifact at `path`; None where there is none, or none that is whole as far as its header and its note tell."""
+    """The artifact at `path`; None if there is none, or none that is whole as far as its header and its note tell."""
     content = read_json(note(path))
     if content is None or content.get("version") != VERSION:
         return None
@@ -96,7 +96,7 @@ def write_json(path: Path, content: dict[str, Any], durable: bool = True) -> Non
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """What `write_json` wrote; None where it is absent or damaged."""
+    """What `write_json` wrote; None if it is absent or damaged."""
     try:
         checksum, _, text = path.read_text(encoding="utf-8").partition("\n")
     except (OSError, UnicodeDecodeError):

@@ -110,7 +110,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON; of a name that stands twice, another reader may take the other value."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("a name occurs in it twice")
     return found
 
 
@@ -129,7 +129,7 @@ def _check_covered(path: Path, found: Mapping[str, StoredTensor], start: int, si
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
-    """The values of a tensor in memory of their own; raises DamagedFile where the file has become shorter."""
+    """The values of a tensor in memory of their own; raises DamagedFile if the file has become shorter."""
     tensor = torch.empty(stored.shape, dtype=KINDS[stored.kind], device="cpu")
     with stored.path.open("rb", buffering=0) as file:
         _read_into(file.fileno(), stored.start, memoryview(_bytes(tensor)), stored.path)

@@ -45,7 +45,7 @@ class Axis:
 
     @classmethod
     def of(cls, values: Sequence[float], first: float, last: float, may_be_logarithmic: bool = False) -> Axis:
-        """An axis that shows the values with some room beside them; logarithmic where they span more than a factor of ten."""
+        """An axis that shows the values with some room beside them; logarithmic if they span more than a factor of ten."""
         least, most = min(values), max(values)
         if may_be_logarithmic and 0 < least * 10 < most:
             return cls(least / 1.3, most * 1.3, first, last, True)

@@ -26,7 +26,7 @@ LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 def run_log(out: Path, report: Report, resume: bool = False) -> Iterator[Report]:
     """A report that tells `report` and writes the log; what is raised inside is written as an `error`.
 
-    While the run lasts, and after it failed, the log lies beside `out` as `NAME.log.jsonl`; where `out` was written, it moves
+    While the run lasts, and after it failed, the log lies beside `out` as `NAME.log.jsonl`; if `out` was written, it moves
     there. The log of a run that failed before its first matrix or step goes: the error says all. A log that cannot be
     written stops no run. resume: go on after what an earlier run wrote.
     """
@@ -114,7 +114,7 @@ class RunLog(Listener):
 
 
 def append(folder: Path, line: Mapping[str, Any]) -> None:
-    """Add a line to the log in `folder`; nothing happens where the folder cannot be written."""
+    """Add a line to the log in `folder`; nothing happens if the folder cannot be written."""
     stamped = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **line}
     try:
         with (folder / LOG_FILE).open("a", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ from halfplate.limits import cores
 
 
 def load_average() -> float | None:
-    """Processes that ran or waited in the last minute, None where the system does not count them."""
+    """Processes that ran or waited in the last minute, None if the system does not count them."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 

@@ -24,7 +24,7 @@ class Report(Protocol):
     ) -> None:
         """note: what else is worth a word beside the numbers, e.g. the loss.
 
-        share: how much of the phase's work is done, between 0 and 1, where its steps are unequal. facts: what a log or a
+        share: how much of the phase's work is done, between 0 and 1, if its steps are unequal. facts: what a log or a
         tracker keeps of this step, plain JSON under an `event` that says which kind it is: `plan`, `matrix`, `end`, ... (docs/logging.md).
         """
 
@@ -90,7 +90,7 @@ class TimeLeft:
         self._start = self._from = self._share = 0.0
 
     def __call__(self, phase: str, done: int, total: int, share: float | None = None) -> float | None:
-        """The seconds left after this step; None where nothing tells them yet."""
+        """The seconds left after this step; None if nothing tells them yet."""
         if share is None:
             share = done / total if total else 1.0
         if phase != self._phase or share < self._share:

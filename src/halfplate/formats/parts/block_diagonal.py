@@ -14,8 +14,8 @@ from halfplate.formats.quantizers.uniform import INT8
 class BlockDiagonal:
     """A matrix (d, d) of equal blocks along the diagonal and, where they do not divide d, one smaller last block.
 
-    blocks: (d // b, b, b) or None where b > d; tail: (d mod b, d mod b) or None where b divides d. scales: fp16 (d,), a
-    factor of each row, where blocks and tail are int8; None where they are floating-point numbers.
+    blocks: (d // b, b, b) or None if b > d; tail: (d mod b, d mod b) or None if b divides d. scales: fp16 (d,), a
+    factor of each row, where blocks and tail are int8; None if they are floating-point numbers.
     """
 
     blocks: Tensor | None

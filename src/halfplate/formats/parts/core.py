@@ -84,7 +84,7 @@ class NMSparse(Part):
     ) -> "NMSparse":
         """Keep `weight` (d_out, d_in) where the boolean `mask` has exactly N true entries in each group, and round it.
 
-        mask: None if the pattern is dense. group: columns that share a scale, on a grid. Raises HalfplateError where a kept value
+        mask: None if the pattern is dense. group: columns that share a scale, on a grid. Raises HalfplateError if a kept value
         is too large for `core_dtype`.
         """
         values, positions, index = _kept(weight, mask, pattern)

@@ -113,7 +113,7 @@ def read_config(family: Family, contents: Contents, model_type: str | None = Non
 
 
 def _idle_counts(keys: Keys) -> list[str]:
-    """Counts of what a model may have, where they are zero."""
+    """Counts of optional parts of a model, if they are zero."""
     names = ("expert_count", "expert_used_count", "nextn_predict_layers", "attention.sliding_window", "pooling_type")
     return [name for name in names if keys.metadata.get(keys.prefix + name) == 0]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# A module of a block, or a parameter that several tensors of the file make together, by the name in transformers.
+# A module of a layer, or a parameter that several tensors of the file make together, by the name in transformers.
 Names = Mapping[str, str | tuple[str, ...]]
 
 REQUIRED: Any = object()
@@ -27,7 +27,7 @@ EXPERTS: Names = {
     "mlp.experts.down_proj": ("ffn_down_exps.weight",),
 }
 LLAMA: Names = {**ATTENTION, "post_attention_layernorm": "ffn_norm", **MLP}
-# Two norms around each half of a block, as in Gemma 2 and GLM 4.
+# Two norms around each half of a layer, as in Gemma 2 and GLM 4.
 GEMMA2: Names = {
     **ATTENTION,
     "post_attention_layernorm": "post_attention_norm",
@@ -70,7 +70,7 @@ class Family:
     """One kind of model: llama.cpp's name of its architecture, transformers' model_type, and the table between the two.
 
     block, outer: names of modules. settings: keys beyond those that all families have. eps: key and field of the
-    epsilon of the norms. flags: fields that are true if a block has one of these tensors. fixed: fields that no key says, with
+    epsilon of the norms. flags: fields that are true if a layer has one of these tensors. fixed: fields that no key says, with
     the value that llama.cpp computes with; a function takes the fields that are known. turned: llama.cpp rotates
     neighbours in a head and transformers its halves, so the rows of q and k change places. offset: the file holds
     the weights of norms plus this. square: the heads together are as wide as the model. head_dim: the configuration

@@ -31,7 +31,7 @@ class Packed(nn.Module, ABC):
     """A linear in the layout of a backend: y = x Wᵀ + bias.
 
     The state dictionary holds the tensors that it was packed from, bit for bit; it takes no new ones, and stays on its
-    device. spec: of the matrix. bias_dtype: None where there is no bias. dtype: that its model computes in. dense_dtype: of
+    device. spec: of the matrix. bias_dtype: None if there is no bias. dtype: that its model computes in. dense_dtype: of
     the weight of the nn.Linear that it stands for; None for a CompressedLinear.
     """
 
@@ -60,7 +60,7 @@ class Packed(nn.Module, ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of `spec.alone.layout()`, bit for bit as they were packed, and `bias` where there is one."""
+        """The tensors of `spec.alone.layout()`, bit for bit as they were packed, and `bias` if there is one."""
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors that this linear stands for, by name: those of a CompressedLinear, or weight and bias."""
@@ -74,7 +74,7 @@ class Packed(nn.Module, ABC):
         return tensors if bias is None else tensors | {"bias": bias.to(self.bias_dtype)}
 
     def restored(self) -> nn.Module:
-        """The module that this one was packed from, not connected where it shares the wrapper of another."""
+        """The module that this one was packed from, not connected if it shares the wrapper of another."""
         tensors = {name: tensor.to(self.device) for name, tensor in self.stored().items()}
         module: nn.Module
         if self.dense_dtype is not None:
@@ -97,7 +97,7 @@ class Packed(nn.Module, ABC):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias (d_out,) in its own type; None where there is none."""
+        """The bias (d_out,) in its own type; None if there is none."""
         return None if self.bias_dtype is None else self.stored()["bias"]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -163,7 +163,7 @@ class Backend(ABC):
         """The linear in the layout of this backend; its own tensors are left as they are.
 
         Raises HalfplateError for what it refuses, for a tensor that is not part of the matrix and for damaged values, and
-        CannotPack where trying shows that it cannot run it.
+        CannotPack if packing shows that it cannot run the linear.
         """
         if (refusal := self.refusal(linear.spec, linear.weight.device)) is not None:
             raise HalfplateError(refusal.reason)
@@ -181,7 +181,7 @@ class Backend(ABC):
 
     def pack_dense(self, linear: nn.Linear, options: Options | None = None) -> Packed:
         """A linear that is not compressed in the layout of this backend, if it `packs_dense`."""
-        raise HalfplateError(f"{self.name} pack compressed linears alone")
+        raise HalfplateError(f"{self.name} packs compressed linears only")
 
 
 def _tensors_below(linear: nn.Module) -> Iterator[str]:

@@ -40,7 +40,7 @@ class PackedLinear(Packed):
 
     @classmethod
     def of_dense(cls, module: nn.Linear, core_dtype: str | None = None, activations: str = "float") -> "PackedLinear":
-        """Pack a dense linear in `core_dtype`; None takes bf16 where that holds every weight exactly, else fp32."""
+        """Pack a dense linear in `core_dtype`; None chooses bf16 if that is exact for every weight, else fp32."""
         weight = module.weight.detach()
         if core_dtype is None:
             half = weight.to(torch.bfloat16)

@@ -48,8 +48,8 @@ def finish(
     """Store scale · diag(rows) · A S B · diag(columns), balanced factors, in the types of `spec`.
 
     normalised: the rows and columns that the problem was solved without. scale: a power of two, which goes into the core.
-    steps: of the grid that the core lies on, (rows, ceil(cols / spec.group)), or None where it is to be rounded. Once S is rounded,
-    B is solved again for it and rounded, then A for both. Raises HalfplateError where a value is too large for its type.
+    steps: of the grid that the core lies on, (rows, ceil(cols / spec.group)), or None if it is to be rounded. Once S is rounded,
+    B is solved again for it and rounded, then A for both. Raises HalfplateError if a value is too large for its type.
     """
     tiles = objective.tiles
     rows, columns = _scales(tiles, normalised)
