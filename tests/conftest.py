@@ -86,11 +86,23 @@ SLOW = (
 )
 
 
+# Files of the longest tests. They run first: one that starts last keeps one worker busy while the others have nothing left.
+LONGEST = (
+    "test_documents.py",
+    "kernels/test_native_self_test.py",
+    "test_install.py",
+    "evaluation/test_tasks.py",
+    "stress/test_faults.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the files of SLOW, so that `-m "not slow"` is the tier of a developer's loop."""
-    for item in items:
-        if item.path.is_relative_to(TESTS) and item.path.relative_to(TESTS).as_posix().startswith(SLOW):
+    """Mark the files of SLOW, so that `-m "not slow"` is the tier of a developer's loop, and put those of LONGEST first."""
+    inside = {item: item.path.relative_to(TESTS).as_posix() for item in items if item.path.is_relative_to(TESTS)}
+    for item, file in inside.items():
+        if file.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: inside.get(item) not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ torch.save(tensors, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_transformers_alone_loads_the_export(written: Any, tmp_path: Path) -> None:
     one = written("qwen2", other_dtype=torch.float32)
     export(one.folder, tmp_path / "dense")

@@ -52,6 +52,7 @@ def test_a_compressed_model_drafts_for_a_dense_one(both: Any, tiny_model: Any) -
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_computes_the_same(both: Any) -> None:
     loaded, _, _ = both

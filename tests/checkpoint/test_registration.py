@@ -45,6 +45,7 @@ def expected(written: Any, tmp_path: Path) -> tuple[Path, Path]:
     return one.folder, tmp_path / "expected.pt"
 
 
+@pytest.mark.slow
 def test_halfplate_first(expected: tuple[Path, Path]) -> None:
     code = """
 import sys, importlib
@@ -64,11 +65,13 @@ def test_transformers_first(expected: tuple[Path, Path]) -> None:
     run("import sys, torch, transformers\nimport transformers.modeling_utils\nimport halfplate\n" + LOAD, *expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["integrations.quantizer", "checkpoint.quantization"])
 def test_our_modules_first(expected: tuple[Path, Path], module: str) -> None:
     run(f"import sys, torch\nimport halfplate.{module}\nimport transformers\n" + LOAD, *expected)
 
 
+@pytest.mark.slow
 def test_without_the_import_loading_fails_loudly(expected: tuple[Path, Path]) -> None:
     code = """
 import json, sys, pathlib

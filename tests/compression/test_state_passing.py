@@ -82,7 +82,12 @@ def grams_of_the_whole_forward(folder, ids, names):
     return {name: total / counts[name] for name, total in sums.items()}
 
 
-@pytest.mark.parametrize("name", ["llama", *READ, "dbrx"])
+# Each model is a path of its own and takes seconds; the quick tier has the plainest and the richest.
+QUICK = ("llama", "gemma3n_text")
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ("llama", *READ, "dbrx")]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_statistics_are_those_of_the_whole_forward(saved, text_file, tmp_path, monkeypatch, name):
     folder, found = saved(name), watched(monkeypatch)
     recipe = recipe_of(name, text_file, inputs="dense")
@@ -93,6 +98,7 @@ def test_statistics_are_those_of_the_whole_forward(saved, text_file, tmp_path, m
         torch.testing.assert_close(found[linear], gram, rtol=1e-4, atol=1e-5 * float(gram.abs().max()), msg=linear)
 
 
+@pytest.mark.slow
 def test_workers_give_the_same(saved, text_file, tmp_path):
     folder, recipe = saved("gemma3n_text"), recipe_of("gemma3n_text", text_file)
     compress(str(folder), tmp_path / "one", recipe)
@@ -193,7 +199,7 @@ def test_arguments_that_differ_in_more_than_tensors_are_refused():
         differing(first, second)
 
 
-@pytest.mark.parametrize("lost", [None, "arguments"])
+@pytest.mark.parametrize("lost", [None, pytest.param("arguments", marks=pytest.mark.slow)])
 def test_the_same_bytes_after_a_break(saved, text_file, tmp_path, monkeypatch, lost):
     folder, recipe, out = saved("gemma3n_text"), recipe_of("gemma3n_text", text_file), tmp_path / "out"
     compress(str(folder), tmp_path / "whole", recipe)

@@ -40,6 +40,7 @@ def test_tuning_lowers_the_error_of_the_blocks(tiny_folder, tmp_path):
     assert output_error(tmp_path / "tuned", tiny_folder) < output_error(tmp_path / "plain", tiny_folder)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(tiny_folder, tmp_path):
     for name in ("one", "two"):
         compress(str(tiny_folder), tmp_path / name, Recipe(**SMALL, tune_block=5))
@@ -47,7 +48,7 @@ def test_the_same_seed_gives_the_same_bytes(tiny_folder, tmp_path):
     assert one == two
 
 
-@pytest.mark.parametrize("core_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("core_dtype", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_scales_are_tuned_at_a_rate_of_their_own(tiny_folder, tmp_path, core_dtype):
     recipe = Recipe(**SMALL, core_dtype=core_dtype, tune_block=30)
     blocks = compress(str(tiny_folder), tmp_path / "out", recipe)["tuned_blocks"].values()

@@ -104,6 +104,7 @@ def test_wrappers_alone_leave_the_core_and_the_norms(wrapped, tiny_folder, tmp_p
     assert changed
 
 
+@pytest.mark.slow
 def test_a_core_on_a_grid_keeps_its_codes(tiny_folder, tmp_path):
     recipe = Recipe(**ARMOR, samples=8, seq_len=32, core_dtype="int8")
     compress(str(tiny_folder), tmp_path / "int8", recipe)
@@ -131,7 +132,7 @@ def interrupted_at(step):
     return report
 
 
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize("step", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_an_interrupted_recovery_ends_in_the_same_bytes(wrapped, tiny_folder, tmp_path, step):
     settings = Recovery(tokens=640, **FAST)
     recover(wrapped, str(tiny_folder), tmp_path / "whole", settings)
@@ -358,6 +359,7 @@ def test_settings_that_cannot_work(options, message):
         Recovery(**options)
 
 
+@pytest.mark.slow
 def test_low_rank_parts_are_trained_as_wrappers_are(tiny_folder, tmp_path):
     compress(
         str(tiny_folder), tmp_path / "slim", Recipe(method="slim", pattern="1:4", block_size=4, samples=8, seq_len=32)
