@@ -1,14 +1,13 @@
 """Accelerated models: the same numbers, the same state dictionary, traced whole, taken back bit for bit."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from halfplate.errors import HalfplateError
-from halfplate.formats import Chain, CompressedLinear, WeightSpec
+from halfplate.formats import Chain, CompressedLinear, Permutation, WeightSpec
 from halfplate.kernels import native
 from halfplate.models.linears import replace_linear
 from halfplate.pattern import Pattern
@@ -31,7 +30,7 @@ def compressed(model, core_dtype="bf16", pattern=SPARSE, **more):
             spec = WeightSpec(*weight.shape, pattern, core_dtype, **more)
             chain = store(weight, keep_largest(weight.abs(), pattern), spec)
             if spec.permuted:
-                chain = replace(chain, permutation=torch.randperm(spec.d_in).to(torch.int16))
+                chain = Chain.of(spec, chain.core, *chain.outer, Permutation.of(torch.randperm(spec.d_in)))
             replace_linear(model, name, CompressedLinear.from_weight(chain, spec, module.bias))
     return model
 
