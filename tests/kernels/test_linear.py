@@ -225,7 +225,7 @@ def unsupported(spec):
 def test_patterns_without_kernels_say_so():
     assert "pattern 4:8" in unsupported(WeightSpec(8, 16, Pattern(4, 8)))
     assert unsupported(WeightSpec(8, 16)) is None
-    assert "order" in unsupported(WeightSpec(8, 16, permuted=True))
+    assert "permuted inputs" in unsupported(WeightSpec(8, 16, permuted=True))
     assert "scales of 64 columns, only of 128" in unsupported(WeightSpec(8, 16, core_dtype="int4", group=64))
     assert unsupported(WeightSpec(8, 16, group=64)) is None  # a core without scales
 

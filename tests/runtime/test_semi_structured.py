@@ -151,7 +151,7 @@ def test_reasons_to_stay():
         SEMI_STRUCTURED_PRODUCTS.pack(random_linear(WeightSpec(32, 64)))
     assert "pattern 2:4, not 4:8" in unsupported(WeightSpec(32, 64, Pattern(4, 8)))
     assert "fp32" in unsupported(WeightSpec(32, 64, core_dtype="fp32"))
-    assert "order" in unsupported(WeightSpec(32, 64, permuted=True))
+    assert "permuted inputs" in unsupported(WeightSpec(32, 64, permuted=True))
     assert unsupported(WeightSpec(32, 64, core_dtype="fp16")) is None
 
 
