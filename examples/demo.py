@@ -65,8 +65,8 @@ def timed(model: Path, dense: Path) -> dict[str, Any]:
 def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namespace) -> None:
     """The final table: bytes, loss of quality and speed, side by side."""
     first = next(iter(rows.values()))
-    table = Table(title="SmolLM2-135M-Instruct to 2:4", title_justify="left")
-    columns = ["", "linears", "whole model", "KL to original", "top-1 agreement", "perplexity (self)"]
+    table = Table(title="SmolLM2-135M-Instruct to 2:4; KL and top-1 agreement with the original", title_justify="left")
+    columns = ["", "linears", "whole model", "KL", "top-1", "perplexity (self)"]
     columns += ["decode, tokens/s", "× original"]
     columns += [f"perplexity ({Path(options.text).name})"] if options.text else []
     for column in columns:

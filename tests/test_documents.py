@@ -211,7 +211,7 @@ def test_demo_runs_from_end_to_end(workplace, monkeypatch, capsys):
     for name in ("armor", "sparsegpt"):
         assert f"report: {Path('demo-out') / name / 'report.html'}" in shown
         assert (workplace / "demo-out" / name / "report.html").is_file()
-    for expected in ("$ halfplate compress", "KL to original", "ARMOR, block 16", "SparseGPT", "minutes"):
+    for expected in ("$ halfplate compress", "KL and top-1 agreement", "ARMOR, block 16", "SparseGPT", "minutes"):
         assert expected in shown
 
 
