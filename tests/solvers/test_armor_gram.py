@@ -127,7 +127,12 @@ def test_loss_never_rises(d_out, groups, block, pattern, seed, dead):
 @pytest.mark.parametrize("pattern", ["2:4", "dense", "1:4", "4:8"])
 @pytest.mark.parametrize(
     ("d_out", "d_in", "block", "group"),
-    [(48, 64, 16, GROUP), (40, 200, 8, GROUP), (20, 72, 0, GROUP), (24, 200, 8, 64)],
+    [
+        (48, 64, 16, GROUP),
+        pytest.param(40, 200, 8, GROUP, marks=pytest.mark.slow),
+        (20, 72, 0, GROUP),
+        pytest.param(24, 200, 8, 64, marks=pytest.mark.slow),
+    ],
 )
 def test_native_and_torch_sweep_alike(bits, pattern, d_out, d_in, block, group, monkeypatch):
     if not native.available():
