@@ -1,5 +1,6 @@
 """The verbs of the command line that take a recipe or settings, with their names, arguments and defaults."""
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -107,8 +108,7 @@ def recover(
     an interrupted run left, which is saved every `save_minutes`. Under `accelerate launch` all processes but the main one
     return None. Raises HalfplateError on bad input, RuinedResult after writing if the held-out KL did not fall.
     """
-    for name in options.keys() - {field.name for field in fields(Recovery)}:
-        raise unknown("option", name, [field.name for field in fields(Recovery)])
+    _check_options(options, [field.name for field in fields(Recovery)])
     if not isinstance(settings, Recovery | None):
         raise HalfplateError(f"settings={settings!r} is of type {type(settings).__name__}, expected a Recovery")
     settings = Recovery(**options) if settings is None else replace(settings, **options)
@@ -129,11 +129,14 @@ def write_report(
     result stays in the log of the checkpoint for later reports. options: how to measure, fields of `halfplate.report.settings.Measuring`.
     Raises HalfplateError on bad input and if the file cannot be written.
     """
-    known = [field.name for field in fields(Measuring) if field.name != "against"]
-    for name in options.keys() - set(known):
-        raise unknown("option", name, known)
+    _check_options(options, [field.name for field in fields(Measuring) if field.name != "against"])
     if options and against is None:
         option = next(iter(options))
         raise HalfplateError(f"{option} says how to measure, which needs the original model; give against")
     measuring = None if against is None else Measuring(path_text("against", against), **options)
     return page.write_report(path_text("path", path), file, measuring, report)
+
+
+def _check_options(options: Mapping[str, Any], known: list[str]) -> None:
+    for name in options.keys() - set(known):
+        raise unknown("option", name, known)

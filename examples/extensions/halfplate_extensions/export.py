@@ -1,6 +1,5 @@
 """An export: every tensor of the model, with its compressed matrices multiplied out, in one `.npz` file of numpy."""
 
-import secrets
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from halfplate.checkpoint.loading import load_any
 from halfplate.errors import HalfplateError
 from halfplate.models.sources import is_compressed
+from halfplate.storage.atomic import whole_file
 
 
 def export_numpy(source: str, out: Path, overwrite: bool) -> str:
@@ -20,10 +20,6 @@ def export_numpy(source: str, out: Path, overwrite: bool) -> str:
     if is_compressed(source):
         model = model.dequantize()
     arrays = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
-    partial = out.with_name(f".{secrets.token_hex(4)}.npz")
-    try:
-        np.savez(partial, **arrays)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(out) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
     return f"{out}: {len(arrays)} arrays of {source}"

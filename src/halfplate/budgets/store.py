@@ -67,7 +67,7 @@ class LevelStore:
         for k, spec in enumerate(self._specs[key]):
             own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{k}.")}
             if spec.in_shared is not None:
-                own |= {name: tensors[f"0.{name}"] for name in spec.borrowed()}
+                own |= {name: tensors[f"0.{name}"] for name in spec.borrowed}
             found.append(Chain.from_tensors(spec, {name: tensor.to(device) for name, tensor in own.items()}).dense())
         return found
 

@@ -88,7 +88,7 @@ def compress(
     report: called at every step (`halfplate.telemetry.progress.Report`), for progress and trackers. statistics: collect at
     least these, e.g. GRAM so that every method is judged by its true output error. resume: continue an interrupted
     run of the same model, recipe and text beside `out`, with the same result. engine, workers, address: where the tasks
-    run (`halfplate.engines.local.EngineChoice`); the result does not depend on them. benchmark: whether the plan of a long
+    run (`halfplate.engines.EngineChoice`); the result does not depend on them. benchmark: whether the plan of a long
     run may time this machine for a few seconds. check: compare the result with the solved weights and with the original model
     before `out` is written (`halfplate.compression.self_check`).
 

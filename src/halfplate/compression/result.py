@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,11 +42,10 @@ class Result:
 
 def identity_of(source: Source, plan: Plan, threads: int) -> dict[str, Any]:
     """Everything that determines the bytes of the result except the text: the model, each entry of the recipe, threads and versions."""
-    model = json.dumps(source.identity(), sort_keys=True, default=str).encode()
     recipe = {key: value for key, value in plan.recipe.fingerprint_json().items() if key != "version"}
     plain: dict[str, Any] = json.loads(json.dumps(recipe))
     return plain | {
-        "model": hashlib.sha256(model).hexdigest(),
+        "model": source.sha256(),
         "statistics": int(plan.job.statistic),
         "threads": threads,
         "halfplate": package_version(),

@@ -84,8 +84,7 @@ class CompressedLinear(nn.Module):
             raise HalfplateError(
                 f"in_shared={self.spec.in_shared!r}: the module that holds the input wrapper is not connected; call halfplate.formats.connect(model)"
             )
-        borrowed = self.spec.borrowed()
-        shared = {name: tensor for name, tensor in self.lender.stored().items() if name in borrowed}
+        shared = {name: tensor for name, tensor in self.lender.stored().items() if name in self.spec.borrowed}
         if any(tensor.is_meta for tensor in shared.values()) and not self.weight.is_meta:
             raise HalfplateError(
                 f"in_shared={self.spec.in_shared!r}: that module is offloaded while its input wrapper is needed; load the model without offloading it"

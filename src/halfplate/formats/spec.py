@@ -125,9 +125,10 @@ class WeightSpec:
                 layout |= part.layout(self)
         return layout
 
-    def borrowed(self) -> set[str]:
+    @cached_property
+    def borrowed(self) -> frozenset[str]:
         """The names of the tensors that another module stores for this matrix."""
-        return set().union(*(part.layout(self) for part in self.classes if part.borrowed(self)))
+        return frozenset().union(*(part.layout(self) for part in self.classes if part.borrowed(self)))
 
     def kinds(self) -> dict[str, str]:
         """What every stored tensor holds, in words for tables, by its name below the module."""

@@ -1,5 +1,7 @@
 """Where an original model comes from: a Hugging Face folder, a `.gguf` file or a Hub id, checked before anything heavy loads."""
 
+import hashlib
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -86,6 +88,10 @@ class Source:
             "weights": [[path.name, path.stat().st_size] for path in self.weight_files],
             "sampled_sha256": sampled_sha256(self.weight_files, self.tensors.values()),
         }
+
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of the identity."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass

@@ -201,10 +201,9 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
 
 def _identity(base: Path, source: Source, settings: Recovery, given: Tensor | None) -> dict[str, Any]:
     """What a state must have been made with to be gone on from."""
-    teacher = json.dumps(source.identity(), sort_keys=True, default=str).encode()
     identity = settings.to_json() | {
         "model": hashlib.sha256((base / RECORD_FILE).read_bytes()).hexdigest(),
-        "teacher": hashlib.sha256(teacher).hexdigest(),
+        "teacher": source.sha256(),
     }
     # What is sampled follows from the rest; a file of the same name may hold another text.
     return identity if given is None else identity | {"windows": _sha256(given)}

@@ -17,7 +17,7 @@ from halfplate.errors import HalfplateError
 from halfplate.models.sources import open_source
 from halfplate.sweeps.description import Row, Sweep, read_sweep
 from halfplate.sweeps.measuring import Bench
-from halfplate.sweeps.records import COMPRESSED, DONE, FAILED, Standing, made_of, model_sha256, save, standing
+from halfplate.sweeps.records import COMPRESSED, DONE, FAILED, Standing, made_of, save, standing
 from halfplate.sweeps.results import results_of, write_results
 from halfplate.telemetry.progress import Report, silent
 
@@ -89,7 +89,7 @@ def sweep(
     folder.check()
     _check_evaluation(asked)
     source = open_source(asked.model)
-    bench, model = Bench.of(asked, source), model_sha256(source)
+    bench, model = Bench.of(asked, source), source.sha256()
     made = {row.name: made_of(asked, row, model) for row in asked.rows}
 
     def standings() -> dict[str, Standing]:

@@ -12,7 +12,6 @@ from typing import Any
 from halfplate.calibration.documents import split_fields
 from halfplate.checkpoint.folder import replace_file
 from halfplate.json_numbers import finite
-from halfplate.models.sources import Source
 from halfplate.planning import foreign_packages
 from halfplate.sweeps.description import Row, Sweep
 
@@ -33,13 +32,8 @@ class Standing:
     record: dict[str, Any]
 
 
-def model_sha256(source: Source) -> str:
-    """What tells the model from another one."""
-    return _sha256(json.dumps(source.identity(), sort_keys=True, default=str).encode())
-
-
 def made_of(sweep: Sweep, row: Row, model: str) -> dict[str, Any]:
-    """All that decides the measures of a row, as plain JSON; model: `model_sha256`. A record made of anything else is stale."""
+    """All that decides the measures of a row, as plain JSON; model: `Source.sha256`. A record made of anything else is stale."""
     texts = {text: {"sha256": _content(text)} for text in sweep.evaluation.get("text", ())}
     made: dict[str, Any] = {
         "model": {"sha256": model},
@@ -111,10 +105,6 @@ def _content(source: str) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError):
         return None
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _short(value: Any) -> str:
