@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
@@ -15,44 +16,19 @@ from halfplate.formats import CompressedLinear, NMSparse, WeightSpec, check_stor
 from halfplate.formats.encoding.packing import pack
 from halfplate.formats.encoding.rounding import round_groups
 from halfplate.formats.quantizers import QUANTIZERS, quantizer_of
-from halfplate.formats.quantizers.base import best_scales, half_above, shares_down_to
+from halfplate.formats.quantizers.base import half_above, shares_down_to
 from halfplate.kernels.linear import NATIVE
 from halfplate.methods import create
 from halfplate.pattern import Pattern
 from halfplate.recovery.trainable import TrainableLinear
 from halfplate.statistics import InputStatistics
 
-TABLE = (-1.0, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0)
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "extensions"))
 
+from halfplate_extensions.quantizer import TABLE as VALUES
+from halfplate_extensions.quantizer import NormalFloat
 
-@dataclass(frozen=True)
-class Codebook:
-    """Sixteen values between -1 and 1, times a scale."""
-
-    name: str = "codebook4"
-    bits: int = 4
-    range: tuple[int, int] = (-8, 7)
-    stored: ClassVar[tuple[str, ...]] = ("scales",)
-
-    def nearest(self, values: Tensor, *parameters: Tensor) -> Tensor:
-        (scales,) = parameters
-        ratios = torch.where(scales > 0, values / scales, 0)
-        found = (ratios[..., None] - torch.tensor(TABLE, dtype=ratios.dtype)).abs().argmin(-1) - 8
-        return found.to(values.dtype)
-
-    def decode(self, numbers: Tensor, *parameters: Tensor) -> Tensor:
-        (scales,) = parameters
-        return torch.tensor(TABLE, dtype=scales.dtype)[numbers.long() + 8] * scales
-
-    def refit(
-        self, values: Tensor, shares: Sequence[float] | None = None, energy: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        def rounded(scales: Tensor) -> Tensor:
-            each = scales.float()[..., None]
-            return self.decode(self.nearest(values, each), each)
-
-        scales = best_scales(values, values.abs().amax(-1), shares or shares_down_to(0.6), rounded, energy)
-        return self.nearest(values, scales.float()[..., None]), (scales,)
+TABLE = VALUES.tolist()
 
 
 @dataclass(frozen=True)
@@ -84,7 +60,7 @@ class Affine:
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both as if each were a file of halfplate.formats.quantizers with its line in the registry."""
     file = ModuleType("a_file_of_quantizers")
-    file.CODEBOOK, file.AFFINE = Codebook(), Affine()  # type: ignore[attr-defined]
+    file.CODEBOOK, file.AFFINE = NormalFloat("codebook4"), Affine()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, file.__name__, file)
     monkeypatch.setitem(QUANTIZERS.own, "codebook4", f"{file.__name__}:CODEBOOK")
     monkeypatch.setitem(QUANTIZERS.own, "affine3", f"{file.__name__}:AFFINE")
