@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 from halfplate.evaluation.speed import weight_bytes
 from halfplate.formats import CompressedLinear, WeightSpec
-from halfplate.models.linears import find_linears, replace_linear
+from halfplate.models.linears import find_linears, replace_module
 from halfplate.pattern import Pattern
 
 TWO_OF_FOUR = Pattern(2, 4)
@@ -89,7 +89,7 @@ def compress_linears(model: Any, core: str, session: Session) -> None:
                 made[spec] = random_tensors(spec)
         module = CompressedLinear(spec, False, device="meta")
         module.load_state_dict({name: tensor.clone() for name, tensor in made[spec].items()}, assign=True)
-        replace_linear(model, linear.name, prepared(session, module.requires_grad_(False)))
+        replace_module(model, linear.name, prepared(session, module.requires_grad_(False)))
 
 
 def _token_seconds(session: Session, model: Any, name: str) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from halfplate.formats import CompressedLinear, WeightSpec
-from halfplate.models.linears import find_linears, replace_linear
+from halfplate.models.linears import find_linears, replace_module
 from halfplate.pattern import Pattern
 
 TWO_OF_FOUR = Pattern(2, 4)
@@ -105,7 +105,7 @@ def compressed_llama(dense: Any, core_dtype: str, wrapper_dtype: str, block_size
             made[spec] = random_tensors(spec)
         module = CompressedLinear(spec, False, device="meta")
         module.load_state_dict({name: tensor.clone() for name, tensor in made[spec].items()}, assign=True)
-        replace_linear(model, linear.name, module.requires_grad_(False))
+        replace_module(model, linear.name, module.requires_grad_(False))
     return model
 
 

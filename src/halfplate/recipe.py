@@ -22,6 +22,8 @@ from halfplate.pattern import Pattern
 from halfplate.registry import available, unknown
 
 VERSION = 1
+# Values of embedding_dtype and head_dtype beside the quantizers: as the model has it, and Halfplate's choice.
+KEEP, AUTO = "keep", "auto"
 # Neither changes the result: they are no part of what makes two runs the same.
 WITHOUT_EFFECT = ("threads", "max_kl")
 
@@ -38,6 +40,8 @@ class RecipeFields(TypedDict, total=False):
     core_dtype: str
     wrapper_dtype: str
     group_size: int
+    embedding_dtype: str
+    head_dtype: str
     transforms: tuple[str, ...]
     calibration: str
     samples: int
@@ -76,7 +80,8 @@ class Recipe:
     e.g. `{"iterations": 20}`. core_dtype, wrapper_dtype: element types of kept values and wrappers. pattern: `N:M`, `dense`, or `auto` for that of the method: `dense` if it drops no weights, else `2:4`. block_size: `auto` (planning
     chooses), 0 for no wrappers, 1 for diagonal ones; for slim the rank. out_block_size: that of the output wrapper,
     if it differs. share_wrappers: linears of one input have one input wrapper. group_size: columns that share a scale
-    of an integer core. inputs: `dense` collects statistics on the inputs from the original layers, `compressed` on those from
+    of an integer core. embedding_dtype, head_dtype: a
+    quantizer for the embedding and the output layer, `keep` to leave them as they are, or `auto` (int8); a tied pair has one. inputs: `dense` collects statistics on the inputs from the original layers, `compressed` on those from
     the compressed layers; then cross_damping is that of the correction towards the original inputs, `none` for no
     correction. token_limit: tokens with more energy than so many times the median count as that. precision: of the products
     while text runs through the layers; auto takes bf16 if the processor multiplies it. tune_block: steps that tune
@@ -101,6 +106,8 @@ class Recipe:
     core_dtype: str = "bf16"
     wrapper_dtype: str = "bf16"
     group_size: int = GROUP
+    embedding_dtype: str = KEEP
+    head_dtype: str = KEEP
     transforms: tuple[str, ...] = ()
     calibration: str = "self"
     samples: int = 64
@@ -143,6 +150,9 @@ class Recipe:
         if self.pattern == "auto":
             object.__setattr__(self, "pattern", pattern_of(self.method))
         self._check_shape()
+        for name in ("embedding_dtype", "head_dtype"):
+            if getattr(self, name) not in (KEEP, AUTO, *QUANTIZERS):
+                raise unknown(name, getattr(self, name), [KEEP, AUTO, *QUANTIZERS])
         for name, least in (
             ("samples", 1),
             ("seq_len", 2),
@@ -245,7 +255,8 @@ class Recipe:
         if self.share_wrappers and self.block_size == 0:
             raise HalfplateError("share_wrappers=True with block_size=0 has no wrapper to share; try --block-size 16")
         method.check_spec(self.spec(1, pattern.m, block))
-        if self.group_size != GROUP and self.core_dtype not in QUANTIZERS and not self.budgeted:
+        scaled = self.core_dtype in QUANTIZERS or self.budgeted or {self.embedding_dtype, self.head_dtype} != {KEEP}
+        if self.group_size != GROUP and not scaled:
             raise HalfplateError(
                 f"group_size={self.group_size} is for quantised cores, and core_dtype={self.core_dtype!r} has no scales; "
                 f"leave it out or use {', '.join(QUANTIZERS)}"
@@ -337,8 +348,9 @@ class Recipe:
     def fingerprint_json(self) -> dict[str, Any]:
         """`to_json` without the fields that cannot change the result."""
         values = {key: value for key, value in self.to_json().items() if key not in WITHOUT_EFFECT}
-        # A recipe without transforms is what it was before there were any.
-        return values if self.transforms else {key: value for key, value in values.items() if key != "transforms"}
+        # A recipe that leaves these out is what it was before there were any.
+        later = {"transforms": [], "embedding_dtype": KEEP, "head_dtype": KEEP}
+        return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

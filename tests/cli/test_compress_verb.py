@@ -37,7 +37,7 @@ def test_json_alone_on_standard_output(halfplate, tiny_folder, tmp_path, text_fi
 def test_quiet_table(halfplate, tiny_folder, tmp_path):
     outcome = halfplate("compress", tiny_folder, "-o", tmp_path / "out", "--method", "magnitude", "--quiet")
     assert (outcome.status, outcome.err) == (0, "")
-    assert "linears, compressed" in outcome.out
+    assert "matrices, compressed" in outcome.out
     assert "\x1b" not in outcome.out
 
 

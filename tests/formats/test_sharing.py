@@ -108,7 +108,7 @@ def test_a_linear_finds_its_lender_by_name():
         CompressedLinear.from_weight(part, spec, None)
         for part, spec in zip(split(solved(weights, specs).weight, specs), specs, strict=True)
     )
-    with pytest.raises(HalfplateError, match="in_shared='q': the module that holds the input wrapper is not connected"):
+    with pytest.raises(HalfplateError, match="in_shared='q': that module is not connected"):
         k(torch.randn(2, 32))
     model = nn.ModuleDict({"q": q, "k": k})
     connect(model)

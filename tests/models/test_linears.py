@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from halfplate.errors import HalfplateError
-from halfplate.models import find_blocks, find_linears, replace_linear
+from halfplate.models import find_blocks, find_linears, replace_module
 
 LLAMA = (
     "self_attn.q_proj",
@@ -119,10 +119,10 @@ def test_patterns_that_match_nothing(tiny_model, options, near):
         find_linears(tiny_model("llama"), **options)
 
 
-def test_replace_linear(tiny_model):
+def test_replace_module(tiny_model):
     model = tiny_model("llama")
     module = nn.Linear(32, 48, bias=False)
-    replace_linear(model, "model.layers.1.mlp.up_proj", module)
+    replace_module(model, "model.layers.1.mlp.up_proj", module)
     assert model.model.layers[1].mlp.up_proj is module
     with pytest.raises(HalfplateError, match=r"no module 'model\.layers\.9"):
-        replace_linear(model, "model.layers.9.mlp.up_proj", module)
+        replace_module(model, "model.layers.9.mlp.up_proj", module)

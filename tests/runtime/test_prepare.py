@@ -9,7 +9,7 @@ from torch import nn
 from halfplate.errors import HalfplateError
 from halfplate.formats import Chain, CompressedLinear, Permutation, WeightSpec
 from halfplate.kernels import native
-from halfplate.models.linears import replace_linear
+from halfplate.models.linears import replace_module
 from halfplate.pattern import Pattern
 from halfplate.runtime import accelerate, explain, restore
 from halfplate.runtime.backends.cpu import PackedLinear
@@ -31,7 +31,7 @@ def compressed(model, core_dtype="bf16", pattern=SPARSE, **more):
             chain = store(weight, keep_largest(weight.abs(), pattern), spec)
             if spec.permuted:
                 chain = Chain.of(spec, chain.core, *chain.outer, Permutation.of(torch.randperm(spec.d_in)))
-            replace_linear(model, name, CompressedLinear.from_weight(chain, spec, module.bias))
+            replace_module(model, name, CompressedLinear.from_weight(chain, spec, module.bias))
     return model
 
 

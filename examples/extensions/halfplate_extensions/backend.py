@@ -9,7 +9,7 @@ from halfplate.kernels.capability import CORE, WRAPPERS
 from halfplate.runtime.backends import Backend, Capability, Options, Packed, anything
 
 FIELDS = ("d_out", "d_in", "pattern", "core_dtype", "out_block", "in_block", "wrapper_dtype")
-MORE = ("rank", "permuted", "group", "in_shared", "parts")
+MORE = ("rank", "permuted", "group", "in_shared", "same_as", "parts")
 TENSORS = ("weight_left", "weight_right", "weight_permutation")
 
 

@@ -44,13 +44,15 @@ def allocate_plan(
             share = recipe.budget if recipe.time_budget is None else recipe.time_budget
             assert share is not None
             whole = plan.dense_nbytes if recipe.time_budget is None else measurement.dense_seconds
-            picked = _knapsack(units, share * whole, whole, recipe.time_budget)
+            # The tables take their part of the bytes before anything is chosen.
+            taken = plan.table_nbytes if recipe.time_budget is None else 0
+            picked = _knapsack(units, share * whole, whole, taken, recipe.time_budget)
         if evolution is not None:
             assert store is not None
             with clock("searching levels"):
                 ids = tokens.ids[len(tokens.ids) - judging :]
                 picked, record = search_levels(
-                    loaded.model, units, store, ids, picked, share * whole, evolution, report
+                    loaded.model, units, store, ids, picked, share * whole - taken, evolution, report
                 )
     chosen = {
         name: spec for unit, index in zip(units, picked, strict=True) for name, spec in unit.levels[index].specs.items()
@@ -59,12 +61,13 @@ def allocate_plan(
     return replace(plan, matrices=matrices), record
 
 
-def _knapsack(units: list[Unit], budget: float, whole: float, time_budget: float | None) -> list[int]:
+def _knapsack(units: list[Unit], budget: float, whole: float, taken: float, time_budget: float | None) -> list[int]:
     options = [[Level(level.cost, unit.harm * level.error) for level in unit.levels] for unit in units]
     try:
-        return allocate(options, budget)
+        return allocate(options, budget - taken)
     except HalfplateError:
-        least = sum(min(level.cost for level in levels) for levels in options) / whole
+        least = sum(min(level.cost for level in levels) for levels in options)
+        least = (least + taken) / whole
         name, value = ("budget", budget / whole) if time_budget is None else ("time_budget", time_budget)
         raise HalfplateError(
             f"{name}={value:g} cannot be met: the least is {least:.4f}; raise it, or add fields to --choose"

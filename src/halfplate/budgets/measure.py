@@ -19,7 +19,7 @@ from halfplate.formats import Chain, CompressedLinear, WeightSpec
 from halfplate.formats.sharing import share, sharing_groups
 from halfplate.methods.solving import relative_error, solve_group
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
-from halfplate.models.linears import replace_linear
+from halfplate.models.linears import replace_module
 from halfplate.models.sources import LoadedModel
 from halfplate.planning import Plan
 from halfplate.recovery.loss import divergence
@@ -74,7 +74,7 @@ class LevelMeasurement:
 
     def run(self, report: Report) -> list[Unit]:
         """Measure all units, in the order of the plan."""
-        specs = self.plan.specs
+        specs = self.plan.layer_specs
         groups: dict[int, list[list[str]]] = defaultdict(list)
         blocks = {matrix.name: matrix.block for matrix in self.plan.matrices if matrix.block is not None}
         for group in sharing_groups(specs):
@@ -141,7 +141,7 @@ class LevelMeasurement:
         """KL to the original model, nats per token, with these matrices alone compressed."""
         try:
             for name, compressed in zip(names, compressed_linears(linears, chains), strict=True):
-                replace_linear(self.model, name, compressed)
+                replace_module(self.model, name, compressed)
             logits = _logits(self.blockwise, block, self.probe)
             return float(divergence(logits.flatten(0, 1), self.dense.flatten(0, 1)))
         finally:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from halfplate.checkpoint.weights import read_headers
 from halfplate.checkpoint.write import add_sentence, write_record
 from halfplate.errors import HalfplateError
-from halfplate.formats import CompressedLinear
+from halfplate.formats import CompressedMatrix
 from halfplate.runtime.backends import Packed
 from halfplate.storage.shards import INDEX, SINGLE
 from halfplate.storage.tensor_file import sha256_of
@@ -72,7 +72,7 @@ def _check_savable(model: Any, folder: Path, variant: str | None) -> None:
         raise HalfplateError(f"save_directory={str(folder)!r} is a file; name a folder")
     for name in model.hf_quantizer.quantization_config.modules:
         module = model.get_submodule(name)
-        if not isinstance(module, CompressedLinear) and not (isinstance(module, Packed) and module.dense_dtype is None):
+        if not isinstance(module, CompressedMatrix) and not (isinstance(module, Packed) and module.dense_dtype is None):
             raise HalfplateError(
                 f"{name} is a {type(module).__name__}, not a compressed matrix any more; call model.dequantize() and save the full-size model, "
                 "or take adapters off with unload()"

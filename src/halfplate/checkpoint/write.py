@@ -17,7 +17,7 @@ from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.quantization import HalfplateConfig
 from halfplate.checkpoint.weights import write_tensors
 from halfplate.errors import HalfplateError
-from halfplate.formats import CompressedLinear, WeightSpec, check_shared
+from halfplate.formats import CompressedMatrix, WeightSpec, check_shared
 from halfplate.json_numbers import finite
 from halfplate.storage.shards import MAX_SHARD_NBYTES
 from halfplate.version import versions_of
@@ -37,7 +37,7 @@ def write_checkpoint(
     max_shard_nbytes: int = MAX_SHARD_NBYTES,
     partial: Path | None = None,
 ) -> None:
-    """Write `model`, with a CompressedLinear under each name in `specs`, to the folder `out`, whole or not at all.
+    """Write `model`, with a compressed module under each name in `specs`, to the folder `out`, whole or not at all.
 
     record: goes to `halfplate.json`, with versions and the checksum of each tensor added. other_dtype: element type of
     all floating-point tensors outside compressed matrices; the model is rounded to it in place (`round_others`), so
@@ -96,6 +96,9 @@ def write_configuration(
     config.architectures = [type(model).__name__]
     if quantization is not None:
         config.quantization_config = quantization
+        if any(spec.same_as is not None for spec in quantization.specs.values()):
+            # Our own entry says what the head shares; transformers would tie tensors that are not there.
+            config.tie_word_embeddings = False
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
     config.save_pretrained(folder)
@@ -129,7 +132,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _check_modules(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> None:
-    found = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, CompressedMatrix)}
     if found.keys() != specs.keys():
         name = min(found.keys() ^ specs.keys())
         state = "is compressed in the model" if name in found else "is not compressed in the model"
@@ -147,7 +150,7 @@ def _check_modules(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> N
                     f"{name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, its spec expects {dtype} {shape}; compress it again"
                 )
         # A stranger's dense layer must refuse this tensor, or it would load nonsense without a word.
-        assert tuple(stored["weight"].shape) != (module.out_features, module.in_features), name
+        assert "weight" not in stored or tuple(stored["weight"].shape) != (module.spec.d_out, module.spec.d_in), name
 
 
 def _matrix_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
@@ -155,7 +158,7 @@ def _matrix_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
     return {
         f"{name}.{part}": dtype
         for name, module in model.named_modules()
-        if isinstance(module, CompressedLinear)
+        if isinstance(module, CompressedMatrix)
         for part, (_, dtype) in module.spec.layout().items()
     }
 

@@ -51,17 +51,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(summary: dict[str, Any], wish: str) -> None:
-    from halfplate.cli.console import megabytes, print_pairs
+    from halfplate.cli.console import megabytes, print_pairs, whole_checkpoint
     from halfplate.evaluation.perplexity import NONSENSE_KL
 
     seconds = ", ".join(f"{phase} {spent:.1f}" for phase, spent in summary["seconds"].items() if phase != "total")
     rows: list[tuple[str, Any]] = [
         ("matrices compressed", len(summary["matrices"])),
-        ("linears, original at 2 bytes per weight", megabytes(summary["dense_nbytes"])),
-        ("linears, compressed", f"{megabytes(summary['nbytes'])} ({summary['nbytes'] / summary['dense_nbytes']:.1%})"),
+        ("matrices, original at 2 bytes per weight", megabytes(summary["dense_nbytes"])),
+        ("matrices, compressed", f"{megabytes(summary['nbytes'])} ({summary['nbytes'] / summary['dense_nbytes']:.1%})"),
         ("optimised for", wish),
         ("kernels", summary["without_kernel"] or "every matrix has one"),
         ("everything else", megabytes(summary["other_nbytes"])),
+        ("whole checkpoint", whole_checkpoint(summary["nbytes"], summary["dense_nbytes"], summary["other_nbytes"])),
         ("source weight files", megabytes(summary["source_nbytes"])),
         (
             f"mean relative error ({summary['error_kind']}{', before tuning' * bool(summary['tuned_blocks'])})",

@@ -83,6 +83,12 @@ def megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:,.2f} MB"
 
 
+def whole_checkpoint(nbytes: int, dense_nbytes: int, other_nbytes: int) -> str:
+    """Bytes of all weights of a checkpoint, and their share of the original's with its matrices at 2 bytes per weight."""
+    whole, original = nbytes + other_nbytes, dense_nbytes + other_nbytes
+    return f"{megabytes(whole)} ({whole / original:.1%} of {megabytes(original)})"
+
+
 @contextmanager
 def progress(args: argparse.Namespace) -> Iterator[Report]:
     """Report to standard error, as `--log-level` says: bars with the time left on a terminal, a line a phase elsewhere."""

@@ -68,12 +68,12 @@ def _print(plan: "Plan", refused: str | None) -> None:
 
 
 def _bytes(plan: "Plan") -> list[tuple[str, str]]:
-    from halfplate.cli.console import megabytes
+    from halfplate.cli.console import megabytes, whole_checkpoint
     from halfplate.cli.wishes import served
 
     share = f"{plan.wrapper_share:.1%} of the original parameters"
     compressed = [
-        ("linears, compressed", f"{megabytes(plan.nbytes)} ({plan.nbytes / plan.dense_nbytes:.1%})"),
+        ("matrices, compressed", f"{megabytes(plan.nbytes)} ({plan.nbytes / plan.dense_nbytes:.1%})"),
         ("wrappers", f"blocks of {plan.block_size}, {share}" if plan.block_size else "none"),
     ]
     if plan.recipe.budgeted:
@@ -85,13 +85,13 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
         )
         compressed = [
             (
-                "linears, compressed",
+                "matrices, compressed",
                 f"within {within}; the run chooses the format of each matrix, the table shows the initial ones",
             )
         ]
     return [
         ("share of the decoder that is compressed", f"{plan.decoder_share:.1%} of its parameters"),
-        ("linears, original at 2 bytes per weight", megabytes(plan.dense_nbytes)),
+        ("matrices, original at 2 bytes per weight", megabytes(plan.dense_nbytes)),
         *compressed,
         *(
             [("N of M by layer", "chosen in the run; the average is this pattern")]
@@ -101,6 +101,11 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
         ("optimised for", served(plan.recipe)),
         ("kernels", plan.without_kernel or "every matrix has one"),
         ("everything else", megabytes(plan.other_nbytes)),
+        *(
+            []
+            if plan.nbytes_at_most is None
+            else [("whole checkpoint", whole_checkpoint(plan.nbytes_at_most, plan.dense_nbytes, plan.other_nbytes))]
+        ),
         ("source weight files", megabytes(plan.source_nbytes)),
     ]
 

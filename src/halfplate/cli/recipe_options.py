@@ -19,6 +19,8 @@ FIELDS = (
     ("--out-block-size", "N", "size of the output wrappers' blocks, if it differs from --block-size"),
     ("--core-dtype", "TYPE", "type of the kept values: bf16 (default), fp16, fp32, int8, int4, int3 or int2"),
     ("--group-size", "N", "columns that share one scale of an integer core: 128 (default), 64 or 32"),
+    ("--embedding-dtype", "TYPE", "type of the embedding: keep (default), auto (int8), int8, int4, int3 or int2"),
+    ("--head-dtype", "TYPE", "type of the output layer: keep (default), auto (int8), int8, int4, int3 or int2"),
     ("--wrapper-dtype", "TYPE", "type of the wrappers: bf16 (default), fp16, fp32 or int8"),
     (
         "--calibration",

@@ -29,6 +29,7 @@ from halfplate.compression.preparation import (
 from halfplate.compression.result import RECORDED, Result, assemble_weights, finished_result, identity_of
 from halfplate.compression.run import Run
 from halfplate.compression.self_check import self_check
+from halfplate.compression.tables import solve_tables
 from halfplate.compression.transforming import transformed
 from halfplate.compression.work_folder import WorkFolder
 from halfplate.defaults import plain_defaults
@@ -169,7 +170,8 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
         if tokens is not None:
             check_blocks(streamed, plan, tokens, work, clock, report)
         plan, told = chosen_levels(readable, plan, tokens, work, report, clock)
-        run = Run(streamed.source, plan, threads, tokens, work, engine, blocks, report, clock)
+        tables = solve_tables(streamed, plan, tokens, work, report, clock)
+        run = Run(streamed.source, plan, threads, tokens, work, engine, blocks, report, clock, tables)
         outcome = compress_blocks(run)
         blocks.close()
         result = Result(plan, outcome, None if tokens is None else tokens.protocol(), told)
@@ -224,7 +226,7 @@ def _tuned(outcome: Outcome) -> dict[str, Any]:
 
 def _summary(out: Path, result: Result) -> dict[str, Any]:
     plan, outcome = result.plan, result.outcome
-    errors = [record.relative_error for record in outcome.records]
+    errors = [record.relative_error for record in outcome.records if plan.specs[record.name].same_as is None]
     return {
         "out": str(out),
         "model": plan.model,

@@ -74,7 +74,7 @@ class _Loop:
     def __init__(self, run: Run) -> None:
         self.run, self.recipe = run, run.plan.recipe
         self.method = run.plan.job.method
-        self.names, self.last, self.specs = run.names, run.last, run.plan.specs
+        self.names, self.last, self.specs = run.names, run.last, run.plan.layer_specs
         self.leaders = {name: group[0] for group in sharing_groups(self.specs) for name in group}
         self.weights = {name: spec.d_out * spec.d_in for name, spec in self.specs.items()}
         self.records: dict[str, MatrixRecord] = {}
@@ -114,7 +114,8 @@ class _Loop:
         self.run.report("compressing", len(self.records), len(self.specs), share=share, facts=facts)
 
     def outcome(self) -> Outcome:
-        return Outcome([self.records[name] for name in self.specs], dict(sorted(self.tuned.items())))
+        records = [*(self.records[name] for name in self.specs), *self.run.tables]
+        return Outcome(records, dict(sorted(self.tuned.items())))
 
     # One layer.
 

@@ -16,7 +16,7 @@ from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.formats.sharing import connect
 from halfplate.models.blockwise import BlockwiseModel
-from halfplate.models.linears import replace_linear
+from halfplate.models.linears import replace_module
 from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
 from halfplate.storage.artifact import load_artifact
@@ -108,4 +108,4 @@ def _apply(model: nn.Module, name: str, path: Path) -> None:
     spec = WeightSpec.from_json(part.facts["specs"][name], name)
     device = next(model.get_submodule(name).parameters()).device
     tensors = {key: read_tensor(part.tensors[f"{name}.{key}"]).to(device) for key in spec.layout()}
-    replace_linear(model, name, CompressedLinear.from_stored(tensors, spec, bias))
+    replace_module(model, name, CompressedLinear.from_stored(tensors, spec, bias))

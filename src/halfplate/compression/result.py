@@ -161,6 +161,6 @@ def _names(streamed: StreamedModel, plan: Plan) -> list[str]:
         if module not in plan.specs:
             names += [name] if name in streamed.stored else []
         elif leaf == "weight":
-            has_bias = streamed.model.get_submodule(module).bias is not None
+            has_bias = getattr(streamed.model.get_submodule(module), "bias", None) is not None
             names += [f"{module}.{key}" for key in CompressedLinear(plan.specs[module], has_bias, "meta").state_dict()]
     return names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from halfplate.calibration import CalibrationTokens
 from halfplate.compression.open_layer import BlockView, OpenBlocks
 from halfplate.compression.work_folder import WorkFolder
 from halfplate.engines import Engine
+from halfplate.methods.solving import MatrixRecord
 from halfplate.models.sources import Source
 from halfplate.planning import Plan
 from halfplate.telemetry.clock import Clock
@@ -20,7 +21,7 @@ from halfplate.telemetry.progress import Report
 
 @dataclass
 class Run:
-    """source: the model, whose tensors can be read one by one. blocks: the layer that this process has open."""
+    """source: the model, whose tensors can be read one by one. blocks: the layer that this process has open. tables: what became of the embedding and the head."""
 
     source: Source
     plan: Plan
@@ -31,6 +32,7 @@ class Run:
     blocks: OpenBlocks
     report: Report
     clock: Clock
+    tables: list[MatrixRecord] = field(default_factory=list)
 
     @cached_property
     def names(self) -> dict[int, list[str]]:

@@ -16,10 +16,10 @@ from halfplate.checkpoint.read import load, load_tokenizer, read_checked_headers
 from halfplate.compression.run import Run
 from halfplate.errors import HalfplateError, HalfplateWarning, RuinedResult
 from halfplate.evaluation.perplexity import NONSENSE_KL, compare
-from halfplate.formats import CompressedLinear, WeightSpec
+from halfplate.formats import Chain, CompressedLinear, WeightSpec
 from halfplate.models.arguments import cache_argument
 from halfplate.models.blockwise import BlockwiseModel
-from halfplate.models.linears import replace_linear
+from halfplate.models.linears import replace_module
 from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning.memory import check_loads_whole
@@ -91,7 +91,7 @@ def self_check(streamed: StreamedModel, run: Run, folder: Path, original: Source
     variants: list[Callable[[int], None]] = [lambda index: _put_solved(streamed, run, index)]
     if not whole:
         variants.append(lambda index: written.put(streamed, index))
-    if original is streamed.source:
+    if original is streamed.source and not streamed.decoded:
         expected, solved, *rest = _logits(streamed, ids, [_unchanged, *variants])
     else:
         (expected,) = _logits(StreamedModel(original, run.plan.recipe.device), ids, [_unchanged])
@@ -188,7 +188,7 @@ def _round_outer(streamed: StreamedModel) -> None:
     """Round the tensors outside the layers to the type that they are stored in."""
     tensors = streamed.model.state_dict(keep_vars=True)
     for name in streamed.outer_names:
-        if tensors[name].is_floating_point() and not tensors[name].is_meta:
+        if tensors[name].is_floating_point() and not tensors[name].is_meta and name not in streamed.decoded:
             tensors[name].copy_(tensors[name].to(streamed.source.other_dtype))
 
 
@@ -235,9 +235,18 @@ class _Written:
     def check_outer(self, streamed: StreamedModel) -> None:
         """Raise RuinedResult unless the tensors outside the layers equal those of the original, in the type that they are stored in."""
         for name in streamed.outer_names:
-            ((_, stored),) = read_tensors({name: self._found[name]})
+            stored = self._read(name)
             if not torch.equal(stored, streamed.read(name).to("cpu", stored.dtype)):
                 raise _ruined(f"{name} in the written checkpoint is not that of the original")
+
+    def _read(self, name: str) -> Tensor:
+        """The tensor `name` of the model, as it is stored or decoded."""
+        module, _, leaf = name.rpartition(".")
+        spec = self._specs.get(module)
+        if spec is None or leaf != "weight":
+            return read_tensor(self._found[name])
+        tensors = {key: read_tensor(self._found[f"{module}.{key}"]) for key in spec.layout()}
+        return Chain.from_tensors(spec, tensors).dense()
 
     def put(self, streamed: StreamedModel, index: int) -> None:
         """Put the stored tensors of the checkpoint into the layer, its compressed linears on the fastest path."""
@@ -252,7 +261,7 @@ class _Written:
             if (inner := name.removeprefix(prefix)) in state and name.rpartition(".")[0] not in specs:
                 state[inner].copy_(tensor)
         for name, module in linears.items():
-            replace_linear(block, name.removeprefix(prefix), module)
+            replace_module(block, name.removeprefix(prefix), module)
         accelerate_linears(block)
 
 

@@ -2,7 +2,8 @@
 
 from halfplate.formats.chain import Chain
 from halfplate.formats.checks import check_stored
-from halfplate.formats.linear import CompressedLinear
+from halfplate.formats.embedding import CompressedEmbedding
+from halfplate.formats.linear import CompressedLinear, CompressedMatrix
 from halfplate.formats.parts import PARTS
 from halfplate.formats.parts.base import Outer, Part
 from halfplate.formats.parts.block_diagonal import BlockDiagonal
@@ -12,12 +13,15 @@ from halfplate.formats.parts.permutation import Permutation
 from halfplate.formats.parts.wrapper import InWrapper, OutWrapper
 from halfplate.formats.sharing import check_shared, connect
 from halfplate.formats.spec import ExtraPart, WeightSpec
+from halfplate.formats.stand_in import dense_module, stand_in
 
 __all__ = [
     "PARTS",
     "BlockDiagonal",
     "Chain",
+    "CompressedEmbedding",
     "CompressedLinear",
+    "CompressedMatrix",
     "ExtraPart",
     "InWrapper",
     "LowRank",
@@ -30,4 +34,6 @@ __all__ = [
     "check_shared",
     "check_stored",
     "connect",
+    "dense_module",
+    "stand_in",
 ]

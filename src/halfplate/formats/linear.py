@@ -1,4 +1,4 @@
-"""The module that stands in a model where an `nn.Linear` stood."""
+"""The modules that compute with compressed matrices: a base of all, and the one in the place of an `nn.Linear`."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,22 +10,100 @@ from torch.nn import functional
 
 from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
+from halfplate.formats.plain import WeightView
 from halfplate.formats.spec import WeightSpec
 
 
-class CompressedLinear(nn.Module):
-    """y = x (A S B)ᵀ + bias, with every stored tensor of `spec.layout()` registered under its name on disk.
+class CompressedMatrix(nn.Module):
+    """A module that computes with one compressed matrix: every tensor of `spec.layout()` is registered under its name on disk.
 
-    spec: shape and types of the matrix. bias: whether a bias (d_out,) is added. device: where the still empty tensors
-    are made (`meta` while transformers builds a model). bias_dtype: element type of the bias. dtype: that of the linear it stands for, in
-    which its model computes; the stored core, `weight`, has another. lender: the module whose input wrapper this one shares, where
-    its `spec` names one; it is not a part of the state of this module. `to(dtype)` changes the types of the bias and of what the
-    linear computes in; stored tensors keep theirs.
+    spec: shape and types of the matrix. device: of the tensors, which are still empty (`meta` while transformers builds a model).
+    dtype: that of the module it stands for, in which its model computes; the stored core, `weight`, has another. lender: the module
+    that stores what `spec.borrowed` names, if any; it is not a part of the state of this module. `to(dtype)` changes what the module
+    computes in; stored tensors keep their types.
     """
 
     weight: Tensor
+    lender: "CompressedMatrix | None"
+
+    def __init__(
+        self, spec: WeightSpec, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.spec, self.dtype = spec, dtype
+        self.lend(None)
+        for name, (shape, kind) in spec.layout().items():
+            tensor = torch.empty(shape, dtype=kind, device=device)
+            if kind.is_floating_point:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The module's own tensors by their name in `spec.layout()`."""
+        return {name: getattr(self, name) for name in self.spec.layout()}
+
+    def lend(self, lender: "CompressedMatrix | None") -> None:
+        """Make `lender` the module that stores what this one borrows."""
+        # Not as a submodule: its tensors belong to the module that stores them.
+        object.__setattr__(self, "lender", lender)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that the module computes with, `stored()` and borrowed ones; HalfplateError if these are not at hand."""
+        stored, spec = self.stored(), self.spec
+        if spec.lender is None:
+            return stored
+        if self.lender is None:
+            raise HalfplateError(
+                f"{_borrowing(spec)}: that module is not connected; call halfplate.formats.connect(model)"
+            )
+        shared = {name: tensor for name, tensor in self.lender.stored().items() if name in spec.borrowed}
+        if any(tensor.is_meta for tensor in shared.values()) and not any(tensor.is_meta for tensor in stored.values()):
+            raise HalfplateError(f"{_borrowing(spec)}: that module is offloaded; load the model without offloading it")
+        return stored | shared
+
+    @property
+    def matrix(self) -> Chain:
+        """The matrix that this module applies, over the tensors of the module and of its lender."""
+        return Chain.from_tensors(self.spec, self.tensors())
+
+    def __getattr__(self, name: str) -> Any:
+        # Code of a model asks for the type and the place of the weight of a head that is stored elsewhere.
+        if name == "weight" and "spec" in self.__dict__ and self.spec.same_as is not None:
+            return WeightView((self.spec.d_out, self.spec.d_in), self.dtype, self.device)
+        return super().__getattr__(name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are; those of its lender if it has none of its own."""
+        for module in (self, self.lender):
+            for tensor in () if module is None else module.stored().values():
+                return tensor.device
+        return torch.device("cpu")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        stored = {name: getattr(self, name).data for name in self.spec.layout()}
+        super()._apply(fn, recurse)
+        # `model.to(dtype)` names the type to compute in; in another, what is stored would round.
+        for name, before in stored.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                after.data = before.to(after.device)
+        return self
+
+
+def _borrowing(spec: WeightSpec) -> str:
+    return f"in_shared={spec.in_shared!r}" if spec.in_shared else f"same_as={spec.same_as!r}"
+
+
+class CompressedLinear(CompressedMatrix):
+    """y = x (A S B)ᵀ + bias, in the place of an `nn.Linear`.
+
+    spec, device, dtype: as in CompressedMatrix. bias: whether a bias (d_out,) is added. bias_dtype: element type of the bias.
+    """
+
     bias: Tensor | None
-    lender: "CompressedLinear | None"
     # The whole matrix (d_out, d_in), while `assembled` holds it.
     _whole: Tensor | None = None
 
@@ -37,16 +115,8 @@ class CompressedLinear(nn.Module):
         bias_dtype: torch.dtype | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        self.spec, self.dtype = spec, dtype
-        self.lend(None)
+        super().__init__(spec, device, dtype)
         self.out_features, self.in_features = spec.d_out, spec.d_in
-        for name, (shape, dtype) in spec.layout().items():
-            tensor = torch.empty(shape, dtype=dtype, device=device)
-            if dtype.is_floating_point:
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-            else:
-                self.register_buffer(name, tensor)
         empty_bias = torch.empty(spec.d_out, dtype=bias_dtype, device=device) if bias else None
         self.register_parameter("bias", None if empty_bias is None else nn.Parameter(empty_bias, requires_grad=False))
 
@@ -66,50 +136,12 @@ class CompressedLinear(nn.Module):
         return module.requires_grad_(False)
 
     def stored(self) -> dict[str, Tensor]:
-        """The module's own tensors by their name in `spec.layout()`, and `bias` where it has one."""
-        tensors: dict[str, Tensor] = {name: getattr(self, name) for name in self.spec.layout()}
-        return tensors if self.bias is None else tensors | {"bias": self.bias}
-
-    def lend(self, lender: "CompressedLinear | None") -> None:
-        """Make `lender` the module whose input wrapper this one applies."""
-        # Not as a submodule: its tensors belong to the module that stores them.
-        object.__setattr__(self, "lender", lender)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors that the module computes with, `stored()` and what it shares; HalfplateError where that is not at hand."""
-        stored = self.stored()
-        if self.spec.in_shared is None:
-            return stored
-        if self.lender is None:
-            raise HalfplateError(
-                f"in_shared={self.spec.in_shared!r}: the module that holds the input wrapper is not connected; call halfplate.formats.connect(model)"
-            )
-        shared = {name: tensor for name, tensor in self.lender.stored().items() if name in self.spec.borrowed}
-        if any(tensor.is_meta for tensor in shared.values()) and not self.weight.is_meta:
-            raise HalfplateError(
-                f"in_shared={self.spec.in_shared!r}: that module is offloaded while its input wrapper is needed; load the model without offloading it"
-            )
-        return stored | shared
-
-    @property
-    def matrix(self) -> Chain:
-        """The matrix that this module applies, over the tensors of the module and of its lender."""
-        return Chain.from_tensors(self.spec, self.tensors())
+        """The module's own tensors by their name in `spec.layout()`, and `bias` if it has one."""
+        return super().stored() if self.bias is None else super().stored() | {"bias": self.bias}
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """The weight (d_out, d_in) in fp32, multiplied out, and the bias (d_out,)."""
         return self.matrix.dense(), None if self.bias is None else self.bias.float()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
-        stored = {name: getattr(self, name).data for name in self.spec.layout()}
-        super()._apply(fn, recurse)
-        # `model.to(dtype)` names the type to compute in; in another, what is stored would round.
-        for name, before in stored.items():
-            after = getattr(self, name)
-            if after.dtype != before.dtype:
-                after.data = before.to(after.device)
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) to (..., d_out) in the dtype of `x`."""

@@ -10,13 +10,17 @@ from torch.nn import functional
 
 from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
-from halfplate.formats.linear import CompressedLinear
+from halfplate.formats.linear import CompressedMatrix
 from halfplate.formats.spec import WeightSpec
 
 
 def check_shared(specs: Mapping[str, WeightSpec]) -> None:
-    """Raise HalfplateError unless every `in_shared` names a matrix with an input wrapper of its own that fits."""
+    """Raise HalfplateError unless every `in_shared` and `same_as` names a matrix that stores what is shared, and that fits."""
     for name, spec in specs.items():
+        if spec.same_as is not None and replace(specs.get(spec.same_as, spec), same_as=spec.same_as) != spec:
+            raise HalfplateError(
+                f"quantization_config.modules[{name!r}].same_as={spec.same_as!r} names no compressed module of this form; copy or write the checkpoint again"
+            )
         if spec.in_shared is None:
             continue
         entry = f"quantization_config.modules[{name!r}].in_shared={spec.in_shared!r}"
@@ -35,11 +39,11 @@ def check_shared(specs: Mapping[str, WeightSpec]) -> None:
 
 
 def connect(model: nn.Module) -> None:
-    """Let every CompressedLinear of `model` that shares the wrapper of another find it; names are relative to `model`."""
+    """Let every compressed module of `model` that borrows tensors find the module that stores them; names are relative to `model`."""
     for module in model.modules():
-        if isinstance(module, CompressedLinear) and module.spec.in_shared is not None:
-            lender = model.get_submodule(module.spec.in_shared)
-            module.lend(lender if isinstance(lender, CompressedLinear) else None)
+        if isinstance(module, CompressedMatrix) and module.spec.lender is not None:
+            lender = model.get_submodule(module.spec.lender)
+            module.lend(lender if isinstance(lender, CompressedMatrix) else None)
 
 
 def share(specs: Mapping[str, WeightSpec], groups: Iterable[Sequence[str]]) -> dict[str, WeightSpec]:

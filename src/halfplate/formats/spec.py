@@ -16,7 +16,14 @@ from halfplate.pattern import Pattern
 
 TWO_OF_FOUR = Pattern(2, 4)
 # Fields that the JSON leaves out where they have these values.
-OPTIONAL: dict[str, Any] = {"rank": 0, "permuted": False, "group": GROUP, "in_shared": None, "parts": ()}
+OPTIONAL: dict[str, Any] = {
+    "rank": 0,
+    "permuted": False,
+    "group": GROUP,
+    "in_shared": None,
+    "same_as": None,
+    "parts": (),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class WeightSpec:
     permuted: whether the inputs are taken in an order of the matrix's own.
     group: columns that share a scale of a quantizer, one of GROUPS (halfplate.formats.encoding.rounding); cores of floats ignore it.
     in_shared: name of the module that stores B, if that is another one (halfplate.formats.sharing).
+    same_as: name of the module that stores every tensor, if that is another one: the embedding that a head is tied to.
     parts: any other parts, in the order of their names.
 
     This is the entry of one matrix under `quantization_config.modules` in `config.json`; `layout` derives every stored tensor from it.
@@ -60,6 +68,7 @@ class WeightSpec:
     permuted: bool = False
     group: int = GROUP
     in_shared: str | None = None
+    same_as: str | None = None
     parts: tuple[ExtraPart, ...] = ()
 
     def __post_init__(self) -> None:
@@ -79,6 +88,10 @@ class WeightSpec:
         if self.in_shared is not None and not (self.in_shared and self.in_block):
             raise HalfplateError(
                 f"in_shared={self.in_shared!r} with in_block={self.in_block} shares no wrapper; name a module and give a block size"
+            )
+        if self.same_as is not None and (not self.same_as or self.in_shared is not None):
+            raise HalfplateError(
+                f"same_as={self.same_as!r} with in_shared={self.in_shared!r}: expected the name of the module that stores all tensors, and no other"
             )
         self._check_parts()
 
@@ -120,20 +133,23 @@ class WeightSpec:
     def layout(self) -> Layout:
         """Shape and dtype of every stored tensor, by its name below the module (`weight`, `weight_index`, ...)."""
         layout: Layout = {}
-        for part in self.classes:
-            if not part.borrowed(self):
-                layout |= part.layout(self)
+        for part in self._own:
+            layout |= part.layout(self)
         return layout
+
+    @property
+    def _own(self) -> tuple[type[Part], ...]:
+        """The classes of the parts whose tensors are stored with this matrix."""
+        return tuple(part for part in self.classes if self.same_as is None and not part.borrowed(self))
 
     @cached_property
     def borrowed(self) -> frozenset[str]:
         """The names of the tensors that another module stores for this matrix."""
-        return frozenset().union(*(part.layout(self) for part in self.classes if part.borrowed(self)))
+        return frozenset().union(*(part.layout(self) for part in self.classes if part not in self._own))
 
     def kinds(self) -> dict[str, str]:
         """What every stored tensor holds, in words for tables, by its name below the module."""
-        stored = (part for part in self.classes if not part.borrowed(self))
-        return {name: part.kind(name) for part in stored for name in part.layout(self)}
+        return {name: part.kind(name) for part in self._own for name in part.layout(self)}
 
     @property
     def trains_beside_core(self) -> bool:
@@ -150,7 +166,12 @@ class WeightSpec:
     @property
     def alone(self) -> "WeightSpec":
         """The same matrix with all its tensors of its own."""
-        return replace(self, in_shared=None) if self.in_shared else self
+        return replace(self, in_shared=None, same_as=None) if self.in_shared or self.same_as else self
+
+    @property
+    def lender(self) -> str | None:
+        """The name of the module that stores some or all of its tensors, if there is one."""
+        return self.in_shared or self.same_as
 
     @cached_property
     def nbytes(self) -> int:
@@ -159,8 +180,8 @@ class WeightSpec:
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes of the matrix it stands for, at 2 bytes a weight."""
-        return 2 * self.d_out * self.d_in
+        """Bytes of the matrix it stands for, at 2 bytes a weight; 0 if another module stores it."""
+        return 0 if self.same_as else 2 * self.d_out * self.d_in
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `from_json` reads back."""
@@ -187,8 +208,9 @@ class WeightSpec:
                 raise TypeError("shape, block sizes, rank and group must be integers")
             if type(given["permuted"]) is not bool:
                 raise TypeError("permuted must be true or false")
-            if given["in_shared"] is not None and type(given["in_shared"]) is not str:
-                raise TypeError("in_shared must be the name of a module")
+            for lender in ("in_shared", "same_as"):
+                if given[lender] is not None and type(given[lender]) is not str:
+                    raise TypeError(f"{lender} must be the name of a module")
             fields["parts"] = _extra_parts(fields.pop("parts", {}))
             spec = cls(d_out=d_out, d_in=d_in, **fields)
         except (TypeError, ValueError, KeyError, HalfplateError) as error:

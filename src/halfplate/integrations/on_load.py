@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfplate.checkpoint.config import read_record, read_specs
 from halfplate.checkpoint.weights import read_headers
 from halfplate.compression.compress import compress
 from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
-from halfplate.formats import CompressedLinear, WeightSpec, connect
-from halfplate.models.linears import replace_linear
+from halfplate.formats import WeightSpec, connect, stand_in
+from halfplate.models.linears import replace_module
 from halfplate.recipe import Recipe
 from halfplate.storage.tensor_file import read_tensors
 
@@ -48,14 +48,14 @@ def compress_in_place(
         tensors = dict(read_tensors(read_headers(out)))
     _check_shapes(model, specs, tensors)
     for name, spec in specs.items():
-        linear = cast(nn.Linear, model.get_submodule(name))
-        bias = linear.bias
-        module = CompressedLinear(
-            spec, bias is not None, "meta", None if bias is None else bias.dtype, linear.weight.dtype
-        )
-        stored = {part: tensors.pop(f"{name}.{part}").to(linear.weight.device) for part in spec.layout()}
+        replaced: Any = model.get_submodule(name)
+        module, bias = stand_in(replaced, spec, name), getattr(replaced, "bias", None)
+        stored = {part: tensors.pop(f"{name}.{part}").to(replaced.weight.device) for part in spec.layout()}
         module.load_state_dict(stored | ({} if bias is None else {"bias": bias.detach()}), assign=True)
-        replace_linear(model, name, module.requires_grad_(False))
+        replace_module(model, name, module.requires_grad_(False))
+        if spec.same_as is not None:
+            model.config.tie_word_embeddings = False
+            model.all_tied_weights_keys.pop(f"{name}.weight", None)
     connect(model)
     # Tuning and transforms may have changed what is not compressed, too.
     state = model.state_dict()

@@ -18,8 +18,7 @@ from halfplate.checkpoint.config import METHOD, RECORD_FILE, SENTENCE, read_reco
 from halfplate.checkpoint.quantization import HalfplateConfig
 from halfplate.checkpoint.weights import check_layout, headers_of
 from halfplate.errors import HalfplateError
-from halfplate.formats import CompressedLinear, WeightSpec, check_stored, connect
-from halfplate.formats.plain import is_plain_linear
+from halfplate.formats import CompressedMatrix, WeightSpec, check_stored, connect, dense_module, stand_in
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.storage.tensor_file import StoredTensor
 
@@ -31,7 +30,7 @@ OLDEST_TRANSFORMERS = (5, 23)
 
 
 class HalfplateQuantizer(HfQuantizer):
-    """Puts a `CompressedLinear` wherever the checkpoint holds compressed tensors, and checks what was loaded.
+    """Puts a `CompressedMatrix` wherever the checkpoint holds compressed tensors, and checks what was loaded.
 
     An original model with a recipe is loaded as it is and compressed then. record: the content of `halfplate.json`, where there
     is one, which `save_pretrained` writes again.
@@ -85,24 +84,17 @@ class HalfplateQuantizer(HfQuantizer):
         found = headers_of(map(Path, checkpoint_files)) if checkpoint_files else None
         if found is not None:
             check_layout(found, specs)
-        linears = {name: _dense_linear(model, name, spec) for name, spec in specs.items()}
+        modules = {name: stand_in(_module(model, name), spec, name) for name, spec in specs.items()}
         if found is not None:
             _check_room(model, found, specs)
         self._read = _read_codes(model, specs)
-        for name, spec in specs.items():
-            bias = linears[name].bias
+        for name, module in modules.items():
+            bias = getattr(module, "bias", None)
             if found is not None and (bias is None) == (f"{name}.bias" in found):
                 state = "missing" if bias is not None else "stored, but the model does not have it"
                 raise HalfplateError(
                     f"{name}.bias is {state}; the checkpoint does not fit its config.json, write it again"
                 )
-            module = CompressedLinear(
-                spec,
-                bias is not None,
-                device="meta",
-                bias_dtype=None if bias is None else bias.dtype,
-                dtype=linears[name].weight.dtype,
-            )
             model.set_submodule(name, module)
         connect(model)
         return model
@@ -157,13 +149,11 @@ class HalfplateQuantizer(HfQuantizer):
         model.__dict__.pop("save_pretrained", None)
         if isinstance(dtype, str):  # what transformers passes on once the model has been saved
             dtype = getattr(torch, dtype)
-        for name, module in list(_compressed(model)):
-            weight = module.matrix.dense().to(dtype)
-            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-            if module.bias is not None:
-                linear.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
-            model.set_submodule(name, linear)
+        compressed = dict(_compressed(model))
+        for name, module in compressed.items():
+            if module.spec.same_as is None:
+                model.set_submodule(name, dense_module(module, dtype or module.dtype))
+        _tie_again(model, {name: module.spec.same_as for name, module in compressed.items() if module.spec.same_as})
         # What was dense before has the type it was loaded in, a merged adapter fp32; products need one type. Buffers keep theirs.
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -187,6 +177,18 @@ def note_untied(model: PreTrainedModel) -> None:
     asked = model.get_expanded_tied_weights_keys(all_submodels=True)
     if asked.keys() - model.all_tied_weights_keys.keys():
         model.config.tie_word_embeddings = False
+
+
+def _tie_again(model: PreTrainedModel, heads: Mapping[str, str]) -> None:
+    """Put a linear over the weight of the embedding, the value, in the place of each head, the key."""
+    for name, embedding in heads.items():
+        head: Any = model.get_submodule(name)
+        linear = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        replaced: Any = model.get_submodule(embedding)
+        linear.weight, linear.bias = replaced.weight, head.bias
+        model.set_submodule(name, linear)
+        model.config.tie_word_embeddings = True
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def _read_codes(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> dict[str, str]:
@@ -214,27 +216,17 @@ def _check_room(model: PreTrainedModel, found: Mapping[str, StoredTensor], specs
         )
 
 
-def _dense_linear(model: nn.Module, name: str, spec: WeightSpec) -> nn.Linear:
+def _module(model: nn.Module, name: str) -> nn.Module:
     try:
-        module = model.get_submodule(name)
+        return model.get_submodule(name)
     except AttributeError:
         raise HalfplateError(
             f"quantization_config.modules names {name!r}, which {type(model).__name__} does not have; load the checkpoint with AutoModelForCausalLM"
         ) from None
-    if not isinstance(module, nn.Linear) or not is_plain_linear(module):
-        raise HalfplateError(
-            f"quantization_config.modules names {name!r}, which is a {type(module).__name__}, expected a plain Linear; write the checkpoint again"
-        )
-    if (module.out_features, module.in_features) != (spec.d_out, spec.d_in):
-        raise HalfplateError(
-            f"quantization_config.modules[{name!r}].shape={[spec.d_out, spec.d_in]} does not fit the model, "
-            f"expected {[module.out_features, module.in_features]}; write the checkpoint again"
-        )
-    return module
 
 
-def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, CompressedLinear))
+def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedMatrix]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, CompressedMatrix))
 
 
 def _check_loaded(model: PreTrainedModel) -> None:

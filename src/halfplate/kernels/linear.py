@@ -85,6 +85,7 @@ NATIVE = Capability(
             f"--group-size {TILE}",
         ),
         "in_shared": anything(),  # the wrapper is packed along
+        "same_as": anything(),  # all tensors are packed along
         "parts": NO_PARTS,
     },
     frozenset(CORE + WRAPPERS),

@@ -105,9 +105,15 @@ def solve_group(
 
 
 def relative_error(weight: Tensor, dense: Tensor, statistics: InputStatistics) -> tuple[float, str]:
-    """tr(D H Dᵀ) / tr(W H Wᵀ) with D = W - `dense`, both (d_out, d_in), and what stood for H.
+    """tr(D H Dᵀ) / tr(W H Wᵀ) with D = W - `dense`, both (d_out, d_in), and what stood for H; 0 if both traces are 0."""
+    error, whole, _, kind = squared_errors(weight, dense, statistics)
+    return (error / whole if whole > 0 else 0.0), kind
 
-    H is the Gram matrix, else its diagonal, else the identity. It is 0 if both traces are 0.
+
+def squared_errors(weight: Tensor, dense: Tensor, statistics: InputStatistics) -> tuple[float, float, float, str]:
+    """tr(D H Dᵀ) and tr(W H Wᵀ) with D = W - `dense`, both (d_out, d_in), what both are to be multiplied by, and what stood for H.
+
+    H is the Gram matrix, else its diagonal, else the identity.
     """
 
     def weighted(matrix: Tensor) -> float:
@@ -119,10 +125,9 @@ def relative_error(weight: Tensor, dense: Tensor, statistics: InputStatistics) -
             squares = squares * statistics.diagonal
         return float(squares.sum(dtype=torch.float64))
 
-    # Squares of large weights would leave the range of fp32; the ratio does not know their scale.
+    # Squares of large weights would leave the range of fp32.
     largest = weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
-    weight, dense = weight / largest, dense / largest
+    weight, dense, scale = weight / largest, dense / largest, float(largest) ** 2
     kind = "gram" if statistics.gram is not None else "diagonal" if statistics.diagonal is not None else "weight"
     # Round-off can take the trace of a near-singular Gram just below zero.
-    error, whole = max(weighted(weight - dense), 0.0), weighted(weight)
-    return (error / whole if whole > 0 else 0.0), kind
+    return max(weighted(weight - dense), 0.0), weighted(weight), scale, kind

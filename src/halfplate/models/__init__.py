@@ -1,7 +1,7 @@
 """Reading Hugging Face decoder-only models: sources, decoder layers and their linears, running layer by layer."""
 
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
-from halfplate.models.linears import FoundLinear, SkippedModule, find_blocks, find_linears, replace_linear
+from halfplate.models.linears import FoundLinear, SkippedModule, find_blocks, find_linears, replace_module
 from halfplate.models.sources import LoadedModel, Source, is_compressed, load_dense, open_source, skeleton
 
 __all__ = [
@@ -16,6 +16,6 @@ __all__ = [
     "is_compressed",
     "load_dense",
     "open_source",
-    "replace_linear",
+    "replace_module",
     "skeleton",
 ]

@@ -132,7 +132,7 @@ def find_linears(
     return kept, skipped
 
 
-def replace_linear(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the module of the full name `name` by `module`; raises HalfplateError if there is none."""
     try:
         model.get_submodule(name)

@@ -28,6 +28,7 @@ class StreamedModel:
 
     model: in eval mode, its parameters on the meta device but for those that are loaded. Tensors are read in fp32 to
     `device`; precision: as in BlockwiseModel. `stored` names each tensor of the model as `state_dict` does; `tied` maps a name to that of the tensor it shares.
+    decoded: what reads a tensor that is not to come from the files, by its name.
     Raises HalfplateError for tensors that are missing from the files or of another shape than the configuration asks for.
     """
 
@@ -41,12 +42,16 @@ class StreamedModel:
         self.tied = shared_names(self.model, expected, found)
         self.stored = {name: found[name] for name in expected if name in found and name not in self.tied}
         check_complete(source.name, self.model, expected, self.stored.keys() | self.tied.keys(), found)
+        self.decoded: dict[str, Callable[[], Tensor]] = {}
         self._empty = list(self.blocks)
 
     def read(self, name: str) -> Tensor:
         """The tensor of the full name `name`, floats as fp32; raises HalfplateError if it holds NaN or inf."""
+        name = self.tied.get(name, name)
+        if name in self.decoded:
+            return self.decoded[name]().to(self.device)
         try:
-            tensor = read_tensor(self.stored[self.tied.get(name, name)])
+            tensor = read_tensor(self.stored[name])
         except (OSError, DamagedFile) as error:
             raise HalfplateError(
                 f"model={self.source.name!r}: {name} cannot be read ({' '.join(str(error).split())}); check that the model is still there"
@@ -131,7 +136,7 @@ class StreamedModel:
                     if held:
                         block = self.load_block(index)
                         if pack is not None:
-                            _replace_linears(block, pack)
+                            _replace_modules(block, pack)
                     else:
                         hooks.append(block.register_forward_pre_hook(self._filling(index)))
                         hooks.append(block.register_forward_hook(_emptying(dict(block.named_parameters()))))
@@ -165,7 +170,7 @@ class StreamedModel:
             )
 
 
-def _replace_linears(block: nn.Module, pack: Callable[[nn.Linear], nn.Module]) -> None:
+def _replace_modules(block: nn.Module, pack: Callable[[nn.Linear], nn.Module]) -> None:
     read = stated_reads(block)
     for name, module in list(block.named_modules()):
         if is_plain_linear(module) and name not in read:

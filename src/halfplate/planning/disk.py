@@ -46,7 +46,7 @@ def disk_plan(
     workers: int,
     transformed: int,
 ) -> DiskPlan:
-    """The bytes that a compression writes. other_nbytes: of all tensors that are not compressed; transformed: of the files of its transforms."""
+    """The bytes that a compression writes. other_nbytes: of everything outside the matrices of the layers; transformed: of the files of its transforms."""
     recipe = job.recipe
     linears = sum(spec.nbytes for spec in specs)
     if recipe.budgeted:  # a budget of time knows no bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
@@ -36,6 +37,7 @@ from halfplate.planning.memory import memory_plan, solving_memory
 from halfplate.planning.plan import MatrixPlan, Plan, wrapper_share
 from halfplate.planning.sizes import shared_inputs, sizes_of
 from halfplate.planning.speed import WORTH_FLOPS, Speed, measure_speed, seconds_of, solving_flops
+from halfplate.planning.tables import plan_tables
 from halfplate.planning.transforming import plan_transforms
 from halfplate.recipe import Recipe
 from halfplate.statistics import Statistic
@@ -104,14 +106,16 @@ def plan_source(
 
     if recipe.share_wrappers:
         matrices = _sharing(dense, matrices)
-    if recipe.budget is not None:
-        _check_budget(recipe.budget, [m.spec for m in matrices if m.spec is not None], recipe, method)
-
     compressed = {matrix.name: matrix.spec for matrix in matrices if matrix.spec is not None}
     specs = list(compressed.values())
     with _reading_modules(source):
         sizes = sizes_of(dense, [linear for linear in found if linear.name in compressed], recipe.seq_len)
-    other_nbytes = _other_nbytes(dense, set(compressed), source.other_dtype)
+        tables = plan_tables(dense, recipe)
+    of_tables = {table.name: table.spec for table in tables if table.spec is not None}
+    outside = list(of_tables.values())
+    if recipe.budget is not None:
+        _check_budget(recipe.budget, specs, outside, recipe, method)
+    other_nbytes = _other_nbytes(dense, [*compressed, *of_tables], source.other_dtype)
     if measure is None:
         measure = sum(solving_flops(job, spec) for spec in specs) > WORTH_FLOPS
     speed = measure_speed(original, sizes, specs, job) if measure else None
@@ -119,15 +123,22 @@ def plan_source(
     return Plan(
         model=source.name,
         job=job,
-        matrices=tuple(m if m.spec is None else replace(m, **cost_of(m.spec)) for m in matrices),
+        matrices=tuple(m if m.spec is None else replace(m, **cost_of(m.spec)) for m in [*matrices, *tables]),
         block_size=block,
         parameters=sizes.parameters,
         other_nbytes=other_nbytes,
         source_nbytes=source.nbytes,
         fingerprint=_fingerprint(original, recipe),
         sizes=sizes,
-        memory=memory_plan(sizes, specs, job, workers, max((step.memory for step in transforms), default=0)),
-        disk=disk_plan(sizes, specs, other_nbytes, job, workers, sum(step.disk for step in transforms)),
+        memory=memory_plan(sizes, specs, job, workers, max((step.memory for step in transforms), default=0), outside),
+        disk=disk_plan(
+            sizes,
+            specs,
+            other_nbytes + sum(spec.nbytes for spec in outside),
+            job,
+            workers,
+            sum(step.disk for step in transforms),
+        ),
         speed=speed,
         seconds=None if speed is None else seconds_of(sizes, specs, source.nbytes, job, speed),
         notes=source.notes,
@@ -174,13 +185,17 @@ def _groups(dense: PreTrainedModel, names: dict[int, list[str]]) -> list[list[st
     return [sorted(group, key=order.__getitem__) for group in groups]
 
 
-def _check_budget(budget: float, specs: list[WeightSpec], recipe: Recipe, method: Method) -> None:
-    least = sum(candidates(spec, method, recipe.choose)[0].nbytes for spec in specs)
-    share = least / sum(spec.dense_nbytes for spec in specs)
-    if share > budget:
+def _check_budget(
+    budget: float, specs: list[WeightSpec], tables: list[WeightSpec], recipe: Recipe, method: Method
+) -> None:
+    taken = sum(spec.nbytes for spec in tables)
+    least = taken + sum(candidates(spec, method, recipe.choose)[0].nbytes for spec in specs)
+    whole = sum(spec.dense_nbytes for spec in [*specs, *tables])
+    if least > budget * whole:
+        of_tables = f" ({taken / whole:.4f} of them the embedding and the output layer)" if tables else ""
         raise HalfplateError(
-            f"budget={budget:g} cannot be met: the least is {share:.4f} of the original bytes with choose={', '.join(recipe.choose) or 'nothing'}; "
-            f"raise it, or add to --choose ({', '.join(CHOICES)})"
+            f"budget={budget:g} cannot be met: the least is {least / whole:.4f} of the original bytes{of_tables} "
+            f"with choose={', '.join(recipe.choose) or 'nothing'}; raise it, or add to --choose ({', '.join(CHOICES)})"
         )
 
 
@@ -209,10 +224,11 @@ def _shape(model: PreTrainedModel, name: str) -> tuple[int, ...] | None:
     return tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
 
 
-def _other_nbytes(model: nn.Module, compressed: set[str], dtype: torch.dtype) -> int:
+def _other_nbytes(model: nn.Module, compressed: Iterable[str], dtype: torch.dtype) -> int:
     """Bytes of everything but the compressed weights, tied tensors once, as it will be stored."""
-    replaced = {f"{name}.weight" for name in compressed}
-    tensors = {id(tensor): tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in replaced}
+    state = model.state_dict(keep_vars=True)
+    replaced = {id(state[f"{name}.weight"]) for name in compressed}
+    tensors = {id(tensor): tensor for tensor in state.values() if id(tensor) not in replaced}
     return sum(
         tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in tensors.values()
     )

@@ -26,6 +26,8 @@ LIBRARIES = 800_000_000  # Python with torch and transformers, where the system 
 CHECKING = "checking"  # the phase of the self-check
 CHECKED = 128  # tokens of the self-check
 HEAP = 100_000_000  # freed and not given back
+TABLE_TOKENS = 8192  # that the Gram matrix of the head's inputs is made of
+SOLVING_ROWS = 300_000_000  # for the rows of a table that are solved at once
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,12 @@ def memory_plan(
     job: Job,
     workers: int,
     transforming: int = 0,
+    tables: Sequence[WeightSpec] = (),
 ) -> MemoryPlan:
-    """The memory plan of a compression. transforming: bytes that its transforms hold."""
+    """The memory plan of a compression.
+
+    specs: of the matrices in the layers. tables: of the embedding and the head. transforming: bytes that the transforms hold.
+    """
     recipe, runs = job.recipe, job.runs_text
     base = (memory("VmRSS") or LIBRARIES) + HEAP
     block, reading = FP32 * sizes.block, (FP32 + 2) * sizes.largest
@@ -99,6 +105,11 @@ def memory_plan(
             phases["calibration text"] = base + tokens + FP32 * sizes.outer + most
         # While text runs through a layer, its finished matrices are whole beside what is stored of them.
         phases["statistics"] = base + blocks + block + hidden + _stage(sizes, job, collecting=True)
+    if tables:
+        most = max(spec.d_out * spec.d_in for spec in tables)
+        states = 2 * TABLE_TOKENS * FP32 * (sizes.hidden + sizes.beside + sizes.arguments)
+        collecting = FP32 * sizes.outer + 2 * block + states if runs else 0
+        phases["embedding and head"] = base + max(collecting, (2 * FP32 + 2) * most + SOLVING_ROWS)
     solve = max(solving_memory(job, spec) for spec in set(specs))
     phases["solving"] = base + blocks + _stage(sizes, job) + solve
     if recipe.tune_block:
@@ -107,7 +118,8 @@ def memory_plan(
         # Each has what it works on, and the caller a stage's sums and one batch's.
         each = max(phases["solving"], phases.get("statistics", 0))
         phases["workers"] = phases["solving"] - solve + workers * each
-    checking = _loaded(sizes, specs) if check_loads_whole(sizes, specs, job) else 0
+    loaded = [*specs, *tables]
+    checking = _loaded(sizes, loaded) if check_loads_whole(sizes, loaded, job) else 0
     chain = FP32 * sizes.outer + 2 * block + reading + sizes.vocabulary * CHECKED * (3 * FP32 + FP64)
     phases[CHECKING] = base + max(checking, chain)
     return MemoryPlan(phases | _whole(sizes, specs, job, base), memory_bound(sizes, job), _holds(recipe))
@@ -120,7 +132,7 @@ def check_loads_whole(sizes: ModelSizes, specs: Sequence[WeightSpec], job: Job) 
 
 def _loaded(sizes: ModelSizes, specs: Sequence[WeightSpec]) -> int:
     """Bytes of the loaded result: compressed matrices as stored and again while they are packed, the rest in fp32."""
-    compressed = sum(spec.d_out * spec.d_in for spec in specs)
+    compressed = sum(spec.d_out * spec.d_in for spec in specs if spec.same_as is None)
     return FP32 * (sizes.parameters - compressed) + sum(spec.nbytes for spec in specs) * 5 // 4
 
 

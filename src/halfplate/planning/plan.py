@@ -25,7 +25,7 @@ LEAST_SHARE = 0.5  # of the parameters of the decoder blocks; below, a plan warn
 class MatrixPlan:
     """One matrix of the model: how it will be stored, or why it is not compressed.
 
-    shape: (d_out, d_in), or None if a skipped module is not a single matrix. spec: None if it is skipped. flops: operations of
+    shape: (d_out, d_in), or None if a skipped module is not a single matrix. block: index of its layer, None if it is the embedding or the head. spec: None if it is skipped. flops: operations of
     solving it; memory: bytes held meanwhile beside the process itself; seconds: None if this machine was not measured.
     """
 
@@ -102,6 +102,21 @@ class Plan:
         """The matrices that will be compressed, by name."""
         return {matrix.name: matrix.spec for matrix in self.matrices if matrix.spec is not None}
 
+    @cached_property
+    def layer_specs(self) -> Mapping[str, WeightSpec]:
+        """Those of the decoder layers."""
+        return {m.name: m.spec for m in self.matrices if m.spec is not None and m.block is not None}
+
+    @property
+    def table_specs(self) -> Mapping[str, WeightSpec]:
+        """Those of the embedding and the head."""
+        return {name: spec for name, spec in self.specs.items() if name not in self.layer_specs}
+
+    @property
+    def table_nbytes(self) -> int:
+        """Bytes of the compressed embedding and head."""
+        return sum(spec.nbytes for spec in self.table_specs.values())
+
     def with_specs(self, specs: Mapping[str, WeightSpec]) -> Plan:
         """The plan with the matrices in `specs` stored as it says."""
         return replace(self, matrices=tuple(replace(m, spec=specs.get(m.name, m.spec)) for m in self.matrices))
@@ -109,7 +124,7 @@ class Plan:
     @property
     def without_kernel(self) -> str | None:
         """Which matrices no kernel runs, and the nearest settings that have one; None if all have."""
-        return without_kernel(self.specs.values())
+        return without_kernel(self.layer_specs.values())
 
     @property
     def transforming(self) -> int:
@@ -133,12 +148,12 @@ class Plan:
 
     @property
     def wrapper_share(self) -> float:
-        return wrapper_share(Counter(self.specs.values()))
+        return wrapper_share(Counter(self.layer_specs.values()))
 
     @property
     def decoder_share(self) -> float:
         """Parameters of the matrices to compress over those of all decoder layers."""
-        return sum(spec.d_out * spec.d_in for spec in self.specs.values()) / sum(self.sizes.blocks)
+        return sum(spec.d_out * spec.d_in for spec in self.layer_specs.values()) / sum(self.sizes.blocks)
 
     @property
     def warnings(self) -> list[str]:

@@ -60,12 +60,13 @@ def _memory_refusal(plan: Plan, workers: int) -> str | None:
 
 def _cure(plan: Plan, workers: int, available: int) -> str:
     """The first option with which the plan would fit, or else the shortest list of options from the first on."""
-    specs, checked = list(plan.specs.values()), CHECKING in plan.memory.phases
+    specs, tables = list(plan.layer_specs.values()), list(plan.table_specs.values())
+    checked = CHECKING in plan.memory.phases
 
     def fits(changes: dict[str, Any]) -> bool:
         others = {name: value for name, value in changes.items() if name not in ("workers", "check")}
         job = replace(plan.job, recipe=replace(plan.recipe, **others))
-        held = memory_plan(plan.sizes, specs, job, changes.get("workers", workers), plan.transforming)
+        held = memory_plan(plan.sizes, specs, job, changes.get("workers", workers), plan.transforming, tables)
         return (held if changes.get("check", checked) else held.unchecked()).peak <= available
 
     def now(name: str) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from halfplate.errors import HalfplateError
-from halfplate.formats import CompressedLinear
+from halfplate.formats import CompressedLinear, CompressedMatrix
 from halfplate.formats.chain import Chain
 from halfplate.formats.parts.base import Outer, TrainableOuter
 from halfplate.formats.parts.core import TrainableCore
@@ -85,9 +85,13 @@ class TrainableLinear(nn.Module):
 def trainable(module: nn.Module, values_too: bool) -> Iterator[dict[str, TrainableLinear]]:
     """While inside, every CompressedLinear below `module` is a TrainableLinear; afterwards it is compressed again.
 
-    Yields them by name. An exception puts the linears back as they were.
+    Yields them by name. A head that the embedding stores stays as it is. An exception puts the linears back as they were.
     """
-    before = {name: part for name, part in module.named_modules() if isinstance(part, CompressedLinear)}
+    before = {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, CompressedLinear) and part.spec.same_as is None
+    }
     inside = {name: TrainableLinear(linear, values_too) for name, linear in before.items()}
     lenders = _lenders(before)
     for name, lender in lenders.items():
@@ -108,7 +112,7 @@ def trainable(module: nn.Module, values_too: bool) -> Iterator[dict[str, Trainab
 
 def _lenders(linears: dict[str, CompressedLinear]) -> dict[str, str]:
     """The name of the linear that stores the input wrapper, for each that shares it; both are among `linears`."""
-    names = {linear: name for name, linear in linears.items()}
+    names: dict[CompressedMatrix, str] = {linear: name for name, linear in linears.items()}
     lenders = {name: linear.lender for name, linear in linears.items() if linear.lender is not None}
     for name, lender in lenders.items():
         if lender not in names:

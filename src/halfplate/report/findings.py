@@ -146,7 +146,9 @@ def gather(folder: Path) -> Findings:
     out = text(plan.get("out")) or str(folder)
     kept = mapping(record.get("matrices"))
     seconds = {str(line.get("name")): number(line.get("seconds")) for line in log if line.get("event") == "matrix"}
-    matrices = [_matrix(entry, mapping(kept.get(entry["name"])), seconds) for entry in found["matrices"]]
+    matrices = [
+        _matrix(entry, mapping(kept.get(entry["name"])), seconds) for entry in found["matrices"] if entry["nbytes"]
+    ]
     kinds = Counter(filter(None, (text(mapping(entry).get("error_kind")) for entry in kept.values())))
     return Findings(
         folder=str(folder),

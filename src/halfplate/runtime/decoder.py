@@ -93,7 +93,7 @@ class NativeDecoder:
 
     def __init__(self, model: Any) -> None:
         config, inner = model.config, model.model
-        self._rows, self._rotary = inner.embed_tokens.weight, inner.rotary_emb
+        self._embed, self._rotary = inner.embed_tokens, inner.rotary_emb
         self._held: list[Tensor] = []
         blocks = (BlockStruct * len(inner.layers))()
         for block, layer in zip(blocks, inner.layers, strict=True):
@@ -176,9 +176,10 @@ class NativeDecoder:
         return logits
 
     def _embedding(self, token: int) -> Tensor:
-        if not 0 <= token < self._rows.shape[0]:
-            raise HalfplateError(f"token={token} is outside the vocabulary of {self._rows.shape[0]}")
-        row: Tensor = self._rows[token].detach().to(torch.float32).contiguous()
+        if not 0 <= token < self._embed.num_embeddings:
+            raise HalfplateError(f"token={token} is outside the vocabulary of {self._embed.num_embeddings}")
+        found: Tensor = self._embed(torch.tensor([token], dtype=torch.int64, device=CPU))
+        row = found[0].to(torch.float32).contiguous()
         native.address(row, torch.float32, "the embedding")
         return row
 

@@ -156,10 +156,9 @@ def _kept(name: str, module: CompressedLinear | nn.Linear, read: Mapping[str, st
 
 def _why(module: CompressedLinear | nn.Linear, among: Sequence[Backend]) -> str | None:
     """What keeps a linear of torch from every backend, if anything does."""
-    device = module.weight.device
     if isinstance(module, CompressedLinear):
-        return refusal(module.spec, device, among)
-    return refusal_of_dense(device, among)
+        return refusal(module.spec, module.device, among)
+    return refusal_of_dense(module.weight.device, among)
 
 
 def _replace(

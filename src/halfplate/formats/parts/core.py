@@ -1,6 +1,6 @@
 """Cores: N:M sparse matrices as kept values and their positions, or dense ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
@@ -34,8 +34,8 @@ class Grid:
     count: int
     group: int = GROUP
 
-    def rows(self, rows: slice) -> "Grid":
-        """The same for some of the rows."""
+    def rows(self, rows: slice | Tensor) -> "Grid":
+        """The same for some of the rows: a slice, or their numbers, int64 (n,)."""
         return replace(self, parameters=tuple(part[rows].contiguous() for part in self.parameters))
 
 
@@ -152,6 +152,18 @@ class NMSparse(Part):
             grid = Grid(parameters, quantizer, spec.pattern.kept(spec.d_in), spec.group)
         return cls(stored, tensors.get(INDEX), spec.pattern, grid)
 
+    @classmethod
+    def joined(cls, cores: Sequence["NMSparse"]) -> "NMSparse":
+        """The core of the rows of all `cores`, of one form, in their order."""
+        first, grids = cores[0], [core.grid for core in cores if core.grid is not None]
+        indices = [core.index for core in cores if core.index is not None]
+        grid = None
+        if first.grid is not None:
+            columns = zip(*(one.parameters for one in grids), strict=True)
+            grid = replace(first.grid, parameters=tuple(torch.cat(parts) for parts in columns))
+        stored = torch.cat([core.stored for core in cores])
+        return replace(first, stored=stored, index=torch.cat(indices) if indices else None, grid=grid)
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.stored.shape[0], self._kept // self.pattern.n * self.pattern.m
@@ -212,7 +224,10 @@ class NMSparse(Part):
         return functional.linear(x, self.dense(x.dtype))
 
     def rows(self, spec: "WeightSpec", start: int) -> Self:
-        rows = slice(start, start + spec.d_out)
+        return self.take(slice(start, start + spec.d_out))
+
+    def take(self, rows: slice | Tensor) -> Self:
+        """The core of some of the rows: a slice, or their numbers, int64 (n,)."""
         grid = None if self.grid is None else self.grid.rows(rows)
         index = None if self.index is None else self.index[rows].contiguous()
         return replace(self, stored=self.stored[rows].contiguous(), index=index, grid=grid)

@@ -107,7 +107,7 @@ def pack(linear: CompressedLinear, options: Options, among: Iterable[Backend]) -
 
     Raises HalfplateError for a damaged matrix.
     """
-    device, refusals = linear.weight.device, []
+    device, refusals = linear.device, []
     for backend in _for(device, among):
         refused = backend.refusal(linear.spec, device)
         if refused is None:

@@ -165,7 +165,7 @@ class Backend(ABC):
         Raises HalfplateError for what it refuses, for a tensor that is not part of the matrix and for damaged values, and
         CannotPack if packing shows that it cannot run the linear.
         """
-        if (refusal := self.refusal(linear.spec, linear.weight.device)) is not None:
+        if (refusal := self.refusal(linear.spec, linear.device)) is not None:
             raise HalfplateError(refusal.reason)
         check_tensors(linear.spec.alone, chain(_tensors_below(linear), linear.tensors()))
         packed = self._pack(linear, options or Options())

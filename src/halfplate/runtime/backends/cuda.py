@@ -47,6 +47,7 @@ SEMI_STRUCTURED = Capability(
         "permuted": NO_ORDER,
         "group": anything(),  # scales are multiplied in when the core is packed
         "in_shared": anything(),  # the wrapper is packed along
+        "same_as": anything(),  # all tensors are packed along
         "parts": NO_PARTS,
     },
     frozenset(CORE + WRAPPERS),

@@ -1,0 +1,75 @@
+"""How the embedding and the output layer are stored: the two tables of a model outside its decoder layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from halfplate.errors import HalfplateError
+from halfplate.formats.embedding import embedding_scale
+from halfplate.formats.plain import is_plain_linear
+from halfplate.formats.spec import WeightSpec
+from halfplate.pattern import DENSE
+from halfplate.planning.plan import MatrixPlan
+from halfplate.recipe import AUTO, KEEP, Recipe
+
+AUTO_DTYPE = "int8"
+
+
+def plan_tables(model: PreTrainedModel, recipe: Recipe) -> list[MatrixPlan]:
+    """The embedding and the head as the recipe has them; neither if both are kept.
+
+    A head that is tied to the embedding is stored with it (`WeightSpec.same_as`). Raises HalfplateError for a table that must stay as it
+    is although the recipe names a type for it, and for two types of one table.
+    """
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    if head is not None and head.weight is embedding.weight:
+        dtype = _one_dtype(recipe)
+        refusal = _refusal(embedding) or _refusal(head)
+        table = _planned("embedding_dtype", names[embedding], embedding, dtype, refusal, recipe)
+        if not table or table[0].spec is None:
+            return table
+        spec = replace(table[0].spec, same_as=names[embedding])
+        return [*table, replace(table[0], name=names[head], spec=spec)]
+    found = _planned(
+        "embedding_dtype", names[embedding], embedding, recipe.embedding_dtype, _refusal(embedding), recipe
+    )
+    if head is None:
+        return found
+    return found + _planned("head_dtype", names[head], head, recipe.head_dtype, _refusal(head), recipe)
+
+
+def _one_dtype(recipe: Recipe) -> str:
+    """The type of a table that is both embedding and head."""
+    asked = {dtype for dtype in (recipe.embedding_dtype, recipe.head_dtype) if dtype != KEEP}
+    if len(asked) > 1 and AUTO in asked:
+        asked.remove(AUTO)
+    if len(asked) > 1:
+        raise HalfplateError(
+            f"embedding_dtype={recipe.embedding_dtype!r}, head_dtype={recipe.head_dtype!r}: the model's output layer is its embedding, "
+            "so both have one type; leave one of them out"
+        )
+    return asked.pop() if asked else KEEP
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why the table of an embedding or a head must stay as it is; None if it need not."""
+    if isinstance(module, nn.Embedding):
+        return None if embedding_scale(module) is not None else f"{type(module).__name__} does more than look up rows"
+    return None if is_plain_linear(module) else f"{type(module).__name__} has a forward of its own"
+
+
+def _planned(field: str, name: str, module: Any, dtype: str, refusal: str | None, recipe: Recipe) -> list[MatrixPlan]:
+    if dtype == KEEP:
+        return []
+    if refusal is not None and dtype != AUTO:
+        raise HalfplateError(f"{field}={dtype!r}: {name} must stay as it is ({refusal}); leave {field} out")
+    rows, columns = shape = tuple(module.weight.shape)
+    spec = WeightSpec(rows, columns, DENSE, AUTO_DTYPE if dtype == AUTO else dtype, group=recipe.group_size)
+    reason = None if refusal is None else f"{refusal}; not compressed"
+    return [MatrixPlan(name, shape, None, recipe.method, None if reason else spec, reason)]
