@@ -42,6 +42,8 @@ WIDE: list[dict[str, Any]] = [
     {"pattern": Pattern(5, 11), "core_dtype": "int4"},
     {"core_dtype": "int3", "out_block": 8, "in_block": 8},
     {"pattern": DENSE, "core_dtype": "int2"},
+    {"pattern": DENSE, "core_dtype": "int5", "group": 32},
+    {"core_dtype": "int6", "in_block": 8},
     {"pattern": Pattern(5, 11), "core_dtype": "int3"},
     {"pattern": DENSE, "core_dtype": "bf16", "in_block": 7},
     {"pattern": DENSE, "core_dtype": "int4", "group": 64, "permuted": True},

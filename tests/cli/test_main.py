@@ -84,7 +84,7 @@ def test_bad_usage_is_one_line(halfplate, tmp_path):
         (["--workers", "0"], ["--workers", "at least 1"]),
         (["--address", "x:1"], ["address='x:1'", "engine='local' uses none", "--engine ray"]),
         (["--inputs", "compresed"], ["inputs='compresed'", "dense, compressed"]),
-        (["--core-dtype", "int5"], ["core_dtype='int5'", "int4"]),
+        (["--core-dtype", "int7"], ["core_dtype='int7'", "int4"]),
         (["--wrapper-dtype", "int4"], ["wrapper_dtype='int4'", "int8"]),
         (["--pattern", "dense"], ["pattern='dense'", "2:4", "rtn"]),
     ],

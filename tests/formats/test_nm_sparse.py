@@ -116,7 +116,7 @@ def test_codes_and_scales_are_those_of_each_row_and_group_of_columns(
     assert again.nbytes == spec.nbytes
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "int3", "int2", "fp32", "bf16"])
+@pytest.mark.parametrize("name", ["int8", "int6", "int5", "int4", "int3", "int2", "fp32", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_dense_cores(name: str, dtype: torch.dtype) -> None:
     weight = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -125,7 +125,19 @@ def test_dense_cores(name: str, dtype: torch.dtype) -> None:
     assert core.shape == (3, 7)
     assert core.tensors()["weight"].ndim == 3
     error = (core.dense(torch.float64) - weight.double()).abs().max() / weight.double().abs().max()
-    assert float(error) <= {"int8": 0.01, "int4": 0.15, "int3": 0.25, "int2": 0.6, "fp32": 1e-7, "bf16": 0.004}[name]
+    assert (
+        float(error)
+        <= {
+            "int8": 0.01,
+            "int6": 0.04,
+            "int5": 0.08,
+            "int4": 0.15,
+            "int3": 0.25,
+            "int2": 0.6,
+            "fp32": 1e-7,
+            "bf16": 0.004,
+        }[name]
+    )
     x = torch.randn(2, 7)
     torch.testing.assert_close(core.forward(x), x @ core.dense().T)
 

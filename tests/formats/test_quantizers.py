@@ -86,12 +86,20 @@ def nearest_of_table(value: float, scale: float) -> int:
     return min(range(16), key=lambda place: abs(TABLE[place] * scale - value)) if scale else 7
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "int3", "int2"])
+@pytest.mark.parametrize("name", ["int8", "int6", "int5", "int4", "int3", "int2"])
 def test_uniform_values_are_multiples_of_the_scale(name: str) -> None:
     quantizer = QUANTIZERS.get(name)
     least, greatest = quantizer.range
     assert (quantizer.name, quantizer.bits, quantizer.stored) == (name, int(name[-1]), ("scales",))
-    assert (least, greatest) == {"int8": (-127, 127), "int4": (-8, 7), "int3": (-4, 3), "int2": (-2, 1)}[name]
+    ends = {
+        "int8": (-127, 127),
+        "int6": (-32, 31),
+        "int5": (-16, 15),
+        "int4": (-8, 7),
+        "int3": (-4, 3),
+        "int2": (-2, 1),
+    }
+    assert (least, greatest) == ends[name]
     scales = torch.tensor([[0.5], [0.0], [3.0]], dtype=torch.float64)
     values = random_values(3, 400, 1).double() * greatest
     numbers = quantizer.nearest(values, scales)
@@ -223,6 +231,6 @@ def test_floats_have_no_quantizer_and_unknown_names_are_refused() -> None:
     assert [quantizer_of(name) for name in ("fp32", "bf16", "fp16")] == [None] * 3
     for find in (QUANTIZERS.get, quantizer_of):
         with pytest.raises(HalfplateError) as caught:
-            find("int5")
-        assert str(caught.value).startswith("core_dtype='int5' is unknown; ")
-        assert str(caught.value).endswith("available: int8, int4, int3, int2")
+            find("int7")
+        assert str(caught.value).startswith("core_dtype='int7' is unknown; ")
+        assert str(caught.value).endswith("available: int8, int6, int5, int4, int3, int2")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BITS = {"int4": 4, "int3": 3, "int2": 2}
+BITS = {"int6": 6, "int5": 5, "int4": 4, "int3": 3, "int2": 2}
 # Both positions of a group of 4 as its 4 bits of the index.
 PAIRS = torch.tensor([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], dtype=torch.uint8)
 

@@ -176,7 +176,9 @@ def naive_rounding(weight: Tensor, gram: Tensor, bits: int, group: int = 128) ->
     return result
 
 
-@pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4), ("int3", 3), ("int2", 2)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("int8", 8), ("int6", 6), ("int5", 5), ("int4", 4), ("int3", 3), ("int2", 2)]
+)
 @pytest.mark.parametrize("pattern", [Pattern(1, 1), Pattern(2, 4)], ids=str)
 def test_rounding_in_the_sweep_is_that_of_the_definition(name: str, bits: int, pattern: Pattern) -> None:
     weight, gram = random_weight(5, 24, bits), correlated_gram(24, bits)

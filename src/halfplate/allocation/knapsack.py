@@ -1,5 +1,6 @@
 """One level for every matrix, of least loss in all, within one budget."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,8 @@ def allocate(matrices: Sequence[Sequence[Level]], budget: float) -> list[int]:
         raise HalfplateError(
             f"budget={budget:.6g} cannot be met, the least is {least:.6g}; raise it, or offer cheaper candidates"
         )
-    unit = budget / (UNITS - len(matrices)) if budget > 0 else 1.0  # rounding up may not make the least impossible
+    # Rounding up may not make the least impossible.
+    unit = max(budget / (UNITS - len(matrices)), sys.float_info.min) if budget > 0 else 1.0
     room = UNITS
     best = np.zeros(room + 1)  # least loss of the matrices so far within each cost
     choices = np.zeros((len(matrices), room + 1), dtype=np.int16)
@@ -39,6 +41,8 @@ def allocate(matrices: Sequence[Sequence[Level]], budget: float) -> list[int]:
         after = np.full(room + 1, np.inf)
         # Cheap levels first, so that a dearer one must be better to be taken.
         for index in sorted(range(len(levels)), key=lambda index: levels[index].cost):
+            if levels[index].cost > budget:
+                continue
             cost = int(np.ceil(levels[index].cost / unit))
             if cost > room:
                 continue

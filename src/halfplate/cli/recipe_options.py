@@ -17,10 +17,14 @@ FIELDS = (
     ("--pattern", "N:M", "keep N of every M inputs (default 2:4), or dense for an unpruned core"),
     ("--block-size", "N", "size of the wrappers' blocks: auto (default), 0 for no wrappers, 1 for diagonal ones"),
     ("--out-block-size", "N", "size of the output wrappers' blocks, if it differs from --block-size"),
-    ("--core-dtype", "TYPE", "type of the kept values: bf16 (default), fp16, fp32, int8, int4, int3 or int2"),
+    (
+        "--core-dtype",
+        "TYPE",
+        "type of the kept values: bf16 (default), fp16, fp32, int8, int6, int5, int4, int3 or int2",
+    ),
     ("--group-size", "N", "columns that share one scale of an integer core: 128 (default), 64 or 32"),
-    ("--embedding-dtype", "TYPE", "type of the embedding: keep (default), auto (int8), int8, int4, int3 or int2"),
-    ("--head-dtype", "TYPE", "type of the output layer: keep (default), auto (int8), int8, int4, int3 or int2"),
+    ("--embedding-dtype", "TYPE", "type of the embedding: keep (default), auto (int8), or int8 to int2"),
+    ("--head-dtype", "TYPE", "type of the output layer: keep (default), auto (int8), or int8 to int2"),
     ("--wrapper-dtype", "TYPE", "type of the wrappers: bf16 (default), fp16, fp32 or int8"),
     (
         "--calibration",

@@ -42,7 +42,7 @@ KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
 TILE = 128  # columns of a scale: as in src/runtime.h
 WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
 PATTERNS = ("2:4", "dense")
-CORES = ("fp32", "bf16", "fp16", "int8", "int4", "int3", "int2")
+CORES = ("fp32", "bf16", "fp16", "int8", "int6", "int5", "int4", "int3", "int2")
 ACTIVATIONS = ("float", "int8")
 # From so many tokens on, the core is expanded and the vendor's matrix product does the work. Measured (RESULTS.md): with
 # 512-bit vectors the sparse kernels beat its fp32 product at any size, but not the bf16 one of processors that have it.
@@ -151,7 +151,7 @@ def pack(
 ) -> Tensor:
     """Pack the stored `tensors` of a matrix, named as in `spec.layout()`, to one uint8 tensor.
 
-    activations: `float`, or `int8` for cores on a grid. Codes of int3 and int2 take the four bits of int4. bias: (d_out,) of any floating type. Raises HalfplateError
+    activations: `float`, or `int8` for cores on a grid. Codes take the bits of the next wider kind, int8 or int4. bias: (d_out,) of any floating type. Raises HalfplateError
     for tensors of other shapes or types than `spec` says, and for values that no writer leaves: NaN, inf, positions that do
     not rise within a group, codes out of range.
     """
@@ -201,9 +201,11 @@ def unpack(spec: WeightSpec, packed: Tensor) -> dict[str, Tensor]:
 
 
 def _kernel_spec(spec: WeightSpec) -> WeightSpec:
-    """The matrix as the kernels hold it: int3 and int2 as int4."""
+    """The matrix as the kernels hold it: int6 and int5 as int8, int3 and int2 as int4."""
     quantizer = quantizer_of(spec.core_dtype)
-    return spec if quantizer is None or quantizer.bits >= 4 else replace(spec, core_dtype="int4")
+    if quantizer is None or spec.core_dtype in KINDS:
+        return spec
+    return replace(spec, core_dtype="int8" if quantizer.bits > 4 else "int4")
 
 
 def _recoded(weight: Tensor, spec: WeightSpec, held: str, wanted: str) -> Tensor:

@@ -23,7 +23,7 @@ class GPTQ(Method):
     """
 
     name = "gptq"
-    summary = "every weight rounded to int8, int4, int3 or int2; later columns compensate for the error"
+    summary = "every weight rounded to a few bits (int8 to int2); later columns compensate for the error"
     sparse, dense = False, True
     damping: float = 0.01
 

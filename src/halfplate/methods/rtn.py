@@ -18,7 +18,7 @@ class RoundToNearest(Method):
     """Keep every weight, rounded to the grid of its row and 128 (or 64, or 32) columns: the plain quantisation to compare with."""
 
     name = "rtn"
-    summary = "every weight rounded to int8, int4, int3 or int2, none dropped; needs no calibration"
+    summary = "every weight rounded to a few bits (int8 to int2), none dropped; needs no calibration"
     sparse, dense = False, True
 
     def check_spec(self, spec: WeightSpec) -> None:

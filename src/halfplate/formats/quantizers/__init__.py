@@ -28,6 +28,8 @@ QUANTIZERS: Registry[Quantizer] = Registry(
     "halfplate.quantizers",
     {
         "int8": "halfplate.formats.quantizers.uniform:INT8",
+        "int6": "halfplate.formats.quantizers.uniform:INT6",
+        "int5": "halfplate.formats.quantizers.uniform:INT5",
         "int4": "halfplate.formats.quantizers.uniform:INT4",
         "int3": "halfplate.formats.quantizers.uniform:INT3",
         "int2": "halfplate.formats.quantizers.uniform:INT2",

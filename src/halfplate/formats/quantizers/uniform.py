@@ -53,6 +53,8 @@ class Uniform:
 
 
 INT8 = Uniform("int8", 8)
+INT6 = Uniform("int6", 6)
+INT5 = Uniform("int5", 5)
 INT4 = Uniform("int4", 4)
 INT3 = Uniform("int3", 3)
 # Of the four values of two bits the best scale leaves all of a group's tail out.
