@@ -93,12 +93,12 @@ def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namesp
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     protocol = first["protocol"]
     print(
-        f"Judged on {first['windows']} windows of {first['seq_len']} tokens that the original model sampled (seed {protocol['seed']}; "
+        f"Quality: {first['windows']} windows of {first['seq_len']} tokens that the original model sampled (seed {protocol['seed']}; "
         "calibration used another seed).\n"
-        f"Speed is that of one sequence on {first['speed']['threads']} threads. The original runs in transformers in {first['speed']['dense']['dtype']},\n"
+        f"Speed: one sequence on {first['speed']['threads']} threads. The original runs in transformers in {first['speed']['dense']['dtype']},\n"
         f"the faster of fp32 and bf16 here (load {first['speed']['load_average'] or 0:.1f}).\n"
-        f"The source file is {megabytes(source.stat().st_size)}: a Q4_1 GGUF with 5 bits per weight. The bytes of the original above\n"
-        "are those of its weights in bf16, so a 2:4 model in bf16 is larger than the source file."
+        f"Size: the source file has {megabytes(source.stat().st_size)}. It is a Q4_1 GGUF with 5 bits per weight. The table counts the original\n"
+        "in bf16, so a 2:4 model in bf16 is larger than the source file."
     )
 
 
