@@ -48,7 +48,9 @@ def main() -> None:
             vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2
         )
         LlamaForCausalLM(config).save_pretrained(folder)
-        print("| matrices | seconds for `make_plan` | seconds for its JSON and the check of memory and disk |\n|---:|---:|---:|")
+        print(
+            "| matrices | seconds for `make_plan` | seconds for its JSON and the check of memory and disk |\n|---:|---:|---:|"
+        )
         for matrices in options.matrices:
             with repeated(matrices):
                 begin = time.perf_counter()

@@ -65,7 +65,8 @@ def test_measures_are_those_of_evaluate_and_bytes_those_of_the_checkpoint(finish
             assert row["compression"]["seconds"]["total"] > 0
     lines = (out / "table.md").read_text().splitlines()
     assert (
-        lines[0] == "| row | weights, MB | of original | linears, of original | perplexity | KL | top-1 | made in, s |"
+        lines[0]
+        == "| row | weights, MB | of original | linears, of original | perplexity | KL | top-1 | compression, s |"
     )
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| original", "| wanda", "| rounded"]
     wanda = by_name(result)["wanda"]

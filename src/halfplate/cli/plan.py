@@ -1,4 +1,4 @@
-"""Show what compress would do: every matrix, bytes before and after, and what is skipped and why."""
+"""Show what compress would do: every matrix, its size before and after, and skipped matrices with the reason."""
 
 import argparse
 from pathlib import Path
@@ -86,7 +86,7 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
         compressed = [
             (
                 "linears, compressed",
-                f"within {within}; the run chooses the format of each matrix, the table shows the initial ones",
+                f"within {within}; the run chooses the format of each matrix, the table shows the initial formats",
             )
         ]
     return [
