@@ -76,7 +76,7 @@ def test_config_that_is_no_json_object(written: Any, text: str) -> None:
         (lambda q: q.pop("modules"), "modules is of type NoneType"),
         (lambda q: q.update(modules=[]), "modules is of type list"),
         (lambda q: q["modules"].update({NAME: 7}), rf"modules\['{NAME}'\]=7 cannot be read"),
-        (lambda q: q["modules"][NAME].update(pattern="4:2"), "pattern=4:2 must keep fewer"),
+        (lambda q: q["modules"][NAME].update(pattern="4:2"), "pattern=4:2 must be N:M"),
         (lambda q: q["modules"][NAME].update(core_dtype="int5"), "core_dtype='int5' is not one of"),
         (lambda q: q["modules"][NAME].update(core_dtype="int4"), rf"{NAME}\.weight in .* expected uint8 \(32, 8\)"),
         (lambda q: q["modules"][NAME].update(wrapper_dtype="int4"), "wrapper_dtype='int4' is not one of"),
@@ -208,7 +208,7 @@ def test_a_stray_tensor_is_named(written: Any) -> None:
 def test_an_invalid_index_is_refused(written: Any) -> None:
     one = written()
     edit_tensors(one.folder, lambda tensors: tensors[f"{NAME}.weight_index"].__setitem__((3, 1), 0))
-    refused(one.folder, rf"{NAME}\.weight_index holds positions that do not rise", every)
+    refused(one.folder, rf"{NAME}\.weight_index holds positions that do not increase", every)
 
 
 GRID = [{"core_dtype": "int8", "out_block": 10, "in_block": 24, "wrapper_dtype": "int8"}]

@@ -244,7 +244,7 @@ def test_bad_input_is_refused_before_any_row(description, tiny_folder, tmp_path)
     ):
         with pytest.raises(HalfplateError, match=said):
             halfplate.sweep(description | changes, out)
-    with pytest.raises(HalfplateError, match="only='wnda' is no row of the sweep; did you mean 'wanda'"):
+    with pytest.raises(HalfplateError, match="only='wnda' is not a row of the sweep; did you mean 'wanda'"):
         halfplate.sweep(description, out, ["wnda"])
     with pytest.raises(HalfplateError, match="holds files and is not the folder of a sweep"):
         halfplate.sweep(description, tiny_folder)

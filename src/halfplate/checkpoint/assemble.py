@@ -37,8 +37,8 @@ def assemble(
         sha256 = file.copy(name, tensors[name].stored)
         if sha256 != tensors[name].sha256:
             raise HalfplateError(
-                f"{name} in {str(tensors[name].stored.path)!r} is damaged: its bytes are not those that were written; run the same "
-                "command again with --resume, to compute it again"
+                f"{name} in {str(tensors[name].stored.path)!r} is damaged: its checksum does not match; run the same "
+                "command again with --resume to compute it again"
             )
         done += 1
         progress(done, len(tensors))

@@ -47,7 +47,7 @@ def parse_modules(version: Any, modules: Any, needs: Any = None) -> dict[str, We
     if version > VERSION:
         least = needs.get("halfplate") if isinstance(needs, dict) else None
         raise HalfplateError(
-            f"quantization_config.version={version} is newer than halfplate {package_version()} reads ({VERSION}); "
+            f"quantization_config.version={version} is newer than halfplate {package_version()} supports ({VERSION}); "
             f"upgrade halfplate{f' to {least} or later' if least else ''}"
         )
     if needs is not None:
@@ -113,6 +113,6 @@ def read_record(folder: Path) -> dict[str, Any]:
         )
     if version > RECORD_VERSION:
         raise HalfplateError(
-            f"format_version={version} in {str(folder / RECORD_FILE)!r} is newer than {RECORD_VERSION}; upgrade halfplate"
+            f"format_version={version} in {str(folder / RECORD_FILE)!r} is newer than this halfplate supports ({RECORD_VERSION}); upgrade halfplate"
         )
     return record

@@ -30,9 +30,7 @@ def check_place(out: Path) -> Path:
             above = next(parent for parent in place.parents if parent.exists())
             longest = os.pathconf(above, "PC_NAME_MAX")
             if any(len(os.fsencode(part)) > longest for part in place.relative_to(above).parts):
-                raise ValueError(
-                    f"names there have at most {longest} bytes, and Halfplate needs ten of them for its own"
-                )
+                raise ValueError(f"names there have at most {longest} bytes, and Halfplate appends up to ten")
             place.exists()
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -71,5 +69,5 @@ def sole_user(folder: Path, out: Path) -> Iterator[None]:
         except FileNotFoundError:
             stale = True
         if stale:
-            raise HalfplateError(f"out={str(out)!r}: another process has just left {str(folder)!r}; try once more")
+            raise HalfplateError(f"out={str(out)!r}: another process has just released {str(folder)!r}; try once more")
         yield

@@ -42,8 +42,8 @@ class SavePretrained:
     ) -> None:
         """As `PreTrainedModel.save_pretrained`, with `halfplate.json` and the model card beside the weights.
 
-        Raises HalfplateError, with nothing written, for a variant, for a place that is a file, and where a matrix is not
-        compressed any more.
+        Raises HalfplateError, without writing anything, if `variant` is given, if the path is a file, or if a matrix is no
+        longer compressed.
         """
         model: Any = self._model
         folder = Path(save_directory)
@@ -67,15 +67,15 @@ class SavePretrained:
 
 def _check_savable(model: Any, folder: Path, variant: str | None) -> None:
     if variant is not None:
-        raise HalfplateError(f"variant={variant!r} is not written; leave it out and name another folder")
+        raise HalfplateError(f"variant={variant!r} is not supported; leave it out and choose another folder")
     if folder.exists() and not folder.is_dir():
-        raise HalfplateError(f"save_directory={str(folder)!r} is a file; name a folder")
+        raise HalfplateError(f"save_directory={str(folder)!r} is a file; choose a folder")
     for name in model.hf_quantizer.quantization_config.modules:
         module = model.get_submodule(name)
         if not isinstance(module, CompressedLinear) and not (isinstance(module, Packed) and module.dense_dtype is None):
             raise HalfplateError(
-                f"{name} is a {type(module).__name__}, not a compressed matrix any more; call model.dequantize() and save the full-size model, "
-                "or take adapters off with unload()"
+                f"{name} is a {type(module).__name__}, no longer a compressed matrix; call model.dequantize() and save the full-size model, "
+                "or remove adapters with unload()"
             )
 
 

@@ -31,9 +31,11 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     found = headers_of([folder / name for name in sorted(set(weight_map.values()))])
     for tensor in sorted(found.keys() | weight_map.keys()):
         if tensor not in found:
-            raise HalfplateError(f"{tensor} is missing from {weight_map[tensor]}, where {str(index)!r} puts it; {CURE}")
+            raise HalfplateError(f"{tensor} is not in {weight_map[tensor]}, as {str(index)!r} says; {CURE}")
         if weight_map.get(tensor) != found[tensor].path.name:
-            raise HalfplateError(f"{tensor} is in {found[tensor].path.name}, which {str(index)!r} does not say; {CURE}")
+            raise HalfplateError(
+                f"{tensor} is in {found[tensor].path.name}, but {str(index)!r} does not list it there; {CURE}"
+            )
     return found
 
 

@@ -151,7 +151,7 @@ def _carry_out(order: _Order, plan: Plan, report: Report) -> dict[str, Any]:
     recipe, clock = plan.recipe, Clock()
     report("reading", 0, 1, facts=_plan_facts(plan, order.out))
     if (threads := order.identity["threads"]) > cores():
-        note = f"{threads}, as at the start of the run; this machine has {cores()} cores, so it is slower (the bytes stay the same)"
+        note = f"{threads} as at the start of the run; this machine has {cores()} cores, so it is slower (the bytes stay the same)"
         report("threads", 1, 1, note)
     result = _compressed(order, plan, report, clock)
     summary = _summary(order.out, result)

@@ -270,7 +270,7 @@ class _BringingIn:
             self._name, self.ids = name, speed.random_prompt(config.vocab_size, self._prompt)
         elif int(self.ids.max()) >= config.vocab_size:
             raise HalfplateError(
-                f"against={name!r} has another vocabulary than {self._name!r}; give the original model that it was compressed from"
+                f"against={name!r} does not have the same vocabulary as {self._name!r}; give the original model that it was compressed from"
             )
 
 

@@ -74,7 +74,7 @@ def evaluate(
     dense, dense_tokenizer = load_any(against) if against else (None, None)
     if dense is not None and dense.config.get_text_config().vocab_size != judged.config.get_text_config().vocab_size:
         raise HalfplateError(
-            f"against={against!r} has another vocabulary than {model!r}; give the original model that it was compressed from"
+            f"against={against!r} does not have the same vocabulary as {model!r}; give the original model that it was compressed from"
         )
     report("reading", 1, 1)
     scores = {} if tasks is None else {"tasks": _tasks(judged, tokenizer, tasks, tasks_folder, limit, report)}

@@ -37,7 +37,7 @@ def token_windows(
     if seq_len < 2:
         raise HalfplateError(f"seq_len={seq_len} leaves nothing to predict, expected at least 2 tokens; try 1024")
     if windows is not None and windows < 1:
-        raise HalfplateError(f"windows={windows} is not a number of windows; try 16, or leave it out for all")
+        raise HalfplateError(f"windows={windows} is too few, expected at least 1; try 16, or leave it out for all")
     stream = token_stream(tokenizer, documents, None if windows is None else windows * seq_len)
     count = len(stream) // seq_len
     wanted = windows or max(1, count)

@@ -91,6 +91,6 @@ class WeightView:
 
 def _no_values(what: str) -> str:
     return (
-        f"{what} asks for the values of a weight that is stored in kernel layout, which has dtype, device and shape only; "
+        f"{what} needs the values of a weight in kernel layout, which has only dtype, device and shape; "
         "call halfplate.runtime.restore(model) first, or load with kernels=False"
     )

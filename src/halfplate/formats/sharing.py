@@ -69,7 +69,7 @@ def stacked_spec(specs: Sequence[WeightSpec]) -> WeightSpec:
     for spec in specs:
         if replace(spec.alone, d_out=first.d_out) != first:
             raise HalfplateError(
-                f"in_shared={spec.in_shared!r}: {spec} and {first} are solved as one and must differ in d_out alone"
+                f"in_shared={spec.in_shared!r}: {spec} and {first} are solved as one matrix and may differ only in d_out"
             )
     return first if len(specs) == 1 else replace(first, d_out=sum(_padded(spec) for spec in specs))
 

@@ -204,13 +204,13 @@ def _freed(config: PretrainedConfig, entries: dict[str, Any]) -> list[str]:
             delattr(config, key)
     if method is not None:
         notes.append(
-            f"config.json: says that the weights are quantised ({method!r}), but the files hold plain ones; the entry is left out"
+            f"config.json says that the weights are quantised ({method!r}), but the files hold plain weights; the entry is left out"
         )
     vocabulary, padding = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
     if isinstance(vocabulary, int) and isinstance(padding, int) and not 0 <= padding < vocabulary:
         config.pad_token_id = None
         notes.append(
-            f"config.json: pad_token_id={padding} is not in the vocabulary of {vocabulary} tokens, and is left out"
+            f"config.json: pad_token_id={padding} is outside the vocabulary of {vocabulary} tokens, and is left out"
         )
     return notes
 

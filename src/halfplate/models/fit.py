@@ -110,8 +110,8 @@ def check_complete(
             "set it to true if the model shares its embeddings with its head, else download the model again"
         )
     raise HalfplateError(
-        f"model={name!r}: its files lack {len(missing)} tensors that its config.json asks for ({missing[0]}, ...); "
-        "they would be random: download the model again"
+        f"model={name!r}: its files lack {len(missing)} tensors of its config.json ({missing[0]}, ...), "
+        "which would be random; download the model again"
     )
 
 
@@ -224,8 +224,8 @@ def _spoken(names: list[str]) -> str:
 
 def _cure(wrong: list[str]) -> str:
     if any(ADAPTER.search(one) for one in wrong):
-        return "they are parts of an adapter beside the weights; merge it (peft: merge_and_unload, then save_pretrained) and pass that folder"
-    biases = "where the model has biases, config.json must say so (attention_bias, mlp_bias), else "
+        return "they belong to an adapter; merge it (peft: merge_and_unload, then save_pretrained) and pass that folder"
+    biases = "if the model has biases, set attention_bias or mlp_bias in config.json; otherwise "
     return (
         f"without them it would be another model: {biases if any(one.endswith('.bias') for one in wrong) else ''}"
         "upgrade transformers or download the model again"

@@ -87,7 +87,7 @@ def _add(writer: Any, tokenizer: Any, described: dict[str, Any], vocab_size: int
 
 def _check_model(model: dict[str, Any]) -> None:
     if model["type"] != "BPE":
-        raise ValueError(f"its type is {model['type']}, written are byte-level BPE and BPE with byte fallback")
+        raise ValueError(f"its type is {model['type']}, expected byte-level BPE or BPE with byte fallback")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise ValueError(f"its model has {option}={model[option]!r}")
@@ -116,7 +116,7 @@ def _check_added(
                 raise ValueError(f"the token {token['content']!r} has {flag}")
         # Matched after normalising it may match other text.
         if token["normalized"] and _prepends(normalizer):
-            raise ValueError(f"the token {token['content']!r} is looked for in normalised text (normalized)")
+            raise ValueError(f"the token {token['content']!r} is matched in normalised text (normalized)")
     if pair := overlapping([token["content"] for token in added]):
         raise ValueError(
             f"its tokens {pair[0]!r} and {pair[1]!r} can overlap, and llama.cpp splits such text differently"
@@ -138,7 +138,7 @@ def _name_phi3(writer: Any) -> None:
     if not names:
         writer.add_name("phi-3")
     elif not any(part in str(names[0]).lower() for part in STRIPPING_NAMES):
-        raise ValueError(f"its special tokens strip spaces as those of Phi-3, and the model's name is {names[0]!r}")
+        raise ValueError(f"its special tokens strip spaces as in Phi-3, but the name of the model is {names[0]!r}")
 
 
 def _prepends(normalizer: dict[str, Any] | None) -> bool:
@@ -167,13 +167,13 @@ def _add_byte_level(writer: Any, described: dict[str, Any], vocabulary: dict[str
 
 
 def _name(steps: tuple[str, ...], described: dict[str, Any], vocabulary: dict[str, int]) -> str:
-    """llama.cpp's name for the steps; raises ValueError if it has none, or merges otherwise under it."""
+    """llama.cpp's name for the steps; raises ValueError if it has none, or if it merges differently under that name."""
     candidates = [entry for entry in PRE_TOKENIZERS if _fits(entry, steps, vocabulary)]
     if not candidates:
         for entry in PRE_TOKENIZERS:
             if any((*meant, BYTES) == steps for meant in entry.meant):
-                raise ValueError(f"what llama.cpp calls {entry.names[0]!r} splits {entry.differs} otherwise than it")
-        raise ValueError(f"it splits text by {written_steps(steps)}, which is none of its pre-tokenizers")
+                raise ValueError(f"llama.cpp's {entry.names[0]!r} splits {entry.differs} differently")
+        raise ValueError(f"it splits text by {written_steps(steps)}, which is not one of llama.cpp's pre-tokenizers")
     whole = bool(described["model"].get("ignore_merges"))
     for entry in candidates:
         if entry.ignore_merges == whole:
@@ -183,7 +183,7 @@ def _name(steps: tuple[str, ...], described: dict[str, Any], vocabulary: dict[st
     if lost is None:
         return candidates[0].names[0]
     raise ValueError(
-        f"with {candidates[0].names[0]!r}, ignore_merges={not whole} there, it would make {lost!r} otherwise"
+        f"llama.cpp's {candidates[0].names[0]!r} has ignore_merges={not whole}, with which {lost!r} is split differently"
     )
 
 
@@ -233,7 +233,7 @@ def _add_pieces(writer: Any, described: dict[str, Any], vocabulary: dict[str, in
     prefix = _space_prefix(described, vocabulary)
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in described["model"]["merges"]]
     if described["model"].get("ignore_merges") and (lost := _unreachable(described["model"], vocabulary)) is not None:
-        raise ValueError(f"with ignore_merges it makes {lost!r} at once")
+        raise ValueError(f"its ignore_merges makes the token {lost!r} without merging, which llama.cpp cannot do")
     missing = [byte for byte in range(256) if byte not in NEVER_IN_TEXT and f"<0x{byte:02X}>" not in vocabulary]
     if missing:
         raise ValueError(f"it has no token for {len(missing)} of the 256 bytes")

@@ -14,9 +14,9 @@ from halfplate.errors import HalfplateError
 from halfplate.formats.plain import is_plain_linear
 from halfplate.models.data_reads import data_reads
 
-# A linear of one of these names with one output for each expert decides where tokens go: tiny, and ruinous to prune.
+# A linear with one of these names and one output per expert is a router: tiny, and pruning it ruins the model.
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
-# Parts of a name that make everything below them a router or an indexer.
+# Parts of a module name: everything below belongs to a router, an indexer or a gate.
 ROUTER = re.compile(r"(^|_)router(_|$)")
 INDEXER = re.compile(r"(^|_)indexer(_|$)")
 GATE = re.compile(r"(^|_)gate$")
@@ -169,27 +169,27 @@ def _skip_reason(inner: str, module: nn.Module, experts: int | None) -> str | No
         return "Conv1D of GPT-2, which stores its weight as (d_in, d_out), is not an nn.Linear; not compressed"
     if len(shape) == 3 and shape[0] == experts:
         return (
-            f"{shape[0]} experts held in 3-D tensors ({key} of shape {shape}) instead of linears; not compressed: "
+            f"{shape[0]} experts stored in 3-D tensors ({key} of shape {shape}) instead of linears; not compressed: "
             "use a model without experts to compress its MLPs"
         )
     if len(shape) == 2 and shape[0] == experts:
-        return f"router of {experts} experts: tiny, and decides where tokens go; not compressed"
+        return f"router of {experts} experts: tiny, and chooses the experts of a token; not compressed"
     return f"{type(module).__name__} (its {key} has shape {shape}) is not an nn.Linear; not compressed"
 
 
 def _router_reason(parts: list[str], module: nn.Linear, experts: int | None) -> str | None:
-    """Why the linear of the name `parts` decides too much to be compressed; None for all others."""
+    """Why a linear is left uncompressed because it is a router, an indexer or a gate; None for others. parts: its name."""
     leaf = parts[-1]
     if leaf in ROUTER_NAMES and experts is not None and module.out_features in (1, experts):
-        return f"router of {experts} experts: tiny, and decides where tokens go; not compressed"
+        return f"router of {experts} experts: tiny, and chooses the experts of a token; not compressed"
     if any(map(INDEXER.search, parts)):
-        return "indexer: chooses the tokens that attention sees; not compressed"
+        return "indexer, which chooses the tokens that attention sees; not compressed"
     if any(map(ROUTER.search, parts)):
-        return "part of a router: decides where tokens go; not compressed"
+        return "part of a router, which chooses the experts of a token; not compressed"
     if any(map(GATE.search, parts[:-1])):
-        return "part of a gate: decides what passes; not compressed"
+        return "part of a gate; not compressed"
     if leaf in HEAD_GATES and module.out_features <= HEAD_GATE_OUTPUTS:
-        return f"gate of the heads of linear attention, {module.out_features} outputs: tiny, and decides what is forgotten; not compressed"
+        return f"gate of linear attention with only {module.out_features} outputs; not compressed"
     return None
 
 
@@ -201,7 +201,7 @@ def _tiny_reason(inner: str, module: nn.Linear) -> str | None:
     d_out, d_in = module.out_features, module.in_features
     if d_out > TINY_OUTPUTS or TINY_SHARE * d_out > d_in or ATTENTION.search(inner.rpartition(".")[2]):
         return None
-    return f"{d_out} outputs of {d_in} inputs: too small to gain by it; not compressed unless --include names it"
+    return f"{d_out} outputs of {d_in} inputs: too small to benefit from it; not compressed unless --include names it"
 
 
 def _asked_for(name: str, include: Sequence[str]) -> bool:

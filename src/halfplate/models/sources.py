@@ -295,8 +295,8 @@ def _check_complete(name: str, report: dict[str, Any]) -> None:
     missing = sorted(report["missing_keys"])
     if missing:
         raise HalfplateError(
-            f"model={name!r}: its files lack {len(missing)} tensors that its config.json asks for ({missing[0]}, ...); "
-            "they would be random: download the model again"
+            f"model={name!r}: its files lack {len(missing)} tensors of its config.json ({missing[0]}, ...), "
+            "which would be random; download the model again"
         )
 
 

@@ -193,8 +193,8 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     if not after["kl"] < before["kl"]:
         raise RuinedResult(
-            f"learning_rate={settings.learning_rate}: the KL on held-out text did not fall ({before['kl']:.4g} to {after['kl']:.4g} nats a "
-            f"token); the result stays in {str(order.out)!r}; try a lower rate or more tokens"
+            f"learning_rate={settings.learning_rate}: the KL on held-out text did not fall ({before['kl']:.4g} to {after['kl']:.4g} nats per "
+            f"token); the result is kept at {str(order.out)!r}; try a lower rate or more tokens"
         )
     return facts | {"out": str(order.out), "model": str(order.base)} | measured
 
@@ -236,7 +236,7 @@ def _begun(order: _Order, overwrite: bool, resume: bool) -> Iterator[None]:
         states = [path for path in found if not path.name.lstrip(".").startswith(TEXT)]
         if states and not (resume or overwrite):
             raise HalfplateError(
-                f"out={str(order.out)!r}: an interrupted recovery left its state in {str(work)!r}; pass --resume to continue, or --overwrite to start afresh"
+                f"out={str(order.out)!r}: an interrupted recovery left its state in {str(work)!r}; pass --resume to continue, or --overwrite to start over"
             )
         for path in found if overwrite and not resume else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -260,7 +260,7 @@ def _check_tokenizer(base: Path, teacher: str, tokenizer: Any) -> None:
     if ours != theirs:
         other = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
         raise HalfplateError(
-            f"teacher={teacher!r} has another vocabulary: token {other!r} is {theirs.get(other)} in it and {ours.get(other)} in the "
+            f"teacher={teacher!r} has a different vocabulary: token {other!r} is {theirs.get(other)} in it and {ours.get(other)} in the "
             "compressed model; give the original model that it was compressed from"
         )
 
@@ -270,12 +270,12 @@ def _check_teacher(source: Source, student: Any, settings: Recovery) -> None:
     for key, what in (
         ("model_type", "model type"),
         ("vocab_size", "vocabulary"),
-        ("num_hidden_layers", "number of blocks"),
+        ("num_hidden_layers", "number of layers"),
         ("hidden_size", "width"),
     ):
         if getattr(wanted, key) != getattr(found, key):
             raise HalfplateError(
-                f"teacher={source.name!r} has another {what} ({getattr(found, key)}) than the compressed model ({getattr(wanted, key)}); "
+                f"teacher={source.name!r} has a different {what} ({getattr(found, key)}) than the compressed model ({getattr(wanted, key)}); "
                 "give the original model that it was compressed from"
             )
     check_seq_len(student, settings.seq_len, least=2)

@@ -48,16 +48,14 @@ def load_state(folder: Path, identity: dict[str, Any], file: str = FILE) -> Stat
         version, found = facts["version"], facts["identity"]
     except (OSError, DamagedFile, ValueError, KeyError, TypeError) as error:
         raise HalfplateError(
-            f"{str(path)!r} is damaged ({' '.join(str(getattr(error, 'reason', error)).split())}); delete it, or pass --overwrite to start afresh"
+            f"{str(path)!r} is damaged ({' '.join(str(getattr(error, 'reason', error)).split())}); delete it, or pass --overwrite to start over"
         ) from None
     if version != VERSION:
-        raise HalfplateError(
-            f"{str(path)!r} has version {version}, expected {VERSION}; pass --overwrite to start afresh"
-        )
+        raise HalfplateError(f"{str(path)!r} has version {version}, expected {VERSION}; pass --overwrite to start over")
     for name in sorted(identity.keys() | found.keys()):
         if found.get(name) != identity.get(name):
             raise HalfplateError(
                 f"--resume: {name} was {found.get(name)!r} when the recovery in {str(folder)!r} began and is {identity.get(name)!r} "
-                "now; give the same again, or pass --overwrite to start afresh"
+                "now; give the same again, or pass --overwrite to start over"
             )
     return State(tensors, facts)

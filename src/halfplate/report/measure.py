@@ -27,7 +27,7 @@ def measure(folder: Path, settings: Measuring, report: Report) -> dict[str, Any]
     tokenizer = load_tokenizer(folder)
     if dense.model.config.get_text_config().vocab_size != compressed.config.get_text_config().vocab_size:
         raise HalfplateError(
-            f"against={settings.against!r} has another vocabulary than {str(folder)!r}; give the original model that it was compressed from"
+            f"against={settings.against!r} does not have the same vocabulary as {str(folder)!r}; give the original model that it was compressed from"
         )
     report("reading", 1, 1)
     limit = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None) or settings.seq_len

@@ -128,16 +128,16 @@ def _error_words(found: Findings) -> str:
 
 def _charts(found: Findings) -> list[tuple[str, Markup | None, str]]:
     """(caption, picture, what to say without one)."""
-    unlogged = "The log of the run is not beside this checkpoint."
+    unlogged = "This checkpoint has no log of its run."
     phases = {name: value for name, value in found.seconds.items() if name != "total"}
     return [
         (
-            "Bytes by linear, of the original at 2 bytes per weight",
+            "Bytes by linear, compared with the original at 2 bytes per weight",
             bars(byte_bars(found.total("nbytes"), found.total("dense_nbytes")), "Bytes by linear"),
             "",
         ),
         (
-            "Bytes by what is stored",
+            "Bytes by kind of tensor",
             bars(share_bars({**found.parts, "everything else": found.other_nbytes}), "Bytes by part"),
             "",
         ),

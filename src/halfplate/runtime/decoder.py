@@ -54,7 +54,7 @@ def why_not(model: Any) -> str | None:
     if not native.available():
         return native.reason()
     if type(model).__name__ not in ARCHITECTURES or not type(model).__module__.startswith("transformers."):
-        return f"{type(model).__name__} is not of Llama's shape; there are native steps for {', '.join(ARCHITECTURES)}"
+        return f"{type(model).__name__} has no native step, only {', '.join(ARCHITECTURES)} have one"
     config = model.config
     if config.hidden_act != "silu":
         return f"the activation {config.hidden_act!r} has no native step"

@@ -71,6 +71,6 @@ def check_positions(index: Tensor, kept: int, pattern: Pattern, name: str) -> No
     groups = positions.reshape(positions.shape[0], -1, pattern.n)
     if bool((groups[:, :, 1:] <= groups[:, :, :-1]).any()):
         raise HalfplateError(
-            f"{name} holds positions that do not rise within a group of {pattern}; the file is damaged, write it again"
+            f"{name} holds positions that do not increase within a group of {pattern}; the file is damaged, write it again"
         )
     check_padding(index, kept, pattern.index_bits, name)

@@ -133,7 +133,7 @@ def _sizes(keys: Keys, contents: Contents) -> dict[str, Any]:
     fields["num_key_value_heads"] = keys.take("attention.head_count_kv", int, heads)
     embedding = contents.shapes.get("token_embd.weight", ())
     if len(embedding) != 2:
-        raise Unreadable("the tensor token_embd.weight is missing or no matrix")
+        raise Unreadable("the tensor token_embd.weight is missing or not a matrix")
     fields["vocab_size"] = embedding[0]
     keys.expect("vocab_size", int, embedding[0], f"token_embd.weight has {embedding[0]} rows")
     for field, value in fields.items():
@@ -151,7 +151,7 @@ def _head(family: Family, keys: Keys, fields: Mapping[str, Any]) -> dict[str, in
     for name, full in (("attention.key_length_swa", size), ("attention.value_length_swa", values)):
         keys.expect(name, int, full, f"other layers have {full}")
     if size != values or size <= 0:
-        raise Unreadable(f"heads have {size} values in keys and {values} in values, expected as many")
+        raise Unreadable(f"heads have {size} values in keys and {values} in values, expected equal sizes")
     if (not family.head_dim or family.square) and size != usual:
         raise Unreadable(f"heads have {size} values, {family.architecture} has {usual}")
     return {"head_dim": size} if family.head_dim else {}
@@ -242,7 +242,7 @@ def check_written(
     layers: list[str | None] = sorted(set(config.layer_types)) if nested else [None]
     if not same_rope(config, read, layers):
         raise Unreadable(
-            f"llama.cpp's {family.architecture} rotates otherwise than rope_parameters={config.rope_parameters!r}"
+            f"llama.cpp's {family.architecture} cannot apply the rotary embedding rope_parameters={config.rope_parameters!r}"
         )
 
 

@@ -42,7 +42,7 @@ def check_names(family: Family, expected: Iterable[str], held: Iterable[str]) ->
         known |= {LONG, SHORT}
     for name in held:
         if name not in known:
-            raise Unreadable(f"the tensor {name} has no place in a {family.model_type} model of this configuration")
+            raise Unreadable(f"the tensor {name} is not part of a {family.model_type} model with this configuration")
 
 
 def read_values(

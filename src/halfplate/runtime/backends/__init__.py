@@ -160,4 +160,4 @@ def without_kernel(specs: Iterable[WeightSpec]) -> str | None:
         f"{refusal.reason}{f', nearest setting with one: {refusal.nearest}' if refusal.nearest else ''}"
         for refusal, _ in refusals.most_common(3)
     ]
-    return f"{refusals.total()} of {counts.total()} matrices run by torch, slower than the original model: {'; '.join(spoken)}"
+    return f"{refusals.total()} of {counts.total()} matrices have no kernel and run through torch, slower than the original model: {'; '.join(spoken)}"
