@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 
 
 class StreamedModel:
-    """The modules of a model without their weights, and the places of these in files.
+    """The modules of a model without their weights, and the locations of these in files.
 
-    model: in eval mode, its parameters on the meta device but for those that are loaded. Tensors are read in fp32 to
-    `device`; precision: as in BlockwiseModel. `stored` names each tensor of the model as `state_dict` does; `tied` maps a name to that of the tensor it shares.
-    Raises HalfplateError for tensors that are missing from the files or of another shape than the configuration asks for.
+    Tensors are read in fp32 to `device`. `stored` has the names of all tensors, as in `state_dict`; `tied` maps a name to the
+    name of the tensor that it shares.
+
+    model: in eval mode; parameters that are not loaded are on the meta device.
+    precision: as in BlockwiseModel.
+    Raises HalfplateError for tensors that are missing from the files or have a different shape than in the configuration.
     """
 
     def __init__(self, source: Source, device: str = "cpu", precision: str = "fp32") -> None:
@@ -44,7 +47,7 @@ class StreamedModel:
         self._empty = list(self.blocks)
 
     def read(self, name: str) -> Tensor:
-        """The tensor of the full name `name`, floats as fp32; raises HalfplateError if it holds NaN or inf."""
+        """The tensor with the full name `name`, floats as fp32; raises HalfplateError if it holds NaN or inf."""
         try:
             tensor = read_tensor(self.stored[self.tied.get(name, name)])
         except (OSError, DamagedFile) as error:
@@ -53,7 +56,7 @@ class StreamedModel:
             ) from error
         if tensor.is_floating_point():
             tensor = tensor.to(torch.float32)
-            # Both ends are NaN where any number is.
+            # Minimum and maximum are NaN if any value is.
             if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
                 nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
                 raise HalfplateError(
@@ -72,7 +75,7 @@ class StreamedModel:
         return [name for name in self.stored if not name.startswith(f"{self.prefix}.")]
 
     def load_block(self, index: int) -> nn.Module:
-        """Load layer `index` into the model, until `free_block`."""
+        """Load layer `index` into the model; `free_block` frees it."""
         block = copy.deepcopy(self._empty[index])
         self._fill(block, index)
         self.blocks[index] = block
@@ -103,8 +106,8 @@ class StreamedModel:
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> BlockInputs:
-        """`BlockwiseModel.embed`; everything outside the layers but the head must be loaded (`outer`)."""
-        # They run once, to see what layers of their class return.
+        """`BlockwiseModel.embed`; everything outside the layers except the head must be loaded (`outer`)."""
+        # Each runs once, to see what layers of its class return.
         unknown = self.blockwise.unknown_blocks()
         for index in unknown:
             self.load_block(index)
@@ -118,10 +121,11 @@ class StreamedModel:
     def running(
         self, held: bool, pack: Callable[[nn.Linear], nn.Module] | None = None, with_head: bool = True
     ) -> Iterator[PreTrainedModel]:
-        """While inside, the model runs as a whole.
+        """Context manager in which the model can run as a whole.
 
-        held: its layers stay in memory; otherwise each is read before it runs, and freed after it. pack: makes the module that runs in place
-        of each linear of a held model. with_head: the output embedding is loaded too.
+        held: keep the layers in memory; otherwise each layer is read before it runs and freed afterwards.
+        pack: returns the module that runs instead of a linear of a held model.
+        with_head: also load the output embedding.
         """
         hooks: list[RemovableHandle] = []
         head = self.model.get_output_embeddings()
