@@ -25,7 +25,7 @@ def licence_of(source: Source) -> str | None:
 
 def _front_matter(card: Path) -> dict[str, object]:
     try:
-        if not card.is_file():  # opening a pipe waits for whoever writes to it
+        if not card.is_file():  # opening a pipe would wait for a writer
             return {}
         with card.open(encoding="utf-8") as file:
             head, separator, rest = file.read(LARGEST_CARD).partition("---\n")
