@@ -1,4 +1,4 @@
-"""`save_pretrained` of a loaded model: a whole checkpoint again, with its record, its card and its sentence."""
+"""`save_pretrained` of a loaded model: writes a complete checkpoint with its record and model card."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from halfplate.storage.tensor_file import sha256_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What write_record adds, and what belongs to the weights as they were.
+# Entries that write_record adds again, or that describe the weights before saving.
 WRITTEN = ("format_version", "versions", "tensors")
 
 
 class SavePretrained:
-    """`save_pretrained` of one model, which its class cannot have: transformers hands no quantizer the folder.
+    """The `save_pretrained` of one model. It replaces that of the class, because transformers does not pass the folder to quantizers.
 
-    Set as an attribute of the model, which it holds, so that `load(OUT).save_pretrained(...)` works; such a circle is freed by
-    the garbage collector. Copies and pickles refer to the copy.
+    It is set as an attribute of the model, so that `load(OUT).save_pretrained(...)` works. The reference cycle is freed by the
+    garbage collector. Copies and pickles refer to the copied model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -80,7 +80,7 @@ def _check_savable(model: Any, folder: Path, variant: str | None) -> None:
 
 
 def _drop_stale(folder: Path) -> None:
-    """Take away the weights that a whole file or an index left here before: transformers reads the file, whichever is newer."""
+    """Remove weights that an earlier single file or index left here, because transformers would read the single file."""
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
         min((single, index), key=lambda file: file.stat().st_mtime_ns).unlink()
