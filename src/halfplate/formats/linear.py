@@ -1,4 +1,4 @@
-"""The module that stands in a model where an `nn.Linear` stood."""
+"""The module that replaces an `nn.Linear` in a compressed model."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,19 +14,22 @@ from halfplate.formats.spec import WeightSpec
 
 
 class CompressedLinear(nn.Module):
-    """y = x (A S B)ᵀ + bias, with every stored tensor of `spec.layout()` registered under its name on disk.
+    """y = x (A S B)ᵀ + bias. Every stored tensor of `spec.layout()` is registered under its name on disk.
 
-    spec: shape and types of the matrix. bias: whether a bias (d_out,) is added. device: where the still empty tensors
-    are made (`meta` while transformers builds a model). bias_dtype: element type of the bias. dtype: that of the linear it stands for, in
-    which its model computes; the stored core, `weight`, has another. lender: the module whose input wrapper this one shares, where
-    its `spec` names one; it is not a part of the state of this module. `to(dtype)` changes the types of the bias and of what the
-    linear computes in; stored tensors keep theirs.
+    `to(dtype)` changes the type of the bias and the type to compute in; stored tensors keep their types.
+
+    spec: shape and types of the matrix.
+    bias: whether there is a bias (d_out,).
+    device: where the empty tensors are created (`meta` while transformers builds a model).
+    bias_dtype: element type of the bias.
+    dtype: type of the linear that it replaces, in which the model computes; the stored core, `weight`, has another type.
+    lender: the module whose input wrapper this one shares, if `spec` names one; not part of the state of this module.
     """
 
     weight: Tensor
     bias: Tensor | None
     lender: "CompressedLinear | None"
-    # The whole matrix (d_out, d_in), while `assembled` holds it.
+    # The full matrix (d_out, d_in) inside `assembled`.
     _whole: Tensor | None = None
 
     def __init__(
@@ -66,17 +69,17 @@ class CompressedLinear(nn.Module):
         return module.requires_grad_(False)
 
     def stored(self) -> dict[str, Tensor]:
-        """The module's own tensors by their name in `spec.layout()`, and `bias` where it has one."""
+        """The module's own tensors by their name in `spec.layout()`, and `bias` if there is one."""
         tensors: dict[str, Tensor] = {name: getattr(self, name) for name in self.spec.layout()}
         return tensors if self.bias is None else tensors | {"bias": self.bias}
 
     def lend(self, lender: "CompressedLinear | None") -> None:
-        """Make `lender` the module whose input wrapper this one applies."""
-        # Not as a submodule: its tensors belong to the module that stores them.
+        """Set the module whose input wrapper this one applies."""
+        # Not a submodule, because its tensors belong to the module that stores them.
         object.__setattr__(self, "lender", lender)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that the module computes with, `stored()` and what it shares; HalfplateError where that is not at hand."""
+        """All tensors that the module computes with: `stored()` and shared ones; raises HalfplateError if those are not available."""
         stored = self.stored()
         if self.spec.in_shared is None:
             return stored
@@ -93,18 +96,18 @@ class CompressedLinear(nn.Module):
 
     @property
     def matrix(self) -> Chain:
-        """The matrix that this module applies, over the tensors of the module and of its lender."""
+        """The matrix of this module, over its tensors and those of its lender."""
         return Chain.from_tensors(self.spec, self.tensors())
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """The weight (d_out, d_in) in fp32, multiplied out, and the bias (d_out,)."""
+        """The full weight (d_out, d_in) in fp32, and the bias (d_out,)."""
         return self.matrix.dense(), None if self.bias is None else self.bias.float()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         stored = {name: getattr(self, name).data for name in self.spec.layout()}
         super()._apply(fn, recurse)
-        # `model.to(dtype)` names the type to compute in; in another, what is stored would round.
+        # `model.to(dtype)` sets the type to compute in. Stored tensors keep theirs, because casting would round them.
         for name, before in stored.items():
             after = getattr(self, name)
             if after.dtype != before.dtype:
@@ -122,7 +125,7 @@ class CompressedLinear(nn.Module):
 
 @contextmanager
 def assembled(module: nn.Module) -> Iterator[None]:
-    """While inside, every CompressedLinear below `module` multiplies by its whole matrix, which is cheapest for many tokens."""
+    """Context manager in which every CompressedLinear below `module` multiplies by its full matrix, which is fastest for many tokens."""
     linears = [part for part in module.modules() if isinstance(part, CompressedLinear)]
     try:
         for linear in linears:

@@ -1,4 +1,4 @@
-"""Matrices of one input that share their input wrapper: solved as one, stored apart, the wrapper with the first of them."""
+"""Matrices that share their input wrapper: solved as one and stored separately, with the wrapper in the first one."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from halfplate.formats.spec import WeightSpec
 
 
 def check_shared(specs: Mapping[str, WeightSpec]) -> None:
-    """Raise HalfplateError unless every `in_shared` names a matrix with an input wrapper of its own that fits."""
+    """Raise HalfplateError unless every `in_shared` names a matrix with its own matching input wrapper."""
     for name, spec in specs.items():
         if spec.in_shared is None:
             continue
@@ -35,7 +35,7 @@ def check_shared(specs: Mapping[str, WeightSpec]) -> None:
 
 
 def connect(model: nn.Module) -> None:
-    """Let every CompressedLinear of `model` that shares the wrapper of another find it; names are relative to `model`."""
+    """Connect every CompressedLinear of `model` that shares a wrapper to the one that stores it; names are relative to `model`."""
     for module in model.modules():
         if isinstance(module, CompressedLinear) and module.spec.in_shared is not None:
             lender = model.get_submodule(module.spec.in_shared)
@@ -43,7 +43,7 @@ def connect(model: nn.Module) -> None:
 
 
 def share(specs: Mapping[str, WeightSpec], groups: Iterable[Sequence[str]]) -> dict[str, WeightSpec]:
-    """`specs` with one input wrapper in each of `groups`, at the first of its names; where there is none, nothing changes."""
+    """`specs` with one input wrapper for each of `groups`, stored by the first name; without groups, nothing changes."""
     shared = dict(specs)
     for first, *others in groups:
         for name in others:
@@ -52,7 +52,7 @@ def share(specs: Mapping[str, WeightSpec], groups: Iterable[Sequence[str]]) -> d
 
 
 def sharing_groups(specs: Mapping[str, WeightSpec]) -> list[list[str]]:
-    """The names of `specs` that share a wrapper together, each group and each lone matrix at the place of its first."""
+    """The names of `specs` in groups that share a wrapper; a matrix that shares none is a group of its own."""
     groups: dict[str, list[str]] = {name: [name] for name, spec in specs.items() if spec.in_shared is None}
     for name, spec in specs.items():
         if spec.in_shared is not None:
@@ -61,9 +61,9 @@ def sharing_groups(specs: Mapping[str, WeightSpec]) -> list[list[str]]:
 
 
 def stacked_spec(specs: Sequence[WeightSpec]) -> WeightSpec:
-    """The one matrix that the rows of all `specs` make, each padded so that no block of A straddles two.
+    """The specification of all `specs` stacked, each padded so that no block of A straddles two.
 
-    Raises HalfplateError unless they differ in d_out alone.
+    Raises HalfplateError unless they differ only in d_out.
     """
     first = specs[0].alone
     for spec in specs:
@@ -75,7 +75,7 @@ def stacked_spec(specs: Sequence[WeightSpec]) -> WeightSpec:
 
 
 def stacked(weights: Sequence[Tensor], specs: Sequence[WeightSpec]) -> Tensor:
-    """`weights` (d_out, d_in) each, below one another with rows of zeros between, as `stacked_spec` has it."""
+    """`weights` (d_out, d_in) stacked with rows of zeros between them, as in `stacked_spec`."""
     if len(weights) == 1:
         return weights[0]
     padded = [
@@ -86,7 +86,7 @@ def stacked(weights: Sequence[Tensor], specs: Sequence[WeightSpec]) -> Tensor:
 
 
 def split(matrix: Chain, specs: Sequence[WeightSpec]) -> list[Chain]:
-    """The matrices of `specs` from the stacked one, exactly; all have its input wrapper."""
+    """The matrices of `specs` from the stacked matrix, exactly; all have its input wrapper."""
     if len(specs) == 1:
         return [matrix]
     matrices, start = [], 0
@@ -98,6 +98,6 @@ def split(matrix: Chain, specs: Sequence[WeightSpec]) -> list[Chain]:
 
 
 def _padded(spec: WeightSpec) -> int:
-    """Rows up to where the next matrix can begin, so that nothing straddles two."""
+    """Number of rows including padding before the next matrix, so that nothing straddles two."""
     together = lcm(*(part.rows_together(spec) for part in spec.classes))
     return -(-spec.d_out // together) * together
