@@ -80,8 +80,8 @@ def report(found: dict[str, list[dict[str, Any]]], each: float, count: int) -> s
     lines = [
         f"`python benchmarks/cluster.py` · {machine()}",
         table(["2 workers", *(f"{phase}, s" for phase in PHASES)], rows),
-        f"Ray over local, of the solve time: solving {more['solving'] / solving:+.1%}, statistics and solving "
-        f"{(more['statistics'] + more['solving']) / solving:+.1%}. Scheduling of {count} tasks that do nothing: {each:.2f} ms each. "
+        f"Overhead of Ray relative to the solving time of local: solving {more['solving'] / solving:+.1%}, statistics and solving "
+        f"{(more['statistics'] + more['solving']) / solving:+.1%}. Scheduling of {count} empty tasks: {each:.2f} ms each. "
         f"Medians of {len(found['ray'])} round{'s' * (len(found['ray']) > 1)} with `{' '.join(SHORT)}`; both engines wrote the same weights.",
     ]
     return "\n\n".join(lines)

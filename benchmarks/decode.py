@@ -1,10 +1,10 @@
-"""Whole models: tokens a second, bytes of weights, time to load, beside the dense model and llama.cpp.
+"""Whole models: tokens per second, bytes of weights and loading time, compared with the original model and llama.cpp.
 
     python benchmarks/decode.py --smollm2 CHECKPOINT ...    checkpoints of SmolLM2-135M, each with perplexity and KL
     python benchmarks/decode.py --llama                     a Llama of 1.1B random weights, and llama.cpp where installed
     python benchmarks/decode.py --load                      time to load a checkpoint of that shape
 
-Each part writes its own section of RESULTS.md. All models of a table take turns in one process; ratios are medians of
+Each part writes its own section of RESULTS.md. All models of a table alternate in one process; ratios are medians of
 ratios within a round. Checkpoints with cores of int8 and int4 are measured with float and with int8 activations, and
 perplexity and KL are those of that mode. Give `--threads 1`, `2`, or both. The Llama needs 16 GB and about ten minutes a
 number of threads.
@@ -44,7 +44,7 @@ from halfplate.formats import CompressedLinear
 from halfplate.models.sources import load_dense
 from halfplate.runtime import accelerate
 
-SAME_LOOP = "dense bf16, our loop"
+SAME_LOOP = "original bf16, native decoder"
 WINDOWS, SEQ_LEN = 16, 1024
 CORES = {"bf16": ("bf16", "float"), "w8a8": ("int8", "int8"), "w4a8": ("int4", "int8")}
 PEERS = ("Q8_0", "Q4_0")
@@ -59,10 +59,10 @@ class Table:
         self._memory = speed.PeakMemory()
 
     def dense(self, full: Any, head_dtype: str | None) -> None:
-        """The fp32 model through transformers, also in bf16, and in kernel layout through our loop."""
-        self._add("dense fp32", transformers_contender(full), full)
+        """The original model in transformers in fp32 and bf16, and packed for the kernels in the native decoder."""
+        self._add("original fp32", transformers_contender(full), full)
         half = bench.cast_copy(full, torch.bfloat16)
-        self._add("dense bf16", transformers_contender(half), half)
+        self._add("original bf16", transformers_contender(half), half)
         self.ours(SAME_LOOP, bench.packed_dense(full, head_dtype))
 
     def ours(self, name: str, model: Any, by_generate: bool = False) -> None:
@@ -85,14 +85,14 @@ class Table:
         print(f"{name}: ready", flush=True)
 
     def time(self, new_tokens: int, rounds: int) -> dict[str, Any]:
-        """Figures of every contender, with ratios to the faster dense model and to the dense weights in our loop."""
+        """Figures of every contender, with ratios to the faster original and to the original in the native decoder."""
         timed = bench.time_rounds(self.entries, self.ids, new_tokens, rounds)
         return {"read": median(timed.bandwidth), "rows": {name: self._row(name, timed) for name in self.entries}}
 
     def _row(self, name: str, timed: Rounds) -> dict[str, Any]:
         row = timed.figures(name, self.entries[name])
         for what, rates in (("decode", timed.decode), ("prefill", timed.prefill)):
-            best = max(("dense fp32", "dense bf16"), key=lambda dense: median(rates(dense)))
+            best = max(("original fp32", "original bf16"), key=lambda dense: median(rates(dense)))
             row[f"{what}_speedup"] = speed.paired_ratio(rates(name), rates(best))
             row[f"{what}_dense"] = best
         row["weights_speedup"] = speed.paired_ratio(timed.decode(name), timed.decode(SAME_LOOP))
@@ -207,10 +207,11 @@ def _fresh_seconds(code: str, folder: Path) -> float:
 
 def speed_table(result: dict[str, Any], scored: bool) -> str:
     """One table of contenders."""
-    header = ["", "decode, tokens/s", "× faster dense", "× dense in our loop", "prefill, tokens/s", "× faster dense"]
-    header += ["weights, MB", "linears, MB", "of dense bf16", "GB/s", "of read bandwidth"]
+    header = ["", "decode, tokens/s", "× faster original", "× original in the native decoder"]
+    header += ["prefill, tokens/s", "× faster original"]
+    header += ["weights, MB", "linears, MB", "of original bf16", "GB/s", "of read bandwidth"]
     rows = []
-    bf16_linears = result["rows"]["dense bf16"]["linear_bytes"]
+    bf16_linears = result["rows"]["original bf16"]["linear_bytes"]
     for name, row in result["rows"].items():
         cells = [
             f"{row['decode_tokens_per_s']:.1f}",
@@ -225,7 +226,7 @@ def speed_table(result: dict[str, Any], scored: bool) -> str:
             f"{row['read_share']:.2f}",
         ]
         if scored:
-            dense = name.startswith("dense")
+            dense = name.startswith("original")
             through = name.removesuffix(", through generate")
             score = result["rows"][through]
             cells += ["", "0"] if dense else [f"{score['perplexity']:.2f}", f"{score['kl']:.3f}"]
@@ -235,7 +236,7 @@ def speed_table(result: dict[str, Any], scored: bool) -> str:
     header += ["perplexity", "KL"] if scored else []
     first = next(iter(result["rows"].values()))
     return (
-        f"Memory read {result['read'] / 1e9:.1f} GB/s; faster dense: {first['decode_dense']} in decoding, "
+        f"Memory read {result['read'] / 1e9:.1f} GB/s; faster original: {first['decode_dense']} in decoding, "
         f"{first['prefill_dense']} in prefill.\n\n" + table(header, rows)
     )
 

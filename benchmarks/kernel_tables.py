@@ -48,7 +48,7 @@ def one_shape(results: Results, shape: Shape, threads: int) -> str:
             + [f"{read_share(found, name):.2f}"]
         )
     rows += [[name, "", "not installed", "", "", ""] for name in found["absent"]]
-    header = ["kernel", "bytes a weight", "ms", "× torch fp32", "× torch bf16", "of read bandwidth"]
+    header = ["kernel", "bytes per weight", "ms", "× torch fp32", "× torch bf16", "of read bandwidth"]
     read = median(found["read"]) / 1e9
     return (
         f"{shape[0]}×{shape[1]}, one token, {threads} thread{'s' * (threads > 1)}; memory read {read:.1f} GB/s\n\n"
@@ -57,7 +57,7 @@ def one_shape(results: Results, shape: Shape, threads: int) -> str:
 
 
 def other_shapes(results: Results, shapes: tuple[Shape, ...], threads: int) -> str:
-    """Our kernels at one token, as times of torch's faster dense linear."""
+    """Our kernels at one token: the speedup over the faster dense linear of torch."""
     rows = []
     for shape in shapes:
         found = results[key("plain", shape, threads, 1)]
@@ -68,7 +68,7 @@ def other_shapes(results: Results, shapes: tuple[Shape, ...], threads: int) -> s
 
 
 def batches(results: Results, shape: Shape, threads: int, sizes: tuple[int, ...]) -> str:
-    """Every contender by batch, as times of torch's faster dense linear."""
+    """Every contender by batch: the speedup over the faster dense linear of torch."""
     found = {batch: results[key("plain", shape, threads, batch)] for batch in sizes}
     names = [name for name in found[sizes[0]]["seconds"] if name in found[sizes[-1]]["seconds"]]
     rows = [["*ms of torch's faster*"] + [_best_ms(found[batch]) for batch in sizes]]
@@ -112,8 +112,9 @@ def armor(results: Results, shape: Shape, threads: int, sizes: tuple[int, int] =
             1 / times(many, name, core),
         ]
         rows.append([name, *(f"{cell:.3f}" if index == 1 else f"{cell:.2f}" for index, cell in enumerate(cells))])
-    header = ["linear", "bytes over core", "ms, one token", "time over core", f"× torch ({faster_torch(one)[6:]})"]
-    header += [f"batch {sizes[1]}: × torch fp32", f"batch {sizes[1]}: time over core"]
+    header = ["linear", "bytes, relative to the core", "ms, one token", "time, relative to the core"]
+    header += [f"× torch ({faster_torch(one)[6:]})"]
+    header += [f"batch {sizes[1]}: × torch fp32", f"batch {sizes[1]}: time, relative to the core"]
     return f"{threads} thread{'s' * (threads > 1)}\n\n" + table(header, rows)
 
 
@@ -124,15 +125,16 @@ def report(results: Results, shapes: tuple[Shape, ...], sizes: tuple[int, ...], 
     for count in threads:
         parts += [f"### One token, {count} thread{'s' * (count > 1)}", one_shape(results, shapes[0], count)]
         parts += [
-            "Times torch's faster dense linear (in brackets: of read bandwidth):",
+            "Speedup over the faster dense linear of torch (in brackets: share of the read bandwidth):",
             other_shapes(results, shapes, count),
         ]
-    parts += ["### What sparsity gives alone", "2:4 against our own dense kernel of the same precision, one token:"]
+    parts += ["### The gain from sparsity alone"]
+    parts += ["2:4 compared with Halfplate's dense kernel of the same precision, one token:"]
     parts += [sparsity(results, shapes, threads), "### Batches"]
     for count in threads:
         shape = f"{shapes[0][0]}×{shapes[0][1]}"
-        parts += [f"{shape}, {count} thread{'s' * (count > 1)}, times torch's faster dense linear:"]
+        parts += [f"{shape}, {count} thread{'s' * (count > 1)}, speedup over the faster dense linear of torch:"]
         parts += [batches(results, shapes[0], count, sizes)]
-    parts += ["### Wrappers", f"Whole ARMOR linears of {shapes[0][0]}×{shapes[0][1]}:"]
+    parts += ["### Wrappers", f"ARMOR linears of {shapes[0][0]}×{shapes[0][1]}, with wrappers:"]
     parts += [armor(results, shapes[0], count) for count in threads]
     return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""Seconds to plan a model by the number of its matrices: a small Llama whose linears are counted many times, as experts would be.
+"""The time to plan a model with many matrices: a small Llama whose linears are listed many times, as experts would be.
 
 python benchmarks/plan_size.py --matrices 1000 10000 100000
 """
@@ -22,7 +22,7 @@ from halfplate.recipe import Recipe
 
 @contextmanager
 def repeated(matrices: int) -> Iterator[None]:
-    """While inside, a plan finds each linear so often under other names that there are at least `matrices`."""
+    """Context manager in which a plan finds each linear under many names, so that there are at least `matrices`."""
     find = making.find_linears
 
     def many(*args: Any) -> tuple[list[FoundLinear], Any]:
@@ -48,7 +48,9 @@ def main() -> None:
             vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2
         )
         LlamaForCausalLM(config).save_pretrained(folder)
-        print("| matrices | seconds of make_plan | seconds of JSON and of the check of room |\n|---:|---:|---:|")
+        print(
+            "| matrices | seconds for `make_plan` | seconds for its JSON and the check of memory and disk |\n|---:|---:|---:|"
+        )
         for matrices in options.matrices:
             with repeated(matrices):
                 begin = time.perf_counter()

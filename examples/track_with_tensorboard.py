@@ -1,4 +1,4 @@
-"""Follow a compression in TensorBoard: any tracker of experiments is a function that is told of every step.
+"""Follow a compression in TensorBoard. Any experiment tracker works: it is a function that is called at every step.
 
 pip install tensorboard
 python examples/track_with_tensorboard.py MODEL OUT runs/first --block-size 16
@@ -16,7 +16,7 @@ from halfplate.recipe import Recipe
 
 
 class TensorBoard:
-    """A report (`halfplate.telemetry.progress.Report`) that draws what it is told of every matrix."""
+    """A report (`halfplate.telemetry.progress.Report`) that draws the figures of every matrix."""
 
     def __init__(self, folder: str) -> None:
         self.writer = SummaryWriter(folder)

@@ -88,7 +88,7 @@ def test_bad_values_of_the_examples_are_one_line(examples, tmp_path, tiny_folder
         create("wanda-scaled", limit=0.0)
     with pytest.raises(HalfplateError, match="core_dtype='bf16'"):
         make_plan(str(tiny_folder), Recipe(method="ternary"))
-    with pytest.raises(HalfplateError, match="names no folder"):
+    with pytest.raises(HalfplateError, match="is not a folder"):
         read_text(f"folder:{tmp_path / 'none'}")
     (tmp_path / "empty").mkdir()
     with pytest.raises(HalfplateError, match="holds no"):

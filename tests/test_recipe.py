@@ -36,8 +36,8 @@ def test_method_options_get_the_type_of_the_method():
         ({"threads": 0}, "threads=0"),
         ({"pattern": "2-4"}, "pattern='2-4' is not of the form N:M"),
         ({"pattern": "4:4"}, "pattern=4:4"),
-        ({"pattern": "dense"}, "pattern='dense' keeps every value, which method 'wanda' does not do; use pattern 2:4"),
-        ({"pattern": "2:4", "method": "rtn"}, "pattern='2:4' drops values, which method 'rtn' does not do"),
+        ({"pattern": "dense"}, "pattern='dense' is not supported by method 'wanda'; use pattern 2:4"),
+        ({"pattern": "2:4", "method": "rtn"}, "pattern='2:4' is not supported by method 'rtn'"),
         (
             {"method": "rtn"},
             "core_dtype='bf16' is not a quantised type, and method 'rtn' only quantises; use int8",

@@ -1,7 +1,7 @@
-"""One-shot N:M compression of large language models with ARMOR: half the size, least loss, no retraining.
+"""One-shot compression of large language models with ARMOR, without retraining.
 
-After `import halfplate`, `AutoModelForCausalLM.from_pretrained` of transformers loads Halfplate checkpoints. The verbs
-of the command line are functions here; their modules are imported when they are first used.
+After `import halfplate`, `AutoModelForCausalLM.from_pretrained` of transformers loads Halfplate checkpoints. The
+commands are functions here. Their modules are imported on first use.
 """
 
 from importlib import import_module
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from halfplate.checkpoint.quantization import HalfplateConfig
     from halfplate.checkpoint.read import inspect_checkpoint as inspect
     from halfplate.checkpoint.read import load
+    from halfplate.compression.compress import compress
     from halfplate.evaluation.bench import bench
     from halfplate.evaluation.generate import generate
     from halfplate.evaluation.judge import evaluate
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from halfplate.recipe import Recipe
     from halfplate.recovery.settings import Recovery
     from halfplate.sweeps import sweep
-    from halfplate.verbs import compress, plan, recover, write_report
+    from halfplate.verbs import plan, recover, write_report
 
     __version__: str
 
@@ -49,7 +50,7 @@ _FOUND_IN = {
     "Recipe": ("halfplate.recipe", "Recipe"),
     "Recovery": ("halfplate.recovery.settings", "Recovery"),
     "bench": ("halfplate.evaluation.bench", "bench"),
-    "compress": ("halfplate.verbs", "compress"),
+    "compress": ("halfplate.compression.compress", "compress"),
     "evaluate": ("halfplate.evaluation.judge", "evaluate"),
     "export": ("halfplate.exports", "export"),
     "generate": ("halfplate.evaluation.generate", "generate"),

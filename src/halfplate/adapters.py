@@ -33,7 +33,7 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
         variant = super().resolve_lora_variant(**kwargs)
         if variant is not None:
             raise HalfplateError(
-                f"{type(variant).__name__} of peft is not made for compressed linears; leave its option out",
+                f"{type(variant).__name__} of peft is not supported for compressed linears; leave the option out",
                 docs="docs/ecosystem.md",
             )
 
@@ -72,7 +72,7 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
                     added = self.lora_B[name].bias.data * self.scaling[name]
                     bias = added.to(weight) + (0 if bias is None else bias)
         if safe_merge and not torch.isfinite(weight).all():
-            raise HalfplateError(f"adapter_names={adapter_names} give weights that are not finite; train them anew")
+            raise HalfplateError(f"adapter_names={adapter_names} give weights that are not finite; train them again")
         d_out, d_in = weight.shape
         merged = nn.Linear(d_in, d_out, bias is not None, device="meta")
         merged.load_state_dict({"weight": weight.detach()} | ({} if bias is None else {"bias": bias}), assign=True)
@@ -80,7 +80,7 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
 
     def merge(self, *_: Any, **__: Any) -> None:
         """Refused: a compressed matrix has no place for a dense sum."""
-        raise HalfplateError("merge_adapter() would need full weights; call merge_and_unload(), which makes them")
+        raise HalfplateError("merge_adapter() needs full-size weights; call merge_and_unload() instead")
 
 
 def adapted(config: LoraConfig) -> LoraConfig:

@@ -19,6 +19,6 @@ def check_device(name: Any) -> None:
     """Raise HalfplateError unless `name`, a torch device, is one that this machine can compute on."""
     kind = device_kind(name)
     if kind == "meta":
-        raise HalfplateError(f"device={name!r} holds no values to compute with; try --device cpu")
+        raise HalfplateError(f"device={name!r} stores no values; try --device cpu")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise HalfplateError(f"device={name!r} is not there (torch finds no CUDA GPU); try --device cpu")
+        raise HalfplateError(f"device={name!r} is not available (torch finds no CUDA GPU); try --device cpu")

@@ -18,7 +18,7 @@ def check_memory(what: str, nbytes: int, argument: str, value: int) -> None:
     if nbytes <= free:
         return
     most = value * free // nbytes
-    cure = f"try {argument}={most} or less" if most else "use a machine with more"
+    cure = f"try {argument}={most} or less" if most else "use a machine with more memory"
     raise HalfplateError(
         f"{what} need {spoken(nbytes)} of memory, but this process can use only {spoken(free)} more; {cure}"
     )

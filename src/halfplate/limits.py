@@ -44,7 +44,7 @@ def check_resumed_threads(threads: int) -> None:
     if threads > MOST_PER_CORE * cores():
         raise HalfplateError(
             f"--resume: the run was begun with threads={threads}, and this machine has {cores()} cores; resume it on a machine with more "
-            "cores, or pass --overwrite in place of --resume to start afresh"
+            "cores, or pass --overwrite instead of --resume to start over"
         )
 
 

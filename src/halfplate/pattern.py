@@ -18,7 +18,7 @@ class Pattern:
 
     def __post_init__(self) -> None:
         if not (0 < self.n < self.m <= 256 or self.is_dense):
-            raise HalfplateError(f"pattern={self} must keep fewer than M of M, with 0 < N < M <= 256; try 2:4")
+            raise HalfplateError(f"pattern={self} must be N:M with 0 < N < M <= 256; try 2:4")
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":

@@ -169,7 +169,7 @@ class Recipe:
             raise HalfplateError(f"token_limit={self.token_limit} must be a positive number, or none; try 10")
         if self.tune_block and self.inputs != "compressed":
             raise HalfplateError(
-                f"tune_block={self.tune_block} tunes a layer on the outputs of the compressed layers before it; use inputs compressed"
+                f"tune_block={self.tune_block} needs inputs='compressed', received {self.inputs!r}; use inputs compressed"
             )
         self._check_budget()
         self._check_ratios()
@@ -187,7 +187,7 @@ class Recipe:
     def _check_budget(self) -> None:
         if self.budget is not None and self.time_budget is not None:
             raise HalfplateError(
-                f"budget={self.budget}, time_budget={self.time_budget}: they exclude each other; leave one out"
+                f"budget={self.budget} and time_budget={self.time_budget} exclude each other; leave one out"
             )
         for name in ("budget", "time_budget"):
             if (value := getattr(self, name)) is not None and not 0 < value <= 1:

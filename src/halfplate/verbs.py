@@ -1,4 +1,4 @@
-"""The verbs of the command line that take a recipe or settings, with their names, arguments and defaults."""
+"""The public functions of `plan`, `recover` and `report`, with the names, arguments and defaults of the command line."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from halfplate.arguments import path_text
-from halfplate.compression import compress as compression
 from halfplate.errors import HalfplateError
 from halfplate.planning import Plan, make_plan
 from halfplate.recipe import Recipe, RecipeFields
@@ -15,7 +14,6 @@ from halfplate.recovery.settings import Recovery
 from halfplate.registry import unknown
 from halfplate.report import page
 from halfplate.report.settings import Measuring
-from halfplate.statistics import Statistic
 from halfplate.telemetry.progress import Report, silent
 
 
@@ -26,10 +24,13 @@ def plan(
     workers: int = 1,
     **options: Unpack[RecipeFields],
 ) -> Plan:
-    """Plan the compression of `model`, reading its configuration and no weight.
+    """Plan the compression of `model` from its configuration, without reading weights.
 
-    recipe: a Recipe or the path of a YAML file; options: fields of Recipe that override it, as flags do. benchmark: time this machine
-    for a few seconds (one tensor is read), to estimate the time. workers: number of processes of the run.
+    - recipe: a Recipe or the path of a YAML file
+    - benchmark: measure this machine for a few seconds to estimate the time; this reads one tensor
+    - workers: number of processes of the run
+    - options: fields of Recipe that override `recipe`
+
     Raises HalfplateError on bad input.
 
     ```pycon
@@ -40,54 +41,6 @@ def plan(
     ```
     """
     return make_plan(path_text("model", model), Recipe.of(recipe, **options), benchmark, workers)
-
-
-def compress(
-    model: str | Path,
-    out: str | Path,
-    recipe: Recipe | str | Path | None = None,
-    overwrite: bool = False,
-    report: Report = silent,
-    statistics: Statistic = Statistic.NONE,
-    resume: bool = False,
-    engine: str = "local",
-    workers: int | None = None,
-    address: str | None = None,
-    benchmark: bool = True,
-    check: bool = True,
-    **options: Unpack[RecipeFields],
-) -> dict[str, Any]:
-    """Compress `model`, write the checkpoint `out` with its log, and return the JSON object of `halfplate compress --json`.
-
-    recipe, options: as in `plan`. report: called at every step (`halfplate.telemetry.progress.Report`). statistics: collect at
-    least these, so that methods that need less are judged by the true output error too. resume: continue an interrupted
-    run of the same model, recipe and text beside `out`. engine, workers, address: where the tasks run, `local` or `ray`; the result is the same.
-    benchmark: whether the plan of a long run may time this machine for a few seconds.
-    check: compare the result with the solved weights and with the original model before `out` is written.
-    Raises HalfplateError on bad input and if memory or disk are too small, with nothing written, RuinedResult if the
-    self-check fails, with nothing written, and after writing if the KL exceeds `max_kl`.
-
-    ```pycon
-    >>> summary = halfplate.compress("tiny", "tiny-armor", samples=4, seq_len=32, method_options={"iterations": 2})
-    >>> summary["method"], len(summary["matrices"])
-    ('armor', 14)
-
-    ```
-    """
-    return compression.compress(
-        path_text("model", model),
-        path_text("out", out),
-        Recipe.of(recipe, **options),
-        overwrite,
-        report,
-        statistics,
-        resume,
-        engine,
-        workers,
-        address,
-        benchmark,
-        check,
-    )
 
 
 def recover(
@@ -104,9 +57,14 @@ def recover(
 ) -> dict[str, Any] | None:
     """Train the checkpoint `model` towards the original `teacher` with fixed masks, write `out` and return the summary.
 
-    settings, options: a Recovery, and fields that override it; tokens or minutes must be given. resume: go on from the state that
-    an interrupted run left, which is saved every `save_minutes`. Under `accelerate launch` all processes but the main one
-    return None. Raises HalfplateError on bad input, RuinedResult after writing if the held-out KL did not fall.
+    - settings: a Recovery
+    - resume: continue an interrupted run from its last save
+    - report: called at every step (`halfplate.telemetry.progress.Report`)
+    - save_minutes: minutes between saves
+    - options: fields of Recovery that override `settings`; `tokens` or `minutes` is required
+
+    Under `accelerate launch`, only the main process returns the summary; the others return None.
+    Raises HalfplateError on bad input, and RuinedResult, after writing `out`, if the held-out KL did not fall.
     """
     _check_options(options, [field.name for field in fields(Recovery)])
     if not isinstance(settings, Recovery | None):
@@ -123,16 +81,19 @@ def write_report(
     report: Report = silent,
     **options: Any,
 ) -> Path:
-    """Write the report of the checkpoint `path`, one self-contained HTML file, and return its path.
+    """Write the report of the checkpoint `path`, one self-contained HTML file, and return the path of the file.
 
-    file: None for `report.html` in the checkpoint. against: also measure quality, speed and answers beside this original model; the
-    result stays in the log of the checkpoint for later reports. options: how to measure, fields of `halfplate.report.settings.Measuring`.
+    - file: the file to write; None for `report.html` in the checkpoint
+    - against: original model to compare quality, speed and answers with; the results are kept for later reports
+    - report: called at every step (`halfplate.telemetry.progress.Report`)
+    - options: fields of `halfplate.report.settings.Measuring`, which need `against`
+
     Raises HalfplateError on bad input and if the file cannot be written.
     """
     _check_options(options, [field.name for field in fields(Measuring) if field.name != "against"])
     if options and against is None:
-        option = next(iter(options))
-        raise HalfplateError(f"{option} says how to measure, which needs the original model; give against")
+        name, value = next(iter(options.items()))
+        raise HalfplateError(f"{name}={value!r} is a measurement option; add against (--against ORIGINAL)")
     measuring = None if against is None else Measuring(path_text("against", against), **options)
     return page.write_report(path_text("path", path), file, measuring, report)
 

@@ -79,7 +79,7 @@ def test_a_budget_that_cannot_be_met_is_refused_before_any_work(tiny_folder):
     [
         ({"budget": 0.0}, "budget=0.0 must be a fraction"),
         ({"budget": 1.5}, "budget=1.5 must be a fraction"),
-        ({"budget": 0.5, "time_budget": 0.5}, "they exclude each other"),
+        ({"budget": 0.5, "time_budget": 0.5}, "exclude each other"),
         ({"search": "evolution"}, "search='evolution' looks for the best candidates within a budget; give --budget"),
         ({"budget": 0.5, "search": "annealing"}, "search='annealing' is not one of knapsack, evolution"),
         ({"budget": 0.5, "search": "evolution", "offspring": 0}, "offspring=0 is out of range"),

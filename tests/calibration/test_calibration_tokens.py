@@ -62,7 +62,7 @@ def test_numbers_that_cannot_work_are_refused(model: Any, tiny_tokenizer: Any, t
     for samples, seq_len, expected in [
         (0, 16, "samples=0"),
         (2, 0, "seq_len=0"),
-        (2, 129, "seq_len=129 is beyond the 128 positions"),
+        (2, 129, "seq_len=129 exceeds the 128 positions"),
     ]:
         with pytest.raises(HalfplateError, match=expected):
             calibration_tokens(source, model, tiny_tokenizer, samples, seq_len, seed=0)

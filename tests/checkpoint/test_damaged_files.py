@@ -208,7 +208,7 @@ def test_a_stray_tensor_is_named(written: Any) -> None:
 def test_an_invalid_index_is_refused(written: Any) -> None:
     one = written()
     edit_tensors(one.folder, lambda tensors: tensors[f"{NAME}.weight_index"].__setitem__((3, 1), 0))
-    refused(one.folder, rf"{NAME}\.weight_index holds positions that do not rise", every)
+    refused(one.folder, rf"{NAME}\.weight_index holds positions that do not increase", every)
 
 
 GRID = [{"core_dtype": "int8", "out_block": 10, "in_block": 24, "wrapper_dtype": "int8"}]

@@ -94,11 +94,11 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(written: Any
     with pytest.raises(HalfplateError, match="variant='v1'"):
         model.save_pretrained(tmp_path / "saved", variant="v1")
     (tmp_path / "file").touch()
-    with pytest.raises(HalfplateError, match="is a file; name a folder"):
+    with pytest.raises(HalfplateError, match="is a file; choose a folder"):
         model.save_pretrained(tmp_path / "file")
     name = next(iter(one.specs))
     model.set_submodule(name, torch.nn.Linear(32, 32))
-    with pytest.raises(HalfplateError, match=f"{name} is a Linear, not a compressed matrix any more"):
+    with pytest.raises(HalfplateError, match=f"{name} is a Linear, no longer a compressed matrix"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 

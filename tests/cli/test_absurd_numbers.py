@@ -41,7 +41,7 @@ CASES = [
     (EVAL, "--windows", LARGE, ("windows=1000000000000 windows of seq_len=256 need", NEEDS, "try windows=")),
     (EVAL, "--seq-len", LARGE, ("the logits of seq_len=1000000000000 tokens need", NEEDS, "try seq_len=")),
     ([*EVAL, "--text", "TEXT"], "--windows", HUGE, (f"windows={HUGE}", NEEDS, "try windows=")),
-    ([*EVAL, "--text", "TEXT"], "--seq-len", HUGE, (f"seq_len={HUGE} is beyond the {2**40} positions",)),
+    ([*EVAL, "--text", "TEXT"], "--seq-len", HUGE, (f"seq_len={HUGE} exceeds the {2**40} positions",)),
     (BENCH, "--prompt", LARGE, ("after 1000000000000 tokens of prompt need", NEEDS)),
     (
         BENCH,

@@ -71,7 +71,7 @@ def test_bench_refuses(halfplate, checkpoint, tiny_folder, tiny_model, tmp_path)
     tiny_model(vocab_size=9, eos_token_id=2).save_pretrained(other)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (other / name).write_bytes((tiny_folder / name).read_bytes())
-    halfplate("bench", checkpoint, "--against", other, *QUICK).refused("against=", "another vocabulary")
+    halfplate("bench", checkpoint, "--against", other, *QUICK).refused("against=", "the same vocabulary")
 
 
 def test_bench_is_a_verb_of_the_package():

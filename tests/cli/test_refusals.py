@@ -17,7 +17,7 @@ QUICK = ("--samples", "4", "--seq-len", "32", "--threads", "1")
             ("pattern=20:32 keeps more than 16 of a group", "16:32"),
         ),
         (("--calibration", "missing.txt"), ("calibration='missing.txt' does not exist",)),
-        (("--seq-len", "4000"), ("seq_len=4000 is beyond the 128 positions",)),
+        (("--seq-len", "4000"), ("seq_len=4000 exceeds the 128 positions",)),
     ],
 )
 def test_plan_refuses_what_compress_refuses(halfplate, tiny_folder, tmp_path, verb, options, parts):

@@ -12,7 +12,7 @@ def test_the_verb(checkpoint, halfplate, tiny_folder, tmp_path):
     assert elsewhere.read_text() == (checkpoint / "report.html").read_text()
     halfplate("report", tiny_folder).refused("not a Halfplate checkpoint")
     halfplate("report", checkpoint, "-o", tmp_path / "no" / "page.html").refused("could not be written")
-    halfplate("report", checkpoint, "--windows", "3").refused("--windows", "--against")
+    halfplate("report", checkpoint, "--windows", "3").refused("windows=3", "--against")
     halfplate("report", checkpoint, "--against", tmp_path / "none").refused("does not exist")
 
 

@@ -210,7 +210,7 @@ def test_the_identity_is_there_twice(tiny_folder, tmp_path, monkeypatch):
     work = broken_off(tiny_folder, out, recipe, monkeypatch, 9)
     flip(work.identity_copy, 80)
     flip(work.identity, 80)
-    with pytest.raises(HalfplateError, match="and its copy are damaged or gone"):
+    with pytest.raises(HalfplateError, match="and its copy are damaged or missing"):
         compress(str(tiny_folder), out, recipe, resume=True)
     assert load_artifact(work.block(0)) is not None
     flip(work.identity_copy, 80)

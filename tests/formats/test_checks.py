@@ -48,7 +48,7 @@ def test_what_is_written_passes(spec: WeightSpec) -> None:
     ("spec", "part", "value", "complaint"),
     [
         (INT8, "weight", 0, "holds the code 0, expected 1 to 255"),
-        (INT8, "weight_index", 0, "holds positions that do not rise"),
+        (INT8, "weight_index", 0, "holds positions that do not increase"),
         (INT8, "weight_scales", -0.5, "holds -0.5, expected scales of 0 or more"),
         (INT8, "weight_scales", torch.inf, "holds NaN or inf"),
         (INT8, "weight_scales", torch.nan, "holds NaN or inf"),

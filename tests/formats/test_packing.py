@@ -65,8 +65,8 @@ def test_nibbles_are_low_first() -> None:
 @pytest.mark.parametrize(
     ("nm", "index", "kept", "complaint"),
     [
-        ((2, 4), [0b0000], 2, "do not rise"),
-        ((2, 4), [0b0001], 2, "do not rise"),
+        ((2, 4), [0b0000], 2, "do not increase"),
+        ((2, 4), [0b0001], 2, "do not increase"),
         ((2, 4), [0b0001_0100 | 0b1000_0000], 2, "padding bits"),
         ((1, 3), [0b11], 1, "position 3, expected below M=3"),
         ((1, 8), [0b1000], 1, "padding bits"),

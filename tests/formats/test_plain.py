@@ -102,5 +102,5 @@ def test_a_view_answers_for_dtype_device_and_shape():
 )
 def test_a_view_has_no_values(read):
     view = WeightView((6, 6), torch.float32, torch.device("cpu"))
-    with pytest.raises(HalfplateError, match=r"asks for the values of a weight .*restore\(model\)"):
+    with pytest.raises(HalfplateError, match=r"needs the values of a weight .*restore\(model\)"):
         read(view, torch.ones(6, 6))

@@ -69,7 +69,9 @@ def test_what_has_no_kernel_is_said_with_the_nearest_setting():
     fine, small = WeightSpec(8, 128), WeightSpec(8, 128, DENSE, "int4", group=32)
     assert without_kernel([fine]) is None
     said = without_kernel([fine, small, small])
-    assert said == f"2 of 3 matrices run by torch, slower than the original model: {GROUPS_OF_32}"
+    assert (
+        said == f"2 of 3 matrices have no kernel and run through torch, slower than the original model: {GROUPS_OF_32}"
+    )
     assert "--pattern 2:4" in without_kernel([WeightSpec(8, 16, Pattern(4, 8))])
     assert "low-rank part (rank=2)" in without_kernel([WeightSpec(8, 16, rank=2)])
     assert "permuted inputs" in without_kernel([WeightSpec(8, 16, permuted=True)])
@@ -87,7 +89,10 @@ def test_every_verb_says_it(tiny_folder, tmp_path, capsys):
 
     assert said in spoken("plan", str(tiny_folder), *options)
     assert said in spoken("compress", str(tiny_folder), "-o", out, *options, "--quiet")
-    assert f"kernels: 14 of 14 matrices run by torch, slower than the original model: {said}" in spoken("inspect", out)
+    assert (
+        f"kernels: 14 of 14 matrices have no kernel and run through torch, slower than the original model: {said}"
+        in spoken("inspect", out)
+    )
     assert f"halfplate: warning: {out}: 14 of 14" in spoken("generate", out, "One day", "--max-new-tokens", "1")
     assert "scales of 128 columns" in spoken("doctor")
     with pytest.warns(HalfplateWarning, match="--group-size 128"):

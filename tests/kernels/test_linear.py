@@ -194,7 +194,7 @@ def test_any_bytes_are_packed_in_bounds_or_refused(spec, activations, random):
 @pytest.mark.parametrize(
     ("part", "byte", "words"),
     [
-        ("weight_index", 0b0001, "positions that do not rise"),
+        ("weight_index", 0b0001, "positions that do not increase"),
         ("weight_scales", 0xFF, "NaN or inf"),
         ("weight_in_blocks", 0x80, "codes outside"),
     ],

@@ -344,12 +344,12 @@ def test_what_does_not_fit_is_refused(row: Row) -> None:
             compress(row, weight, replace(statistics, gram=torch.eye(36)), spec)
     if not row.block:
         with pytest.raises(
-            HalfplateError, match=rf"block_size=8 asks for wrappers, which method '{row.name}' does not make"
+            HalfplateError, match=rf"block_size=8 needs wrappers, which method '{row.name}' does not make"
         ):
             compress(row, weight, statistics, replace(spec, in_block=8))
     if not spec.permuted:
         with pytest.raises(
-            HalfplateError, match=rf"permuted=True asks for permuted inputs.* method '{row.name}' as configured"
+            HalfplateError, match=rf"permuted=True is not supported by method '{row.name}' as configured"
         ):
             compress(row, weight, statistics, replace(spec, permuted=True))
 

@@ -137,7 +137,7 @@ def test_a_name_that_a_rule_for_older_files_spoils(tiny_model, monkeypatch):
 def test_leftovers_of_quantisation_beside_plain_weights(tiny_folder, tmp_path, key):
     plain = load_dense(str(tiny_folder)).model.state_dict()
     edit_config(tiny_folder, **{key: {"quant_method": "gptq", "bits": 4}})
-    with pytest.warns(UserWarning, match="says that the weights are quantised .'gptq'.*hold plain ones"):
+    with pytest.warns(UserWarning, match="says that the weights are quantised .'gptq'.*hold plain weights"):
         loaded = load_dense(str(tiny_folder)).model.state_dict()
     assert all(torch.equal(loaded[name], plain[name]) for name in plain)
     written = output_config(tiny_folder, tmp_path)
@@ -162,8 +162,8 @@ def test_plain_weights_that_run_quantised_are_refused(tiny_folder):
         ({"output_attentions": True}, "output_attentions=True is left out"),
         ({"output_hidden_states": True}, "output_hidden_states=True is left out"),
         ({"return_dict": False}, "return_dict=False is left out"),
-        ({"pad_token_id": 4000}, "pad_token_id=4000 is not in the vocabulary of 320 tokens"),
-        ({"pad_token_id": -1}, "pad_token_id=-1 is not in the vocabulary of 320 tokens"),
+        ({"pad_token_id": 4000}, "pad_token_id=4000 is outside the vocabulary of 320 tokens"),
+        ({"pad_token_id": -1}, "pad_token_id=-1 is outside the vocabulary of 320 tokens"),
     ],
 )
 def test_entries_that_say_how_to_run_elsewhere(tiny_folder, tmp_path, entries, note):

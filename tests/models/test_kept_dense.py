@@ -43,12 +43,12 @@ def test_names_decide_where_sizes_do_not(tiny_model):
     found, skipped = find_linears(with_gates(tiny_model))
     place = "model.layers.0.gates."
     assert {module.name.removeprefix(place): module.reason for module in skipped} == {
-        "router.inner": "part of a router: decides where tokens go; not compressed",
-        "router_mlp.inner": "part of a router: decides where tokens go; not compressed",
-        "gate.inner": "part of a gate: decides what passes; not compressed",
-        "message_gate.inner": "part of a gate: decides what passes; not compressed",
-        "indexer.inner": "indexer: chooses the tokens that attention sees; not compressed",
-        "b_proj": "gate of the heads of linear attention, 4 outputs: tiny, and decides what is forgotten; not compressed",
+        "router.inner": "part of a router, which chooses the experts of a token; not compressed",
+        "router_mlp.inner": "part of a router, which chooses the experts of a token; not compressed",
+        "gate.inner": "part of a gate; not compressed",
+        "message_gate.inner": "part of a gate; not compressed",
+        "indexer.inner": "indexer, which chooses the tokens that attention sees; not compressed",
+        "b_proj": "gate of linear attention with only 4 outputs; not compressed",
     }
     taken = {linear.name.removeprefix(place) for linear in found if linear.name.startswith(place)}
     assert taken == {"gate_proj", "output_gate", "in_proj_a"}

@@ -73,7 +73,7 @@ def test_experts_and_routers_are_skipped_with_a_reason(tiny_model, architecture)
     model = tiny_model(architecture, num_local_experts=8, num_experts=8, moe_intermediate_size=16)
     found, skipped = find_linears(model)
     reasons = {module.name.rpartition(".")[2]: module.reason for module in skipped}
-    assert "8 experts held in 3-D tensors" in reasons["experts"]
+    assert "8 experts stored in 3-D tensors" in reasons["experts"]
     assert "use a model without experts" in reasons["experts"]
     assert "router of 8 experts" in reasons.get("gate", reasons.get("router"))
     assert any(linear.name.endswith("q_proj") for linear in found)

@@ -66,5 +66,5 @@ def test_other_methods_are_never_worse_off(tiny_folder, tmp_path, options):
 
 
 def test_tuning_needs_compressed_inputs():
-    with pytest.raises(HalfplateError, match="tune_block=5 tunes a layer on the outputs"):
+    with pytest.raises(HalfplateError, match="tune_block=5 needs inputs='compressed'"):
         Recipe(inputs="dense", tune_block=5)

@@ -200,8 +200,8 @@ def test_two_processes_do_what_one_does(wrapped, tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 330}, "has another vocabulary (330)"),
-        ({"num_hidden_layers": 3}, "has another number of blocks (3)"),
+        ({"vocab_size": 330}, "has a different vocabulary (330)"),
+        ({"num_hidden_layers": 3}, "has a different number of layers (3)"),
         ({"hidden_size": 64, "head_dim": 16}, "has another width (64)"),
     ],
 )
@@ -225,7 +225,7 @@ def test_a_teacher_whose_tokens_have_other_numbers_is_refused(wrapped, tiny_fold
     first, second = sorted(vocabulary, key=vocabulary.get)[10:12]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     file.write_text(json.dumps(tokenizer))
-    with pytest.raises(HalfplateError, match=r"has another vocabulary: token .* is 1[01] in it and 1[01] in the"):
+    with pytest.raises(HalfplateError, match=r"has a different vocabulary: token .* is 1[01] in it and 1[01] in the"):
         recover(wrapped, str(other), tmp_path / "out", Recovery(tokens=64, **FAST))
 
 

@@ -184,7 +184,7 @@ def test_a_cache_is_cropped_and_reset_like_transformers_own(tiny_model):
 @pytest.mark.parametrize(
     ("architecture", "options", "reason"),
     [
-        ("gemma2", {}, "Gemma2ForCausalLM is not of Llama's shape"),
+        ("gemma2", {}, "Gemma2ForCausalLM has no native step"),
         ("mistral", {}, "sliding window"),
         ("qwen2", {}, "sliding window"),
         ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),

@@ -125,12 +125,12 @@ def kill_tables(bench: Bench, options: argparse.Namespace) -> tuple[str, int]:
     header = [
         "engine",
         "kills",
-        "at an operation on a file",
+        "during a file operation",
         "finished matrices lost",
         "files that differ",
         "resumes that failed",
     ]
-    return table([*header, "phase in which it fell"], rows), bad
+    return table([*header, "phase of the kills"], rows), bad
 
 
 def fault_table(bench: Bench, names: Sequence[str]) -> tuple[str, int]:
@@ -171,10 +171,10 @@ def resume_cost(model: Path) -> str:
         again = statistics.median(halfplate(*compress, "--resume")[0] for _ in range(RESUME_RUNS))
     row = [f"{planned:.0f}", f"{whole:.0f}", f"{whole / planned:.2f}", f"{least:.2f} to {most:.2f}"]
     header = [
-        "plan says, s",
+        "time in the plan, s",
         "whole run, s",
-        "of what the plan says",
-        "time left said after the first block, of what was left",
+        "whole run, relative to the plan",
+        "remaining time shown after the first layer, relative to the actual",
     ]
     return table([*header, "--resume with nothing left, s", "share"], [[*row, f"{again:.1f}", f"{again / whole:.1%}"]])
 

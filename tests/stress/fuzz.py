@@ -242,7 +242,7 @@ def main() -> None:
         }
         rows = [(name, *job.result()) for name, job in jobs.items()]
     table = [
-        "| reader | inputs | taken | refused in one line | crashes | peak memory above the start |",
+        "| reader | inputs | accepted | refused in one line | crashes | peak memory above the start |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, counts, grown in rows:

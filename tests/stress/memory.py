@@ -212,7 +212,7 @@ def draw(found: Watched, path: Path) -> None:
             lw=1.2,
         )
         lines = [
-            (found.bound, "bound: 2 blocks in fp32 + embeddings + Gram matrices of one block + 1.5 GB", "#d1342f"),
+            (found.bound, "bound: 2 layers in fp32 + embeddings + Gram matrices of one layer + 1.5 GB", "#d1342f"),
             (2 * found.parameters, f"the model of {found.parameters / 1e9:.2f}B parameters in bf16", "#6b6b6b"),
         ]
         for held, text, colour in lines:
@@ -247,7 +247,7 @@ def peak_table(found: Sequence[Watched]) -> str:
     ]
     header = [
         "hidden / ffn",
-        "blocks",
+        "layers",
         "parameters, M",
         "in bf16, GB",
         "in fp32, GB",
@@ -255,7 +255,7 @@ def peak_table(found: Sequence[Watched]) -> str:
         "bound, GB",
         "estimate of the plan, GB",
     ]
-    return table([*header, "peak, of the first row"], rows)
+    return table([*header, "peak, relative to the first row"], rows)
 
 
 def main() -> None:

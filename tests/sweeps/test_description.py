@@ -75,7 +75,7 @@ BAD = [
     ({"rows": [3]}, "a row is a int, expected a mapping"),
     ({"rows": [{"method": "wanda"}]}, "has no name"),
     ({"rows": [{"name": 4}]}, "name=4 of a row is a int, expected a text"),
-    ({"rows": [{"name": "original", "method": "wanda"}]}, "name='original' is kept for the original model"),
+    ({"rows": [{"name": "original", "method": "wanda"}]}, "name='original' is reserved for the original model"),
     ({"rows": [{"name": "a/b"}]}, "name='a/b' of a row has a path separator"),
     ({"rows": [{"name": ".."}]}, "name='..' of a row begins with a dot"),
     ({"rows": [{"name": "a\nb"}]}, "has characters that cannot be printed"),

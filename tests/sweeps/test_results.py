@@ -17,7 +17,7 @@ def test_tasks_have_a_column_of_their_better_known_score():
     columns, rows = table(
         {"rows": [row("original", evaluation={"tasks": tasks}), row("a", evaluation={"tasks": tasks}, **MADE)]}
     )
-    assert columns[4:] == ["piqa: acc", "hellaswag: acc norm", "made in, s"]
+    assert columns[4:] == ["piqa: acc", "hellaswag: acc norm", "compression, s"]
     assert rows == [["original", 2.5, 0.25, 0.2, 0.5, 0.4, None], ["a", 2.5, 0.25, 0.2, 0.5, 0.4, 12.3]]
 
 
@@ -32,7 +32,7 @@ def test_rows_without_figures_have_dashes_and_a_line():
 
 def test_a_sweep_of_nothing_done_has_a_table():
     columns, rows = table({"rows": [{"name": "a", "status": "to do", "why": "x"}]})
-    assert columns == ["row", "weights, MB", "of original", "linears, of original", "made in, s"]
+    assert columns == ["row", "weights, MB", "of original", "linears, of original", "compression, s"]
     assert rows == [["a", None, None, None, None]]
 
 

@@ -65,7 +65,8 @@ def test_measures_are_those_of_evaluate_and_bytes_those_of_the_checkpoint(finish
             assert row["compression"]["seconds"]["total"] > 0
     lines = (out / "table.md").read_text().splitlines()
     assert (
-        lines[0] == "| row | weights, MB | of original | linears, of original | perplexity | KL | top-1 | made in, s |"
+        lines[0]
+        == "| row | weights, MB | of original | linears, of original | perplexity | KL | top-1 | compression, s |"
     )
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| original", "| wanda", "| rounded"]
     wanda = by_name(result)["wanda"]
@@ -243,7 +244,7 @@ def test_bad_input_is_refused_before_any_row(description, tiny_folder, tmp_path)
     ):
         with pytest.raises(HalfplateError, match=said):
             halfplate.sweep(description | changes, out)
-    with pytest.raises(HalfplateError, match="only='wnda' is no row of the sweep; did you mean 'wanda'"):
+    with pytest.raises(HalfplateError, match="only='wnda' is not a row of the sweep; did you mean 'wanda'"):
         halfplate.sweep(description, out, ["wnda"])
     with pytest.raises(HalfplateError, match="holds files and is not the folder of a sweep"):
         halfplate.sweep(description, tiny_folder)

@@ -318,10 +318,10 @@ def test_a_narrow_model_is_not_made_narrow_again(narrow, tiny_folder):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("yield name, tensor[:3]", r"the result of the transform faulty@1: .* has shape \(3.*asks for"),
-        ("yield from [(name, tensor)] * 2", "faulty@1 gives .*, which is unexpected or was given before"),
-        ("yield name + 'x', tensor", r"faulty@1 gives \S+x, which is unexpected or was given before"),
-        ("if 'norm' not in name: yield name, tensor", "faulty@1 lacks 2 tensors that its configuration asks for"),
+        ("yield name, tensor[:3]", r"the result of the transform faulty@1: .* has shape \(3.*from its configuration"),
+        ("yield from [(name, tensor)] * 2", "faulty@1 returned the tensor .*, which is unexpected or a duplicate"),
+        ("yield name + 'x', tensor", r"faulty@1 returned the tensor \S+x, which is unexpected or a duplicate"),
+        ("if 'norm' not in name: yield name, tensor", "faulty@1 lacks 2 tensors of its configuration"),
         ("yield name, 1 / 0", r"faulty@1 cannot be made \(ZeroDivisionError: division by zero\)"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Extensions of Halfplate that live outside it; docs/extending.md walks through them."""
+"""Example extensions of Halfplate in a separate package; docs/extending.md explains them."""

@@ -1,4 +1,7 @@
-"""Every matrix multiplied out once: more memory, and no unpacking at each call, for what the native kernels do not run."""
+"""A backend that expands every matrix to full size once, for matrices without a native kernel.
+
+It takes more memory than the torch path, but does not unpack the weights at every call.
+"""
 
 import torch
 from torch import Tensor
@@ -42,7 +45,7 @@ class Expanded(Packed):
 
 
 class Expanding(Backend):
-    """It takes whatever the format holds today; a field or a tensor that comes later is refused until it is declared."""
+    """Supports all current fields and tensors of the format; later ones are refused until they are declared."""
 
     name = "expanded matrices"
     devices = frozenset({"cpu", "cuda"})

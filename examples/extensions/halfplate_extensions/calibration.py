@@ -1,4 +1,4 @@
-"""A source of calibration text of one's own: every text file below a folder."""
+"""A source of calibration text: every text file below a folder."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +9,10 @@ SUFFIXES = {".md", ".py", ".rst", ".txt"}
 
 
 def read_folder(what: str) -> Iterator[str]:
-    """The documents of `--calibration folder:PATH`, in the order of their paths, so that every run sees the same."""
+    """The documents of `--calibration folder:PATH`, sorted by path, so that every run reads the same text."""
     folder = Path(what).expanduser()
     if not what or not folder.is_dir():
-        raise HalfplateError(f"calibration='folder:{what}' names no folder; try folder:docs")
+        raise HalfplateError(f"calibration='folder:{what}' is not a folder; try folder:docs")
     files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     if not files:
         raise HalfplateError(

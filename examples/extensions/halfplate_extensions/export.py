@@ -1,4 +1,4 @@
-"""An export: every tensor of the model, with its compressed matrices multiplied out, in one `.npz` file of numpy."""
+"""An export to one numpy `.npz` file: every tensor of the model, with compressed matrices expanded to full size."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from halfplate.storage.atomic import whole_file
 
 
 def export_numpy(source: str, out: Path, overwrite: bool) -> str:
-    """Write the tensors of a checkpoint or a dense model as fp32 arrays by name (see `halfplate.exports.Exporter`)."""
+    """Write the tensors of a checkpoint or an original model as fp32 arrays (see `halfplate.exports.Exporter`)."""
     if out.suffix != ".npz":
         raise HalfplateError(f"out={str(out)!r} is not a .npz file; name one, e.g. model.npz")
     if out.exists() and not overwrite:

@@ -1,4 +1,4 @@
-"""Each RMSNorm weight multiplied into the linears that read its output: the same model, with norms of ones."""
+"""A transform that multiplies each RMSNorm weight into the linears that read its output, and sets it to ones."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
 from halfplate.transforms import Maker, Piece, Transform
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose norms multiply by their weight, not by 1 + weight
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # their norms multiply by the weight, not by 1 + weight
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -17,7 +17,7 @@ READERS = {
 
 
 class FoldNorms(Transform):
-    """The last norm stays if the head shares the weight of the embedding, which is not to change."""
+    """Folds all norms, except the last one if the head is tied to the embedding, which must not change."""
 
     name = "fold_norms"
     version = 1

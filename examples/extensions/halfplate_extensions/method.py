@@ -1,4 +1,4 @@
-"""A method of one's own: Wanda's mask, each row then scaled to lose least."""
+"""A method: Wanda's mask, then one scale per row that minimises the output error."""
 
 from dataclasses import dataclass
 
@@ -13,14 +13,16 @@ from halfplate.statistics import InputStatistics, Statistic
 
 @dataclass(frozen=True)
 class WandaScaled(Method):
-    """Keep the weights of largest |W_ij| · ‖X_j‖₂ and scale what is left of each row.
+    """Keep the weights with the largest |W_ij| · ‖X_j‖₂, and scale the kept weights of each row.
 
-    With G = XᵀX / tokens, the scale s of a row w and its kept part v minimises (w - s v) G (w - s v)ᵀ, which gives
-    s = w G vᵀ / v G vᵀ. limit: the most that a row is scaled by.
+    With G = XᵀX / tokens, the scale s of a row w with kept part v minimises (w - s v) G (w - s v)ᵀ. So
+    s = w G vᵀ / v G vᵀ.
+
+    limit: largest scale of a row; the smallest is 1 / limit.
     """
 
     name = "wanda-scaled"
-    summary = "Wanda, then the scale of least output error for each row"
+    summary = "Wanda, then one scale per row that minimises the output error"
     limit: float = 2.0
 
     def __post_init__(self) -> None:
@@ -37,7 +39,7 @@ class WandaScaled(Method):
         gram = statistics.require_gram().to(weight.dtype)
         kept = weight * mask  # (d_out, d_in)
         through = kept @ gram
-        # (d_out, 1); a row of zeros, or one whose inputs are dead, stays as it is.
+        # (d_out, 1); a row of zeros, or one with dead inputs, is not scaled.
         power = (through * kept).sum(1, keepdim=True)
         scale = ((through * weight).sum(1, keepdim=True) / power).nan_to_num(1.0).clamp(1 / self.limit, self.limit)
         return Solution(store(kept * scale, mask, spec))

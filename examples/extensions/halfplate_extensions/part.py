@@ -1,4 +1,4 @@
-"""A part of a matrix: a bf16 number for each place of the main diagonal, added to what is inside."""
+"""A part of a matrix: a diagonal in bf16 that is added to the matrix inside."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Diagonal(Outer):
     def check_spec(cls, spec: WeightSpec) -> None:
         if spec.in_shared:
             raise HalfplateError(
-                "share_wrappers=True solves matrices below one another, of which only the first has a diagonal; leave it out"
+                "share_wrappers=True stacks matrices, and only the first one would have a diagonal; leave it out"
             )
 
     @classmethod

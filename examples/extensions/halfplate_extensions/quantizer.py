@@ -1,4 +1,4 @@
-"""Sixteen values that lie closer where a normal distribution has more numbers: NF4 (Dettmers et al., arXiv 2305.14314, appendix E)."""
+"""NF4, sixteen values spaced like the quantiles of a normal distribution (Dettmers et al., arXiv 2305.14314, appendix E)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

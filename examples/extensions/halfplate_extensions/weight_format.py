@@ -1,4 +1,4 @@
-"""A weight format of one's own: ternary weights, stored as int2 codes that Halfplate's kernels know how to read."""
+"""A weight format: ternary weights, stored as int2 codes that Halfplate's kernels can read."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class Ternary(Method):
     """
 
     name = "ternary"
-    summary = "every weight -s, 0 or s, in an int2 core"
+    summary = "every weight becomes -s, 0 or s, in an int2 core"
     sparse, dense = False, True
     threshold: float = 0.7
 
@@ -32,12 +32,12 @@ class Ternary(Method):
     def check_spec(self, spec: WeightSpec) -> None:
         super().check_spec(spec)
         if spec.core_dtype != "int2":
-            raise HalfplateError(f"core_dtype={spec.core_dtype!r} is not what method 'ternary' writes; use int2")
+            raise HalfplateError(f"core_dtype={spec.core_dtype!r} is not supported by method 'ternary'; use int2")
 
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
         groups = -(-spec.d_in // spec.group)
-        # (d_out, groups, group); the last group is filled up with NaN, which no mean counts.
+        # (d_out, groups, group); the last group is padded with NaN, which nanmean ignores.
         padded = functional.pad(weight, (0, groups * spec.group - spec.d_in), value=torch.nan)
         size = padded.view(spec.d_out, groups, spec.group).abs()
         large = size > self.threshold * size.nanmean(-1, keepdim=True)

@@ -79,7 +79,7 @@ def calibration_tokens(
     samples, and for tokens beyond the vocabulary.
     """
     if samples < 1:
-        raise HalfplateError(f"samples={samples} is not a number of calibration windows; try 64")
+        raise HalfplateError(f"samples={samples} is too few, expected at least 1; try 64")
     check_seq_len(model, seq_len, least=1)
     check_tokens_fit("samples", samples, seq_len)
     if source == "self":
@@ -112,7 +112,7 @@ def check_seq_len(model: "PreTrainedModel", seq_len: int, least: int) -> None:
     if seq_len < least:
         raise HalfplateError(f"seq_len={seq_len} is too short, expected at least {least} tokens; try 512")
     if isinstance(most, int) and seq_len > most:
-        raise HalfplateError(f"seq_len={seq_len} is beyond the {most} positions of the model; try {most}")
+        raise HalfplateError(f"seq_len={seq_len} exceeds the {most} positions of the model; try {most}")
 
 
 def check_tokens_fit(argument: str, windows: int, seq_len: int) -> None:

@@ -1,1 +1,1 @@
-"""The checkpoint format (docs/format.md): writing, checking, loading through transformers, export to a model of full size."""
+"""The checkpoint format (docs/format.md): writing, checking, loading through transformers, and full-size copies."""

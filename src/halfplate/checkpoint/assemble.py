@@ -1,4 +1,4 @@
-"""Writing a checkpoint from the parts of an unfinished compression, without ever holding it."""
+"""Assembling a checkpoint from the artifacts of a compression, without holding it in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from halfplate.storage.tensor_file import StoredTensor, TensorFileWriter
 
 @dataclass(frozen=True)
 class Finished:
-    """A tensor as it will stand in the checkpoint, and the SHA-256 that its bytes must have."""
+    """A tensor of the checkpoint with its location, and the SHA-256 that its bytes must have."""
 
     stored: StoredTensor
     sha256: str
@@ -25,10 +25,9 @@ def assemble(
     progress: Callable[[int, int], None],
     max_shard_nbytes: int = MAX_SHARD_NBYTES,
 ) -> dict[str, str]:
-    """Copy `tensors`, in their order, to the safetensors files of a checkpoint; returns the SHA-256 of each.
+    """Copy `tensors`, in order, to the safetensors files of a checkpoint; returns the SHA-256 of each.
 
-    The files are those that `write_tensors` makes of the same tensors. Raises HalfplateError if bytes are not those that
-    were finished.
+    The files equal those that `write_tensors` writes for the same tensors. Raises HalfplateError if a checksum does not match.
     """
     done = 0
 
@@ -37,8 +36,8 @@ def assemble(
         sha256 = file.copy(name, tensors[name].stored)
         if sha256 != tensors[name].sha256:
             raise HalfplateError(
-                f"{name} in {str(tensors[name].stored.path)!r} is damaged: its bytes are not those that were written; run the same "
-                "command again with --resume, to compute it again"
+                f"{name} in {str(tensors[name].stored.path)!r} is damaged: its checksum does not match; run the same "
+                "command again with --resume to compute it again"
             )
         done += 1
         progress(done, len(tensors))

@@ -1,4 +1,4 @@
-"""The model card of a folder: what it holds, what was measured and how, how to load it."""
+"""The model card of a result folder: its content, the measurements with their protocol, and how to load it."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ This is an ordinary model of full size. It does not need Halfplate, and has the 
 
 
 def write_card(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `README.md` from what `folder` holds and from `record`, the content of its `halfplate.json`."""
+    """Write `README.md` from the content of `folder` and from `record`, the content of its `halfplate.json`."""
     (folder / CARD_FILE).write_text(model_card(folder, record), encoding="utf-8")
 
 
 def model_card(folder: Path, record: Mapping[str, Any]) -> str:
-    """The card as Markdown, with the metadata that the Hugging Face Hub reads before it; equal for equal folders."""
+    """The card as Markdown, with the metadata for the Hugging Face Hub; equal folders give equal cards."""
     quantization = read_json(folder / CONFIG_FILE).get("quantization_config")
     compressed = isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
     specs = read_specs(folder) if compressed else {}
@@ -111,7 +111,7 @@ def _what(record: Mapping[str, Any], base: str, specs: Mapping[str, WeightSpec])
 
 
 def _tuned(record: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """The errors of each tuned layer before and after."""
+    """The errors of each tuned layer before and after tuning."""
     blocks = record.get("tuned_blocks")
     ends = [
         (block.get("before"), block.get("after"))
@@ -175,7 +175,7 @@ def _pairs(values: Any) -> str:
 
 
 def _words(value: Any) -> str:
-    """A value on one line, that ends no code span."""
+    """A value as one line of text that cannot end a code span."""
     return "" if value is None else " ".join(str(value).replace("`", "'").split())
 
 

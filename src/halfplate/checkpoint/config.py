@@ -1,4 +1,4 @@
-"""What the JSON files of a checkpoint say (docs/format.md)."""
+"""Reading and writing the JSON files of a checkpoint (docs/format.md)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ RECORD_VERSION = 1  # of `halfplate.json`
 CONFIG_FILE = "config.json"
 RECORD_FILE = "halfplate.json"
 
-# transformers raises with this text where it should be the name of a weight file; HalfplateQuantizer takes it away.
+# transformers takes this for the name of a weight file and raises an error with it; HalfplateQuantizer removes it.
 SENTENCE = "this checkpoint holds Halfplate compressed weights; run `pip install halfplate` and `import halfplate` before from_pretrained"
 
 
@@ -36,9 +36,9 @@ def quantization_config(specs: Mapping[str, WeightSpec]) -> dict[str, Any]:
 
 
 def parse_modules(version: Any, modules: Any, needs: Any = None) -> dict[str, WeightSpec]:
-    """The specifications in a `quantization_config`, by module name; raises HalfplateError on any that cannot be read.
+    """The specifications in a `quantization_config`, by module name; raises HalfplateError for any that is invalid.
 
-    needs: what a reader has to know (halfplate.formats.needs), if it says anything of that; `halfplate` is the least version that reads all.
+    needs: what a reader must support (halfplate.formats.needs), if given; `halfplate` is the lowest version that reads the checkpoint.
     """
     if type(version) is not int or version < 1:
         raise HalfplateError(
@@ -47,7 +47,7 @@ def parse_modules(version: Any, modules: Any, needs: Any = None) -> dict[str, We
     if version > VERSION:
         least = needs.get("halfplate") if isinstance(needs, dict) else None
         raise HalfplateError(
-            f"quantization_config.version={version} is newer than halfplate {package_version()} reads ({VERSION}); "
+            f"quantization_config.version={version} is newer than halfplate {package_version()} supports ({VERSION}); "
             f"upgrade halfplate{f' to {least} or later' if least else ''}"
         )
     if needs is not None:
@@ -80,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_specs(folder: Path) -> dict[str, WeightSpec]:
-    """The specifications of the compressed modules of a checkpoint; raises HalfplateError if `folder` is none."""
+    """The specifications of the compressed modules of a checkpoint; raises HalfplateError if `folder` is not a checkpoint."""
     check_name("path", folder)
     if not folder.is_dir():
         raise HalfplateError(f"path={str(folder)!r} is not a folder; give the folder of a Halfplate checkpoint")
@@ -95,7 +95,7 @@ def read_specs(folder: Path) -> dict[str, WeightSpec]:
 
 
 def other_dtype(folder: Path) -> torch.dtype:
-    """The element type in which a checkpoint stores what is not a compressed matrix; raises HalfplateError if it says none."""
+    """The element type of the uncompressed tensors of a checkpoint; raises HalfplateError if it is not given."""
     named = read_json(folder / CONFIG_FILE).get("dtype")
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
     if named not in dtypes:
@@ -104,7 +104,7 @@ def other_dtype(folder: Path) -> torch.dtype:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """`halfplate.json` of a checkpoint; raises HalfplateError if it is absent, damaged or too new."""
+    """The content of `halfplate.json` of a checkpoint; raises HalfplateError if it is missing, damaged or too new."""
     record = read_json(folder / RECORD_FILE)
     version = record.get("format_version")
     if type(version) is not int or version < 1:
@@ -113,6 +113,6 @@ def read_record(folder: Path) -> dict[str, Any]:
         )
     if version > RECORD_VERSION:
         raise HalfplateError(
-            f"format_version={version} in {str(folder / RECORD_FILE)!r} is newer than {RECORD_VERSION}; upgrade halfplate"
+            f"format_version={version} in {str(folder / RECORD_FILE)!r} is newer than this halfplate supports ({RECORD_VERSION}); upgrade halfplate"
         )
     return record

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Writing folders atomically."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from halfplate.storage.atomic import beside, sync, whole_file
 def check_out(out: Path, overwrite: bool) -> None:
     """Raise HalfplateError unless a folder may be written to `out`.
 
-    What exists is replaced only with `overwrite`, and only if Halfplate wrote it; an empty folder is no obstacle.
+    An existing folder is only replaced with `overwrite`, and only if Halfplate wrote it. An empty folder is always replaced.
     """
     check_name("out", out)
     if not (out.exists() or out.is_symlink()):
@@ -47,10 +47,13 @@ def _is_ours(folder: Path) -> bool:
 
 @contextmanager
 def new_folder(out: Path, overwrite: bool, partial: Path | None = None) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the `with` block ends, and is removed if it raises.
+    """Context manager with a temporary folder that becomes `out` at the end of the block, and is removed if the block raises.
 
-    partial: where to make it, on the disk of `out`; what a killed process left there goes. Its files reach the disk before the rename. Raises HalfplateError if `check_out` does or where writing fails,
-    for example on a full disk; then, and on Ctrl-C, `out` is as it was.
+    Files are on disk before the folder is renamed.
+
+    partial: path of the temporary folder, on the disk of `out`; the remains of a killed process there are removed.
+    Raises HalfplateError if `check_out` does or if writing fails, for example on a full disk. In this case, and on Ctrl-C, `out`
+    is not changed.
     """
     target = out.resolve()
     check_out(target, overwrite)
@@ -64,7 +67,7 @@ def new_folder(out: Path, overwrite: bool, partial: Path | None = None) -> Itera
         _flush(partial)
         _replace(partial, target)
     except Exception as error:
-        # tokenizers reports what the system refused as a bare Exception.
+        # tokenizers reports errors of the system as a bare Exception.
         if isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error):
             raise HalfplateError(_reason(out, error)) from error
         raise
@@ -82,7 +85,7 @@ def _reason(out: Path, error: Exception) -> str:
 
 
 def _flush(folder: Path) -> None:
-    """Give every file the usual permissions (safetensors writes files that only their owner reads) and force all to disk."""
+    """Give every file the usual permissions (safetensors writes files that only their owner can read) and write all to disk."""
     umask = os.umask(0)
     os.umask(umask)
     for path in sorted(folder.rglob("*")):
@@ -93,7 +96,7 @@ def _flush(folder: Path) -> None:
 
 
 def _replace(partial: Path, target: Path) -> None:
-    """Rename `partial` to `target`; what stood there goes only after the new folder stands."""
+    """Rename `partial` to `target`; the old content is only removed after that."""
     if not target.exists() or not any(target.iterdir()):
         partial.rename(target)
     else:
@@ -112,7 +115,7 @@ def _replace(partial: Path, target: Path) -> None:
 
 
 def replace_file(file: Path, content: str) -> None:
-    """Write a text file whole or not at all, in place of what stood there; raises HalfplateError if that fails."""
+    """Write a text file atomically, replacing an existing one; raises HalfplateError if that fails."""
     try:
         with whole_file(file) as partial:
             partial.write_text(content, encoding="utf-8")

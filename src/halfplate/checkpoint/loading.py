@@ -1,4 +1,4 @@
-"""Any model the command line takes: dense, or a Halfplate checkpoint."""
+"""Loading any model of the command line: an original model, or a Halfplate checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from halfplate.models.sources import is_compressed, load_dense
 def load_any(name: str, device: str = "cpu", activations: str = "float") -> tuple[Any, Any]:
     """The model, for computing in fp32, and the tokenizer of a checkpoint, a folder, a `.gguf` file or a Hub id.
 
-    activations: `float`, or `int8` for a checkpoint with cores of int8 or int4. Raises HalfplateError on bad input.
+    activations: `float`, or `int8` for a checkpoint with int8 or int4 cores.
+    Raises HalfplateError on bad input.
     """
     if is_compressed(name):
         return load(name, device=device, activations=activations), load_tokenizer(name)
@@ -25,7 +26,7 @@ def load_any(name: str, device: str = "cpu", activations: str = "float") -> tupl
 
 
 def calibration_seed(name: str) -> int | None:
-    """The seed that a checkpoint was calibrated with; None for an original model or a method without calibration."""
+    """The calibration seed of a checkpoint; None for an original model or a method without calibration."""
     if not is_compressed(name):
         return None
     protocol = read_record(Path(name)).get("calibration")

@@ -1,4 +1,4 @@
-"""Whether a result may be written where the user asks, decided before any work is done."""
+"""Checking, before any work, whether a result can be written to the requested path."""
 
 import fcntl
 import os
@@ -14,25 +14,23 @@ LOCK_FILE = "lock"
 
 
 def work_place(out: Path) -> Path:
-    """The folder beside the result `out`, an absolute path, in which it is made; the longest name that is needed there."""
+    """The work folder next to the result `out`, an absolute path; it has the longest file name that is needed there."""
     return out.parent / f".{out.name}.compress"
 
 
 def check_place(out: Path) -> Path:
-    """The absolute path of `out`; raises HalfplateError if the system knows no such place, or has no name left beside it."""
+    """The absolute path of `out`; raises HalfplateError if the path is invalid, or if no file name can be added next to it."""
     check_name("out", out)
     try:
         target = out.resolve()
         if not target.name:
             raise ValueError("it is the root of the file system")
         for place in (target, work_place(target)):
-            # What does not exist yet is not looked up, so its names are measured.
+            # Paths that do not exist are not looked up, so the lengths of their names are checked.
             above = next(parent for parent in place.parents if parent.exists())
             longest = os.pathconf(above, "PC_NAME_MAX")
             if any(len(os.fsencode(part)) > longest for part in place.relative_to(above).parts):
-                raise ValueError(
-                    f"names there have at most {longest} bytes, and Halfplate needs ten of them for its own"
-                )
+                raise ValueError(f"names there have at most {longest} bytes, and Halfplate appends up to ten")
             place.exists()
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -41,7 +39,7 @@ def check_place(out: Path) -> Path:
 
 
 def check_result_folder(out: Path, overwrite: bool, source: Path) -> None:
-    """Raise HalfplateError unless `check_out` allows `out`, folders can be made there, and `source` is not inside."""
+    """Raise HalfplateError unless `check_out` allows `out`, folders can be created there, and `source` is not inside."""
     target, here = check_place(out), Path.cwd()
     if target == here or target in here.parents:
         raise HalfplateError(f"out={str(out)!r} is the current folder or holds it; choose another folder")
@@ -57,7 +55,7 @@ def check_result_folder(out: Path, overwrite: bool, source: Path) -> None:
 
 @contextmanager
 def sole_user(folder: Path, out: Path) -> Iterator[None]:
-    """While inside, `folder`, which holds the unfinished work of `out`, is this process's; HalfplateError if it is another's."""
+    """Context manager that locks `folder`, the work folder of `out`; raises HalfplateError if another process holds the lock."""
     with (folder / LOCK_FILE).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -65,11 +63,11 @@ def sole_user(folder: Path, out: Path) -> Iterator[None]:
             raise HalfplateError(
                 f"out={str(out)!r}: another process works in {str(folder)!r}; wait for it, or choose another name"
             ) from None
-        # The one before may have removed the folder, and another process may have made it anew, since we opened the file.
+        # Since the file was opened, the previous process may have removed the folder and another one created it again.
         try:
             stale = os.fstat(lock.fileno()).st_ino != (folder / LOCK_FILE).stat().st_ino
         except FileNotFoundError:
             stale = True
         if stale:
-            raise HalfplateError(f"out={str(out)!r}: another process has just left {str(folder)!r}; try once more")
+            raise HalfplateError(f"out={str(out)!r}: another process has just released {str(folder)!r}; try once more")
         yield

@@ -1,4 +1,4 @@
-"""`quantization_config` of a checkpoint: which modules are compressed, and how."""
+"""The `quantization_config` of a checkpoint: which modules are compressed, and how."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 
 
 class HalfplateConfig(QuantizationConfigMixin):
-    """`quantization_config` of a checkpoint, or of an original model that is to be compressed while it is loaded.
+    """The `quantization_config` of a checkpoint, or of an original model that is to be compressed while it is loaded.
 
-    modules: `WeightSpec.to_json()` by module name. version: of this object. runtime: the arguments of
-    `halfplate.runtime.accelerate` for the loaded model, or None for the torch path. recipe: for an original model, in place of
-    modules; a `Recipe`, a mapping of its fields, or a YAML file. needs: as in the file (docs/format.md). Neither recipe nor runtime is written to disk. Raises HalfplateError
-    if a module's entry or the recipe cannot be read.
+    - modules: `WeightSpec.to_json()` by module name
+    - version: of this object
+    - runtime: arguments of `halfplate.runtime.accelerate` for the loaded model, or None for the torch path
+    - recipe: for an original model, instead of `modules`: a `Recipe`, a mapping of its fields, or a YAML file
+    - needs: as in the file (docs/format.md)
+
+    `recipe` and `runtime` are not written to disk. Raises HalfplateError if the entry of a module or the recipe is invalid.
     """
 
     def __init__(
@@ -56,17 +59,17 @@ class HalfplateConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_specs(cls, specs: Mapping[str, WeightSpec]) -> HalfplateConfig:
-        """The configuration of a model whose compressed modules, by their paths, are `specs`."""
+        """The configuration of a model with the compressed modules `specs`, by module path."""
         return cls(**quantization_config(specs))
 
     @property
     def specs(self) -> dict[str, WeightSpec]:
-        """What each compressed module looks like, by its path; raises HalfplateError if `modules` says what cannot be."""
+        """The specification of each compressed module, by its path; raises HalfplateError if `modules` is invalid."""
         return parse_modules(self.version, self.modules, self.needs)
 
 
 def _parsed(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
-    # Loading a checkpoint needs none of it.
+    # Imported here because loading a checkpoint does not need it.
     from halfplate.recipe import Recipe
 
     return Recipe.from_mapping(recipe) if isinstance(recipe, Mapping) else Recipe.of(recipe)

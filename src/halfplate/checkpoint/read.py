@@ -1,4 +1,4 @@
-"""Loading a checkpoint, and saying what it holds."""
+"""Loading and inspecting a checkpoint."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ def load(
     head_dtype: str | None = None,
     kernels: bool = True,
 ) -> PreTrainedModel:
-    """Load the checkpoint in the folder `path` as a transformers model in eval mode, on the fastest path there is.
+    """Load the checkpoint in the folder `path` as a transformers model in eval mode, on the fastest path of this machine.
 
-    dtype: element type of activations and of all that is not a compressed matrix; compressed tensors keep the type they
-    are stored in. activations, head_dtype: as in `halfplate.runtime.accelerate`; `halfplate.runtime.explain(model)` says which
-    path each linear took. kernels: False keeps the plain torch path, whose weights can be trained. Raises HalfplateError if the files are not a whole checkpoint that this version reads: every header,
-    shape, type, position and code is checked, and values for NaN and inf. A flipped bit in a value shows only against the
-    checksums (`inspect_checkpoint(path, verify=True)`).
+    - dtype: element type of activations and of uncompressed tensors; compressed tensors keep their stored type
+    - activations, head_dtype: as in `halfplate.runtime.accelerate`; `halfplate.runtime.explain(model)` lists the kernels
+    - kernels: False keeps the plain torch path, whose weights can be trained
+
+    Raises HalfplateError if the checkpoint is incomplete, invalid or too new. Every header, shape, type, position and code is
+    checked, and values for NaN and inf. A flipped bit in a value is only found by `halfplate.inspect(path, verify=True)`.
     """
     folder = Path(path_text("path", path))
     check_device(device)
@@ -57,7 +58,7 @@ def load(
 
     runtime: dict[str, Any] | None = {"activations": activations, "head_dtype": head_dtype} if kernels else None
     check_options(activations, head_dtype)
-    # A configuration is data of any shape, and each model class fails on it with errors of its own.
+    # A configuration is untrusted data, and each model class raises its own exceptions.
     with reading(
         str(path), "it cannot be loaded by transformers", "copy or write the checkpoint again", argument="path"
     ):
@@ -74,7 +75,7 @@ def load(
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the report names them, the error that it would raise does not
+            ignore_mismatched_sizes=True,  # the report lists their names, the exception would not
         )
     model: PreTrainedModel = loaded[0]
     report: dict[str, Any] = loaded[1]
@@ -85,7 +86,7 @@ def load(
                 f"path={str(path)!r} does not fit its config.json: {problem} {name}; copy or write the checkpoint again"
             )
     for name, tensor in _floats(model):
-        # Both ends are NaN where any number is; this reads a large embedding once and writes nothing.
+        # Minimum and maximum are NaN if any value is. This reads a large embedding only once.
         if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
             raise HalfplateError(f"{name} holds NaN or inf, expected finite values; copy or write the checkpoint again")
     model.eval()
@@ -120,9 +121,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 @plain_defaults()
 def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]:
-    """Every compressed matrix of a checkpoint with its bytes and error, and the totals; keys as in `halfplate inspect --json`.
+    """List every compressed matrix of a checkpoint with its bytes and error, and the totals; keys as in `halfplate inspect --json`.
 
-    verify: also read every tensor and compare it with its checksum. Raises HalfplateError on a damaged checkpoint.
+    - verify: also read every tensor and compare it with its checksum
+
+    Raises HalfplateError if the checkpoint is damaged.
     """
     folder = Path(path)
     specs, found = read_checked_headers(folder)
@@ -155,7 +158,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
 
 
 def read_checked_headers(folder: Path) -> tuple[dict[str, WeightSpec], dict[str, StoredTensor]]:
-    """The specifications and the tensors of a checkpoint; raises HalfplateError unless they fit each other."""
+    """The specifications and the tensors of a checkpoint; raises HalfplateError unless they match."""
     specs = read_specs(folder)
     check_folder(str(folder), folder, "path")
     found = read_headers(folder)

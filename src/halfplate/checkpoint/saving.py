@@ -1,4 +1,4 @@
-"""`save_pretrained` of a loaded model: a whole checkpoint again, with its record, its card and its sentence."""
+"""`save_pretrained` of a loaded model: writes a complete checkpoint with its record and model card."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from halfplate.storage.tensor_file import sha256_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What write_record adds, and what belongs to the weights as they were.
+# Entries that write_record adds again, or that describe the weights before saving.
 WRITTEN = ("format_version", "versions", "tensors")
 
 
 class SavePretrained:
-    """`save_pretrained` of one model, which its class cannot have: transformers hands no quantizer the folder.
+    """The `save_pretrained` of one model. It replaces that of the class, because transformers does not pass the folder to quantizers.
 
-    Set as an attribute of the model, which it holds, so that `load(OUT).save_pretrained(...)` works; such a circle is freed by
-    the garbage collector. Copies and pickles refer to the copy.
+    It is set as an attribute of the model, so that `load(OUT).save_pretrained(...)` works. The reference cycle is freed by the
+    garbage collector. Copies and pickles refer to the copied model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -42,8 +42,8 @@ class SavePretrained:
     ) -> None:
         """As `PreTrainedModel.save_pretrained`, with `halfplate.json` and the model card beside the weights.
 
-        Raises HalfplateError, with nothing written, for a variant, for a place that is a file, and where a matrix is not
-        compressed any more.
+        Raises HalfplateError, without writing anything, if `variant` is given, if the path is a file, or if a matrix is no
+        longer compressed.
         """
         model: Any = self._model
         folder = Path(save_directory)
@@ -67,20 +67,20 @@ class SavePretrained:
 
 def _check_savable(model: Any, folder: Path, variant: str | None) -> None:
     if variant is not None:
-        raise HalfplateError(f"variant={variant!r} is not written; leave it out and name another folder")
+        raise HalfplateError(f"variant={variant!r} is not supported; leave it out and choose another folder")
     if folder.exists() and not folder.is_dir():
-        raise HalfplateError(f"save_directory={str(folder)!r} is a file; name a folder")
+        raise HalfplateError(f"save_directory={str(folder)!r} is a file; choose a folder")
     for name in model.hf_quantizer.quantization_config.modules:
         module = model.get_submodule(name)
         if not isinstance(module, CompressedMatrix) and not (isinstance(module, Packed) and module.dense_dtype is None):
             raise HalfplateError(
-                f"{name} is a {type(module).__name__}, not a compressed matrix any more; call model.dequantize() and save the full-size model, "
-                "or take adapters off with unload()"
+                f"{name} is a {type(module).__name__}, no longer a compressed matrix; call model.dequantize() and save the full-size model, "
+                "or remove adapters with unload()"
             )
 
 
 def _drop_stale(folder: Path) -> None:
-    """Take away the weights that a whole file or an index left here before: transformers reads the file, whichever is newer."""
+    """Remove weights that an earlier single file or index left here, because transformers would read the single file."""
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
         min((single, index), key=lambda file: file.stat().st_mtime_ns).unlink()

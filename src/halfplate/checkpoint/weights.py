@@ -19,7 +19,7 @@ CURE = "copy or write the checkpoint again"
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by name, from the headers of its files; no data is read.
 
-    Raises HalfplateError on files that are missing, cut short or damaged, and on an index that does not agree with them.
+    Raises HalfplateError if files are missing, truncated or damaged, or if an index does not match them.
     """
     index = folder / INDEX
     if (folder / SINGLE).is_file() or not index.is_file():
@@ -31,9 +31,11 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     found = headers_of([folder / name for name in sorted(set(weight_map.values()))])
     for tensor in sorted(found.keys() | weight_map.keys()):
         if tensor not in found:
-            raise HalfplateError(f"{tensor} is missing from {weight_map[tensor]}, where {str(index)!r} puts it; {CURE}")
+            raise HalfplateError(f"{tensor} is not in {weight_map[tensor]}, as {str(index)!r} says; {CURE}")
         if weight_map.get(tensor) != found[tensor].path.name:
-            raise HalfplateError(f"{tensor} is in {found[tensor].path.name}, which {str(index)!r} does not say; {CURE}")
+            raise HalfplateError(
+                f"{tensor} is in {found[tensor].path.name}, but {str(index)!r} does not list it there; {CURE}"
+            )
     return found
 
 
@@ -64,7 +66,7 @@ def headers_of(files: Iterable[Path]) -> dict[str, StoredTensor]:
 def check_layout(found: Mapping[str, StoredTensor], specs: Mapping[str, WeightSpec]) -> None:
     """Raise HalfplateError unless every compressed module has exactly the tensors, shapes and types of its layout.
 
-    A bias is allowed; whether it has to be there is known only from the model.
+    A bias is allowed; only the model knows whether it must exist.
     """
     below: dict[str, dict[str, StoredTensor]] = {name: {} for name in specs}
     for full, tensor in found.items():
@@ -106,7 +108,7 @@ def write_tensors(
 ) -> dict[str, str]:
     """Write tensors, each cast to its type in `dtypes`, to the files of a checkpoint; returns the SHA-256 of each.
 
-    A file exceeds `max_shard_nbytes` only if a single tensor does. Raises HalfplateError on a value that is not finite.
+    A file exceeds `max_shard_nbytes` only if a single tensor does. Raises HalfplateError for a value that is not finite.
     """
 
     def write(file: TensorFileWriter, name: str) -> str:

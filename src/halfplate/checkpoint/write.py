@@ -39,10 +39,11 @@ def write_checkpoint(
 ) -> None:
     """Write `model`, with a compressed module under each name in `specs`, to the folder `out`, whole or not at all.
 
-    record: goes to `halfplate.json`, with versions and the checksum of each tensor added. other_dtype: element type of
-    all floating-point tensors outside compressed matrices; the model is rounded to it in place (`round_others`), so
-    that it computes what the checkpoint will. partial: as in `new_folder`. Raises HalfplateError if `out` may not or cannot be written, and
-    where `model` is not as `specs` says.
+    record: content of `halfplate.json`; versions and the checksum of each tensor are added.
+    other_dtype: element type of all floating-point tensors outside compressed matrices; the model is rounded to it in place
+        (`round_others`), so that it computes the same as the checkpoint.
+    partial: as in `new_folder`.
+    Raises HalfplateError if `out` cannot be written, and if `model` does not match `specs`.
     """
     _check_modules(model, specs)
     check_shared(specs)
@@ -55,7 +56,7 @@ def write_checkpoint(
 
 
 def round_others(model: PreTrainedModel, other_dtype: torch.dtype) -> None:
-    """Round all floating-point tensors outside compressed matrices to `other_dtype`, in place; their own type stays."""
+    """Round all floating-point tensors outside compressed matrices to `other_dtype` in place, without changing their type."""
     stored = _matrix_dtypes(model)
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -90,7 +91,7 @@ def write_configuration(
     other_dtype: torch.dtype,
     quantization: HalfplateConfig | None,
 ) -> None:
-    """Write all of a checkpoint but its weights and its record; `model` may be a skeleton."""
+    """Write all of a checkpoint except its weights and its record; `model` may be a skeleton."""
     config = copy.deepcopy(model.config)
     config.dtype = other_dtype
     config.architectures = [type(model).__name__]
@@ -105,26 +106,26 @@ def write_configuration(
     if quantization is not None:
         add_sentence(folder)
     if model.generation_config is not None:
-        # save_pretrained would refuse settings that transformers itself reads with a mere warning.
+        # save_pretrained refuses settings that transformers reads with only a warning.
         model.generation_config.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
 def add_sentence(folder: Path) -> None:
-    """Put the sentence that keeps others from loading into `config.json`, from which transformers takes it on saving."""
+    """Add the entry to `config.json` that stops transformers without Halfplate from loading, because saving removes it."""
     path = folder / CONFIG_FILE
     content = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": SENTENCE}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def amend_record(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Add what was learned after the checkpoint `folder` was written to its record and its card; NaN and inf become null."""
+    """Add later measurements to the record and the card of the checkpoint `folder`; NaN and inf become null."""
     write_record(folder, read_record(folder) | finite(facts))
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `halfplate.json`, the mark of a folder that Halfplate wrote, and the model card of what the folder holds by now."""
+    """Write `halfplate.json`, which marks a folder as written by Halfplate, and the model card of the folder."""
     versions = versions_of(("safetensors", "torch", "transformers"))
     content = {"format_version": RECORD_VERSION, "versions": versions} | dict(record)
     (folder / RECORD_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -164,7 +165,7 @@ def _matrix_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
 
 
 def _unshared(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of the model without those that transformers ties to another on loading."""
+    """The tensors of the model without those that transformers ties when it loads the model."""
     tensors: dict[str, Tensor] = model.state_dict()
     tied = model.all_tied_weights_keys.items()
     copies = {

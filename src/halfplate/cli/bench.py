@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", metavar="ORIGINAL", help="original model to compare with; transformers runs it in fp32 and in bf16"
     )
     numbers = (
-        ("--prompt", "N", 128, "tokens of the prompt"),
-        ("--new-tokens", "N", 64, "tokens to generate"),
-        ("--rounds", "R", 5, "rounds; every model runs once per round"),
+        ("--prompt", "N", 128, "number of tokens in the prompt"),
+        ("--new-tokens", "N", 64, "number of tokens to generate"),
+        ("--rounds", "R", 5, "number of rounds; every model runs once per round"),
     )
     for option, metavar, default, what in numbers:
         parser.add_argument(option, type=positive, metavar=metavar, default=default, help=f"{what} (default {default})")
@@ -32,19 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head-dtype",
         choices=("fp32", "bf16", "int8"),
-        help="type of the output head in memory (default bf16 if that is exact, else fp32)",
+        help="data type of the output head in memory (default bf16 if that is exact, else fp32)",
     )
     parser.add_argument(
         "--loops",
         action="store_true",
-        help="also time the checkpoint in transformers' own generate, and the original weights in the native decoder",
+        help="also time the checkpoint in transformers' own generate, and the original model in the native decoder",
     )
     add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.new_tokens < 2:
-        raise HalfplateError(f"--new-tokens {args.new_tokens}: the first belongs to the prefill; expected at least 2")
+        raise HalfplateError(
+            f"--new-tokens {args.new_tokens} is too few, because the first token belongs to the prefill; expected at least 2"
+        )
     from halfplate import bench
     from halfplate.cli.console import print_json, progress, silence_libraries
     from halfplate.limits import cores

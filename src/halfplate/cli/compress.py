@@ -10,13 +10,13 @@ from halfplate.cli.recipe_options import add_recipe_arguments, recipe_from
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a local Hugging Face folder, a Hub id or a .gguf file")
     parser.add_argument("-o", "--out", metavar="OUT", required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds a model already")
-    parser.add_argument("--resume", action="store_true", help="continue the same command after an interruption")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it already holds a model")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run of the same command")
     parser.add_argument(
         "--no-check",
         action="store_false",
         dest="check",
-        help="skip the self-check of the written checkpoint against the solved weights and MODEL",
+        help="skip the self-check, which compares the written checkpoint with the solved weights and with MODEL",
     )
     add_recipe_arguments(parser)
     add_output_arguments(parser)
@@ -105,6 +105,6 @@ def _print(summary: dict[str, Any], wish: str) -> None:
     print(f"report: {summary['report'] or 'could not be written: ' + summary['report_error']}")
     if check and check["nonsense"]:
         print(
-            f"warning: the model is damaged: KL {check['kl']:.3g} to the original, above {NONSENSE_KL}; expect nonsense from it. "
+            f"warning: the model is damaged: KL {check['kl']:.3g} to the original, above {NONSENSE_KL}; it will generate nonsense. "
             "Keep more of it (--pattern dense --core-dtype int4), calibrate on more text, or train it with halfplate recover"
         )

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dense (default): an ordinary Hugging Face folder of full size; gguf: one F16 file for llama.cpp",
     )
     parser.add_argument("-o", "--out", metavar="PATH", required=True, help="folder, or .gguf file, to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace PATH if it holds a model already")
+    parser.add_argument("--overwrite", action="store_true", help="replace PATH if it already holds a model")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Show what compress would do: every matrix, bytes before and after, and what is skipped and why."""
+"""Show what compress would do: every matrix, its size before and after, and skipped matrices with the reason."""
 
 import argparse
 from pathlib import Path

@@ -1,11 +1,13 @@
-"""Show or validate a recipe: one that comes with Halfplate, or a file."""
+"""Show or validate a built-in recipe or a recipe file."""
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "action", choices=("show", "validate"), help="show prints every value with defaults; validate checks the recipe"
+        "action",
+        choices=("show", "validate"),
+        help="show prints all values, including defaults; validate checks the recipe",
     )
     parser.add_argument(
         "name",

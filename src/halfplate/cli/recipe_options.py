@@ -11,7 +11,7 @@ from halfplate.errors import HalfplateError
 if TYPE_CHECKING:
     from halfplate.recipe import Recipe
 
-# The recipe gives values their type and checks them, so that a flag and a file are refused in the same words.
+# Recipe converts and checks the values, so that flags and files give the same error messages.
 FIELDS = (
     ("--method", "NAME", "compression method (default armor); `halfplate methods` lists them"),
     ("--pattern", "N:M", "keep N of every M inputs (default 2:4), or dense for an unpruned core"),
@@ -36,9 +36,9 @@ FIELDS = (
     (
         "--inputs",
         "WHICH",
-        "calibrate through the layers compressed so far (compressed, default) or the original (dense)",
+        "calibration inputs: from the layers compressed so far (compressed, default) or from the original (dense)",
     ),
-    ("--cross-damping", "X", "damping of the correction towards the original inputs (default 1); none turns it off"),
+    ("--cross-damping", "X", "damping of the correction towards the original outputs (default 1); none turns it off"),
     (
         "--token-limit",
         "X",
@@ -50,15 +50,23 @@ FIELDS = (
         "WHICH",
         "uniform (default), or owl: choose N:M per layer from its outlier share; the average stays the same",
     ),
-    ("--owl-lambda", "X", "half the range of the kept shares that --ratios owl may choose from (default 0.08)"),
-    ("--tune-block", "STEPS", "steps that train each compressed layer towards the original one's output (default 0)"),
+    (
+        "--owl-lambda",
+        "X",
+        "half the difference between the largest and smallest kept share of --ratios owl (default 0.08)",
+    ),
+    ("--tune-block", "STEPS", "steps that train each compressed layer towards the output of the original (default 0)"),
     (
         "--budget",
         "FRACTION",
-        "choose a format per matrix so that all together take this fraction of the original bytes",
+        "target size of the linears, as a fraction of the original size; chooses the format of each matrix",
     ),
-    ("--time-budget", "FRACTION", "target decode time, as a fraction of the original model's on this machine"),
-    ("--search", "HOW", "how a budget is spent: knapsack (default), or evolution, which also measures the model's KL"),
+    (
+        "--time-budget",
+        "FRACTION",
+        "target decode time, as a fraction of the time of the original model on this machine",
+    ),
+    ("--search", "HOW", "search within a budget: knapsack (default), or evolution, which also measures the model's KL"),
     ("--generations", "N", "generations of --search evolution (default 20)"),
     ("--offspring", "N", "candidates per generation of --search evolution (default 16)"),
     ("--seed", "S", "random seed (default 0)"),
@@ -67,14 +75,14 @@ FIELDS = (
     ("--max-kl", "X", "exit with status 1 if the KL to the original on held-out text exceeds X nats per token"),
 )
 METHOD_OPTIONS = (
-    ("--objective", "WHICH", "armor minimises gram (default, the true output error) or diag (the paper's)"),
-    ("--solver", "WHICH", "armor's solver: exact (default) or paper"),
-    ("--iterations", "N", "iterations of the method"),
+    ("--objective", "WHICH", "objective of armor: gram (default, the true output error) or diag (the paper's)"),
+    ("--solver", "WHICH", "solver of armor: exact (default) or paper"),
+    ("--iterations", "N", "number of iterations of the method"),
 )
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add them; a flag that is not given is None and leaves the recipe's value."""
+    """Add the options; a flag that is not given is None and keeps the value of the recipe."""
     parser.add_argument(
         "--recipe",
         metavar="NAME|FILE",
@@ -91,7 +99,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for flag, text in (
         ("--include", "compress only matrices whose name matches"),
-        ("--exclude", "leave out matrices whose name matches"),
+        ("--exclude", "do not compress matrices whose name matches"),
     ):
         parser.add_argument(flag, metavar="PATTERN", action="append", help=f"{text}, e.g. '*.q_proj'; may be repeated")
     parser.add_argument(
@@ -99,19 +107,19 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         nargs="+",
         action="extend",
-        help="transforms that are applied to the model, in this order, before it is compressed (docs/transforms.md)",
+        help="transforms to apply to the model before compression, in this order (docs/transforms.md)",
     )
     parser.add_argument(
         "--share-wrappers",
         action="store_const",
         const=True,
-        help="use one input wrapper for linears that read the same input (q, k and v; gate and up)",
+        help="share one input wrapper between linears that read the same input (q, k and v; gate and up)",
     )
     parser.add_argument(
         "--choose",
         metavar="FIELDS",
         type=lambda text: [field.replace("-", "_") for field in text.split(",")],
-        help="fields that a budget may choose (default block-size,pattern,core-dtype)",
+        help="fields that a budget may vary, separated by commas (default block-size,pattern,core-dtype)",
     )
     parser.add_argument(
         "--engine",
@@ -123,7 +131,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         metavar="N",
         type=positive,
-        help="number of processes (default 1; with ray as many as the cores allow)",
+        help="number of processes (default 1; with ray, as many as the cores allow)",
     )
     parser.add_argument(
         "--address",
@@ -139,7 +147,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
-    """The recipe file, or the defaults, with the flags that were given."""
+    """The recipe of --recipe (or the defaults), overridden by the given flags."""
     from halfplate.recipe import Recipe
 
     names = [*map(_field, FIELDS), "include", "exclude", "choose", "share_wrappers", "transforms"]

@@ -7,13 +7,13 @@ from typing import Any
 from halfplate.cli.parser import add_output_arguments, positive
 from halfplate.limits import use_threads
 
-# Those of `Recovery`, which checks them; one that is not given is left to its default there.
+# Fields of `Recovery`, which checks them and has the defaults.
 NUMBERS: tuple[tuple[str, Any, str, str], ...] = (
-    ("--tokens", int, "N", "tokens to train on"),
-    ("--minutes", float, "T", "minutes to train for, in place of --tokens"),
-    ("--samples", int, "N", "sequences to generate if --text is self (default 256)"),
+    ("--tokens", int, "N", "number of tokens to train on"),
+    ("--minutes", float, "T", "number of minutes to train for, instead of --tokens"),
+    ("--samples", int, "N", "number of sequences to generate with --text self (default 256)"),
     ("--seq-len", int, "L", "tokens per sequence (default 512)"),
-    ("--batch", int, "N", "sequences per step, over all processes (default 2)"),
+    ("--batch", int, "N", "sequences per step, summed over all processes (default 2)"),
     ("--learning-rate", float, "X", "peak learning rate of AdamW, relative to the scale of each tensor (default 3e-4)"),
     ("--square-head", float, "X", "weight of the SquareHead feature loss (default 0)"),
     ("--seed", int, "S", "random seed of the text and its order (default 1)"),
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--out", metavar="OUT", required=True, help="folder to write the trained checkpoint to")
     parser.add_argument(
-        "--train", metavar="WHAT", help="what to train: all (default, wrappers and kept values) or wrappers"
+        "--train", metavar="WHAT", help="values to train: all (default, wrappers and kept values) or wrappers"
     )
     parser.add_argument(
         "--no-norms", dest="norms", action="store_false", default=None, help="do not train norms and biases"
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-every", type=float, metavar="MIN", default=5.0, help="minutes between saves (default 5)"
     )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from its last save")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds a model already")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it already holds a model")
     add_output_arguments(parser)
 
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    if summary is None:  # another process of `accelerate launch` speaks
+    if summary is None:  # the main process of `accelerate launch` prints the result
         return 0
     if args.json:
         print_json(summary)

@@ -15,14 +15,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=positive, metavar="N", default=8000, help="port to listen on (default 8000)")
     parser.add_argument("--device", metavar="NAME", default="cpu", help="device to compute on: cpu (default) or cuda")
     parser.add_argument(
-        "--dtype", metavar="TYPE", default="auto", help="type of the activations (default auto: as the checkpoint)"
+        "--dtype",
+        metavar="TYPE",
+        default="auto",
+        help="data type of the activations (default auto: that of the checkpoint)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     if args.port > 65535:
         raise HalfplateError(f"--port {args.port} is not a port; expected 1 to 65535")
-    # What is wrong with the model shows now and not at the first request.
+    # Errors in the model appear now and not at the first request.
     from pathlib import Path
 
     from halfplate.checkpoint.read import read_checked_headers
@@ -45,14 +48,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _warn_of_tokens(model: str) -> None:
-    """Requests are tokenised by the server of transformers, where a token beyond the vocabulary is an internal error."""
+    """Warn of tokens beyond the vocabulary, which the server of transformers reports as an internal error."""
     from transformers import AutoConfig, AutoTokenizer
 
     from halfplate.calibration.vocabulary import check_tokenizer
 
     try:
         config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    # The server reads both again, and says what is wrong with them.
+    # The server reads both again, and reports their errors.
     except Exception:
         return
     warning = check_tokenizer(tokenizer, config.get_text_config().vocab_size)

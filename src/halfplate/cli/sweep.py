@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "description", metavar="SWEEP.yaml", help="file with the model, the rows and how to judge them (docs/sweeps.md)"
+        "description",
+        metavar="SWEEP.yaml",
+        help="YAML file with the model, the rows and the evaluation (docs/sweeps.md)",
     )
     parser.add_argument(
         "-o",
@@ -23,15 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the results; finished rows in it are not measured again",
     )
     parser.add_argument(
-        "--only", metavar="NAME", nargs="+", action="extend", help="measure only the rows of these names"
+        "--only", metavar="NAME", nargs="+", action="extend", help="measure only the rows with these names"
     )
     parser.add_argument(
         "--keep",
         action="store_true",
-        help="keep the compressed checkpoints (default: delete each one once it is measured)",
+        help="keep the compressed checkpoints (default: delete each one after it is measured)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="list what is done, what is to do and the bytes to expect, and stop"
+        "--dry-run",
+        action="store_true",
+        help="only list the finished rows, the rows to measure and their expected size",
     )
     add_output_arguments(parser)
 
@@ -58,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _with_rows(steps: "Report") -> "Report":
-    """The report with a line at the beginning and the end of every row."""
+    """A report that also prints a line at the beginning and the end of every row."""
     from halfplate.cli.console import say
     from halfplate.plain_text import visible
     from halfplate.telemetry.progress import Listener, Step

@@ -1,4 +1,4 @@
-"""The main run: plan, read, calibrate, compress layer by layer, assemble, judge. It can be interrupted and resumed."""
+"""The main run: plan, read, calibrate, compress layer by layer, assemble, check. It can be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
+from halfplate.arguments import path_text
 from halfplate.calibration.held_out import held_out_tokens
 from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.output import check_place, check_result_folder
@@ -45,7 +46,7 @@ from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan, plan_source
 from halfplate.planning.room import check_room
 from halfplate.precision import resolved
-from halfplate.recipe import Recipe
+from halfplate.recipe import Recipe, RecipeFields
 from halfplate.report import write_report
 from halfplate.statistics import Statistic
 from halfplate.telemetry.clock import Clock
@@ -58,7 +59,7 @@ MAX_KL_SEQ_LEN = 256
 
 @dataclass(frozen=True)
 class _Order:
-    """What the caller asked for, and everything that determines the result except the text."""
+    """The arguments of a compression, and everything that determines its result except the text."""
 
     source: Source
     out: Path
@@ -71,9 +72,9 @@ class _Order:
 
 @plain_defaults()
 def compress(
-    model: str,
+    model: str | Path,
     out: str | Path,
-    recipe: Recipe | None = None,
+    recipe: Recipe | str | Path | None = None,
     overwrite: bool = False,
     report: Report = silent,
     statistics: Statistic = Statistic.NONE,
@@ -83,22 +84,32 @@ def compress(
     address: str | None = None,
     benchmark: bool = True,
     check: bool = True,
+    **options: Unpack[RecipeFields],
 ) -> dict[str, Any]:
-    """Compress `model` by `recipe`, write the checkpoint `out` with its log and its report, and return the summary.
+    """Compress `model`, write the checkpoint `out` with its log and report, and return the JSON object of `halfplate compress --json`.
 
-    report: called at every step (`halfplate.telemetry.progress.Report`), for progress and trackers. statistics: collect at
-    least these, e.g. GRAM so that every method is judged by its true output error. resume: continue an interrupted
-    run of the same model, recipe and text beside `out`, with the same result. engine, workers, address: where the tasks
-    run (`halfplate.engines.EngineChoice`); the result does not depend on them. benchmark: whether the plan of a long
-    run may time this machine for a few seconds. check: compare the result with the solved weights and with the original model
-    before `out` is written (`halfplate.compression.self_check`).
+    - recipe: a Recipe or the path of a YAML file
+    - report: called at every step (`halfplate.telemetry.progress.Report`), for progress and trackers
+    - statistics: collect at least these, e.g. GRAM to measure the true output error of every method
+    - resume: continue an interrupted run of the same model, recipe and text, with the same result
+    - engine, workers, address: where the tasks run (`halfplate.engines.EngineChoice`); the result does not depend on them
+    - benchmark: if the run is long, measure this machine for a few seconds to estimate the time
+    - check: compare the result with the solved weights and with the original model before `out` is written
+    - options: fields of Recipe that override `recipe`
 
-    Raises HalfplateError, with nothing written, on bad input and if memory or disk are too small. Raises RuinedResult if the self-check fails, with
-    nothing written, and if the KL exceeds `recipe.max_kl`, after writing.
+    Raises HalfplateError, without writing anything, on bad input and if memory or disk space are too small.
+    Raises RuinedResult without writing anything if the self-check fails, and after writing if the KL exceeds `max_kl`.
+
+    ```pycon
+    >>> summary = halfplate.compress("tiny", "tiny-armor", samples=4, seq_len=32, method_options={"iterations": 2})
+    >>> summary["method"], len(summary["matrices"])
+    ('armor', 14)
+
+    ```
     """
-    recipe, out = recipe or Recipe(), Path(out)
+    model, recipe, out = path_text("model", model), Recipe.of(recipe, **options), Path(path_text("out", out))
     choice = EngineChoice(engine, workers, address)
-    if address is None:  # else the machines of the cluster bound them
+    if address is None:  # otherwise the limits are those of the cluster
         check_threads(recipe.threads)
         check_workers(workers)
     source = open_source(model)
@@ -120,7 +131,7 @@ def compress(
     check_room(plan, out, workers or 1)
     order = _Order(source, out, identity, work, overwrite, choice, check)
     try:
-        # First the folder: the log of a run that is under way is not ours to write to.
+        # Lock the folder first, because the log of another active run must not be changed.
         with work.opened(identity, resume, overwrite), run_log(out, report, resume) as told:
             summary = _carry_out(order, plan, told)
     except RuinedResult:
@@ -141,7 +152,7 @@ def _carry_out(order: _Order, plan: Plan, report: Report) -> dict[str, Any]:
     recipe, clock = plan.recipe, Clock()
     report("reading", 0, 1, facts=_plan_facts(plan, order.out))
     if (threads := order.identity["threads"]) > cores():
-        note = f"{threads}, as at the start of the run; this machine has {cores()} cores, so it is slower (the bytes stay the same)"
+        note = f"{threads} as at the start of the run; this machine has {cores()} cores, so it is slower (the bytes stay the same)"
         report("threads", 1, 1, note)
     result = _compressed(order, plan, report, clock)
     summary = _summary(order.out, result)

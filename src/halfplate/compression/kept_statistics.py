@@ -68,6 +68,6 @@ def _whole(path: Path) -> Artifact:
     part = load_artifact(path)
     if part is None:
         raise HalfplateError(
-            f"the file {str(path)!r} is damaged or cannot be seen from this machine; put OUT where every machine sees it, and use --resume"
+            f"the file {str(path)!r} is damaged or cannot be read by this machine; put OUT on storage that all machines share, and use --resume"
         )
     return part

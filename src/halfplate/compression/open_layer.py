@@ -103,7 +103,9 @@ class OpenBlocks:
 def _apply(model: nn.Module, name: str, path: Path) -> None:
     part = load_artifact(path)
     if part is None:
-        raise HalfplateError(f"the part {str(path)!r} is damaged or gone; run the same command again with --resume")
+        raise HalfplateError(
+            f"the artifact {str(path)!r} is damaged or missing; run the same command again with --resume"
+        )
     bias = cast(nn.Linear, model.get_submodule(name)).bias
     spec = WeightSpec.from_json(part.facts["specs"][name], name)
     device = next(model.get_submodule(name).parameters()).device

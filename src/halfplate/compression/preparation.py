@@ -110,8 +110,8 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
     protocol = tokens.protocol()
     if kept is not None and kept.facts["sha256"] != protocol["sha256"]:
         raise HalfplateError(
-            f"--resume: calibration={recipe.calibration!r} gave tokens of SHA-256 {kept.facts['sha256'][:16]} when the compression in "
-            f"{str(work.path)!r} began and gives {protocol['sha256'][:16]} now; give the same text again, or pass --overwrite in place of --resume to start afresh"
+            f"--resume: calibration={recipe.calibration!r} had tokens with SHA-256 {kept.facts['sha256'][:16]} when the compression in "
+            f"{str(work.path)!r} began and has {protocol['sha256'][:16]} now; give the same text again, or pass --overwrite instead of --resume to start over"
         )
     start = {name: getattr(tokens, name) for name in ("temperature", "start", "start_token")}
     save_artifact(work.tokens, {"ids": tokens.ids.contiguous()}, start | protocol)

@@ -136,9 +136,7 @@ def assemble_weights(
     names = _names(streamed, plan)
     if set(names) != found.keys():
         name = min(set(names) ^ found.keys())
-        raise HalfplateError(
-            f"{name} is missing or too many among the finished files; pass --overwrite to start afresh"
-        )
+        raise HalfplateError(f"{name} is missing or too many among the finished files; pass --overwrite to start over")
     return assemble({name: found[name] for name in names}, folder, progress)
 
 

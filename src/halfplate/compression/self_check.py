@@ -198,7 +198,7 @@ def _put_solved(streamed: StreamedModel, run: Run, index: int) -> None:
         return
     part = load_artifact(run.work.block(index))
     if part is None:
-        raise HalfplateError(f"the finished file of layer {index} is gone; run the same command again with --resume")
+        raise HalfplateError(f"the finished file of layer {index} is missing; run the same command again with --resume")
     tensors = {name: read_tensor(stored).to(streamed.device) for name, stored in part.tensors.items()}
     block, prefix = streamed.blocks[index], f"{streamed.prefix}.{index}."
     specs = {name: run.plan.specs[name] for name in run.names[index]}

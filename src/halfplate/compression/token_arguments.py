@@ -50,7 +50,7 @@ class TokenArguments:
         part = load_artifact(self._file(number))
         if part is None:
             raise HalfplateError(
-                f"the part {str(self._file(number))!r} is damaged; run the same command again with --resume"
+                f"the artifact {str(self._file(number))!r} is damaged; run the same command again with --resume"
             )
         device = next((leaf.device for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)), "cpu")
         own = {

@@ -76,17 +76,17 @@ class _Transforming:
             dtype, shape = left.pop(name, (None, ()))
             if dtype is None:
                 raise HalfplateError(
-                    f"{self._where} gives {name}, which is unexpected or was given before; {self._cure}"
+                    f"{self._where} returned the tensor {name}, which is unexpected or a duplicate; {self._cure}"
                 )
             if tuple(tensor.shape) != shape:
                 raise HalfplateError(
-                    f"{self._where}: {name} has shape {tuple(tensor.shape)}, its configuration asks for {shape}; {self._cure}"
+                    f"{self._where}: {name} has shape {tuple(tensor.shape)}, expected {shape} from its configuration; {self._cure}"
                 )
             yield name, tensor.to(dtype)
             del tensor
         if left:
             raise HalfplateError(
-                f"{self._where} lacks {len(left)} tensors that its configuration asks for ({min(left)}, ...), they would be random; {self._cure}"
+                f"{self._where} lacks {len(left)} tensors of its configuration ({min(left)}, ...), which would be random; {self._cure}"
             )
 
     def _made(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:

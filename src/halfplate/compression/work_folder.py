@@ -129,13 +129,13 @@ class WorkFolder:
                 return
         if begun is None and resume and self.finished_work() and not overwrite:
             raise HalfplateError(
-                f"--resume: {str(self.identity)!r} and its copy are damaged or gone, so it is unknown which run the finished files beside it belong to; "
-                "pass --overwrite to start afresh"
+                f"--resume: {str(self.identity)!r} and its copy are damaged or missing, so it is unknown which run the finished files belong to; "
+                "pass --overwrite to start over"
             )
         if begun is not None and self.finished_work() and not overwrite:
             raise HalfplateError(
                 f"out={str(self.out)!r}: an interrupted compression left its finished files in {str(self.path)!r}; pass --resume to continue"
-                ", or --overwrite to start afresh"
+                ", or --overwrite to start over"
             )
         self.clear()
         for file in (self.identity, self.identity_copy):
@@ -156,7 +156,7 @@ def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], when: str) -> N
         if begun.get(name) != now.get(name):
             raise HalfplateError(
                 f"--resume: {name} was {_short(begun.get(name))} when {when} and is {_short(now.get(name))} now; give the same again, "
-                "or pass --overwrite to start afresh"
+                "or pass --overwrite to start over"
             )
 
 

@@ -40,7 +40,7 @@ class EngineChoice:
             raise HalfplateError(f"workers={self.workers} must be at least 1")
         if self.address is not None and self.name == "local":
             raise HalfplateError(
-                f"address={self.address!r} is that of a Ray cluster, and engine={self.name!r} uses none; add --engine ray, or leave it out"
+                f"address={self.address!r} is for Ray clusters, but engine={self.name!r} does not use one; add --engine ray, or leave it out"
             )
         if self.address is not None and self.workers is not None:
             raise HalfplateError(

@@ -1,4 +1,4 @@
-"""How far a compressed model is from text and from its original model."""
+"""Quality and speed of a model, also compared with the original model."""
 
 from halfplate.evaluation.perplexity import evaluate, token_windows
 

@@ -1,4 +1,4 @@
-"""The speed of a model beside its original model, in one process."""
+"""The speed of a model compared with its original model, in one process."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 COMPRESSED = "halfplate"
 GENERATE = "generate"
 SAME_LOOP = "dense_same_loop"
-# One token of decoding is enough to make a contender allocate and compile what it needs.
+# Decoding one token makes a contender allocate and compile everything that it needs.
 WARM_UP_TOKENS = 2
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender that is loaded and warm. peak: bytes of memory that loading and running it took, None if unknown."""
+    """A contender that is loaded and warmed up. peak: peak memory in bytes while loading and running it, None if unknown."""
 
     contender: Contender
     weights: WeightBytes
@@ -43,7 +43,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Speeds of every contender by round, and the bytes per second that the machine read in that round."""
+    """Speeds of every contender by round, and the memory read bandwidth in bytes per second in that round."""
 
     speeds: Mapping[str, list[Speed]]
     bandwidth: list[float]
@@ -82,14 +82,16 @@ def bench(
     loops: bool = False,
     progress: Report | None = None,
 ) -> dict[str, Any]:
-    """Time reading `prompt` tokens and writing `new_tokens` after them, in rounds that alternate with the original model.
+    """Time reading `prompt` tokens and generating `new_tokens` tokens, in rounds that alternate with the original model.
 
-    model: a checkpoint, or an original model. against: the original model, timed in fp32 and bf16 by transformers' `generate`; the
-    faster is compared with. activations, head_dtype: as in `halfplate.load`, for a checkpoint. loops: also time the
-    checkpoint by `generate` and the dense weights, packed in bf16, by the loop of the checkpoint. Keys of the result are
-    those of `halfplate bench --json` (docs/speed.md); tokens per second and bytes, medians over `rounds`.
-    progress: called with a phase, what is done and what there is in all.
-    Raises HalfplateError for numbers that cannot work and for models that cannot be read.
+    - model: a checkpoint, or an original model
+    - against: the original model, timed in fp32 and bf16 by transformers' `generate`; ratios are to the faster one
+    - activations, head_dtype: as in `halfplate.load`, for a checkpoint
+    - loops: also time the checkpoint by `generate`, and the original weights, packed in bf16, in the decoder of the checkpoint
+    - progress: called with the phase, the steps done and all steps
+
+    Returns the object of `halfplate bench --json` (docs/speed.md), with medians over `rounds`.
+    Raises HalfplateError for invalid numbers and for models that cannot be read.
     """
     from halfplate.runtime.prepare import check_options
 
@@ -98,7 +100,7 @@ def bench(
     _check(model, prompt, new_tokens, rounds, activations, loops)
     report = progress or silent
     with _threads(threads), torch.inference_mode():
-        # Before the work of this process counts in the load.
+        # Read before the work of this process increases the load.
         where, load = machine(), load_average()
         bringing_in = _BringingIn(prompt, new_tokens, report)
         if is_compressed(model):
@@ -128,7 +130,7 @@ def bench(
 def time_rounds(
     entries: Mapping[str, Entry], ids: Tensor, new_tokens: int, rounds: int, progress: Report | None = None
 ) -> Rounds:
-    """Time all `entries` and the machine's memory in alternating rounds; ids int64 (1, L)."""
+    """Time all `entries` and the memory bandwidth of the machine in alternating rounds; ids int64 (1, L)."""
     report = progress or silent
     read = speed.read_probe(torch.get_num_threads())
     tasks: dict[str, Callable[[], Any]] = {
@@ -141,11 +143,11 @@ def time_rounds(
 
 
 def transformers_contender(model: "PreTrainedModel") -> Contender:
-    """Greedy `generate` of transformers with its cache, to exactly the number of tokens asked for."""
+    """Greedy `generate` of transformers with its cache, for exactly the requested number of tokens."""
     from transformers.generation.streamers import BaseStreamer
 
     class FirstToken(BaseStreamer):
-        """Tells when the first new token is known: the second of what `generate` puts, after the prompt."""
+        """Calls a function when the first new token is known: the second item that `generate` emits, after the prompt."""
 
         def __init__(self, first: Callable[[], None]) -> None:
             self.first, self.puts = first, 0
@@ -188,17 +190,17 @@ def greedy_contender(model: "PreTrainedModel") -> Contender:
 
 
 def cast_copy(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
-    """A copy of `model` whose parameters are of `dtype` and whose buffers are as they were, as transformers loads them."""
+    """A copy of `model` with parameters in `dtype` and unchanged buffers, as transformers loads them."""
     cast = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in model.parameters()}
-    # deepcopy takes from here what it would copy, so tied parameters stay tied and no fp32 copy is made.
+    # deepcopy uses these instead of copying, so tied parameters stay tied and no fp32 copy is made.
     return copy.deepcopy(model, cast)  # type: ignore[arg-type]
 
 
 def packed_dense(model: "PreTrainedModel", head_dtype: str | None = None) -> "PreTrainedModel":
-    """A copy of the dense fp32 `model` whose linears are in kernel layout in bf16, for Halfplate's loop."""
+    """A copy of the original fp32 `model` with its linears in kernel layout in bf16, for Halfplate's loop."""
     from halfplate.runtime import accelerate
 
-    # The copy shares every tensor; packing puts other modules in place of its linears and leaves the tensors alone.
+    # The copy shares every tensor. Packing replaces its linears and does not change the tensors.
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     packed = copy.deepcopy(model, shared)  # type: ignore[arg-type]
     accelerate(packed, head_dtype=head_dtype or "bf16", dense_dtype="bf16")
@@ -206,19 +208,19 @@ def packed_dense(model: "PreTrainedModel", head_dtype: str | None = None) -> "Pr
 
 
 def enter(contender: Contender, model: nn.Module, ids: Tensor, memory: PeakMemory) -> Entry:
-    """Warm a contender up; `memory` was started before its model was loaded."""
+    """Warm up a contender; `memory` was started before its model was loaded."""
     contender(ids, WARM_UP_TOKENS, lambda: None)
     return Entry(contender, speed.weight_bytes(model), memory.take())
 
 
 class _BringingIn:
-    """Loads models one after the other, runs each once, and keeps the prompt that fits them all."""
+    """Loads models one after the other, runs each once, and keeps a prompt that is valid for all."""
 
     def __init__(self, prompt: int, new_tokens: int, report: Report) -> None:
         self._prompt, self._new_tokens, self._report = prompt, new_tokens, report
         self._memory = PeakMemory()
         self._name = ""
-        self.paths: list[str] = []  # what runs each linear of the checkpoint, and what decodes
+        self.paths: list[str] = []  # the kernel of each linear of the checkpoint, and how it decodes
         self.ids = torch.empty(1, 0, dtype=torch.int64, device="cpu")
 
     def compressed(self, name: str, activations: str, head_dtype: str | None, loops: bool) -> dict[str, Entry]:
@@ -270,12 +272,12 @@ class _BringingIn:
             self._name, self.ids = name, speed.random_prompt(config.vocab_size, self._prompt)
         elif int(self.ids.max()) >= config.vocab_size:
             raise HalfplateError(
-                f"against={name!r} has another vocabulary than {self._name!r}; give the original model that it was compressed from"
+                f"against={name!r} does not have the same vocabulary as {self._name!r}; give the original model that it was compressed from"
             )
 
 
 def _compared(subject: dict[str, Entry], dense: dict[str, Entry], rounds: Rounds) -> dict[str, Any]:
-    """The figures of the model, of the original model at its best, and their ratios."""
+    """The figures of the model, of the original model in its faster type, and their ratios."""
     ours = COMPRESSED if COMPRESSED in subject else _fastest(list(subject), rounds.decode)
     ours_prefill = COMPRESSED if COMPRESSED in subject else _fastest(list(subject), rounds.prefill)
     result = _best(subject, ours, ours_prefill, rounds)
@@ -305,7 +307,7 @@ def _compared(subject: dict[str, Entry], dense: dict[str, Entry], rounds: Rounds
 
 
 def _best(entries: Mapping[str, Entry], decode: str, prefill: str, rounds: Rounds) -> dict[str, Any]:
-    """Figures of the contender that decodes fastest, with the prefill of the one that reads fastest."""
+    """The figures of the contender with the fastest decoding, with the prefill of the one with the fastest prefill."""
     return rounds.figures(decode, entries[decode]) | {"prefill_tokens_per_s": median(rounds.prefill(prefill))}
 
 

@@ -1,4 +1,4 @@
-"""Continuing a prompt with any model that the command line takes."""
+"""Continuing a prompt with any model."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ def generate(
     threads: int | None = None,
     activations: str = "float",
 ) -> str:
-    """Continue `prompt` by greedy decoding and return the text.
+    """Continue `prompt` by greedy decoding and return the new text.
 
-    model: a checkpoint, a folder, a Hub id or a `.gguf` file. chat: format the prompt as a user message with the model's chat
-    template, and return the answer alone. threads: of the CPU, None for all. activations: as in `halfplate.load`.
+    - model: a checkpoint, a folder, a Hub id or a `.gguf` file
+    - chat: format the prompt as a user message with the model's chat template, and return only the answer
+    - threads: number of CPU threads, None for all
+    - activations: as in `halfplate.load`
+
     Raises HalfplateError on bad input, and if prompt and answer exceed the positions of the model.
     """
     name = path_text("model", model)

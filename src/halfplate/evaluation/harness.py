@@ -1,6 +1,6 @@
-"""Halfplate inside lm-eval: the model `halfplate`, and lm-eval's own command line with it registered.
+"""Halfplate inside lm-eval: the model type `halfplate`, and the command line of lm-eval with this type registered.
 
-lm-eval finds models in its registry alone and looks for no entry points, so its command `lm_eval` never imports Halfplate;
+lm-eval finds models only in its registry and has no entry points, so its command `lm_eval` never imports Halfplate.
 `python -m halfplate.evaluation.harness` is the same command after `import halfplate`.
 """
 
@@ -13,14 +13,15 @@ from halfplate.checkpoint.loading import load_any
 
 
 class HalfplateLM(HFLM):
-    """A checkpoint of Halfplate, or an original model, in fp32 on the fastest path there is, as `halfplate eval --tasks` has it.
+    """A Halfplate checkpoint or an original model, in fp32 on the fastest path, as in `halfplate eval --tasks`.
 
-    pretrained: folder, Hub id or `.gguf` file. activations: as in `halfplate.load`. Other arguments are those of lm-eval's
-    `hf`. Raises HalfplateError if the model cannot be loaded.
+    pretrained: folder, Hub id or `.gguf` file.
+    activations: as in `halfplate.load`.
+    Other arguments are those of lm-eval's `hf`. Raises HalfplateError if the model cannot be loaded.
     """
 
     def __init__(self, pretrained: str, activations: str = "float", device: str | None = None, **kwargs: Any) -> None:
-        # lm-eval asks for a GPU unless it is told otherwise, and goes without where there is none.
+        # lm-eval requests a GPU by default.
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "cpu"
         model, tokenizer = load_any(pretrained, device, activations)

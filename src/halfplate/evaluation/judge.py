@@ -1,4 +1,4 @@
-"""Judging any model the command line takes: read it and its texts, measure, put the measures together."""
+"""Evaluating any model: reading it and its texts, measuring, and combining the measurements."""
 
 import math
 from collections.abc import Sequence
@@ -42,14 +42,19 @@ def evaluate(
     activations: str = "float",
     report: Report = silent,
 ) -> dict[str, Any]:
-    """Perplexity of `model`, beside the original model `against` KL and top-1 agreement, and scores on tasks of lm-eval.
+    """Measure the perplexity of `model`, KL and top-1 agreement with the original model `against`, and scores on lm-eval tasks.
 
-    model: a checkpoint, a folder, a Hub id or a `.gguf` file. text: sources to score (files, Hub data sets), None for held-out
-    text that the original model samples; with tasks alone, no text is scored. seq_len: tokens of a window, None for 1024, 256 for
-    sampled text. windows: only the first so many, None for all, 16 of sampled text. tasks_folder: more task definitions.
-    limit: only the first rows of each task. activations: as in `halfplate.load`.
-    Returns the JSON object of `halfplate eval --json`: measures over all texts, under `texts` those of each where there are
-    several, under `tasks` those of each task. Raises HalfplateError on bad input.
+    - model: a checkpoint, a folder, a Hub id or a `.gguf` file
+    - text: sources to score (files, Hub data sets); None for held-out text that the original model generates. With `tasks`
+      and no text, no text is scored
+    - tasks, tasks_folder: names of lm-eval tasks, and a folder with more task definitions
+    - seq_len: tokens per window, None for 1024, or 256 for generated text
+    - windows: score only the first windows, None for all, or 16 of generated text
+    - limit: score only the first rows of each task
+    - activations: as in `halfplate.load`
+
+    Returns the object of `halfplate eval --json`: measurements over all texts, those of each text under `texts` if there are
+    several, and those of each task under `tasks`. Raises HalfplateError on bad input.
     """
     model, against = path_text("model", model), None if against is None else path_text("against", against)
     texts = text if isinstance(text, list | tuple | None) else [text]
@@ -74,7 +79,7 @@ def evaluate(
     dense, dense_tokenizer = load_any(against) if against else (None, None)
     if dense is not None and dense.config.get_text_config().vocab_size != judged.config.get_text_config().vocab_size:
         raise HalfplateError(
-            f"against={against!r} has another vocabulary than {model!r}; give the original model that it was compressed from"
+            f"against={against!r} does not have the same vocabulary as {model!r}; give the original model that it was compressed from"
         )
     report("reading", 1, 1)
     scores = {} if tasks is None else {"tasks": _tasks(judged, tokenizer, tasks, tasks_folder, limit, report)}
@@ -128,7 +133,7 @@ def _seq_len(seq_len: int | None, model: Any, sampled: bool) -> int:
 
 
 def _names(sources: Sequence[str]) -> dict[str, str]:
-    """A short name for each text: its file name without suffixes, with its folder's where that is not unique."""
+    """A short name for each text: its file name without suffixes, with its folder if that is not unique."""
 
     def short(source: str) -> str:
         name = Path(split_fields(source)[0]).name
@@ -145,7 +150,7 @@ def _names(sources: Sequence[str]) -> dict[str, str]:
 
 
 def _together(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Measures over several texts as if over one: every scored token counts the same."""
+    """Measurements over several texts as if they were one: every scored token has the same weight."""
     tokens: list[int] = [result["tokens"] for result in results]
 
     def mean(values: list[float]) -> float:

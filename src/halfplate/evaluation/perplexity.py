@@ -17,27 +17,26 @@ from halfplate.headroom import check_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Tokens in one forward: logits of 2,048 tokens over a vocabulary of 50,000 are 400 MB. A longer window runs alone.
+# Tokens in one forward pass: logits of 2,048 tokens over a vocabulary of 50,000 take 400 MB. A longer window runs alone.
 TOKENS_AT_ONCE = 1024
-# Rows of logits held in fp64 at once: few enough to stay in the processor's cache, four times faster than 128.
+# Rows of logits in fp64 at once. So few stay in the cache, which is four times faster than 128.
 ROWS_AT_ONCE = 8
-# Above this KL to its original, SmolLM2 writes no sentences any more (RESULTS.md: Wanda with 2:4).
+# Above this KL to its original, SmolLM2 no longer writes sentences (RESULTS.md: Wanda with 2:4).
 NONSENSE_KL = 1.5
 
 
 def token_windows(
     tokenizer: "PreTrainedTokenizerBase", documents: list[str] | Text, seq_len: int, windows: int | None = None
 ) -> Tensor:
-    """The first `windows` (None: all) non-overlapping windows of the documents' one token stream: int64 (n, seq_len).
+    """The first `windows` (None: all) non-overlapping windows of the joined documents: int64 (n, seq_len).
 
-    Documents are joined by blank lines; no start token is added beyond what the tokenizer adds to the stream itself. No more of
-    a text is read than the windows need.
-    Raises HalfplateError for numbers that cannot work, and for a text with fewer windows than asked for.
+    Documents are joined by blank lines and tokenised as one stream. No start token is added except by the tokenizer. Text is
+    only read as far as needed. Raises HalfplateError for invalid numbers, and if the text has fewer windows than requested.
     """
     if seq_len < 2:
         raise HalfplateError(f"seq_len={seq_len} leaves nothing to predict, expected at least 2 tokens; try 1024")
     if windows is not None and windows < 1:
-        raise HalfplateError(f"windows={windows} is not a number of windows; try 16, or leave it out for all")
+        raise HalfplateError(f"windows={windows} is too few, expected at least 1; try 16, or leave it out for all")
     stream = token_stream(tokenizer, documents, None if windows is None else windows * seq_len)
     count = len(stream) // seq_len
     wanted = windows or max(1, count)
@@ -56,14 +55,15 @@ def evaluate(
     against: "PreTrainedModel | None" = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Measure `model` on `windows` int64 (n, L), each of which scores L - 1 tokens, beside the original model `against`.
+    """Measure `model` on `windows` int64 (n, L), each of which scores L - 1 tokens, also compared with the original model `against`.
 
     Keys: perplexity (exp of the mean negative log-likelihood), tokens (scored), windows, seq_len; and with `against`:
-    kl (KL(dense ‖ model), mean nats per token over the full vocabulary), top1_agreement (share of tokens for which both
-    models have the same most likely one) and dense_perplexity. A ruined model gives inf or nan, which the command line
+    kl (KL(original ‖ model), mean nats per token over the full vocabulary), top1_agreement (share of tokens for which both
+    models have the same most likely token) and dense_perplexity. A ruined model gives inf or nan, which the command line
     writes to JSON as null. Log-probabilities are fp64, because the KL of a nearly equal model is below the rounding of fp32.
-    progress: called with the windows done and in all.
-    Raises HalfplateError for windows that the model cannot read, and for models of two vocabularies.
+
+    progress: called with the windows done and all windows.
+    Raises HalfplateError for windows that the model cannot read, and for models with different vocabularies.
     """
     _check_windows(model, windows)
     sums = _Sums()
@@ -89,9 +89,10 @@ def evaluate(
 
 
 def compare(logits: Tensor, dense: Tensor, targets: Tensor) -> dict[str, float]:
-    """kl, top1_agreement, perplexity and dense_perplexity, as `evaluate` gives them, from logits at hand.
+    """kl, top1_agreement, perplexity and dense_perplexity, as in `evaluate`, from given logits.
 
-    logits, dense: (tokens, vocabulary), of the model and of the dense one. targets: the true next tokens, int64 (tokens,).
+    logits, dense: (tokens, vocabulary), of the model and of the original.
+    targets: the true next tokens, int64 (tokens,).
     """
     sums = _Sums()
     _add_batch(sums, logits, dense, targets)
@@ -100,7 +101,7 @@ def compare(logits: Tensor, dense: Tensor, targets: Tensor) -> dict[str, float]:
 
 @dataclass
 class _Sums:
-    """Sums over scored tokens: negative log-likelihoods and KL in nats, and tokens agreed upon."""
+    """Sums over scored tokens: negative log-likelihoods and KL in nats, and the number of agreeing tokens."""
 
     nll: float = 0.0
     dense_nll: float = 0.0
@@ -125,7 +126,7 @@ def _check_windows(model: "PreTrainedModel", windows: Tensor) -> None:
 
 
 def check_logits_fit(model: "PreTrainedModel", seq_len: int) -> None:
-    """Raise HalfplateError if the logits of one window, in fp32, would not fit into the memory that is free."""
+    """Raise HalfplateError if the logits of one window, in fp32, would not fit into the free memory."""
     nbytes = torch.float32.itemsize * seq_len * vocabulary_of(model)
     check_memory(f"the logits of seq_len={seq_len} tokens", nbytes, "seq_len", seq_len)
 
@@ -137,7 +138,7 @@ def _logits(model: "PreTrainedModel", batch: Tensor) -> Tensor:
 
 
 def _add_batch(sums: _Sums, logits: Tensor, dense: Tensor | None, targets: Tensor) -> None:
-    """Add the measures of logits and dense logits (tokens, vocabulary) for the true tokens `targets` (tokens,)."""
+    """Add the measurements of logits and original logits (tokens, vocabulary) for the true tokens `targets` (tokens,)."""
     if dense is not None and dense.shape != logits.shape:
         raise HalfplateError(
             f"against: the original model has a vocabulary of {dense.shape[-1]}, the model one of {logits.shape[-1]}; "

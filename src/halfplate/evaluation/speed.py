@@ -1,4 +1,4 @@
-"""Measuring speed on a machine that others use too: alternating rounds, medians, paired ratios, bytes and bandwidth."""
+"""Measuring speed on a machine that is also used by others: alternating rounds, medians, paired ratios, bytes and bandwidth."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,18 +15,18 @@ from halfplate.models.linears import find_blocks
 
 Result = TypeVar("Result")
 Clock = Callable[[], float]
-# Continues ids (1, L) by a number of tokens, greedily and whatever they are, and calls the function once, as soon as the
+# Continues ids (1, L) greedily by a number of tokens, without stopping, and calls the function once, as soon as the
 # first of them is known.
 Contender = Callable[[Tensor, int, Callable[[], None]], None]
 
-# Larger than any cache of last level, so that a pass over it comes from memory.
+# Larger than any last-level cache, so that it is read from memory.
 PROBE_BYTES = 256 * 2**20
 PROBE_PASSES = 3
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second of reading a prompt and of writing after it."""
+    """Tokens per second of prefill and decoding."""
 
     prefill: float
     decode: float
@@ -34,10 +34,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Resident bytes of a model's weights.
+    """Resident bytes of the weights of a model.
 
-    total: every parameter and buffer once. linears: those of the decoder layers without norms. a_token: what one decoded
-    token reads, which is all but an embedding table that is not also the head.
+    total: every parameter and buffer once.
+    linears: those of the decoder layers, without norms.
+    a_token: bytes read per decoded token: all except an embedding table that is not also the head.
     """
 
     total: int
@@ -63,9 +64,9 @@ def alternate(
     rounds: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[Result]]:
-    """Run every task once per round, so that all see the same machine; each round starts with another of them.
+    """Run every task once per round, so that all are affected equally by the machine; each round starts with another task.
 
-    Returns the results of each task in the order of the rounds. progress: called with the runs done and in all.
+    Returns the results of each task by round. progress: called with the runs done and all runs.
     """
     names = list(tasks)
     results: dict[str, list[Result]] = {name: [] for name in names}
@@ -81,19 +82,19 @@ def alternate(
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median over rounds of the ratio within a round: what disturbs a whole round cancels."""
+    """Median over rounds of the ratio within a round, so that a disturbance of a whole round cancels."""
     return median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def random_prompt(vocabulary: int, tokens: int, seed: int = 0) -> Tensor:
-    """Token ids int64 (1, tokens): speed does not depend on what they say."""
+    """Random token ids int64 (1, tokens); the speed does not depend on them."""
     return torch.randint(
         vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu"
     )
 
 
 def weight_bytes(model: nn.Module) -> WeightBytes:
-    """Bytes of the weights of `model`, a decoder-only model of transformers, as they lie in memory now."""
+    """Bytes in memory of the weights of `model`, a decoder-only transformers model."""
     _, blocks = find_blocks(model)
     norms = {
         id(tensor) for module in blocks.modules() if "Norm" in type(module).__name__ for tensor in _tensors(module)
@@ -118,15 +119,15 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _storages(tensors: Sequence[Tensor]) -> dict[int, int]:
-    """Bytes by address, each storage once: tied and sliced tensors share theirs."""
+    """Bytes by address, each storage counted once, because tied and sliced tensors share storage."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def read_probe(threads: int) -> Callable[[], float]:
-    """A function that measures how fast the machine reads memory now: bytes per second, median of a few passes.
+    """A function that measures the current memory read bandwidth: bytes per second, median of a few passes.
 
-    It holds `PROBE_BYTES`. Reads with the native kernels where there are any, else with the sum of torch.
+    It holds `PROBE_BYTES`. It uses the native kernels if available, otherwise the sum of torch.
     """
     from halfplate.kernels import native
 
@@ -151,16 +152,16 @@ def read_probe(threads: int) -> Callable[[], float]:
 
 
 class PeakMemory:
-    """The largest resident size of the process while something is loaded and run, less what others hold.
+    """The peak resident size of the process while something is loaded and run, minus what others hold.
 
-    Linux only: elsewhere `take` returns None.
+    Linux only; elsewhere `take` returns None.
     """
 
     def __init__(self) -> None:
         self._baseline = self._before = memory("VmRSS")
 
     def start(self) -> None:
-        """Forget the peak so far; what is resident now counts as held by others."""
+        """Reset the peak; everything that is resident now counts as held by others."""
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
@@ -168,7 +169,7 @@ class PeakMemory:
         self._before = memory("VmRSS")
 
     def take(self) -> int | None:
-        """Peak bytes since `start`, as if the process had held nothing else but what it held when this was made."""
+        """Peak bytes since `start`, plus what the process held when this object was created."""
         peak = memory("VmHWM")
         if peak is None or self._baseline is None or self._before is None:
             return None

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval, scored by lm-eval itself."""
+"""Scoring tasks with lm-eval."""
 
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,13 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, float]]:
-    """Score a transformers model on tasks by lm-eval's own code: by task, `acc`, `acc_norm`, their standard errors, `rows`.
+    """Score a transformers model with lm-eval: by task, `acc`, `acc_norm`, their standard errors, `rows`.
 
-    folder: more task definitions (lm-eval's `--include_path`). limit: only the first rows of each task. Tasks with no
-    accuracy give whatever measures they have. Raises HalfplateError for a task that lm-eval does not know.
+    Tasks without accuracy return all their measures.
+
+    folder: more task definitions (lm-eval's `--include_path`).
+    limit: only the first rows of each task.
+    Raises HalfplateError for a task that lm-eval does not know.
     """
     check_available()
     import lm_eval
@@ -57,9 +60,9 @@ def evaluate_tasks(
                 bootstrap_iters=0,
                 log_samples=False,
             )
-    # Reading a task's data fails in as many ways as there are sources.
+    # Reading the data of a task can raise any exception.
     except (OSError, ConnectionError, ValueError, KeyError, AssertionError) as error:
-        # lm-eval's assertions on lengths say nothing.
+        # lm-eval's assertions on lengths have no message.
         reason = " ".join(str(error).split())[:300] or "a row is longer than the context of the model"
         raise HalfplateError(
             f"tasks={','.join(tasks)!r} cannot be run by lm-eval ({reason}); check their data"
@@ -69,7 +72,7 @@ def evaluate_tasks(
 
 
 def _measures(result: dict[str, Any]) -> dict[str, float]:
-    """`acc,none` and the like under their own names; all of them where there is no accuracy."""
+    """`acc,none` and the like under their plain names; all measures if there is no accuracy."""
     numbers = {
         key.removesuffix(",none"): float(value)
         for key, value in result.items()
@@ -78,7 +81,7 @@ def _measures(result: dict[str, Any]) -> dict[str, float]:
     chosen = {key: numbers[key] for key in MEASURES if key in numbers} or numbers
     rows = result.get("sample_len")
     if isinstance(rows, int) and rows > 1:
-        # The standard error of a mean of zeros and ones, which lm-eval gives only with its bootstrap.
+        # The standard error of a mean of zeros and ones, which lm-eval only computes with its bootstrap.
         chosen |= {
             f"{key}_stderr": (value * (1 - value) / (rows - 1)) ** 0.5
             for key, value in list(chosen.items())

@@ -1,4 +1,4 @@
-"""Weight formats: what a compressed matrix is made of, its bytes, its dense equivalent and its forward."""
+"""Weight formats: the parts of a compressed matrix, its stored tensors, its full matrix and its forward pass."""
 
 from halfplate.formats.chain import Chain
 from halfplate.formats.checks import check_stored

@@ -17,9 +17,10 @@ T = TypeVar("T", bound=Outer)
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """The matrix of a core with each of `outer` around what stands before it, e.g. A · S · B + L · R.
+    """A matrix made of a core and parts `outer`, each applied around those before it, e.g. A · S · B + L · R.
 
-    spec: how it is stored. outer: from the core outwards, also what another matrix stores for this one.
+    spec: its specification.
+    outer: parts from the core outwards, including parts that another matrix stores for this one.
     """
 
     spec: WeightSpec
@@ -28,18 +29,18 @@ class Chain:
 
     @classmethod
     def of(cls, spec: WeightSpec, core: NMSparse, *outer: Outer | None) -> "Chain":
-        """The matrix of these parts, whatever their order; None is left out."""
+        """The matrix of these parts, in any order; None is ignored."""
         there = (part for part in outer if part is not None)
         return cls(spec, core, tuple(sorted(there, key=lambda part: spec.outer.index(type(part)))))
 
     @classmethod
     def from_tensors(cls, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> "Chain":
-        """Put the tensors of a matrix, named as in `spec.alone.layout()`, back together."""
+        """Build a matrix from its tensors, named as in `spec.alone.layout()`."""
         outer = tuple(part.from_tensors(spec, tensors) for part in spec.outer)
         return cls(spec, NMSparse.from_tensors(spec, tensors), outer)
 
     def part(self, kind: type[T]) -> T | None:
-        """The part of that class, if there is one."""
+        """The part of that class, None if there is none."""
         return next((part for part in self.outer if isinstance(part, kind)), None)
 
     @property
@@ -59,7 +60,7 @@ class Chain:
         return tensors
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix it stands for: (d_out, d_in)."""
+        """The full matrix: (d_out, d_in)."""
         return reduce(lambda matrix, part: part.around(matrix), self.outer, self.core.dense(dtype)).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:

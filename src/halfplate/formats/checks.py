@@ -1,4 +1,4 @@
-"""Whether stored tensors hold only what a writer leaves."""
+"""Checking that stored tensors hold only valid values."""
 
 from collections.abc import Mapping
 
@@ -11,8 +11,10 @@ from halfplate.formats.spec import WeightSpec
 def check_stored(spec: WeightSpec, tensors: Mapping[str, Tensor], name: str) -> None:
     """Raise HalfplateError unless every tensor of the matrix `name` holds values that the format allows.
 
-    tensors: by name below the module, in the shapes and types of `spec.layout()`, a bias among them or not; those on the
-    meta device pass. Positions rise, permutations are some, codes are in range, padding is 0, scales are 0 or more, and all numbers are finite.
+    Positions must increase, permutations be complete, codes be in range, padding be 0, scales be 0 or more, and all numbers be
+    finite. Tensors on the meta device are not checked.
+
+    tensors: by name below the module, in the shapes and types of `spec.layout()`, with or without a bias.
     """
     for part, tensor in tensors.items():
         if not tensor.is_meta:
@@ -20,7 +22,7 @@ def check_stored(spec: WeightSpec, tensors: Mapping[str, Tensor], name: str) -> 
 
 
 def check_tensor(spec: WeightSpec, tensor: str, values: Tensor, name: str) -> None:
-    """`check_stored` of the one tensor called `tensor`, whose full name is `name`."""
+    """`check_stored` for one tensor `tensor`, whose full name is `name`."""
     if values.is_floating_point():
         if not bool(values.isfinite().all()):
             raise HalfplateError(f"{name} holds NaN or inf, expected finite values; copy or write the checkpoint again")

@@ -140,7 +140,7 @@ class CompressedLinear(CompressedMatrix):
         return super().stored() if self.bias is None else super().stored() | {"bias": self.bias}
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """The weight (d_out, d_in) in fp32, multiplied out, and the bias (d_out,)."""
+        """The full weight (d_out, d_in) in fp32, and the bias (d_out,)."""
         return self.matrix.dense(), None if self.bias is None else self.bias.float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class CompressedLinear(CompressedMatrix):
 
 @contextmanager
 def assembled(module: nn.Module) -> Iterator[None]:
-    """While inside, every CompressedLinear below `module` multiplies by its whole matrix, which is cheapest for many tokens."""
+    """Context manager in which every CompressedLinear below `module` multiplies by its full matrix, which is fastest for many tokens."""
     linears = [part for part in module.modules() if isinstance(part, CompressedLinear)]
     try:
         for linear in linears:

@@ -1,4 +1,4 @@
-"""What a reader has to know beyond version 1 of the format: parts and quantizers that came later, or are of another package."""
+"""Requirements of a checkpoint beyond version 1 of the format: later parts and quantizers, or those of other packages."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,13 +11,13 @@ from halfplate.formats.spec import WeightSpec
 from halfplate.registry import Registry
 from halfplate.version import package_version
 
-# Of version 1; every reader has them.
+# Part of version 1, so every reader has them.
 FIRST_QUANTIZERS = ("int8", "int4", "int3", "int2")
 KINDS: dict[str, Registry[Any]] = {"part": PARTS, "quantizer": QUANTIZERS}
 
 
 def needs_of(specs: Iterable[WeightSpec]) -> dict[str, str]:
-    """The package that reads each later part (`part NAME`) and quantizer (`quantizer NAME`) of `specs`, with its version."""
+    """The package and version that reads each later part (`part NAME`) and quantizer (`quantizer NAME`) of `specs`."""
     names = {
         *(("part", extra.name) for spec in specs for extra in spec.parts),
         *(("quantizer", spec.core_dtype) for spec in specs),
@@ -30,7 +30,7 @@ def needs_of(specs: Iterable[WeightSpec]) -> dict[str, str]:
 
 
 def check_known(needs: Any) -> None:
-    """Raise HalfplateError, naming the package and its version, if one of `needs` of a checkpoint is not registered here."""
+    """Raise HalfplateError, naming the package and its version, if one of `needs` is not registered here."""
     if not isinstance(needs, dict) or not all(isinstance(package, str) for package in needs.values()):
         raise HalfplateError(
             f"quantization_config.needs={needs!r} must be an object of package names; the checkpoint is damaged, write it again"

@@ -1,4 +1,4 @@
-"""What a plain linear is, and what stands for the weight of one that is stored in another form."""
+"""Recognising plain linears, and the stand-in for the weight of a packed linear."""
 
 from typing import Any, NoReturn
 
@@ -10,9 +10,9 @@ from halfplate.errors import HalfplateError
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether `module` computes x Wᵀ + bias from its `weight` and `bias` and nothing else, so that another form may stand in its place.
+    """Whether `module` computes only x Wᵀ + bias from its `weight` and `bias`, so that it can be replaced.
 
-    A subclass of nn.Linear with a forward of its own is one if that forward gives the same on a small matrix.
+    A subclass of nn.Linear with its own forward counts if that forward gives the same result for a small matrix.
     """
     if not isinstance(module, nn.Linear) or module._parameters.keys() != {"weight", "bias"}:
         return False
@@ -21,7 +21,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _computes_linear(module: nn.Linear) -> bool:
-    """Run the forward of the class of `module` with another, small matrix in place of its own."""
+    """Run the forward of the class of `module` with another, small matrix."""
     d_out, d_in = 6, 4
     weight = torch.arange(d_out * d_in, dtype=torch.float32, device="cpu").cos().view(d_out, d_in)
     bias = None if module.bias is None else weight[:, 0] + 1
@@ -35,7 +35,7 @@ def _computes_linear(module: nn.Linear) -> bool:
     }
     try:
         found = type(module).forward(small, x)
-    # The forward of another class fails in ways of its own on what it does not expect.
+    # The forward of another class can raise any exception.
     except Exception:
         return False
     expected = functional.linear(x, weight, bias)
@@ -43,13 +43,14 @@ def _computes_linear(module: nn.Linear) -> bool:
 
 
 class NoValues(HalfplateError, AttributeError):
-    """Raised where the values of a weight are asked for that exists in kernel layout only."""
+    """Raised if the values of a weight are read that only exists in kernel layout."""
 
 
 class WeightView:
-    """What code of a model may ask of the weight of a linear that is stored in another form: dtype, device and shape.
+    """Stand-in for the weight of a packed linear, with dtype, device and shape.
 
-    dtype: the element type that the linear computes in. Raises NoValues where values are asked for.
+    dtype: the element type that the linear computes in.
+    Raises NoValues if values are read.
     """
 
     requires_grad = False
@@ -65,7 +66,7 @@ class WeightView:
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        """Two."""
+        """The number of dimensions, 2."""
         return self.ndim
 
     def numel(self) -> int:
@@ -73,7 +74,7 @@ class WeightView:
         return self.shape.numel()
 
     def is_floating_point(self) -> bool:
-        """True."""
+        """Always true."""
         return self.dtype.is_floating_point
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -91,6 +92,6 @@ class WeightView:
 
 def _no_values(what: str) -> str:
     return (
-        f"{what} asks for the values of a weight that is stored in kernel layout, which has dtype, device and shape only; "
+        f"{what} needs the values of a weight in kernel layout, which has only dtype, device and shape; "
         "call halfplate.runtime.restore(model) first, or load with kernels=False"
     )

@@ -1,4 +1,4 @@
-"""Matrices of one input that share their input wrapper: solved as one, stored apart, the wrapper with the first of them."""
+"""Matrices that share their input wrapper: solved as one and stored separately, with the wrapper in the first one."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -47,7 +47,7 @@ def connect(model: nn.Module) -> None:
 
 
 def share(specs: Mapping[str, WeightSpec], groups: Iterable[Sequence[str]]) -> dict[str, WeightSpec]:
-    """`specs` with one input wrapper in each of `groups`, at the first of its names; where there is none, nothing changes."""
+    """`specs` with one input wrapper for each of `groups`, stored by the first name; without groups, nothing changes."""
     shared = dict(specs)
     for first, *others in groups:
         for name in others:
@@ -56,7 +56,7 @@ def share(specs: Mapping[str, WeightSpec], groups: Iterable[Sequence[str]]) -> d
 
 
 def sharing_groups(specs: Mapping[str, WeightSpec]) -> list[list[str]]:
-    """The names of `specs` that share a wrapper together, each group and each lone matrix at the place of its first."""
+    """The names of `specs` in groups that share a wrapper; a matrix that shares none is a group of its own."""
     groups: dict[str, list[str]] = {name: [name] for name, spec in specs.items() if spec.in_shared is None}
     for name, spec in specs.items():
         if spec.in_shared is not None:
@@ -65,21 +65,21 @@ def sharing_groups(specs: Mapping[str, WeightSpec]) -> list[list[str]]:
 
 
 def stacked_spec(specs: Sequence[WeightSpec]) -> WeightSpec:
-    """The one matrix that the rows of all `specs` make, each padded so that no block of A straddles two.
+    """The specification of all `specs` stacked, each padded so that no block of A straddles two.
 
-    Raises HalfplateError unless they differ in d_out alone.
+    Raises HalfplateError unless they differ only in d_out.
     """
     first = specs[0].alone
     for spec in specs:
         if replace(spec.alone, d_out=first.d_out) != first:
             raise HalfplateError(
-                f"in_shared={spec.in_shared!r}: {spec} and {first} are solved as one and must differ in d_out alone"
+                f"in_shared={spec.in_shared!r}: {spec} and {first} are solved as one matrix and may differ only in d_out"
             )
     return first if len(specs) == 1 else replace(first, d_out=sum(_padded(spec) for spec in specs))
 
 
 def stacked(weights: Sequence[Tensor], specs: Sequence[WeightSpec]) -> Tensor:
-    """`weights` (d_out, d_in) each, below one another with rows of zeros between, as `stacked_spec` has it."""
+    """`weights` (d_out, d_in) stacked with rows of zeros between them, as in `stacked_spec`."""
     if len(weights) == 1:
         return weights[0]
     padded = [
@@ -90,7 +90,7 @@ def stacked(weights: Sequence[Tensor], specs: Sequence[WeightSpec]) -> Tensor:
 
 
 def split(matrix: Chain, specs: Sequence[WeightSpec]) -> list[Chain]:
-    """The matrices of `specs` from the stacked one, exactly; all have its input wrapper."""
+    """The matrices of `specs` from the stacked matrix, exactly; all have its input wrapper."""
     if len(specs) == 1:
         return [matrix]
     matrices, start = [], 0
@@ -102,6 +102,6 @@ def split(matrix: Chain, specs: Sequence[WeightSpec]) -> list[Chain]:
 
 
 def _padded(spec: WeightSpec) -> int:
-    """Rows up to where the next matrix can begin, so that nothing straddles two."""
+    """Number of rows including padding before the next matrix, so that nothing straddles two."""
     together = lcm(*(part.rows_together(spec) for part in spec.classes))
     return -(-spec.d_out // together) * together

@@ -1,4 +1,4 @@
-"""What a compressed matrix looks like in memory and on disk, known before it is computed."""
+"""The specification of a compressed matrix in memory and on disk, known before it is computed."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -28,14 +28,14 @@ OPTIONAL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ExtraPart:
-    """A part that no field of a specification asks for: its name in `PARTS` (halfplate.formats.parts), and its options."""
+    """A part without its own field in a specification: its name in `PARTS` (halfplate.formats.parts), and its options."""
 
     name: str
     options: tuple[tuple[str, str | int | float | bool], ...] = ()
 
     @classmethod
     def of(cls, name: str, **options: str | int | float | bool) -> "ExtraPart":
-        """The part `name` with these options, in an order of their own."""
+        """The part `name` with these options, in a canonical order."""
         return cls(name, tuple(sorted(options.items())))
 
 
@@ -106,7 +106,7 @@ class WeightSpec:
 
     @property
     def format(self) -> str:
-        """`nm` for a bare sparse core, `dense` for a bare unpruned one, `chain` with a wrapper, `sum` with a rank, `parts` with others."""
+        """`nm` for only a sparse core, `dense` for only an unpruned one, `chain` with a wrapper, `sum` with a rank, `parts` with others."""
         if self.parts:
             return "parts"
         if self.rank:
@@ -115,7 +115,7 @@ class WeightSpec:
             return "chain"
         return "dense" if self.pattern.is_dense else "nm"
 
-    # Found once, when the specification is made: compiled models read it at every step.
+    # Computed once with the specification, because compiled models read it at every step.
     @cached_property
     def classes(self) -> tuple[type[Part], ...]:
         """The classes of its parts, from the core outwards."""
@@ -127,7 +127,7 @@ class WeightSpec:
         return self.classes[1:]  # type: ignore[return-value]  # the first is the core
 
     def options(self, part: str) -> Mapping[str, str | int | float | bool]:
-        """The options of one of `parts`; empty for any other."""
+        """The options of one of `parts`; empty for others."""
         return next((dict(extra.options) for extra in self.parts if extra.name == part), {})
 
     def layout(self) -> Layout:
@@ -153,12 +153,12 @@ class WeightSpec:
 
     @property
     def trains_beside_core(self) -> bool:
-        """Whether it has numbers to train that are not those of its core."""
+        """Whether it has trainable values outside its core."""
         return any(part.trained for part in self.outer)
 
     @property
     def numbers_beside_core(self) -> int:
-        """Numbers stored beside the core, scales and orders excluded."""
+        """Number of values stored outside the core, without scales and permutations."""
         layout, kinds = self.layout(), self.kinds()
         numbers = {part.kinds[0] for part in self.outer if part.trained}
         return sum(prod(shape) for name, (shape, _) in layout.items() if kinds[name] in numbers)
@@ -175,7 +175,7 @@ class WeightSpec:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all stored tensors, positions included, bias and what another module stores excluded."""
+        """Bytes of all stored tensors with positions, without the bias and tensors that another module stores."""
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.layout().values())
 
     @property
@@ -195,7 +195,7 @@ class WeightSpec:
 
     @classmethod
     def from_json(cls, entry: Any, name: str) -> "WeightSpec":
-        """Read an entry written by `to_json`; raises HalfplateError naming the module `name` on anything else."""
+        """Read an entry written by `to_json`; raises HalfplateError naming the module `name` if it is invalid."""
         try:
             fields = dict(entry)
             written, (d_out, d_in) = fields.pop("format"), fields.pop("shape")

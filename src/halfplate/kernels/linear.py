@@ -51,7 +51,7 @@ EXPAND_HALVES_FROM = 96
 CPU = torch.device("cpu")
 LARGE = 4 * 2**20  # bytes; below, a large page would hold mostly nothing
 REFUSALS = {
-    1: "positions that do not rise within their group or padding that is not 0",
+    1: "positions that do not increase within their group or padding that is not 0",
     2: "NaN or inf, expected finite values",
     3: "codes outside the range of their type or scales below 0",
 }

@@ -74,7 +74,7 @@ class Armor(Method):
         super().check_spec(spec)
         if spec.pattern.n > LARGEST_N:
             raise HalfplateError(
-                f"pattern={spec.pattern} keeps more than {LARGEST_N} of a group, which method 'armor' does not solve; try 2:4 or 16:32"
+                f"pattern={spec.pattern} keeps more than {LARGEST_N} of a group, the limit of method 'armor'; try 2:4 or 16:32"
             )
         if spec.pattern.is_dense and (self.objective != "gram" or spec.core_dtype not in QUANTIZERS):
             raise HalfplateError(

@@ -58,19 +58,19 @@ class Method(ABC):
         """Raise HalfplateError if this method cannot make what `spec` describes; planning asks before any work."""
         if spec.pattern.is_dense and not self.dense:
             raise HalfplateError(
-                f"pattern='dense' keeps every value, which method {self.name!r} does not do; use pattern 2:4, or method armor, gptq or rtn"
+                f"pattern='dense' is not supported by method {self.name!r}; use pattern 2:4, or method armor, gptq or rtn"
             )
         if not (spec.pattern.is_dense or self.sparse):
             raise HalfplateError(
-                f"pattern='{spec.pattern}' drops values, which method {self.name!r} does not do; use pattern dense, or method armor"
+                f"pattern='{spec.pattern}' is not supported by method {self.name!r}, which does not prune; use pattern dense, or method armor"
             )
         if not self.wrapped and (spec.out_block or spec.in_block):
             raise HalfplateError(
-                f"block_size={max(spec.out_block, spec.in_block)} asks for wrappers, which method {self.name!r} does not make; use block_size=0"
+                f"block_size={max(spec.out_block, spec.in_block)} needs wrappers, which method {self.name!r} does not make; use block_size=0"
             )
         if not self.low_rank and spec.rank:
             raise HalfplateError(
-                f"rank={spec.rank} asks for a low-rank part, which method {self.name!r} does not make; use rank=0"
+                f"rank={spec.rank} needs a low-rank part, which method {self.name!r} does not make; use rank=0"
             )
         if spec.parts != self.parts:
             raise HalfplateError(
@@ -78,7 +78,7 @@ class Method(ABC):
             )
         if spec.permuted and not self.permutes:
             raise HalfplateError(
-                f"permuted=True asks for permuted inputs, which method {self.name!r} as configured does not make; use permuted=False"
+                f"permuted=True is not supported by method {self.name!r} as configured; use permuted=False"
             )
 
     def flops(self, spec: WeightSpec) -> float:

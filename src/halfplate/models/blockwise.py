@@ -1,4 +1,4 @@
-"""Running a model one decoder layer at a time, with exactly the results of its own forward."""
+"""Running a model one decoder layer at a time, with exactly the results of its own forward pass."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,10 +28,10 @@ from halfplate.precision import products
 class BlockInputs:
     """The inputs of the next layer.
 
-    hidden: (samples, L, d) in most models; others have more streams than one, in a dimension before or after the samples.
-    arguments: by the index of a layer, its other arguments (masks, rotary embeddings, positions). carried: what earlier layers
-    hand on beside the hidden state (shared keys and values, the state of a router). text: (samples, L) of the tokens, where hidden
-    does not begin with it.
+    hidden: (samples, L, d) in most models; others have an additional dimension, before or after the samples.
+    arguments: the other arguments of each layer (masks, rotary embeddings, positions), by layer index.
+    carried: other values that earlier layers pass on (shared keys and values, the state of a router).
+    text: (samples, L) of the tokens, if `hidden` does not begin with it.
     """
 
     hidden: Tensor
@@ -47,18 +47,18 @@ class BlockInputs:
 
     @property
     def all_arguments(self) -> list[BlockArguments]:
-        """The arguments of all layers in their order, as `embed` gives them."""
+        """The arguments of all layers in order, as `embed` returns them."""
         return [self.arguments[block] for block in range(len(self.arguments))]
 
     def split(self, size: int) -> list["BlockInputs"]:
-        """The same samples, at most `size` at a time; hidden begins with the samples."""
+        """The same samples in parts of at most `size` samples; `hidden` must begin with the samples."""
         samples, length = self.shape
 
         def cut(part: Tensor, first: int) -> Tensor:
-            # Some layers hand on one row for each token.
+            # Some layers pass on one row per token.
             if part.ndim == 2 and len(part) == samples * length != samples:
                 return part[first * length : (first + size) * length]
-            # A square of length by length has no samples, though their number may be the same.
+            # A square L × L tensor has no sample dimension, even if L equals the number of samples.
             each = part.ndim > 1 and len(part) == samples and (part.ndim > 2 or samples != length)
             return part[first : first + size] if each else part
 
@@ -71,26 +71,27 @@ class BlockInputs:
 
 
 class BlockwiseModel:
-    """A causal language model as embedding, decoder layers and head, which can be run separately.
+    """A causal language model as embedding, decoder layers and head, which can run separately.
 
-    The model's own forward makes masks and positions, so local attention, per-layer rope and the like need no
-    knowledge here. `embed`, `run_block` for every layer in order, and `finish` give the logits of the whole forward,
-    bit for bit. Modules replaced inside the layers are used from then on. precision: of the products in `run_block`, one of
-    `halfplate.precision`. Raises HalfplateError if no layers are found, or if the model changes the hidden state between two
-    layers.
+    The model's own forward pass makes masks and positions, so local attention, per-layer rotary embeddings and the like need
+    no code here. `embed`, `run_block` for every layer in order, and `finish` give the logits of the whole forward pass, bit
+    for bit. If modules inside the layers are replaced, the new ones run.
+
+    precision: of the matrix products in `run_block`, a value of `halfplate.precision`.
+    Raises HalfplateError if no layers are found, or if the model changes the hidden state between two layers.
     """
 
     def __init__(self, model: nn.Module, precision: str = "fp32") -> None:
         self.model, self.precision = model, precision
         self.prefix, self.blocks = find_blocks(model)
-        # How layers of a class return what comes beside the hidden state; None if they return that alone.
+        # How layers of a class return further values besides the hidden state; None if they return only that.
         self._returned: dict[type[nn.Module], TreeSpec | None] = {}
-        # What the first layer of each class gave beside the hidden state, while the arguments are gathered.
+        # Further outputs of the first layer of each class, while the arguments are collected.
         self._tried: dict[type[nn.Module], list[Any]] = {}
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> BlockInputs:
-        """The input of the first layer for `input_ids` int64 (samples, L), and the arguments of every layer."""
+        """The input of the first layer for `input_ids` int64 (samples, L), with the arguments of every layer."""
         recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         first: Tensor | None = None
         previous: Tensor | None = None
@@ -105,17 +106,17 @@ class BlockwiseModel:
                 )
             first = hidden if first is None else first
             recorded.append(copied(rest))
-            # A copy, so that the test above cannot be met by a hidden state that came from elsewhere.
+            # A copy, so that a hidden state from elsewhere cannot pass the test above.
             previous = hidden.clone()
             return self._as_returned(index, previous, forward, args, kwargs)
 
-        # Without the head, whose logits of a whole batch can be larger than everything else.
+        # Without the head: the logits of a batch can be larger than everything else.
         body = getattr(self.model, "base_model", self.model)
         with self._blocks_replaced(record):
             try:
                 body(input_ids=input_ids, use_cache=False)
             except (AttributeError, TypeError) as error:
-                # Model code that computes with what a layer returns finds a FromBlock there.
+                # Model code that computes with the output of a layer would see a FromBlock.
                 raise HalfplateError(self._apart("it fails without its layers", error)) from error
             finally:
                 self._tried.clear()
@@ -127,9 +128,9 @@ class BlockwiseModel:
         return BlockInputs(first, with_handed_on(recorded), text=(input_ids.shape[0], input_ids.shape[1]))
 
     def run_block(self, index: int, inputs: BlockInputs, block: nn.Module | None = None) -> BlockInputs:
-        """The input of layer `index + 1` from that of layer `index`; hidden keeps its shape.
+        """The input of layer `index + 1` from that of layer `index`; `hidden` keeps its shape.
 
-        block: another module to run in its place.
+        block: another module to run instead of the layer.
         """
         arguments = inputs.arguments[index]
         args, kwargs = called = call_arguments(arguments, inputs.carried)
@@ -141,9 +142,9 @@ class BlockwiseModel:
 
     @torch.no_grad()
     def run_whole(self, input_ids: Tensor, seen: Callable[[int, Tensor], None]) -> None:
-        """The model's own forward without its head, in the precision of `run_block`.
+        """The model's own forward pass without its head, in the precision of `run_block`.
 
-        seen: called with the input of each layer and, under the number of layers, with the output of the last.
+        seen: called with the index and the input of each layer, and with the number of layers and the output of the last one.
         """
 
         def watch(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -168,7 +169,7 @@ class BlockwiseModel:
             hidden = inputs.hidden if index == len(self.blocks) - 1 else self._split_hidden(args, kwargs)[0]
             return self._as_returned(index, hidden, forward, args, kwargs)
 
-        # The tokens do not matter: the last layer hands out `inputs.hidden` in any case.
+        # The tokens do not matter: the last layer always returns `inputs.hidden`.
         ids = torch.zeros(inputs.shape, dtype=torch.int64, device=inputs.hidden.device)
         with self._blocks_replaced(skip):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
@@ -176,7 +177,7 @@ class BlockwiseModel:
         return logits
 
     def unknown_blocks(self) -> list[int]:
-        """The first layer of each class that has not run yet; `embed` runs it once, to see what it returns."""
+        """The first layer of each class that has not run yet. `embed` runs it once to see the form of its output."""
         first = {type(block): index for index, block in reversed(list(enumerate(self.blocks)))}
         return [index for kind, index in first.items() if kind not in self._returned]
 
@@ -199,7 +200,7 @@ class BlockwiseModel:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """`hidden` in the form that layer `index` returns it; layers of a class that is not yet known run once to see it."""
+        """`hidden` in the form in which layer `index` returns it. A layer of an unknown class runs once to find this form."""
         kind = type(self.blocks[index])
         if kind not in self._returned:
             args, kwargs = filled((args, kwargs), lambda at: self._tried[type(self.blocks[at.block])][at.leaf])
@@ -215,7 +216,7 @@ class BlockwiseModel:
         return (hidden, *tree_unflatten([FromBlock(index, leaf) for leaf in range(returned.num_leaves)], returned))
 
     def _split_hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, Any]]:
-        """The hidden state, which comes first or by its name, and the other arguments of a layer."""
+        """The hidden state, which is the first argument or has its name, and the other arguments of a layer."""
         if args:
             return args[0], (args[1:], kwargs)
         if "hidden_states" not in kwargs:
@@ -251,6 +252,6 @@ class _Replacement:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether both are the same values at the same address, such as a tensor and a full slice of it."""
+    """Whether two tensors are the same values at the same address, such as a tensor and a full slice of it."""
     place = [(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()) for x in (a, b)]
     return a is b or place[0] == place[1]

@@ -1,4 +1,4 @@
-"""Checking that the layers of a model, run one at a time, give the same results as the whole model."""
+"""Check that the layers of a model, run one at a time, give the same results as the whole model."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from halfplate.models.handover import differing, patched
 from halfplate.models.streamed import StreamedModel
 from halfplate.precision import resolved
 
-SAMPLES = 2  # that are compared, at their full length: windows and the like show late in a text
-# Both run the same operations on the same shapes, so that they agree bit for bit on a CPU; sums on a GPU may have another order.
+SAMPLES = 2  # number of sequences to compare, at full length because sliding windows take effect late
+# Both run the same operations on the same shapes, so they agree bit for bit on a CPU. Sums on a GPU may have another order.
 TOLERANCE = 1e-3
-VALUES = 2**18  # of each hidden state that are kept to compare
+VALUES = 2**18  # number of values of each hidden state that are compared
 CURE = "use a method that needs no text (magnitude, rtn), or another model"
 
 
 @torch.no_grad()
 def check_chain(streamed: StreamedModel, ids: Tensor, splits: str | None = None) -> None:
-    """Raise HalfplateError unless every layer, run separately, gives the same output as in the whole forward of the model.
+    """Raise HalfplateError unless every layer, run separately, gives the same output as in the whole forward pass.
 
-    ids: int64 (samples, L), of which the first SAMPLES are taken. One layer is in memory at a time, and each is read twice: once for
-    the whole forward and once for the chain, in which other tokens run through every layer after these, as in a calibration,
-    so that nothing which a module keeps from its last call can help. splits: the option for which batches are cut into samples,
-    which needs hidden states that begin with them.
+    One layer is in memory at a time, and each is read twice: once for the whole forward pass and once for the chain. In the
+    chain, other tokens run through every layer after these, as during calibration, so that values which a module keeps from
+    its last call cannot hide an error.
+
+    ids: int64 (samples, L); the first SAMPLES sequences are used.
+    splits: the option that requires batches to be split by sample; then hidden states must begin with the samples.
     """
     ids = ids[:SAMPLES].to(streamed.device)
     expected = _whole(streamed, ids)
@@ -38,7 +40,7 @@ def check_chain(streamed: StreamedModel, ids: Tensor, splits: str | None = None)
             inputs = _with_own_arguments(streamed.embed(ids), others)
     except HalfplateError:
         raise
-    # Model code fails with errors of its own.
+    # Model code can raise any exception.
     except Exception as error:
         raise HalfplateError(_refusal(streamed, f"its layers do not run separately ({_reason(error)})")) from error
     if splits is not None and inputs.hidden.shape[:2] != ids.shape:
@@ -64,7 +66,7 @@ def check_chain(streamed: StreamedModel, ids: Tensor, splits: str | None = None)
 
 
 def _whole(streamed: StreamedModel, ids: Tensor) -> list[Tensor]:
-    """A sample of the values of the input of every layer in the whole forward, and of the output of the last."""
+    """A sample of values from the input of every layer in the whole forward pass, and from the output of the last layer."""
     seen: list[Tensor] = []
     try:
         with streamed.running(held=False, with_head=False):
@@ -86,7 +88,7 @@ def _whole(streamed: StreamedModel, ids: Tensor) -> list[Tensor]:
 
 
 def _with_own_arguments(inputs: BlockInputs, others: BlockInputs) -> BlockInputs:
-    """`inputs` with the arguments of `others`, but for those that depend on the tokens, as calibration has them."""
+    """`inputs` with the arguments of `others`, except those that depend on the tokens, as during calibration."""
     reference = others.all_arguments
     found = differing(reference, inputs.all_arguments)
     arguments = [
@@ -98,7 +100,7 @@ def _with_own_arguments(inputs: BlockInputs, others: BlockInputs) -> BlockInputs
 
 def _some(hidden: Tensor) -> Tensor:
     """About VALUES values, spread over the hidden state."""
-    # An odd step takes other features of each token.
+    # An odd step selects different features of each token.
     return hidden.detach().reshape(-1)[:: hidden.numel() // VALUES | 1].float().clone()
 
 
@@ -107,7 +109,7 @@ def _compare(streamed: StreamedModel, index: int, hidden: Tensor, expected: Tens
     if found.shape != expected.shape:
         raise HalfplateError(_refusal(streamed, f"the hidden state before layer {index} has another shape"))
     if not bool(expected.isfinite().all()):
-        return  # Whoever collects statistics names the linear.
+        return  # The statistics name the linear.
     difference = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
     if not difference <= TOLERANCE:
         what = f"layer {index - 1} gives" if index else "the embedding gives"

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
 
 METHOD = "halfplate"
-# These quantise plain weights whenever the model runs, so the weights alone are not the model.
+# These methods quantise plain weights at run time, so the weights alone do not define the model.
 QUANTISED_AT_RUN_TIME = ("bitnet",)
-# What quantised files hold beside or in place of a weight, in the words of GPTQ, AWQ, compressed-tensors, bitsandbytes, FP8 and MXFP4.
+# Names of tensors in quantised files (GPTQ, AWQ, compressed-tensors, bitsandbytes, FP8 and MXFP4).
 QUANTISED_PARTS = re.compile(
     r"[._](weight_(scale|scale_inv|scale_2|packed|zero_point|g_idx)|(input|activation|[kv])_scale|qweight|qzeros|g_idx|SCB|absmax"
     r"|nested_absmax|quant_map|quant_state\..*|codebooks|proj_(blocks|scales))$"
@@ -31,7 +31,7 @@ PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
 
 
 def read_entries(name: str, path: Path) -> dict[str, Any]:
-    """The unchanged content of `config.json` in the folder `path`; raises HalfplateError if it is missing or not an object of JSON."""
+    """The unchanged content of `config.json` in the folder `path`; raises HalfplateError if it is missing or not a JSON object."""
     file = path / "config.json"
     if not file.is_file():
         raise HalfplateError(
@@ -49,8 +49,8 @@ def read_entries(name: str, path: Path) -> dict[str, Any]:
 
 
 def quantisation_of(entries: dict[str, Any]) -> str | None:
-    """The method that `config.json` says the weights are quantised by, or None."""
-    # compressed-tensors wrote `compression_config` before transformers settled on one name.
+    """The quantisation method that `config.json` names, or None."""
+    # compressed-tensors wrote `compression_config` before transformers chose one name.
     stated = entries.get("quantization_config") or entries.get("compression_config")
     if not stated:
         return None
@@ -58,7 +58,7 @@ def quantisation_of(entries: dict[str, Any]) -> str | None:
 
 
 def check_plain(name: str, entries: dict[str, Any], tensors: Iterable[str]) -> None:
-    """Raise HalfplateError if the names of `tensors` show quantised weights; a mere entry of `config.json` does not."""
+    """Raise HalfplateError if the names of `tensors` show quantised weights. An entry of `config.json` alone is not enough."""
     part = next((tensor for tensor in tensors if QUANTISED_PARTS.search(tensor)), None)
     if part is not None:
         raise _already_quantised(name, quantisation_of(entries), f"its files hold {part}")
@@ -72,7 +72,7 @@ def _already_quantised(name: str, method: str | None, reason: str) -> HalfplateE
 
 
 def check_values(name: str, entries: dict[str, Any]) -> None:
-    """Raise HalfplateError for values that transformers accepts silently and that give a different model, or none."""
+    """Raise HalfplateError for values that transformers silently accepts but that give a different or unusable model."""
     for key in ("quantization_config", "compression_config"):
         if entries.get(key) and not isinstance(entries[key], dict):
             raise HalfplateError(
@@ -86,7 +86,7 @@ def check_values(name: str, entries: dict[str, Any]) -> None:
 
 
 def _rotary_numbers(entries: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The names and values of the base and the factors of rotary positions, those of each kind of layer, too."""
+    """Names and values of the base and the factors of rotary embeddings, including those of each layer type."""
     for key, value in entries.items():
         if key in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
             inner = [value, *(part for part in value.values() if isinstance(part, dict))]
@@ -113,9 +113,10 @@ def check_kind(name: str, entries: dict[str, Any]) -> None:
 
 
 def read_config(name: str, path: Path, entries: dict[str, Any]) -> tuple[PretrainedConfig, tuple[str, ...]]:
-    """The configuration in the folder `path`, ready to build the model on any machine, and notes on what was changed in it.
+    """The configuration in the folder `path`, ready to build the model on any machine, and notes on changes to it.
 
-    entries: as `read_entries` gave them. Raises HalfplateError if its class refuses it, or is not a causal language model.
+    entries: the result of `read_entries`.
+    Raises HalfplateError if the configuration class refuses the entries, or is not a causal language model.
     """
     import transformers
     from transformers import AutoConfig
@@ -125,7 +126,7 @@ def read_config(name: str, path: Path, entries: dict[str, Any]) -> tuple[Pretrai
     check_values(name, entries)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    # A config is data of any shape, and each model class checks it with errors of its own.
+    # A config is untrusted data, and each model class checks it with its own exceptions.
     except Exception as error:
         if isinstance(kind, str) and kind in transformers.CONFIG_MAPPING:
             raise HalfplateError(
@@ -146,12 +147,12 @@ def read_config(name: str, path: Path, entries: dict[str, Any]) -> tuple[Pretrai
 
 
 def check_causal(name: str, config: PretrainedConfig) -> None:
-    """Raise HalfplateError for anything but a decoder-only language model."""
+    """Raise HalfplateError unless the model is a decoder-only language model."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     stated = [str(one) for one in getattr(config, "architectures", None) or ()]
-    # GPT-2 and others of its age are called LMHeadModel; a file without a statement is taken as what its type maps to.
+    # GPT-2 and other old models are called LMHeadModel. A file that names no architecture gets the one of its model_type.
     named = not stated or any(one.endswith("ForCausalLM") or one == getattr(known, "__name__", None) for one in stated)
     if known is None or not named or getattr(config, "is_encoder_decoder", False):
         raise HalfplateError(
@@ -161,14 +162,14 @@ def check_causal(name: str, config: PretrainedConfig) -> None:
 
 
 def check_saves(name: str, config: PretrainedConfig, entries: dict[str, Any]) -> None:
-    """Raise HalfplateError if transformers would refuse to save `config`, as the run does at its end."""
+    """Raise HalfplateError if transformers would refuse to save `config` at the end of the run."""
     what = "transformers does not save this config.json, so no result could be written"
     with tempfile.TemporaryDirectory(prefix="halfplate-") as scratch, reading(name, what, "correct it", entries):
         deepcopy(config).save_pretrained(scratch)
 
 
 def read_generation_config(name: str, path: Path) -> GenerationConfig | None:
-    """`generation_config.json` in the folder `path`, None if there is none; raises HalfplateError for a broken one."""
+    """`generation_config.json` in the folder `path`, None if there is none; raises HalfplateError if it is invalid."""
     from transformers import GenerationConfig
 
     if not (path / "generation_config.json").is_file():
@@ -204,13 +205,13 @@ def _freed(config: PretrainedConfig, entries: dict[str, Any]) -> list[str]:
             delattr(config, key)
     if method is not None:
         notes.append(
-            f"config.json: says that the weights are quantised ({method!r}), but the files hold plain ones; the entry is left out"
+            f"config.json says that the weights are quantised ({method!r}), but the files hold plain weights; the entry is left out"
         )
     vocabulary, padding = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
     if isinstance(vocabulary, int) and isinstance(padding, int) and not 0 <= padding < vocabulary:
         config.pad_token_id = None
         notes.append(
-            f"config.json: pad_token_id={padding} is not in the vocabulary of {vocabulary} tokens, and is left out"
+            f"config.json: pad_token_id={padding} is outside the vocabulary of {vocabulary} tokens, and is left out"
         )
     return notes
 

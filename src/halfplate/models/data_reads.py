@@ -1,4 +1,4 @@
-"""Finding linears whose weight is read by code other than their own forward."""
+"""Finding linears whose weight is read by other code than their own forward."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from torch import nn
 from halfplate.models.arguments import cache_argument
 from halfplate.models.without_values import run_without_values
 
-# Methods that make or fill weights; none of them runs on a loaded model.
+# Methods that create or initialise weights; they do not run on a loaded model.
 INITIALISER = re.compile("_*(init|reset)")
 
 
 @dataclass(frozen=True)
 class _Read:
-    """`<owner>.weight` in a method of a class; path: of the owner below `self`, None if it is reached otherwise."""
+    """`<owner>.weight` in a method of a class. path: of the owner below `self`, None if it is reached otherwise."""
 
     path: tuple[str, ...] | None
     kind: type
@@ -35,19 +35,19 @@ class _Read:
 
 
 def stated_reads(root: nn.Module) -> dict[str, str]:
-    """The linears below `root` whose weight the source of a module names, and the method that does, by their names.
+    """The linears below `root` whose weight is read in the source code of a module, with the method that reads it, by name.
 
-    Left out are methods that fill weights, what a method does in training alone, and weights that are reached otherwise than by
-    `self.<name>.weight`: `data_reads` sees these, too.
+    Methods that initialise weights, code that only runs in training, and weights that are reached other than by
+    `self.<name>.weight` are ignored here; `data_reads` finds the latter.
     """
     return {name: str(reads[0][1]) for name, reads in _stated(root).items()}
 
 
 def data_reads(model: nn.Module, prefix: str = "") -> tuple[dict[str, str], str | None]:
-    """The linears below `prefix` whose weight is read as data, with the reason of each, and why no run could tell, if so.
+    """The linears below `prefix` whose weight is read as data, with the reason for each, and why tracing failed, if it did.
 
-    Where the sources of the modules leave a doubt, the model runs without numbers, once for a text and once for the next token.
-    A method that did not run there may run elsewhere (a kernel of a GPU), so what its source names counts as read.
+    If the source code is ambiguous, the model runs on the meta device, once for a text and once for the next token.
+    A method that did not run there may run elsewhere (e.g. in a GPU kernel), so reads in its source still count.
     """
     root = model.get_submodule(prefix)
     stated = _stated(root)
@@ -56,7 +56,7 @@ def data_reads(model: nn.Module, prefix: str = "") -> tuple[dict[str, str], str 
     seen, ran, failure = _run(model, root, stated)
     reasons = dict.fromkeys(seen, "the code of the model")
     for name, reads in stated.items():
-        # A branch that a method which ran has passed by depends on the configuration alone.
+        # If a method ran without taking a branch, the branch depends only on the configuration.
         hidden = [read for owner, read in reads if failure is not None or (owner, read) not in ran]
         if name in seen or hidden:
             reasons[name] = str((hidden or [read for _, read in reads])[0])
@@ -67,7 +67,7 @@ def data_reads(model: nn.Module, prefix: str = "") -> tuple[dict[str, str], str 
 
 
 def _stated(root: nn.Module) -> dict[str, list[tuple[str, _Read]]]:
-    """By the name of a linear, the name of each module that reads it and the place where that does."""
+    """For each linear that is read, by name: the module that reads it, and where."""
     found: dict[str, list[tuple[str, _Read]]] = {}
     for name, module in root.named_modules():
         for read in _reads_of(module.__class__):
@@ -82,7 +82,7 @@ def _child(module: Any, name: str) -> Any:
 
 
 def _doubtful(root: nn.Module) -> bool:
-    """Whether a weight is reached by another way than `self.<name>.weight` anywhere in the code of the modules."""
+    """Whether any code of the modules reaches a weight other than by `self.<name>.weight`."""
     kinds = {kind for module in root.modules() for kind in type(module).__mro__}
     return any(read.path is None for kind in kinds for read in _reads_of(kind)) or any(
         _functions_read(kind.__module__) for kind in kinds if _foreign(kind)
@@ -95,7 +95,7 @@ def _foreign(kind: type) -> bool:
 
 @cache
 def _reads_of(kind: type[Any]) -> tuple[_Read, ...]:
-    """Every read of a weight in the methods of the class and of those that it stands on."""
+    """Every read of a weight in the methods of a class and its base classes."""
     return tuple(
         _Read(path, base, method.name)
         for base in filter(_foreign, kind.__mro__)
@@ -114,7 +114,7 @@ def _methods(kind: type) -> list[ast.FunctionDef]:
 
 @cache
 def _functions_read(module: str) -> bool:
-    """Whether a function beside the classes of the module `module` reads a weight."""
+    """Whether a module-level function of `module` reads a weight."""
     functions = [node for node in _parsed(module) if isinstance(node, ast.FunctionDef)]
     return any(True for function in functions for _ in _owners(function))
 
@@ -128,7 +128,7 @@ def _parsed(module: str) -> list[ast.stmt]:
 
 
 def _owners(node: ast.AST) -> Iterator[tuple[str, ...] | None]:
-    """The owner of each `.weight` below `node`: its path below `self`, or None; a module's own `self.weight` is left out."""
+    """The owner of each `.weight` below `node`: its path below `self`, or None. A module's own `self.weight` is ignored."""
     if isinstance(node, ast.If | ast.IfExp) and _asks_for_training(node.test):
         for otherwise in node.orelse if isinstance(node.orelse, list) else [node.orelse]:
             yield from _owners(otherwise)
@@ -147,7 +147,7 @@ def _owners(node: ast.AST) -> Iterator[tuple[str, ...] | None]:
 
 
 def _asks_for_training(test: ast.expr) -> bool:
-    """Whether `test` holds in training alone: `self.training`, or that and more."""
+    """Whether `test` can only be true in training: `self.training`, or a conjunction with it."""
     if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
         return any(map(_asks_for_training, test.values))
     return isinstance(test, ast.Attribute) and test.attr == "training"
@@ -156,7 +156,7 @@ def _asks_for_training(test: ast.expr) -> bool:
 def _run(
     model: nn.Module, root: nn.Module, stated: dict[str, list[tuple[str, _Read]]]
 ) -> tuple[set[str], set[tuple[str, _Read]], str | None]:
-    """The linears whose weight was asked for outside of their forward, the places of `stated` that ran, and why the run failed."""
+    """The linears whose weight was read outside their own forward, the places of `stated` that ran, and why the run failed."""
     run: Any = model
     places = {place for reads in stated.values() for place in reads}
     device = next((parameter.device for parameter in model.parameters()), None)
@@ -164,7 +164,7 @@ def _run(
         ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
         try:
             run(input_ids=ids, use_cache=False)
-        # Each model class fails with errors of its own where it asks for values that are not there.
+        # Model code can raise any exception if it needs values on the meta device.
         except Exception as error:
             return seen, ran, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         with suppress(Exception):
@@ -176,7 +176,7 @@ def _run(
 
 @contextmanager
 def _noted(root: nn.Module, places: set[tuple[str, _Read]]) -> Iterator[set[tuple[str, _Read]]]:
-    """While inside, those of `places` (a module and a method of it) that run gather in the set."""
+    """Context manager that collects in the set those of `places` (a module and one of its methods) that run."""
     ran: set[tuple[str, _Read]] = set()
     put: list[tuple[nn.Module, str]] = []
 
@@ -187,7 +187,7 @@ def _noted(root: nn.Module, places: set[tuple[str, _Read]]) -> Iterator[set[tupl
     try:
         for place in places:
             module, name = root.get_submodule(place[0]), place[1].method
-            # Another class may have put its own in the place of the method that reads.
+            # A subclass may override the method that reads.
             if name not in vars(module) and getattr(type(module), name) is getattr(place[1].kind, name):
                 vars(module)[name] = partial(noting, place, getattr(module, name))
                 put.append((module, name))
@@ -199,7 +199,7 @@ def _noted(root: nn.Module, places: set[tuple[str, _Read]]) -> Iterator[set[tupl
 
 @contextmanager
 def _watched(root: nn.Module) -> Iterator[set[str]]:
-    """While inside, the names of the linears whose weight is asked for, but by their own forward, gather in the set."""
+    """Context manager that collects the names of linears whose weight is read by code other than their own forward."""
     seen: set[str] = set()
     kinds = {name: type(module) for name, module in root.named_modules() if isinstance(module, nn.Linear)}
     try:
@@ -212,7 +212,7 @@ def _watched(root: nn.Module) -> Iterator[set[str]]:
 
 
 def _watching(kind: Any, name: str, seen: set[str]) -> Any:
-    """A subclass of `kind` that adds `name` to `seen` when the weight is read."""
+    """A subclass of `kind` that adds `name` to `seen` when its weight is read."""
     inside = False
 
     class Watching(kind):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Matching the stored tensors with the model: each is used or named, and none is missing, of another shape or dropped silently."""
+"""Matching the stored tensors with the model: all are used or reported, and missing tensors and wrong shapes are errors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from halfplate.storage.tensor_file import KINDS, PIECE, DamagedFile, StoredTenso
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Heads that predict further tokens, which generation one token at a time does not use.
+# Heads for multi-token prediction, which generating one token at a time does not use.
 FURTHER_TOKENS = re.compile(r"(^|\.)(mtp|mtp_layers|nextn\w*|medusa\w*|multi_token\w*)\.")
 COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids)$")
 MASKS = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$")
-# Of peft: LoRA and what is made from it, and the weights that they stand beside.
+# Tensor names of peft: LoRA and its variants, and the weights of the base layers.
 ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save)\.")
 LAYER_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
 NAMED_AT_ONCE = 3
 
 
 def names_in_model(model: PreTrainedModel, names: Collection[str]) -> dict[str, tuple[str, str | None]]:
-    """The name in the model of each stored name, and the conversion that applies to its values, as transformers has it."""
+    """The name in the model of each stored name, and the conversion of its values, as transformers defines them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -35,18 +35,18 @@ def names_in_model(model: PreTrainedModel, names: Collection[str]) -> dict[str, 
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     prefix, meta = model.base_model_prefix, model.state_dict()
     found: dict[str, tuple[str, str | None]] = {}
-    # In the order of transformers: what a renaming does may depend on the names before.
+    # In the order of transformers, because a renaming may depend on earlier names.
     for name in names:
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, meta)
         if renamed not in meta and name in meta:
-            # The name is one of the model already, and a rule for older files has spoilt it.
+            # The name is already that of the model, and a rule for older files has changed it.
             renamed, pattern = rename_source_key(name, [], [], prefix, meta)
         found[name] = renamed, pattern
     return found
 
 
 def converters_by_pattern(model: PreTrainedModel) -> dict[str, Any]:
-    """What transformers does to the values of the tensors that match a pattern of `names_in_model`."""
+    """The conversions of transformers for tensors that match a pattern of `names_in_model`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
@@ -55,10 +55,11 @@ def converters_by_pattern(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_fit(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
-    """Compare the stored `tensors` with an empty `model`; returns notes on those that are not part of the model.
+    """Compare the stored `tensors` with an empty `model`; returns notes on tensors that are not part of the model.
 
-    Raises HalfplateError for tensors that are missing, of another shape or kind, or that the model does not have though they would
-    matter. name: as the user gave the model.
+    name: of the model, as the user gave it.
+    Raises HalfplateError for tensors that are missing, have the wrong shape or type, or that the model does not have although
+    they would matter.
     """
     renamed = names_in_model(model, tensors)
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict(keep_vars=True).items()}
@@ -110,15 +111,15 @@ def check_complete(
             "set it to true if the model shares its embeddings with its head, else download the model again"
         )
     raise HalfplateError(
-        f"model={name!r}: its files lack {len(missing)} tensors that its config.json asks for ({missing[0]}, ...); "
-        "they would be random: download the model again"
+        f"model={name!r}: its files lack {len(missing)} tensors of its config.json ({missing[0]}, ...), "
+        "which would be random; download the model again"
     )
 
 
 def shared_names(
     model: PreTrainedModel, expected: Collection[str], found: Mapping[str, StoredTensor]
 ) -> dict[str, str]:
-    """Names that share the tensor of another, with the name that is stored; two that are both stored share if they are equal."""
+    """Names that share the tensor of another name, with the stored name. Two stored tensors are shared if they are equal."""
     shared: dict[str, str] = {}
     for target, origin in (model.all_tied_weights_keys or {}).items():
         if target not in expected or origin not in expected:
@@ -133,7 +134,7 @@ def shared_names(
 
 
 def stored_apart(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> list[tuple[str, str]]:
-    """Names that the configuration ties and the files hold with different values: transformers does not tie these."""
+    """Names that the configuration ties but whose stored values differ. transformers does not tie these."""
     tied = (model.all_tied_weights_keys or {}).items()
     if not tied:
         return []
@@ -148,7 +149,7 @@ def stored_apart(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) ->
 
 
 def same_values(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two stored tensors are equal, found without holding either; raises HalfplateError if they cannot be read."""
+    """Whether two stored tensors are equal, without loading either completely; raises HalfplateError if they cannot be read."""
     if first.shape != second.shape:
         return False
     if first.kind != second.kind:
@@ -171,7 +172,7 @@ def same_values(first: StoredTensor, second: StoredTensor) -> bool:
 def _left_over(name: str, model: PreTrainedModel, extra: Mapping[str, tuple[str, StoredTensor]]) -> tuple[str, ...]:
     """Notes on stored tensors that the model does not have; raises HalfplateError for those that would matter.
 
-    extra: by the stored name, the name after transformers' renaming, and the tensor.
+    extra: by stored name, the name after the renaming of transformers, and the tensor.
     """
     count, block = _numbered_blocks(model)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
@@ -208,7 +209,7 @@ def _left_over(name: str, model: PreTrainedModel, extra: Mapping[str, tuple[str,
 
 
 def _numbered_blocks(model: PreTrainedModel) -> tuple[int, re.Pattern[str]]:
-    """The number of decoder layers, and what finds the number of a layer in a stored name; nothing if there are none."""
+    """The number of decoder layers, and a pattern that finds the layer number in a stored name; None if there are no layers."""
     try:
         prefix, blocks = find_blocks(model)
     except HalfplateError:
@@ -224,8 +225,8 @@ def _spoken(names: list[str]) -> str:
 
 def _cure(wrong: list[str]) -> str:
     if any(ADAPTER.search(one) for one in wrong):
-        return "they are parts of an adapter beside the weights; merge it (peft: merge_and_unload, then save_pretrained) and pass that folder"
-    biases = "where the model has biases, config.json must say so (attention_bias, mlp_bias), else "
+        return "they belong to an adapter; merge it (peft: merge_and_unload, then save_pretrained) and pass that folder"
+    biases = "if the model has biases, set attention_bias or mlp_bias in config.json; otherwise "
     return (
         f"without them it would be another model: {biases if any(one.endswith('.bias') for one in wrong) else ''}"
         "upgrade transformers or download the model again"
@@ -233,7 +234,7 @@ def _cure(wrong: list[str]) -> str:
 
 
 def _further_layers(model: PreTrainedModel) -> int:
-    """Blocks after the last one that predict further tokens, as the configuration counts them."""
+    """Layers after the last one that serve multi-token prediction, as counted by the configuration."""
     counts = (getattr(model.config, key, None) for key in LAYER_COUNTS)
     return max((count for count in counts if isinstance(count, int)), default=0)
 
@@ -243,7 +244,7 @@ def _all_zero(stored: StoredTensor) -> bool:
 
 
 def _check_prefix(name: str, missing: Collection[str], extra: list[str]) -> None:
-    """Raise HalfplateError if all names are the model's but for a prefix that a training tool has put before them."""
+    """Raise HalfplateError if all names match the model except for a prefix that a training tool has added."""
     for stored in extra[:1]:
         rest = stored
         while "." in rest:

@@ -1,4 +1,4 @@
-"""Models from `.gguf` files. Every key and tensor of a file is used or refused by name (`gguf_families`)."""
+"""Models from `.gguf` files. Every key and tensor of a file must be known; others are errors that name it (`gguf_families`)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-LARGEST_ROPE = 2**20  # bytes of a tensor of rotary factors, which has one for each pair in a head
+LARGEST_ROPE = 2**20  # largest size in bytes of a tensor of rotary factors, which has one value per pair in a head
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class GgufHeader:
 
 
 def read_header(path: Path, name: str) -> GgufHeader:
-    """Read the metadata of the `.gguf` file that the user named `name`.
+    """Read the metadata of a `.gguf` file. name: as the user gave it.
 
-    Raises HalfplateError if the file is not a GGUF file, is cut short, or is one of several parts.
+    Raises HalfplateError if the file is not a GGUF file, is truncated, or is one of several parts.
     """
     with path.open("rb") as file:
         magic = file.read(4)
@@ -66,7 +66,7 @@ def read_header(path: Path, name: str) -> GgufHeader:
 
 
 def read_config(path: Path, name: str) -> "PretrainedConfig":
-    """The model's configuration; raises HalfplateError for an architecture that is not in the table, and for a key without a meaning in it."""
+    """The configuration of the model; raises HalfplateError for an unsupported architecture and for an unknown key."""
     header = read_header(path, name)
     family = family_of_file(name, header.contents.metadata)
     with _described(name):
@@ -80,7 +80,7 @@ def read_config(path: Path, name: str) -> "PretrainedConfig":
 
 
 def load_model(path: Path, name: str, config: "PretrainedConfig") -> "tuple[PreTrainedModel, dict[str, Any]]":
-    """The model in fp32, and a report on loading it: `missing_keys`, and `mismatched_keys` with the shapes in the file and the model."""
+    """The model in fp32, and a report: `missing_keys`, and `mismatched_keys` with the shapes in the file and in the model."""
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -109,9 +109,9 @@ def load_model(path: Path, name: str, config: "PretrainedConfig") -> "tuple[PreT
 
 
 def tensor_reader(path: Path, name: str, model: "PreTrainedModel") -> "Callable[[str], Tensor | None]":
-    """A function that reads a tensor of `model` in fp32, by its name in the model; it returns None if the file lacks the tensor. A bias that it lacks is zero.
+    """A function that reads a tensor of `model` in fp32 by its name in the model. It returns None if the file lacks the tensor; a missing bias is zero.
 
-    Raises HalfplateError for a tensor of the file that is not a part of the model.
+    Raises HalfplateError for a tensor of the file that is not part of the model.
     """
     import torch
 
@@ -158,7 +158,7 @@ def load_tokenizer(path: Path, name: str) -> "PreTrainedTokenizerBase":
 
 @contextmanager
 def _described(name: str) -> Iterator[None]:
-    """Turn what the libraries raise on a file's contents, which may be of any shape, into a refusal."""
+    """Context manager that turns exceptions of libraries on the content of a file into a HalfplateError."""
     try:
         yield
     except HalfplateError:

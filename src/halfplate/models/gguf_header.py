@@ -1,7 +1,7 @@
-"""The header of a GGUF file, checked against the size of the file before anything believes it.
+"""The header of a GGUF file, checked against the size of the file before it is used.
 
-Counts, lengths and offsets in it are a stranger's numbers: a reader that loops or allocates by them can be made to take all
-memory. Layout: the GGUF specification, versions 2 and 3, little-endian.
+Counts, lengths and offsets in it are untrusted: they could make a reader loop or allocate without limit. The layout is that
+of the GGUF specification, versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 SCALAR_BYTES = {kind: struct.calcsize(f"<{form}") for kind, form in SCALARS.items()}
 MOST_DIMENSIONS = 4
 LONGEST_NAME = 65_535
-# Python objects that other readers make of the metadata, so many bytes for each in a file of a few.
+# Limit for array items in the metadata: other readers create several Python objects for each of them.
 MOST_ELEMENTS = 8_000_000
-LONGEST_KEPT = 4096  # values of an array, bytes of a string: settings of a model have fewer, vocabularies more
+LONGEST_KEPT = 4096  # most array values or string bytes that are kept: settings have fewer, vocabularies more
 
 
 class DamagedHeader(ValueError):
-    """A header that does not fit its file."""
+    """A header that does not match its file."""
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies: rows first in `shape`, ggml's number of its type, its first byte in the file and how many it has."""
+    """The location of a tensor: `shape` (rows first), ggml's type number, its first byte in the file and its size in bytes."""
 
     shape: tuple[int, ...]
     kind: int
@@ -41,7 +41,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufContents:
-    """Tensors in the file, and the values in all of them; the metadata but for long arrays and texts; each tensor by its name."""
+    """Number of tensors and of all values in them; the metadata without long arrays and texts; each tensor by name."""
 
     tensors: int
     elements: int
@@ -50,7 +50,7 @@ class GgufContents:
 
 
 def check_header(path: Path) -> GgufContents:
-    """Walk the whole header; raises DamagedHeader unless every count, length, type and offset in it lies inside the file."""
+    """Check the whole header; raises DamagedHeader unless every count, length, type and offset is within the file."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     blocks = {int(kind): GGML_QUANT_SIZES[kind] for kind in GGMLQuantizationType}
@@ -95,7 +95,7 @@ def check_header(path: Path) -> GgufContents:
 
 
 class _Walk:
-    """Reading a file from its beginning; nothing is taken from behind its end."""
+    """Reads a file from its beginning and never beyond its end."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.place, self.elements = content, 0, 0
@@ -110,7 +110,7 @@ class _Walk:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def count(self, least: int) -> int:
-        """A number of things that take at least `least` bytes each."""
+        """A number of items that take at least `least` bytes each."""
         number: int = self.number("<Q")
         self.elements += number
         if number * least > len(self.content) - self.place or self.elements > MOST_ELEMENTS:
@@ -127,7 +127,7 @@ class _Walk:
         return self.text(LONGEST_NAME).decode("utf-8", "backslashreplace")
 
     def value(self, kind: int, inside: bool = False) -> Any:
-        """The value that begins here, None if it is longer than any setting of a model."""
+        """The value at the current position; None if it is longer than any setting of a model."""
         if kind == STRING:
             text = self.text(len(self.content))
             return text.decode("utf-8", "backslashreplace") if len(text) <= LONGEST_KEPT else None

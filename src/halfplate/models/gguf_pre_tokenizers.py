@@ -1,7 +1,7 @@
-"""How byte-level vocabularies split text before they merge, and llama.cpp's names for it (`tokenizer.ggml.pre`).
+"""How byte-level vocabularies split text before merging, and llama.cpp's names for it (`tokenizer.ggml.pre`).
 
-A GGUF file holds the name alone; a tokenizer.json holds the steps. The patterns are what llama.cpp computes under each name, in
-the syntax of the `tokenizers` library. For most names it is what their tokenizer.json says; if it differs, `meant` has the steps.
+A GGUF file holds only the name; a tokenizer.json holds the steps. The patterns are what llama.cpp computes for each name, in
+the syntax of the `tokenizers` library. For most names they equal the tokenizer.json; otherwise `meant` has its steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ THREE_DIGITS = r"\p{N}{1,3}"
 THREE_ASCII_DIGITS = "[0-9][0-9][0-9]"
 # Groups of three counted from the right, as in 1,234,567.
 THREE_FROM_THE_RIGHT = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
-# llama.cpp cuts behind the first group and not before it.
+# llama.cpp splits after the first group and not before it.
 THREE_WITH_TEXT_BEFORE = rf"[^\p{{N}}]*{THREE_FROM_THE_RIGHT}"
 PUNCTUATION = r"[\p{P}$+<=>^~|`]+"  # the step Punctuation with the behaviour Contiguous
 
@@ -45,7 +45,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 
 
 def _cased(suffix: str, digits: str) -> str:
-    """Words cut where a capital follows a small letter."""
+    """Words that are split where a capital follows a small letter."""
     start = r"[^\r\n\p{L}\p{N}]?"
     words = rf"{start}{_UPPER}*{_LOWER}+{suffix}|{start}{_UPPER}+{_LOWER}*{suffix}"
     return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
@@ -59,14 +59,14 @@ _ASCII_SUFFIX = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?"
 
 
 def _cased_by_llama(suffix: str, digits: str) -> str:
-    """`_cased` as llama.cpp has it: letters beyond ASCII count as capital and as small, marks are no part of words."""
+    """`_cased` as llama.cpp computes it: letters beyond ASCII count as both capital and small, and marks are not part of words."""
     start, upper, lower = r"[^\r\n\p{L}\p{N}]?", r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]"
     words = f"{start}{upper}*{lower}+{suffix}|{start}{upper}+{lower}*{suffix}"
     return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 
 
 def _caseless(digits: str) -> str:
-    """`_cased` as llama.cpp computes it if it is given the expression of the tokenizer.json: all letters are alike."""
+    """`_cased` as llama.cpp computes it from the expression of the tokenizer.json: it ignores case."""
     words = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+{_ASCII_SUFFIX}"
     return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 
@@ -80,7 +80,7 @@ HAN_AND_KANA = "[一-龥\u3040-ゟ゠-ヿ]+"
 HAN_AND_HANGUL = "[一-龥ࠀ-一가-\ud7ff]+"
 HAN_AND_HANGUL_NO_SPACES = r"[[一-龥ࠀ-一가-\ud7ff]&&[^\s]]+"
 AFMOE_SCRIPTS = "[一-鿿㐀-䶿豈-\ufaff\u3040-ゟ゠-ヿ･-ﾟ⼀-\u2fdfเ-\u0e7f\u0e80-\u0effក-\u17ffက-႟ꩠ-ꩿꧠ-\ua9ff가-\ud7afᄀ-ᇿ]+"
-# Letters with case, by blocks of Unicode, as DeepSeek LLM lists them.
+# Letters with case, by Unicode blocks, as DeepSeek LLM lists them.
 CASED_LETTERS = (
     r"\s?"
     "[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴ"
@@ -95,7 +95,7 @@ COHERE_DIGITS = r"\d{1,3}(?=(?:\d{3})*\b)"
 
 @dataclass(frozen=True)
 class Cut:
-    """One more step of a tokenizer.json than llama.cpp has: `pattern`, over text, or over its bytes if `on_bytes`.
+    """An additional step of a tokenizer.json that llama.cpp does not have: `pattern` on the text, or on its bytes if `on_bytes`.
 
     It has no effect if no token of the vocabulary crosses it.
     """
@@ -107,14 +107,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One way to split text: regular expressions applied one after another, each match a piece of its own.
+    """One way to split text: regular expressions that are applied in sequence, where each match becomes a piece.
 
-    names: what llama.cpp calls it; an export writes the first
-    ignore_merges: a whole piece that is a token is taken without merging
-    add_bos: whether llama.cpp starts texts with the bos token if the file does not say
-    cuts: tokenizer.json files with one more step
-    meant: the steps of the tokenizer.json that the names stand for, if llama.cpp splits differently; such a pre-tokenizer is not written
-    differs: on which text, for the message
+    names: the names in llama.cpp; an export writes the first
+    ignore_merges: a whole piece that is a token is used without merging
+    add_bos: whether llama.cpp adds the bos token if the file does not say
+    cuts: additional steps of some tokenizer.json files
+    meant: the steps of the tokenizer.json, if llama.cpp splits differently; such a pre-tokenizer is not written
+    differs: the text that is split differently, for the message
     """
 
     names: tuple[str, ...]
@@ -130,7 +130,7 @@ class PreTokenizer:
         return (*self.patterns, BYTES)
 
 
-BYTES = "bytes"  # the step that turns text into the 256 characters of GPT-2; no regular expression of the table
+BYTES = "bytes"  # the step that maps bytes to the 256 characters of GPT-2; it has no regular expression in the table
 _DEEPSEEK_LLM = ("[\r\n]", CASED_LETTERS, PUNCTUATION_BLOCKS, r"\s+$", HAN_AND_HANGUL)
 _DEEPSEEK_LLM_BY_LLAMA = (
     *("[\r\n]", CASED_LETTERS, PUNCTUATION_BLOCKS_NO_SPACES, r"\s+$", HAN_AND_HANGUL_NO_SPACES),
@@ -245,7 +245,7 @@ PRE_TOKENIZERS = (
 )
 BY_NAME = {name: entry for entry in PRE_TOKENIZERS for name in entry.names}
 
-# The same expression in other words.
+# An equivalent expression.
 _TIKTOKEN_SUFFIX = r"'(?i:[sdmt]|ll|ve|re)"
 SPELLINGS = {
     _TIKTOKEN_SUFFIX
@@ -256,7 +256,7 @@ SPELLINGS = {
 
 
 def split_step(pattern: str) -> dict[str, Any]:
-    """One expression as a step of tokenizer.json."""
+    """A step of tokenizer.json for one regular expression."""
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
@@ -267,15 +267,15 @@ def described(entry: PreTokenizer) -> dict[str, Any]:
 
 
 def read_steps(description: dict[str, Any] | None) -> tuple[str, ...]:
-    """The steps of a tokenizer.json's pre-tokenizer as in the table.
+    """The steps of a tokenizer.json's pre-tokenizer, in the form of the table.
 
-    Raises ValueError, in words, for a step that the table has no form for.
+    Raises ValueError for a step that the table cannot express.
     """
     return tuple(_flat(description))
 
 
 def written_steps(steps: tuple[str, ...]) -> str:
-    """The steps for a message."""
+    """The steps as text for a message."""
     return ", then ".join(step if step == BYTES else repr(step[:80]) for step in steps)
 
 
@@ -292,7 +292,7 @@ def _flat(step: dict[str, Any] | None) -> Iterable[str]:
             raise ValueError("llama.cpp writes no space before a byte-level text (add_prefix_space)")
         case {"type": "Split", "pattern": {"Regex": str() as pattern}, "behavior": behaviour, "invert": invert}:
             known = SPELLINGS.get(pattern, pattern)
-            # Cutting out what does not match is the same where everything matches.
+            # Removing the text that does not match changes nothing if everything matches.
             if (behaviour, invert) != ("Isolated", False) and not (
                 (behaviour, invert) == ("Removed", True) and known.endswith(r"|\s+")
             ):

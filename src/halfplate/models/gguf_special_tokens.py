@@ -1,4 +1,4 @@
-"""Tokens that are cut out of a text before anything merges, as llama.cpp does it: which they are, and where it differs."""
+"""Special tokens, which are split off before any merging: which they are in llama.cpp, and where llama.cpp and tokenizers differ."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection
 
-# Tokens that llama.cpp cuts out of a text by their spelling, whatever type the file gives them.
+# Tokens that llama.cpp treats as special because of their spelling, whatever type the file gives them.
 SPELLINGS = (
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> "
     "[EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[ "
@@ -17,17 +17,17 @@ SPELLINGS = (
     "<|channel|> <|message|> <|start|> <|constrain|>"
 )
 CONTROL_SPELLINGS = frozenset(SPELLINGS.split())
-# Vocabularies with one of these have an ordinary </s> (Gemma 4).
+# In vocabularies with one of these, </s> is an ordinary token (Gemma 4).
 ORDINARY_END = ("<|tool_response>", "<|plamo:eos|>")
-# llama.cpp strips spaces behind the special tokens of a model whose general.name holds one of these, except behind some.
+# If general.name contains one of these, llama.cpp strips spaces after special tokens, with some exceptions.
 STRIPPING_NAMES = ("phi-3", "phi3")
 NOT_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def overlapping(tokens: Collection[str]) -> tuple[str, str] | None:
-    """Two tokens of which llama.cpp cuts others out of some text; None if there are none.
+    """A pair of special tokens that llama.cpp and tokenizers split differently in some text; None if there is none.
 
-    It looks for the longest token everywhere, then for the next; `tokenizers` takes the first match, of several the longest.
+    llama.cpp searches the whole text for the longest token, then for the next. `tokenizers` takes the first match, and the longest of several.
     """
     by_start = defaultdict(list)
     for token in tokens:
@@ -42,9 +42,9 @@ def overlapping(tokens: Collection[str]) -> tuple[str, str] | None:
 
 
 def _cut_otherwise(first: str, second: str, shared: int) -> bool:
-    """Whether both ways differ on `first` followed by what `second` adds to it."""
+    """Whether the two algorithms differ on `first` followed by the part of `second` that it lacks."""
     text = first + second[shared:]
-    if len(second.encode()) < len(first.encode()) or len(set(text)) == 1:  # runs of one character are cut alike
+    if len(second.encode()) < len(first.encode()) or len(set(text)) == 1:  # runs of one character are split equally
         return False
     one, other = re.escape(first), re.escape(second)
     leftmost = re.split(f"({other}|{one})", text)

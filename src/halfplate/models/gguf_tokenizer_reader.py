@@ -1,6 +1,6 @@
 """The tokenizer inside a GGUF file, as llama.cpp reads it.
 
-Every `tokenizer.*` key is used, or has no effect on tokens (NO_EFFECT), or is refused.
+Every `tokenizer.*` key is used, is known to have no effect on tokens (NO_EFFECT), or is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 GGML = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-# Pieces that never meet in running text: they are cut out of it before anything merges.
+# Pieces that never occur in running text, because they are split off before merging.
 WHOLE = (UNKNOWN, CONTROL, USER_DEFINED)
 
 USED = {
@@ -36,7 +36,7 @@ USED = {
     TEMPLATE,
     TEMPLATE + "s",
 }
-# Token ids, and what transformers calls them; the misspelling is GGUF's.
+# Token ids with their names in transformers. (The misspelling is that of GGUF.)
 SPECIAL_IDS = {
     GGML + "bos_token_id": "bos_token",
     GGML + "eos_token_id": "eos_token",
@@ -46,7 +46,7 @@ SPECIAL_IDS = {
     GGML + "cls_token_id": "cls_token",
     GGML + "mask_token_id": "mask_token",
 }
-# Ids for generation and for filling in the middle.
+# Ids for generation and for fill-in-the-middle.
 OTHER_IDS = {
     GGML + f"{key}_token_id"
     for key in (
@@ -63,7 +63,7 @@ OTHER_IDS = {
         "fim_sep",
     )
 }
-# Read by llama.cpp for other kinds of vocabularies, for generation, or not at all.
+# llama.cpp reads these only for other vocabularies or for generation, or ignores them.
 NO_EFFECT = {
     *(GGML + key for key in ("token_type_count", "add_sep_token", "suppress_tokens", "precompiled_charsmap")),
     *(GGML + key for key in ("normalizer.lowercase", "normalizer.strip_accents")),
@@ -73,10 +73,9 @@ MODELS = ("gpt2", "llama")
 
 
 def read_tokenizer(path: Path, name: str) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of the `.gguf` file that the user named `name`; its header is checked already.
+    """The fast tokenizer of a `.gguf` file whose header is already checked. name: of the file, as the user gave it.
 
-    Raises HalfplateError for a kind of vocabulary, a pre-tokenizer or a key that is not known here, and for contents that
-    contradict each other.
+    Raises HalfplateError for an unknown kind of vocabulary, pre-tokenizer or key, and for inconsistent content.
     """
     from gguf import GGUFReader
 
@@ -97,11 +96,11 @@ def read_tokenizer(path: Path, name: str) -> PreTrainedTokenizerBase:
 
 
 class _Refused(Exception):
-    """Why a vocabulary is not read."""
+    """Raised with the reason why a vocabulary is not supported."""
 
 
 class _Vocabulary:
-    """The metadata of one file, checked as it is read."""
+    """The metadata of one file, which is checked when it is read."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
@@ -153,7 +152,7 @@ class _Vocabulary:
     # Reading and checking keys
 
     def _value(self, key: str, kind: type) -> Any:
-        """The value of a key, None if it is missing; raises _Refused for another type."""
+        """The value of a key, None if it is missing; raises _Refused if it has another type."""
         value = self.values.get(GGML + key)
         if value is not None and type(value) is not kind:
             raise _Refused(f"{GGML}{key} is of type {type(value).__name__}, expected {kind.__name__}")
@@ -221,7 +220,7 @@ class _Vocabulary:
         return bool(self.kind == "gpt2")
 
     def _vocabulary(self) -> dict[str, int]:
-        """Tokens and their ids, without those that only fill the embedding up."""
+        """Tokens and their ids, without padding tokens."""
         return {
             token: number
             for number, token in enumerate(self.tokens)
@@ -278,7 +277,7 @@ class _Vocabulary:
         return self._value("pre", str) or "default"
 
     def _pieces(self) -> dict[str, Any]:
-        """A SentencePiece vocabulary: spaces are written as ▁, unknown characters as their bytes."""
+        """A SentencePiece vocabulary: spaces are written as ▁, and unknown characters as bytes."""
         prefix = self._flag("add_space_prefix", True)
         normalizer: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
         decoders: list[dict[str, Any]] = [
@@ -306,7 +305,7 @@ class _Vocabulary:
         }
 
     def _merges_of_scores(self) -> list[tuple[str, str]]:
-        """Every way to make a piece of two others, the best score first: llama.cpp merges any two that make a piece."""
+        """Every way to make a piece from two others, best score first, because llama.cpp merges any two neighbours that make a piece."""
         scores = self._list("scores", (int, float), len(self.tokens))
         if scores is None:
             raise _Refused("tokenizer.ggml.scores is missing")
@@ -314,7 +313,7 @@ class _Vocabulary:
             raise _Refused("tokenizer.ggml.scores holds values that are not finite")
         pieces = [number for number in range(len(self.tokens)) if not self._is_whole(number)]
         parts = {self.tokens[number] for number in pieces}
-        pieces.sort(key=lambda number: -scores[number])  # stable: by id where scores are equal
+        pieces.sort(key=lambda number: -scores[number])  # stable: equal scores are sorted by id
         return [
             (token[:cut], token[cut:])
             for token in (self.tokens[number] for number in pieces)
@@ -323,7 +322,7 @@ class _Vocabulary:
         ]
 
     def _post_processor(self) -> dict[str, Any] | None:
-        """The tokens that llama.cpp puts before and behind every text."""
+        """The tokens that llama.cpp adds before and after every text."""
         entry = BY_NAME.get(self._pre()) if self._is_byte_level() else None
         add_bos = self._flag("add_bos_token", entry.add_bos if entry else True)
         ends = {}
@@ -357,7 +356,7 @@ class _Vocabulary:
         }
 
     def _chat_template(self) -> str | dict[str, str] | None:
-        """The chat template, or several by name."""
+        """The chat template, or several templates by name."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import _compile_jinja_template
 

@@ -1,7 +1,7 @@
-"""A tokenizer as the metadata of a GGUF file, if llama.cpp can make the same tokens with it.
+"""A tokenizer as the metadata of a GGUF file, if llama.cpp produces the same tokens with it.
 
-llama.cpp knows two kinds: byte-level vocabularies, split by one of the pre-tokenizers it has a name for, and SentencePiece
-vocabularies, which it merges by score. It applies no normaliser: text that is not in the form NFC gives other tokens there.
+llama.cpp supports two kinds: byte-level vocabularies, split by one of its named pre-tokenizers, and SentencePiece
+vocabularies, which it merges by score. It applies no normaliser, so text that is not in NFC form gives other tokens there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPECIAL = {
     "sep_token": "sep",
     "mask_token": "mask",
 }
-# Bytes that no UTF-8 text holds.
+# Bytes that do not occur in UTF-8 text.
 NEVER_IN_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}
 WITHOUT_MERGE = -1e6
 
@@ -37,7 +37,7 @@ WITHOUT_MERGE = -1e6
 def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     """Add the vocabulary, its merges or scores, special tokens and chat templates to a gguf.GGUFWriter.
 
-    Raises HalfplateError for a tokenizer whose tokens llama.cpp would not make, and for one with an id of `vocab_size` or more.
+    Raises HalfplateError if llama.cpp would produce different tokens, and for a token id of `vocab_size` or more.
     """
     if not tokenizer.is_fast:
         raise HalfplateError("format='gguf': the tokenizer has no tokenizer.json; save its fast form beside the model")
@@ -87,7 +87,7 @@ def _add(writer: Any, tokenizer: Any, described: dict[str, Any], vocab_size: int
 
 def _check_model(model: dict[str, Any]) -> None:
     if model["type"] != "BPE":
-        raise ValueError(f"its type is {model['type']}, written are byte-level BPE and BPE with byte fallback")
+        raise ValueError(f"its type is {model['type']}, expected byte-level BPE or BPE with byte fallback")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise ValueError(f"its model has {option}={model[option]!r}")
@@ -108,15 +108,15 @@ def _check_tokens(tokens: list[str], vocabulary: dict[str, int]) -> None:
 def _check_added(
     writer: Any, added: Iterable[dict[str, Any]], texts: set[str], normalizer: dict[str, Any] | None
 ) -> None:
-    """Added tokens are cut out of the text as it stands; spaces around them stay, but for Phi-3."""
+    """Check that added tokens are matched in the unchanged text, and that they strip no spaces, except for Phi-3."""
     added = list(added)
     for token in added:
         for flag in ("single_word", "lstrip"):
             if token[flag]:
                 raise ValueError(f"the token {token['content']!r} has {flag}")
-        # Matched after normalising it may match other text.
+        # After normalisation, it may match other text.
         if token["normalized"] and _prepends(normalizer):
-            raise ValueError(f"the token {token['content']!r} is looked for in normalised text (normalized)")
+            raise ValueError(f"the token {token['content']!r} is matched in normalised text (normalized)")
     if pair := overlapping([token["content"] for token in added]):
         raise ValueError(
             f"its tokens {pair[0]!r} and {pair[1]!r} can overlap, and llama.cpp splits such text differently"
@@ -133,12 +133,12 @@ def _check_added(
 
 
 def _name_phi3(writer: Any) -> None:
-    """llama.cpp strips the spaces behind special tokens if the name of the model says Phi-3."""
+    """Write a name that contains Phi-3, for which llama.cpp strips the spaces after special tokens."""
     names = [entries["general.name"].value for entries in writer.kv_data if "general.name" in entries]
     if not names:
         writer.add_name("phi-3")
     elif not any(part in str(names[0]).lower() for part in STRIPPING_NAMES):
-        raise ValueError(f"its special tokens strip spaces as those of Phi-3, and the model's name is {names[0]!r}")
+        raise ValueError(f"its special tokens strip spaces as in Phi-3, but the name of the model is {names[0]!r}")
 
 
 def _prepends(normalizer: dict[str, Any] | None) -> bool:
@@ -167,23 +167,23 @@ def _add_byte_level(writer: Any, described: dict[str, Any], vocabulary: dict[str
 
 
 def _name(steps: tuple[str, ...], described: dict[str, Any], vocabulary: dict[str, int]) -> str:
-    """llama.cpp's name for the steps; raises ValueError if it has none, or merges otherwise under it."""
+    """llama.cpp's name for the steps; raises ValueError if it has none, or if it merges differently under that name."""
     candidates = [entry for entry in PRE_TOKENIZERS if _fits(entry, steps, vocabulary)]
     if not candidates:
         for entry in PRE_TOKENIZERS:
             if any((*meant, BYTES) == steps for meant in entry.meant):
-                raise ValueError(f"what llama.cpp calls {entry.names[0]!r} splits {entry.differs} otherwise than it")
-        raise ValueError(f"it splits text by {written_steps(steps)}, which is none of its pre-tokenizers")
+                raise ValueError(f"llama.cpp's {entry.names[0]!r} splits {entry.differs} differently")
+        raise ValueError(f"it splits text by {written_steps(steps)}, which is not one of llama.cpp's pre-tokenizers")
     whole = bool(described["model"].get("ignore_merges"))
     for entry in candidates:
         if entry.ignore_merges == whole:
             return entry.names[0]
-    # Whether whole words skip the merges shows only in words that the merges do not lead to.
+    # ignore_merges only matters for tokens that the merges do not produce.
     lost = _unreachable(described["model"], vocabulary)
     if lost is None:
         return candidates[0].names[0]
     raise ValueError(
-        f"with {candidates[0].names[0]!r}, ignore_merges={not whole} there, it would make {lost!r} otherwise"
+        f"llama.cpp's {candidates[0].names[0]!r} has ignore_merges={not whole}, with which {lost!r} is split differently"
     )
 
 
@@ -192,7 +192,7 @@ def _fits(entry: PreTokenizer, steps: tuple[str, ...], vocabulary: dict[str, int
 
 
 def _crossed(cut: Cut, vocabulary: dict[str, int]) -> bool:
-    """Whether some token reaches over the ends of a match of the cut."""
+    """Whether a token extends over the ends of a match of the cut."""
     from tokenizers import Regex, decoders
     from tokenizers.pre_tokenizers import Split
 
@@ -202,7 +202,7 @@ def _crossed(cut: Cut, vocabulary: dict[str, int]) -> bool:
 
 
 def _unreachable(model: dict[str, Any], vocabulary: dict[str, int]) -> str | None:
-    """A token that merging its own characters does not give; None if there is none."""
+    """A token that merging its characters does not produce; None if there is none."""
     from tokenizers.models import BPE
 
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
@@ -211,12 +211,12 @@ def _unreachable(model: dict[str, Any], vocabulary: dict[str, int]) -> str | Non
 
 
 def _spelled(text: bytes) -> str:
-    """Bytes in the 256 characters of GPT-2."""
+    """Bytes as the 256 characters of GPT-2."""
     return "".join(_ALPHABET[byte] for byte in text)
 
 
 def _alphabet() -> list[str]:
-    """Printable bytes stand for themselves, the others for the characters from 256 on."""
+    """The 256 characters of GPT-2: printable bytes are themselves, the others are characters from 256 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -229,11 +229,11 @@ _ALPHABET = _alphabet()
 
 
 def _add_pieces(writer: Any, described: dict[str, Any], vocabulary: dict[str, int], tokens: list[str]) -> None:
-    """llama.cpp merges the pair whose union has the highest score: what is merged first must score most."""
+    """Write the scores of a SentencePiece vocabulary: llama.cpp merges the pair whose union has the highest score, so earlier merges get higher scores."""
     prefix = _space_prefix(described, vocabulary)
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in described["model"]["merges"]]
     if described["model"].get("ignore_merges") and (lost := _unreachable(described["model"], vocabulary)) is not None:
-        raise ValueError(f"with ignore_merges it makes {lost!r} at once")
+        raise ValueError(f"its ignore_merges makes the token {lost!r} without merging, which llama.cpp cannot do")
     missing = [byte for byte in range(256) if byte not in NEVER_IN_TEXT and f"<0x{byte:02X}>" not in vocabulary]
     if missing:
         raise ValueError(f"it has no token for {len(missing)} of the 256 bytes")
@@ -245,7 +245,7 @@ def _add_pieces(writer: Any, described: dict[str, Any], vocabulary: dict[str, in
 
 
 def _scores(merges: list[tuple[str, ...]], vocabulary: dict[str, int]) -> dict[str, float]:
-    """A score for every merged piece; raises ValueError if merging by score would not follow the merges.
+    """A score for every merged piece; raises ValueError if merging by score would not reproduce the merges.
 
     llama.cpp merges any two neighbours whose union is a piece. So the merges must list every such pair, and all pairs of one
     piece before any pair of the next.
@@ -268,12 +268,12 @@ def _scores(merges: list[tuple[str, ...]], vocabulary: dict[str, int]) -> dict[s
 
 
 def _space_prefix(described: dict[str, Any], vocabulary: dict[str, int]) -> bool:
-    """Whether a space is written before the text; raises ValueError for steps that do more than mark spaces by ▁."""
+    """Whether a space is added before the text; raises ValueError for steps that do more than replace spaces by ▁."""
     normalizer = _steps(described["normalizer"], "normalizers")
     marked = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     steps = _steps(described["pre_tokenizer"], "pretokenizers")
     if marked in normalizer:
-        # After the replacement no space is left to split at.
+        # After the replacement there is no space to split at.
         steps = [step for step in steps if not (step["type"] == "Split" and step["pattern"] == {"String": " "})]
     match normalizer, steps:
         case [{"type": "Prepend", "prepend": "▁"}, replace], [] if replace == marked:
@@ -285,7 +285,7 @@ def _space_prefix(described: dict[str, Any], vocabulary: dict[str, int]) -> bool
                 raise ValueError("it splits text at spaces (Metaspace with split) and has pieces over several words")
             if scheme == "never":
                 return False
-            # As SentencePiece, by which such models were trained, and unlike what transformers 5 makes of their tokenizers.
+            # Like SentencePiece, with which such models were trained, and unlike transformers 5.
             warnings.warn(
                 "format='gguf': llama.cpp writes a space before every text, also after special tokens and before a space; "
                 f"this tokenizer (Metaspace, {scheme}) writes none there, so llama.cpp makes different tokens of such text",
@@ -298,7 +298,7 @@ def _space_prefix(described: dict[str, Any], vocabulary: dict[str, int]) -> bool
 
 
 def _steps(description: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
-    """A normaliser or pre-tokenizer as a flat list."""
+    """The steps of a normaliser or pre-tokenizer as a flat list."""
     if description is None:
         return []
     if description["type"] != "Sequence":
@@ -310,7 +310,7 @@ def _steps(description: dict[str, Any] | None, inner: str) -> list[dict[str, Any
 
 
 def _add_special_tokens(writer: Any, tokenizer: Any) -> None:
-    """Ids, and which tokens stand before and behind every text."""
+    """Write the ids of special tokens, and which tokens are added before and after every text."""
     if tokenizer.eos_token_id is None:
         raise ValueError("it has no eos_token, and llama.cpp would take one of its own: set tokenizer.eos_token")
     for attribute, key in SPECIAL.items():

@@ -1,4 +1,4 @@
-"""A full-size model as a GGUF file that llama.cpp runs, tokenizer included, through the `gguf` package."""
+"""Writing a full-size model as a GGUF file for llama.cpp, with its tokenizer, through the `gguf` package."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 def write_gguf(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", path: Path, half: bool = True
 ) -> None:
-    """Write matrices as F16 (half) or F32, norms, biases and routers as F32. Without a tokenizer, the file knows token ids alone.
+    """Write matrices as F16 (half) or F32, and norms, biases and routers as F32. Without a tokenizer, the file only knows token ids.
 
-    Raises HalfplateError for an architecture that is not in the table, for what llama.cpp does not compute, for a tokenizer that
-    is not written here, and for weights beyond the range of F16.
+    Raises HalfplateError for an unsupported architecture, for settings that llama.cpp does not support, for a tokenizer that
+    cannot be written, and for weights beyond the range of F16.
     """
     import gguf
 
@@ -68,7 +68,7 @@ def write_gguf(
 
 
 def _state(model: Any, family: Family) -> dict[str, Any]:
-    """The tensors to write: each that is shared once, but for a head that llama.cpp wants as a tensor of its own."""
+    """The tensors to write. A shared tensor is written once, except for a head that llama.cpp needs as a separate tensor."""
     tied = set(model.all_tied_weights_keys or {})
     if family.head == "own":
         tied.discard("lm_head.weight")
@@ -78,13 +78,13 @@ def _state(model: Any, family: Family) -> dict[str, Any]:
 def _add_metadata(writer: Any, metadata: dict[str, Any]) -> None:
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in metadata.items():
-        if key != "general.architecture":  # the writer's own
+        if key != "general.architecture":  # written by the gguf package itself
             add = writer.add_array if isinstance(value, list) else kinds[type(value)]
             add(key, value)
 
 
 def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether llama.cpp multiplies by it; routers, which are small and decide, stay whole."""
+    """Whether a tensor is written in half precision: matrices of products, but not routers, which are small and sensitive."""
     return len(shape) > 1 and "ffn_gate_inp" not in name
 
 

@@ -1,4 +1,4 @@
-"""The arguments of a decoder layer beside the hidden state, and the values that it passes to later layers."""
+"""The arguments of a decoder layer besides the hidden state, and the values that it passes to later layers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from halfplate.errors import HalfplateError
 
-# Tensors that layers hand on, by a name that says where the later layer takes them.
+# Tensors that layers pass on, by a name that says where a later layer uses them.
 Carried = dict[str, Tensor]
-# Tensors among the arguments of all layers, by the layer and their place among its arguments.
+# Tensors among the arguments of all layers, by layer and position among its arguments.
 Places = dict[tuple[int, int], Tensor]
 
 
 class BlockArguments(NamedTuple):
     """Positional and keyword arguments of one layer, without the hidden state.
 
-    handed_on: names of the outputs of this and earlier layers that a later layer takes as an argument. In args and kwargs, a
-    FromBlock stands for such an output.
+    handed_on: names of the outputs of this and earlier layers that a later layer uses. In args and kwargs, a FromBlock stands
+        for such an output.
     """
 
     args: tuple[Any, ...]
@@ -34,7 +34,7 @@ class BlockArguments(NamedTuple):
 
 @dataclass(frozen=True)
 class FromBlock:
-    """Stands for a value that layer `block` returns beside the hidden state: leaf `leaf` of its other outputs."""
+    """Stands for a value that layer `block` returns besides the hidden state: leaf `leaf` of its other outputs."""
 
     block: int
     leaf: int
@@ -45,17 +45,17 @@ class FromBlock:
 
 
 def copied(arguments: Any) -> Any:
-    """A copy of the containers of `arguments`, so that a layer that writes into one does not change the original."""
+    """A copy of the containers of `arguments`, so that a layer that writes into them does not change the original."""
     return tree_map(lambda leaf: copy.copy(leaf) if isinstance(leaf, MutableMapping) else leaf, arguments)
 
 
 def filled(arguments: Any, value: Callable[[FromBlock], Any]) -> Any:
-    """A copy of `arguments` with `value(place)` for each FromBlock."""
+    """A copy of `arguments` with `value(place)` in place of each FromBlock."""
     return tree_map(lambda leaf: value(leaf) if isinstance(leaf, FromBlock) else leaf, copied(arguments))
 
 
 def with_handed_on(recorded: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[BlockArguments]:
-    """The arguments of every layer, each with the values to keep after it."""
+    """The arguments of every layer, each with the names of the values to keep after it."""
     last: dict[FromBlock, int] = {}
     for index, arguments in enumerate(recorded):
         last |= {leaf: index for leaf in tree_leaves(arguments) if isinstance(leaf, FromBlock)}
@@ -83,7 +83,7 @@ def call_arguments(arguments: BlockArguments, carried: Carried) -> tuple[tuple[A
             if position is None:
                 entries.setdefault(store, {})[key] = tensor
             else:
-                # Positions of one entry follow each other in their order.
+                # The tensors of one entry are in order.
                 entries.setdefault(store, {})[key] = (*entries.get(store, {}).get(key, ()), tensor)
     for store, mapping in _mappings(args, kwargs):
         mapping.update(entries.get(store, {}))
@@ -99,7 +99,9 @@ def carried_on(
 ) -> Carried:
     """The values that layers after `index` need, from its other `outputs` and from the mappings that it wrote into.
 
-    called: the arguments that it ran with. carried: what came into it. Raises HalfplateError for values that are no tensors.
+    called: the arguments of the call.
+    carried: the values passed to this layer.
+    Raises HalfplateError for values that are not tensors.
     """
     kept = {name: tensor for name, tensor in carried.items() if name in arguments.handed_on}
     for leaf, value in enumerate(tree_leaves(outputs)):
@@ -120,13 +122,13 @@ def carried_on(
 
 
 def _mappings(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, MutableMapping[Any, Any]]]:
-    """The arguments of a layer that it may write into, by their names."""
+    """The arguments of a layer that it may write into, by name."""
     named = {str(position): value for position, value in enumerate(args)} | dict(kwargs)
     return ((name, value) for name, value in named.items() if isinstance(value, MutableMapping))
 
 
 def _identical(value: Any, other: Any) -> bool:
-    """Whether both hold the same objects, be it in containers of their own."""
+    """Whether two arguments are the same objects, possibly in different containers."""
     leaves, others = tree_leaves(value), tree_leaves(other)
     return len(leaves) == len(others) and all(a is b for a, b in zip(leaves, others, strict=True))
 
@@ -146,7 +148,7 @@ def differing(reference: Sequence[BlockArguments], own: Sequence[BlockArguments]
     Raises HalfplateError if they differ in more than tensors.
     """
     found: Places = {}
-    # Layers mostly share their masks and positions.
+    # Most layers share their masks and positions.
     known: dict[tuple[int, int], bool] = {}
     for block, (before, now) in enumerate(zip(reference, own, strict=True)):
         leaves, form = tree_flatten((before.args, before.kwargs))
@@ -163,7 +165,7 @@ def differing(reference: Sequence[BlockArguments], own: Sequence[BlockArguments]
 
 
 def patched(arguments: BlockArguments, tensors: Mapping[int, Tensor]) -> BlockArguments:
-    """`arguments` of a layer with `tensors` in their places."""
+    """`arguments` of a layer with `tensors` put in their positions."""
     if not tensors:
         return arguments
     leaves, form = tree_flatten((arguments.args, arguments.kwargs))

@@ -1,4 +1,4 @@
-"""Finding the decoder layers of a model and the linears inside them, and replacing a linear by another module."""
+"""Finding the decoder layers of a model and their linears, and replacing a linear by another module."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ from halfplate.errors import HalfplateError
 from halfplate.formats.plain import is_plain_linear
 from halfplate.models.data_reads import data_reads
 
-# A linear of one of these names with one output for each expert decides where tokens go: tiny, and ruinous to prune.
+# A linear with one of these names and one output per expert is a router: tiny, and pruning it ruins the model.
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
-# Parts of a name that make everything below them a router or an indexer.
+# Parts of a module name: everything below belongs to a router, an indexer or a gate.
 ROUTER = re.compile(r"(^|_)router(_|$)")
 INDEXER = re.compile(r"(^|_)indexer(_|$)")
 GATE = re.compile(r"(^|_)gate$")
@@ -24,14 +24,14 @@ GATE = re.compile(r"(^|_)gate$")
 HEAD_GATES = ("in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj")
 HEAD_GATE_OUTPUTS = 128
 TINY_OUTPUTS, TINY_SHARE = 64, 16
-# Projections of attention may be as narrow: one head of keys and values for all queries.
+# Attention projections may be equally narrow: one head of keys and values for all queries.
 ATTENTION = re.compile(r"(^|_)w?(q|k|v|o|qk|kv|qkv|query|key|value)(_|$)")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
 class FoundLinear:
-    """A linear of a decoder layer: its full name, the layer's index, and the shape (d_out, d_in) of its weight."""
+    """A linear of a decoder layer: its full name, the layer index, and the shape (d_out, d_in) of its weight."""
 
     name: str
     block: int
@@ -42,7 +42,7 @@ class FoundLinear:
 
 @dataclass(frozen=True)
 class SkippedModule:
-    """A module of a decoder layer that is not compressed, and why (with the cure, if there is one)."""
+    """A module of a decoder layer that is not compressed, with the reason (and what to do, if anything)."""
 
     name: str
     reason: str
@@ -51,7 +51,7 @@ class SkippedModule:
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder layers and their name, such as `("model.layers", ...)`.
 
-    They are the outermost list of `num_hidden_layers` modules; if several are that long, the one with most parameters.
+    They are the outermost list of `num_hidden_layers` modules; of several such lists, the one with the most parameters.
     Raises HalfplateError if there is none.
     """
     expected = getattr(_text_config(model), "num_hidden_layers", None)
@@ -82,11 +82,13 @@ def find_linears(
     exclude: Sequence[str] = (),
     reads: Mapping[str, str] | None = None,
 ) -> tuple[list[FoundLinear], list[SkippedModule]]:
-    """The linears to compress, in the order of the layers, and every other matrix of the layers with its reason.
+    """The linears to compress, in layer order, and every other matrix of the layers with the reason.
 
-    include, exclude: fnmatch patterns on full names; without `include` every linear is taken. Routers, indexers and gates of heads
-    are never taken, other tiny linears only if a pattern of `include` has more than `*` after its last dot. reads: what
-    `data_reads` says of the model, found out if None. Works on the meta device.
+    Routers, indexers and gates of heads are never included. Other tiny linears are included only if a pattern of `include` has
+    more than `*` after its last dot. Works on the meta device.
+
+    include, exclude: fnmatch patterns on full names; without `include` all linears are included.
+    reads: result of `data_reads` for the model, computed if None.
     Raises HalfplateError if a pattern matches nothing, or if no linear is left.
     """
     found: list[FoundLinear] = []
@@ -156,7 +158,10 @@ def _expert_count(model: nn.Module) -> int | None:
 
 
 def _skip_reason(inner: str, module: nn.Module, experts: int | None) -> str | None:
-    """Why a module with matrices of its own, `inner` by its name in the layer, is not compressed; None for linears to compress and modules without matrices."""
+    """Why a module with its own matrices is not compressed; None for linears to compress and modules without matrices.
+
+    inner: name of the module within the layer.
+    """
     matrices = {key: tuple(tensor.shape) for key, tensor in module.named_parameters(recurse=False) if tensor.ndim >= 2}
     if not matrices:
         return None
@@ -169,43 +174,43 @@ def _skip_reason(inner: str, module: nn.Module, experts: int | None) -> str | No
         return "Conv1D of GPT-2, which stores its weight as (d_in, d_out), is not an nn.Linear; not compressed"
     if len(shape) == 3 and shape[0] == experts:
         return (
-            f"{shape[0]} experts held in 3-D tensors ({key} of shape {shape}) instead of linears; not compressed: "
+            f"{shape[0]} experts stored in 3-D tensors ({key} of shape {shape}) instead of linears; not compressed: "
             "use a model without experts to compress its MLPs"
         )
     if len(shape) == 2 and shape[0] == experts:
-        return f"router of {experts} experts: tiny, and decides where tokens go; not compressed"
+        return f"router of {experts} experts: tiny, and chooses the experts of a token; not compressed"
     return f"{type(module).__name__} (its {key} has shape {shape}) is not an nn.Linear; not compressed"
 
 
 def _router_reason(parts: list[str], module: nn.Linear, experts: int | None) -> str | None:
-    """Why the linear of the name `parts` decides too much to be compressed; None for all others."""
+    """Why a linear is left uncompressed because it is a router, an indexer or a gate; None for others. parts: its name."""
     leaf = parts[-1]
     if leaf in ROUTER_NAMES and experts is not None and module.out_features in (1, experts):
-        return f"router of {experts} experts: tiny, and decides where tokens go; not compressed"
+        return f"router of {experts} experts: tiny, and chooses the experts of a token; not compressed"
     if any(map(INDEXER.search, parts)):
-        return "indexer: chooses the tokens that attention sees; not compressed"
+        return "indexer, which chooses the tokens that attention sees; not compressed"
     if any(map(ROUTER.search, parts)):
-        return "part of a router: decides where tokens go; not compressed"
+        return "part of a router, which chooses the experts of a token; not compressed"
     if any(map(GATE.search, parts[:-1])):
-        return "part of a gate: decides what passes; not compressed"
+        return "part of a gate; not compressed"
     if leaf in HEAD_GATES and module.out_features <= HEAD_GATE_OUTPUTS:
-        return f"gate of the heads of linear attention, {module.out_features} outputs: tiny, and decides what is forgotten; not compressed"
+        return f"gate of linear attention with only {module.out_features} outputs; not compressed"
     return None
 
 
 def _tiny_reason(inner: str, module: nn.Linear) -> str | None:
-    """Why a linear that is tiny beside its input is not compressed; None for all others.
+    """Why a linear with few outputs relative to its inputs is not compressed; None for others.
 
-    A share of its input, because whole models are as small.
+    The criterion is relative, because whole models can be that small.
     """
     d_out, d_in = module.out_features, module.in_features
     if d_out > TINY_OUTPUTS or TINY_SHARE * d_out > d_in or ATTENTION.search(inner.rpartition(".")[2]):
         return None
-    return f"{d_out} outputs of {d_in} inputs: too small to gain by it; not compressed unless --include names it"
+    return f"{d_out} outputs of {d_in} inputs: too small to benefit from it; not compressed unless --include names it"
 
 
 def _asked_for(name: str, include: Sequence[str]) -> bool:
-    """Whether a pattern that says more than a place, `*.in_proj` and not `*.mlp.*`, takes the linear."""
+    """Whether a pattern names the linear itself (`*.in_proj`) and not only a place (`*.mlp.*`)."""
     return any(fnmatchcase(name, pattern) and pattern.rpartition(".")[2].strip("*") for pattern in include)
 
 

@@ -1,4 +1,4 @@
-"""Turning failures of other libraries while they read a model into one line."""
+"""Turning exceptions of other libraries into one-line errors while they read a model."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from typing import Any
 
 from halfplate.errors import HalfplateError
 
-LONGEST_REASON = 600  # characters of another library's message
+LONGEST_REASON = 600  # most characters of another library's message
 
 
 @contextmanager
 def reading(
     name: str, what: str, cure: str, entries: Mapping[str, Any] | None = None, argument: str = "model"
 ) -> Iterator[None]:
-    """Turn any exception inside into a HalfplateError: `model=NAME: WHAT (REASON); CURE`.
+    """Context manager that turns any exception into a HalfplateError: `model=NAME: WHAT (REASON); CURE`.
 
-    A model folder is data of any shape, and each library that reads it fails with errors of its own. what: the file and what it
-    cannot do. entries: config.json, to name the key whose value a library did not know. A HalfplateError passes unchanged.
+    A model folder is untrusted data, and each library that reads it raises its own exceptions. A HalfplateError passes unchanged.
+
+    what: the file and the failure, e.g. "config.json cannot be used".
+    entries: content of config.json, to name the key whose value a library did not know.
     """
     try:
         yield
     except HalfplateError:
         raise
-    # RecursionError and MemoryError too: a few bytes of a stranger's file can ask for either.
+    # Also RecursionError and MemoryError, which a few bytes of an untrusted file can cause.
     except Exception as error:
         raise HalfplateError(f"{argument}={name!r}: {what} ({in_words(error, entries)}); {cure}") from None
 
@@ -42,7 +44,7 @@ def in_words(error: Exception, entries: Mapping[str, Any] | None = None) -> str:
 
 
 def _key_of(value: Any, entries: Mapping[str, Any]) -> str | None:
-    """The path of the first entry that is `value`, a string, such as `rope_scaling.type`."""
+    """The path of the first entry whose value is the string `value`, such as `rope_scaling.type`."""
     if not isinstance(value, str):
         return None
     for key, entry in entries.items():

@@ -1,4 +1,4 @@
-"""Where an original model comes from: a Hugging Face folder, a `.gguf` file or a Hub id, checked before anything heavy loads."""
+"""Opening an original model: a Hugging Face folder, a `.gguf` file or a Hub id, checked before anything is loaded."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Everything a model folder needs, and never a pickle; folders inside a repository hold other formats of the same model.
+# The files that a model needs, never pickles. Folders inside a repository hold other formats of the model.
 HUB_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -60,13 +60,13 @@ class Source:
     name: as the user gave it.
     kind: `folder`, `gguf` or `hub`.
     path: the local folder or `.gguf` file.
-    config: the configuration that the tensors agree with; `notes` name the differences from config.json.
+    config: the configuration, adapted to the stored tensors; `notes` list the differences from config.json.
     nbytes: bytes of the weight files.
-    other_dtype: element type in which tensors that are not compressed are stored: the source's own (bf16 for GGUF).
-    gguf_header: set only for GGUF files.
-    tensors: the place of each tensor, by its name in the files; empty for GGUF.
-    notes: one sentence for each entry of the configuration and each tensor that is left out.
-    in_model_form: each tensor is named and stored as the model has it, because a transform wrote it.
+    other_dtype: element type in which uncompressed tensors are stored: that of the source (bf16 for GGUF).
+    gguf_header: only for GGUF files.
+    tensors: location of each tensor by its name in the files; empty for GGUF.
+    notes: one sentence for each entry of the configuration and each tensor that is ignored.
+    in_model_form: names and layout of the tensors are those of the model, because a transform wrote them.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Source:
     in_model_form: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """The identity of a model, without reading it whole: the configuration, the weight files and some bytes of every tensor."""
+        """The identity of a model, without reading it completely: the configuration, the weight files and some bytes of every tensor."""
         return {
             "config": self.config.to_dict(),
             "weights": [[path.name, path.stat().st_size] for path in self.weight_files],
@@ -96,7 +96,7 @@ class Source:
 
 @dataclass
 class LoadedModel:
-    """An original model in fp32 and eval mode, its tokenizer, and where both came from."""
+    """An original model in fp32 and eval mode, with its tokenizer and its source."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -104,9 +104,9 @@ class LoadedModel:
 
 
 def open_source(name: str) -> Source:
-    """Resolve and check `name`: a local folder, a `.gguf` file, or a Hub id (the only case that uses the network).
+    """Open and check a model. name: a local folder, a `.gguf` file, or a Hub id (the only case that uses the network).
 
-    Raises HalfplateError for anything but an uncompressed decoder-only language model in whole safetensors or GGUF files.
+    Raises HalfplateError unless it is an uncompressed decoder-only language model in complete safetensors or GGUF files.
     """
     if not name.strip():
         raise HalfplateError(f"model={name!r} is empty; pass a local folder, a .gguf file, or a Hub id")
@@ -124,19 +124,19 @@ def open_source(name: str) -> Source:
 
 
 def skeleton(source: Source, buffers: bool = False) -> "PreTrainedModel":
-    """The model on the meta device: names and shapes of all tensors, and no values.
+    """The model on the meta device: names and shapes of all tensors, without values.
 
-    buffers: those that are computed and not stored, such as the frequencies of rotary embeddings, have their values. Raises
-    HalfplateError if transformers cannot build it, or if it is larger than its files.
+    buffers: give values to computed buffers, such as the frequencies of rotary embeddings.
+    Raises HalfplateError if transformers cannot build the model, or if it is larger than its files.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     what = f"transformers cannot build a {source.config.model_type} model from its configuration"
-    # A value of a GGUF file may be less than a bit wide only on average; none is below two bits today.
+    # GGUF types have at least two bits per value today; one bit is a safe bound.
     room = source.nbytes * (4 if source.gguf_header is not None else 1)
     place = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
-    # A copy, because making a model completes its configuration.
+    # A copy, because building a model changes its configuration.
     with reading(source.name, what, CORRECT, source.config.to_dict()), bounded(source.name, room), place:
         model: Any = AutoModelForCausalLM.from_config(deepcopy(source.config), dtype=torch.float32)
     empty: PreTrainedModel = model.eval().requires_grad_(False)
@@ -148,14 +148,14 @@ def skeleton(source: Source, buffers: bool = False) -> "PreTrainedModel":
 
 @plain_defaults()
 def load_dense(model: str | Source, device: str = "cpu") -> LoadedModel:
-    """Load a model, by its name or as it was opened, in fp32, in eval mode and without gradients, with its tokenizer.
+    """Load a model (by name or as an open Source) with its tokenizer, in fp32, in eval mode and without gradients.
 
-    Raises HalfplateError for what `open_source` refuses, for tensors missing from the files, and for NaN or inf.
+    Raises HalfplateError as `open_source` does, for tensors missing from the files, and for NaN or inf.
     """
     source = open_source(model) if isinstance(model, str) else model
     assert not source.in_model_form, "its files are those of the model before its transforms: use StreamedModel"
     name = source.name
-    skeleton(source)  # refuses what is larger than its files before anything is allocated
+    skeleton(source)  # refuses models that are larger than their files before allocating memory
     if source.gguf_header is not None:
         loaded, report = gguf.load_model(source.path, name, source.config)
     else:
@@ -199,7 +199,7 @@ def _download(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_IGNORED)))
-    # The Hub client raises errors of several libraries (HTTP, cache, authorisation); each means that there is no model.
+    # The Hub client raises exceptions of several libraries (HTTP, cache, authorisation); all mean that there is no model.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise HalfplateError(
@@ -221,7 +221,7 @@ def _open_folder(name: str, kind: str, path: Path) -> Source:
     entries = read_entries(name, path)
     check_kind(name, entries)
     config, notes = read_config(name, path, entries)
-    # Absolute: tasks read them in processes of other working directories.
+    # Absolute, because tasks run in processes with other working directories.
     weights: WeightFiles = find_weight_files(name, path.absolute())
     check_plain(name, entries, weights.tensors)
     with reading(name, "config.json cannot be used", "correct it or download it again", entries):
@@ -231,9 +231,9 @@ def _open_folder(name: str, kind: str, path: Path) -> Source:
 
 
 def _fitted(source: Source, entries: dict[str, Any]) -> Source:
-    """`source` with the configuration that its tensors agree with; raises HalfplateError if they do not fit it.
+    """`source` with the configuration adapted to its tensors; raises HalfplateError if they do not match.
 
-    Finds everything that would fail later: models that cannot be built or saved, and tensors that are missing or would be dropped.
+    It finds everything that would fail later: models that cannot be built or saved, and tensors that are missing or would be dropped.
     """
     name, notes = source.name, list(source.notes)
     model = skeleton(source)
@@ -295,8 +295,8 @@ def _check_complete(name: str, report: dict[str, Any]) -> None:
     missing = sorted(report["missing_keys"])
     if missing:
         raise HalfplateError(
-            f"model={name!r}: its files lack {len(missing)} tensors that its config.json asks for ({missing[0]}, ...); "
-            "they would be random: download the model again"
+            f"model={name!r}: its files lack {len(missing)} tensors of its config.json ({missing[0]}, ...), "
+            "which would be random; download the model again"
         )
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class StreamedModel:
-    """The modules of a model without their weights, and the places of these in files.
+    """The modules of a model without their weights, and the locations of these in files.
 
     model: in eval mode, its parameters on the meta device but for those that are loaded. Tensors are read in fp32 to
     `device`; precision: as in BlockwiseModel. `stored` names each tensor of the model as `state_dict` does; `tied` maps a name to that of the tensor it shares.
@@ -58,7 +58,7 @@ class StreamedModel:
             ) from error
         if tensor.is_floating_point():
             tensor = tensor.to(torch.float32)
-            # Both ends are NaN where any number is.
+            # Minimum and maximum are NaN if any value is.
             if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
                 nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
                 raise HalfplateError(
@@ -77,7 +77,7 @@ class StreamedModel:
         return [name for name in self.stored if not name.startswith(f"{self.prefix}.")]
 
     def load_block(self, index: int) -> nn.Module:
-        """Load layer `index` into the model, until `free_block`."""
+        """Load layer `index` into the model; `free_block` frees it."""
         block = copy.deepcopy(self._empty[index])
         self._fill(block, index)
         self.blocks[index] = block
@@ -108,8 +108,8 @@ class StreamedModel:
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> BlockInputs:
-        """`BlockwiseModel.embed`; everything outside the layers but the head must be loaded (`outer`)."""
-        # They run once, to see what layers of their class return.
+        """`BlockwiseModel.embed`; everything outside the layers except the head must be loaded (`outer`)."""
+        # Each runs once, to see what layers of its class return.
         unknown = self.blockwise.unknown_blocks()
         for index in unknown:
             self.load_block(index)
@@ -123,10 +123,11 @@ class StreamedModel:
     def running(
         self, held: bool, pack: Callable[[nn.Linear], nn.Module] | None = None, with_head: bool = True
     ) -> Iterator[PreTrainedModel]:
-        """While inside, the model runs as a whole.
+        """Context manager in which the model can run as a whole.
 
-        held: its layers stay in memory; otherwise each is read before it runs, and freed after it. pack: makes the module that runs in place
-        of each linear of a held model. with_head: the output embedding is loaded too.
+        held: keep the layers in memory; otherwise each layer is read before it runs and freed afterwards.
+        pack: returns the module that runs instead of a linear of a held model.
+        with_head: also load the output embedding.
         """
         hooks: list[RemovableHandle] = []
         head = self.model.get_output_embeddings()

@@ -1,7 +1,7 @@
-"""The checks of an untrusted model folder, before its content is used.
+"""Checks of an untrusted model folder, before its content is used.
 
-Sizes are compared with the files before memory is allocated. Links out of the folder are refused. No file can cause another model
-to be fetched.
+Sizes are compared with the files before memory is allocated. Links out of the folder are refused. No file can cause another
+model to be downloaded.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ ADAPTER = "adapter_config.json"
 LAYER_COUNT = re.compile(r"(num|n)_(\w+_)?layers?")
 MOST_LAYERS = 10_000
 FEW_MODULES = 20_000
-MOST_OF_ANYTHING = 2**20  # heads, experts, groups: what a configuration counts, blocks apart
+MOST_OF_ANYTHING = 2**20  # counts in a configuration other than layers: heads, experts, groups
 
 
 def check_folder(name: str, folder: Path, argument: str = "model") -> None:
-    """Raise HalfplateError for links that lead out of `folder`, and for an adapter, whose base would be fetched from elsewhere.
+    """Raise HalfplateError for links that lead out of `folder`, and for an adapter, whose base model would be downloaded.
 
-    The links of the Hub's own cache, from a snapshot to `../../blobs`, are allowed.
+    Links in the Hub's own cache, from a snapshot to `../../blobs`, are allowed.
     """
     home = folder.resolve()
     allowed = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
@@ -46,7 +46,7 @@ def check_folder(name: str, folder: Path, argument: str = "model") -> None:
 
 
 def _end(link: Path) -> Path:
-    """The target of a link; `/` if it leads back to itself."""
+    """The target of a link; `/` if it is a loop."""
     try:
         return link.resolve()
     except (OSError, RuntimeError):
@@ -54,10 +54,10 @@ def _end(link: Path) -> Path:
 
 
 def read_json_file(path: Path) -> Any:
-    """The content of a JSON file; raises OSError, or ValueError for one that is not a regular file, too large, too deep or not JSON."""
+    """The content of a JSON file; raises OSError, or ValueError if it is not a regular file, too large, too deep or not JSON."""
     status = path.stat()
     size = status.st_size
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe waits for whoever writes to it
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
         raise ValueError("it is not a regular file")
     if size > LARGEST_JSON:
         raise ValueError(f"it has {size} bytes, expected at most {LARGEST_JSON}")
@@ -68,9 +68,9 @@ def read_json_file(path: Path) -> Any:
 
 
 def check_layers(name: str, entries: Any, argument: str = "model") -> None:
-    """Raise HalfplateError if `entries`, config.json as it stands, counts more layers than any model has.
+    """Raise HalfplateError if `entries`, the content of config.json, counts more layers than any model has.
 
-    Some classes make a list of that length before anything can be compared with the files.
+    Some configuration classes make a list of that length before it can be compared with the files.
     """
     for key, value in entries.items() if isinstance(entries, dict) else ():
         if isinstance(value, dict):
@@ -82,10 +82,12 @@ def check_layers(name: str, entries: Any, argument: str = "model") -> None:
 
 
 def check_counts(name: str, config: Any, tensors: int, elements: int, argument: str = "model") -> None:
-    """Raise HalfplateError if `config`, a configuration of transformers, asks for more than its files can hold.
+    """Raise HalfplateError if `config`, a configuration of transformers, describes more than its files can hold.
 
-    tensors, elements: what the headers of the weight files name. Every layer has a tensor of its own, and the embedding is
-    stored. Other numbers that are too large are found when the skeleton is compared with the files.
+    Every layer has its own tensor, and the embedding is stored. Other excessive numbers are found when the skeleton is compared
+    with the files.
+
+    tensors, elements: number of tensors and values in the headers of the weight files.
     """
     text = config.get_text_config()
     entries = text.to_dict()
@@ -115,9 +117,9 @@ def check_parameters(name: str, needed: int, room: int) -> None:
 
 @contextmanager
 def bounded(name: str, room: int) -> Iterator[None]:
-    """While inside, raise HalfplateError as soon as a model is built that has far more parameters or modules than files of `room` bytes hold.
+    """Context manager that raises HalfplateError as soon as a model is built with far more parameters or modules than `room` bytes can hold.
 
-    A number in a configuration may ask for millions of modules, which take minutes to build before they can be counted.
+    A number in a configuration may create millions of modules, which take minutes to build before they can be counted.
     """
     from torch.nn.modules.module import (
         register_module_module_registration_hook,
@@ -135,7 +137,7 @@ def bounded(name: str, room: int) -> Iterator[None]:
                     f"model={name!r}: its configuration describes more than {most} modules, its files have {room} bytes; download it again"
                 )
 
-    # The head may be counted twice, before it is tied, and some modules are made to be replaced.
+    # The head may be counted twice before it is tied, and some modules are replaced later.
     hooks = [
         register_module_parameter_registration_hook(
             lambda _module, _name, parameter: count(0 if parameter is None else parameter.numel(), 0, 4 * room)
@@ -150,7 +152,7 @@ def bounded(name: str, room: int) -> Iterator[None]:
 
 
 def count_tensors(paths: Iterable[Path]) -> tuple[int, int]:
-    """Tensors and values in safetensors files whose headers have been checked."""
+    """Number of tensors and values in safetensors files whose headers have been checked."""
     tensors = elements = 0
     for path in paths:
         with path.open("rb") as file:

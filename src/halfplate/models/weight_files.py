@@ -14,14 +14,14 @@ from halfplate.storage.shards import INDEX, SINGLE, weight_map_of
 from halfplate.storage.tensor_file import DamagedFile, StoredTensor, read_header
 
 PICKLED = ("*.bin", "*.pt", "*.pth")
-# Element types of safetensors that an original model is stored in; whatever else is a float is too fine or too coarse.
+# The element types of an original model; other float types are too large or too coarse.
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
-SAMPLED = 4096  # bytes of each tensor that tell two models of one shape apart
+SAMPLED = 4096  # bytes per tensor that are sampled to distinguish two models of equal shape
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Files in the order of their names, their bytes together, the element type that most bytes are stored in, and the tensors by name."""
+    """Weight files sorted by name, their total bytes, the element type of most bytes, and the tensors by name."""
 
     paths: tuple[Path, ...]
     nbytes: int
@@ -30,9 +30,9 @@ class WeightFiles:
 
 
 def find_weight_files(name: str, folder: Path) -> WeightFiles:
-    """The weight files in the `folder` of the model that the user named `name`, with their headers read.
+    """The weight files in `folder`, with their headers read. name: of the model, as the user gave it.
 
-    Raises HalfplateError if there are none, one is missing or cut short, or the weights are not plain floats.
+    Raises HalfplateError if there are none, if one is missing or truncated, or if the weights are not plain floats.
     """
     if (folder / SINGLE).is_file():
         paths = [folder / SINGLE]
@@ -69,7 +69,7 @@ def find_weight_files(name: str, folder: Path) -> WeightFiles:
 
 
 def sampled_sha256(paths: Iterable[Path], tensors: Iterable[StoredTensor] = ()) -> str:
-    """SHA-256 of the first and last bytes of files and of bytes from the middle of each tensor: tells two trained models apart at the price of headers."""
+    """SHA-256 of the first and last bytes of files and of bytes from the middle of each tensor; it distinguishes trained models at the cost of reading headers."""
     digest = hashlib.sha256()
 
     def add(path: Path, start: int) -> None:

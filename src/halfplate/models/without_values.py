@@ -1,4 +1,4 @@
-"""Running a model on the meta device: it gives shapes and the order of calls, but no values."""
+"""Running a model on the meta device, which gives shapes and the order of calls, but no values."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-# The one way to run experts in which no shape depends on which experts are chosen.
+# The only way to run experts in which shapes do not depend on the chosen experts.
 EXPERTS = "batched_mm"
 
 
 @contextmanager
 def run_without_values(model: nn.Module) -> Iterator[None]:
-    """Context manager in which `model`, on the meta device, runs as long as it needs no values. Failures raise, and print nothing."""
-    # torch logs a traceback of its own before it raises.
+    """Context manager in which `model`, on the meta device, runs as long as it needs no values. Failures raise without printing."""
+    # torch logs a traceback before it raises.
     loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch._subclasses.fake_utils")]
     told = [logger.level for logger in loggers]
     experts: dict[int, Any] = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}

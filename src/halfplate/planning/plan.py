@@ -165,7 +165,7 @@ class Plan:
             )
         if self.untraced is not None:
             found.append(
-                f"the model cannot be traced ({self.untraced}), so the weights that its code reads as data were found in its source alone"
+                f"the model cannot be traced ({self.untraced}), so weights that its code reads as data were found only by reading its source code"
             )
         return found
 

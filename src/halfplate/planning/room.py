@@ -99,7 +99,7 @@ def _cure(plan: Plan, workers: int, available: int) -> str:
         if allowed(together):
             return f"try {', '.join(text for text, _ in useful[:number])} together"
     grams = "--method wanda, which needs no Gram matrices, or " if plan.job.statistic >= Statistic.GRAM else ""
-    return f"no option of compress lowers it enough; use {grams}a machine with more"
+    return f"no option of compress lowers it enough; use {grams}a machine with more memory"
 
 
 def _disk_refusal(plan: Plan, out: Path) -> str | None:

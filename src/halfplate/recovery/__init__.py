@@ -1,1 +1,1 @@
-"""Tuning what a compression left over, with every mask fixed."""
+"""Training a compressed model towards the original, with fixed masks."""

@@ -1,4 +1,4 @@
-"""Block-output tuning: one decoder layer, its masks fixed, against the output of the dense layer."""
+"""Layer tuning: training one decoder layer, with fixed masks, towards the output of the original layer."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.recovery.trainable import TrainableLinear, trainable
 
-HELD_OUT = 8  # one batch in so many judges; it is never trained on
-BATCH = 2  # sequences of a step: at equal work, many small steps end lower than few large ones
+HELD_OUT = 8  # one of this many batches is held out for validation
+BATCH = 2  # sequences per step; at equal work, many small steps reach a lower error than few large ones
 
 
 @dataclass(frozen=True)
 class BlockTuning:
-    """steps of Adam, each on BATCH sequences; learning_rate: at the start, it falls to 0 along a cosine."""
+    """steps: of Adam, each on BATCH sequences.
+    learning_rate: initial rate, which falls to 0 along a cosine.
+    """
 
     steps: int
     learning_rate: float = 1e-3
@@ -26,7 +28,7 @@ class BlockTuning:
 
 @dataclass(frozen=True)
 class TunedBlock:
-    """Error on held-out batches before and after, relative to what the layer adds; equal if tuning gained nothing."""
+    """Error on held-out batches before and after tuning, relative to what the layer adds; equal if tuning gained nothing."""
 
     before: float
     after: float
@@ -39,11 +41,13 @@ def tune_block(
     dense: Sequence[Tensor],
     settings: BlockTuning,
 ) -> TunedBlock:
-    """Tune wrappers and kept values of every compressed linear in block `index`, in place.
+    """Tune wrappers and kept values of every compressed linear in layer `index`, in place.
 
-    inputs: what reaches the layer, in batches of any size, through the compressed layers before it. dense: what the dense layer gives
-    for the dense inputs, hidden (samples, L, d) a batch. The error of a token counts relative to what the layer adds to
-    it, so that single massive activations do not drown the rest. Where held-out batches are not better off, the layer stays.
+    The error of a token is relative to what the layer adds to it, so that massive activations of a few tokens do not dominate.
+    If the error on held-out batches does not fall, the layer is left unchanged.
+
+    inputs: inputs of the layer from the compressed layers before it, in batches of any size.
+    dense: outputs of the original layer for the original inputs, hidden (samples, L, d) per batch.
     """
     inputs = _Parts(inputs, [len(batch.hidden) for batch in inputs])
     dense = _Parts(dense, [len(batch) for batch in dense])
@@ -91,7 +95,7 @@ def tune_block(
 
 
 def _groups(linears: Iterable[TrainableLinear], learning_rate: float) -> list[dict[str, Any]]:
-    """What is tuned, each with its highest rate: a step of a scale moves all its weights, by their codes."""
+    """The parameters, each with its peak learning rate: a step of a scale moves all its weights, in proportion to their codes."""
     return [
         {"params": [parameter], "highest": learning_rate / part.leverage}
         for linear in linears
@@ -109,7 +113,7 @@ def _error(blockwise: BlockwiseModel, index: int, batch: BlockInputs, dense: Ten
 
 
 class _Parts(Sequence[Any]):
-    """Batches cut into BATCH samples each; a batch is asked for when one of its parts is, so that files may stand behind it."""
+    """Batches split into BATCH samples each. A batch is only read when one of its parts is needed."""
 
     def __init__(self, batches: Sequence[Any], sizes: Sequence[int]) -> None:
         self._batches = batches

@@ -1,4 +1,4 @@
-"""Recovery: the compressed model, its masks fixed, trained towards the dense one's next-token distributions."""
+"""Recovery: training the compressed model, with fixed masks, towards the next-token distributions of the original."""
 
 import math
 import time
@@ -20,13 +20,13 @@ from halfplate.recovery.settings import Recovery
 from halfplate.recovery.state import State
 from halfplate.recovery.trainable import TrainableLinear, trainable
 
-WARMUP = 0.03  # of the whole; the learning rate rises in it, and falls to 0 along a cosine after it
-SMOOTHING = 0.9  # of the loss that is shown
+WARMUP = 0.03  # share of the training in which the learning rate rises; then it falls to 0 along a cosine
+SMOOTHING = 0.9  # smoothing of the loss that is shown
 
 
 @dataclass
 class Progress:
-    """How far a recovery is: steps and tokens done, seconds spent in all runs of it, and the smoothed loss."""
+    """The progress of a recovery: steps and tokens done, seconds spent in all its runs, and the smoothed loss."""
 
     steps: int = 0
     tokens: int = 0
@@ -35,7 +35,7 @@ class Progress:
 
 
 def check_trainable(specs: Mapping[str, WeightSpec], settings: Recovery) -> None:
-    """Raise HalfplateError if a model of the matrices `specs` has nothing to train by `settings`."""
+    """Raise HalfplateError if a model with the matrices `specs` has nothing to train under `settings`."""
     added = any(spec.trains_beside_core for spec in specs.values())
     if settings.train == "wrappers" and not settings.norms and not added:
         raise _nothing_to_train(settings)
@@ -49,9 +49,9 @@ def _nothing_to_train(settings: Recovery) -> HalfplateError:
 
 @contextmanager
 def in_training(student: Any, settings: Recovery) -> Iterator[dict[str, nn.Parameter]]:
-    """While inside, the student's linears are trainable; yields the parameters to train by name.
+    """Context manager in which the student's linears are trainable; yields the parameters to train by name.
 
-    Raises HalfplateError if nothing is left to train, as in a model whose norms have no numbers.
+    Raises HalfplateError if there is nothing to train, as in a model whose norms have no weights.
     """
     student.requires_grad_(False)
     with torch.enable_grad(), trainable(student, values_too=settings.train == "all") as linears:
@@ -70,7 +70,7 @@ def in_training(student: Any, settings: Recovery) -> Iterator[dict[str, nn.Param
 
 
 def _enable_norms(student: Any, linears: dict[str, TrainableLinear]) -> None:
-    """Ask for gradients of all vectors outside the compressed matrices, and of their biases."""
+    """Enable gradients of all vectors outside the compressed matrices, and of their biases."""
     inside = {id(parameter) for linear in linears.values() for parameter in linear.parameters()}
     for parameter in student.parameters():
         if parameter.ndim == 1 and id(parameter) not in inside:
@@ -94,10 +94,12 @@ def train(
 ) -> Progress:
     """Train `parameters` of the student in place until the tokens or minutes of `settings` are used up.
 
-    windows: int64 (windows, L) to train on, every process with the same ones; of each step's batch a process takes its share.
-    state: what `save` was given by an interrupted run. save: called about every `save_seconds`, in the main process.
+    With `tokens`, the result does not depend on interruptions, bit for bit.
+
+    windows: int64 (windows, L) to train on, the same in every process; each process takes its share of a batch.
+    state: the state that an interrupted run passed to `save`.
+    save: called about every `save_seconds`, in the main process.
     report: called after each step with the progress and the share of the work that is done, in 0..1.
-    With `tokens` the result does not depend on interruptions, bit for bit.
     """
     processes, rank = accelerator.num_processes, accelerator.process_index
     if settings.batch % processes:
@@ -120,7 +122,7 @@ def train(
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
 
-        # The main process's clock counts for all, so that all stop at the same step.
+        # The clock of the main process counts for all, so that all stop at the same step.
         told = torch.tensor([time.monotonic() - start, float(loss.detach())], dtype=torch.float64, device="cpu")
         seconds, seen = broadcast(told.to(accelerator.device)).tolist() if processes > 1 else told.tolist()
         if not math.isfinite(seen):
@@ -129,7 +131,7 @@ def train(
         progress.tokens += settings.batch * windows.shape[1]
         progress.loss = seen if progress.loss is None else SMOOTHING * progress.loss + (1 - SMOOTHING) * seen
         report(progress, _done(progress, settings))
-        # The last one too: where the result cannot be written, on a full disk for example, nothing is trained again.
+        # Also after the last step: if the result cannot be written (e.g. the disk is full), nothing has to be trained again.
         if (seconds - saved >= save_seconds or _done(progress, settings) >= 1) and accelerator.is_main_process:
             saved = seconds
             save(_state(progress, parameters, optimizer))
@@ -137,7 +139,7 @@ def train(
 
 
 def _optimizer(parameters: dict[str, nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW whose steps are small against what they change: a rate for each tensor, relative to its root mean square."""
+    """AdamW with a separate learning rate for each tensor, relative to its root mean square."""
     groups = [
         {"params": [parameter], "highest": learning_rate * max(1e-3, float(parameter.detach().square().mean().sqrt()))}
         for parameter in parameters.values()
@@ -154,14 +156,14 @@ def _done(progress: Progress, settings: Recovery) -> float:
 
 
 def _rate(done: float) -> float:
-    """The learning rate as a share of the highest."""
+    """The learning rate as a share of its peak."""
     if done < WARMUP:
         return max(0.1, done / WARMUP)
     return 0.5 * (1 + math.cos(math.pi * (done - WARMUP) / (1 - WARMUP)))
 
 
 def _loss(model: Any, teacher: Any, batch: Tensor, settings: Recovery, device: str) -> Tensor:
-    """The loss of a batch int64 (samples, L). The last token has no successor in the text, but the teacher knows one."""
+    """The loss of a batch int64 (samples, L). The last token also counts, because the teacher predicts its successor."""
     features = settings.square_head > 0
     with products(settings.precision, device):
         with torch.no_grad():
@@ -169,13 +171,13 @@ def _loss(model: Any, teacher: Any, batch: Tensor, settings: Recovery, device: s
         found = model(input_ids=batch, use_cache=False, output_hidden_states=features)
     loss = divergence(found.logits.flatten(0, 1), target.logits.flatten(0, 1))
     if features:
-        # The first hidden state is the embedding, which is the same.
+        # The first hidden state is the embedding, which does not differ.
         loss = loss + settings.square_head * square_head(found.hidden_states[1:], target.hidden_states[1:])
     return loss
 
 
 class _Order:
-    """Which window is the k-th: every one once an epoch, in an order of its own."""
+    """The index of the k-th window: every window once per epoch, in a different order in each."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed

@@ -1,4 +1,4 @@
-"""Recovery as a job: read, gather text, train, write, judge; resumable, and the same under `accelerate launch`."""
+"""Recovery as a job: read, generate text, train, write, evaluate. It can be resumed, and runs under `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from halfplate.telemetry.log import run_log
 from halfplate.telemetry.progress import Report, silent
 
 SAVE_MINUTES = 5.0
-TEXT = "text-"  # and a digest of all that a sampled text depends on: other settings find it again
+TEXT = "text-"  # and a digest of everything that a generated text depends on, so that runs with other settings can reuse it
 
 
 @plain_defaults()
@@ -54,12 +54,14 @@ def recover(
     save_minutes: float = SAVE_MINUTES,
     device: str = "cpu",
 ) -> dict[str, Any] | None:
-    """Train the checkpoint `model` towards the dense `teacher`, write the result to `out` and return the summary.
+    """Train the checkpoint `model` towards the original `teacher`, write the result to `out` and return the summary.
 
-    The masks stay. The state is kept beside `out`, in a hidden folder that goes when `out` is whole, and saved about every
-    `save_minutes`; resume: go on from it. Under `accelerate launch` each process takes its share of every batch; all but the
-    main one return None. Raises HalfplateError on bad input (a teacher of another vocabulary or depth, a state of other
-    settings), RuinedResult after writing if the held-out KL did not fall.
+    The masks are fixed. The state is saved about every `save_minutes` in a hidden folder next to `out`, which is removed when
+    `out` is complete. Under `accelerate launch` each process takes its share of every batch; all except the main one return None.
+
+    resume: continue from the saved state.
+    Raises HalfplateError on bad input (e.g. a teacher with another vocabulary or depth, or a state of other settings), and
+    RuinedResult, after writing `out`, if the held-out KL did not fall.
     """
     base, out = Path(model), Path(out)
     if not save_minutes >= 0:
@@ -85,7 +87,7 @@ def recover(
     if finished is not None:
         if not accelerator.is_main_process:
             return None
-        if work.is_dir():  # of a run that was killed after its result was whole
+        if work.is_dir():  # of a run that was killed after its result was complete
             with sole_user(work, out):
                 shutil.rmtree(work, ignore_errors=True)
         return finished
@@ -104,7 +106,7 @@ def recover(
 
 @dataclass(frozen=True)
 class _Order:
-    """One recovery, checked: what it reads, where it writes, and who works on it. given: windows, if they are not sampled."""
+    """The checked arguments of a recovery. given: windows, if they are not generated."""
 
     base: Path
     out: Path
@@ -119,7 +121,7 @@ class _Order:
 
 
 def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
-    """Train, write, judge; the summary, which holds no measures in any process but the main one."""
+    """Train, write and evaluate; returns the summary, which has no measurements except in the main process."""
     settings, accelerator, work = order.settings, order.accelerator, order.work
     asked = {
         "event": "recovery",
@@ -181,7 +183,7 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
     with clock("writing"):
         record = _record(read_record(order.base), facts)
         specs, tokenizer = read_specs(order.base), load_tokenizer(order.base)
-        # What a killed process leaves of it lies where the next one looks.
+        # The next run finds and removes what a killed process leaves here.
         partial, dtype = work / "result.partial", other_dtype(order.base)
         write_checkpoint(student.cpu(), tokenizer, order.out, specs, record, dtype, order.replace, partial=partial)
     with clock("judging"):
@@ -193,19 +195,19 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     if not after["kl"] < before["kl"]:
         raise RuinedResult(
-            f"learning_rate={settings.learning_rate}: the KL on held-out text did not fall ({before['kl']:.4g} to {after['kl']:.4g} nats a "
-            f"token); the result stays in {str(order.out)!r}; try a lower rate or more tokens"
+            f"learning_rate={settings.learning_rate}: the KL on held-out text did not fall ({before['kl']:.4g} to {after['kl']:.4g} nats per "
+            f"token); the result is kept at {str(order.out)!r}; try a lower rate or more tokens"
         )
     return facts | {"out": str(order.out), "model": str(order.base)} | measured
 
 
 def _identity(base: Path, source: Source, settings: Recovery, given: Tensor | None) -> dict[str, Any]:
-    """What a state must have been made with to be gone on from."""
+    """Everything that must be equal to continue from a state."""
     identity = settings.to_json() | {
         "model": hashlib.sha256((base / RECORD_FILE).read_bytes()).hexdigest(),
         "teacher": source.sha256(),
     }
-    # What is sampled follows from the rest; a file of the same name may hold another text.
+    # Generated text follows from the rest; a file may have changed under the same name.
     return identity if given is None else identity | {"windows": _sha256(given)}
 
 
@@ -220,9 +222,9 @@ def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 @contextmanager
 def _begun(order: _Order, overwrite: bool, resume: bool) -> Iterator[None]:
-    """While inside, the folder of the state is there and ours, without a state unless it is gone on from.
+    """Context manager that creates and locks the folder of the state; an old state is removed unless it is resumed.
 
-    A text that was sampled in vain before stays for the next try; without anything in it the folder goes.
+    Generated text stays for the next run. An empty folder is removed.
     """
     work = order.work
     try:
@@ -236,7 +238,7 @@ def _begun(order: _Order, overwrite: bool, resume: bool) -> Iterator[None]:
         states = [path for path in found if not path.name.lstrip(".").startswith(TEXT)]
         if states and not (resume or overwrite):
             raise HalfplateError(
-                f"out={str(order.out)!r}: an interrupted recovery left its state in {str(work)!r}; pass --resume to continue, or --overwrite to start afresh"
+                f"out={str(order.out)!r}: an interrupted recovery left its state in {str(work)!r}; pass --resume to continue, or --overwrite to start over"
             )
         for path in found if overwrite and not resume else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -255,12 +257,12 @@ def _open_teacher(name: str) -> Source:
 
 
 def _check_tokenizer(base: Path, teacher: str, tokenizer: Any) -> None:
-    """Raise HalfplateError if the same number stands for another token in the teacher."""
+    """Raise HalfplateError if a token has a different number in the teacher."""
     ours, theirs = load_tokenizer(base).get_vocab(), tokenizer.get_vocab()
     if ours != theirs:
         other = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
         raise HalfplateError(
-            f"teacher={teacher!r} has another vocabulary: token {other!r} is {theirs.get(other)} in it and {ours.get(other)} in the "
+            f"teacher={teacher!r} has a different vocabulary: token {other!r} is {theirs.get(other)} in it and {ours.get(other)} in the "
             "compressed model; give the original model that it was compressed from"
         )
 
@@ -270,19 +272,19 @@ def _check_teacher(source: Source, student: Any, settings: Recovery) -> None:
     for key, what in (
         ("model_type", "model type"),
         ("vocab_size", "vocabulary"),
-        ("num_hidden_layers", "number of blocks"),
+        ("num_hidden_layers", "number of layers"),
         ("hidden_size", "width"),
     ):
         if getattr(wanted, key) != getattr(found, key):
             raise HalfplateError(
-                f"teacher={source.name!r} has another {what} ({getattr(found, key)}) than the compressed model ({getattr(wanted, key)}); "
+                f"teacher={source.name!r} has a different {what} ({getattr(found, key)}) than the compressed model ({getattr(wanted, key)}); "
                 "give the original model that it was compressed from"
             )
     check_seq_len(student, settings.seq_len, least=2)
 
 
 def _check_batch(student: Any, settings: Recovery, processes: int) -> None:
-    """Logits of both models, their softmax and its gradient, in fp32."""
+    """Check the memory for the logits of both models, their softmax and its gradient, in fp32."""
     each = 4 * torch.float32.itemsize * settings.seq_len * vocabulary_of(student)
     share = -(-settings.batch // processes)
     check_memory(
@@ -291,7 +293,7 @@ def _check_batch(student: Any, settings: Recovery, processes: int) -> None:
 
 
 def _given_windows(settings: Recovery, tokenizer: Any) -> Tensor:
-    """The windows of the text to train on and to judge by, int64 (windows, L)."""
+    """The windows of the text for training and for validation, int64 (windows, L)."""
     windows = token_windows(tokenizer, Text(settings.text, "text"), settings.seq_len)
     if len(windows) < 2:
         raise HalfplateError(
@@ -303,7 +305,7 @@ def _given_windows(settings: Recovery, tokenizer: Any) -> Tensor:
 def _sampled(
     settings: Recovery, dense: Any, work: Path, teacher: str, accelerator: Accelerator, report: Report
 ) -> Tensor:
-    """Windows that the teacher samples, int64 (windows, L), the same in every process."""
+    """Windows that the teacher generates, int64 (windows, L), the same in every process."""
     windows = torch.empty(settings.samples, settings.seq_len, dtype=torch.int64, device="cpu")
     if accelerator.is_main_process:
         identity = {"teacher": teacher} | {name: getattr(settings, name) for name in ("samples", "seq_len", "seed")}
@@ -344,7 +346,7 @@ def _tell(report: Report, settings: Recovery, progress: Progress, done: float) -
 
 
 def _record(base: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """The record of the checkpoint that was trained, without what no longer holds, and what was done to it."""
+    """The record of the trained checkpoint, without entries that are no longer true, and with the recovery."""
     kept = {
         key: value for key, value in base.items() if key not in ("tensors", "versions", "format_version", "held_out")
     }

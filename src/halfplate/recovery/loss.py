@@ -1,4 +1,4 @@
-"""What recovery minimises: the divergence from the teacher's next-token distributions, and of its features."""
+"""The losses of recovery: divergence from the teacher's next-token distributions, and relative error of its features."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows of logits held in fp32 at once; the gradient is made in the same pass, so that no copy of all logits is.
+# Rows of logits in fp32 at once. The gradient is computed in the same pass, to avoid a copy of all logits.
 ROWS_AT_ONCE = 32
 
 
@@ -34,7 +34,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) in nats per token, fp32 (), of logits (tokens, vocabulary) each; differentiable by `logits`."""
+    """KL(teacher ‖ student) in nats per token, fp32 (), of logits (tokens, vocabulary); differentiable with respect to `logits`."""
     result: Tensor = _Divergence.apply(logits, teacher)
     return result
 
@@ -42,7 +42,7 @@ def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
 def square_head(hidden: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean over layers of |h − t|² / |t|² for hidden states (samples, L, d) of student and teacher.
 
-    Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", 2023, SquareHead.
+    Source: SquareHead in Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", 2023.
     """
     errors = [(h.float() - t.float()).square().mean() for h, t in zip(hidden, teacher, strict=True)]
     sizes = [t.float().square().mean().clamp_min(1e-12) for t in teacher]

@@ -1,4 +1,4 @@
-"""What an interrupted recovery goes on from: one file, written whole or not at all, without pickle."""
+"""The saved state of a recovery: one file, written atomically and without pickle."""
 
 import json
 from dataclasses import dataclass
@@ -17,14 +17,16 @@ FILE = "state.safetensors"
 
 @dataclass(frozen=True)
 class State:
-    """tensors: by name, on the CPU. facts: JSON, of which `identity` says what the state belongs to."""
+    """tensors: by name, on the CPU.
+    facts: JSON; `identity` says which recovery the state belongs to.
+    """
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
 
 
 def save_state(folder: Path, state: State, file: str = FILE) -> None:
-    """Write `state` to `folder`, replacing what is there only once it is whole; raises HalfplateError if it cannot."""
+    """Write `state` to `folder`, atomically replacing an earlier one; raises HalfplateError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         facts = json.dumps({"version": VERSION} | state.facts, sort_keys=True)
@@ -38,7 +40,7 @@ def save_state(folder: Path, state: State, file: str = FILE) -> None:
 
 
 def load_state(folder: Path, identity: dict[str, Any], file: str = FILE) -> State | None:
-    """The state in `folder`, None if there is none; raises HalfplateError if it is damaged or of another identity."""
+    """The state in `folder`, None if there is none; raises HalfplateError if it is damaged or belongs to another recovery."""
     path = folder / file
     if not path.exists():
         return None
@@ -48,16 +50,14 @@ def load_state(folder: Path, identity: dict[str, Any], file: str = FILE) -> Stat
         version, found = facts["version"], facts["identity"]
     except (OSError, DamagedFile, ValueError, KeyError, TypeError) as error:
         raise HalfplateError(
-            f"{str(path)!r} is damaged ({' '.join(str(getattr(error, 'reason', error)).split())}); delete it, or pass --overwrite to start afresh"
+            f"{str(path)!r} is damaged ({' '.join(str(getattr(error, 'reason', error)).split())}); delete it, or pass --overwrite to start over"
         ) from None
     if version != VERSION:
-        raise HalfplateError(
-            f"{str(path)!r} has version {version}, expected {VERSION}; pass --overwrite to start afresh"
-        )
+        raise HalfplateError(f"{str(path)!r} has version {version}, expected {VERSION}; pass --overwrite to start over")
     for name in sorted(identity.keys() | found.keys()):
         if found.get(name) != identity.get(name):
             raise HalfplateError(
                 f"--resume: {name} was {found.get(name)!r} when the recovery in {str(folder)!r} began and is {identity.get(name)!r} "
-                "now; give the same again, or pass --overwrite to start afresh"
+                "now; give the same again, or pass --overwrite to start over"
             )
     return State(tensors, facts)

@@ -1,4 +1,4 @@
-"""A compressed linear whose numbers can be trained while its mask stays."""
+"""A compressed linear with trainable values and a fixed mask."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +17,11 @@ from halfplate.formats.plain import WeightView
 
 
 class TrainableLinear(nn.Module):
-    """y = x Wᵀ + bias with fp32 parameters in place of the stored tensors of a CompressedLinear; its mask stays.
+    """y = x Wᵀ + bias with fp32 parameters instead of the stored tensors of a CompressedLinear.
 
-    core: its trainable form; that of each other part that this linear stores is a submodule by the name of its class.
-    values_too: whether the values of the core ask for a gradient. What another linear stores is a parameter of that one, found
-    through `lender`.
+    core: the trainable core; each other part that this linear stores is a submodule named after its class.
+    values_too: whether the values of the core have gradients.
+    Parameters of parts that another linear stores belong to that one, found through `lender`.
     """
 
     lender: "TrainableLinear | None"
@@ -36,8 +36,8 @@ class TrainableLinear(nn.Module):
         self.bias = linear.bias
 
     def lend(self, lender: "TrainableLinear | None") -> None:
-        """Make `lender` the linear that stores what this one borrows."""
-        # Not as a submodule: a shared wrapper is one parameter, not one for each that applies it.
+        """Set the linear that stores the shared parts of this one."""
+        # Not a submodule, because a shared wrapper is one parameter, not one for each linear that applies it.
         object.__setattr__(self, "lender", lender)
 
     @property
@@ -50,23 +50,23 @@ class TrainableLinear(nn.Module):
 
     @property
     def weight(self) -> WeightView:
-        """What the code of a model may ask of it: dtype, device and shape; its values raise a HalfplateError."""
+        """A stand-in for the weight with dtype, device and shape; reading its values raises HalfplateError."""
         return WeightView((self.spec.d_out, self.spec.d_in), self.dtype, self.core.values.device)
 
     def dense(self) -> Tensor:
-        """The matrix as it stands, with its graph, in fp32 even under autocast: (d_out, d_in)."""
+        """The full matrix with its current values and gradients, in fp32 even under autocast: (d_out, d_in)."""
         with torch.autocast(self.core.values.device.type, enabled=False):
             outer = (self._trainable(part).current() for part in self.start.outer)
             return reduce(lambda matrix, part: part.around(matrix), outer, self.core.dense())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., d_in) to (..., d_out). One product with the assembled matrix is cheapest for many tokens."""
+        """x (..., d_in) to (..., d_out). One product with the full matrix is fastest for many tokens."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, self.dense().to(x.dtype), bias)
 
     @torch.no_grad()
     def compressed(self) -> CompressedLinear:
-        """The linear in its stored types; raises HalfplateError if a number has left the range of its type."""
+        """The linear in its stored types; raises HalfplateError if a value is out of the range of its type."""
         outer = tuple(self._trainable(part).stored() for part in self.start.outer)
         matrix = Chain(self.spec, self.core.stored(), outer)
         assert torch.equal(matrix.core.mask(), self.start.core.mask()), "tuning must not move the mask"
@@ -75,7 +75,7 @@ class TrainableLinear(nn.Module):
         return linear
 
     def _trainable(self, part: Outer) -> TrainableOuter[Outer]:
-        """The trainable form of `part`, of the linear that stores it."""
+        """The trainable form of `part` of a linear."""
         owner = self.lender if part.borrowed(self.spec) else self
         found: TrainableOuter[Outer] = getattr(owner, type(part).__name__)
         return found
@@ -83,7 +83,7 @@ class TrainableLinear(nn.Module):
 
 @contextmanager
 def trainable(module: nn.Module, values_too: bool) -> Iterator[dict[str, TrainableLinear]]:
-    """While inside, every CompressedLinear below `module` is a TrainableLinear; afterwards it is compressed again.
+    """Context manager in which every CompressedLinear below `module` is a TrainableLinear; afterwards it is compressed again.
 
     Yields them by name. A head that the embedding stores stays as it is. An exception puts the linears back as they were.
     """

@@ -1,4 +1,4 @@
-"""The report: what a checkpoint and its log say, gathered, drawn, and put on one self-contained page."""
+"""The HTML report of a checkpoint, made from the checkpoint and its log."""
 
 from halfplate.report.page import REPORT_FILE, write_report
 

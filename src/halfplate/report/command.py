@@ -1,4 +1,4 @@
-"""The command that makes a checkpoint again."""
+"""The command that reproduces a checkpoint."""
 
 import shlex
 from dataclasses import MISSING, fields
@@ -10,9 +10,9 @@ REPEATED = ("include", "exclude", "transforms")
 
 
 def compress_command(model: str, out: str, recipe: Recipe) -> str:
-    """The `halfplate compress` command of a recipe, to paste into a shell: every value that is not its default."""
+    """The `halfplate compress` command of a recipe for a shell, with every value that is not a default."""
     words = ["halfplate", "compress", model, "-o", out]
-    # A recipe of defaults alone may be refused: some methods need a core on a grid.
+    # Not `Recipe(method=...)`, which some methods refuse because they need an integer core.
     defaults = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
     defaults["pattern"] = pattern_of(recipe.method)
     for name in (field.name for field in fields(Recipe) if field.name not in ("version", "method_options")):
@@ -21,7 +21,7 @@ def compress_command(model: str, out: str, recipe: Recipe) -> str:
             continue
         flag = f"--{name.replace('_', '-')}"
         if name in REPEATED:
-            # One word, because a pattern may begin with a dash.
+            # One word with `=`, because a pattern may begin with a dash.
             words += [f"{flag}={pattern}" for pattern in value]
         elif value is True:
             words.append(flag)

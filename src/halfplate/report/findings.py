@@ -1,7 +1,6 @@
-"""Everything the page shows, gathered from a checkpoint and its log.
+"""Everything that the report shows, collected from a checkpoint and its log.
 
-Both are files that anybody may have written: whatever is not of the type that belongs there counts as not recorded, and
-the page escapes all of it.
+Both are untrusted files. A value of the wrong type counts as not recorded, and the page escapes all text.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from halfplate.telemetry.log import LOG_FILE
 
 LARGEST_LOG = 256 * 2**20
 WORST = 10
-# The order in which a layer runs them; others follow by name.
+# In the order in which a layer runs them; others follow by name.
 USUAL = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
-KINDS = ("kept values", "positions", "scales", "wrappers")  # the order of the table; others follow
+KINDS = ("kept values", "positions", "scales", "wrappers")  # in the order of the table; others follow
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One compressed matrix. block: its number in the model, None if its name has none. kind: the last part of its name."""
+    """One compressed matrix. block: its layer number, None if its name has none. kind: the last part of its name."""
 
     name: str
     block: int | None
@@ -59,7 +58,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Findings:
-    """What is known of a checkpoint. Mappings of measures are as the verbs give them in JSON; empty: not measured."""
+    """Everything known about a checkpoint. Measurements are in the JSON form of the commands; empty means not measured."""
 
     folder: str
     model: str | None
@@ -90,7 +89,7 @@ class Findings:
     against: str | None = None
 
     def with_measures(self, measures: dict[str, Any]) -> Findings:
-        """The same with what was measured now."""
+        """A copy with new measurements."""
         return replace(
             self,
             quality=mapping(measures.get("quality")) or self.quality,
@@ -111,12 +110,12 @@ class Findings:
 
     @property
     def alarms(self) -> list[tuple[str, str]]:
-        """Matrices that went wrong: (name, what is wrong)."""
+        """The matrices with a fault: (name, fault)."""
         return [(matrix.name, matrix.alarm) for matrix in self.matrices if matrix.alarm is not None]
 
     @property
     def worst(self) -> list[Matrix]:
-        """The matrices of largest error, the worst first."""
+        """The matrices with the largest errors, largest first."""
         judged = [matrix for matrix in self.matrices if matrix.relative_error is not None]
         return sorted(judged, key=lambda matrix: -(matrix.relative_error or 0))[:WORST]
 
@@ -134,7 +133,7 @@ class Findings:
 
 
 def gather(folder: Path) -> Findings:
-    """Read what `folder`, a checkpoint, and its log say; raises HalfplateError if it is not a whole checkpoint."""
+    """Read the checkpoint in `folder` and its log; raises HalfplateError if the checkpoint is incomplete."""
     found = inspect_checkpoint(folder)
     specs, _ = read_checked_headers(folder)
     record = read_record(folder) if (folder / RECORD_FILE).is_file() else {}
@@ -262,7 +261,7 @@ def _matrix(entry: dict[str, Any], kept: dict[str, Any], seconds: dict[str, floa
 
 
 def _block(name: str) -> int | None:
-    """The first number in a module's name: `model.layers.12.mlp.up_proj` lies in layer 12."""
+    """The first number in a module's name: `model.layers.12.mlp.up_proj` is in layer 12."""
     digits = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", name)
     return int(digits[1]) if digits else None
 
@@ -273,7 +272,7 @@ def _in_order(matrix: Matrix) -> tuple[int, int, str]:
 
 
 def _parts(specs: Iterable[WeightSpec]) -> dict[str, int]:
-    """Bytes of what the matrices consist of."""
+    """Bytes by kind of stored tensor."""
     stored: Counter[str] = Counter()
     for spec in specs:
         kinds = spec.kinds()
@@ -283,7 +282,7 @@ def _parts(specs: Iterable[WeightSpec]) -> dict[str, int]:
 
 
 def _answers(value: Any) -> tuple[dict[str, str], ...]:
-    """Prompts with what both models answer."""
+    """Prompts with the answers of both models."""
     keys = ("prompt", "compressed", "dense")
     entries = value if isinstance(value, list) else []
     return tuple(

@@ -1,4 +1,4 @@
-"""The headline table: bytes, quality and speed, each with its measurement protocol; what was not measured is marked so."""
+"""The headline table: bytes, quality and speed with their measurement protocol. Values that were not measured are marked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One measure. protocol: how it was measured, empty if it was not."""
+    """One measurement. protocol: how it was measured, empty if it was not."""
 
     group: str
     measure: str
@@ -38,7 +38,7 @@ def headline(found: Findings) -> list[Row]:
 
 
 def tiles(found: Findings) -> list[tuple[str, str]]:
-    """The few figures that open the page: (figure, what it is)."""
+    """The main figures at the top of the page: (figure, description)."""
     chosen = [(percent(found.nbytes / found.dense_nbytes), "of the bytes of the original linears")]
     if (kl := number(found.quality.get("kl"))) is not None:
         chosen.append((short(kl), "KL to the original model, nats per token"))
@@ -52,7 +52,7 @@ def tiles(found: Findings) -> list[tuple[str, str]]:
 
 
 def measuring_command(found: Findings) -> str:
-    """The command that measures what was not."""
+    """The command that makes the missing measurements."""
     return shlex.join(["halfplate", "report", found.folder, "--against", found.model or "ORIGINAL"])
 
 

@@ -1,4 +1,4 @@
-"""What a report measures if the original model is given: quality, speed, and what both models answer."""
+"""Measurements against the original model: quality, speed, and sample answers of both models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from halfplate.telemetry.progress import Report
 
 
 def measure(folder: Path, settings: Measuring, report: Report) -> dict[str, Any]:
-    """The `measures` line of the log; raises HalfplateError on an original model that does not fit."""
+    """The `measures` line of the log; raises HalfplateError if the original model does not match the checkpoint."""
     measures: dict[str, Any] = {"event": "measures", "against": settings.against}
     report("reading", 0, 1)
     dense = load_dense(settings.against)
@@ -27,7 +27,7 @@ def measure(folder: Path, settings: Measuring, report: Report) -> dict[str, Any]
     tokenizer = load_tokenizer(folder)
     if dense.model.config.get_text_config().vocab_size != compressed.config.get_text_config().vocab_size:
         raise HalfplateError(
-            f"against={settings.against!r} has another vocabulary than {str(folder)!r}; give the original model that it was compressed from"
+            f"against={settings.against!r} does not have the same vocabulary as {str(folder)!r}; give the original model that it was compressed from"
         )
     report("reading", 1, 1)
     limit = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None) or settings.seq_len
@@ -67,7 +67,7 @@ def measure(folder: Path, settings: Measuring, report: Report) -> dict[str, Any]
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    """What `model` writes greedily after `prompt`; in its chat template if the tokenizer has one."""
+    """The greedy continuation of `prompt` by `model`, in the chat template if the tokenizer has one."""
     import torch
 
     from halfplate.runtime import greedy

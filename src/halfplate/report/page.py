@@ -1,4 +1,4 @@
-"""The page: one HTML file that asks nothing of the network and runs no script but its own."""
+"""The report as one HTML file, which does not use the network and runs only its own script."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def write_report(
 ) -> Path:
     """Write the report of the checkpoint in `folder` to `file` (default `report.html` in it), and return the path of the file.
 
-    measuring: also measure quality and speed against the original model, and keep the result in the log of the checkpoint, where
-    later reports find it. Raises HalfplateError for a folder that is not a whole checkpoint and a file that cannot be written.
+    measuring: also measure quality and speed against the original model, and add the result to the log of the checkpoint for
+        later reports.
+    Raises HalfplateError if the checkpoint is incomplete or the file cannot be written.
     """
     place = Path(folder) / REPORT_FILE if file is None else Path(file)
     found = gather(Path(folder))
@@ -80,7 +81,7 @@ def _asset(name: str) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """A Content-Security-Policy under which nothing is loaded, and no style or script runs but these two."""
+    """A Content-Security-Policy that loads nothing and allows only this style and this script."""
 
     def source(content: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
@@ -89,7 +90,7 @@ def _policy(style: str, script: str) -> str:
 
 
 def _head(title: str, numeric: bool = False) -> Markup:
-    """The heading of a column that sorts by it."""
+    """The heading of a sortable column."""
     return Markup('<th scope="col"{}><button type="button">{}</button></th>').format(
         Markup(' class="n"') if numeric else "", title
     )
@@ -127,17 +128,17 @@ def _error_words(found: Findings) -> str:
 
 
 def _charts(found: Findings) -> list[tuple[str, Markup | None, str]]:
-    """(caption, picture, what to say without one)."""
-    unlogged = "The log of the run is not beside this checkpoint."
+    """The charts: (caption, picture, text if there is no picture)."""
+    unlogged = "This checkpoint has no log of its run."
     phases = {name: value for name, value in found.seconds.items() if name != "total"}
     return [
         (
-            "Bytes by linear, of the original at 2 bytes per weight",
+            "Bytes by linear, compared with the original at 2 bytes per weight",
             bars(byte_bars(found.total("nbytes"), found.total("dense_nbytes")), "Bytes by linear"),
             "",
         ),
         (
-            "Bytes by what is stored",
+            "Bytes by kind of tensor",
             bars(share_bars({**found.parts, "everything else": found.other_nbytes}), "Bytes by part"),
             "",
         ),

@@ -1,4 +1,4 @@
-"""Pictures as inline SVG. Colours are classes of the page's style sheet, so that light, dark and print each have their own."""
+"""Pictures as inline SVG. Colours are classes of the style sheet, so light, dark and print versions each have their own."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ SHADES = 9  # .h0 to .h8 of the style sheet
 CELL_HEIGHT = 26
 LABEL_WIDTH = 92
 WIDTH = 960
-POINTS = 60  # of one curve: more are thinned out
+POINTS = 60  # most points per curve; longer curves are thinned out
 PANEL_WIDTH, PANEL_HEIGHT = 240, 160
 BAR_WIDTH, BAR_HEIGHT = 410, 26
-LEAST_RATIO = 1e-4  # the scale of losses ends there at the least
+LEAST_RATIO = 1e-4  # lower end of the loss scale
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Shades of a positive quantity between two ends.
+    """A colour scale of a positive quantity.
 
-    open: some values lie beyond `most` and share its shade, so that they do not make all others look alike. logarithmic: most
-    values lie near the lower end, and equal ratios get equal steps.
+    open: some values exceed `most` and share its shade, so that the others can be told apart.
+    logarithmic: most values are near the lower end, so equal ratios get equal steps.
     """
 
     least: float
@@ -38,7 +38,7 @@ class Scale:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Scale:
-        """The scale on which these values are told apart best."""
+        """The scale that distinguishes these values best."""
         ordered = sorted(values)
         least, most, usual = ordered[0], ordered[-1], 3 * ordered[int(0.95 * (len(ordered) - 1))]
         opened = most > 3 * usual > 0
@@ -46,7 +46,7 @@ class Scale:
         return cls(least, most, opened, least > 0 and median(values) < (least + most) / 4)
 
     def shade(self, value: float) -> int:
-        """0 for the least to SHADES - 1 for the most."""
+        """0 for the smallest value to SHADES - 1 for the largest."""
         if value >= self.most > self.least:
             return SHADES - 1
         if self.most <= self.least:
@@ -58,7 +58,7 @@ class Scale:
         return min(int(place * SHADES), SHADES - 1)
 
     def bounds(self) -> list[float]:
-        """The SHADES + 1 ends of the shades."""
+        """The SHADES + 1 bounds of the shades."""
         steps = [index / SHADES for index in range(SHADES + 1)]
         if self.logarithmic:
             return [self.least * (self.most / self.least) ** step for step in steps]
@@ -66,7 +66,7 @@ class Scale:
 
 
 def heat_map(matrices: Sequence[Matrix], kinds: Sequence[str]) -> Markup | None:
-    """Relative error of every matrix, a column a layer and a row a linear, with its legend; None without errors."""
+    """Relative error of every matrix, one column per layer and one row per linear, with a legend; None without errors."""
     placed = [(m, m.block, m.relative_error) for m in matrices if m.block is not None and m.relative_error is not None]
     if not placed:
         return None
@@ -112,7 +112,7 @@ def _legend(scale: Scale, top: float) -> list[Markup]:
 
 
 def loss_panels(matrices: Sequence[Matrix], kinds: Sequence[str]) -> list[tuple[str, Markup]]:
-    """For every kind of linear the solver's losses, divided by the first, of all its matrices, and their median."""
+    """For every kind of linear: the solver losses of all its matrices, divided by the first loss, and their median."""
     drawn = {
         kind: [_relative(m.losses) for m in matrices if m.kind == kind and len(m.losses) > 1 and m.losses[0] > 0]
         for kind in kinds
@@ -124,7 +124,7 @@ def loss_panels(matrices: Sequence[Matrix], kinds: Sequence[str]) -> list[tuple[
 
 
 def _relative(losses: Sequence[float]) -> list[tuple[int, float]]:
-    """(iteration, loss over the first loss), thinned out, first and last kept."""
+    """(iteration, loss over the first loss), thinned out; the first and last points are kept."""
     step = max(1, math.ceil((len(losses) - 1) / POINTS))
     chosen = sorted({*range(0, len(losses), step), len(losses) - 1})
     return [(index, losses[index] / losses[0]) for index in chosen]
@@ -136,7 +136,7 @@ def _panel(kind: str, curves: list[list[tuple[int, float]]], middle: list[tuple[
     room = PANEL_HEIGHT - top - bottom
 
     def place(index: float, value: float) -> str:
-        # A solver that diverges leaves the picture; its matrix is named at the top of the page.
+        # A diverging solver leaves the picture; its matrix is listed at the top of the page.
         depth = min(-math.log10(min(max(value, 10.0**-decades), 1.0)), decades)
         return f"{left + index / longest * (PANEL_WIDTH - left - right):.1f},{top + depth / decades * room:.1f}"
 
@@ -161,7 +161,7 @@ def _panel(kind: str, curves: list[list[tuple[int, float]]], middle: list[tuple[
 
 
 def _median(curves: list[list[tuple[int, float]]]) -> list[tuple[int, float]]:
-    """The median of curves of unequal length; one that has ended stays at its end."""
+    """The median of curves of unequal length; a curve that has ended keeps its last value."""
     ends = sorted({index for curve in curves for index, _ in curve})
 
     def at(curve: list[tuple[int, float]], index: int) -> float:
@@ -172,7 +172,7 @@ def _median(curves: list[list[tuple[int, float]]]) -> list[tuple[int, float]]:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a chart. whole: a paler bar behind it, e.g. the bytes before."""
+    """One bar of a chart. whole: a paler bar behind it, e.g. the bytes before compression."""
 
     label: str
     value: float
@@ -181,7 +181,7 @@ class Bar:
 
 
 def bars(chart: Sequence[Bar], title: str) -> Markup | None:
-    """Horizontal bars from zero, the longest filling the width; None if there is nothing to show."""
+    """Horizontal bars from zero; the longest one has the full width. None if there is nothing to show."""
     longest = max((max(bar.value, bar.whole or 0) for bar in chart), default=0)
     if longest <= 0:
         return None
@@ -207,7 +207,7 @@ def _bar(kind: str, x: float, y: float, width: float) -> Markup:
 
 
 def byte_bars(compressed: dict[str, float], dense: dict[str, float]) -> list[Bar]:
-    """Bytes of each kind of linear, before it those of the original model."""
+    """Bytes of each kind of linear, with those of the original model behind."""
     return [
         Bar(kind, nbytes, f"{count(nbytes)} of {count(dense[kind])}", dense[kind])
         for kind, nbytes in compressed.items()
@@ -215,7 +215,7 @@ def byte_bars(compressed: dict[str, float], dense: dict[str, float]) -> list[Bar
 
 
 def share_bars(parts: dict[str, float], said: str = "bytes") -> list[Bar]:
-    """Parts of a whole with their shares; said: `bytes` or `seconds`."""
+    """Parts of a total with their shares; said: `bytes` or `seconds`."""
     whole = math.fsum(parts.values())
     return [
         Bar(name, value, f"{count(value, said)}, {percent(value / whole) if whole else '-'}")
@@ -224,7 +224,7 @@ def share_bars(parts: dict[str, float], said: str = "bytes") -> list[Bar]:
 
 
 def text(x: float, y: float, said: str, anchor: str, kind: str = "label") -> Markup:
-    """Text at a point; kind: its classes. Long text is cut, but not a `figure`."""
+    """Text at a point; kind: its classes. Long text is cut, except a `figure`."""
     said = visible(said)
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
         kind, x, y, anchor, said if len(said) <= 16 or "figure" in kind else said[:15] + "…"
@@ -232,7 +232,7 @@ def text(x: float, y: float, said: str, anchor: str, kind: str = "label") -> Mar
 
 
 def drawing(width: float, height: float, title: str, pieces: Sequence[Markup]) -> Markup:
-    """The pieces as one picture; title: what it shows, for those who cannot see it."""
+    """Combine the elements of a picture; title: description for screen readers."""
     return Markup(
         '<svg viewBox="0 0 {:.0f} {:.0f}" width="{:.0f}" height="{:.0f}" role="img" aria-label="{}">{}</svg>'
     ).format(width, height, width, height, visible(title), Markup("").join(pieces))

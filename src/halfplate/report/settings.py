@@ -1,4 +1,4 @@
-"""What a report measures against the original model."""
+"""Settings of the measurements against the original model."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,14 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Measuring:
-    """against: the original model. text: a text file, or None for text that the original generates; in windows of seq_len tokens.
+    """Settings of the measurements of a report.
 
-    prompts: what both models are asked, new_tokens at most in an answer. bench_prompt, rounds: of the timing. Raises
-    HalfplateError for numbers that cannot work.
+    against: the original model.
+    text: a text file, or None for text that the original generates.
+    windows, seq_len: number of windows and their length in tokens.
+    prompts, new_tokens: prompts for both models, and the maximum length of an answer.
+    bench_prompt, rounds: of the speed measurement.
+    Raises HalfplateError for invalid numbers.
     """
 
     against: str

@@ -1,4 +1,4 @@
-"""Numbers as the page says them."""
+"""Formatting numbers for the report."""
 
 NOT_MEASURED = "not measured"
 

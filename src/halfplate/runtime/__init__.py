@@ -1,4 +1,4 @@
-"""Running compressed models fast: which kernel each linear takes, and decoding without Python between the layers."""
+"""Running compressed models fast: choosing a kernel for each linear, and decoding without Python between the layers."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ __all__ = ["Acceleration", "accelerate", "explain", "greedy", "restore"]
 
 
 def __getattr__(name: str) -> Any:
-    # Whoever asks a backend what it runs needs none of transformers, which these import.
+    # Imported lazily, because these import transformers, which backends do not need.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{'decoder' if name == 'greedy' else 'prepare'}"), name)

@@ -1,4 +1,4 @@
-"""A cache of keys and values with room to grow, so that a token neither copies nor allocates."""
+"""A key-value cache with spare capacity, so that adding a token neither copies nor allocates."""
 
 from typing import Any
 
@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-ROOM = 256  # positions; the room doubles when it is full
+ROOM = 256  # initial capacity in positions; it doubles when it is full
 
 
 class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` whose keys and values are the filled part of larger buffers (batch, heads, capacity, head_dim).
 
-    The buffers are fp32 or wider whatever the model's type is; what is read from them is of the model's type.
+    The buffers are at least fp32, whatever the type of the model; values that are read have the type of the model.
     """
 
     def __init__(self, **options: Any) -> None:
         self.key_buffer: Tensor | None = None
         self.value_buffer: Tensor | None = None
         self.length = 0
-        self.moves = 0  # how often the buffers changed their place
+        self.moves = 0  # number of reallocations of the buffers
         super().__init__(**options)
 
     @property
@@ -49,13 +49,13 @@ class GrowingLayer(DynamicLayer):
             return None
         batch, heads, length, width = filled.shape
         dtype = torch.promote_types(filled.dtype, torch.float32)
-        with torch.inference_mode(False):  # else nothing could be added outside that mode
+        with torch.inference_mode(False):  # otherwise nothing could be added outside inference mode
             buffer = torch.empty(batch, heads, capacity, width, dtype=dtype, device=filled.device)
         buffer[:, :, :length] = filled
         return buffer
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` positions in all; the layer must have been written to."""
+        """Ensure capacity for `length` positions in total; the layer must already hold values."""
         if length > self.capacity:
             assert self.key_buffer is not None
             assert self.value_buffer is not None
@@ -86,7 +86,7 @@ class GrowingLayer(DynamicLayer):
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last positions; the number is negative, as in `DynamicLayer.crop`, which refuses others."""
+        """Remove the last positions; the number is negative, as in `DynamicLayer.crop`, which refuses positive numbers."""
         super().crop(max(tokens_to_remove, 0))
         self.length -= min(self.length, -tokens_to_remove)
 
@@ -96,14 +96,14 @@ class GrowingLayer(DynamicLayer):
 
 
 class GrowingCache(Cache):
-    """A cache of `GrowingLayer`s, one a decoder layer."""
+    """A cache with one `GrowingLayer` per decoder layer."""
 
     def __init__(self, blocks: int) -> None:
         super().__init__(layers=[GrowingLayer() for _ in range(blocks)])
 
     @property
     def fits_one_sequence_in_floats(self) -> bool:
-        """Whether every layer holds one sequence in fp32 on the processor, all equally long."""
+        """Whether every layer holds one sequence in fp32 on the CPU, all of equal length."""
         layers: list[Any] = self.layers
         return all(
             layer.length == layers[0].length

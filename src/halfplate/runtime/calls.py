@@ -1,4 +1,4 @@
-"""Which calls of a model the native step answers: one new token of one sequence, whose cache it can read."""
+"""Which calls of a model the native step handles: one new token of one sequence with a supported cache."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import torch
 from halfplate.models.arguments import OLD_CACHE_ARGUMENT
 from halfplate.runtime.cache import GrowingCache
 
-# Of a model's other numbers; the native step computes in fp32 and rounds its logits.
+# Supported types of the model; the native step computes in fp32 and rounds its logits.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What a call with one new token may say besides its cache, and the values that leave the native step right.
+# Other arguments of a call with one new token, and the values that the native step supports.
 HARMLESS = {"output_attentions": (None, False), "output_hidden_states": (None, False), "labels": (None,)} | {
     "inputs_embeds": (None,),
     "return_dict": (None, True),
@@ -18,12 +18,12 @@ HARMLESS = {"output_attentions": (None, False), "output_hidden_states": (None, F
 
 
 def cache_of(kwargs: dict[str, Any], cache_name: str) -> Any:
-    """The cache that a call gives under its name in this transformers, or under the old one."""
+    """The cache argument of a call, under its name in this version of transformers or under the old one."""
     return kwargs.get(cache_name, kwargs.get(OLD_CACHE_ARGUMENT))
 
 
 def single_token(model: Any, kwargs: dict[str, Any], cache_name: str) -> int | None:
-    """The new token of a call that the native step answers, else None."""
+    """The new token of a call that the native step handles, else None."""
     cache, ids = cache_of(kwargs, cache_name), kwargs.get("input_ids")
     if not isinstance(cache, GrowingCache) or ids is None or tuple(ids.shape) != (1, 1):
         return None
@@ -49,7 +49,7 @@ def single_token(model: Any, kwargs: dict[str, Any], cache_name: str) -> int | N
 
 
 def wants_growing_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of `generate` decodes one sequence and leaves the choice of its cache open."""
+    """Whether a call of `generate` decodes one sequence and does not choose a cache."""
     config = args[1] if len(args) > 1 else kwargs.get("generation_config")
     config = config or model.generation_config
 

@@ -1,4 +1,4 @@
-"""One token of one sequence in one native call, for models of Llama's shape, also inside transformers' own `generate`."""
+"""Decoding one token of one sequence in one native call, for Llama-like models, also inside transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from halfplate.runtime.calls import DTYPES, cache_of, single_token, wants_growin
 from halfplate.runtime.structures import BlockStruct, DecoderStruct
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-# Their tables depend on how long the sequence is.
+# Rotary types whose tables depend on the sequence length.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def install(model: Any) -> str:
-    """Let `model` decode natively, one token of one sequence at a time; returns `native`, or why it cannot.
+    """Let `model` decode natively, one token of one sequence at a time; returns `native`, or the reason why it cannot.
 
-    The model's class becomes a subclass of its own; all calls that are not of that kind run as before.
+    The class of the model becomes a subclass; all other calls run as before.
     """
     reason = why_not(model)
     if reason is None and not isinstance(model, NativeDecoding):
@@ -43,7 +43,7 @@ def install(model: Any) -> str:
 
 
 def uninstall(model: Any) -> None:
-    """Undo `install`; a model that was not installed stays as it is."""
+    """Undo `install`; a model that was not installed is not changed."""
     if isinstance(model, NativeDecoding):
         model.__dict__.pop("_native_decoder", None)
         model.__class__ = _class_before(model)
@@ -54,7 +54,7 @@ def why_not(model: Any) -> str | None:
     if not native.available():
         return native.reason()
     if type(model).__name__ not in ARCHITECTURES or not type(model).__module__.startswith("transformers."):
-        return f"{type(model).__name__} is not of Llama's shape; there are native steps for {', '.join(ARCHITECTURES)}"
+        return f"{type(model).__name__} has no native step, only {', '.join(ARCHITECTURES)} have one"
     config = model.config
     if config.hidden_act != "silu":
         return f"the activation {config.hidden_act!r} has no native step"
@@ -77,7 +77,7 @@ def why_not(model: Any) -> str | None:
 
 
 def _hooked(model: Any) -> bool:
-    """Whether anything listens inside `model`, but for what transformers leaves behind once states were asked for."""
+    """Whether a module inside `model` has a hook, other than those that transformers leaves after hidden states were requested."""
     modules = [module for child in model.children() for module in child.modules()]
     hooks = [
         hook for module in modules for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
@@ -86,9 +86,9 @@ def _hooked(model: Any) -> bool:
 
 
 class NativeDecoder:
-    """The weights of a model as the native step reads them, and the cache it was last called with.
+    """The weights of a model for the native step, and the cache of the last call.
 
-    Holds addresses of the model's tensors and keeps these alive; weights that change later are not seen.
+    It holds addresses of the model's tensors and keeps them alive; later changes of the weights are not seen.
     """
 
     def __init__(self, model: Any) -> None:
@@ -137,7 +137,7 @@ class NativeDecoder:
         return self._place(module.weight.detach().to(torch.float32).contiguous(), torch.float32, "the weight of a norm")
 
     def _place(self, tensor: Tensor, dtype: torch.dtype, name: str) -> tuple[int, int]:
-        """The address and the bytes of a tensor, which is kept alive."""
+        """The address and the size in bytes of a tensor, which is kept alive."""
         self._held.append(tensor)
         return native.address(tensor, dtype, name), tensor.nbytes
 
@@ -145,8 +145,8 @@ class NativeDecoder:
     def step(self, token: int, cache: GrowingCache) -> Tensor:
         """Logits (vocabulary,), fp32, after `token`, whose keys and values are added to `cache`.
 
-        The cache must hold one sequence of at least one position, with keys and values of this model's shape; raises
-        HalfplateError for another, and for a token outside the vocabulary.
+        The cache must hold one sequence of at least one position, with keys and values of the shape of this model.
+        Raises HalfplateError for another cache, and for a token outside the vocabulary.
         """
         layers: Any = cache.layers
         embedding = self._embedding(token)
@@ -155,7 +155,7 @@ class NativeDecoder:
             position, threads = layers[0].length, torch.get_num_threads()
             for layer in layers:
                 layer.reserve(position + 1)
-            # A cache's layers count their moves, so an equal sum says that nothing moved.
+            # Cache layers count their reallocations, so an equal sum means that no buffer has moved.
             bound = (sum(layer.moves for layer in layers), threads)
             if bound != self._bound or self._cache() is not cache:
                 self._bind(cache, threads)
@@ -217,7 +217,7 @@ class NativeDecoder:
 
 
 class NativeDecoding:
-    """What a model's class gains by `install`."""
+    """The methods that `install` adds to the class of a model."""
 
     _native_decoder: NativeDecoder | None = None
 
@@ -230,13 +230,13 @@ class NativeDecoding:
         return decoder
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class cannot be found by its name, and a copy makes its own decoder, of its own tensors.
+        # pickle cannot find the class by name, and a copy needs a decoder of its own tensors.
         state = {name: value for name, value in self.__dict__.items() if name != "_native_decoder"}
         return _revive, (_class_before(self),), state
 
 
 def _class_before(model: NativeDecoding) -> type:
-    """The class of transformers that `model` had before `install`."""
+    """The transformers class that `model` had before `install`."""
     return type(model).__mro__[2]
 
 
@@ -248,7 +248,7 @@ def _revive(dense: type) -> Any:
 
 @cache
 def _native_class(dense: type) -> type:
-    """A subclass of a transformers model class, of the same name, that decodes natively if possible."""
+    """A subclass of a transformers model class, with the same name, that decodes natively if possible."""
     cache_name = cache_argument(dense.forward)  # type: ignore[attr-defined]
 
     @wraps(dense.forward)  # type: ignore[attr-defined]  # transformers reads its signature
@@ -274,7 +274,7 @@ def _native_class(dense: type) -> type:
 
 
 class _Told(BaseStreamer):
-    """Passes on what `generate` puts, but for the prompt, which it puts first."""
+    """Passes on the tokens that `generate` emits, except the prompt, which it emits first."""
 
     def __init__(self, on_token: Callable[[int], None]) -> None:
         self._on_token, self._prompt = on_token, True
@@ -297,17 +297,19 @@ def greedy(
     stop_ids: Collection[int] = (),
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Continue `ids`, int64 (1, L), with the most likely tokens: (1, at most L + new_tokens), less if one of `stop_ids` comes.
+    """Continue `ids`, int64 (1, L), greedily: (1, at most L + new_tokens), fewer if one of `stop_ids` occurs.
 
-    Natively if the model is installed, else by transformers' `generate`. on_token: called with each new token as soon as it
-    is known. Raises HalfplateError for a batch.
+    It runs natively if the model is installed, otherwise by transformers' `generate`.
+
+    on_token: called with each new token immediately.
+    Raises HalfplateError for a batch.
     """
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise HalfplateError(f"ids has shape {tuple(ids.shape)}, expected one sequence of at least one token: (1, L)")
     if new_tokens < 1:
         return ids
     if not isinstance(model, NativeDecoding) or why_not(model) is not None:
-        # The end of a text is a token like any other unless it is asked for.
+        # The end token is an ordinary token unless it is in `stop_ids`.
         settings: dict[str, Any] = {
             "do_sample": False,
             "repetition_penalty": 1.0,

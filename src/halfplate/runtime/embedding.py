@@ -1,4 +1,4 @@
-"""An embedding that is kept in bf16 and read in the type of the model."""
+"""An embedding that is stored in bf16 and read in the type of the model."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from torch.nn import functional
 
 
 class StoredEmbedding(nn.Module):
-    """Rows of a table whose every number bf16 holds exactly, cast to `dtype` when they are looked up.
+    """Rows of a table that is exact in bf16, cast to `dtype` when they are read.
 
-    The state dictionary holds the table in `dtype`, as the `nn.Embedding` it stands for does.
+    The state dictionary holds the table in `dtype`, as the original `nn.Embedding` does.
     """
 
     weight: Tensor
@@ -19,12 +19,12 @@ class StoredEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.shape
         self.dtype = dtype
-        # No parameter: transformers would take its type for that of the model.
+        # Not a parameter, because transformers would use its type as that of the model.
         self.register_buffer("weight", weight)
 
     @classmethod
     def of(cls, module: nn.Embedding) -> "StoredEmbedding | None":
-        """`module` in bf16, None if that would round or not be smaller."""
+        """`module` in bf16; None if that would round values or not be smaller."""
         weight = module.weight.detach()
         half = weight.to(torch.bfloat16)
         if weight.dtype.itemsize <= 2 or not torch.equal(half.to(weight.dtype), weight):
@@ -32,7 +32,7 @@ class StoredEmbedding(nn.Module):
         return cls(half, weight.dtype)
 
     def restored(self) -> nn.Embedding:
-        """The module that this one stands for."""
+        """The original `nn.Embedding`."""
         module = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
         module.weight = nn.Parameter(self.weight.to(self.dtype), requires_grad=False)
         return module

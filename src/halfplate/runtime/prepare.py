@@ -1,4 +1,4 @@
-"""Putting a loaded model on its fastest path, and taking it back."""
+"""Switching a loaded model to its fastest path, and back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEAD_DTYPES = ("fp32", "bf16", "int8")
 
 @dataclass(frozen=True)
 class LinearPath:
-    """How one linear runs, and the reason if it is not the fastest way."""
+    """How one linear runs, and the reason if it does not use a kernel."""
 
     name: str
     path: str
@@ -35,7 +35,7 @@ class LinearPath:
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What `accelerate` did: the path of each linear, and what decodes (`native`, or why it is Python)."""
+    """The result of `accelerate`: the path of each linear, and how the model decodes (`native`, or why not)."""
 
     linears: tuple[LinearPath, ...]
     decoder: str
@@ -49,7 +49,7 @@ class Acceleration:
 
 
 def check_options(activations: str, head_dtype: str | None) -> None:
-    """Raise HalfplateError for values that `accelerate` does not know."""
+    """Raise HalfplateError for invalid options of `accelerate`."""
     if activations not in ACTIVATIONS:
         raise HalfplateError(f"activations={activations!r} is not one of {', '.join(ACTIVATIONS)}")
     if head_dtype is not None and head_dtype not in HEAD_DTYPES:
@@ -65,20 +65,23 @@ def accelerate(
     dense_dtype: str | None = None,
     backends: Sequence[str] | None = None,
 ) -> Acceleration:
-    """Replace the linears of a transformers model, compressed or dense, by the fastest that this machine has, in place.
+    """Replace the linears of a transformers model, compressed or not, by the fastest supported ones, in place.
 
-    activations: `float`, or `int8` (one scale per token and 128 inputs) if cores are int8 or int4. head_dtype: how the output
-    layer is stored for the runtime, `fp32`, `bf16` or `int8`; None chooses bf16 if that is exact, else fp32. dense_dtype: the
-    same for linears that are not compressed. backends: names of those that may run linears, the first choice first; None
-    asks all. Embeddings are kept in bf16 if that is exact. On CUDA, 2:4 cores go through torch's semi-structured products. What no kernel
-    runs keeps its torch path, and the result says why. Raises HalfplateError for an unknown option and a damaged matrix.
+    Embeddings are stored in bf16 if that is exact. On CUDA, 2:4 cores use torch's semi-structured products. A linear without a
+    kernel keeps its torch path, and the result says why.
+
+    activations: `float`, or `int8` (one scale per token and 128 inputs) for int8 and int4 cores.
+    head_dtype: type of the output head in memory, `fp32`, `bf16` or `int8`; None chooses bf16 if that is exact, else fp32.
+    dense_dtype: the same for linears that are not compressed.
+    backends: names of the backends to use, in order of preference; None means all.
+    Raises HalfplateError for an unknown option and a damaged matrix.
     """
     check_options(activations, head_dtype)
     check_options(activations, dense_dtype)
     among, options = named_backends(backends), Options(activations, dense_dtype)
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    # A tied head is saved as the embedding, and one that is rounded here is not what the model holds.
+    # A tied head is saved as the embedding, and a head that is rounded here must not be saved.
     tied = head is not None and embedding is not None and embedding.weight is head.weight
     paths, read = list[LinearPath](), stated_reads(model)
     for name, module in list(model.named_modules()):
@@ -97,7 +100,7 @@ def accelerate(
 
 @torch.no_grad()
 def accelerate_linears(module: nn.Module) -> None:
-    """Replace the compressed linears below `module` by the fastest that this machine has, in place."""
+    """Replace the compressed linears below `module` by the fastest supported ones, in place."""
     among = named_backends()
     for name, linear in list(module.named_modules()):
         if isinstance(linear, CompressedLinear):
@@ -105,7 +108,7 @@ def accelerate_linears(module: nn.Module) -> None:
 
 
 def explain(model: Any) -> Acceleration:
-    """Which path each linear of a loaded model takes, and what decodes."""
+    """Which path each linear of a loaded model uses, and how the model decodes."""
     among, read = named_backends(), stated_reads(model)
     paths = []
     for name, module in model.named_modules():
@@ -118,7 +121,7 @@ def explain(model: Any) -> Acceleration:
 
 @plain_defaults()
 def restore(model: Any) -> None:
-    """Undo `accelerate`, in place: every linear becomes what it was packed from."""
+    """Undo `accelerate`, in place: every linear becomes the module that it was packed from."""
     decoder.uninstall(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, Packed):
@@ -127,12 +130,12 @@ def restore(model: Any) -> None:
             model.set_submodule(name, module.restored().train(module.training))
     connect(model)
     if hasattr(model, "tie_weights"):
-        # By what was tied on loading: transformers leaves apart what the files hold with different values, whatever the config says.
+        # As tied on loading: transformers does not tie tensors with different stored values, whatever the config says.
         model.tie_weights(recompute_mapping=False)
 
 
 def bf16_kernels(device: str) -> Callable[[nn.Linear], nn.Module] | None:
-    """What puts the kernels with weights in bf16 in the place of a dense linear; None if `device` has none."""
+    """A function that replaces an uncompressed linear by the kernels with bf16 weights; None if `device` has none."""
     among = named_backends()
     if refusal_of_dense(torch.device(device), among) is not None:
         return None
@@ -145,7 +148,7 @@ def bf16_kernels(device: str) -> Callable[[nn.Linear], nn.Module] | None:
 
 
 def _kept(name: str, module: CompressedLinear | nn.Linear, read: Mapping[str, str]) -> str | None:
-    """What keeps a linear in its place on every device: code that does more with it than multiply."""
+    """Why a linear is kept on every device: other code uses it for more than multiplication."""
     if isinstance(module, CompressedLinear):
         own = type(module).forward is not CompressedLinear.forward
         return f"{type(module).__name__} has a forward of its own" if own else None
@@ -169,7 +172,7 @@ def _replace(
     among: Sequence[Backend],
     saved: bool = True,
 ) -> LinearPath:
-    """Put the linear as a backend packs it in the place of `module`. saved: whether the state dictionary is to hold it."""
+    """Replace `module` by the linear that a backend packed. saved: whether the state dictionary includes it."""
     try:
         if isinstance(module, CompressedLinear):
             packed = pack(module, options, among)
@@ -177,7 +180,7 @@ def _replace(
             packed = pack_dense(module, options, among)
     except HalfplateError as refused:
         if isinstance(module, CompressedLinear):
-            check_stored(module.spec, module.stored(), name)  # says exactly what the packer only noticed
+            check_stored(module.spec, module.stored(), name)  # gives the exact error for damaged values
         raise HalfplateError(f"{name}: {refused}") from None
     if isinstance(packed, str):
         return LinearPath(name, "torch", packed)

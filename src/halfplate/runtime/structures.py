@@ -1,4 +1,4 @@
-"""What the native step reads, as ctypes: mirrors of the structures in kernels/src/runtime.h."""
+"""ctypes mirrors of the structures in kernels/src/runtime.h, for the native step."""
 
 import ctypes
 

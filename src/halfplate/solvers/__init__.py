@@ -1,1 +1,1 @@
-"""Numerics that several methods share; they know tensors and patterns, nothing of formats, models or files."""
+"""Numerics that several methods share. They work on tensors and patterns, and do not depend on formats, models or files."""

@@ -20,10 +20,10 @@ class Normalised:
 
 
 def normalise(weight: Tensor) -> Normalised:
-    """Divide every column of `weight` (d_out, d_in) by its L2 norm, then every row of the result by its own.
+    """Divide every column of `weight` (d_out, d_in) by its L2 norm, then every row of the result by its L2 norm.
 
-    The scale of an all-zero row or column is 1. Norms are summed in fp64, so squares neither overflow nor vanish.
-    Source: NoWag, as ARMOR (arXiv 2510.05528) section 3 uses it.
+    The scale of an all-zero row or column is 1. Norms are summed in fp64, so squares neither overflow nor underflow.
+    Source: NoWag, as used by ARMOR (arXiv 2510.05528), section 3.
     """
     columns = _norms(weight, dim=0)
     scaled = weight / columns
@@ -37,6 +37,6 @@ def _norms(weight: Tensor, dim: int) -> Tensor:
 
 
 def power_of_two(weight: Tensor) -> float:
-    """The power of two that divides `weight` to near 1 without rounding, so that no square leaves the range of fp32."""
+    """The power of two that scales `weight` to near 1 without rounding, so that no square leaves the range of fp32."""
     largest = float(weight.abs().max())
     return 2.0 ** math.floor(math.log2(largest)) if largest else 1.0

@@ -1,4 +1,4 @@
-"""Optimal brain surgeon: prune and round column after column, every later column making up for the error so far."""
+"""Optimal brain surgeon: prune and round column after column, with every later column compensating for the error so far."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,16 +11,18 @@ from halfplate.formats.quantizers import QUANTIZERS, Quantizer
 from halfplate.pattern import Pattern
 from halfplate.solvers.selection import keep_largest
 
-# A pivot below this fraction of the mean second moment is rounding error of a singular Gram.
+# A pivot below this fraction of the mean second moment is rounding error of a singular Gram matrix.
 SMALLEST_PIVOT = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
 class Swept:
-    """weight: updated, zero where pruned, (d_out, d_in). mask: bool, likewise.
+    """The result of a sweep.
 
-    quantizer: whose values the weights are, None if they are of floating point. parameters: for each of its `stored` a
-    tensor, fp16 (d_out, ceil(d_in / group)).
+    weight: updated, zero where pruned, (d_out, d_in).
+    mask: bool, (d_out, d_in).
+    quantizer: of the weights, None for floating-point weights.
+    parameters: one tensor per name in `quantizer.stored`, fp16 (d_out, ceil(d_in / group)).
     """
 
     weight: Tensor
@@ -46,18 +48,20 @@ def obs_sweep(
     core_dtype: str | None = None,
     group: int = GROUP,
 ) -> Swept:
-    """Choose an N:M mask of `weight` and update the kept values against the output error tr((W − Ŵ) H (W − Ŵ)ᵀ).
+    """Choose an N:M mask of `weight` and update the kept values to minimise the output error tr((W − Ŵ) H (W − Ŵ)ᵀ).
 
-    weight: (d_out, d_in) fp32 or fp64, left as it is. gram: (d_in, d_in), the second moment H of the inputs, any common
-    factor. damping: added to the diagonal of H, as a fraction of its mean over the inputs that are not dead; raised
-    tenfold until H can be factorised. column_block: columns between two updates of all later columns, rounded down to
-    groups; it changes the speed, not the result. A dead input (zero second moment) gets weight zero. core_dtype: name of
-    the quantizer that rounds kept values as the sweep reaches them; each row has parameters for `group` columns (of which M
-    must be a divisor), the best for what stands there when the sweep arrives.
+    With H⁻¹ = UᵀU, U upper triangular, a group is chosen by W² / U_jj² when the sweep reaches it, and the error e of column j
+    subtracts e · U_j: / U_jj from the columns from j on. A dead input (zero second moment) gets weight zero.
 
-    Source: SparseGPT, arXiv 2301.00774, Algorithm 1; with a quantizer and all weights kept, GPTQ, arXiv 2210.17323. With
-    H⁻¹ = UᵀU, U upper triangular, a group is chosen by W² / U_jj² when the sweep reaches it, and the error e of column j
-    takes e · U_j: / U_jj from the columns from j on.
+    weight: (d_out, d_in) fp32 or fp64, not changed.
+    gram: (d_in, d_in), the second moments H of the inputs, up to any common factor.
+    damping: added to the diagonal of H, as a fraction of its mean over inputs that are not dead; increased tenfold until H can
+        be factorised.
+    column_block: columns between two updates of all later columns, rounded down to whole groups; affects only the speed.
+    core_dtype: name of the quantizer that rounds kept values when the sweep reaches them; parameters are fitted to the current
+        values of each row and `group` columns (a multiple of M).
+
+    Source: SparseGPT, arXiv 2301.00774, algorithm 1; with a quantizer and all weights kept, GPTQ, arXiv 2210.17323.
     """
     d_in = weight.shape[1]
     pattern.kept(d_in)
@@ -72,7 +76,7 @@ def obs_sweep(
         end = min(start + step, d_in)
         rows = _inverse_rows(factor, start, end)
         pivots = rows.diagonal().to(weight.dtype)
-        # What an error of 1 takes from the columns at and after it: (columns, d_in - start).
+        # The change of the columns from j on for an error of 1 in column j: (columns, d_in - start).
         spread = (rows / rows.diagonal()[:, None]).to(weight.dtype)
         rounded = None
         if quantizer:
@@ -92,9 +96,9 @@ def _sweep_block(
     pattern: Pattern,
     rounded: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """Sweep over columns of W: updates `block` and fills `mask`, both (columns, d_out); returns what each column lost.
+    """Sweep over columns of W: updates `block` and fills `mask`, both (columns, d_out); returns the error of each column.
 
-    rounded: what a column (d_out,) is stored as, None if as it is.
+    rounded: rounds a column (d_out,); None keeps it.
     """
     lost = torch.zeros_like(block)
     width = block.shape[0]
@@ -111,34 +115,33 @@ def _sweep_block(
 
 
 def _choice(columns: Tensor, pivots: Tensor, pattern: Pattern) -> Tensor:
-    """Which of whole groups of `columns` (columns, d_out) to keep: those of greatest W² / U_jj²."""
-    # |W| / U_jj orders like its square and cannot overflow where W² would.
+    """Which weights of whole groups of `columns` (columns, d_out) to keep: those with the largest W² / U_jj²."""
+    # |W| / U_jj has the same order as its square and cannot overflow.
     return keep_largest((columns.abs() / pivots[:, None]).T, pattern).T
 
 
 def _parameters(columns: Tensor, pivots: Tensor, pattern: Pattern, quantizer: Quantizer) -> tuple[Tensor, ...]:
-    """fp16 parameters (d_out, 1) for what would be kept of `columns` (those that share them, d_out) as they stand."""
+    """fp16 parameters (d_out, 1) for the values of `columns` (columns of one scale group, d_out) that would be kept now."""
     kept = columns.masked_fill(~_choice(columns, pivots, pattern), 0)
     return round_groups(kept.T, quantizer, len(kept))[1]
 
 
 def _rounding(quantizer: Quantizer, parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """Rounds columns (d_out,) with parameters (d_out,)."""
+    """A function that rounds columns (d_out,) with parameters (d_out,)."""
     return lambda column: quantizer.decode(quantizer.nearest(column, *parameters), *parameters)
 
 
 def damped_inverse(gram: Tensor, damping: float) -> Tensor:
-    """(H + λI)⁻¹ with the damping of `obs_sweep`, fp64 (d_in, d_in), in units of the mean living second moment."""
+    """(H + λI)⁻¹ with the damping of `obs_sweep`, fp64 (d_in, d_in), in units of the mean second moment of live inputs."""
     factor = _upper_factor(gram, damping)
     rows = _inverse_rows(factor, 0, len(factor))
     return rows.T @ rows
 
 
 def _upper_factor(gram: Tensor, damping: float) -> Tensor:
-    """The upper triangular R, fp64, with R Rᵀ = H + λ I, in units of the mean living second moment.
+    """The upper triangular R, fp64, with R Rᵀ = H + λ I, in units of the mean second moment of live inputs.
 
-    It is the inverse of SparseGPT's U, found without forming H⁻¹: the Cholesky factor of H with rows and columns in
-    reverse order.
+    It is the inverse of SparseGPT's U, computed without H⁻¹: the Cholesky factor of H with rows and columns in reverse order.
     """
     backwards = gram.flip(0, 1).double()
     diagonal = backwards.diagonal()

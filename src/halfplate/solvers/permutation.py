@@ -1,4 +1,4 @@
-"""An order of the input channels in which N:M drops less."""
+"""Reordering the input channels so that N:M pruning loses less."""
 
 from importlib.util import find_spec
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from halfplate.errors import HalfplateError
 from halfplate.pattern import Pattern
 
-CHUNK = 1 << 18  # numbers compared at once: they stay in the cache
+CHUNK = 1 << 18  # values compared at once, so that they stay in the cache
 
 
 def check_available() -> None:
@@ -20,13 +20,14 @@ def check_available() -> None:
 
 
 def channel_permutation(score: Tensor, pattern: Pattern) -> Tensor:
-    """The order of the columns of `score` in which the N largest of every M consecutive scores of a row sum to more.
+    """The order of the columns of `score` in which the N largest of every M consecutive scores of a row have a larger sum.
 
-    score: (d_out, d_in), 0 or more, finite. Returns int64 (d_in,): the column that stands at each place. Columns are sorted
-    by their sum and dealt out to the groups in snake order; then, for each of the M places in turn, the columns that
-    stand there are given to the groups anew, so that the retained score is the greatest (a linear sum assignment, which never
-    lowers it). Source: Zhang et al., "Plug-and-Play" (ICLR 2024),
-    section 3.3.
+    Returns int64 (d_in,): the column at each position. Columns are sorted by their sum and distributed over the groups in snake
+    order. Then, for each of the M positions in turn, the columns at that position are reassigned to the groups by a linear sum
+    assignment that maximises the retained score, so the score never falls.
+
+    score: (d_out, d_in), 0 or more, finite.
+    Source: Zhang et al., "Plug-and-Play" (ICLR 2024), section 3.3.
     """
     pattern.kept(score.shape[1])
     order = dealt(score, pattern.m)  # (groups, M)
@@ -36,13 +37,13 @@ def channel_permutation(score: Tensor, pattern: Pattern) -> Tensor:
 
 
 def retained(score: Tensor, order: Tensor, pattern: Pattern) -> float:
-    """Sum of the scores that N:M keeps where the columns stand in `order`."""
+    """Sum of the scores that N:M keeps with the columns in `order`."""
     groups = score[:, order].reshape(len(score), -1, pattern.m)
     return float(groups.topk(pattern.n, dim=-1).values.sum(dtype=torch.float64))
 
 
 def dealt(score: Tensor, m: int) -> Tensor:
-    """Columns by falling sum of scores, dealt to the groups and back again: int64 (d_in / m, m)."""
+    """Columns sorted by decreasing sum of scores, distributed over the groups in snake order: int64 (d_in / m, m)."""
     ranks = score.sum(0, dtype=torch.float64).argsort(descending=True, stable=True)
     rounds = ranks.reshape(m, -1).clone()
     rounds[1::2] = rounds[1::2].flip(1)
@@ -50,11 +51,11 @@ def dealt(score: Tensor, m: int) -> Tensor:
 
 
 def _assigned(score: Tensor, order: Tensor, place: int, pattern: Pattern) -> Tensor:
-    """The columns at `place` of each group of `order`, in the assignment to groups that retains most: int64 (groups,)."""
+    """The columns at position `place` of each group of `order`, assigned to the groups so that most is retained: int64 (groups,)."""
     from scipy.optimize import linear_sum_assignment
 
     rest = order[:, [other for other in range(pattern.m) if other != place]]
-    # A column adds to a group what it has above the N-th largest of those that stay there.
+    # A column adds to a group its excess over the N-th largest of the other columns there.
     least = score[:, rest].topk(pattern.n, dim=-1).values[..., -1].T.contiguous()  # (groups, d_out)
     moving = order[:, place]
     columns = score[:, moving].T.contiguous()  # (columns, d_out)

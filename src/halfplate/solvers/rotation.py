@@ -1,4 +1,4 @@
-"""Block-diagonal rotations that gather the importance of a weight in few of its entries, so that pruning loses less."""
+"""Block-diagonal rotations that concentrate the importance of a weight in few entries, so that pruning loses less."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SMALLEST = 1e-30  # an importance below this has no logarithm, and no weight either
+SMALLEST = 1e-30  # smaller importances are treated as zero in the entropy
 
 
 def concentrating_rotations(
@@ -18,12 +18,15 @@ def concentrating_rotations(
     steps: int,
     learning_rate: float,
 ) -> tuple[Tensor, Tensor]:
-    """Orthogonal P and Q, block-diagonal, that minimise the entropy of the normalised importance of P W Qᵀ.
+    """Orthogonal block-diagonal P and Q that minimise the entropy of the normalised importance of P W Qᵀ.
 
-    weight: W, fp32 (d_out, d_in). moment: a symmetric matrix (d_in, d_in), H or its inverse. importance: from P W Qᵀ and
-    the diagonal of Q moment Qᵀ, fp32 (d_in,), to scores of 0 or more (d_out, d_in). out_block, in_block: block sizes, 0 or 1 for
-    the identity. Returns the blocks of P and of Q, fp32 (ceil(d / b), b, b), the last padded with the identity. Each block is
-    the Cayley transform (I − K)(I + K)⁻¹ of a skew-symmetric K, which Adam moves from 0.
+    Returns the blocks of P and of Q, fp32 (ceil(d / b), b, b), the last one padded with the identity. Each block is the Cayley
+    transform (I − K)(I + K)⁻¹ of a skew-symmetric K, which Adam updates from 0.
+
+    weight: W, fp32 (d_out, d_in).
+    moment: a symmetric matrix (d_in, d_in), H or its inverse.
+    importance: maps P W Qᵀ and the diagonal of Q moment Qᵀ, fp32 (d_in,), to scores of 0 or more, (d_out, d_in).
+    out_block, in_block: block sizes, 0 or 1 for the identity.
     """
     d_out, d_in = weight.shape
     out_skew, in_skew = _skew(d_out, out_block, weight), _skew(d_in, in_block, weight)
@@ -55,7 +58,7 @@ def entropy(scores: Tensor) -> Tensor:
 
 
 def rotated(weight: Tensor, out_blocks: Tensor, in_blocks: Tensor) -> Tensor:
-    """P W Qᵀ for the blocks of P and Q, the padding left out: (d_out, d_in)."""
+    """P W Qᵀ for the blocks of P and Q, without padding: (d_out, d_in)."""
     (rows, cols), d_out, d_in = (out_blocks.shape[:2], in_blocks.shape[:2]), *weight.shape
     padded = functional.pad(weight, (0, cols[0] * cols[1] - d_in, 0, rows[0] * rows[1] - d_out))
     turned = (out_blocks @ padded.reshape(*rows, -1)).reshape(len(padded), *cols)  # (rows, tiles, b)
@@ -84,7 +87,7 @@ def _skew(size: int, block: int, like: Tensor) -> Tensor:
 
 
 def _masked(skew: Tensor, size: int) -> Tensor:
-    """`skew` with zeros in the padding of the last block, which then stays the identity there."""
+    """`skew` with zeros in the padding of the last block, which then remains the identity there."""
     rest = size % skew.shape[1]
     if not rest:
         return skew

@@ -1,23 +1,25 @@
-"""The weight to approximate where the inputs come through a compressed prefix."""
+"""The weight to approximate if the inputs come from compressed layers."""
 
 import torch
 from torch import Tensor
 
 
 def corrected_weight(weight: Tensor, gram: Tensor, cross: Tensor, damping: float) -> Tensor:
-    """W' = W + W (K − H)(H + λ)⁻¹, the best weight for the compressed inputs where W is that for the dense ones.
+    """W' = W + W (K − H)(H + λ)⁻¹, the best weight for the inputs from compressed layers if W is the weight for the original inputs.
 
-    weight: fp32 (d_out, d_in). gram: H = XᵀX / n of the compressed inputs, cross: K = X_denseᵀ X / n, both (d_in, d_in).
-    damping: λ as a fraction of the second moment of each input. Up to a constant, ‖W X_dense − Ŵ X‖² is then
-    tr((W' − Ŵ) H (W' − Ŵ)ᵀ), so that every solver for one set of inputs serves two. Returns fp32; W itself where H cannot be
-    inverted.
+    Up to a constant, ‖W X_original − Ŵ X‖² equals tr((W' − Ŵ) H (W' − Ŵ)ᵀ), so a solver for one set of inputs also handles two.
+    Returns fp32, and W itself if H cannot be inverted.
+
+    weight: fp32 (d_out, d_in).
+    gram, cross: H = XᵀX / n of the current inputs and K = X_originalᵀ X / n, both (d_in, d_in).
+    damping: λ as a fraction of the second moment of each input.
     """
     gram, cross = gram.double(), cross.double()
     diagonal = gram.diagonal()
     alive = diagonal > 0
     inputs = torch.where(alive, diagonal, 1.0).sqrt()
     shift = (weight.double() @ (cross - gram)) / inputs
-    # In units of each input's own second moment one damping suits them all, massive channels too. In place: of a wide layer
+    # In units of the second moment of each input, one damping suits all, also massive channels. In place, because in a wide layer
     # each matrix of this size takes more than its weight.
     scaled = (gram / inputs[:, None]).div_(inputs)
     scaled.diagonal().add_(torch.where(alive, damping, 1.0))
@@ -30,5 +32,5 @@ def corrected_weight(weight: Tensor, gram: Tensor, cross: Tensor, damping: float
 
 
 def correcting_nbytes(weights: int, d_in: int) -> int:
-    """Bytes that `corrected_weight` holds beside its arguments: fp64, two matrices (d_in, d_in) and three of `weights` values at once."""
+    """Bytes that `corrected_weight` needs besides its arguments: fp64, two matrices (d_in, d_in) and three of `weights` values at once."""
     return torch.float64.itemsize * (2 * d_in**2 + 3 * weights)

@@ -65,7 +65,7 @@ class Sweep:
         names = [row.name for row in self.rows]
         for name in only or []:
             if name not in names:
-                raise HalfplateError(f"only={name!r} is no row of the sweep; {available(name, names)}")
+                raise HalfplateError(f"only={name!r} is not a row of the sweep; {available(name, names)}")
         return [row for row in self.rows if only is None or row.name in only]
 
 
@@ -171,7 +171,7 @@ def _row(name: str, values: dict[str, Any]) -> Row:
             raise HalfplateError(f"activations={activations!r} is not one of {', '.join(ACTIVATIONS)}")
         if values.get("max_kl") is not None:
             raise HalfplateError(
-                f"max_kl={values['max_kl']} ends `compress`, and a sweep records every loss; leave it out"
+                f"max_kl={values['max_kl']} is not allowed in a sweep, which records every loss; leave it out"
             )
         return Row(name, Recipe.from_mapping(values), activations)
 
@@ -222,7 +222,7 @@ def _checked_name(name: Any, entry: Any) -> str:
         raise HalfplateError(f"name={name!r} of a row is a {type(name).__name__}, expected a text; put it in quotes")
     if name == ORIGINAL:
         raise HalfplateError(
-            f"name={name!r} is kept for the original model, the row `- {ORIGINAL}`; choose another name"
+            f"name={name!r} is reserved for the original model, the row `- {ORIGINAL}`; choose another name"
         )
     return name
 

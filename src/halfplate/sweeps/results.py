@@ -74,7 +74,7 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
         columns += [f"{text}: perplexity", "KL", "top-1"] if text else ["perplexity", "KL", "top-1"]
     columns += [f"{task}: {score.replace('_', ' ')}" for task, score in tasks.items()]
     columns += ["decode, tokens/s", "decode, × original"] if timed else []
-    columns += ["made in, s"]
+    columns += ["compression, s"]
     unknown = [None] * (len(columns) - 1)
     return columns, [
         [row["name"], *(_values(row, texts, tasks, timed) if row["status"] == DONE else unknown)]

@@ -1,1 +1,1 @@
-"""Numbers as they are stored: packed into bits, rounded to types and codes."""
+"""Encoding of stored numbers: packed bits, rounded values and codes."""

@@ -1,4 +1,4 @@
-"""Small numbers (positions of kept values, codes) as a little-endian bit stream a row (docs/format.md)."""
+"""Small integers (positions of kept values, codes) as one little-endian bit stream per row (docs/format.md)."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from halfplate.pattern import Pattern
 
 
 def packed_nbytes(count: int, width: int) -> int:
-    """Bytes of a row of `count` numbers of `width` bits: each row starts on a byte."""
+    """Bytes of a row of `count` numbers of `width` bits; each row starts on a byte."""
     return (count * width + 7) // 8
 
 
@@ -29,7 +29,7 @@ def pack(numbers: Tensor, width: int) -> Tensor:
 
 
 def unpack(packed: Tensor, count: int, width: int) -> Tensor:
-    """Undo `pack`: uint8 (rows, count)."""
+    """Undo `pack`: returns uint8 (rows, count)."""
     rows = packed.shape[0]
     if 8 % width == 0:
         return _split(packed, width)[:, :count]
@@ -46,22 +46,22 @@ def _split(packed: Tensor, width: int) -> Tensor:
 
 
 def _join(numbers: Tensor, width: int) -> Tensor:
-    """Bytes from the numbers of `width` bits in them, the lowest first: uint8 (..., at most 8 / width) to uint8 (...)."""
+    """Bytes from numbers of `width` bits, lowest first: uint8 (..., at most 8 / width) to uint8 (...)."""
     shifts = width * torch.arange(numbers.shape[-1], dtype=torch.uint8, device=numbers.device)
     return (numbers << shifts).sum(-1, dtype=torch.uint8)
 
 
 def check_padding(packed: Tensor, count: int, width: int, name: str) -> None:
     """Raise HalfplateError, naming the tensor `name`, unless the bits after the last number of each row are 0."""
-    used = count * width % 8  # bits of the last byte of each row; 0 where they fill it
+    used = count * width % 8  # used bits of the last byte of each row; 0 if all are used
     if used and bool((packed[:, -1] >> used).any()):
         raise HalfplateError(f"{name} has padding bits that are not 0; the file is damaged, write it again")
 
 
 def check_positions(index: Tensor, kept: int, pattern: Pattern, name: str) -> None:
-    """Raise HalfplateError, naming the tensor `name`, unless `index` is what `pack` makes of `kept` positions a row.
+    """Raise HalfplateError, naming the tensor `name`, unless `index` holds valid packed positions.
 
-    Positions must be below M and rise strictly within a group, and padding bits must be 0.
+    Positions must be below M and increase strictly within a group, and padding bits must be 0. kept: positions per row.
     """
     positions = unpack(index, kept, pattern.index_bits)
     if int(positions.max()) >= pattern.m:
@@ -71,6 +71,6 @@ def check_positions(index: Tensor, kept: int, pattern: Pattern, name: str) -> No
     groups = positions.reshape(positions.shape[0], -1, pattern.n)
     if bool((groups[:, :, 1:] <= groups[:, :, :-1]).any()):
         raise HalfplateError(
-            f"{name} holds positions that do not rise within a group of {pattern}; the file is damaged, write it again"
+            f"{name} holds positions that do not increase within a group of {pattern}; the file is damaged, write it again"
         )
     check_padding(index, kept, pattern.index_bits, name)

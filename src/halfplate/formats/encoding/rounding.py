@@ -1,6 +1,6 @@
-"""Rounding values to what they are stored as: floating-point numbers, or numbers of a quantizer and its parameters.
+"""Rounding values to their stored form: floating-point numbers, or codes of a quantizer with its parameters.
 
-Values of a core share their parameters in each row and 128 (or 64, or 32) input columns; those of an int8 wrapper in each row.
+Values of a core share parameters per row and 128 (or 64, or 32) input columns; values of an int8 wrapper share a scale per row.
 """
 
 import torch
@@ -12,14 +12,14 @@ from halfplate.errors import HalfplateError
 from halfplate.formats.quantizers import Quantizer
 from halfplate.formats.quantizers.uniform import INT8
 
-GROUP = 128  # columns that share a scale where nothing else is said
+GROUP = 128  # default number of columns that share a scale
 GROUPS = (32, 64, 128)
-ROW_HALVES = 10  # the least scale of a row of a wrapper is that which clips nothing, halved so often
-CHUNK = 1 << 17  # values rounded at once: all passes over them stay in the cache
+ROW_HALVES = 10  # the smallest scale of a wrapper row is the one without clipping, halved this often
+CHUNK = 1 << 17  # values rounded at once, so that they stay in the cache
 
 
 def round_to_float(values: Tensor, name: str, argument: str) -> Tensor:
-    """`values` in the type called `name`; raises HalfplateError naming `argument` where one is too large for it."""
+    """`values` in the type `name`; raises HalfplateError naming `argument` if a value is too large for it."""
     rounded = values.to(stored_dtype(name, argument))
     if not bool(rounded.isfinite().all()):
         raise _too_large(values, torch.finfo(rounded.dtype).max, name, argument)
@@ -27,10 +27,11 @@ def round_to_float(values: Tensor, name: str, argument: str) -> Tensor:
 
 
 def round_groups(values: Tensor, quantizer: Quantizer, width: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Round to nearest, every `width` consecutive values of a row with parameters of their own.
+    """Round to nearest, with separate parameters for every `width` consecutive values of a row.
 
-    values: (rows, count). Returns q, int8 (rows, count), and for each of `quantizer.stored` a tensor, fp16 (rows,
-    ceil(count / width)). Raises HalfplateError naming the core_dtype if fp16 cannot hold a parameter.
+    values: (rows, count).
+    Returns q, int8 (rows, count), and for each of `quantizer.stored` a tensor, fp16 (rows, ceil(count / width)).
+    Raises HalfplateError naming the core_dtype if fp16 cannot hold a parameter.
     """
     rows, count = values.shape
     groups = -(-count // width)
@@ -48,11 +49,12 @@ def round_groups(values: Tensor, quantizer: Quantizer, width: int) -> tuple[Tens
 
 
 def round_rows(matrix: Tensor, argument: str = "wrapper_dtype", energy: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Round each row (last dimension) to int8 in -127..127 and an fp16 scale (...), rounded up so that nothing clips.
+    """Round each row (last dimension) to int8 in -127..127 and an fp16 scale (...), rounded up so that nothing is clipped.
 
-    energy: what the squared error of each number counts, in a shape that spreads over `matrix`. With it the scale is that of
-    least error, of the one that clips nothing and its halves, so that the large number of an input of hardly any energy
-    does not take the precision of all others. Raises HalfplateError naming `argument` where fp16 cannot hold a scale.
+    energy: weight of the squared error of each value, in a shape that broadcasts to `matrix`. With it, the scale with the least
+        error is chosen among the scale without clipping and its halves, so that a large value of an input with hardly any energy
+        does not reduce the precision of all others.
+    Raises HalfplateError naming `argument` if fp16 cannot hold a scale.
     """
     matrix = matrix.detach().float()
     shares = [1.0] if energy is None else [0.5**halves for halves in range(ROW_HALVES + 1)]

@@ -1,7 +1,7 @@
-"""The parts of a compressed matrix, one file each: what is stored, checked, applied, multiplied out, cut by rows and trained.
+"""The parts of a compressed matrix, one file each. A part defines its stored tensors, checks, product, full matrix, row selection and training.
 
-To add one: write its file, add a line to `PARTS`, and describe its tensors in docs/format.md. Other packages add theirs by an entry
-point (docs/extending.md). Nothing outside of `formats/` lists parts.
+To add one: write its file, add a line to `PARTS`, and describe its tensors in docs/format.md. Other packages add theirs through
+an entry point (docs/extending.md). Code outside `formats/` does not list parts.
 """
 
 from functools import cache
@@ -13,7 +13,7 @@ from halfplate.registry import Registry
 if TYPE_CHECKING:
     from halfplate.formats.spec import WeightSpec
 
-# From the core outwards: each is applied around those before it (halfplate.formats.chain).
+# From the core outwards; each is applied around those before it (halfplate.formats.chain).
 PARTS: Registry[type[Part]] = Registry(
     "part",
     "halfplate.parts",
@@ -26,7 +26,7 @@ PARTS: Registry[type[Part]] = Registry(
     },
     lambda found, name: None if isinstance(found, type) and issubclass(found, Part) else "is not a subclass of Part",
 )
-# Those that the fields of every specification ask for; others are named in its `parts`.
+# Parts that have their own fields in a specification; others are listed in its `parts`.
 FIRST = tuple(PARTS.own)
 
 
@@ -37,6 +37,6 @@ def part_class(name: str) -> type[Part]:
 
 
 def classes_of(spec: "WeightSpec") -> "tuple[type[Part], ...]":
-    """The classes of the parts that a matrix of `spec` has, from the core outwards."""
+    """The classes of the parts of a matrix of `spec`, from the core outwards."""
     found = [part for part in map(part_class, FIRST) if part.present(spec)]
     return (*found, *(part_class(extra.name) for extra in spec.parts))

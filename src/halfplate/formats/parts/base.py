@@ -1,4 +1,4 @@
-"""What a part of a compressed matrix is, and how its numbers are trained."""
+"""The interface of the parts of a compressed matrix, and of their training."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -21,9 +21,10 @@ Q = TypeVar("Q", bound="Outer", covariant=True)
 
 
 class Part(ABC):
-    """A stored piece of a matrix. An object holds its tensors; class methods tell of it before there are any.
+    """A stored piece of a matrix. An object holds its tensors; class methods describe it before there are any.
 
-    kinds: what its tensors hold, in words for tables, the numbers first. trained: whether it has numbers that training can move.
+    kinds: names of what its tensors hold, for tables, values first.
+    trained: whether it has values that can be trained.
     """
 
     kinds: ClassVar[tuple[str, ...]]
@@ -31,18 +32,18 @@ class Part(ABC):
 
     @classmethod
     def present(cls, spec: "WeightSpec") -> bool:
-        """Whether a matrix of `spec` has this part; asked of the parts that every specification has a field for."""
+        """Whether a matrix of `spec` has this part; only called for parts with their own fields in a specification."""
         return True
 
     @classmethod
     def check_spec(cls, spec: "WeightSpec") -> None:
-        """Raise HalfplateError if `spec` asks for a part that cannot be; `spec.options(name)` are those of a part named in `spec.parts`."""
+        """Raise HalfplateError if `spec` has an invalid part; `spec.options(name)` are the options of a part in `spec.parts`."""
         return
 
     @classmethod
     @abstractmethod
     def layout(cls, spec: "WeightSpec") -> Layout:
-        """The tensors that a matrix of `spec` stores for this part, whether the matrix itself or one that it shares them with."""
+        """The stored tensors of this part in a matrix of `spec`, whether the matrix itself stores them or another one that shares them."""
 
     @classmethod
     def borrowed(cls, spec: "WeightSpec") -> bool:
@@ -51,23 +52,23 @@ class Part(ABC):
 
     @classmethod
     def kind(cls, tensor: str) -> str:
-        """What the tensor of that name holds, one of `kinds`."""
+        """The kind (one of `kinds`) of the tensor with that name."""
         return cls.kinds[0]
 
     @classmethod
     def check(cls, spec: "WeightSpec", tensor: str, values: Tensor, name: str) -> None:
-        """Raise HalfplateError, naming `name`, if a stored tensor holds values that the part does not allow; floats are finite already."""
+        """Raise HalfplateError, naming `name`, if a stored tensor holds invalid values; floats are already known to be finite."""
         return
 
     @classmethod
     def rows_together(cls, spec: "WeightSpec") -> int:
-        """Rows that cannot be cut apart, counted from the first."""
+        """Number of rows that cannot be separated, counted from the first row."""
         return 1
 
     @classmethod
     @abstractmethod
     def from_tensors(cls, spec: "WeightSpec", tensors: Mapping[str, Tensor]) -> Self:
-        """Put the part together from the tensors of `layout`, among others."""
+        """Build the part from the tensors of `layout`, which are among `tensors`."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -75,15 +76,15 @@ class Part(ABC):
 
     @abstractmethod
     def rows(self, spec: "WeightSpec", start: int) -> Self:
-        """The part of the `spec.d_out` rows from `start` on, a multiple of `rows_together`."""
+        """The part for the `spec.d_out` rows from `start` on, a multiple of `rows_together`."""
 
     @abstractmethod
     def trainable(self, spec: "WeightSpec", values_too: bool) -> "Trainable[Part]":
-        """A module whose parameters are the numbers of the part, fp32. values_too: whether those of the core ask for a gradient."""
+        """A module with the values of the part as fp32 parameters. values_too: whether the values of the core have gradients."""
 
 
 class Outer(Part):
-    """A part that stands around those before it: a factor, a term of a sum, an order of the inputs."""
+    """A part around those before it: a factor, a term of a sum, or an order of the inputs."""
 
     @abstractmethod
     def apply(self, x: Tensor, inner: Forward) -> Tensor:
@@ -91,35 +92,35 @@ class Outer(Part):
 
     @abstractmethod
     def around(self, matrix: Tensor) -> Tensor:
-        """The matrix (d_out, d_in) of this part and all before it, whose matrix is `matrix`, in its dtype."""
+        """The matrix (d_out, d_in) of this part and all before it, in the dtype of `matrix`, the matrix of those before it."""
 
     def trainable(self, spec: "WeightSpec", values_too: bool) -> "TrainableOuter[Outer]":
         return TrainableNumbers(self, spec)
 
 
 class Trainable(nn.Module, Generic[P]):
-    """The numbers of a part as parameters."""
+    """The values of a part as parameters."""
 
     @property
     def leverage(self) -> float:
-        """How far a weight moves with a step of a parameter, as a root mean square."""
+        """Root mean square change of the weights per step of a parameter."""
         return 1.0
 
     @abstractmethod
     def stored(self) -> P:
-        """The part in its stored types; raises HalfplateError if a number has left the range of its type."""
+        """The part in its stored types; raises HalfplateError if a value is out of the range of its type."""
 
 
 class TrainableOuter(Trainable[Q]):
-    """The numbers of a part that stands around a core."""
+    """The values of a part around a core."""
 
     @abstractmethod
     def current(self) -> Q:
-        """The part as it stands, in fp32, with its graph."""
+        """The part with its current values, in fp32, with gradients."""
 
 
 class TrainableNumbers(TrainableOuter[Q]):
-    """Every floating-point tensor of the part is a parameter; the others stay."""
+    """Every floating-point tensor of the part is a parameter; other tensors are fixed."""
 
     def __init__(self, part: Q, spec: "WeightSpec") -> None:
         super().__init__()

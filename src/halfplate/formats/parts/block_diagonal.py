@@ -12,10 +12,11 @@ from halfplate.formats.quantizers.uniform import INT8
 
 @dataclass(frozen=True, eq=False)
 class BlockDiagonal:
-    """A matrix (d, d) of equal blocks along the diagonal and, where they do not divide d, one smaller last block.
+    """A matrix (d, d) of equal blocks along the diagonal, and a smaller last block if their size does not divide d.
 
-    blocks: (d // b, b, b) or None if b > d; tail: (d mod b, d mod b) or None if b divides d. scales: fp16 (d,), a
-    factor of each row, where blocks and tail are int8; None if they are floating-point numbers.
+    blocks: (d // b, b, b), None if b > d.
+    tail: (d mod b, d mod b), None if b divides d.
+    scales: fp16 (d,), one factor per row if blocks and tail are int8; None for floating-point values.
     """
 
     blocks: Tensor | None
@@ -26,9 +27,9 @@ class BlockDiagonal:
     def from_padded(
         cls, blocks: Tensor, size: int, block: int, wrapper_dtype: str, energy: Tensor | None = None
     ) -> Self:
-        """Cut blocks (ceil(size / block), b, b), the last of them padded, down to a matrix (size, size), and round it.
+        """Cut blocks (ceil(size / block), b, b), the last one padded, to a matrix (size, size), and round it.
 
-        energy: of each of the inputs, (size,), where some have much more than others; int8 is rounded with regard to it.
+        energy: of each input, (size,), if they differ much; int8 rounding takes it into account.
         Raises HalfplateError if a value is too large for `wrapper_dtype`.
         """
         full, rest = divmod(size, block)
@@ -69,12 +70,12 @@ class BlockDiagonal:
         return sum(tensor.nbytes for tensor in self.held().values())
 
     def held(self) -> dict[str, Tensor]:
-        """The tensors that there are: `blocks`, `tail`, `scales`."""
+        """The tensors that are not None: `blocks`, `tail`, `scales`."""
         named = {"blocks": self.blocks, "tail": self.tail, "scales": self.scales}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def cut(self, start: int, size: int, block: int) -> Self:
-        """The matrix of the `size` rows and columns from `start` on, which begin a block; all blocks before the last are whole."""
+        """The matrix of the `size` rows and columns from `start` on, which begin at a block; all blocks before the last are full."""
         blocks = cast(Tensor, self.blocks)
         first, (full, rest) = start // block, divmod(size, block)
         whole = blocks[first : first + full].contiguous() if full else None
@@ -83,7 +84,7 @@ class BlockDiagonal:
         return type(self)(whole, tail, scales)
 
     def floats(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """Blocks and tail as the numbers they stand for, in `dtype`."""
+        """The values of blocks and tail, in `dtype`."""
         blocks, tail = self.blocks, self.tail
         if self.scales is not None:
             scales = self.scales.float()[:, None]
@@ -99,7 +100,7 @@ class BlockDiagonal:
         return BlockDiagonal(None if blocks is None else blocks.mT, None if tail is None else tail.T)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix with its zeros: (d, d)."""
+        """The full matrix: (d, d)."""
         blocks, tail = self.floats(dtype)
         singles = [*blocks] if blocks is not None else []
         singles += [tail] if tail is not None else []
@@ -121,5 +122,5 @@ class BlockDiagonal:
 
     @property
     def _full(self) -> int:
-        """Rows in equal blocks."""
+        """Rows as equal blocks."""
         return self.blocks.shape[0] * self.blocks.shape[1] if self.blocks is not None else 0

@@ -1,4 +1,4 @@
-"""Cores: N:M sparse matrices as kept values and their positions, or dense ones."""
+"""Cores: N:M sparse matrices as kept values with positions, or unpruned matrices."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +24,9 @@ VALUES, INDEX = "weight", "weight_index"
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """What turns codes into values: the quantizer, codes in a row, columns of a scale.
+    """The mapping from codes to values: the quantizer, the number of codes per row, and the columns per scale.
 
-    parameters: for each of `quantizer.stored` a tensor, fp16 (d_out, ceil(d_in / group)).
+    parameters: one tensor per name in `quantizer.stored`, fp16 (d_out, ceil(d_in / group)).
     """
 
     parameters: tuple[Tensor, ...]
@@ -41,10 +41,11 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class NMSparse(Part):
-    """A matrix (d_out, d_in) that keeps N of every M consecutive inputs of a row; all of them if the pattern is dense.
+    """A matrix (d_out, d_in) that keeps N of every M consecutive inputs of a row, or all of them if the pattern is dense.
 
-    stored: the kept values, fp32, bf16 or fp16 (d_out, d_in · N / M), or with a `grid` their codes, uint8, packed (d_out,
-    ceil(d_in · N / M · bits / 8)). index: uint8, packed positions (halfplate.formats.encoding.packing); None if the pattern is dense.
+    stored: the kept values, fp32, bf16 or fp16 (d_out, d_in · N / M); with a `grid`, their packed codes, uint8 (d_out,
+        ceil(d_in · N / M · bits / 8)).
+    index: packed positions, uint8 (halfplate.formats.encoding.packing); None if the pattern is dense.
     """
 
     stored: Tensor
@@ -57,7 +58,7 @@ class NMSparse(Part):
     def layout(cls, spec: "WeightSpec") -> Layout:
         kept, quantizer = spec.pattern.kept(spec.d_in), quantizer_of(spec.core_dtype)
         shape: tuple[int, ...] = (spec.d_out, kept if quantizer is None else packed_nbytes(kept, quantizer.bits))
-        # The dense layer that a stranger builds must refuse this tensor, which has the dense name, for its shape.
+        # Has the name of the original weight, but a shape that an nn.Linear of other software refuses.
         if spec.pattern.is_dense:
             shape = (1, *shape)
         layout: Layout = {VALUES: (shape, STORED.get(spec.core_dtype, torch.uint8))}
@@ -82,10 +83,11 @@ class NMSparse(Part):
     def from_dense(
         cls, weight: Tensor, mask: Tensor | None, pattern: Pattern, core_dtype: str, group: int = GROUP
     ) -> "NMSparse":
-        """Keep `weight` (d_out, d_in) where the boolean `mask` has exactly N true entries in each group, and round it.
+        """Keep `weight` (d_out, d_in) at the true entries of `mask`, and round it.
 
-        mask: None if the pattern is dense. group: columns that share a scale, on a grid. Raises HalfplateError if a kept value
-        is too large for `core_dtype`.
+        mask: bool (d_out, d_in) with exactly N true entries per group; None if the pattern is dense.
+        group: columns that share a scale of a quantizer.
+        Raises HalfplateError if a kept value is too large for `core_dtype`.
         """
         values, positions, index = _kept(weight, mask, pattern)
         quantizer = quantizer_of(core_dtype)
@@ -93,7 +95,7 @@ class NMSparse(Part):
             return cls(round_to_float(values, core_dtype, "core_dtype"), index, pattern)
         if group % pattern.m == 0:
             integers, parameters = round_groups(values, quantizer, group // pattern.m * pattern.n)
-        else:  # groups straddle the columns of two scales; zeros change neither scale nor error
+        else:  # N:M groups straddle scale groups; zeros change neither scale nor error
             assert positions is not None, "a dense pattern straddles nothing"
             assert mask is not None, "a sparse pattern needs its mask"
             integers, parameters = round_groups(weight.masked_fill(~mask, 0), quantizer, group)
@@ -110,11 +112,12 @@ class NMSparse(Part):
         core_dtype: str,
         group: int = GROUP,
     ) -> "NMSparse":
-        """Store numbers that already lie on a grid, as they are.
+        """Store values that are already quantised, without changing them.
 
-        integers: q, int8 (d_out, d_in). scales: fp16 (d_out, ceil(d_in / group)); a tuple of such tensors for a quantizer that stores
-        others. mask: bool (d_out, d_in) with exactly N true entries in each group, None if the pattern is dense. Raises
-        HalfplateError where a q is not a code of `core_dtype`, or a scale is not finite.
+        integers: q, int8 (d_out, d_in).
+        scales: fp16 (d_out, ceil(d_in / group)); a tuple of tensors for a quantizer with other parameters.
+        mask: bool (d_out, d_in) with exactly N true entries per group, None if the pattern is dense.
+        Raises HalfplateError if a q is not a code of `core_dtype`, or a scale is not finite.
         """
         quantizer = QUANTIZERS.get(core_dtype)
         parameters = scales if isinstance(scales, tuple) else (scales,)
@@ -173,7 +176,7 @@ class NMSparse(Part):
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        # A dense core must not have the shape of the weight of a dense layer, which would take it without a word.
+        # A dense core must not have the shape of an nn.Linear weight, which would silently accept it.
         tensors = {VALUES: self.stored[None] if self.pattern.is_dense else self.stored}
         if self.index is not None:
             tensors[INDEX] = self.index
@@ -184,7 +187,7 @@ class NMSparse(Part):
 
     @property
     def values(self) -> Tensor:
-        """The kept values: (d_out, kept), as stored, or exact in fp32 where they are on a grid."""
+        """The kept values: (d_out, kept), as stored, or exact in fp32 if they are quantised."""
         if self.grid is None:
             return self.stored
         groups = self.columns() // self.grid.group
@@ -193,7 +196,7 @@ class NMSparse(Part):
         )
 
     def integers(self) -> Tensor:
-        """The q of each kept value on a grid: fp32 (d_out, kept)."""
+        """The q of each kept value: fp32 (d_out, kept)."""
         assert self.grid is not None, "floating-point values have no q"
         bits = self.grid.quantizer.bits
         return unpack(self.stored, self.grid.count, bits).float() - (1 << bits - 1)
@@ -208,12 +211,12 @@ class NMSparse(Part):
         return starts + unpack(self.index, self._kept, self.pattern.index_bits)
 
     def mask(self) -> Tensor:
-        """True where a value is kept: bool (d_out, d_in)."""
+        """bool (d_out, d_in), true where a value is kept."""
         mask = torch.zeros(self.shape, dtype=torch.bool, device=self.stored.device)
         return mask.scatter_(1, self.columns(), True)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix with its zeros: (d_out, d_in)."""
+        """The full matrix: (d_out, d_in)."""
         if self.index is None:
             return self.values.to(dtype)
         zeros = torch.zeros(self.shape, dtype=dtype, device=self.stored.device)
@@ -241,11 +244,11 @@ class NMSparse(Part):
 
 
 def _kept(matrix: Tensor, mask: Tensor | None, pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Kept values (d_out, kept), their positions in each group (d_out, groups, N), and these packed; None if dense."""
+    """Kept values (d_out, kept), their positions in each group (d_out, groups, N), and the packed positions; None if dense."""
     if pattern.is_dense:
         return matrix, None, None
     assert mask is not None, "a sparse pattern needs its mask"
-    # Sorting "not kept" stably moves the kept columns of each group to its front, in rising order.
+    # A stable sort by "not kept" moves the kept columns of each group to its front, in increasing order.
     groups = (~mask).reshape(len(matrix), -1, pattern.m).to(torch.uint8)
     positions = groups.argsort(dim=-1, stable=True)[:, :, : pattern.n].contiguous()
     values = matrix.reshape(len(matrix), -1, pattern.m).gather(-1, positions).reshape(len(matrix), -1)
@@ -266,7 +269,7 @@ def _check_codes(spec: "WeightSpec", packed: Tensor, name: str) -> None:
 
 
 class TrainableCore(Trainable[NMSparse]):
-    """A core whose positions, and whose codes if it lies on a grid, stay.
+    """A core with trainable values; its positions and codes are fixed.
 
     values: the kept values (d_out, kept), or the scales (d_out, ceil(d_in / group)).
     """
@@ -283,7 +286,7 @@ class TrainableCore(Trainable[NMSparse]):
 
     @property
     def leverage(self) -> float:
-        """As of a trainable part: a scale moves all its weights, by their codes."""
+        """As in `Trainable`: a scale moves all its weights in proportion to their codes."""
         if self.integers is None:
             return 1.0
         assert self.start.grid is not None, "codes have a quantizer"
@@ -291,10 +294,10 @@ class TrainableCore(Trainable[NMSparse]):
         return max(1.0, float(self.start.grid.quantizer.decode(self.integers, one).square().mean().sqrt()))
 
     def dense(self) -> Tensor:
-        """The matrix with its zeros, with its graph: fp32 (d_out, d_in)."""
+        """The full matrix with gradients: fp32 (d_out, d_in)."""
         values: Tensor = self.values
         if self.integers is not None:
-            # A scale that training takes past 0 comes back on the positive side, the only one that is stored.
+            # A scale that training makes negative is reflected, because only positive scales are stored.
             assert self.start.grid is not None, "codes have a quantizer"
             scales = values.abs().gather(1, self.columns // self._group)
             values = self.start.grid.quantizer.decode(self.integers, scales)

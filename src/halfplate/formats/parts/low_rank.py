@@ -1,4 +1,4 @@
-"""A matrix of low rank that is added to another."""
+"""A low-rank matrix that is added to another."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Outer):
-    """left · right, (d_out, rank) times (rank, d_in), both in one floating-point type."""
+    """left · right, (d_out, rank) times (rank, d_in), both in the same floating-point type."""
 
     left: Tensor
     right: Tensor
@@ -26,7 +26,7 @@ class LowRank(Outer):
 
     @classmethod
     def rounded(cls, left: Tensor, right: Tensor, dtype: str) -> "LowRank":
-        """Round both to the type called `dtype`; raises HalfplateError if a value is too large for it."""
+        """Round both factors to the type `dtype`; raises HalfplateError if a value is too large for it."""
         parts = (round_to_float(part, dtype, "wrapper_dtype").contiguous() for part in (left, right))
         return cls(*parts)
 
@@ -54,7 +54,7 @@ class LowRank(Outer):
         return {"weight_left": self.left, "weight_right": self.right}
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix it stands for: (d_out, d_in)."""
+        """The full matrix: (d_out, d_in)."""
         return self.left.to(dtype) @ self.right.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:

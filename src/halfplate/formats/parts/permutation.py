@@ -18,9 +18,9 @@ NAME = "weight_permutation"
 
 @dataclass(frozen=True, eq=False)
 class Permutation(Outer):
-    """y = W x = (W P)(Pᵀ x): inputs are put in this order before anything else.
+    """y = W x = (W P)(Pᵀ x): the inputs are reordered first.
 
-    order: int16 or int32 (d_in,), the input that each column of the matrix inside multiplies.
+    order: int16 or int32 (d_in,), the input that each column of the inner matrix multiplies.
     """
 
     order: Tensor
@@ -29,7 +29,7 @@ class Permutation(Outer):
 
     @classmethod
     def of(cls, order: Tensor) -> "Permutation":
-        """Store integers of any type in the smallest one that can number the inputs."""
+        """Store integers in the smallest type that can index the inputs."""
         return cls(order.to(permutation_dtype(len(order))))
 
     @classmethod
@@ -66,5 +66,5 @@ class Permutation(Outer):
 
 
 def permutation_dtype(d_in: int) -> torch.dtype:
-    """The smallest type that can number the inputs 0 to d_in - 1."""
+    """The smallest type that can index the inputs 0 to d_in - 1."""
     return torch.int16 if d_in <= 1 << 15 else torch.int32

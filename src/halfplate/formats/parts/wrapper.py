@@ -1,4 +1,4 @@
-"""The wrappers of ARMOR: a block-diagonal matrix before a core, and one after it."""
+"""The wrappers of ARMOR: block-diagonal matrices before and after a core."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -83,13 +83,13 @@ class OutWrapper(Wrapper):
 
 
 class InWrapper(Wrapper):
-    """B of A · S · B: before the core, on the inputs; of matrices with one input the first may store it for all."""
+    """B of A · S · B: before the core, on the inputs. Of several matrices with the same input, the first one may store it for all."""
 
     side = "in"
 
     @classmethod
     def check_spec(cls, spec: "WeightSpec") -> None:
-        # Blocks of 1 are a scale per input: they commute with the mask, so no N:M group straddles two of them.
+        # Blocks of 1 are a scale per input. They commute with the mask, so N:M groups may straddle them.
         block, m = spec.in_block, spec.pattern.m
         if block > 1 and block % m:
             tries = [str(size) for size in (block // m * m, block // m * m + m) if size]
@@ -105,7 +105,7 @@ class InWrapper(Wrapper):
         return inner(self.forward(x))
 
     def around(self, matrix: Tensor) -> Tensor:
-        # forward multiplies rows by the transpose; that of the transpose gives rows times the wrapper itself.
+        # forward multiplies rows by the transpose; forward of the transpose multiplies them by the wrapper itself.
         return self.transposed(matrix.dtype).forward(matrix)
 
     def rows(self, spec: "WeightSpec", start: int) -> Self:
@@ -113,7 +113,7 @@ class InWrapper(Wrapper):
 
 
 class TrainableWrapper(TrainableOuter[Wrapper]):
-    """The numbers of a wrapper in fp32, whatever they are stored as."""
+    """The values of a wrapper in fp32, whatever its stored type."""
 
     blocks: nn.Parameter | None
     tail: nn.Parameter | None

@@ -1,7 +1,7 @@
-"""Quantizers, one file each: which values a core of a few bits a weight can hold.
+"""Quantizers, one file each: the values that a core of a few bits per weight can hold.
 
 To add one: write its file, add a line to `QUANTIZERS`, and describe its values in docs/format.md. Its name is a value of
-`core_dtype`. Other packages add theirs by an entry point (docs/extending.md); their checkpoints name the package that reads them.
+`core_dtype`. Other packages add theirs through an entry point (docs/extending.md); checkpoints name the package that reads them.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ QUANTIZERS: Registry[Quantizer] = Registry(
 
 
 def quantizer_of(core_dtype: str) -> Quantizer | None:
-    """The quantizer of cores of `core_dtype`, None if they are floating-point numbers; raises HalfplateError if it is unknown."""
+    """The quantizer of cores of `core_dtype`, None for floating-point cores; raises HalfplateError if it is unknown."""
     return None if core_dtype in STORED else QUANTIZERS.get(core_dtype)
 
 

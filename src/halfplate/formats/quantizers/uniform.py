@@ -12,9 +12,9 @@ from halfplate.formats.quantizers.base import best_scales, shares_down_to
 
 @dataclass(frozen=True)
 class Uniform:
-    """The values q · scale, q from −2^(bits − 1) to 2^(bits − 1) − 1; eight bits leave out -128, so that |q| fits seven.
+    """The values q · scale, q from −2^(bits − 1) to 2^(bits − 1) − 1. With eight bits, -128 is excluded.
 
-    least_share: of the scale that clips nothing, down to which `refit` looks for a better one.
+    least_share: smallest fraction of the scale without clipping that `refit` tries.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Uniform:
         return self._numbers(values, scales), (scales,)
 
     def _numbers(self, values: Tensor, scales: Tensor) -> Tensor:
-        """`nearest` over whole groups (..., width): one division a group, not one a value."""
+        """`nearest` for whole groups (..., width), with one division per group instead of one per value."""
         inverse = torch.where(scales > 0, scales.float().reciprocal(), 0.0)
         return (values * inverse[..., None]).round_().clamp_(*self.range)
 
@@ -57,5 +57,5 @@ INT6 = Uniform("int6", 6)
 INT5 = Uniform("int5", 5)
 INT4 = Uniform("int4", 4)
 INT3 = Uniform("int3", 3)
-# Of the four values of two bits the best scale leaves all of a group's tail out.
+# With only four values, the best scale clips the whole tail of a group.
 INT2 = Uniform("int2", 2, least_share=0.25)

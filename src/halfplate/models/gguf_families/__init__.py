@@ -1,1 +1,1 @@
-"""Models in GGUF files: one table that reading and writing share."""
+"""Supported model families of GGUF files: one table for reading and writing."""

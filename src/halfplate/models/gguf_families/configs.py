@@ -1,4 +1,4 @@
-"""Configurations in both directions: the metadata of a GGUF file, and a configuration of transformers."""
+"""Converting configurations between GGUF metadata and transformers, in both directions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-# Fields that change nothing that a model computes at inference, or that another field repeats.
+# Fields that do not affect inference, or that repeat another field.
 IDLE = frozenset(
     (
         "_name_or_path",
@@ -63,7 +63,7 @@ DROPOUT = ("dropout", "_pdrop")
 
 @dataclass(frozen=True)
 class Contents:
-    """What a GGUF file says: metadata (no arrays of the tokenizer), shapes of its tensors (rows first) and values of the rotary ones."""
+    """The content of a GGUF file: metadata (without the arrays of the tokenizer), shapes of its tensors (rows first), and values of rotary tensors."""
 
     metadata: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
@@ -73,7 +73,7 @@ class Contents:
 def read_config(family: Family, contents: Contents, model_type: str | None = None) -> PretrainedConfig:
     """The configuration that a file describes. Raises Unreadable for a key without a counterpart.
 
-    model_type: of transformers, if not the family's.
+    model_type: of transformers, if not that of the family.
     """
     from transformers import AutoConfig
 
@@ -113,7 +113,7 @@ def read_config(family: Family, contents: Contents, model_type: str | None = Non
 
 
 def _idle_counts(keys: Keys) -> list[str]:
-    """Counts of optional parts of a model, if they are zero."""
+    """Counts of optional parts of a model, which must be zero."""
     names = ("expert_count", "expert_used_count", "nextn_predict_layers", "attention.sliding_window", "pooling_type")
     return [name for name in names if keys.metadata.get(keys.prefix + name) == 0]
 
@@ -133,7 +133,7 @@ def _sizes(keys: Keys, contents: Contents) -> dict[str, Any]:
     fields["num_key_value_heads"] = keys.take("attention.head_count_kv", int, heads)
     embedding = contents.shapes.get("token_embd.weight", ())
     if len(embedding) != 2:
-        raise Unreadable("the tensor token_embd.weight is missing or no matrix")
+        raise Unreadable("the tensor token_embd.weight is missing or not a matrix")
     fields["vocab_size"] = embedding[0]
     keys.expect("vocab_size", int, embedding[0], f"token_embd.weight has {embedding[0]} rows")
     for field, value in fields.items():
@@ -144,14 +144,14 @@ def _sizes(keys: Keys, contents: Contents) -> dict[str, Any]:
 
 
 def _head(family: Family, keys: Keys, fields: Mapping[str, Any]) -> dict[str, int]:
-    """The head size, if the configuration names it."""
+    """The head size, if the configuration has a field for it."""
     usual = fields["hidden_size"] // fields["num_attention_heads"]
     size = keys.take("attention.key_length", int, usual)
     values = keys.take("attention.value_length", int, usual)
     for name, full in (("attention.key_length_swa", size), ("attention.value_length_swa", values)):
         keys.expect(name, int, full, f"other layers have {full}")
     if size != values or size <= 0:
-        raise Unreadable(f"heads have {size} values in keys and {values} in values, expected as many")
+        raise Unreadable(f"heads have {size} values in keys and {values} in values, expected equal sizes")
     if (not family.head_dim or family.square) and size != usual:
         raise Unreadable(f"heads have {size} values, {family.architecture} has {usual}")
     return {"head_dim": size} if family.head_dim else {}
@@ -186,7 +186,7 @@ def _windows(family: Family, keys: Keys, fields: Mapping[str, Any]) -> dict[str,
 def write_metadata(family: Family, config: Any) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
     """Metadata (without the tokenizer) and rotary tensors of a file for a model of `config`.
 
-    Raises Unreadable for what llama.cpp does not compute.
+    Raises Unreadable for settings that llama.cpp does not support.
     """
     size = head_size(config)
     if family.square and size * config.num_attention_heads != config.hidden_size:
@@ -227,7 +227,7 @@ def check_written(
     shapes: Mapping[str, tuple[int, ...]],
     rope: Mapping[str, Any],
 ) -> None:
-    """Raise Unreadable, which names the field, if llama.cpp would compute otherwise with a file of this content than `config` says."""
+    """Raise Unreadable, naming the field, if llama.cpp would compute with this content something else than `config` says."""
     stored = {name: shortest(value) if isinstance(value, float) else value for name, value in metadata.items()}
     contents = Contents(stored, shapes, {name: values.tolist() for name, values in rope.items()})
     read = read_config(family, contents, config.model_type)
@@ -242,12 +242,12 @@ def check_written(
     layers: list[str | None] = sorted(set(config.layer_types)) if nested else [None]
     if not same_rope(config, read, layers):
         raise Unreadable(
-            f"llama.cpp's {family.architecture} rotates otherwise than rope_parameters={config.rope_parameters!r}"
+            f"llama.cpp's {family.architecture} cannot apply the rotary embedding rope_parameters={config.rope_parameters!r}"
         )
 
 
 def _comparable(family: Family, config: Any) -> dict[str, Any]:
-    """The fields that matter, with one value for each meaning."""
+    """The fields that matter, normalised so that equal meanings have equal values."""
     fields = config.to_dict()
     fields["head_dim"] = head_size(config)
     fields["num_key_value_heads"] = fields.get("num_key_value_heads") or fields["num_attention_heads"]

@@ -1,4 +1,4 @@
-"""How one family of models lies in a GGUF file: its metadata keys, tensor names and what llama.cpp takes as given."""
+"""Description of a model family in GGUF files: its metadata keys, its tensor names, and the fixed settings of llama.cpp."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# A module of a layer, or a parameter that several tensors of the file make together, by the name in transformers.
+# Modules of a layer, or parameters that consist of several tensors of the file, by their names in transformers.
 Names = Mapping[str, str | tuple[str, ...]]
 
 REQUIRED: Any = object()
@@ -39,9 +39,10 @@ GEMMA2: Names = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A metadata key (without the name of the architecture) and the field of the configuration that means the same.
+    """A metadata key (without the name of the architecture) and the field of the configuration with the same meaning.
 
-    default: the value that llama.cpp takes if the key is absent. kind: int, float or bool.
+    default: the value that llama.cpp uses if the key is absent.
+    kind: int, float or bool.
     """
 
     key: str
@@ -52,11 +53,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Rope:
-    """Which rotary scalings llama.cpp applies to a family.
+    """The rotary scalings that llama.cpp supports for a family.
 
-    factors: it reads `rope_freqs.weight`, a divisor per frequency. longrope: it reads two such sets. yarn: it applies
-    YaRN as transformers does. local: the layers with a sliding window have frequencies of their own, unscaled, with the base
-    of the key `rope.freq_base_swa` ("key") or the base of all layers ("same").
+    factors: it reads `rope_freqs.weight`, one divisor per frequency.
+    longrope: it reads two such sets.
+    yarn: it applies YaRN as transformers does.
+    local: layers with a sliding window use unscaled frequencies, with the base of the key `rope.freq_base_swa` ("key") or the
+        base of all layers ("same").
     """
 
     factors: bool = False
@@ -67,19 +70,25 @@ class Rope:
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model: llama.cpp's name of its architecture, transformers' model_type, and the table between the two.
+    """One kind of model: the architecture name of llama.cpp, the model_type of transformers, and the mapping between them.
 
-    block, outer: names of modules. settings: keys beyond those that all families have. eps: key and field of the
-    epsilon of the norms. flags: fields that are true if a layer has one of these tensors. fixed: fields that no key says, with
-    the value that llama.cpp computes with; a function takes the fields that are known. turned: llama.cpp rotates
-    neighbours in a head and transformers its halves, so the rows of q and k change places. offset: the file holds
-    the weights of norms plus this. square: the heads together are as wide as the model. head_dim: the configuration
-    names the head size. head: `output.weight` may be missing ("either"), must be ("tied") or must not be ("own").
-    partial: part of a head may be rotated. period: every so many layers one has no sliding window, if the file does not
-    list them; 0: no layer has a window. window_default: the window of a file that names none, None for no window.
-    unused_window: the file names a window that llama.cpp does not apply; it is read, and a model that has one is not written.
-    marker: key that tells the family from others of its architecture. imported: False if a file of this
-    architecture is read as another family. ignored: keys without an effect.
+    block, outer: names of modules inside and outside the layers.
+    settings: keys beyond those that all families have.
+    eps: key and field of the epsilon of the norms.
+    flags: fields that are true if a layer has one of these tensors.
+    fixed: fields without a key, with the value that llama.cpp uses; a function receives the known fields.
+    turned: llama.cpp rotates neighbouring values of a head and transformers the two halves, so rows of q and k are reordered.
+    offset: the file holds the weights of norms plus this number.
+    square: the heads together are as wide as the model.
+    head_dim: the configuration has a field for the head size.
+    head: `output.weight` may be missing ("either"), must be missing ("tied") or must exist ("own").
+    partial: only part of a head may be rotated.
+    period: if the file lists no sliding windows, every `period`-th layer has none; 0: no layer has a window.
+    window_default: the window of a file that names none, None for no window.
+    unused_window: the file names a window that llama.cpp does not apply; it is read, but a model with a window is not written.
+    marker: key that distinguishes the family from others of its architecture.
+    imported: False if a file of this architecture is read as another family.
+    ignored: keys without an effect.
     """
 
     architecture: str

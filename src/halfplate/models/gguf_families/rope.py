@@ -17,18 +17,18 @@ FACTORS = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = (FACTORS, LONG, SHORT)
 FULL, LOCAL = "full_attention", "sliding_attention"
-# Context that Llama 3.1 and later were first trained with, and the bands in which they stretch wavelengths.
+# Original context of Llama 3.1 and later, and the bands in which wavelengths are stretched.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-# What llama.cpp computes with, whatever these keys say.
+# llama.cpp uses these values and ignores the keys.
 YARN = {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "yarn_attn_factor": 1.0, "yarn_log_multiplier": 0.0}
-SAME = 1e-5  # relative; factors are stored in F32
+SAME = 1e-5  # relative tolerance; factors are stored in F32
 LOCAL_BASE = 10000.0
 
 
 def read_rope(
     family: Family, keys: Keys, head_dim: int, context: int, tensors: Mapping[str, list[float]]
 ) -> dict[str, Any]:
-    """`rope_parameters` for a file with these keys and rotary tensors; raises Unreadable for what transformers cannot express."""
+    """`rope_parameters` for a file with these keys and rotary tensors; raises Unreadable if transformers cannot express them."""
     base = _positive(f"{keys.prefix}rope.freq_base", keys.take("rope.freq_base", float, LOCAL_BASE))
     for name, factors in tensors.items():
         for value in factors:
@@ -65,7 +65,7 @@ def _partial(family: Family, keys: Keys, head_dim: int) -> dict[str, float]:
 def _scaling(
     family: Family, keys: Keys, context: int, base: float, tensors: Mapping[str, list[float]]
 ) -> dict[str, Any]:
-    """What `rope_parameters` says besides base and share of a head."""
+    """The entries of `rope_parameters` other than the base and the rotated share of a head."""
     kind = keys.take("rope.scaling.type", str, "linear")
     old = keys.take("rope.scale_linear", float, 0.0)
     factor = _positive(f"{keys.prefix}rope.scaling.factor", keys.take("rope.scaling.factor", float, old) or 1.0)
@@ -99,14 +99,14 @@ def _scaling(
 
 
 def _magnitude(factor: float) -> float:
-    """By how much YaRN scales cosines and sines."""
+    """The factor by which YaRN scales cosines and sines."""
     return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _divided(
     short: list[float], long: list[float], factor: float, attention: float, original: int, context: int
 ) -> dict[str, Any]:
-    """Any divisors of the frequencies: longrope, whose two sets may be the same."""
+    """Arbitrary divisors of the frequencies: longrope, whose two sets may be equal."""
     return {
         "rope_type": "longrope",
         "short_factor": [shortest(value * factor) for value in short],
@@ -118,7 +118,7 @@ def _divided(
 
 
 def _llama3(factors: list[float], base: float, original: int, context: int) -> dict[str, Any] | None:
-    """Parameters of Llama 3's scaling that give these factors, None if none of the known ones does."""
+    """The parameters of Llama 3 scaling that give these factors; None if no known ones do."""
     wavelengths = 2 * math.pi * base ** (np.arange(len(factors)) / len(factors))
     largest = max(factors)
     for candidate in (original, int(LLAMA3["original_max_position_embeddings"]), context):
@@ -133,7 +133,7 @@ def _llama3(factors: list[float], base: float, original: int, context: int) -> d
 
 
 def write_rope(family: Family, config: Any) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
-    """Keys and tensors for the rotary embedding of `config`; raises Unreadable for what llama.cpp does not compute."""
+    """Keys and tensors for the rotary embedding of `config`; raises Unreadable if llama.cpp does not support it."""
     nested = FULL in config.rope_parameters
     layer = FULL if nested else None
     parameters = config.rope_parameters[FULL] if nested else config.rope_parameters
@@ -181,7 +181,7 @@ def write_rope(family: Family, config: Any) -> tuple[dict[str, Any], dict[str, N
 
 
 def head_size(config: Any) -> int:
-    """Values in a head."""
+    """Number of values in a head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
@@ -206,7 +206,7 @@ def spectrum(config: Any, layer: str | None, long: bool) -> tuple[NDArray[np.flo
 
 
 def same_rope(first: Any, second: Any, layers: list[str | None]) -> bool:
-    """Whether two configurations rotate alike in layers of these types."""
+    """Whether two configurations have the same rotary embedding in layers of these types."""
     for layer in layers:
         for long in (False, True):
             ours, theirs = spectrum(first, layer, long), spectrum(second, layer, long)

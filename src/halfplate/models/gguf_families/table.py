@@ -1,4 +1,4 @@
-"""The families that are checked against llama.cpp, in both directions (tests/stress/gguf_check.py); no other is read or written."""
+"""The model families that are checked against llama.cpp in both directions (tests/stress/gguf_check.py). No others are read or written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GELU = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "use_
 
 
 def _gemma_scale(layers_of_27b: int) -> Any:
-    """llama.cpp tells the model of 27B, whose attention is scaled otherwise, by its number of layers."""
+    """The attention scale of Gemma; llama.cpp recognises the 27B model, which differs, by its number of layers."""
 
     def scalar(fields: Mapping[str, Any]) -> int:
         large = fields["num_hidden_layers"] == layers_of_27b
@@ -71,7 +71,7 @@ _OLMO2 = Family(
 )
 _COHERE_BLOCK = {**ATTENTION, **MLP}
 
-# A family with a marker stands before the one that takes the remaining files of its architecture.
+# A family with a marker comes before the family of the remaining files of its architecture.
 FAMILIES: tuple[Family, ...] = (
     Family(
         "llama",
@@ -343,7 +343,7 @@ FAMILIES: tuple[Family, ...] = (
             "norm_topk_prob": False,
             "num_key_value_heads": lambda fields: fields[
                 "num_attention_heads"
-            ],  # the norm of k is as wide as the model
+            ],  # the norm of k has the width of the model
         },
         square=True,
         head="own",
@@ -353,7 +353,7 @@ ARCHITECTURES = tuple(dict.fromkeys(family.architecture for family in FAMILIES))
 
 
 def family_of_file(name: str, metadata: Mapping[str, Any]) -> Family:
-    """The family of a GGUF file that the user named `name`; raises HalfplateError for an architecture that is not in the table."""
+    """The family of a GGUF file; raises HalfplateError for an unsupported architecture. name: as the user gave it."""
     architecture = metadata.get("general.architecture")
     for family in FAMILIES:
         marked = family.marker is None or metadata.get(f"{architecture}.{family.marker}")
@@ -366,7 +366,7 @@ def family_of_file(name: str, metadata: Mapping[str, Any]) -> Family:
 
 
 def family_of_model(model_type: str) -> Family:
-    """The family that a model of transformers is written as; raises HalfplateError for a model_type that is not in the table."""
+    """The family in which a model is written; raises HalfplateError for an unsupported model_type."""
     for family in FAMILIES:
         if family.model_type == model_type:
             return family

@@ -1,4 +1,4 @@
-"""Tensors in both directions: their names, and how a file holds their values."""
+"""Converting tensor names and values between GGUF files and transformers, in both directions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADS = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key
 
 
 def names_in_file(family: Family, name: str) -> tuple[str, ...]:
-    """The tensors of the file that make the tensor `name` of the model, () if the family has no such tensor."""
+    """The tensors of the file that make up the tensor `name` of the model; () if the family has no such tensor."""
     if match := BLOCK.fullmatch(name):
         number, rest = match.groups()
         whole = family.block.get(rest)
@@ -34,7 +34,7 @@ def names_in_file(family: Family, name: str) -> tuple[str, ...]:
 
 
 def check_names(family: Family, expected: Iterable[str], held: Iterable[str]) -> None:
-    """Raise Unreadable for a tensor of the file (`held`) that none of the model (`expected`) is made of."""
+    """Raise Unreadable for a tensor of the file (`held`) that belongs to no tensor of the model (`expected`)."""
     known = {part for name in expected for part in names_in_file(family, name)}
     if family.rope.factors:
         known.add(FACTORS)
@@ -42,15 +42,15 @@ def check_names(family: Family, expected: Iterable[str], held: Iterable[str]) ->
         known |= {LONG, SHORT}
     for name in held:
         if name not in known:
-            raise Unreadable(f"the tensor {name} has no place in a {family.model_type} model of this configuration")
+            raise Unreadable(f"the tensor {name} is not part of a {family.model_type} model with this configuration")
 
 
 def read_values(
     family: Family, config: Any, name: str, shape: tuple[int, ...], load: Callable[[str], Values | None]
 ) -> Values | None:
-    """The tensor `name` of the model; None if the file lacks a part of it. A bias that the file lacks is zero.
+    """The tensor `name` of the model; None if the file lacks a part of it. A missing bias is zero.
 
-    load: gives a tensor of the file, or None.
+    load: returns a tensor of the file, or None.
     """
     parts = [load(part) for part in names_in_file(family, name)]
     if not parts or any(part is None for part in parts):
@@ -58,7 +58,7 @@ def read_values(
     found = [part for part in parts if part is not None]
     values = found[0] if len(found) == 1 else np.concatenate(found, axis=1)
     if (heads := _turned(family, config, name)) and values.size == np.prod(shape):
-        # Neighbours become halves.
+        # Neighbouring values move to the two halves.
         values = values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
     if family.offset and name.endswith("norm.weight"):
         values = values - np.float32(family.offset)
@@ -66,7 +66,7 @@ def read_values(
 
 
 def write_values(family: Family, config: Any, name: str, values: Values) -> list[tuple[str, Values]]:
-    """Names and values of the tensors of the file that hold the tensor `name`; raises Unreadable if there is no name for it."""
+    """Names and values of the tensors of the file that hold the tensor `name`; raises Unreadable if it has no name there."""
     parts = names_in_file(family, name)
     if not parts:
         raise Unreadable(f"llama.cpp's {family.architecture} has no tensor for {name}")
@@ -79,7 +79,7 @@ def write_values(family: Family, config: Any, name: str, values: Values) -> list
 
 
 def _turned(family: Family, config: Any, name: str) -> int:
-    """Heads whose rows change places in the tensor `name`, 0 if none do."""
+    """The number of heads whose rows are reordered in the tensor `name`; 0 if none."""
     match = BLOCK.fullmatch(name)
     field = HEADS.get(match[2].rpartition(".")[0]) if match and family.turned else None
     return int(getattr(config, field) or config.num_attention_heads) if field else 0

@@ -1,8 +1,8 @@
-"""Backends, one file each: ways to run compressed linears that are faster than torch's own products.
+"""Backends, one file each: ways to run compressed linears that are faster than plain torch.
 
-To add one: write its file with a `Backend`, and add a line to `BACKENDS`. Other packages add theirs by an entry point of
-the group `halfplate.backends` (docs/extending.md). They are asked in the order of the registry; the first that does not
-refuse a matrix runs it.
+To add one: write its file with a `Backend`, and add a line to `BACKENDS`. Other packages add theirs through an entry point
+of the group `halfplate.backends` (docs/extending.md). Backends are tried in the order of the registry; the first one that
+supports a matrix runs it.
 """
 
 import warnings
@@ -43,7 +43,7 @@ def _fault(found: Any, name: str) -> str | None:
     if not isinstance(found, Backend):
         return f"is a {type(found).__name__}, expected an instance of halfplate.runtime.backends.Backend"
     for method in ("refusal", "pack"):
-        # They hold the checks that keep a backend from what it does not know.
+        # These methods refuse what a backend does not declare, so they must not be overridden.
         if getattr(type(found), method) is not getattr(Backend, method):
             return f"overrides {method}, expected `unavailable` and `_pack`"
     missing = [part for part in ("name", "devices", "capability") if not hasattr(found, part)]
@@ -62,9 +62,9 @@ BACKENDS: Registry[Backend] = Registry(
 
 
 def backends(names: Sequence[str] | None = None) -> list[Backend]:
-    """The backends of these names, in this order; None takes all, and warns of those of other packages that are broken.
+    """The backends with these names, in this order. None means all, with a warning for broken backends of other packages.
 
-    Raises HalfplateError for an unknown name and for a broken package that is asked for by name.
+    Raises HalfplateError for an unknown name, and for a broken package that is requested by name.
     """
     if names is not None:
         return [BACKENDS.get(name) for name in names]
@@ -80,7 +80,7 @@ def backends(names: Sequence[str] | None = None) -> list[Backend]:
 
 
 def refusal(spec: WeightSpec, device: torch.device, among: Iterable[Backend]) -> str | None:
-    """Why none of the backends runs a matrix of `spec` on `device`; None if one does."""
+    """Why no backend runs a matrix of `spec` on `device`; None if one does."""
     refusals = []
     for backend in _for(device, among):
         refused = backend.refusal(spec, device)
@@ -91,7 +91,7 @@ def refusal(spec: WeightSpec, device: torch.device, among: Iterable[Backend]) ->
 
 
 def refusal_of_dense(device: torch.device, among: Iterable[Backend]) -> str | None:
-    """Why none of the backends packs a linear on `device` that is not compressed; None if one does."""
+    """Why no backend packs an uncompressed linear on `device`; None if one does."""
     refusals = []
     for backend in _for(device, among):
         if backend.packs_dense:
@@ -103,7 +103,7 @@ def refusal_of_dense(device: torch.device, among: Iterable[Backend]) -> str | No
 
 
 def pack(linear: CompressedLinear, options: Options, among: Iterable[Backend]) -> Packed | str:
-    """`linear` as the first backend that takes it packs it, or the reasons of all that refused.
+    """`linear`, packed by the first backend that supports it, or the reasons of all that refused.
 
     Raises HalfplateError for a damaged matrix.
     """
@@ -120,7 +120,7 @@ def pack(linear: CompressedLinear, options: Options, among: Iterable[Backend]) -
 
 
 def pack_dense(linear: nn.Linear, options: Options, among: Iterable[Backend]) -> Packed | str:
-    """`pack` of a linear that is not compressed."""
+    """`pack` for an uncompressed linear."""
     device, refusals = linear.weight.device, []
     for backend in _for(device, among):
         if backend.packs_dense:
@@ -144,12 +144,15 @@ def _spoken(refusals: Sequence[tuple[Backend, str]], device: torch.device) -> st
 
 
 def without_kernel(specs: Iterable[WeightSpec]) -> str | None:
-    """One line on the matrices that no backend runs on a processor and the nearest settings that one does; None if all run.
+    """One line that lists the matrices without a CPU kernel and the nearest settings that have one; None if all have a kernel.
 
-    It does not depend on the machine: whether the kernels are built there is what `halfplate doctor` says.
+    It does not depend on the machine; `halfplate doctor` says whether the kernels are built.
     """
     capabilities = [backend.capability for backend in backends() if "cpu" in backend.devices]
-    counts, refusals = Counter(specs), Counter[Refusal]()  # of 100,000 matrices only a few differ
+    counts, refusals = (
+        Counter(specs),
+        Counter[Refusal](),
+    )  # even 100,000 matrices have only a few different specifications
     for spec, count in counts.items():
         refused = [capability.refusal(spec) for capability in capabilities]
         if None not in refused:
@@ -160,4 +163,4 @@ def without_kernel(specs: Iterable[WeightSpec]) -> str | None:
         f"{refusal.reason}{f', nearest setting with one: {refusal.nearest}' if refusal.nearest else ''}"
         for refusal, _ in refusals.most_common(3)
     ]
-    return f"{refusals.total()} of {counts.total()} matrices run by torch, slower than the original model: {'; '.join(spoken)}"
+    return f"{refusals.total()} of {counts.total()} matrices have no kernel and run through torch, slower than the original model: {'; '.join(spoken)}"

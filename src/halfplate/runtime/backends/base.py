@@ -1,4 +1,4 @@
-"""What a backend is: a declaration of what it runs, and modules that know what they were packed from."""
+"""The interface of backends: a declaration of what a backend supports, and modules that keep what they were packed from."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ from halfplate.kernels.capability import Capability, Refusal, check_tensors
 
 
 class CannotPack(HalfplateError):
-    """Raised by a backend that finds out by trying that it cannot run a matrix here; the next backend is asked."""
+    """Raised by a backend if packing shows that it cannot run a matrix; the next backend is tried."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `accelerate` asks of a backend: `activations` as there, and how a linear that is not compressed is stored."""
+    """Options of `accelerate` for backends: `activations`, and the type in which uncompressed linears are stored."""
 
     activations: str = "float"
     dense_dtype: str | None = None
@@ -30,9 +30,13 @@ class Options:
 class Packed(nn.Module, ABC):
     """A linear in the layout of a backend: y = x Wᵀ + bias.
 
-    The state dictionary holds the tensors that it was packed from, bit for bit; it takes no new ones, and stays on its
-    device. spec: of the matrix. bias_dtype: None if there is no bias. dtype: that its model computes in. dense_dtype: of
-    the weight of the nn.Linear that it stands for; None for a CompressedLinear.
+    The state dictionary holds the tensors that it was packed from, bit for bit. It loads no new ones, and cannot be moved to
+    another device.
+
+    spec: of the matrix.
+    bias_dtype: None if there is no bias.
+    dtype: in which its model computes.
+    dense_dtype: weight type of the nn.Linear that it replaces; None if it replaces a CompressedLinear.
     """
 
     def __init__(
@@ -46,35 +50,35 @@ class Packed(nn.Module, ABC):
         self.spec = spec
         self.out_features, self.in_features = spec.d_out, spec.d_in
         self.bias_dtype, self.dtype, self.dense_dtype = bias_dtype, dtype, dense_dtype
-        self.saved = True  # whether the state dictionary holds it
+        self.saved = True  # whether the state dictionary includes this linear
 
     @property
     @abstractmethod
     def path(self) -> str:
-        """What runs it, for `explain`."""
+        """The kernel, for `explain`."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of `spec.alone.layout()`, bit for bit as they were packed, and `bias` if there is one."""
+        """The tensors of `spec.alone.layout()`, bit for bit as before packing, and `bias` if there is one."""
 
     def stored(self) -> dict[str, Tensor]:
-        """The tensors that this linear stands for, by name: those of a CompressedLinear, or weight and bias."""
+        """The tensors of the linear that it replaces, by name: those of a CompressedLinear, or weight and bias."""
         tensors = self.tensors()
         bias = tensors.pop("bias", None)
         if self.dense_dtype is not None:
             tensors = {"weight": Chain.from_tensors(self.spec, tensors).dense().to(self.dense_dtype)}
         else:
-            # The copy of a shared B that was packed along is stored by another module.
+            # A shared B was packed as a copy; another module stores it.
             tensors = {name: tensors[name] for name in self.spec.layout()}
         return tensors if bias is None else tensors | {"bias": bias.to(self.bias_dtype)}
 
     def restored(self) -> nn.Module:
-        """The module that this one was packed from, not connected if it shares the wrapper of another."""
+        """The module that this one was packed from, not yet connected if it shares the wrapper of another."""
         tensors = {name: tensor.to(self.device) for name, tensor in self.stored().items()}
         module: nn.Module
         if self.dense_dtype is not None:
@@ -85,14 +89,14 @@ class Packed(nn.Module, ABC):
         return module.requires_grad_(False)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """The weight (d_out, d_in) in fp32, multiplied out, and the bias (d_out,)."""
+        """The full weight (d_out, d_in) in fp32, and the bias (d_out,)."""
         tensors = {name: tensor.to(self.device) for name, tensor in self.tensors().items()}
         bias = tensors.pop("bias", None)
         return Chain.from_tensors(self.spec, tensors).dense(), None if bias is None else bias.float()
 
     @property
     def weight(self) -> WeightView:
-        """What the code of a model may ask of it: dtype, device and shape; its values raise a HalfplateError."""
+        """A stand-in for the weight with dtype, device and shape; reading its values raises HalfplateError."""
         return WeightView((self.out_features, self.in_features), self.dtype, self.device)
 
     @property
@@ -112,13 +116,13 @@ class Packed(nn.Module, ABC):
             raise HalfplateError(
                 f"{prefix.rstrip('.')} is in kernel layout and takes no new weights; call halfplate.runtime.restore(model) first"
             )
-        # Others of the model may be loaded, such as an adapter.
+        # Other tensors of the model may be loaded, such as an adapter.
         missing_keys.extend(
             prefix + name for name in (("weight",) if self.dense_dtype is not None else self.spec.layout())
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        # What is packed has a layout, which neither another device nor another type would have.
+        # The packed layout is only valid for this device and type.
         moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if moved.device != self.device:
             raise HalfplateError(
@@ -132,11 +136,12 @@ class Packed(nn.Module, ABC):
 
 
 class Backend(ABC):
-    """One way to run linears. It is asked by `refusal`, and packs what it does not refuse.
+    """One way to run linears. `refusal` says what it does not support, and `pack` packs the others.
 
-    name: for people. devices: the kinds of torch devices it is for. capability: what it runs of each field of a
-    specification, and the tensors it knows; anything else is refused before the backend sees it. packs_dense: whether
-    linears that are not compressed are packed too.
+    name: for messages.
+    devices: the torch device types that it supports.
+    capability: the supported values of each field of a specification, and the known tensors; others are refused.
+    packs_dense: whether it also packs uncompressed linears.
     """
 
     name: str
@@ -155,14 +160,14 @@ class Backend(ABC):
         return refusal
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why it runs nothing on `device`, which is of its kind; None if it does."""
+        """Why it does not work on `device`, which has one of its types; None if it does."""
         return None
 
     @final
     def pack(self, linear: CompressedLinear, options: Options | None = None) -> Packed:
-        """The linear in the layout of this backend; its own tensors are left as they are.
+        """The linear in the layout of this backend; the tensors of `linear` are not changed.
 
-        Raises HalfplateError for what it refuses, for a tensor that is not part of the matrix and for damaged values, and
+        Raises HalfplateError for an unsupported matrix, for a tensor that is not part of the matrix and for damaged values, and
         CannotPack if packing shows that it cannot run the linear.
         """
         if (refusal := self.refusal(linear.spec, linear.device)) is not None:
@@ -177,14 +182,14 @@ class Backend(ABC):
 
     @abstractmethod
     def _pack(self, linear: CompressedLinear, options: Options) -> Packed:
-        """`pack` of a linear that is supported and holds no other tensors than `spec` says."""
+        """`pack` for a supported linear with exactly the tensors of its specification."""
 
     def pack_dense(self, linear: nn.Linear, options: Options | None = None) -> Packed:
-        """A linear that is not compressed in the layout of this backend, if it `packs_dense`."""
+        """An uncompressed linear in the layout of this backend, if it `packs_dense`."""
         raise HalfplateError(f"{self.name} packs compressed linears only")
 
 
 def _tensors_below(linear: nn.Module) -> Iterator[str]:
-    """The names of all tensors that a module holds, whatever its specification says."""
+    """The names of all tensors of a module, whatever its specification says."""
     named = chain(linear.named_parameters(), linear.named_buffers())
     return (name for name, _ in named)

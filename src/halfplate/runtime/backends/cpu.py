@@ -1,4 +1,4 @@
-"""The native kernels of the processor, for compressed linears and for others."""
+"""The native CPU kernels, for compressed and uncompressed linears."""
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from halfplate.runtime.backends.base import Backend, Options, Packed
 
 
 class PackedLinear(Packed):
-    """y = x Wᵀ + bias by the native kernels; the weight exists in kernel layout only.
+    """y = x Wᵀ + bias by the native kernels; the weight exists only in kernel layout.
 
-    Made by `of_compressed` and `of_dense`. Gradients flow to inputs, through the torch path, and to no weight: `restore` the
-    model to train it.
+    Create it with `of_compressed` or `of_dense`. Gradients flow to the inputs, through the torch path, but not to the weight;
+    `restore` the model to train it.
     """
 
     packed: Tensor
@@ -34,13 +34,13 @@ class PackedLinear(Packed):
 
     @classmethod
     def of_compressed(cls, module: CompressedLinear, activations: str = "float") -> "PackedLinear":
-        """Pack a compressed linear; raises HalfplateError on values that no writer leaves."""
+        """Pack a compressed linear; raises HalfplateError on invalid values."""
         packed = pack(module.spec.alone, module.tensors(), activations, module.bias)
         return cls(module.spec, packed, None if module.bias is None else module.bias.dtype, None, module.dtype)
 
     @classmethod
     def of_dense(cls, module: nn.Linear, core_dtype: str | None = None, activations: str = "float") -> "PackedLinear":
-        """Pack a dense linear in `core_dtype`; None chooses bf16 if that is exact for every weight, else fp32."""
+        """Pack an uncompressed linear in `core_dtype`; None chooses bf16 if that is exact for every weight, else fp32."""
         weight = module.weight.detach()
         if core_dtype is None:
             half = weight.to(torch.bfloat16)
@@ -88,7 +88,7 @@ class PackedLinear(Packed):
 
 
 class NativeKernels(Backend):
-    """The compiled kernels; what they run is declared beside them."""
+    """The compiled kernels; `halfplate.kernels.linear` declares what they support."""
 
     name = "native kernels"
     devices = frozenset({"cpu"})

@@ -1,4 +1,4 @@
-"""2:4 cores on a CUDA device, through the semi-structured products of torch (cuSPARSELt or CUTLASS)."""
+"""2:4 cores on a CUDA device, through torch's semi-structured matrix products (cuSPARSELt or CUTLASS)."""
 
 import warnings
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from halfplate.kernels.capability import (
 )
 from halfplate.runtime.backends.base import Backend, CannotPack, Options, Packed
 
-# Sparse tensor cores came with Ampere.
+# Sparse tensor cores exist since Ampere.
 OLDEST_CAPABILITY = (8, 0)
 Pack = Callable[[Tensor], Tensor]
 SEMI_STRUCTURED = Capability(
@@ -55,12 +55,14 @@ SEMI_STRUCTURED = Capability(
 
 
 class SemiStructuredLinear(Packed):
-    """y = x (A S B)ᵀ + bias with S in the form of torch's semi-structured products and wrappers by batched products.
+    """y = x (A S B)ᵀ + bias, with S as a semi-structured matrix of torch, and wrappers as batched products.
 
-    module: the compressed linear it takes the place of, which is left as it is. product_dtype: fp16 or bf16, in which all
-    products are computed; inputs of another type are cast to it, outputs back. pack: turns the dense 2:4 matrix (d_out, d_in)
-    into what `linear` of torch multiplies with. What the file holds is kept in the memory of the processor: the products
-    round codes and wrappers, so it could not be found again from them. Gradients flow to inputs and to no weight.
+    The stored tensors are kept in CPU memory, because the products round codes and wrappers, so they could not be recovered.
+    Gradients flow to inputs but not to the weight.
+
+    module: the compressed linear that it replaces; it is not changed.
+    product_dtype: fp16 or bf16, in which all products are computed; inputs are cast to it, and outputs back.
+    pack: converts the full 2:4 matrix (d_out, d_in) to the form that torch's `linear` multiplies with.
     """
 
     core: Tensor
@@ -70,7 +72,7 @@ class SemiStructuredLinear(Packed):
         super().__init__(module.spec, None if module.bias is None else module.bias.dtype, module.dtype)
         self.product_dtype = product_dtype
         matrix = module.matrix
-        # Values and positions become one dense matrix for a moment: torch packs from nothing else.
+        # torch can only pack a full matrix, so values and positions are expanded for a moment.
         self.register_buffer("core", pack(matrix.core.dense(product_dtype).contiguous()), persistent=False)
         for side, wrapper in (("out", matrix.part(OutWrapper)), ("in", matrix.part(InWrapper))):
             parts = (None, None) if wrapper is None else wrapper.floats(product_dtype)
@@ -96,7 +98,7 @@ class SemiStructuredLinear(Packed):
         rows = self._wrapped("in", rows)
         # torch's products have no gradient.
         core = self.core.to_dense() if torch.is_grad_enabled() and rows.requires_grad else self.core
-        # The products of torch take no empty batch.
+        # torch's products do not support an empty batch.
         product = functional.linear(rows, core) if len(rows) else rows.new_empty(0, self.out_features)
         y = self._wrapped("out", product).to(x.dtype)
         if self.added is not None:
@@ -104,7 +106,7 @@ class SemiStructuredLinear(Packed):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _wrapped(self, side: str, rows: Tensor) -> Tensor:
-        """rows (tokens, d) through the wrapper of `side`: one batched product over its blocks."""
+        """rows (tokens, d) multiplied by the wrapper of `side`: one batched product over its blocks."""
         blocks, tail = getattr(self, f"{side}_blocks"), getattr(self, f"{side}_tail")
         outputs = []
         full = 0
@@ -122,7 +124,7 @@ class SemiStructuredLinear(Packed):
 
 
 class SemiStructuredProducts(Backend):
-    """torch's products: fp16 and bf16 cores are multiplied in their own type, cores of codes in bf16."""
+    """torch's semi-structured products: fp16 and bf16 cores are multiplied in their own type, integer cores in bf16."""
 
     name = "semi-structured products of torch"
     devices = frozenset({"cuda"})
@@ -144,7 +146,7 @@ class SemiStructuredProducts(Backend):
         ):
             try:
                 return _tried(linear, dtype, pack)
-            # What torch offers depends on its build, the driver and the shape, and each fails with errors of its own.
+            # Support depends on the build of torch, the driver and the shape, and failures raise various exceptions.
             except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
                 refusals.append(f"{library}: {str(error).partition(chr(10))[0]}")
         raise CannotPack(f"torch has no semi-structured product for it ({'; '.join(refusals)})")
@@ -154,9 +156,9 @@ SEMI_STRUCTURED_PRODUCTS = SemiStructuredProducts()
 
 
 def _tried(module: CompressedLinear, dtype: torch.dtype, pack: Pack) -> SemiStructuredLinear:
-    """Prepare and run once: a library that is missing is noticed only by its first product."""
+    """Prepare and run once, because a missing library is only noticed by the first product."""
     with warnings.catch_warnings():
-        # torch calls these products a prototype, once in every process.
+        # torch warns once per process that these products are a prototype.
         warnings.simplefilter("ignore", UserWarning)
         prepared = SemiStructuredLinear(module, dtype, pack)
         with torch.inference_mode():

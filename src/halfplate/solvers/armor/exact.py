@@ -1,4 +1,4 @@
-"""Exact block coordinate descent with momentum (`solver: exact`), whatever the objective."""
+"""Exact block coordinate descent with momentum (`solver: exact`), for any objective."""
 
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -10,13 +10,13 @@ from halfplate.solvers.armor.problem import Factors, Problem
 from halfplate.solvers.armor.stages import Moments, Stages
 from halfplate.solvers.armor.wrappers import update_in_blocks, update_out_blocks
 
-# Momentum of 1 at first lets the mask go on moving, and of 0.3 at the end lets it settle. Damping it only where the loss
-# would rise ends as low, but later.
+# Momentum 1 at first keeps the mask changing, and 0.3 at the end lets it settle. Reducing it only when the loss
+# would rise reaches the same loss later.
 FIRST, FALL = 1.0, 0.7
 
 
 class Measured(Protocol):
-    """Factors at a known loss, with whatever the next update needs."""
+    """Factors with their loss, and whatever the next update needs."""
 
     @property
     def factors(self) -> Factors: ...
@@ -29,17 +29,17 @@ At = TypeVar("At", bound=Measured)
 
 
 class Objective(Protocol[At]):
-    """What `descend` asks of an objective."""
+    """The interface of an objective for `descend`."""
 
     def updated(self, at: At) -> Factors:
-        """The minimiser over A and then over B; the core stays."""
+        """The minimiser over A and then over B, for a fixed core."""
 
     def swept(self, factors: Factors, after: At) -> At:
-        """Every group of a copy of the core in turn at its best, and the loss of that. after: where the factors come from."""
+        """A copy of the core in which every group in turn has its best values, and the loss. after: the point with the current factors."""
 
 
 class Refit(Protocol):
-    """What storing asks of an objective."""
+    """The interface of an objective for storing."""
 
     @property
     def tiles(self) -> Problem: ...
@@ -52,9 +52,9 @@ class Refit(Protocol):
 
 
 def _momentum(exact: Factors, last: Factors, factor: float, moves_core: bool) -> Factors:
-    """The factors continued past `exact` by `factor` of the way they came from `last`, the exact update before it.
+    """The factors extrapolated beyond `exact` by `factor` times the step from `last`, the exact update before it.
 
-    The core is continued where both masks keep a value, so that its mask stays one; on a grid it stays.
+    The core is extrapolated only where both masks keep a value, so its mask stays valid. An integer core is not extrapolated.
     """
     core = exact.core
     if moves_core:
@@ -72,9 +72,10 @@ def descend(
 ) -> tuple[At, list[float]]:
     """Alternate exact updates of A, of B and of every group of S.
 
-    Returns where it ends and the loss at the start and after each iteration, relative to `total`, that of the zero matrix;
-    it never rises. An iteration that cannot lower it any more ends the run early. moves_core: whether momentum may move the
-    values of the core, which a grid does not let it.
+    Returns the final point, and the loss at the start and after each iteration, relative to `total`, the loss of the zero
+    matrix. The loss never rises. The run ends early if an iteration cannot lower it.
+
+    moves_core: whether momentum may change the values of the core; not for integer cores.
     """
     at, losses = start, [start.loss / total if total else 0.0]
     last: Factors | None = None
@@ -86,7 +87,7 @@ def descend(
             after = objective.swept(_momentum(exact, last, factor, moves_core), at)
         last = exact
         if after is None or not after.loss < at.loss:
-            after = None  # of a wide layer two of them are much
+            after = None  # two of them take much memory in a wide layer
             after = objective.swept(exact, at)
         if not after.loss < at.loss:
             break
@@ -97,7 +98,7 @@ def descend(
 
 @dataclass(frozen=True, eq=False)
 class _Tiled:
-    """A place under the diagonal objective."""
+    """A point of the diagonal objective."""
 
     factors: Factors
     moments: Moments
@@ -109,7 +110,7 @@ class _Tiled:
 
 @dataclass(frozen=True, eq=False)
 class DiagonalObjective:
-    """Σ d (W − A S B)², in which all tiles are apart."""
+    """Σ d (W − A S B)², in which all tiles are independent."""
 
     tiles: Problem
     stages: Stages
@@ -139,7 +140,7 @@ class DiagonalObjective:
 
 
 def solve_exact(problem: Problem, iterations: int, stages: Stages) -> tuple[Factors, list[float]]:
-    """Minimise the diagonal objective from NoWag-P's start; returns the factors and the losses of `descend`."""
+    """Minimise the diagonal objective from the start of NoWag-P; returns the factors and the losses of `descend`."""
     objective = DiagonalObjective(problem, stages)
     at, losses = descend(objective, objective.measured(problem.start()), iterations, problem.zero_loss())
     return at.factors, losses

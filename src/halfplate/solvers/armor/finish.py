@@ -22,8 +22,9 @@ W = TypeVar("W", bound=Wrapper)
 def balanced(tiles: Problem, factors: Factors, normalised: Normalised) -> Factors:
     """Use the free diagonal scales between A, S and B to give columns of diag(rows) A and rows of B diag(columns) unit length.
 
-    The core then has the range of the weight itself, and no stored type overflows for want of balance. normalised: the rows
-    and columns that `tiles` were cut without.
+    The core then has the range of the weight, so no stored type overflows.
+
+    normalised: the row and column scales that were removed from the tiles.
     """
     rows, columns = _scales(tiles, normalised)
     out_norms = (factors.out_blocks * rows).norm(dim=1)  # (row_tiles, r)
@@ -45,11 +46,14 @@ def finish(
     spec: WeightSpec,
     steps: Tensor | None = None,
 ) -> Chain:
-    """Store scale · diag(rows) · A S B · diag(columns), balanced factors, in the types of `spec`.
+    """Store scale · diag(rows) · A S B · diag(columns), with balanced factors, in the types of `spec`.
 
-    normalised: the rows and columns that the problem was solved without. scale: a power of two, which goes into the core.
-    steps: of the grid that the core lies on, (rows, ceil(cols / spec.group)), or None if it is to be rounded. Once S is rounded,
-    B is solved again for it and rounded, then A for both. Raises HalfplateError if a value is too large for its type.
+    Once S is rounded, B is solved again for it and rounded, then A for both.
+
+    normalised: the row and column scales that were removed from the problem.
+    scale: a power of two, which is applied to the core.
+    steps: scales of an integer core, (rows, ceil(cols / spec.group)); None if the core is to be rounded.
+    Raises HalfplateError if a value is too large for its type.
     """
     tiles = objective.tiles
     rows, columns = _scales(tiles, normalised)
@@ -83,7 +87,7 @@ def _stored_core(core: Tensor, scale: float, spec: WeightSpec, steps: Tensor | N
 
 
 def _scales(tiles: Problem, normalised: Normalised) -> tuple[Tensor, Tensor]:
-    """What the rows of A and the columns of B are multiplied by, (row_tiles, r, 1) and (col_tiles, 1, c), 1 in the padding."""
+    """The factors for the rows of A and the columns of B, (row_tiles, r, 1) and (col_tiles, 1, c), 1 in the padding."""
     rows = _tiled(normalised.rows, tiles.row_tiles, tiles.row_tile)[:, :, None]
     return rows, _tiled(normalised.columns, tiles.col_tiles, tiles.col_tile)[:, None, :]
 
@@ -95,13 +99,13 @@ def _tiled(scale: Tensor, tiles: int, size: int) -> Tensor:
 def _wrapper(
     kind: type[W], blocks: Tensor, size: int, block: int, wrapper_dtype: str, energy: Tensor | None = None
 ) -> W:
-    if block == 1:  # solved in larger tiles, of which only the diagonal is not 0
+    if block == 1:  # a diagonal wrapper is solved in larger tiles, of which only the diagonal is not 0
         blocks = blocks.diagonal(dim1=1, dim2=2).reshape(-1, 1, 1)
     return kind.from_padded(blocks, size, block, wrapper_dtype, energy)
 
 
 def _padded(wrapper: Wrapper, tile: int) -> Tensor:
-    """The numbers that a stored wrapper stands for, fp32, in the tiles (tiles, tile, tile) that it was solved in."""
+    """The values of a stored wrapper, fp32, in the tiles (tiles, tile, tile) in which it was solved."""
     blocks, tail = wrapper.floats(torch.float32)
     if blocks is not None and blocks.shape[1] == 1:
         diagonal = functional.pad(blocks.reshape(-1), (0, -wrapper.size % tile))

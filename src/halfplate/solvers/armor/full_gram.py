@@ -1,4 +1,4 @@
-"""The whole solve under the true output error: scaled inputs, a diagonal warm start, the full Gram, a core on a grid."""
+"""The whole solve for the true output error: scaled inputs, a diagonal warm start, the full Gram matrix, an integer core."""
 
 from dataclasses import dataclass
 
@@ -17,12 +17,12 @@ from halfplate.solvers.armor.stages import stages_for
 from halfplate.solvers.armor.sweep import Levels
 from halfplate.solvers.normalise import Normalised, power_of_two
 
-LEAST_DAMPING = 1e-5  # what no input tells of must not run away under momentum
+LEAST_DAMPING = 1e-5  # directions that no input constrains must not diverge under momentum
 
 
 @dataclass(frozen=True)
 class GramSchedule:
-    """Iterations under the diagonal of H, under H, and under H with the core on its grid; damping: added to H's unit diagonal."""
+    """Number of iterations with the diagonal of H, with H, and with H and an integer core; damping: added to the unit diagonal of H."""
 
     diagonal: int = 20
     gram: int = 20
@@ -33,14 +33,16 @@ class GramSchedule:
 def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSchedule) -> tuple[Chain, list[float]]:
     """Minimise tr((W − A S B) H (W − A S B)ᵀ) and store the factors as `spec` says.
 
-    weight: fp32 (d_out, d_in). gram: H, fp32 or fp64 (d_in, d_in), any common factor. Returns the matrix and the losses of
-    each phase one after the other, relative to the zero matrix: under H, and on the grid where the core lies on one. It
-    falls within a phase. Rows are left as they are; inputs are scaled by their root mean square, which B takes up.
+    Rows are not scaled; inputs are scaled by their root mean square, which B absorbs. Returns the matrix and the losses of each
+    phase in sequence, relative to the zero matrix: with H, and with an integer core if `spec` has one. The loss falls within a phase.
+
+    weight: fp32 (d_out, d_in).
+    gram: H, fp32 or fp64 (d_in, d_in), up to any common factor.
     """
     scaled, scaled_gram, normalised, scale = _scaled(weight, gram, schedule.damping)
     tiles = Problem.from_weight(scaled, (scaled_gram.diagonal() > 0).float(), spec)
     problem = GramProblem.from_tiles(tiles, scaled_gram)
-    del scaled_gram  # twice the size of what the problem keeps
+    del scaled_gram  # twice the size of the tensors that the problem keeps
     objective = GramObjective(problem)
     if spec.pattern.is_dense:
         factors, losses = tiles.start(), list[float]()
@@ -48,22 +50,22 @@ def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSch
         factors, _ = solve_exact(tiles, schedule.diagonal, stages_for(weight.device))
         at, losses = descend(objective, measured(problem, factors), schedule.gram, problem.total)
         factors = at.factors
-        del at  # and with it two matrices of the weight's size
+        del at  # frees two matrices of the size of the weight
     factors = balanced(tiles, factors, normalised)
     quantizer = quantizer_of(spec.core_dtype)
-    # The sweep knows steps alone. Groups that straddle the columns of two of them are rounded to nearest instead.
+    # The sweep only supports scales. N:M groups that straddle two scale groups are rounded to nearest instead.
     if quantizer is None or not has_scales_alone(quantizer) or spec.group % spec.pattern.m:
         return finish(objective, factors, normalised, scale, spec), losses
     levels = Levels(quantizer, spec.group)
     objective = GramObjective(problem, levels)
-    _, (steps,) = round_groups(factors.core, quantizer, spec.group)  # that suit the values of the core
+    _, (steps,) = round_groups(factors.core, quantizer, spec.group)  # initial scales for the values of the core
     start = swept(problem, factors, steps.float(), levels, off_grid=True)
     at, grid_losses = descend(objective, start, schedule.grid, problem.total, moves_core=False)
     return finish(objective, at.factors, normalised, scale, spec, at.steps), losses + grid_losses
 
 
 def _scaled(weight: Tensor, gram: Tensor, damping: float) -> tuple[Tensor, Tensor, Normalised, float]:
-    """W and H in units of the root mean square of each input, with what undoes it; a dead input stays as it is."""
+    """W and H in units of the root mean square of each input, with the scales to undo it; a dead input is not scaled."""
     diagonal = gram.diagonal().double()
     alive = diagonal > 0
     inputs = torch.where(alive, diagonal, 1.0).sqrt()

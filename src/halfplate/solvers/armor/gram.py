@@ -1,4 +1,4 @@
-"""One matrix to factorise under the true output error, and the exact updates of its factors."""
+"""One matrix to factorise with the true output error, and the exact updates of its factors."""
 
 import ctypes
 from dataclasses import dataclass, replace
@@ -15,20 +15,22 @@ from halfplate.solvers.armor.stages import Moments, native_buffers
 from halfplate.solvers.armor.sweep import Grid, Levels, sweep_tiles
 from halfplate.solvers.armor.wrappers import regular_inverse, update_out_blocks
 
-# Passes over the blocks of B in one update: they are coupled, and a pass costs little beside the products around it.
+# Passes over the blocks of B in one update. The blocks are coupled, and a pass is cheap compared with the other products.
 PASSES = 2
-# The loss is a difference of sums. Where it is below this share of the zero matrix' loss, or a sum is so many times that loss
-# (the factors have run into what hardly any input tells of), rounding in fp32 would decide; then it is taken in fp64.
+# The loss is a difference of sums. If it is below this share of the loss of the zero matrix, or a sum is this many times that loss
+# (the factors have grown in directions that hardly any input constrains), fp32 rounding would dominate, so fp64 is used.
 PRECISE, LARGE = 1e-3, 4.0
-ROWS = 256  # of a product that is not kept, at once
+ROWS = 256  # rows of a temporary product that are computed at once
 
 
 @dataclass(frozen=True, eq=False)
 class GramProblem:
     """Minimise tr((W − A S B) H (W − A S B)ᵀ) over A, S and B, with inputs scaled so that H has a unit diagonal.
 
-    tiles: W scaled by the root mean square of its inputs, padded with zeros, and how it is cut. gram: H, fp32 (cols, cols),
-    0 where an input is dead. pulled: W H, fp32 (rows, cols). total: the loss of the zero matrix.
+    tiles: W scaled by the root mean square of its inputs, padded with zeros and cut into tiles.
+    gram: H, fp32 (cols, cols), 0 for dead inputs.
+    pulled: W H, fp32 (rows, cols).
+    total: the loss of the zero matrix.
     """
 
     tiles: Problem
@@ -47,10 +49,11 @@ class GramProblem:
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """Factors and what the next update needs of them.
+    """Factors and intermediate results for the next update.
 
-    steps: of the grid that the core lies on, fp32 (rows, ceil(cols / group)), or None. against: W H Bᵀ, product: S B H Bᵀ, both
-    fp32 (rows, cols). loss: absolute.
+    steps: scales of an integer core, fp32 (rows, ceil(cols / group)), or None.
+    against, product: W H Bᵀ and S B H Bᵀ, both fp32 (rows, cols).
+    loss: absolute.
     """
 
     factors: Factors
@@ -62,7 +65,7 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class GramObjective:
-    """The true output error; with `levels` the core lies on a grid."""
+    """The true output error; with `levels`, the core holds quantised values."""
 
     problem: GramProblem
     levels: Levels | None = None
@@ -86,7 +89,7 @@ class GramObjective:
 
 
 def measured(problem: GramProblem, factors: Factors, steps: Tensor | None = None) -> Point:
-    """The loss of `factors` as they are."""
+    """The loss of `factors`, unchanged."""
     against = _times_blocks(problem.pulled, factors.in_blocks)
     return _point(problem, factors, steps, against, factors.core @ _in_gram(problem, factors.in_blocks))
 
@@ -98,9 +101,9 @@ def swept(
     levels: Levels | None = None,
     off_grid: bool = False,
 ) -> Point:
-    """Every group of a copy of the core in turn gets its best mask and values; with `levels`, values on the grid of `steps`.
+    """A copy of the core in which every group in turn gets its best mask and values; with `levels`, quantised values with the scales `steps`.
 
-    off_grid: whether the core is not on the grid yet; then what no input tells of is rounded to nearest.
+    off_grid: whether the core is not quantised yet; then values that no input constrains are rounded to nearest.
     """
     tiles = problem.tiles
     in_gram = _in_gram(problem, factors.in_blocks)  # C
@@ -125,7 +128,7 @@ def swept(
         if not bool(felt.all()):
             core = torch.where(felt, core, _nearest(before, steps, levels))
             product = core @ in_gram
-    del error, in_gram  # of a wide layer they are most of what is held
+    del error, in_gram  # most of the memory in a wide layer
     return _point(problem, replace(factors, core=core), steps, against, product)
 
 
@@ -136,13 +139,13 @@ def _felt(tiles: Problem, out_gram: Tensor, in_gram: Tensor) -> Tensor:
 
 
 def _nearest(core: Tensor, steps: Tensor, levels: Levels) -> Tensor:
-    """The value of the quantizer that is nearest to each of `core` (rows, cols)."""
+    """The nearest quantised value of each value of `core` (rows, cols)."""
     each = steps.repeat_interleave(levels.group, 1)[:, : core.shape[1]]
     return levels.quantizer.decode(levels.quantizer.nearest(core, each), each)
 
 
 def updated_out(problem: GramProblem, point: Point) -> Tensor:
-    """The minimiser over A: A + (R H Zᵀ)(Z H Zᵀ + λI)⁻¹ with Z = S B, proximal."""
+    """The minimiser over A: A + (R H Zᵀ)(Z H Zᵀ + λI)⁻¹ with Z = S B, regularised towards A."""
     tiles, factors = problem.tiles, point.factors
     residual = point.against - _out_times(factors.out_blocks, point.product)  # R H Bᵀ
     shape = (tiles.row_tiles, tiles.row_tile, -1)
@@ -178,7 +181,7 @@ def updated_in(problem: GramProblem, factors: Factors) -> Tensor:
 
 
 class _BlockSolver:
-    """(Q_j + λI)⁻¹ N (H_j + μI)⁻¹ for each block j, in fp64; for diagonal wrappers the minimiser over their diagonal alone."""
+    """(Q_j + λI)⁻¹ N (H_j + μI)⁻¹ for each block j, in fp64; for diagonal wrappers, the minimiser over their diagonal."""
 
     def __init__(self, squares: Tensor, grams: Tensor, kind: Wrapper) -> None:
         if kind is Wrapper.DIAGONAL:
@@ -205,7 +208,7 @@ def _point(problem: GramProblem, factors: Factors, steps: Tensor | None, against
 
 
 def _precise_loss(problem: GramProblem, factors: Factors) -> float:
-    """tr(R H Rᵀ) in fp64; infinite where it is not a number or is below 0, which no step may be taken for."""
+    """tr(R H Rᵀ) in fp64; infinite if it is NaN or negative, so that no step is accepted."""
     loss, in_blocks = 0.0, factors.in_blocks.double()
     tiles = max(ROWS // problem.tiles.row_tile, 1)
     rows = tiles * problem.tiles.row_tile
@@ -219,7 +222,7 @@ def _precise_loss(problem: GramProblem, factors: Factors) -> float:
 
 
 def _in_gram(problem: GramProblem, blocks: Tensor) -> Tensor:
-    """C = B H Bᵀ: (cols, cols), some rows at a time, whose intermediate products need no room worth counting."""
+    """C = B H Bᵀ: (cols, cols), computed some rows at a time to save memory."""
     size, cols = blocks.shape[1], problem.gram.shape[0]
     found = torch.empty_like(problem.gram)
     tiles = max(ROWS // size, 1)
@@ -242,7 +245,7 @@ def _out_times(blocks: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _columns(matrix: Tensor, size: int) -> Tensor:
-    """(rows, cols) as batches over column tiles, (col_tiles, rows, size), a view."""
+    """(rows, cols) as batches over column tiles, (col_tiles, rows, size); a view."""
     return matrix.reshape(matrix.shape[0], -1, size).transpose(0, 1)
 
 
@@ -253,7 +256,7 @@ def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor) -> float:
-    # One number leaves the device, whatever the rows.
+    # Only one number is copied from the device.
     return float(sum((a * b).sum(dtype=torch.float64) for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True)))
 
 

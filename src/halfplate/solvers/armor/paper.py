@@ -1,4 +1,4 @@
-"""The published algorithm (`solver: paper`), kept for comparison: Adam and one sampled group a tile and iteration."""
+"""The published algorithm (`solver: paper`), kept for comparison: Adam, and one sampled group per tile and iteration."""
 
 import math
 from dataclasses import dataclass
@@ -41,9 +41,9 @@ class _Adam:
 class PaperRun:
     """State of the algorithm on one problem; `step` is one iteration, `loss` the current loss.
 
-    The core is held as (col_tiles, rows, col_tile), so that products with B are batches over column tiles and products
+    The core is stored as (col_tiles, rows, col_tile), so that products with B are batches over column tiles and products
     with A batches over row tiles of the row-major view. The residual and the pulled-back error are updated by the change
-    of the sampled groups instead of being formed anew, so an iteration costs one forward and one backward product.
+    of the sampled groups instead of being computed again, so an iteration costs one forward and one backward product.
     """
 
     def __init__(self, problem: Problem, schedule: PaperSchedule) -> None:
@@ -122,7 +122,7 @@ class PaperRun:
         # |gradient| of group g of row r in tile (i, j): (row_tiles, row_tile, col_tiles, groups)
         size = self.error.abs().view(problem.row_tiles, row_tile, problem.col_tiles, groups, m).sum(-1)
         size = size.transpose(1, 2).reshape(-1, row_tile * groups)  # (tiles, groups of the tile)
-        # Inverting the cumulative distribution takes one random number a tile.
+        # Inverting the cumulative distribution takes one random number per tile.
         cumulative = size.cumsum(1)
         draws = (
             torch.rand(size.shape[0], 1, generator=self.generator, dtype=torch.float32, device=size.device)
@@ -154,7 +154,7 @@ class PaperRun:
         self._apply(step, out_column, row, tile_row, tile_col)
 
     def _apply(self, step: Tensor, out_column: Tensor, row: Tensor, tile_row: Tensor, tile_col: Tensor) -> None:
-        """Carry a change of one row of Z in every tile into Z, R, R D, Aᵀ R D and E."""
+        """Apply a change of one row of Z in every tile to Z, R, R D, Aᵀ R D and E."""
         problem, factors = self.problem, self.factors
         shape = (problem.row_tiles, problem.row_tile, problem.col_tiles, problem.col_tile)
         across = (problem.row_tiles, problem.col_tiles)
@@ -174,10 +174,10 @@ class PaperRun:
 
 
 def solve_paper(problem: Problem, schedule: PaperSchedule) -> tuple[Factors, list[float]]:
-    """Run the published algorithm from NoWag-P's start until its iterations or its patience end.
+    """Run the published algorithm from the start of NoWag-P until its iterations or its patience end.
 
-    Returns the factors and the loss at the start and after each iteration, relative to that of the zero matrix. Unlike
-    the sequential form of theorem 3.1, the Adam version may let it rise for a moment.
+    Returns the factors and the loss at the start and after each iteration, relative to that of the zero matrix. Unlike in the
+    sequential form of theorem 3.1, the loss of the Adam version may rise temporarily.
     """
     total = problem.zero_loss()
     run = PaperRun(problem, schedule)

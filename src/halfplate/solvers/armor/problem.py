@@ -1,4 +1,4 @@
-"""One matrix to factorise, cut into tiles of equal size, and the factors found for it."""
+"""One matrix to factorise, cut into tiles of equal size, and its factors."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -12,11 +12,11 @@ from halfplate.formats.spec import WeightSpec
 from halfplate.pattern import Pattern
 from halfplate.solvers.selection import keep_largest
 
-FREE_TILE = 16  # tile of a side without full blocks, where any cut is as exact as any other
+FREE_TILE = 16  # tile size of a side without full blocks, where any size gives the same result
 
 
 class Wrapper(Enum):
-    """What a wrapper may be."""
+    """The kinds of wrappers."""
 
     IDENTITY = "identity"
     DIAGONAL = "diagonal"
@@ -24,16 +24,18 @@ class Wrapper(Enum):
 
     @classmethod
     def of(cls, block: int) -> "Wrapper":
-        """The kind that a block size of a specification asks for."""
+        """The kind for a block size of a specification."""
         return {0: cls.IDENTITY, 1: cls.DIAGONAL}.get(block, cls.BLOCKS)
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Minimise Σ_ij d_j (W − A S B)²_ij over A, S and B; zeros pad W to whole tiles and stay zero in every solver.
+    """Minimise Σ_ij d_j (W − A S B)²_ij over A, S and B. W is padded with zeros to whole tiles; they stay zero in every solver.
 
-    weight: fp32 (rows, cols), a multiple of the tiles. moment: fp32 (cols,), d. row_tile, col_tile: block sizes of A
-    and B. d_out, d_in: the size without padding.
+    weight: fp32 (rows, cols), a multiple of the tiles.
+    moment: fp32 (cols,), d.
+    row_tile, col_tile: block sizes of A and B.
+    d_out, d_in: the size without padding.
     """
 
     weight: Tensor
@@ -48,7 +50,7 @@ class Problem:
 
     @classmethod
     def from_weight(cls, weight: Tensor, moment: Tensor, spec: WeightSpec) -> "Problem":
-        """Pad `weight` (d_out, d_in) and the second moments `moment` (d_in,) to the tiles that `spec` asks for."""
+        """Pad `weight` (d_out, d_in) and the second moments `moment` (d_in,) to the tiles of `spec`."""
         multiple_of_m = -(-FREE_TILE // spec.pattern.m) * spec.pattern.m
         row_tile = min(spec.out_block, spec.d_out) if spec.out_block > 1 else FREE_TILE
         col_tile = min(spec.in_block, spec.d_in) if spec.in_block > 1 else multiple_of_m
@@ -78,7 +80,7 @@ class Problem:
         return float((self.weight.double().square().sum(0) * self.moment.double()).sum())
 
     def start(self) -> "Factors":
-        """Identity wrappers around the core that NoWag-P keeps (section 3.2 of the paper)."""
+        """Identity wrappers around the core of NoWag-P (section 3.2 of the paper)."""
         like: dict[str, Any] = {"dtype": torch.float32, "device": self.weight.device}
         mask = keep_largest(self.weight.square() * self.moment, self.pattern)
         return Factors(
@@ -92,8 +94,9 @@ class Problem:
 class Factors:
     """A, S and B of a problem, all fp32.
 
-    out_blocks: A, (row_tiles, row_tile, row_tile). core: S with its zeros, (rows, cols). in_blocks: B,
-    (col_tiles, col_tile, col_tile).
+    out_blocks: A, (row_tiles, row_tile, row_tile).
+    core: S with its zeros, (rows, cols).
+    in_blocks: B, (col_tiles, col_tile, col_tile).
     """
 
     out_blocks: Tensor

@@ -1,6 +1,6 @@
 """The three stages of an exact iteration: moments for A, moments for B, and the sweep over the core.
 
-Each has a native version and a torch version. The torch version runs on any device and is the reference.
+Each has a native version and a torch version. The torch version runs on any device and is the reference in tests.
 """
 
 import ctypes
@@ -17,9 +17,10 @@ from halfplate.solvers.armor.sweep import sweep_tiles
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Right and left side of the normal equations of one wrapper, and the loss they were measured at.
+    """Right and left side of the normal equations of one wrapper, and the current loss.
 
-    cross, square: fp64 (tiles, b, b). tile_losses: fp64 (row_tiles, col_tiles).
+    cross, square: fp64 (tiles, b, b).
+    tile_losses: fp64 (row_tiles, col_tiles).
     """
 
     cross: Tensor
@@ -32,7 +33,7 @@ class Moments:
 
 
 class Stages(Protocol):
-    """What a solver asks of an implementation."""
+    """The interface of an implementation of the stages."""
 
     def output_moments(self, problem: Problem, factors: Factors) -> Moments:
         """For A: R D Zᵀ and Z D Zᵀ summed over the columns, with Z = S B and R = W − A Z."""
@@ -45,7 +46,7 @@ class Stages(Protocol):
 
 
 def stages_for(device: torch.device) -> Stages:
-    """The native stages on a CPU that has them, the torch stages anywhere else."""
+    """The native stages on a CPU that supports them, otherwise the torch stages."""
     return NativeStages() if device.type == "cpu" and native.available() else TorchStages()
 
 
@@ -89,7 +90,7 @@ class TorchStages:
 
 
 class NativeStages:
-    """The stages in C++, on CPU tensors without a copy, over as many threads as torch uses."""
+    """The stages in C++, on CPU tensors without copies, with as many threads as torch uses."""
 
     def output_moments(self, problem: Problem, factors: Factors) -> Moments:
         return self._moments("output_moments", problem, factors, problem.row_tiles, problem.row_tile)
@@ -127,7 +128,7 @@ def _empty(*shape: int) -> Tensor:
 
 
 def native_buffers(*tensors: Tensor | None) -> tuple[list[int], tuple[int, ...]]:
-    """Where the data of each tensor lies and how many bytes it has, both 0 for None; fp32, contiguous and on the processor."""
+    """The address and size in bytes of each tensor, both 0 for None; tensors must be fp32, contiguous and on the CPU."""
     addresses = [
         0 if tensor is None else native.address(tensor, torch.float32, "a matrix of the solver") for tensor in tensors
     ]
@@ -152,7 +153,7 @@ def _native_problem(problem: Problem, factors: Factors) -> native.Problem:
 
 
 def _tiles(problem: Problem, matrix: Tensor) -> Tensor:
-    """(rows, cols) as (row_tiles, col_tiles, row_tile, col_tile), a view."""
+    """(rows, cols) as (row_tiles, col_tiles, row_tile, col_tile); a view."""
     shape = (problem.row_tiles, problem.row_tile, problem.col_tiles, problem.col_tile)
     return matrix.reshape(shape).transpose(1, 2)
 

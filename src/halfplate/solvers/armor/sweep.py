@@ -1,4 +1,4 @@
-"""The sweep over the core in torch: the reference of the native one and of the kernel for CUDA."""
+"""The sweep over the core in torch: the reference for the native one and for the CUDA kernel."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -12,13 +12,13 @@ from halfplate.formats.quantizers import Quantizer
 from halfplate.kernels import triton
 from halfplate.pattern import Pattern
 
-MAX_MASKS = 256  # above this many masks a group tries its own mask and all single swaps
+MAX_MASKS = 256  # with more masks than this, a group only tries its own mask and all single swaps
 RIDGE = 1e-6  # relative to the mean diagonal; the gain is measured without it
 
 
 @dataclass(frozen=True)
 class Levels:
-    """A quantizer whose values are a step, its scale, times what the code stands for, and the columns of a step."""
+    """A quantizer whose values are a scale times a number that the code determines, and the number of columns per scale."""
 
     quantizer: Quantizer
     group: int = GROUP
@@ -26,9 +26,9 @@ class Levels:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Values of a core are those of the quantizer for fp32 steps (T, r, ceil(c / levels.group)), refitted in place, as fp16 holds them.
+    """The quantised values of a core: scales, fp32 (T, r, ceil(c / levels.group)) with fp16 values, are fitted in place.
 
-    off: whether the core is not on the grid yet, so that no group may stay as it is.
+    off: whether the core is not quantised yet, so that every group must change.
     """
 
     steps: Tensor
@@ -41,13 +41,17 @@ def sweep_tiles(
 ) -> Tensor:
     """Exact coordinate descent over all groups of S in each of T independent tiles, row by row.
 
-    core: S, (T, r, c). error: E = Aᵀ R D Bᵀ, (T, r, c). out_gram: G = AᵀA, (T, r, r). in_gram: C = B D Bᵀ, (T, c, c).
-    Returns the new core. A group takes the mask with the largest gain 2 qᵀv − vᵀCv, q = E/G_rr + S C, and keeps what it
-    has where nothing gains more (section 3 of the mathematics in docs/armor.md). With a `grid` the step of each row and its
-    columns is solved for its codes first, and then the values of a group are the best found on the grid.
+    Returns the new core. A group takes the mask with the largest gain 2 qᵀv − vᵀCv, q = E/G_rr + S C, and is not changed if no
+    mask has a larger gain than its current values (docs/armor.md). With a `grid`, the scale of each row and scale group is first
+    fitted to its codes; then each group takes the best quantised values that are found.
+
+    core: S, (T, r, c).
+    error: E = Aᵀ R D Bᵀ, (T, r, c).
+    out_gram: G = AᵀA, (T, r, r).
+    in_gram: C = B D Bᵀ, (T, c, c).
     """
     if core.device.type == "cuda" and grid is None and triton.sweeps(pattern):
-        from halfplate.kernels.triton.sweep import sweep_tiles as sweep_on_cuda  # it needs triton itself
+        from halfplate.kernels.triton.sweep import sweep_tiles as sweep_on_cuda  # imported here because it needs triton
 
         return sweep_on_cuda(core, error, out_gram, in_gram)
     core, error = core.clone(), error.clone()
@@ -87,7 +91,7 @@ def sweep_tiles(
 
 
 def best_group(old: Tensor, pull: Tensor, local: Tensor, pattern: Pattern) -> Tensor:
-    """The best group of each tile: old, pull (E/G_rr) are (T, m), local (C of the group) is (T, m, m)."""
+    """The best values of a group in each tile. old, pull (E/G_rr): (T, m); local (C of the group): (T, m, m)."""
     linear, stay = _linear(old, pull, local)
     masks = _masks(old, pattern).expand(old.shape[0], -1, -1)  # (T, masks, n)
     values, gains = (_pairs if pattern == Pattern(2, 4) else _solve)(linear, local, masks)
@@ -96,8 +100,8 @@ def best_group(old: Tensor, pull: Tensor, local: Tensor, pattern: Pattern) -> Te
 
 
 def _linear(old: Tensor, pull: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
-    """q = E/G_rr + S C of each group, (T, m), and the gain of the group as it stands, (T,)."""
-    # Sums are written out in the order of the native code, so that equal gains break the same way.
+    """q = E/G_rr + S C of each group, (T, m), and the gain of its current values, (T,)."""
+    # Sums have the same order as in the native code, so that ties are broken in the same way.
     members = range(old.shape[1])
     linear: Tensor = pull + sum(old[:, k, None] * local[:, k] for k in members)
     stay: Tensor = sum((old[:, k] * (linear[:, k] + pull[:, k]) for k in members), torch.zeros_like(old[:, 0]))
@@ -105,7 +109,7 @@ def _linear(old: Tensor, pull: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _best(old: Tensor, masks: Tensor, values: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
-    """The group (T, m) of the mask of largest gain, and that gain (T,); of equal gains the first."""
+    """The group (T, m) of the mask with the largest gain, and that gain (T,); of equal gains the first."""
     best = gains.argmax(1)
     take = torch.arange(len(old), dtype=torch.int64, device=old.device)
     new = torch.zeros_like(old).scatter(1, masks[take, best], values[take, best].to(old.dtype))
@@ -113,18 +117,21 @@ def _best(old: Tensor, masks: Tensor, values: Tensor, gains: Tensor) -> tuple[Te
 
 
 def refit_steps(steps: Tensor, values: Tensor, pull: Tensor, local: Tensor, quantizer: Quantizer) -> Tensor:
-    """Give each row the fp16 step that is best for its codes, where that gains; returns the change of `values`.
+    """Give each row the best fp16 scale for its codes, if that lowers the loss; returns the change of `values`.
 
-    steps: (T,), in place. values: (T, c), in place. pull: E/G_rr, (T, c). local: C of these columns, (T, c, c).
+    steps: (T,), in place.
+    values: (T, c), in place.
+    pull: E/G_rr, (T, c).
+    local: C of these columns, (T, c, c).
     """
     alive = steps != 0
     numbers = quantizer.nearest(values, steps[:, None])
-    codes = quantizer.decode(numbers, torch.ones_like(steps)[:, None])  # what is multiplied by the step
+    codes = quantizer.decode(numbers, torch.ones_like(steps)[:, None])  # the factors of the scale
     slope = (codes.double() * pull).sum(1)
     curvature = (codes.double()[:, None, :] @ local.double() @ codes.double()[:, :, None])[:, 0, 0]
     usable = alive & (curvature > 0)
     wished = (steps + torch.where(usable, slope / torch.where(usable, curvature, 1), 0)).float()
-    fits = (wished >= 6.2e-5) & (wished <= 65504)  # where fp16 has all its bits
+    fits = (wished >= 6.2e-5) & (wished <= 65504)  # the normal range of fp16
     rounded = torch.where(fits, wished, 1).half().float()
     change = rounded.double() - steps
     gains = usable & fits & (2 * change * slope - change.square() * curvature > 0)
@@ -137,9 +144,9 @@ def refit_steps(steps: Tensor, values: Tensor, pull: Tensor, local: Tensor, quan
 def best_group_on_grid(
     old: Tensor, pull: Tensor, local: Tensor, pattern: Pattern, steps: Tensor, levels: Levels, may_stay: bool = True
 ) -> Tensor:
-    """`best_group` among the values of the quantizer for steps (T,): of a mask the values are rounded one after the other.
+    """`best_group` among quantised values with the scales (T,): for each mask, the values are rounded one after the other.
 
-    Those to come are solved again given those before. A pair of 2:4 is tried in both orders.
+    The remaining values are solved again given the rounded ones. A pair of 2:4 is tried in both orders.
     """
     linear, stay = _linear(old, pull, local)
     masks = _masks(old, pattern).expand(old.shape[0], -1, -1)
@@ -152,15 +159,17 @@ def best_group_on_grid(
 
 
 def _rounded(linear: Tensor, local: Tensor, masks: Tensor, steps: Tensor, levels: Levels) -> Tensor:
-    """Values on the grid for every mask in its order: fp64 (T, masks, n)."""
-    left = linear.double()[:, None].expand(-1, masks.shape[1], -1).clone()  # q given the values so far: (T, masks, m)
+    """Quantised values for every mask in its order: fp64 (T, masks, n)."""
+    left = (
+        linear.double()[:, None].expand(-1, masks.shape[1], -1).clone()
+    )  # q given the values rounded so far: (T, masks, m)
     values = torch.zeros(masks.shape, dtype=torch.float64, device=local.device)
     alive = steps != 0
     inverse = torch.where(alive, 1 / torch.where(alive, steps, 1), 0).double()[:, None]
     units = alive.double()[:, None]
     for k in range(masks.shape[2]):
         solved = _solve(left, local, masks[..., k:])[0][..., 0]
-        # In units of the step, by its reciprocal in fp32 as the native code does.
+        # In units of the scale, by its fp32 reciprocal as in the native code.
         numbers = levels.quantizer.nearest(solved * inverse, units)
         values[..., k] = levels.quantizer.decode(numbers, steps.double()[:, None])
         take = torch.arange(len(local), dtype=torch.int64, device=local.device)[:, None]
@@ -173,7 +182,7 @@ def _masks(old: Tensor, pattern: Pattern) -> Tensor:
     n, m = pattern.n, pattern.m
     if comb(m, n) <= MAX_MASKS:
         return torch.tensor(list(combinations(range(m), n)), dtype=torch.int64, device=old.device)[None]
-    # Non-zeros first, then zeros from the left, fill the group's own mask.
+    # The group's own mask has its non-zeros first, then zeros from the left.
     own = (old == 0).to(torch.int8).argsort(dim=1, stable=True)[:, :n].sort(1).values  # (T, n)
     free_mask = torch.ones_like(old, dtype=torch.bool).scatter(1, own, False)
     free = free_mask.nonzero()[:, 1].reshape(old.shape[0], m - n)
@@ -216,7 +225,7 @@ def _solve(linear: Tensor, local: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
 
 
 def _systems(linear: Tensor, local: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """C_MM (T, masks, n, n) and q_M (T, masks, n) of each mask, fp64. linear: q, (T, m), or one a mask, (T, masks, m)."""
+    """C_MM (T, masks, n, n) and q_M (T, masks, n) of each mask, fp64. linear: q, (T, m), or (T, masks, m) with one per mask."""
     take = torch.arange(len(local), dtype=torch.int64, device=local.device)[:, None, None]
     square = local.double()[take[..., None], masks[..., :, None], masks[..., None, :]]
     each = linear.double().reshape(len(local), -1, local.shape[1]).expand(-1, masks.shape[1], -1)

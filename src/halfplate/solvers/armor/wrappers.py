@@ -6,25 +6,25 @@ from torch import Tensor
 from halfplate.solvers.armor.problem import Wrapper
 from halfplate.solvers.armor.stages import Moments
 
-RIDGE = 1e-6  # pull towards the previous wrapper, relative to the mean diagonal
+RIDGE = 1e-6  # regularisation towards the previous wrapper, relative to the mean diagonal
 
 
 def update_out_blocks(blocks: Tensor, moments: Moments, kind: Wrapper) -> Tensor:
-    """A + (R D Zᵀ)(Z D Zᵀ + λI)⁻¹ for each block: the minimiser over A, proximal so that dead inputs leave it alone."""
+    """A + (R D Zᵀ)(Z D Zᵀ + λI)⁻¹ for each block: the minimiser over A, regularised towards A so that dead inputs do not change it."""
     if kind is Wrapper.IDENTITY:
         return blocks
     return blocks + _correction(moments.cross.mT, moments.square, kind).mT.to(blocks.dtype)
 
 
 def update_in_blocks(blocks: Tensor, moments: Moments, kind: Wrapper) -> Tensor:
-    """B + (TᵀT + λI)⁻¹ Tᵀ R for each block: the minimiser over B, in which the second moments cancel."""
+    """B + (TᵀT + λI)⁻¹ Tᵀ R for each block: the minimiser over B; the second moments cancel."""
     if kind is Wrapper.IDENTITY:
         return blocks
     return blocks + _correction(moments.cross, moments.square, kind).to(blocks.dtype)
 
 
 def _correction(cross: Tensor, square: Tensor, kind: Wrapper) -> Tensor:
-    """(square + λI)⁻¹ cross, fp64 (tiles, b, b); only its diagonal, solved on its own, for a diagonal wrapper."""
+    """(square + λI)⁻¹ cross, fp64 (tiles, b, b); for a diagonal wrapper, its diagonal, solved entry by entry."""
     ridge = _ridge(square)
     if kind is Wrapper.DIAGONAL:
         return torch.diag_embed(cross.diagonal(dim1=1, dim2=2) / (square + ridge).diagonal(dim1=1, dim2=2))
@@ -44,6 +44,6 @@ def regular_inverse(square: Tensor) -> Tensor:
 
 
 def _ridge(square: Tensor) -> Tensor:
-    """λI of each block (tiles, b, b); I for a block without any input, which stays as it is: its cross is 0."""
+    """λI of each block (tiles, b, b); I for a block without any input, whose update is then 0."""
     mean = square.diagonal(dim1=1, dim2=2).mean(1)
     return torch.diag_embed(torch.where(mean > 0, RIDGE * mean, 1.0)[:, None].expand(square.shape[:2]))
