@@ -76,7 +76,7 @@ def test_config_that_is_no_json_object(written: Any, text: str) -> None:
         (lambda q: q.pop("modules"), "modules is of type NoneType"),
         (lambda q: q.update(modules=[]), "modules is of type list"),
         (lambda q: q["modules"].update({NAME: 7}), rf"modules\['{NAME}'\]=7 cannot be read"),
-        (lambda q: q["modules"][NAME].update(pattern="4:2"), "pattern=4:2 must keep fewer"),
+        (lambda q: q["modules"][NAME].update(pattern="4:2"), "pattern=4:2 must be N:M"),
         (lambda q: q["modules"][NAME].update(core_dtype="int7"), "core_dtype='int7' is not one of"),
         (lambda q: q["modules"][NAME].update(core_dtype="int4"), rf"{NAME}\.weight in .* expected uint8 \(32, 8\)"),
         (lambda q: q["modules"][NAME].update(wrapper_dtype="int4"), "wrapper_dtype='int4' is not one of"),
