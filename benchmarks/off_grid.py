@@ -47,6 +47,14 @@ def take_off_grid(model: nn.Module, seed: int = SEED) -> None:
     _dither(model.get_input_embeddings().weight, generator)
 
 
+def make_off_grid(model: str, out: Path, seed: int = SEED) -> None:
+    """Write `model`, changed by `take_off_grid`, in bf16 to the folder `out`."""
+    loaded = load_dense(model)
+    take_off_grid(loaded.model, seed)
+    with new_folder(out, overwrite=False) as folder:
+        write_model(loaded.model, loaded.tokenizer, folder, torch.bfloat16, quantization=None)
+
+
 def _move(scales: Tensor, producer: nn.Module, readers: list[nn.Linear], of_inputs: Tensor | None = None) -> None:
     """Divide the outputs of `producer` by `scales` and multiply the inputs of `readers` by them, or by `of_inputs`."""
     for tensor in (producer.weight, getattr(producer, "bias", None)):
@@ -70,11 +78,8 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="the model to start from; the wheel's SmolLM2 by default")
     parser.add_argument("--seed", type=int, default=SEED)
     arguments = parser.parse_args()
-    loaded = load_dense(arguments.model or str(smollm2_gguf()))
-    take_off_grid(loaded.model, arguments.seed)
-    with new_folder(arguments.out, overwrite=False) as folder:
-        write_model(loaded.model, loaded.tokenizer, folder, torch.bfloat16, quantization=None)
-    print(f"{arguments.out}: {loaded.source.name} off the grid, in bf16")
+    make_off_grid(arguments.model or str(smollm2_gguf()), arguments.out, arguments.seed)
+    print(f"{arguments.out}: off the grid, in bf16")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 from common import CACHE, DATA, ROOT, SHARED, smollm2_gguf, write_section
+from off_grid import make_off_grid
 
 import halfplate
 from halfplate.calibration import read_text
@@ -23,8 +24,19 @@ from halfplate.cli.console import silence_libraries
 from halfplate.sweeps.results import PICTURE_FILE, TABLE_FILE
 
 HELD_OUT = 200
+
+
+def off_grid() -> Path:
+    """The folder of SmolLM2 off the grid, made if it is not there."""
+    folder = CACHE / "off_grid"
+    if not folder.exists():
+        make_off_grid(str(smollm2_gguf()), folder)
+    return folder
+
+
 MODELS = {
     "smollm2": ("SmolLM2-135M.gguf", smollm2_gguf),
+    "off_grid": ("SmolLM2-off-grid", off_grid),
     "stories260K": ("stories260K", SHARED / "models" / "stories260K"),
 }
 LINKED = {

@@ -86,6 +86,34 @@ def nearest_of_table(value: float, scale: float) -> int:
     return min(range(16), key=lambda place: abs(TABLE[place] * scale - value)) if scale else 7
 
 
+def test_values_of_the_table_are_the_nearest_of_sixteen() -> None:
+    quantizer = QUANTIZERS.get("nl4")
+    numbers = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+    assert (quantizer.bits, quantizer.range, quantizer.stored) == (4, (-8, 7), ("scales",))
+    scales = torch.tensor([[0.5], [0.0], [3.0]], dtype=torch.float64)
+    values = random_values(3, 400, 1).double()
+    found = quantizer.nearest(values, scales)
+    for row, scale in enumerate(scales[:, 0].tolist()):
+        for value, code in zip(values[row].tolist(), found[row].tolist(), strict=True):
+            best = min(range(16), key=lambda k: abs(numbers[k] * scale - value)) - 8 if scale else 0
+            assert code == best
+    decoded = quantizer.decode(torch.arange(-8, 8), torch.tensor(1.0))
+    assert decoded.tolist() == numbers
+
+
+def test_fitted_scales_of_the_table_are_better_than_one_share_for_all() -> None:
+    quantizer = QUANTIZERS.get("nl4")
+    values = random_values(20, 32, 2)
+    values[3], values[4] = values[3].abs(), -values[4].abs()
+    codes, (scales,) = quantizer.refit(values)
+    errors = (quantizer.decode(codes, scales.float()[:, None]) - values).square().sum(1)
+    for share in torch.linspace(0.6, 1.3, 30):
+        each = (values.abs().amax(1) / 127 * share)[:, None]
+        other = (quantizer.decode(quantizer.nearest(values, each), each) - values).square().sum(1)
+        assert errors.sum() <= other.sum()
+    assert bool((quantizer.refit(torch.zeros(2, 8))[1][0] == 0).all())
+
+
 @pytest.mark.parametrize("name", ["int8", "int6", "int5", "int4", "int3", "int2"])
 def test_uniform_values_are_multiples_of_the_scale(name: str) -> None:
     quantizer = QUANTIZERS.get(name)
@@ -233,4 +261,4 @@ def test_floats_have_no_quantizer_and_unknown_names_are_refused() -> None:
         with pytest.raises(HalfplateError) as caught:
             find("int7")
         assert str(caught.value).startswith("core_dtype='int7' is unknown; ")
-        assert str(caught.value).endswith("available: int8, int6, int5, int4, int3, int2")
+        assert str(caught.value).endswith("available: int8, int6, int5, int4, nl4, int3, int2")

@@ -22,6 +22,7 @@ from halfplate.formats.encoding.packing import check_padding
 from halfplate.formats.encoding.packing import pack as pack_codes
 from halfplate.formats.encoding.packing import unpack as unpack_codes
 from halfplate.formats.quantizers import QUANTIZERS, quantizer_of
+from halfplate.formats.quantizers.table import Table
 from halfplate.formats.spec import WeightSpec
 from halfplate.kernels import native
 from halfplate.kernels.capability import (
@@ -42,7 +43,7 @@ KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
 TILE = 128  # columns of a scale: as in src/runtime.h
 WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
 PATTERNS = ("2:4", "dense")
-CORES = ("fp32", "bf16", "fp16", "int8", "int6", "int5", "int4", "int3", "int2")
+CORES = ("fp32", "bf16", "fp16", "int8", "int6", "int5", "int4", "nl4", "int3", "int2")
 ACTIVATIONS = ("float", "int8")
 # From so many tokens on, the core is expanded and the vendor's matrix product does the work. Measured (RESULTS.md): with
 # 512-bit vectors the sparse kernels beat its fp32 product at any size, but not the bf16 one of processors that have it.
@@ -201,23 +202,26 @@ def unpack(spec: WeightSpec, packed: Tensor) -> dict[str, Tensor]:
 
 
 def _kernel_spec(spec: WeightSpec) -> WeightSpec:
-    """The matrix as the kernels hold it: int6 and int5 as int8, int3 and int2 as int4."""
+    """The matrix as the kernels hold it: int6, int5 and nl4 as int8, int3 and int2 as int4."""
     quantizer = quantizer_of(spec.core_dtype)
     if quantizer is None or spec.core_dtype in KINDS:
         return spec
-    return replace(spec, core_dtype="int8" if quantizer.bits > 4 else "int4")
+    return replace(spec, core_dtype="int8" if quantizer.bits > 4 or isinstance(quantizer, Table) else "int4")
 
 
 def _recoded(weight: Tensor, spec: WeightSpec, held: str, wanted: str) -> Tensor:
-    """The stored core of a matrix of `spec`, its codes of type `held` rewritten as those of `wanted`."""
+    """The stored core of a matrix of `spec`, its codes of type `held` rewritten as those of `wanted` with the same values."""
     if held == wanted:
         return weight
-    bits, wanted_bits = QUANTIZERS.get(held).bits, QUANTIZERS.get(wanted).bits
+    before, after = QUANTIZERS.get(held), QUANTIZERS.get(wanted)
     kept, rows = spec.pattern.kept(spec.d_in), weight.reshape(spec.d_out, -1)
-    check_padding(rows, kept, bits, "weight")
-    codes = unpack_codes(rows, kept, bits)
-    shifted = codes.to(torch.int16) + (1 << wanted_bits - 1) - (1 << bits - 1)
-    return pack_codes(shifted, wanted_bits).reshape(*weight.shape[:-1], -1)
+    check_padding(rows, kept, before.bits, "weight")
+    codes = unpack_codes(rows, kept, before.bits).to(torch.int16) - (1 << before.bits - 1)
+    if isinstance(before, Table) or isinstance(after, Table):
+        one = torch.ones(1, dtype=torch.float32, device=CPU)
+        # The numbers of one are codes of the other.
+        codes = after.nearest(before.decode(codes, one), one).to(torch.int16)
+    return pack_codes(codes + (1 << after.bits - 1), after.bits).reshape(*weight.shape[:-1], -1)
 
 
 def read_header(packed: Tensor) -> Header:

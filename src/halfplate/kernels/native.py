@@ -44,10 +44,10 @@ class GramSweep(ctypes.Structure):
     """Mirror of `halfplate::GramSweep` in src/armor.h."""
 
     _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("core", "error", "product", "out_gram", "in_gram", "steps")],
+        *[(name, ctypes.c_void_p) for name in ("core", "error", "product", "out_gram", "in_gram", "table", "steps")],
         *[(name, ctypes.c_int64) for name in ("row_tiles", "row_tile", "cols", "kept", "group")],
         *[(name, ctypes.c_int64) for name in ("least", "greatest", "step_width", "off_grid", "threads")],
-        ("bytes", ctypes.c_int64 * 6),
+        ("bytes", ctypes.c_int64 * 7),
     ]
 
 

@@ -424,14 +424,16 @@ void check_solver() {
         std::vector<float> core = floats(rows * cols), error = floats(rows * cols), product = floats(rows * cols), gram(size_t(cols * cols));
         std::vector<float> steps(size_t(rows * halfplate::ceil_div(cols, 2 * pattern[1])), 0.1f);
         for (int64_t i = 0; i < cols; ++i) gram[size_t(i * cols + i)] = 1;
+        std::vector<float> table(16);
+        for (int k = 0; k < 16; ++k) table[size_t(k)] = float(k * k - 40) / 64;
         std::vector<double> losses(size_t(row_tiles * col_tiles));
         auto bytes = [](const auto &v) { return int64_t(v.size() * sizeof v[0]); };
         // A core of more values than the pattern keeps is wrong, but nothing is written outside of it.
         halfplate::Problem p{weight.data(), out.data(), in.data(), moment.data(), core.data(), row_tiles, row_tile, col_tiles, col_tile,
                              pattern[0], pattern[1], 2, {bytes(weight), bytes(out), bytes(in), bytes(moment), bytes(core)}};
-        halfplate::GramSweep g{core.data(), error.data(), product.data(), out.data(), gram.data(), steps.data(), row_tiles, row_tile, cols,
+        halfplate::GramSweep g{core.data(), error.data(), product.data(), out.data(), gram.data(), table.data(), steps.data(), row_tiles, row_tile, cols,
                                pattern[0], pattern[1], -8, 7, 2 * pattern[1], 1, 2,
-                               {bytes(core), bytes(error), bytes(product), bytes(out), bytes(gram), bytes(steps)}};
+                               {bytes(core), bytes(error), bytes(product), bytes(out), bytes(gram), bytes(table), bytes(steps)}};
         auto expect = [&](bool right, const char *what) {
             if (right) return;
             std::printf("solver %ld:%ld: %s\n", long(pattern[0]), long(pattern[1]), what);
@@ -439,6 +441,12 @@ void check_solver() {
         };
         expect(halfplate_sweep(&p, losses.data(), bytes(losses)) == 0, "sweep refused");
         expect(halfplate_gram_sweep(&g) == 0, "sweep over the Gram refused");
+        g.table = nullptr, g.bytes[5] = 0;
+        expect(halfplate_gram_sweep(&g) == 0, "sweep over the Gram without a table refused");
+        g.table = table.data(), g.bytes[5] = bytes(table);
+        g.greatest = 8;
+        expect(halfplate_gram_sweep(&g) < 0, "a table there is no room for");
+        g.greatest = 7;
         expect(halfplate_sweep(&p, losses.data(), bytes(losses) / 2) < 0, "losses in floats");
         for (int64_t &size : p.bytes) {
             size -= 4;

@@ -31,6 +31,7 @@ QUANTIZERS: Registry[Quantizer] = Registry(
         "int6": "halfplate.formats.quantizers.uniform:INT6",
         "int5": "halfplate.formats.quantizers.uniform:INT5",
         "int4": "halfplate.formats.quantizers.uniform:INT4",
+        "nl4": "halfplate.formats.quantizers.table:NL4",
         "int3": "halfplate.formats.quantizers.uniform:INT3",
         "int2": "halfplate.formats.quantizers.uniform:INT2",
     },

@@ -21,6 +21,8 @@ struct Problem {
 // Every stage also writes the loss of each tile as it was on entry: double (row_tiles, col_tiles).
 using Stage = void (*)(const Problem &, double *cross, double *square, double *losses);
 
+constexpr int64_t LARGEST_TABLE = 16;  // numbers of a grid that are listed
+
 // The core under the full Gram objective: every row couples all its inputs. Matrices as above.
 struct GramSweep {
     float *core;            // S: (rows, cols), updated
@@ -28,6 +30,7 @@ struct GramSweep {
     float *product;         // U = S C: (rows, cols), updated with S
     const float *out_gram;  // G = A' A: (row_tiles, row_tile, row_tile)
     const float *in_gram;   // C = B H B': (cols, cols)
+    const float *table;     // numbers that a step is multiplied by, rising, one a code; null where these are the codes themselves
     float *steps;           // of the grid, (rows, ceil(cols / step_width)), refitted where that gains; null for any real value
     int64_t row_tiles, row_tile, cols;
     int64_t kept, group;              // N, M
@@ -35,7 +38,7 @@ struct GramSweep {
     int64_t step_width;               // columns that share a step; a multiple of M
     int64_t off_grid;                 // 1 where S is not on the grid yet, so that no group may stay as it is
     int64_t threads;
-    int64_t bytes[6];                 // of core, error, product, out_gram, in_gram and steps
+    int64_t bytes[7];                 // of core, error, product, out_gram, in_gram, table and steps
 };
 
 struct Stages {

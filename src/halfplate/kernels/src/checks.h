@@ -146,12 +146,14 @@ static inline int32_t check_gram_sweep(const GramSweep &p) {
         !within(p.row_tiles * p.row_tile, 1, LARGEST_SIDE) || !within(p.group, 1, LARGEST_GROUP) ||
         !within(p.kept, 1, p.group < LARGEST_KEPT ? p.group : LARGEST_KEPT) || p.cols % p.group || !within(p.off_grid, 0, 1))
         return BAD_NUMBER;
-    const bool grid = p.steps != nullptr;
+    const bool grid = p.steps != nullptr, table = p.table != nullptr;
+    if (table && (!grid || !within(p.greatest - p.least, 1, LARGEST_TABLE - 1))) return BAD_NUMBER;
     if (grid && (!within(p.step_width, p.group, LARGEST_SIDE) || p.step_width % p.group || p.least > p.greatest)) return BAD_NUMBER;
     const int64_t rows = p.row_tiles * p.row_tile, matrix = 4 * rows * p.cols;
     const bool fits = holds(p.core, p.bytes[0], matrix) && holds(p.error, p.bytes[1], matrix) && holds(p.product, p.bytes[2], matrix) &&
                       holds(p.out_gram, p.bytes[3], 4 * rows * p.row_tile) && holds(p.in_gram, p.bytes[4], 4 * p.cols * p.cols) &&
-                      holds(p.steps, p.bytes[5], grid ? 4 * rows * ceil_div(p.cols, p.step_width) : 0);
+                      holds(p.table, p.bytes[5], table ? 4 * (p.greatest - p.least + 1) : 0) &&
+                      holds(p.steps, p.bytes[6], grid ? 4 * rows * ceil_div(p.cols, p.step_width) : 0);
     return fits ? DONE : BAD_SIZE;
 }
 

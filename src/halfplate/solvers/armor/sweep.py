@@ -126,7 +126,9 @@ def refit_steps(steps: Tensor, values: Tensor, pull: Tensor, local: Tensor, quan
     """
     alive = steps != 0
     numbers = quantizer.nearest(values, steps[:, None])
-    codes = quantizer.decode(numbers, torch.ones_like(steps)[:, None])  # the factors of the scale
+    # The factors of the scale; a pruned value is 0, which the quantizer need not have.
+    kept = values != 0
+    codes = torch.where(kept, quantizer.decode(numbers, torch.ones_like(steps)[:, None]), 0)
     slope = (codes.double() * pull).sum(1)
     curvature = (codes.double()[:, None, :] @ local.double() @ codes.double()[:, :, None])[:, 0, 0]
     usable = alive & (curvature > 0)
@@ -135,7 +137,7 @@ def refit_steps(steps: Tensor, values: Tensor, pull: Tensor, local: Tensor, quan
     rounded = torch.where(fits, wished, 1).half().float()
     change = rounded.double() - steps
     gains = usable & fits & (2 * change * slope - change.square() * curvature > 0)
-    moved = torch.where(gains[:, None], quantizer.decode(numbers, rounded[:, None]) - values, 0).to(values.dtype)
+    moved = torch.where(gains[:, None] & kept, quantizer.decode(numbers, rounded[:, None]) - values, 0).to(values.dtype)
     steps.copy_(torch.where(gains, rounded, steps))
     values += moved
     return moved
