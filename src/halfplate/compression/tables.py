@@ -1,4 +1,4 @@
-"""The embedding and the output layer on a grid, solved before the layers, which then see the stored embedding."""
+"""Compressing the embedding and the output layer, before the layers, which then receive the stored embedding."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from halfplate.telemetry.clock import Clock
 from halfplate.telemetry.progress import Report
 
 ROWS = 4096  # solved at once; rows do not depend on each other
-# Of the mean second moment of the head's inputs, added to the diagonal if the table is the embedding too: what an error of a row does as
-# an input, beside what it does to the logits. SmolLM2 in int4, groups of 32, KL on WikiText-2 valid: 0.064 with 10, 0.048 with 1,
-# 0.0424 with 0.1, 0.0431 with 0.01, 0.117 rounded to nearest.
+# Fraction of the mean second moment of the head's inputs that is added to the diagonal for a tied table: it weighs the error of a row
+# as an input against its error in the logits. KL of SmolLM2 with an int4 table, groups of 32, on WikiText-2 valid: 0.064 with 10, 0.048
+# with 1, 0.0424 with 0.1, 0.0431 with 0.01, 0.117 rounded to nearest.
 AS_EMBEDDING = 0.1
 
 
@@ -43,11 +43,11 @@ def solve_tables(
     report: Report,
     clock: Clock,
 ) -> list[MatrixRecord]:
-    """Solve the tables of the plan, write all that is outside the layers to an artifact, and let `streamed` read from there.
+    """Solve the tables of the plan, write everything outside the layers to an artifact, and let `streamed` read tables from it.
 
-    A head, or a table that is embedding and head, is solved by the method of the recipe for the Gram matrix of the original model's final
-    hidden states, if the method keeps every weight and uses one. Everything else is rounded to nearest. An intact artifact is
-    kept. Returns a record for each table.
+    A head, tied or not, is solved by the recipe's method for the Gram matrix of the original model's final hidden states, if that
+    method uses Gram matrices and supports unpruned cores. Other tables are rounded to nearest. An intact artifact is kept.
+    Returns a record for each table.
     """
     if not plan.table_specs:
         return []
@@ -122,7 +122,7 @@ def _statistics(gram: Tensor | None, tied: bool) -> InputStatistics:
 
 @torch.no_grad()
 def _final_gram(streamed: StreamedModel, ids: Tensor, report: Report) -> Tensor:
-    """The second moments, fp64 (hidden, hidden), of what reaches the head of the original model, over at most TABLE_TOKENS tokens."""
+    """The Gram matrix, fp64 (hidden, hidden), of the head's inputs in the original model, over at most TABLE_TOKENS tokens."""
     batches = ids[: max(1, TABLE_TOKENS // ids.shape[1])].to(streamed.device).split(BATCH)
     head = streamed.model.get_output_embeddings()
     assert head is not None, "a model with a head to compress has one"
@@ -155,13 +155,13 @@ def _final_gram(streamed: StreamedModel, ids: Tensor, report: Report) -> Tensor:
 
 
 class _Seen(Exception):
-    """The inputs of the head have been seen; its product is not needed."""
+    """Raised after the head's inputs are recorded: its product is not needed."""
 
 
 def _solved(
     name: str, weight: Tensor, method: Method, statistics: InputStatistics, spec: WeightSpec
 ) -> tuple[Chain, MatrixRecord]:
-    """The table `weight` (vocabulary, hidden) as `method` makes it, some rows at a time."""
+    """Compress the table `weight` (vocabulary, hidden) by `method`, ROWS rows at a time."""
     cores: list[NMSparse] = []
     errors = wholes = 0.0
     kind = "weight"

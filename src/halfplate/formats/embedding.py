@@ -1,4 +1,4 @@
-"""The module in the place of an embedding whose table is stored on a grid."""
+"""The replacement of an embedding whose table is stored as codes."""
 
 from typing import Any
 
@@ -10,16 +10,19 @@ from halfplate.errors import HalfplateError
 from halfplate.formats.linear import CompressedMatrix
 from halfplate.formats.spec import WeightSpec
 
-# The buffer of embeddings that multiply what they look up, as those of Gemma do.
+# The buffer with the factor of embeddings that scale their rows, as in Gemma.
 SCALE = "embed_scale"
 
 
 class CompressedEmbedding(CompressedMatrix):
     """Rows of a table (vocabulary, hidden) of codes, decoded when they are looked up.
 
-    spec: of a core alone, without wrappers or other parts. replaced: the embedding that this module stands for; its class, what it
-    multiplies rows by and the type of its weight are kept, its values are not. device: as in CompressedMatrix. Rows come in `dtype`.
-    Raises HalfplateError if `replaced` does more than look up and scale.
+    Rows are returned in `dtype`.
+
+    spec: a core without wrappers or other parts.
+    replaced: the original embedding; its class, its scale and the type of its weight are kept, its values are not.
+    device: as in CompressedMatrix.
+    Raises HalfplateError if `replaced` does more than look up rows and scale them.
     """
 
     def __init__(self, spec: WeightSpec, replaced: nn.Embedding, device: torch.device | str | None = None) -> None:
@@ -28,11 +31,11 @@ class CompressedEmbedding(CompressedMatrix):
         if scale is None:
             raise HalfplateError(f"{type(replaced).__name__} does more than look up rows, so its table must stay dense")
         self.num_embeddings, self.embedding_dim, self.scale = spec.d_out, spec.d_in, scale
-        # Not as a submodule, and without values: it only says what to become again.
+        # Not a submodule, and without values: `dense_module` copies it.
         object.__setattr__(self, "_replaced", _with_table(replaced, torch.empty(0, device="meta"), scale))
 
     def dense_module(self, dtype: torch.dtype) -> nn.Embedding:
-        """The embedding that this module stands for, with the decoded table in `dtype`."""
+        """The original kind of embedding, with the decoded table in `dtype`."""
         replaced: nn.Embedding = self._replaced
         return _with_table(replaced, self.matrix.dense().to(dtype), self.scale)
 
@@ -43,7 +46,7 @@ class CompressedEmbedding(CompressedMatrix):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) to rows (..., hidden) in `dtype`."""
         flat = ids.reshape(-1)
-        # A text repeats its tokens, and a row takes longer to decode than to copy.
+        # Texts repeat tokens, and decoding a row costs more than copying it.
         unique, places = flat.unique(return_inverse=True) if flat.numel() > 1 else (flat, None)
         if unique.numel() and not 0 <= int(unique[0]) <= int(unique[-1]) < self.num_embeddings:
             raise IndexError(f"token {int(unique[-1])} is outside the vocabulary of {self.num_embeddings}")
@@ -58,7 +61,7 @@ class CompressedEmbedding(CompressedMatrix):
 
 
 def check_table(spec: WeightSpec, name: str) -> None:
-    """Raise HalfplateError unless `spec` describes a table whose rows can be decoded alone: a core and no other part."""
+    """Raise HalfplateError unless `spec` is a core without other parts, whose rows can be decoded one by one."""
     if len(spec.classes) > 1 or spec.lender is not None:
         raise HalfplateError(
             f"quantization_config.modules[{name!r}] describes an embedding with wrappers or other parts, expected a core alone; write the checkpoint again"
@@ -66,7 +69,7 @@ def check_table(spec: WeightSpec, name: str) -> None:
 
 
 def embedding_scale(module: nn.Module) -> float | None:
-    """What `module` multiplies the rows of its `weight` by; None unless it is an embedding that does no more than that."""
+    """The factor that `module` multiplies its rows by; None if it is not an embedding, or does more than that."""
     if not isinstance(module, nn.Embedding) or module._parameters.keys() != {"weight"} or module.max_norm is not None:
         return None
     if any(name != SCALE for name in module._buffers):

@@ -1,4 +1,4 @@
-"""The modules that compute with compressed matrices: a base of all, and the one in the place of an `nn.Linear`."""
+"""Modules that compute with a compressed matrix: their base class, and the replacement of an `nn.Linear`."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,10 +17,12 @@ from halfplate.formats.spec import WeightSpec
 class CompressedMatrix(nn.Module):
     """A module that computes with one compressed matrix: every tensor of `spec.layout()` is registered under its name on disk.
 
-    spec: shape and types of the matrix. device: of the tensors, which are still empty (`meta` while transformers builds a model).
-    dtype: that of the module it stands for, in which its model computes; the stored core, `weight`, has another. lender: the module
-    that stores what `spec.borrowed` names, if any; it is not a part of the state of this module. `to(dtype)` changes what the module
-    computes in; stored tensors keep their types.
+    `to(dtype)` changes the type that the module computes in; stored tensors keep their types.
+
+    spec: shape and types of the matrix.
+    device: of the tensors, which are empty until they are loaded (`meta` while transformers builds a model).
+    dtype: type of the original weight, in which the model computes; the stored core, `weight`, has another type.
+    lender: the module that stores the tensors named by `spec.borrowed`; not part of the state of this module.
     """
 
     weight: Tensor
@@ -49,7 +51,7 @@ class CompressedMatrix(nn.Module):
         object.__setattr__(self, "lender", lender)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that the module computes with, `stored()` and borrowed ones; HalfplateError if these are not at hand."""
+        """All tensors that the module computes with, its own and borrowed ones; HalfplateError if these are not available."""
         stored, spec = self.stored(), self.spec
         if spec.lender is None:
             return stored
@@ -68,14 +70,14 @@ class CompressedMatrix(nn.Module):
         return Chain.from_tensors(self.spec, self.tensors())
 
     def __getattr__(self, name: str) -> Any:
-        # Code of a model asks for the type and the place of the weight of a head that is stored elsewhere.
+        # Model code reads the dtype and the device of the weight of a tied head.
         if name == "weight" and "spec" in self.__dict__ and self.spec.same_as is not None:
             return WeightView((self.spec.d_out, self.spec.d_in), self.dtype, self.device)
         return super().__getattr__(name)
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are; those of its lender if it has none of its own."""
+        """The device of its tensors, or of those of its lender if it stores none."""
         for module in (self, self.lender):
             for tensor in () if module is None else module.stored().values():
                 return tensor.device
@@ -100,7 +102,9 @@ def _borrowing(spec: WeightSpec) -> str:
 class CompressedLinear(CompressedMatrix):
     """y = x (A S B)ᵀ + bias, in the place of an `nn.Linear`.
 
-    spec, device, dtype: as in CompressedMatrix. bias: whether a bias (d_out,) is added. bias_dtype: element type of the bias.
+    spec, device, dtype: as in CompressedMatrix.
+    bias: whether a bias (d_out,) is added.
+    bias_dtype: element type of the bias.
     """
 
     bias: Tensor | None

@@ -1,4 +1,4 @@
-"""The compressed module that takes the place of a linear or an embedding."""
+"""Replacing a linear or an embedding by its compressed module, and back."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from halfplate.formats.spec import WeightSpec
 
 
 def stand_in(module: Any, spec: WeightSpec, name: str) -> CompressedMatrix:
-    """A module of `spec`, its tensors still on the meta device, for the linear or embedding `module` called `name`.
+    """The compressed module of `spec` for the linear or embedding `module` called `name`; its tensors are on the meta device.
 
     Raises HalfplateError if `module` is neither, does more than multiply or look up, or has another shape.
     """
@@ -36,7 +36,7 @@ def stand_in(module: Any, spec: WeightSpec, name: str) -> CompressedMatrix:
 
 
 def dense_module(module: CompressedMatrix, dtype: torch.dtype) -> nn.Module:
-    """The linear or embedding that `module` stands for, with its matrix multiplied out in `dtype`."""
+    """The linear or embedding that `module` replaced, with the full matrix in `dtype`."""
     if isinstance(module, CompressedEmbedding):
         return module.dense_module(dtype)
     assert isinstance(module, CompressedLinear), "nothing else is compressed"

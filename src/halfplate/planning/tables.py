@@ -1,4 +1,4 @@
-"""How the embedding and the output layer are stored: the two tables of a model outside its decoder layers."""
+"""Planning the embedding and the output layer, the two tables outside the decoder layers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ AUTO_DTYPE = "int8"
 
 
 def plan_tables(model: PreTrainedModel, recipe: Recipe) -> list[MatrixPlan]:
-    """The embedding and the head as the recipe has them; neither if both are kept.
+    """The embedding and the head as the recipe stores them; an empty list if it keeps both.
 
-    A head that is tied to the embedding is stored with it (`WeightSpec.same_as`). Raises HalfplateError for a table that must stay as it
-    is although the recipe names a type for it, and for two types of one table.
+    A tied head is stored with the embedding (`WeightSpec.same_as`). Raises HalfplateError if the recipe names a type for a table
+    that cannot be compressed, or two types for a tied pair.
     """
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
