@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_type_hints
 
 from halfplate import methods, plain_yaml, recipes, transforms
-from halfplate.allocation import CHOICES, Evolution
+from halfplate.allocation import CHOICES, CHOSEN, Evolution
 from halfplate.arguments import path_text, typed
 from halfplate.device import device_kind
 from halfplate.errors import HalfplateError
@@ -122,7 +122,7 @@ class Recipe:
     owl_lambda: float = 0.08
     budget: float | None = None
     time_budget: float | None = None
-    choose: tuple[str, ...] = CHOICES
+    choose: tuple[str, ...] = CHOSEN
     search: Literal["knapsack", "evolution"] = "knapsack"
     generations: int = 20
     offspring: int = 16
@@ -196,7 +196,7 @@ class Recipe:
                 )
         if self.search == "evolution" and not self.budgeted:
             raise HalfplateError("search='evolution' looks for the best candidates within a budget; give --budget 0.6")
-        if self.choose != CHOICES and not self.budgeted:
+        if self.choose != CHOSEN and not self.budgeted:
             raise HalfplateError(
                 f"choose={','.join(self.choose)} says what a budget may choose, and there is none; give --budget 0.6, or leave it out"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 
 import halfplate
 from halfplate.compression import self_check, tables
-from halfplate.errors import HalfplateError
+from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.formats import CompressedEmbedding
+from halfplate.methods import tables as solving
 from halfplate.models.sources import load_dense
 from halfplate.recipe import Recipe
 from halfplate.runtime import explain, restore
@@ -149,19 +151,20 @@ def test_the_gram_matrix_of_the_final_states_is_what_the_model_computes(folder_o
 def test_the_solver_leaves_less_on_the_logits_than_rounding() -> None:
     from halfplate.formats import WeightSpec
     from halfplate.methods.armor import Armor
-    from halfplate.methods.rtn import RoundToNearest
     from halfplate.pattern import DENSE
+    from halfplate.statistics import InputStatistics
 
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(512, 8, generator=generator) @ torch.randn(8, 32, generator=generator)
     weight, gram = torch.randn(40, 32, generator=generator), (states.T @ states / 512).double()
-    statistics = tables._statistics(gram, tied=False)
+    statistics = solving.table_statistics(gram, tied=False)
     spec = WeightSpec(40, 32, DENSE, "int3", group=32)
     errors = []
-    for method in (Armor(iterations=4), RoundToNearest()):
-        solved, record = tables._solved("head", weight, method, statistics, spec)
+    for known in (statistics, InputStatistics()):
+        solved, record = solving.solve_table("head", weight, Armor(iterations=4), known, spec)
         error = float(((solved.dense() - weight) @ states.T).square().mean() / (weight @ states.T).square().mean())
-        assert record.relative_error == pytest.approx(error, rel=1e-3)
+        if known is statistics:
+            assert record.relative_error == pytest.approx(error, rel=1e-3)
         errors.append(error)
     assert errors[0] < 0.5 * errors[1]
 
@@ -170,7 +173,7 @@ def test_many_rows_are_solved_a_few_at_a_time(
     folder_of: Callable[[str], Path], made: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, _ = made("tied", embedding_dtype="int8")
-    monkeypatch.setattr(tables, "ROWS", 48)
+    monkeypatch.setattr(solving, "ROWS", 48)
     halfplate.compress(str(folder_of("tied")), tmp_path / "out", Recipe(**SMALL, embedding_dtype="int8"))
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes()
@@ -235,9 +238,8 @@ def test_recovery_leaves_a_tied_head_with_its_embedding(
     made: Callable[..., Any], folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out, _ = made("tied", embedding_dtype="int8")
-    halfplate.recover(
-        out, tmp_path / "recovered", teacher=str(folder_of("tied")), steps=2, calibration="self", seq_len=32
-    )
+    with suppress(RuinedResult):  # after writing: so few tokens may not lower the KL
+        halfplate.recover(out, folder_of("tied"), tmp_path / "recovered", tokens=256, seq_len=32)
     model = halfplate.load(tmp_path / "recovered", kernels=False)
     assert model.lm_head.spec.same_as == EMBEDDING
     assert logits(model).isfinite().all()
@@ -301,3 +303,28 @@ def test_tokens_outside_the_vocabulary_are_an_error(made: Callable[..., Any]) ->
     embedding = halfplate.load(out, kernels=False).get_input_embeddings()
     with pytest.raises(IndexError, match="outside the vocabulary of 320"):
         embedding(torch.tensor([3, 320]))
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_a_budget_chooses_the_tables_with_the_matrices(
+    kind: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = Recipe(
+        **SMALL | {"core_dtype": "int4", "embedding_dtype": "auto", "head_dtype": "auto", "group_size": 32},
+        budget=0.4,
+        choose=("core_dtype",),
+    )
+    plan = halfplate.plan(str(folder_of(kind)), recipe)
+    summary = halfplate.compress(str(folder_of(kind)), tmp_path / "out", recipe)
+    assert summary["nbytes"] <= plan.nbytes_at_most == int(0.4 * plan.dense_nbytes)
+    specs = {matrix["name"]: matrix["core_dtype"] for matrix in halfplate.inspect(tmp_path / "out")["matrices"]}
+    # All of both tables in int8 would leave no room for four bits in every linear.
+    assert specs[EMBEDDING] in ("int6", "int5", "int4", "nl4")
+    assert (specs[HEAD] == specs[EMBEDDING]) or kind == "untied"
+    assert halfplate.load(tmp_path / "out", kernels=False)(input_ids=IDS).logits.isfinite().all()
+    with pytest.raises(
+        HalfplateError, match=r"budget=0.2 cannot be met: the least is 0.4[0-9]+ of the original bytes \(0.1"
+    ):
+        halfplate.plan(
+            str(folder_of(kind)), Recipe(**SMALL | {"embedding_dtype": "auto", "group_size": 32}, budget=0.2, choose=())
+        )

@@ -5,15 +5,19 @@ from dataclasses import replace
 from itertools import product
 
 from halfplate.errors import HalfplateError
+from halfplate.formats.encoding.rounding import GROUPS
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern
 
-CHOICES = ("block_size", "pattern", "core_dtype")
+CHOICES = ("block_size", "pattern", "core_dtype", "group_size")
+# Those that are free unless the recipe says otherwise: groups below 128 have no kernels yet.
+CHOSEN = CHOICES[:3]
 BLOCKS = (0, 8, 16, 32)
 PATTERNS = ("1:4", "2:4", "4:8", "3:4", "dense")
 CORES = ("bf16", *QUANTIZERS)
+TABLE_CORES = ("int8", "int6", "int5", "int4", "nl4")
 
 
 def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[WeightSpec]:
@@ -26,8 +30,9 @@ def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[
     blocks = BLOCKS if "block_size" in choose and method.wrapped else (None,)
     patterns = PATTERNS if "pattern" in choose else (None,)
     cores = CORES if "core_dtype" in choose else (None,)
+    groups = GROUPS if "group_size" in choose else (spec.group,)
     found = {spec}
-    for block, pattern, core in product(blocks, patterns, cores):
+    for block, pattern, core, group in product(blocks, patterns, cores, groups):
         try:
             other = replace(
                 spec,
@@ -36,6 +41,7 @@ def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[
                 in_shared=None if block == 0 else spec.in_shared,
                 pattern=spec.pattern if pattern is None else Pattern.parse(pattern),
                 core_dtype=spec.core_dtype if core is None else core,
+                group=group if (spec.core_dtype if core is None else core) in QUANTIZERS else spec.group,
             )
             method.check_spec(other)
         except HalfplateError:
@@ -43,6 +49,12 @@ def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[
         if _is_smaller(other):
             found.add(other)
     return _by_bytes(found)
+
+
+def table_candidates(spec: WeightSpec, choose: Iterable[str]) -> list[WeightSpec]:
+    """What an embedding or a head of `spec` may become under a budget, the cheapest first."""
+    groups = GROUPS if "group_size" in set(choose) else (spec.group,)
+    return _by_bytes(replace(spec, core_dtype=core, group=group) for core in TABLE_CORES for group in groups)
 
 
 def uneven(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[WeightSpec]:

@@ -44,8 +44,9 @@ def allocate_plan(
             share = recipe.budget if recipe.time_budget is None else recipe.time_budget
             assert share is not None
             whole = plan.dense_nbytes if recipe.time_budget is None else measurement.dense_seconds
-            # The tables take their part of the bytes before anything is chosen.
-            taken = plan.table_nbytes if recipe.time_budget is None else 0
+            # Tables that are not free take their part of the bytes first.
+            fixed = [matrix.spec for matrix in plan.matrices if matrix.block is None and not matrix.free]
+            taken = sum(spec.nbytes for spec in fixed if spec is not None) if recipe.time_budget is None else 0
             picked = _knapsack(units, share * whole, whole, taken, recipe.time_budget)
         if evolution is not None:
             assert store is not None

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from halfplate.allocation import candidates, uneven
+from halfplate.allocation import candidates, table_candidates, uneven
 from halfplate.budgets.stopwatch import Stopwatch
 from halfplate.budgets.store import LevelStore
-from halfplate.calibration import BATCH, collect_block
+from halfplate.calibration import BATCH, collect_block, head_gram
 from halfplate.errors import HalfplateError
 from halfplate.formats import Chain, CompressedLinear, WeightSpec
 from halfplate.formats.sharing import share, sharing_groups
 from halfplate.methods.solving import relative_error, solve_group
+from halfplate.methods.tables import solve_table, table_statistics, uses_gram
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.models.linears import replace_module
 from halfplate.models.sources import LoadedModel
@@ -93,7 +94,42 @@ class LevelMeasurement:
                 units.append(self._measured(len(units), block, group, statistics[group[0]]))
                 report("choosing levels", sum(len(unit.names) for unit in units), len(specs))
             self.probe = self.blockwise.run_block(block, self.probe)
+        free = {m.name: m.spec for m in self.plan.matrices if m.free and m.spec is not None and m.spec.same_as is None}
+        if free:
+            for block in range(max(groups) + 1, len(self.blockwise.blocks)):
+                hidden = [self.blockwise.run_block(block, batch) for batch in hidden]
+            gram = head_gram(self.blockwise, hidden)
+            units += [self._measured_table(name, spec, gram) for name, spec in free.items()]
         return units
+
+    def _measured_table(self, name: str, spec: WeightSpec, gram: Tensor) -> Unit:
+        """The embedding or the head as a unit. gram: of the inputs of the head."""
+        module: Any = self.model.get_submodule(name)
+        tied = [head for head, other in self.plan.table_specs.items() if other.same_as == name]
+        head = bool(tied) or module is self.model.get_output_embeddings()
+        by_gram = head and uses_gram(self.method, spec)
+        statistics = table_statistics(gram, bool(tied)) if by_gram else InputStatistics()
+        weight, levels = module.weight.detach().float(), []
+        harm = 0.0
+        for level in table_candidates(spec, self.recipe.choose):
+            chain, record = solve_table(name, weight, self.method.quick(), statistics, level)
+            specs = {name: level} | {other: replace(level, same_as=name) for other in tied}
+            levels.append(MeasuredLevel(specs, float(level.nbytes), record.relative_error))
+            if (
+                not harm and record.relative_error > 0
+            ):  # of the cheapest: the least of them is hardly more than rounding
+                harm = self._table_harm(module, chain.dense()) / record.relative_error
+        return Unit((name, *tied), tuple(_front(levels)), harm)
+
+    def _table_harm(self, module: Any, table: Tensor) -> float:
+        """KL to the original model, nats per token, with this table alone replaced."""
+        before = module.weight.data
+        try:
+            module.weight.data = table.to(before.dtype)
+            logits = _logits(self.blockwise, 0, self.blockwise.embed(self.ids[:PROBE_SAMPLES]))
+            return float(divergence(logits.flatten(0, 1), self.dense.flatten(0, 1)))
+        finally:
+            module.weight.data = before
 
     def _measured(self, number: int, block: int, names: list[str], statistics: InputStatistics) -> Unit:
         linears = [cast(nn.Linear, self.model.get_submodule(name)) for name in names]
@@ -151,7 +187,7 @@ class LevelMeasurement:
 
 def _key(spec: WeightSpec) -> tuple[object, ...]:
     """The settings that matrices of different shapes can have in common."""
-    return spec.pattern, spec.core_dtype, spec.out_block, spec.in_block
+    return spec.pattern, spec.core_dtype, spec.out_block, spec.in_block, spec.group
 
 
 def at_level(planned: Mapping[str, WeightSpec], level: WeightSpec) -> dict[str, WeightSpec] | None:
@@ -164,6 +200,7 @@ def at_level(planned: Mapping[str, WeightSpec], level: WeightSpec) -> dict[str, 
                 core_dtype=level.core_dtype,
                 out_block=level.out_block,
                 in_block=level.in_block,
+                group=level.group,
             )
             for name, spec in planned.items()
         }

@@ -1,6 +1,6 @@
 """Calibration: the tokens that the model runs on, and the statistics of the inputs of its linears."""
 
-from halfplate.calibration.collect import BATCH, DenseRun, collect_block, input_stages, stage_sums
+from halfplate.calibration.collect import BATCH, DenseRun, collect_block, head_gram, input_stages, stage_sums
 from halfplate.calibration.documents import read_text, token_stream
 from halfplate.calibration.text import CalibrationTokens, calibration_tokens
 
@@ -10,6 +10,7 @@ __all__ = [
     "DenseRun",
     "calibration_tokens",
     "collect_block",
+    "head_gram",
     "input_stages",
     "read_text",
     "stage_sums",

@@ -1,7 +1,7 @@
 """Statistics of the inputs of a decoder layer's linears, collected while the layer runs."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -57,6 +57,34 @@ def input_stages(blockwise: BlockwiseModel, index: int, batch: BlockInputs, name
     for name in [*leaders, *(name for name in names if name not in leaders)]:
         stages.setdefault(leaders.get(name, name), []).append(name)
     return list(stages.values())
+
+
+@torch.no_grad()
+def head_gram(blockwise: BlockwiseModel, states: Sequence[BlockInputs]) -> Tensor:
+    """The Gram matrix XᵀX / tokens, fp64 (hidden, hidden), of the inputs of the output embedding, from the outputs of the last layer."""
+    model: Any = blockwise.model
+    head = model.get_output_embeddings()
+    width, count = head.weight.shape[1], 0
+    gram = torch.zeros(width, width, dtype=torch.float64, device=states[0].hidden.device)
+
+    def collect(_: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal gram, count
+        inputs = args[0].reshape(-1, width).double()
+        gram, count = gram + inputs.T @ inputs, count + len(inputs)
+        raise _Seen
+
+    hook = head.register_forward_pre_hook(collect)
+    try:
+        for state in states:
+            with suppress(_Seen):
+                blockwise.finish(state)
+    finally:
+        hook.remove()
+    return gram / count
+
+
+class _Seen(Exception):
+    """Raised after the inputs of the head are recorded: its product is not needed."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from halfplate.calibration import BATCH, CalibrationTokens
+from halfplate.calibration import BATCH, CalibrationTokens, head_gram
 from halfplate.compression.layers import finite
 from halfplate.compression.tasks import facts_of, records_in
 from halfplate.compression.work_folder import WorkFolder
-from halfplate.errors import HalfplateError
-from halfplate.formats import Chain, NMSparse, WeightSpec
-from halfplate.methods.base import Method
-from halfplate.methods.rtn import RoundToNearest
-from halfplate.methods.solving import MatrixRecord, squared_errors
+from halfplate.formats import Chain, WeightSpec
+from halfplate.methods.solving import MatrixRecord
+from halfplate.methods.tables import solve_table, table_statistics, uses_gram
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan
 from halfplate.planning.memory import TABLE_TOKENS
-from halfplate.statistics import InputStatistics, Statistic
+from halfplate.statistics import InputStatistics
 from halfplate.storage.artifact import Artifact, load_artifact, remove_artifact, save_artifact_of
 from halfplate.storage.tensor_file import KINDS, read_tensor
 from halfplate.telemetry.clock import Clock
 from halfplate.telemetry.progress import Report
-
-ROWS = 4096  # solved at once; rows do not depend on each other
-# Fraction of the mean second moment of the head's inputs that is added to the diagonal for a tied table: it weighs the error of a row
-# as an input against its error in the logits. KL of SmolLM2 with an int4 table, groups of 32, on WikiText-2 valid: 0.064 with 10, 0.048
-# with 1, 0.0424 with 0.1, 0.0431 with 0.01, 0.117 rounded to nearest.
-AS_EMBEDDING = 0.1
 
 
 def solve_tables(
@@ -78,7 +68,7 @@ def _solve(
 ) -> None:
     specs, method = plan.table_specs, plan.job.method
     heads = {spec.same_as or name for name, spec in specs.items() if _is_head(streamed, name)}
-    by_gram = {name for name in heads if tokens is not None and _uses_gram(method, specs[name])}
+    by_gram = {name for name in heads if tokens is not None and uses_gram(method, specs[name])}
     gram = _final_gram(streamed, cast(CalibrationTokens, tokens).ids, report) if by_gram else None
     records: dict[str, MatrixRecord] = {}
     solved: dict[str, Chain] = {}
@@ -86,9 +76,8 @@ def _solve(
     for number, (name, spec) in enumerate(own.items()):
         report("embedding and head", number, len(own))
         tied = any(other.same_as == name for other in specs.values())
-        statistics = _statistics(gram, tied) if name in by_gram else InputStatistics()
-        solver = method if name in by_gram else RoundToNearest()
-        solved[name], records[name] = _solved(name, streamed.read(f"{name}.weight"), solver, statistics, spec)
+        statistics = table_statistics(gram, tied) if gram is not None and name in by_gram else InputStatistics()
+        solved[name], records[name] = solve_table(name, streamed.read(f"{name}.weight"), method, statistics, spec)
     for name, spec in specs.items():
         if spec.same_as is not None:
             records[name] = MatrixRecord(**vars(records[spec.same_as]) | {"name": name})
@@ -102,39 +91,10 @@ def _is_head(streamed: StreamedModel, name: str) -> bool:
     return streamed.model.get_submodule(name) is streamed.model.get_output_embeddings()
 
 
-def _uses_gram(method: Method, spec: WeightSpec) -> bool:
-    """Whether `method` solves an unpruned matrix of `spec` by a Gram matrix."""
-    if method.requires < Statistic.GRAM:
-        return False
-    try:
-        method.check_spec(spec)
-    except HalfplateError:
-        return False
-    return True
-
-
-def _statistics(gram: Tensor | None, tied: bool) -> InputStatistics:
-    assert gram is not None, "a head is solved by it"
-    if tied:
-        gram = gram + AS_EMBEDDING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return InputStatistics(1, gram.diagonal().float(), gram)
-
-
 @torch.no_grad()
 def _final_gram(streamed: StreamedModel, ids: Tensor, report: Report) -> Tensor:
     """The Gram matrix, fp64 (hidden, hidden), of the head's inputs in the original model, over at most TABLE_TOKENS tokens."""
     batches = ids[: max(1, TABLE_TOKENS // ids.shape[1])].to(streamed.device).split(BATCH)
-    head = streamed.model.get_output_embeddings()
-    assert head is not None, "a model with a head to compress has one"
-    width, count = head.weight.shape[1], 0
-    gram = torch.zeros(width, width, dtype=torch.float64, device=streamed.device)
-
-    def collect(_: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal gram, count
-        inputs = args[0].reshape(-1, width).double()
-        gram, count = gram + inputs.T @ inputs, count + len(inputs)
-        raise _Seen
-
     with streamed.outer(head=False):
         states = [streamed.embed(batch) for batch in batches]
         for index in range(len(streamed.blocks)):
@@ -144,37 +104,7 @@ def _final_gram(streamed: StreamedModel, ids: Tensor, report: Report) -> Tensor:
                 states = [streamed.blockwise.run_block(index, state) for state in states]
             finally:
                 streamed.free_block(index)
-        hook = head.register_forward_pre_hook(collect)
-        try:
-            for state in states:
-                with suppress(_Seen):
-                    streamed.blockwise.finish(state)
-        finally:
-            hook.remove()
-    return gram / count
-
-
-class _Seen(Exception):
-    """Raised after the head's inputs are recorded: its product is not needed."""
-
-
-def _solved(
-    name: str, weight: Tensor, method: Method, statistics: InputStatistics, spec: WeightSpec
-) -> tuple[Chain, MatrixRecord]:
-    """Compress the table `weight` (vocabulary, hidden) by `method`, ROWS rows at a time."""
-    cores: list[NMSparse] = []
-    errors = wholes = 0.0
-    kind = "weight"
-    for rows in weight.split(ROWS):
-        try:
-            chain = method.compress(rows, statistics, replace(spec, d_out=len(rows))).weight
-        except HalfplateError as refusal:
-            raise HalfplateError(f"{name}: {refusal}") from None
-        error, whole, scale, kind = squared_errors(rows, chain.dense(), statistics)
-        errors, wholes = errors + error * scale, wholes + whole * scale
-        cores.append(chain.core)
-    record = MatrixRecord(name, errors / wholes if wholes > 0 else 0.0, kind, (), 0.0)
-    return Chain.of(spec, NMSparse.joined(cores)), record
+        return head_gram(streamed.blockwise, states)
 
 
 def _entries(

@@ -11,7 +11,7 @@ from typing import Any
 
 from halfplate.checkpoint.output import LOCK_FILE, sole_user, work_place
 from halfplate.errors import HalfplateError
-from halfplate.storage.artifact import read_json, write_json
+from halfplate.storage.artifact import note, read_json, write_json
 
 IDENTITY_FILE = "identity.json"
 
@@ -93,7 +93,7 @@ class WorkFolder:
     def finished_work(self) -> bool:
         """Whether the folder contains finished work."""
         kinds = ("blocks", "matrices", "transforms/*")
-        return self.levels.exists() or any(any(self.path.glob(f"{kind}/*.json")) for kind in kinds)
+        return self.levels.exists() or note(self.outer).exists() or any(any(self.path.glob(f"{kind}/*.json")) for kind in kinds)
 
     @contextmanager
     def opened(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> Iterator[None]:

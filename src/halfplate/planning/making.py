@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from halfplate.allocation.candidates import CHOICES, candidates
+from halfplate.allocation.candidates import CHOICES, candidates, table_candidates
 from halfplate.calibration.documents import SOURCES, check_source
 from halfplate.calibration.text import check_seq_len, check_tokens_fit
 from halfplate.defaults import plain_defaults
@@ -114,7 +114,12 @@ def plan_source(
     of_tables = {table.name: table.spec for table in tables if table.spec is not None}
     outside = list(of_tables.values())
     if recipe.budget is not None:
-        _check_budget(recipe.budget, specs, outside, recipe, method)
+        least = [
+            table_candidates(table.spec, recipe.choose)[0] if table.free else table.spec
+            for table in tables
+            if table.spec is not None
+        ]
+        _check_budget(recipe.budget, specs, least, recipe, method)
     other_nbytes = _other_nbytes(dense, [*compressed, *of_tables], source.other_dtype)
     if measure is None:
         measure = sum(solving_flops(job, spec) for spec in specs) > WORTH_FLOPS

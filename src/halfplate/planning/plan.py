@@ -38,6 +38,7 @@ class MatrixPlan:
     flops: float = 0.0
     memory: int = 0
     seconds: float | None = None
+    free: bool = False
 
     @property
     def skipped(self) -> bool:
