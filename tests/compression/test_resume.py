@@ -109,7 +109,7 @@ def test_tuned_blocks_and_chosen_levels_are_kept(tiny_folder, tmp_path, monkeypa
 def test_a_complete_result_is_found_and_nothing_is_done(tiny_folder, tmp_path, monkeypatch, text_file):
     recipe = Recipe(method="wanda", calibration=str(text_file), **SMALL)
     first = compress(str(tiny_folder), tmp_path / "out", recipe)
-    monkeypatch.setattr("halfplate.compression.compress.compress_blocks", None)
+    monkeypatch.setattr("halfplate.compression.compress.compress_layers", None)
     before = digests(tmp_path / "out")
     again = compress(str(tiny_folder), tmp_path / "out", recipe, resume=True)
     assert digests(tmp_path / "out") == before
@@ -135,7 +135,7 @@ def test_what_differs_is_named(tiny_folder, tmp_path, monkeypatch, text_file):
     def refused(message, folder=tiny_folder, **changes):
         with pytest.raises(HalfplateError, match=message):
             compress(str(folder), out, Recipe(**recipe | changes), resume=True)
-        assert load_artifact(work.block(0)) is not None  # a refusal costs nothing
+        assert load_artifact(work.layer(0)) is not None  # a refusal costs nothing
 
     refused("--resume: seed was 0 when .* began and is 1 now; give the same again, or pass --overwrite", seed=1)
     refused("--resume: samples was 12 .* is 8 now", samples=8)
@@ -184,7 +184,7 @@ def test_only_the_damaged_part_is_done_again(deep, tmp_path, monkeypatch, damage
     work = WorkFolder(out)
     shutil.copytree(broken, work.path)
     path = {
-        "block": work.block(1),
+        "block": work.layer(1),
         "matrix": next(iter(sorted((work.path / "matrices").glob("*.safetensors")))),
         "hidden": work.hidden("compressed", 3).with_name("compressed-00003.1"),
         "tokens": work.tokens,
@@ -212,7 +212,7 @@ def test_the_identity_is_there_twice(tiny_folder, tmp_path, monkeypatch):
     flip(work.identity, 80)
     with pytest.raises(HalfplateError, match="and its copy are damaged or missing"):
         compress(str(tiny_folder), out, recipe, resume=True)
-    assert load_artifact(work.block(0)) is not None
+    assert load_artifact(work.layer(0)) is not None
     flip(work.identity_copy, 80)
     names = solved(monkeypatch)
     compress(str(tiny_folder), out, recipe, resume=True)

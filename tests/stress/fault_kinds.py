@@ -224,14 +224,14 @@ def _without_privileges() -> None:
 
 def part_cut_short(bench: Bench) -> Outcome:
     order = broken_off(bench, "cut")
-    path = WorkFolder(order.out).block(1)
+    path = WorkFolder(order.out).layer(1)
     os.truncate(path, path.stat().st_size - 7)
     return resumed(bench, order, Ran(killed=False, error="none: that block alone is computed anew"))
 
 
 def bit_flipped(bench: Bench) -> Outcome:
     order = broken_off(bench, "flip")
-    _flip(WorkFolder(order.out).block(0), -9)
+    _flip(WorkFolder(order.out).layer(0), -9)
     return resumed(bench, order, Ran(killed=False, error="none: that block alone is computed anew"))
 
 
@@ -254,7 +254,7 @@ def damaged_while_assembled(bench: Bench) -> Outcome:
 
     def flip(phase: str, done: int, facts: Mapping[str, Any]) -> None:
         if phase == "writing" and done == 1:
-            _flip(WorkFolder(order.out).block(4), -9)
+            _flip(WorkFolder(order.out).layer(4), -9)
 
     return resumed(bench, order, run(order, step=flip))
 
