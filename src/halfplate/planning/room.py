@@ -16,7 +16,7 @@ from halfplate.planning.memory import CHECKING, memory_plan
 from halfplate.planning.plan import Plan
 from halfplate.statistics import Statistic
 
-# What makes a run hold less, in the order in which it is offered.
+# Options that reduce the memory of a run, in the order in which they are suggested.
 CURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--workers 1", {"workers": 1}),
     ("leave out --max-kl", {"max_kl": None}),
@@ -34,22 +34,22 @@ CURES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def refusal(plan: Plan, out: Path | None, workers: int = 1) -> str | None:
-    """Why this machine cannot run the plan, in one line that names a cure; None if it can.
+    """Why this machine cannot run the plan, in one line with a cure; None if it can.
 
-    out: folder of the result; without it only the memory is checked.
+    out: folder of the result; None checks only the memory.
     """
     return _memory_refusal(plan, workers) or (None if out is None else _disk_refusal(plan, out))
 
 
 def check_room(plan: Plan, out: Path, workers: int) -> None:
-    """Raise HalfplateError if `refusal` finds a reason against the plan."""
+    """Raise HalfplateError if `refusal` returns a reason."""
     if (reason := refusal(plan, out, workers)) is not None:
         raise HalfplateError(reason)
 
 
 def _memory_refusal(plan: Plan, workers: int) -> str | None:
     available = available_memory()
-    # What lies on a GPU is not in this account.
+    # GPU memory is not counted.
     if available is None or plan.memory.peak <= available or torch.device(plan.recipe.device).type != "cpu":
         return None
     return (
@@ -59,7 +59,7 @@ def _memory_refusal(plan: Plan, workers: int) -> str | None:
 
 
 def _cure(plan: Plan, workers: int, available: int) -> str:
-    """The first option with which the plan would fit, or else the shortest list of options from the first on."""
+    """The first option with which the plan would fit, or else the shortest list of options, from the first on."""
     specs, checked = list(plan.specs.values()), CHECKING in plan.memory.phases
 
     def fits(changes: dict[str, Any]) -> bool:
@@ -80,7 +80,7 @@ def _cure(plan: Plan, workers: int, available: int) -> str:
         try:
             return fits(changes)
         except HalfplateError:
-            # Options that do not go together.
+            # Options that exclude each other.
             return False
 
     useful = [(text, changes) for text, changes in CURES if changing(changes)]
@@ -125,7 +125,7 @@ def _disk_refusal(plan: Plan, out: Path) -> str | None:
 
 
 def _nbytes(folder: Path) -> int:
-    """Bytes of files of an earlier run, which this one need not write again."""
+    """Bytes of files of an earlier run, which need not be written again."""
     try:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError:
