@@ -34,9 +34,9 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     wrapped: ClassVar[bool] = False  # whether it makes block-diagonal wrappers around the core
-    low_rank: ClassVar[bool] = False  # whether it is a core plus a matrix of low rank
-    sparse: ClassVar[bool] = True  # whether the core may keep N of M values
-    dense: ClassVar[bool] = False  # whether it may keep all of them
+    low_rank: ClassVar[bool] = False  # whether it adds a low-rank part to the core
+    sparse: ClassVar[bool] = True  # whether it supports N:M patterns
+    dense: ClassVar[bool] = False  # whether it supports unpruned cores
     version: ClassVar[int] = 1
 
     @property
