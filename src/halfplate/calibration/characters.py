@@ -85,7 +85,7 @@ def _blocks(path: Path, where: str, most_bytes: int) -> Iterator[bytes]:
                 done += len(block)
                 if done > most_bytes:
                     raise HalfplateError(
-                        f"{where} holds more than {most_bytes // 2**20} MiB of text, far beyond what is used; pass its first part"
+                        f"{where} holds more than {most_bytes // 2**20} MiB of text, more than is ever used; pass its first part"
                     )
                 yield block
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -38,7 +38,7 @@ def check_tokens(
     token = int(beyond[0])
     raise HalfplateError(
         f"{where} holds token {token}{_spoken(token, tokenizer)}, but the model has a vocabulary of {vocabulary} (tokens 0 to "
-        f"{vocabulary - 1}); use the model's own tokenizer, or remove what gives this token from the text"
+        f"{vocabulary - 1}); use the model's own tokenizer, or remove this token from the text"
     )
 
 

@@ -89,7 +89,7 @@ def _run_without_values(dense: PreTrainedModel, linears: list[FoundLinear]) -> t
     block = max(by_block, key=lambda index: (sum(linear.d_in**2 for linear in by_block[index]), -index))
     widths = {linear.name: linear.d_in for linear in by_block[block]}
     hidden = dense.config.get_text_config().hidden_size
-    # Each model class fails with errors of its own where it asks for values that are not there.
+    # Model code can raise any exception if it needs values on the meta device.
     try:
         with run_without_values(dense):
             blockwise, batch = _embedded(dense)
