@@ -43,7 +43,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, progress: bool = True)
             "--log-level",
             choices=LOG_LEVELS,
             default="info",
-            help="messages on standard error: info (default) shows progress, debug every step, warning and error neither",
+            help="level of messages on standard error: info (default) shows progress, debug also shows every step",
         )
         levels.add_argument(
             "--quiet", action="store_const", dest="log_level", const="warning", help="do not show progress"
