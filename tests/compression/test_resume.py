@@ -143,7 +143,7 @@ def test_what_differs_is_named(tiny_folder, tmp_path, monkeypatch, text_file):
     refused("--resume: method was 'wanda'", method="ria")
     text = text_file.read_text()
     text_file.write_text(text.replace("bird", "fish"))
-    refused("--resume: calibration='.*' gave tokens of SHA-256")
+    refused("--resume: calibration='.*' had tokens with SHA-256")
     text_file.write_text(text)
     weights = (tiny_folder / "model.safetensors").read_bytes()
     (tiny_folder / "model.safetensors").write_bytes(weights[:-400] + bytes(40) + weights[-360:])
