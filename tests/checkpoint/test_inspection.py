@@ -69,7 +69,7 @@ def test_verify_checks_positions_even_where_the_checksum_fits(written: Any) -> N
     [
         (
             lambda record: record.update(format_version=2),
-            "format_version=2 .* is newer than this halfplate supports \(1\)",
+            r"format_version=2 .* is newer than this halfplate supports \(1\)",
         ),
         (lambda record: record.pop("format_version"), "format_version=None"),
         (lambda record: record.pop("tensors"), "has no checksums"),
