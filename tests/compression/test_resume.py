@@ -298,7 +298,7 @@ def test_a_full_disk_loses_nothing(tiny_folder_once, tmp_path, monkeypatch, comp
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", full)
-        with pytest.raises(HalfplateError, match=r"the disk is full .*finished work is kept, and --resume continues"):
+        with pytest.raises(HalfplateError, match=r"the disk is full .*finished work is kept, continue with --resume"):
             compress(str(tiny_folder_once), tmp_path / "out", recipe)
     names = solved(monkeypatch)
     compress(str(tiny_folder_once), tmp_path / "out", recipe, resume=True)

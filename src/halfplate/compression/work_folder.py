@@ -143,10 +143,10 @@ class WorkFolder:
 
     def _refused(self, error: OSError) -> str:
         text = " ".join(str(error).split())
-        kept = "finished work is kept, and --resume continues"
+        kept = "finished work is kept, continue with --resume"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"out={str(self.out)!r}: the disk is full ({text}); free some space: {kept}"
-        return f"out={str(self.out)!r}: {str(self.path)!r} cannot be used ({text}); check that the folder exists and can be written: {kept}"
+            return f"out={str(self.out)!r}: the disk is full ({text}); free some space; {kept}"
+        return f"out={str(self.out)!r}: {str(self.path)!r} cannot be used ({text}); check that the folder exists and can be written; {kept}"
 
 
 def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], when: str) -> None:

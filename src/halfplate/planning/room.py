@@ -111,15 +111,15 @@ def _disk_refusal(plan: Plan, out: Path) -> str | None:
     there = _nbytes(work_place(target))
     if plan.disk.total <= free + there:
         return None
-    parts = [("the result", plan.disk.result), ("finished parts", plan.disk.parts), ("hidden states", plan.disk.hidden)]
+    parts = [("result", plan.disk.result), ("finished artifacts", plan.disk.parts), ("hidden states", plan.disk.hidden)]
     parts += [
-        ("the transformed model in fp32", plan.disk.transformed),
-        ("statistics for the workers", plan.disk.statistics),
+        ("transformed model in fp32", plan.disk.transformed),
+        ("statistics for workers", plan.disk.statistics),
     ]
     listed = ", ".join(f"{name} {spoken(nbytes)}" for name, nbytes in parts if nbytes)
     fewer = "use fewer --samples or " if 2 * plan.disk.hidden > plan.disk.total else ""
     return (
-        f"out={str(out)!r}: {spoken(plan.disk.total)} of disk are needed ({listed}), {spoken(free + there)} are free; "
+        f"out={str(out)!r}: {spoken(plan.disk.total)} of disk space needed ({listed}), but only {spoken(free + there)} free; "
         f"{fewer}free some space, or choose an OUT on another disk"
     )
 
