@@ -97,9 +97,11 @@ def search_levels(
     settings: Evolution,
     report: Report,
 ) -> tuple[list[int], dict[str, Any]]:
-    """The candidates that the search from `start` selects, and a JSON object that describes its course.
+    """The candidates that the search from `start` selects, and a JSON object that describes the search.
 
-    ids: tokens that the solves in `store` have not seen. The search is EvoPress (halfplate.allocation.evolution).
+    The search is EvoPress (halfplate.allocation.evolution).
+
+    ids: tokens that the solves in `store` have not seen.
     """
     costs = [[level.cost for level in unit.levels] for unit in units]
     with ModelAtLevels(model, units, store, ids) as at_levels:

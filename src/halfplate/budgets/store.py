@@ -63,7 +63,7 @@ class LevelStore:
             ) from error
 
     def dense(self, key: tuple[int, int], device: torch.device) -> list[Tensor]:
-        """The matrices kept under `key`, multiplied out: fp32 (d_out, d_in) each."""
+        """The full matrices stored under `key`: fp32 (d_out, d_in) each."""
         tensors = self._held[key] if key in self._held else dict(read_tensors(read_header(self._file(key))))
         found = []
         for k, spec in enumerate(self._specs[key]):

@@ -173,7 +173,7 @@ class _Loop:
             yield stage, statistics
 
     def _kept(self, name: str) -> Path | None:
-        """The artifact of a matrix that was finished before the run was interrupted."""
+        """The artifact of a matrix that was finished before the run was interrupted; None if there is none."""
         path = self.run.work.matrix(self.leaders[name])
         artifact = load_artifact(path)
         if artifact is None or self._damage(artifact) is not None:

@@ -181,7 +181,7 @@ def _logits(streamed: StreamedModel, ids: Tensor, variants: list[Callable[[int],
 
 @contextmanager
 def _in_fp32(blockwise: BlockwiseModel) -> Iterator[None]:
-    """Calibration may multiply in bf16. This comparison must use fp32."""
+    """Context manager in which matrix products run in fp32, because calibration may use bf16."""
     precision, blockwise.precision = blockwise.precision, "fp32"
     try:
         yield

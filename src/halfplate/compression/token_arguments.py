@@ -16,7 +16,7 @@ from halfplate.storage.tensor_file import read_tensor
 
 @dataclass(frozen=True)
 class TokenArguments:
-    """The result of `differing` for every batch of tokens, one artifact in `folder` for each batch that has any."""
+    """The tensors that `differing` returns for every batch of tokens, in one artifact in `folder` per batch that has any."""
 
     folder: Path
 

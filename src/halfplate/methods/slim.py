@@ -46,7 +46,7 @@ class SLiM(Method):
 
 
 def _weighted(error: Tensor, norms: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """left (d_out, rank) and right (rank, d_in) of least |(error − left · right) diag(norms)|; zeros beyond full rank."""
+    """left (d_out, rank) and right (rank, d_in) with the least |(error − left · right) diag(norms)|; zeros beyond full rank."""
     seen = norms[norms > 0]
     norms = norms.clamp_min(float(seen.min())) if len(seen) else torch.ones_like(norms)
     scaled = error * (norms / norms.mean())

@@ -188,7 +188,7 @@ def _sampling(sizes: ModelSizes, recipe: Recipe) -> float:
 
 
 def _reading(source: Source) -> float:
-    """Bytes per second from the weight files to checked numbers in fp32."""
+    """Bytes per second from the weight files to checked fp32 values."""
     fitting = [stored for stored in source.tensors.values() if stored.nbytes <= LONGEST_READ]
     if not fitting:
         return 5e8
