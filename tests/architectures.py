@@ -35,10 +35,10 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "glm_moe_dsa": (MOE | MLA | INDEXER, {"wq_b": "indexer", "wk": "indexer", "weights_proj": "indexer"}),
     "axk2": (MOE | MLA | INDEXER, {"wq_b": "indexer", "wk": "indexer", "weights_proj": "indexer"}),
     "hunyuan_v1_moe": (MOE | {"head_dim": 8, "moe_topk": 2}, {"wg": "part of a gate", "experts": "3-D"}),
-    "qwen3_5_text": (DELTA, {"in_proj_a": "gate of the heads", "in_proj_b": "gate of the heads"}),
+    "qwen3_5_text": (DELTA, {"in_proj_a": "gate of linear attention", "in_proj_b": "gate of linear attention"}),
     "qwen3_next": (
         MOE | DELTA | {"shared_expert_intermediate_size": 16},
-        {"in_proj_ba": "gate of the heads", "shared_expert_gate": "router", "experts": "3-D"},
+        {"in_proj_ba": "gate of linear attention", "shared_expert_gate": "router", "experts": "3-D"},
     ),
     "gpt_oss": (MOE | {"head_dim": 8}, {"router": "router of 8", "experts": "3-D"}),
     "mixtral": (MOE, {"gate": "router of 8", "experts": "3-D"}),

@@ -102,7 +102,7 @@ def test_a_run_goes_on_where_there_are_fewer_cores(tiny_folder, broken_off, monk
     )
     assert (
         "threads",
-        "2, as at the start of the run; this machine has 1 cores, so it is slower (the bytes stay the same)",
+        "2 as at the start of the run; this machine has 1 cores, so it is slower (the bytes stay the same)",
     ) in notes
     assert (broken_off / "config.json").is_file()
 

@@ -150,7 +150,7 @@ def test_the_option_that_would_do_is_named(tiny_folder, text, monkeypatch):
 def test_too_little_disk_is_refused_before_any_work(tiny_folder, tmp_path, text, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 0, 10**6))
-    message = r"out='.*': .* MB of disk are needed \(the result .*\), 1.0 MB are free; free some space"
+    message = r"out='.*': .* MB of disk space needed \(result .*\), but only 1.0 MB free; free some space"
     refused(tiny_folder, tmp_path, message, Recipe(**SMALL))
 
 

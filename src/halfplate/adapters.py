@@ -1,4 +1,4 @@
-"""LoRA adapters of peft on a compressed model: the base stays frozen, the adapter beside it or merged into a copy of full size."""
+"""LoRA adapters of peft on a compressed model: the base is frozen, and the adapter is kept separately or merged into a copy of full size."""
 
 from typing import Any
 
@@ -19,17 +19,17 @@ except ImportError as missing:
 
 
 class LoraCompressed(LoraLinear):  # type: ignore[misc]
-    """peft's LoRA over a compressed linear: y = base(x) + scaling · x Aᵀ Bᵀ, of which A (r, d_in) and B (d_out, r) are trained.
+    """peft's LoRA for a compressed linear: y = base(x) + scaling · x Aᵀ Bᵀ, where A (r, d_in) and B (d_out, r) are trained.
 
-    Made by peft for every targeted module once `adapted` has told the configuration of it. Source: LoRA, arXiv 2106.09685.
+    peft creates it for every targeted module of a configuration that `adapted` has prepared. Source: LoRA, arXiv 2106.09685.
     """
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
-        self.fan_in_fan_out = False  # as peft does for an nn.Linear: the weight is (d_out, d_in)
+        self.fan_in_fan_out = False  # as for an nn.Linear in peft: the weight is (d_out, d_in)
 
     def resolve_lora_variant(self, **kwargs: Any) -> None:
-        """Plain LoRA and no other, whichever way its configuration arrives: peft asks here what else to compute."""
+        """Only plain LoRA is supported; peft asks here which variant to use."""
         variant = super().resolve_lora_variant(**kwargs)
         if variant is not None:
             raise HalfplateError(
@@ -38,7 +38,7 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
             )
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Add an adapter; peft calls this. Raises HalfplateError if `config` trains what the kernels hold packed."""
+        """Add an adapter; called by peft. Raises HalfplateError if `config` trains weights that are packed for the kernels."""
         if isinstance(self.get_base_layer(), Packed):
             for name, frozen in (("bias", "none"), ("modules_to_save", None), ("trainable_token_indices", None)):
                 value = getattr(config, name)
@@ -56,7 +56,7 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The compressed base, or with `merge` a dense nn.Linear in fp32 that holds base and adapters; peft calls this.
+        """The compressed base, or with `merge` an nn.Linear in fp32 that holds base and adapters; called by peft.
 
         Raises HalfplateError with `safe_merge` if the sum holds NaN or infinity.
         """
@@ -79,14 +79,14 @@ class LoraCompressed(LoraLinear):  # type: ignore[misc]
         return merged.requires_grad_(False)
 
     def merge(self, *_: Any, **__: Any) -> None:
-        """Refused: a compressed matrix has no place for a dense sum."""
+        """Always raises HalfplateError, because a compressed matrix cannot hold the sum."""
         raise HalfplateError("merge_adapter() needs full-size weights; call merge_and_unload() instead")
 
 
 def adapted(config: LoraConfig) -> LoraConfig:
-    """Tell `config` how LoRA is put on compressed linears, packed or not, and return it; for get_peft_model and from_pretrained.
+    """Prepare `config` for compressed linears, packed or not, and return it; use it with get_peft_model and from_pretrained.
 
-    Raises HalfplateError for variants that read the dense weight: DoRA, and initial values other than peft's default.
+    Raises HalfplateError for variants that read the original weight: DoRA, and initial values other than peft's default.
     """
     if config.use_dora or config.init_lora_weights not in (True, False, "gaussian"):
         raise HalfplateError(

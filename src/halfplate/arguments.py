@@ -1,4 +1,4 @@
-"""What users give, by flag, file or call, checked and brought to the types that are declared for it."""
+"""Checking arguments of users (flags, files or calls) and converting them to their declared types."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from halfplate.errors import HalfplateError
 
 
 def path_text(argument: str, value: Any) -> str:
-    """A path or a name as text; raises HalfplateError for what is neither a `str` nor a `Path`."""
+    """A path or a name as text; raises HalfplateError unless it is a `str` or a `Path`."""
     if not isinstance(value, str | Path):
         raise HalfplateError(
             f"{argument}={value!r} is of type {type(value).__name__}, expected a path or a name as text"
@@ -18,7 +18,7 @@ def path_text(argument: str, value: Any) -> str:
 
 
 def check_name(argument: str, path: str | Path) -> None:
-    """Raise HalfplateError for a name of a file that is no UTF-8 to the system: safetensors and tokenizers, and what a result tells of it, need that."""
+    """Raise HalfplateError for a file name that is not UTF-8 to the system, because safetensors, tokenizers and the record need UTF-8."""
     try:
         if os.fsencode(path) == str(path).encode("utf-8"):
             return
@@ -30,7 +30,7 @@ def check_name(argument: str, path: str | Path) -> None:
 
 
 def typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`, text being read where a flag gave it; raises HalfplateError naming `name`."""
+    """`value` as the type `hint`, parsed if it is text; raises HalfplateError naming `name`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in arguments:
@@ -53,7 +53,7 @@ def typed(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, bool | str) and value in known:
             return known[value]
     elif hint in (int, float):
-        # YAML 1.1 reads 1e-3 as text.
+        # YAML 1.1 parses 1e-3 as text.
         if not isinstance(value, bool) and isinstance(value, int | str if hint is int else int | float | str):
             try:
                 return hint(value)

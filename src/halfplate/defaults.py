@@ -1,4 +1,4 @@
-"""torch's defaults as Halfplate computes with them, whatever the process that calls it has set."""
+"""torch's default settings for Halfplate's own computations, whatever the calling process has set."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,17 +8,17 @@ import torch
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """Inside, new tensors are fp32 on the processor, nothing is cast on its own, and gradients can be taken.
+    """Context manager in which new tensors are fp32 on the CPU, without autocast, and with gradients enabled.
 
-    Also a decorator. It undoes `torch.set_default_dtype`, `torch.set_default_device`, `torch.device` as a context, autocast,
-    `torch.inference_mode` and `torch.no_grad` for the time of the call.
+    It is also a decorator. It temporarily undoes `torch.set_default_dtype`, `torch.set_default_device`, `torch.device` as a context,
+    autocast, `torch.inference_mode` and `torch.no_grad`.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, dtype)
-        # As a context it slows every call of torch down, so it is entered only if it changes something.
+        # This context slows down every torch call, so it is only entered if it changes something.
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):

@@ -1,4 +1,4 @@
-"""Whether the device asked for is there, decided before any work is done."""
+"""Checking, before any work, whether the requested device is available."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from halfplate.errors import HalfplateError
 
 
 def device_kind(name: Any) -> str:
-    """`cpu`, `cuda` and the like, of the torch device `name`; raises HalfplateError if torch knows no such device."""
+    """The type (`cpu`, `cuda`, ...) of the torch device `name`; raises HalfplateError if torch does not know it."""
     try:
         return torch.device(name).type
     except (RuntimeError, TypeError):
@@ -16,7 +16,7 @@ def device_kind(name: Any) -> str:
 
 
 def check_device(name: Any) -> None:
-    """Raise HalfplateError unless `name`, a torch device, is one that this machine can compute on."""
+    """Raise HalfplateError unless this machine can compute on the torch device `name`."""
     kind = device_kind(name)
     if kind == "meta":
         raise HalfplateError(f"device={name!r} stores no values; try --device cpu")

@@ -17,6 +17,6 @@ def check_dtype(name: str, argument: str, known: Iterable[str]) -> None:
 
 
 def stored_dtype(name: str, argument: str) -> torch.dtype:
-    """The floating-point type called `name`; raises HalfplateError naming `argument` if it is none of `STORED`."""
+    """The floating-point type `name`; raises HalfplateError naming `argument` if it is not one of `STORED`."""
     check_dtype(name, argument, STORED)
     return STORED[name]

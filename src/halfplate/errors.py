@@ -1,14 +1,13 @@
-"""The one family of errors that Halfplate raises on purpose.
+"""The exceptions and warnings that Halfplate raises deliberately.
 
 Every message names the argument, the value received, what was expected and what to do, on one line.
 """
 
 
 class HalfplateError(Exception):
-    """Input that Halfplate cannot work with; the command line prints the message and exits with `exit_status`.
+    """Invalid input; the command line prints the message and exits with `exit_status`.
 
-    docs: the page that says more, as a path in the repository, where one line cannot; the command line prints it as a
-    second line.
+    docs: page with more explanation, as a path in the repository; the command line prints it on a second line.
     """
 
     exit_status = 2
@@ -19,10 +18,10 @@ class HalfplateError(Exception):
 
 
 class HalfplateWarning(UserWarning):
-    """What works, but not as one would expect; the command line prints it as one line."""
+    """Something that works, but not as expected; the command line prints it on one line."""
 
 
 class RuinedResult(HalfplateError):
-    """A result that is complete but worse than the user allowed (`--max-kl`)."""
+    """A result that is complete but worse than allowed (`--max-kl`), or that failed its self-check."""
 
     exit_status = 1

@@ -1,4 +1,4 @@
-"""The memory that this process can have, and the refusal of numbers that ask for more."""
+"""The memory that this process can use, and the check that refuses arguments that need more."""
 
 import resource
 from pathlib import Path
@@ -7,9 +7,10 @@ from halfplate.errors import HalfplateError
 
 
 def check_memory(what: str, nbytes: int, argument: str, value: int) -> None:
-    """Raise HalfplateError if `nbytes` are more than this process can have, naming the `value` of `argument` that would do.
+    """Raise HalfplateError if this process cannot use `nbytes` more memory, naming the `value` of `argument` that would fit.
 
-    what: what they are needed for, such as `samples=9 windows of seq_len=9`; nbytes grows in proportion to `value`.
+    what: what needs the memory, such as `samples=9 windows of seq_len=9`.
+    nbytes: proportional to `value`.
     """
     available = available_memory()
     if available is None:
@@ -25,7 +26,7 @@ def check_memory(what: str, nbytes: int, argument: str, value: int) -> None:
 
 
 def memory(field: str) -> int | None:
-    """Bytes that the kernel tells of this process under `field` (VmRSS, VmHWM, ...); None if it does not."""
+    """Bytes that the kernel reports for this process under `field` (VmRSS, VmHWM, ...); None if it does not."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
@@ -34,7 +35,7 @@ def memory(field: str) -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may come to hold: what is free, swap too, under the limits of its group and its own; None if nothing tells."""
+    """Bytes that this process may still use: free memory and swap, within the limits of its control group and its own; None if unknown."""
     own = memory("VmRSS") or 0
     limits = []
     machine = _fields(Path("/proc/meminfo"))
@@ -50,7 +51,7 @@ def available_memory() -> int | None:
 
 
 def _group_limit() -> int | None:
-    """What the control group of this process leaves, version 2 of them."""
+    """Bytes left in the control group (version 2) of this process."""
     try:
         place = Path("/proc/self/cgroup").read_text().strip().splitlines()[-1].rpartition("::")[2].lstrip("/")
         folder = Path("/sys/fs/cgroup") / place
@@ -63,7 +64,7 @@ def _group_limit() -> int | None:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """`name number` a line, as the kernel writes them."""
+    """Lines of the form `name number`, as the kernel writes them."""
     if not path.is_file():
         return {}
     words = (line.replace(":", " ").split() for line in path.read_text().splitlines())
@@ -71,5 +72,5 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def spoken(nbytes: int) -> str:
-    """Bytes to read."""
+    """Bytes as text."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

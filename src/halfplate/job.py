@@ -1,4 +1,4 @@
-"""A recipe with everything resolved that follows from it: what planning, engines and tasks read instead of deriving it again."""
+"""A recipe with everything that is derived from it, which planning, engines and tasks read."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +10,7 @@ from halfplate.statistics import Statistic
 
 @dataclass(frozen=True)
 class Job:
-    """What a compression has to do. asked: statistics to collect at least, whatever the method requires."""
+    """A resolved compression. asked: statistics to collect at least, whatever the method requires."""
 
     recipe: Recipe
     asked: Statistic = Statistic.NONE
@@ -34,11 +34,11 @@ class Job:
 
     @cached_property
     def corrects(self) -> bool:
-        """Whether matrices are corrected towards the original's outputs, which takes Gram matrices and the original's inputs."""
+        """Whether matrices are corrected towards the original outputs, which needs Gram matrices and the original inputs."""
         recipe = self.recipe
         return recipe.inputs == "compressed" and recipe.cross_damping != "none" and self.statistic >= Statistic.GRAM
 
     @cached_property
     def streams(self) -> int:
-        """How often the text runs through the layers: once, or also through the original ones beside those that are compressed."""
+        """How often the text runs through the layers: once, or also through the original layers."""
         return 2 if self.corrects or self.recipe.tune_block else 1

@@ -1,4 +1,4 @@
-"""Numbers that JSON has no words for."""
+"""Numbers that JSON cannot represent."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def finite(value: Any) -> Any:
-    """The value with null in the place of every NaN and infinity; mappings and sequences as JSON has them."""
+    """The value with null instead of NaN and infinity; mappings and sequences become JSON objects and arrays."""
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""How many threads and worker processes this machine has room for; nothing heavy is imported."""
+"""The number of threads and worker processes that this machine allows; this module imports nothing heavy."""
 
 import os
 from collections.abc import MutableMapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from halfplate.errors import HalfplateError
 
-# A run that is gone on with keeps its threads, which decide its bits; beyond so many on each core the process could fail.
+# A resumed run keeps its number of threads, which affects the result; with more threads per core than this, the process could fail.
 MOST_PER_CORE = 8
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # read when torch is imported
 
@@ -17,19 +17,19 @@ def cores() -> int:
 
 
 def check_threads(threads: int | None) -> None:
-    """Raise HalfplateError for more threads than cores; None, torch's own choice, passes."""
+    """Raise HalfplateError for more threads than cores; None (torch's own choice) is allowed."""
     _check("threads", threads, "leave it out for torch's own choice")
 
 
 def check_workers(workers: int | None) -> None:
-    """Raise HalfplateError for more worker processes than cores; whether memory holds them is the plan's to say."""
+    """Raise HalfplateError for more worker processes than cores; the plan checks whether their memory suffices."""
     _check("workers", workers, "leave it out for one process")
 
 
 def use_threads(threads: int | None) -> None:
-    """Have torch and the kernels use so many threads; None leaves torch's own choice, bounded by the cores.
+    """Set the number of threads of torch and the kernels; None keeps torch's own choice, limited to the cores.
 
-    Raises HalfplateError for more than there are cores.
+    Raises HalfplateError for more threads than cores.
     """
     import torch
 
@@ -40,7 +40,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def check_resumed_threads(threads: int) -> None:
-    """Raise HalfplateError if a run was begun with so many threads that this machine cannot go on with it."""
+    """Raise HalfplateError if a run was begun with so many threads that this machine cannot continue it."""
     if threads > MOST_PER_CORE * cores():
         raise HalfplateError(
             f"--resume: the run was begun with threads={threads}, and this machine has {cores()} cores; resume it on a machine with more "
@@ -49,11 +49,11 @@ def check_resumed_threads(threads: int) -> None:
 
 
 def bound_environment(environment: MutableMapping[str, str]) -> list[str]:
-    """Lower the variables by which OpenMP is asked for more threads than there are cores; one sentence for each that was."""
+    """Lower OpenMP environment variables that ask for more threads than cores; returns one sentence for each."""
     told = []
     for name in VARIABLES:
         asked, most = environment.get(name, ""), cores()
-        # A list has one number a level of nesting.
+        # A list has one number per nesting level.
         first = asked.partition(",")[0].strip()
         if first.isdigit() and int(first) > most:
             environment[name] = str(most)

@@ -22,7 +22,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":
-        """Read `N:M` or `dense`; raises HalfplateError on anything else."""
+        """Read `N:M` or `dense`; raises HalfplateError for anything else."""
         if text == "dense":
             return DENSE
         match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
@@ -38,7 +38,7 @@ class Pattern:
 
     @property
     def is_dense(self) -> bool:
-        """Whether every value is kept, so that positions need no index."""
+        """Whether every value is kept, so that there is no index."""
         return self.n == self.m == 1
 
     @property

@@ -1,12 +1,12 @@
-"""Text of strangers, shown."""
+"""Displaying untrusted text."""
 
 from typing import Any
 
 
 def visible(value: Any) -> Any:
-    """Text with the characters that steer a terminal or the direction of writing spelt out; anything else as it is.
+    """Text in which characters that control a terminal or the writing direction are escaped.
 
-    They could make a name look like another. Line ends and tabs stay.
+    They could make one name look like another. Line ends and tabs are kept.
     """
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
@@ -14,7 +14,7 @@ def visible(value: Any) -> Any:
 
 
 def cell(value: Any) -> str:
-    """A value as a table shows it: `-` for None, four digits of a float, thousands set apart."""
+    """A value in a table: `-` for None, four digits of a float, thousands separated."""
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""YAML of plain values that anybody may have written, read within bounds."""
+"""Reading untrusted YAML of plain values, within limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEEPEST = 10  # levels of nesting
 
 
 class _Loader(yaml.SafeLoader):
-    """Without aliases, which can make much of little, without deep nesting, and with every name once."""
+    """A safe loader without aliases (which can expand to any size), without deep nesting, and with unique names."""
 
     depth = 0
 
@@ -35,13 +35,13 @@ class _Loader(yaml.SafeLoader):
 
 def read(path: str | Path) -> Any:
     """The value in a file; raises OSError if it cannot be read, and ValueError as `parse` does."""
-    # Not more, whatever the size that the system tells: a pipe has none.
+    # Limited here, because the system reports no size for a pipe.
     with Path(path).open("rb") as file:
         return parse(file.read(LARGEST + 1).decode("utf-8"))
 
 
 def parse(text: str | bytes) -> Any:
-    """The value that `text` stands for; raises ValueError for what is not YAML of plain values, or beyond the bounds."""
+    """The value of `text`; raises ValueError unless it is YAML of plain values within the limits."""
     if len(text) > LARGEST:
         raise ValueError(f"it has more than {LARGEST} bytes")
     try:

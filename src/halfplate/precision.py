@@ -1,4 +1,4 @@
-"""The precision that blocks multiply in while text runs through them."""
+"""The precision of matrix products while text runs through the layers."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,7 +11,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 
 
 def resolved(precision: str, device: str) -> str:
-    """`bf16` or `fp32`; `auto` is bf16 where the device multiplies it faster. Raises HalfplateError on anything else."""
+    """`bf16` or `fp32`; `auto` is bf16 if the device multiplies it faster. Raises HalfplateError for anything else."""
     if precision not in PRECISIONS:
         raise HalfplateError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
     if precision == "auto":
@@ -20,7 +20,7 @@ def resolved(precision: str, device: str) -> str:
 
 
 def products(precision: str, device: str) -> AbstractContextManager[Any]:
-    """The context in which matrix products run in `precision`; sums between them stay as they are."""
+    """The context in which matrix products run in `precision`; other operations are not changed."""
     if resolved(precision, device) == "fp32":
         return nullcontext()
     return torch.autocast(device, torch.bfloat16)

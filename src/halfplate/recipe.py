@@ -1,4 +1,4 @@
-"""The typed, versioned configuration of one compression: read from YAML, overridden by flags, written to the checkpoint."""
+"""The typed, versioned settings of one compression: read from YAML, overridden by flags, recorded in the checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WITHOUT_EFFECT = ("threads", "max_kl")
 
 
 class RecipeFields(TypedDict, total=False):
-    """The fields of Recipe as keyword arguments of a verb."""
+    """The fields of Recipe as keyword arguments of a function."""
 
     method: str
     method_options: Mapping[str, Any]
@@ -68,13 +68,40 @@ class RecipeFields(TypedDict, total=False):
 
 
 def pattern_of(method: str) -> str:
-    """The pattern that `auto` stands for: `2:4`, or `dense` for a method that drops no weights."""
+    """The pattern for `auto`: `2:4`, or `dense` for a method that does not prune."""
     return "2:4" if methods.METHODS.get(method).sparse else "dense"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of a compression; every value is checked on creation.
+    """All settings of a compression, checked when they are created.
+
+    - version: of this object
+    - method, method_options: a name of `halfplate methods`, and its options, e.g. `{"iterations": 20}`
+    - pattern: `N:M`, `dense`, or `auto` (`dense` if the method does not prune, else `2:4`)
+    - core_dtype, wrapper_dtype: data types of kept values and wrappers
+    - block_size: `auto` (chosen by the plan), 0 for no wrappers, 1 for diagonal wrappers; for slim the rank
+    - out_block_size: that of the output wrapper, if it differs
+    - share_wrappers: linears with the same input share one input wrapper
+    - group_size: columns that share a scale of an integer core
+    - inputs: statistics of the inputs from the `compressed` layers so far, or from the original layers (`dense`)
+    - cross_damping: of the correction towards the original outputs with compressed inputs, `none` for no correction
+    - token_limit: clip the squared norm of each token to this many times the median
+    - precision: of matrix products during calibration; `auto` is bf16 if the processor supports it
+    - tune_block: steps that train each layer towards the output of the original layer
+    - ratios: `owl` keeps more in layers with more outliers, with the same average and a range of 2 · owl_lambda
+    - budget, time_budget: fraction of the original bytes, or of the decode time of the original linears on this machine
+    - choose: fields that a budget chooses for each matrix (block_size, pattern, core_dtype)
+    - search: `knapsack` over measured errors, or `evolution`, which continues from there with the KL of the model
+    - generations, offspring: of the evolution
+    - transforms: names of `halfplate.transforms`, applied to the model first, in order; each becomes `name@version`
+    - calibration: `self`, a text file or a Hub data set
+    - samples, seq_len: number and length of the calibration sequences
+    - seed: of all random numbers
+    - device: `cpu` or `cuda`
+    - include, exclude: shell patterns on full module names
+    - threads: None leaves torch's own choice
+    - max_kl: nats per token
 
     version: of this configuration. method: a name of `halfplate methods`; method_options: the fields of its own configuration,
     e.g. `{"iterations": 20}`. core_dtype, wrapper_dtype: element types of kept values and wrappers. pattern: `N:M`, `dense`, or `auto` for that of the method: `dense` if it drops no weights, else `2:4`. block_size: `auto` (planning
@@ -223,12 +250,12 @@ class Recipe:
 
     @property
     def evolution(self) -> Evolution | None:
-        """The evolutionary search that follows the knapsack, if any."""
+        """The evolutionary search after the knapsack, if any."""
         return Evolution(self.generations, self.offspring, self.seed) if self.search == "evolution" else None
 
     @property
     def budgeted(self) -> bool:
-        """Whether a budget chooses the candidates of the matrices."""
+        """Whether a budget chooses the formats of the matrices."""
         return self.budget is not None or self.time_budget is not None
 
     def _check_shape(self) -> None:
@@ -267,7 +294,7 @@ class Recipe:
             )
 
     def spec(self, d_out: int, d_in: int, block: int) -> WeightSpec:
-        """How a matrix is stored: wrappers of the size `block`, or a low-rank part of as many bytes, as the method has it."""
+        """The specification of a matrix: with wrappers of block size `block`, or a low-rank part of equal size, depending on the method."""
         method = self.create_method()
         wrapper, rank = (0, block) if method.low_rank else (block, 0)
         out_wrapper = wrapper if self.out_block_size is None else self.out_block_size
@@ -291,7 +318,7 @@ class Recipe:
         return Pattern.parse(self.pattern)
 
     def create_method(self) -> Method:
-        """The method with its options; if it has a seed of its own, the recipe's unless the options say otherwise."""
+        """The method with its options. Its seed, if it has one, is that of the recipe unless the options set it."""
         return self._method
 
     @cached_property
@@ -301,11 +328,11 @@ class Recipe:
 
     @classmethod
     def of(cls, recipe: Recipe | str | Path | None = None, **changes: Unpack[RecipeFields]) -> Recipe:
-        """A recipe, or the one in a YAML file, or the defaults, with `changes` in place of what it says.
+        """A recipe, a YAML file, or the defaults, overridden by `changes`.
 
-        Raises HalfplateError for what `from_yaml` and Recipe refuse, and for a name that is not a field.
+        Raises HalfplateError as `from_yaml` and Recipe do, and for a name that is not a field.
         """
-        # Checked here, because a misspelt keyword of a verb must not look like a bug.
+        # Checked here, so that a misspelt keyword gives a proper error.
         values: dict[str, Any] = dict(changes)
         for name in values:
             if name not in {f.name for f in fields(cls)}:
@@ -318,7 +345,7 @@ class Recipe:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "recipe") -> Recipe:
-        """Make a recipe of plain values; raises HalfplateError on a key it does not know, with the nearest one."""
+        """Create a recipe from plain values; raises HalfplateError for an unknown key, with the nearest known one."""
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:
@@ -327,10 +354,10 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, path: str | Path, **changes: Any) -> Recipe:
-        """Read a recipe file, or one that comes with Halfplate by its name, with `changes` in place of what it says.
+        """Read a recipe file, or a built-in recipe by its name, overridden by `changes`.
 
-        Options of the method are added to those of the file, unless the method itself changes. Raises HalfplateError if
-        the file is missing, is not a YAML mapping, or holds a wrong value.
+        Options of the method are added to those of the file, unless the method itself changes. Raises HalfplateError if the file is
+        missing, is not a YAML mapping, or holds an invalid value.
         """
         return cls.from_mapping(laid_over(file_values(path), changes), source=f"recipe {str(path)!r}")
 
@@ -346,7 +373,7 @@ class Recipe:
         }
 
     def fingerprint_json(self) -> dict[str, Any]:
-        """`to_json` without the fields that cannot change the result."""
+        """`to_json` without the fields that do not affect the result."""
         values = {key: value for key, value in self.to_json().items() if key not in WITHOUT_EFFECT}
         # A recipe that leaves these out is what it was before there were any.
         later = {"transforms": [], "embedding_dtype": KEEP, "head_dtype": KEEP}
@@ -354,18 +381,18 @@ class Recipe:
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Override the values of `below` by those of `above`; options of the method are added to those below, unless the method changes."""
+    """Override the values of `below` by those of `above`. Options of the method are added to those below, unless the method changes."""
     method = below.get("method", Recipe.method)
     kept = below.get("method_options", {}) if above.get("method", method) == method else {}
     added = above.get("method_options", {})
     if not isinstance(kept, Mapping) or not isinstance(added, Mapping):
-        # For the recipe to refuse.
+        # Recipe refuses it.
         return {**below, **above, "method_options": added if isinstance(kept, Mapping) else kept}
     return {**below, **above, "method_options": {**kept, **added}}
 
 
 def file_values(path: str | Path) -> dict[str, Any]:
-    """The plain values in a recipe file, or in one that comes with Halfplate by its name; HalfplateError if it is no YAML mapping."""
+    """The plain values in a recipe file, or in a built-in recipe by its name; raises HalfplateError if it is not a YAML mapping."""
     try:
         values = plain_yaml.read(recipes.shipped(str(path)) or path)
     except OSError as error:
@@ -386,7 +413,7 @@ def file_values(path: str | Path) -> dict[str, Any]:
 
 
 def _typed_options(method: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Give each option the type of the method's field; names it does not know are left for `methods.create` to refuse."""
+    """Convert each option to the type of the method's field; unknown names are left to `methods.create`."""
     hints = get_type_hints(method)
     known = {f.name for f in fields(method)}
     return {

@@ -1,4 +1,4 @@
-"""Making Halfplate known to transformers and to lm-eval, in whichever order they are imported, without importing them."""
+"""Registering Halfplate with transformers and lm-eval, in any import order, without importing them."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 class _AfterImport:
-    """A finder that finds nothing itself: it adds `action` to the end of the import of the module `target`."""
+    """An import finder that finds nothing itself, but runs `action` after the module `target` has been imported."""
 
     def __init__(self, target: str, action: Callable[[], None]) -> None:
         self.target, self.action = target, action
@@ -34,7 +34,7 @@ class _AfterImport:
 
 
 def register() -> None:
-    """Register the quantizer with transformers and the model `halfplate` with lm-eval, now or as soon as they are imported.
+    """Register the quantizer with transformers and the model type `halfplate` with lm-eval, now or as soon as they are imported.
 
     Calling it again (`importlib.reload(halfplate)`) changes nothing.
     """
@@ -49,7 +49,7 @@ def register() -> None:
 
 
 def _register_quantizer() -> None:
-    # Where the import of the quantizer is what imports transformers, it is half done here and registers when it ends.
+    # If importing the quantizer imports transformers, its import is not complete here; the quantizer registers at its end.
     import_module("halfplate.integrations.quantizer")
 
 

@@ -1,4 +1,4 @@
-"""Named things of one kind: Halfplate's own, and those of other installed packages, found by entry points (docs/extending.md)."""
+"""Registries of named objects: Halfplate's own, and those of other installed packages, found by entry points (docs/extending.md)."""
 
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -13,10 +13,12 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """The things that a user chooses from by name; nothing is imported before it is asked for.
+    """The objects that a user chooses by name. Nothing is imported before it is requested.
 
-    argument: what error messages call the name. group: the group of entry points by which other packages add theirs, empty if they cannot.
-    own: `module:attribute` by name. fault: what is wrong with an object of another package, None if nothing is.
+    argument: name of the argument in error messages.
+    group: entry point group through which other packages add objects; empty if they cannot.
+    own: `module:attribute` by name.
+    fault: returns what is wrong with an object of another package, None if nothing is.
     """
 
     def __init__(
@@ -32,11 +34,11 @@ class Registry(Generic[T]):
         return iter(self.names())
 
     def names(self) -> list[str]:
-        """Halfplate's own names, then those of other packages, whether they work or not."""
+        """Halfplate's own names, then those of other packages, including broken ones."""
         return [*self.own, *(name for name in installed(self.group) if name not in self.own)]
 
     def get(self, name: str) -> T:
-        """The thing of that name; raises HalfplateError with the nearest name if there is none, and for a broken package."""
+        """The object with that name; raises HalfplateError with the nearest name if there is none, and for a broken package."""
         point = self.check(name)
         if point is not None:
             return self.load(point)
@@ -45,16 +47,17 @@ class Registry(Generic[T]):
         return found
 
     def check(self, name: str) -> EntryPoint | None:
-        """`point`, but raises HalfplateError with the nearest name if nothing is registered under `name`; imports nothing."""
+        """Raise HalfplateError, with the nearest name, if nothing is registered under `name`; imports nothing."""
         point = self.point(name)
         if point is None and name not in self.own:
             raise unknown(self.argument, name, self.names())
         return point
 
     def point(self, name: str, argument: str | None = None) -> EntryPoint | None:
-        """The entry point of another package, None if none has that name.
+        """The entry point of another package, None if there is none.
 
-        argument: as of the class. Raises HalfplateError for a name that is claimed twice: it would be chance which is used.
+        argument: as in the class.
+        Raises HalfplateError for a name that is claimed twice, because the choice would be arbitrary.
         """
         points = installed(self.group).get(name, ())
         claims = ["halfplate itself"] * (name in self.own) + [origin(point) for point in points]
@@ -66,11 +69,11 @@ class Registry(Generic[T]):
         return points[0] if points else None
 
     def load(self, point: EntryPoint, argument: str | None = None) -> T:
-        """Import what an entry point names; raises HalfplateError, whatever goes wrong inside it."""
+        """Import the object of an entry point; raises HalfplateError if anything fails."""
         argument = argument or self.argument
         try:
             found: T = point.load()
-        # The code of another package fails in ways of its own.
+        # The code of another package can raise any exception.
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise broken(point, argument, f"cannot be imported ({reason})") from error
@@ -87,7 +90,7 @@ class Registry(Generic[T]):
 
 @cache
 def installed(group: str) -> dict[str, tuple[EntryPoint, ...]]:
-    """The entry points of `group` by name, nothing of them imported; more than one if packages claim one name."""
+    """The entry points of `group` by name, without importing them; several if packages claim the same name."""
     found: dict[str, tuple[EntryPoint, ...]] = {}
     for point in sorted(entry_points(group=group), key=lambda point: (point.name, origin(point))):
         found[point.name] = (*found.get(point.name, ()), point)
@@ -95,12 +98,12 @@ def installed(group: str) -> dict[str, tuple[EntryPoint, ...]]:
 
 
 def origin(point: EntryPoint) -> str:
-    """The package that an entry point comes from, with its version."""
+    """The package of an entry point, with its version."""
     return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown package"
 
 
 def broken(point: EntryPoint, argument: str, fault: str) -> HalfplateError:
-    """The error for an object of another package that is not what its group asks for."""
+    """The error for an invalid object of another package."""
     return HalfplateError(
         f"{argument}={point.name!r} of {origin(point)} {fault}; update or uninstall that package",
         docs="docs/extending.md",
@@ -108,12 +111,12 @@ def broken(point: EntryPoint, argument: str, fault: str) -> HalfplateError:
 
 
 def unknown(argument: str, name: str, known: list[str]) -> HalfplateError:
-    """The error for a name that nobody registers, with the nearest one."""
+    """The error for an unknown name, with the nearest known one."""
     return HalfplateError(f"{argument}={name!r} is unknown; {available(name, known)}")
 
 
 def available(name: str, known: list[str]) -> str:
-    """The nearest of the known names, and all of them, as an error ends."""
+    """The end of an error message: the nearest of the known names, and all of them."""
     near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}available: {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""What a method may know of the inputs of a matrix."""
+"""The statistics of the inputs of a matrix that methods may use."""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -18,10 +18,12 @@ class Statistic(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
-    """Second moments of the inputs X (tokens, d_in) that reached one matrix.
+    """Second moments of the inputs X (tokens, d_in) of one matrix.
 
-    tokens: rows of X. diagonal: fp32 (d_in,), mean of X². gram: fp32 or fp64 (d_in, d_in), XᵀX / tokens. cross: fp64
-    (d_in, d_in), X_denseᵀ X / tokens, where X comes through a compressed prefix and X_dense is what the original model has there.
+    tokens: rows of X.
+    diagonal: fp32 (d_in,), mean of X².
+    gram: fp32 or fp64 (d_in, d_in), XᵀX / tokens.
+    cross: fp64 (d_in, d_in), X_originalᵀ X / tokens, if X comes from compressed layers and X_original from the original model.
     """
 
     tokens: int = 0

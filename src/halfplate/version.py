@@ -1,16 +1,16 @@
-"""Versions of what is installed."""
+"""Versions of installed packages."""
 
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 
 def package_version() -> str:
-    """The version in the package's metadata, or `unknown` where it runs from a source folder."""
+    """The version in the package's metadata, or `unknown` when running from a source folder."""
     return installed_version("halfplate") or "unknown"
 
 
 def installed_version(library: str) -> str | None:
-    """The version in the metadata of a library; None if there are none, or none that may be read."""
+    """The version in the metadata of a library; None if there is no readable metadata."""
     try:
         return version(library)
     except PackageNotFoundError:
@@ -18,5 +18,5 @@ def installed_version(library: str) -> str | None:
 
 
 def versions_of(libraries: Iterable[str]) -> dict[str, str]:
-    """That of Halfplate and of `libraries`, by name; `unknown` where nothing says it."""
+    """The versions of Halfplate and of `libraries`, by name; `unknown` if there is none."""
     return {"halfplate": package_version()} | {name: installed_version(name) or "unknown" for name in libraries}

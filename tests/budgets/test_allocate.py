@@ -83,7 +83,7 @@ def test_a_budget_that_cannot_be_met_is_refused_before_any_work(tiny_folder):
         ({"search": "evolution"}, "search='evolution' looks for the best candidates within a budget; give --budget"),
         ({"budget": 0.5, "search": "annealing"}, "search='annealing' is not one of knapsack, evolution"),
         ({"budget": 0.5, "search": "evolution", "offspring": 0}, "offspring=0 is out of range"),
-        ({"choose": ("pattern",)}, "choose=pattern says what a budget may choose, and there is none"),
+        ({"choose": ("pattern",)}, "choose=pattern needs a budget"),
         ({"budget": 0.5, "choose": ("rank",)}, "choose='rank' is not one of block_size, pattern, core_dtype"),
     ],
 )

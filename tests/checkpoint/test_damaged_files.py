@@ -69,7 +69,7 @@ def test_config_that_is_no_json_object(written: Any, text: str) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda q: q.update(version=2), r"version=2 is newer than halfplate .* reads \(1\); upgrade halfplate"),
+        (lambda q: q.update(version=2), r"version=2 is newer than halfplate .* supports \(1\); upgrade halfplate"),
         (lambda q: q.update(version=0), "version=0 must be a positive integer"),
         (lambda q: q.update(version=True), "version=True must be a positive integer"),
         (lambda q: q.pop("version"), "version=None must be a positive integer"),
@@ -320,9 +320,9 @@ def test_an_index_that_does_not_agree_with_its_files(written: Any) -> None:
         (None, "has no weight_map"),
         ({}, "has no weight_map"),
         ([norm], "has no weight_map"),
-        (good | {norm: wrong}, rf"{norm} is in {good[norm]}, which"),
-        (good | {"model.more": wrong}, f"model.more is missing from {wrong}"),
-        ({name: file for name, file in good.items() if name != norm}, f"{norm} is in {good[norm]}, which"),
+        (good | {norm: wrong}, rf"{norm} is in {good[norm]}, but"),
+        (good | {"model.more": wrong}, f"model.more is not in {wrong}"),
+        ({name: file for name, file in good.items() if name != norm}, f"{norm} is in {good[norm]}, but"),
     ):
         path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
         refused(one.folder, complaint, both)

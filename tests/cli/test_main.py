@@ -82,7 +82,7 @@ def test_bad_usage_is_one_line(halfplate, tmp_path):
     [
         (["--engine", "dask"], ["engine='dask' is unknown", "available: local, ray"]),
         (["--workers", "0"], ["--workers", "at least 1"]),
-        (["--address", "x:1"], ["address='x:1'", "engine='local' uses none", "--engine ray"]),
+        (["--address", "x:1"], ["address='x:1'", "engine='local' does not use one", "--engine ray"]),
         (["--inputs", "compresed"], ["inputs='compresed'", "dense, compressed"]),
         (["--core-dtype", "int7"], ["core_dtype='int7'", "int4"]),
         (["--wrapper-dtype", "int4"], ["wrapper_dtype='int4'", "int8"]),

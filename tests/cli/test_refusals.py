@@ -29,7 +29,7 @@ def test_plan_refuses_what_compress_refuses(halfplate, tiny_folder, tmp_path, ve
 
 def test_a_device_without_values(halfplate, tiny_folder, tmp_path):
     outcome = halfplate("compress", tiny_folder, "-o", tmp_path / "out", "--device", "meta", *QUICK)
-    outcome.refused("device='meta' holds no values")
+    outcome.refused("device='meta' stores no values")
 
 
 @pytest.mark.parametrize("out", ["a" * 300, ".", ".."])

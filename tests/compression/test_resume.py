@@ -109,7 +109,7 @@ def test_tuned_blocks_and_chosen_levels_are_kept(tiny_folder, tmp_path, monkeypa
 def test_a_complete_result_is_found_and_nothing_is_done(tiny_folder, tmp_path, monkeypatch, text_file):
     recipe = Recipe(method="wanda", calibration=str(text_file), **SMALL)
     first = compress(str(tiny_folder), tmp_path / "out", recipe)
-    monkeypatch.setattr("halfplate.compression.compress.compress_blocks", None)
+    monkeypatch.setattr("halfplate.compression.compress.compress_layers", None)
     before = digests(tmp_path / "out")
     again = compress(str(tiny_folder), tmp_path / "out", recipe, resume=True)
     assert digests(tmp_path / "out") == before
@@ -135,7 +135,7 @@ def test_what_differs_is_named(tiny_folder, tmp_path, monkeypatch, text_file):
     def refused(message, folder=tiny_folder, **changes):
         with pytest.raises(HalfplateError, match=message):
             compress(str(folder), out, Recipe(**recipe | changes), resume=True)
-        assert load_artifact(work.block(0)) is not None  # a refusal costs nothing
+        assert load_artifact(work.layer(0)) is not None  # a refusal costs nothing
 
     refused("--resume: seed was 0 when .* began and is 1 now; give the same again, or pass --overwrite", seed=1)
     refused("--resume: samples was 12 .* is 8 now", samples=8)
@@ -143,7 +143,7 @@ def test_what_differs_is_named(tiny_folder, tmp_path, monkeypatch, text_file):
     refused("--resume: method was 'wanda'", method="ria")
     text = text_file.read_text()
     text_file.write_text(text.replace("bird", "fish"))
-    refused("--resume: calibration='.*' gave tokens of SHA-256")
+    refused("--resume: calibration='.*' had tokens with SHA-256")
     text_file.write_text(text)
     weights = (tiny_folder / "model.safetensors").read_bytes()
     (tiny_folder / "model.safetensors").write_bytes(weights[:-400] + bytes(40) + weights[-360:])
@@ -184,7 +184,7 @@ def test_only_the_damaged_part_is_done_again(deep, tmp_path, monkeypatch, damage
     work = WorkFolder(out)
     shutil.copytree(broken, work.path)
     path = {
-        "block": work.block(1),
+        "block": work.layer(1),
         "matrix": next(iter(sorted((work.path / "matrices").glob("*.safetensors")))),
         "hidden": work.hidden("compressed", 3).with_name("compressed-00003.1"),
         "tokens": work.tokens,
@@ -212,7 +212,7 @@ def test_the_identity_is_there_twice(tiny_folder, tmp_path, monkeypatch):
     flip(work.identity, 80)
     with pytest.raises(HalfplateError, match="and its copy are damaged or missing"):
         compress(str(tiny_folder), out, recipe, resume=True)
-    assert load_artifact(work.block(0)) is not None
+    assert load_artifact(work.layer(0)) is not None
     flip(work.identity_copy, 80)
     names = solved(monkeypatch)
     compress(str(tiny_folder), out, recipe, resume=True)
@@ -298,7 +298,7 @@ def test_a_full_disk_loses_nothing(tiny_folder_once, tmp_path, monkeypatch, comp
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", full)
-        with pytest.raises(HalfplateError, match=r"the disk is full .*finished work is kept, and --resume continues"):
+        with pytest.raises(HalfplateError, match=r"the disk is full .*finished work is kept, continue with --resume"):
             compress(str(tiny_folder_once), tmp_path / "out", recipe)
     names = solved(monkeypatch)
     compress(str(tiny_folder_once), tmp_path / "out", recipe, resume=True)
@@ -362,7 +362,7 @@ def test_a_mount_that_vanishes_and_comes_back_loses_nothing(tiny_folder_once, tm
         if facts.get("event") == "block" and not away.exists():
             place.rename(away)
 
-    with pytest.raises(HalfplateError, match=r"cannot be used .*; check that the folder exists .* --resume continues"):
+    with pytest.raises(HalfplateError, match=r"cannot be used .*; check that the folder exists .* continue with --resume"):
         compress(str(tiny_folder_once), place / "out", recipe, report=vanish)
     if place.exists():
         shutil.rmtree(place)

@@ -97,7 +97,7 @@ def test_partners_that_do_not_fit_are_refused(lender, message):
 
 def test_only_matrices_of_one_level_are_solved_as_one():
     spec = WeightSpec(32, 64, out_block=16, in_block=16)
-    with pytest.raises(HalfplateError, match="must differ in d_out alone"):
+    with pytest.raises(HalfplateError, match="may differ only in d_out"):
         stacked_spec([spec, replace(spec, core_dtype="int8", in_shared="q")])
 
 

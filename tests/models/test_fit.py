@@ -85,7 +85,7 @@ def test_other_tensors_of_no_use(tiny_folder):
 def test_parts_of_an_adapter_that_was_not_merged(tiny_folder):
     for name in ("lora_A.weight", "lora_B.default.weight"):
         add(tiny_folder, f"model.layers.0.self_attn.q_proj.{name}", torch.ones(2, 2))
-    refused(lambda: open_source(str(tiny_folder)), r"hold .*lora_A\.weight, .*parts of an adapter .*merge_and_unload")
+    refused(lambda: open_source(str(tiny_folder)), r"hold .*lora_A\.weight, .*belong to an adapter; .*merge_and_unload")
 
 
 @pytest.mark.parametrize(

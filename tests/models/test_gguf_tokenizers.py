@@ -114,7 +114,7 @@ def added(content: str, **flags: bool) -> AddedToken:
 )
 def test_what_llama_cpp_splits_otherwise_is_not_written_under_its_name(meant: tuple[str, ...], name: str) -> None:
     tokenizer = described(BYTE_LEVEL, steps(*map(split_step, meant)))
-    with pytest.raises(HalfplateError, match=f"what llama.cpp calls '{name}' splits .* otherwise"):
+    with pytest.raises(HalfplateError, match=f"llama.cpp's '{name}' splits some text differently: "):
         written(tokenizer)
 
 
@@ -175,12 +175,12 @@ def _bert(whole: dict[str, Any]) -> None:
         (BYTE_LEVEL, _no_bytes, "no step ByteLevel, and its model no byte fallback"),
         (BYTE_LEVEL, _prefix_space, "add_prefix_space"),
         (BYTE_LEVEL, _lacks("Ċ"), "no token for 1 of the 256 bytes"),
-        (BYTE_LEVEL, steps(split_step("[a-z]+")), r"splits text by '\[a-z\]\+', then bytes, which is none"),
+        (BYTE_LEVEL, steps(split_step("[a-z]+")), r"splits text by '\[a-z\]\+', then bytes, which is not one"),
         (BYTE_LEVEL, steps({"type": "Whitespace"}), "Whitespace.* is not one of llama.cpp's"),
         (
             BYTE_LEVEL,
             _model(ignore_merges=True),
-            "with 'gpt-2', ignore_merges=False there, it would make '.*' otherwise",
+            "'gpt-2' has ignore_merges=False, with which '.*' is split differently",
         ),
         (BYTE_LEVEL, _model(dropout=0.1), "its model has dropout=0.1"),
         (BYTE_LEVEL, _model(end_of_word_suffix="</w>"), "its model has end_of_word_suffix"),
@@ -213,7 +213,7 @@ def test_a_space_that_llama_cpp_writes_in_more_places_is_said(scheme: str) -> No
         (BYTE_LEVEL, [added("<x>", lstrip=True)], "'<x>' has lstrip"),
         (BYTE_LEVEL, [added("<x>", rstrip=True)], "'<x>' has rstrip"),
         (BYTE_LEVEL, [added("[ab"), added("bcd]")], r"its tokens '\[ab' and 'bcd\]' can overlap"),
-        (PIECES, [added("<x>", normalized=True)], "'<x>' is looked for in normalised text"),
+        (PIECES, [added("<x>", normalized=True)], "'<x>' is matched in normalised text"),
         (CASES["pieces, as Phi-3"], [added("<x>")], "has rstrip"),
     ],
 )
@@ -226,7 +226,7 @@ def test_stripping_tokens_of_a_model_of_another_name() -> None:
     writer = gguf.GGUFWriter(None, "llama")
     writer.add_name("Something")
     tokenizer = CASES["pieces, as Phi-3"].build()
-    with pytest.raises(HalfplateError, match="strip spaces as those of Phi-3, and the model's name is 'Something'"):
+    with pytest.raises(HalfplateError, match="strip spaces as in Phi-3, but the name of the model is 'Something'"):
         add_tokenizer(writer, tokenizer, len(tokenizer))
 
 

@@ -202,7 +202,7 @@ def test_two_processes_do_what_one_does(wrapped, tiny_folder, tmp_path):
     [
         ({"vocab_size": 330}, "has a different vocabulary (330)"),
         ({"num_hidden_layers": 3}, "has a different number of layers (3)"),
-        ({"hidden_size": 64, "head_dim": 16}, "has another width (64)"),
+        ({"hidden_size": 64, "head_dim": 16}, "has a different width (64)"),
     ],
 )
 def test_another_model_is_no_teacher(wrapped, tiny_folder, tmp_path, change, message):
@@ -313,7 +313,7 @@ def test_what_cannot_work_is_refused(compressed, tiny_folder, tmp_path):
     with pytest.raises(HalfplateError, match="choose another folder"):
         recover(compressed, str(tiny_folder), compressed, Recovery(tokens=64, **FAST), overwrite=True)
     if not torch.cuda.is_available():
-        with pytest.raises(HalfplateError, match="device='cuda' is not there"):
+        with pytest.raises(HalfplateError, match="device='cuda' is not available"):
             recover(compressed, str(tiny_folder), out, Recovery(tokens=64, **FAST), device="cuda")
     for minutes in (-1.0, float("nan")):
         with pytest.raises(HalfplateError, match="save_every="):

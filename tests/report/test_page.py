@@ -60,7 +60,7 @@ def test_the_page_says_what_the_checkpoint_says(compressed):
 def test_without_a_log_the_page_says_so(compressed):
     (compressed / "log.jsonl").unlink()
     page = write_report(compressed).read_text()
-    assert "The log of the run is not beside this checkpoint" in page
+    assert "This checkpoint has no log of its run" in page
     assert gather(compressed).command.startswith("halfplate compress ")
 
 

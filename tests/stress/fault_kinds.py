@@ -204,7 +204,7 @@ def out_exists(bench: Bench) -> Outcome:
     (order.out / "thesis.txt").write_text("all there is")
     error = run(replace(order, overwrite=True))
     kept = (order.out / "thesis.txt").read_text() == "all there is"
-    return Outcome(error.error or "none", error.clean and kept, "the files there are as they were" if kept else "LOST")
+    return Outcome(error.error or "none", error.clean and kept, "the files there were not changed" if kept else "LOST")
 
 
 def _without_privileges() -> None:
@@ -224,15 +224,15 @@ def _without_privileges() -> None:
 
 def part_cut_short(bench: Bench) -> Outcome:
     order = broken_off(bench, "cut")
-    path = WorkFolder(order.out).block(1)
+    path = WorkFolder(order.out).layer(1)
     os.truncate(path, path.stat().st_size - 7)
-    return resumed(bench, order, Ran(killed=False, error="none: that block alone is computed anew"))
+    return resumed(bench, order, Ran(killed=False, error="none: only this layer is computed again"))
 
 
 def bit_flipped(bench: Bench) -> Outcome:
     order = broken_off(bench, "flip")
-    _flip(WorkFolder(order.out).block(0), -9)
-    return resumed(bench, order, Ran(killed=False, error="none: that block alone is computed anew"))
+    _flip(WorkFolder(order.out).layer(0), -9)
+    return resumed(bench, order, Ran(killed=False, error="none: only this layer is computed again"))
 
 
 def hidden_states_damaged(bench: Bench) -> Outcome:
@@ -240,13 +240,13 @@ def hidden_states_damaged(bench: Bench) -> Outcome:
     for path in WorkFolder(order.out).path.glob("hidden/*"):
         if path.suffix != ".sha256":
             _flip(path, 100)
-    return resumed(bench, order, Ran(killed=False, error="none: they are run from the first block again"))
+    return resumed(bench, order, Ran(killed=False, error="none: they are computed again from the first layer"))
 
 
 def note_damaged(bench: Bench) -> Outcome:
     order = broken_off(bench, "identity")
     _flip(WorkFolder(order.out).identity, 90)
-    return resumed(bench, order, Ran(killed=False, error="none: its copy says the same"))
+    return resumed(bench, order, Ran(killed=False, error="none: the copy is used"))
 
 
 def damaged_while_assembled(bench: Bench) -> Outcome:
@@ -254,7 +254,7 @@ def damaged_while_assembled(bench: Bench) -> Outcome:
 
     def flip(phase: str, done: int, facts: Mapping[str, Any]) -> None:
         if phase == "writing" and done == 1:
-            _flip(WorkFolder(order.out).block(4), -9)
+            _flip(WorkFolder(order.out).layer(4), -9)
 
     return resumed(bench, order, run(order, step=flip))
 
@@ -322,9 +322,7 @@ def two_at_once(bench: Bench) -> Outcome:
     error = run(order, step=at_block(1, lambda: second.append(_inside(order))))
     told = json.loads((order.out.parent / "second.json").read_text())
     same = not error.error and digests(order.out) == bench.whole
-    return Outcome(
-        told["error"], told["clean"], "the first run ended as if alone" if same else "THE FIRST RUN SUFFERED"
-    )
+    return Outcome(told["error"], told["clean"], "the first run was not affected" if same else "THE FIRST RUN SUFFERED")
 
 
 def _inside(order: Order) -> Ran:
@@ -407,37 +405,35 @@ def worker_killed(bench: Bench) -> Outcome:
     order = replace(bench.fresh("worker"), workers=2)
     error = run(order, step=at_block(1, lambda: multiprocessing.active_children()[0].kill()))
     same = not error.error and digests(order.out) == bench.whole
-    return Outcome(
-        error.error or "none: its task is tried again", error.clean, "the same bytes" if same else "OTHER BYTES"
-    )
+    return Outcome(error.error or "none: its task runs again", error.clean, "the same bytes" if same else "OTHER BYTES")
 
 
 FAULTS: dict[str, Callable[[Bench], Outcome]] = {
     "disk too small": disk_too_small,
-    "disk full in the middle": disk_full,
-    "limit of file sizes in the middle": file_size_limit,
-    "mount gone in the middle": vanished_mount,
-    "work folder removed in the middle": work_folder_removed,
-    "folder that may not be written": read_only_folder,
+    "disk full during the run": disk_full,
+    "file size limit during the run": file_size_limit,
+    "mount removed during the run": vanished_mount,
+    "work folder removed during the run": work_folder_removed,
+    "read-only folder": read_only_folder,
     "OUT holds other files": out_exists,
-    "part cut short": part_cut_short,
-    "bit flipped in a part": bit_flipped,
+    "artifact truncated": part_cut_short,
+    "bit flipped in an artifact": bit_flipped,
     "bit flipped in the hidden states": hidden_states_damaged,
     "bit flipped in the identity": note_damaged,
-    "bit flipped while the result is put together": damaged_while_assembled,
+    "bit flipped while the result is assembled": damaged_while_assembled,
     "another model": other_model,
     "another recipe": other_recipe,
     "another seed": other_seed,
     "another number of threads": other_threads,
     "another text": other_text,
-    "the command without --resume": no_resume,
-    "the same command twice at once": two_at_once,
-    "weight file gone in the middle": shard_gone,
-    "weight file that may not be read": shard_unreadable,
-    "weight file cut short": shard_cut_short,
+    "same command without --resume": no_resume,
+    "same command twice at the same time": two_at_once,
+    "weight file removed during the run": shard_gone,
+    "weight file without read permission": shard_unreadable,
+    "weight file truncated": shard_cut_short,
     "weights of the wrong type": wrong_dtype,
     "NaN in the last tensor": not_finite,
     "too little memory": no_memory,
-    "no memory in the middle": memory_runs_out,
+    "out of memory during the run": memory_runs_out,
     "worker process killed": worker_killed,
 }

@@ -15,7 +15,7 @@ def section(name):
 def test_kills_and_faults_in_short(tmp_path):
     results = tmp_path / "results.md"
     results.write_text(section("kills_local") + section("faults"))
-    faults = ["bit flipped in a part", "another seed", "folder that may not be written"]
+    faults = ["bit flipped in an artifact", "another seed", "read-only folder"]
     command = [
         sys.executable,
         ROOT / "tests" / "stress" / "faults.py",
@@ -35,6 +35,6 @@ def test_kills_and_faults_in_short(tmp_path):
     assert kills[3:6] == ["0", "0", "0"]
     found = {row[0]: row[1:] for row in rows if row[0] in faults}
     assert found.keys() == set(faults)
-    assert "kept 10 matrices, solved 25; the same bytes" in found["bit flipped in a part"][1]
+    assert "kept 10 matrices, solved 25; the same bytes" in found["bit flipped in an artifact"][1]
     assert "seed was 0" in found["another seed"][0]
-    assert "Permission denied" in found["folder that may not be written"][0]
+    assert "Permission denied" in found["read-only folder"][0]

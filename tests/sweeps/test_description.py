@@ -88,7 +88,7 @@ BAD = [
     ({"rows": [{"name": "a", "samples": [0, 1]}]}, "row 'a, samples 0': samples=0 is out of range"),
     ({"rows": [{"name": "a", "seed": [*range(40)], "samples": [*range(1, 40)]}]}, "row 'a': its lists make 1,560 rows"),
     ({"rows": [{"name": str(i), "seed": [*range(600)]} for i in range(2)]}, "rows makes 1,200 rows"),
-    ({"rows": [{"name": "a", "max_kl": 1.0}]}, "row 'a': max_kl=1.0 ends `compress`"),
+    ({"rows": [{"name": "a", "max_kl": 1.0}]}, "row 'a': max_kl=1.0 is not allowed in a sweep"),
     ({"rows": [{"name": "a", "activations": "int4"}]}, "row 'a': activations='int4' is not one of float, int8"),
     ({"rows": ["nowhere.yaml"]}, "row 'nowhere': recipe='nowhere.yaml' cannot be read"),
     ({"base": {"name": "a"}}, "base: key 'name' is unknown"),

@@ -1,4 +1,4 @@
-"""One budget over many matrices."""
+"""Distributing one budget over many matrices."""
 
 from halfplate.allocation.candidates import CHOICES, CHOSEN, candidates, table_candidates, uneven
 from halfplate.allocation.evolution import Evolution, Found, evolve

@@ -1,4 +1,4 @@
-"""The ways to compress one matrix among which a budget chooses."""
+"""The candidate formats of a matrix, among which a budget chooses."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -21,10 +21,10 @@ TABLE_CORES = ("int8", "int6", "int5", "int4", "nl4")
 
 
 def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[WeightSpec]:
-    """What `spec` may become where the fields `choose` (of CHOICES) are free: itself, and all that `method` makes of it smaller.
+    """The candidates for `spec` if the fields `choose` (of CHOICES) may vary: `spec` itself, and smaller formats that `method` supports.
 
-    Both wrappers have one block size; `uneven` gives the rest. Cheaper ones come first; what is no smaller than the dense
-    matrix is left out.
+    Both wrappers have the same block size; `uneven` returns the others. Cheaper candidates come first. Candidates that are not
+    smaller than the original matrix are omitted.
     """
     choose = set(choose)
     blocks = BLOCKS if "block_size" in choose and method.wrapped else (None,)
@@ -45,7 +45,7 @@ def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[
             )
             method.check_spec(other)
         except HalfplateError:
-            continue  # this method, or a matrix of this size, has no such level
+            continue  # not supported by this method, or for a matrix of this size
         if _is_smaller(other):
             found.add(other)
     return _by_bytes(found)
@@ -58,9 +58,9 @@ def table_candidates(spec: WeightSpec, choose: Iterable[str]) -> list[WeightSpec
 
 
 def uneven(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[WeightSpec]:
-    """`spec` with another block size on one side, cheaper ones first; none where block sizes are not free.
+    """`spec` with a different block size on one side, cheaper ones first; empty if block sizes may not vary.
 
-    All pairs would be sixteen for each pattern and type; a search asks for those beside the even ones that proved themselves.
+    All pairs would be sixteen per pattern and type, so a search only tries these next to the even candidates on its front.
     """
     if "block_size" not in set(choose) or not method.wrapped:
         return []

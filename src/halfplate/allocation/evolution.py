@@ -1,22 +1,25 @@
-"""A better level for every matrix by an evolutionary search on a measured loss, within one budget."""
+"""An evolutionary search for a better candidate of every matrix, by a measured loss and within one budget."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
 Choice = tuple[int, ...]
-# measure(choice, stage, generation): the loss on the text of a stage; that of the last stage is the same in all generations.
+# measure(choice, stage, generation): the loss on the text of a stage. The last stage has the same text in all generations.
 Measure = Callable[[Choice, int, int], float]
 
 STAGES = 3
-SHARE = 4  # of the offspring that are measured in a stage, one of so many goes on to the next
-SWAPS = 3  # at most, in one mutation
-ATTEMPTS = 20  # at an offspring that was not there before
+SHARE = 4  # one of this many offspring of a stage advances to the next stage
+SWAPS = 3  # most matrices that one mutation raises
+ATTEMPTS = 20  # attempts to find an offspring that has not been tried
 
 
 @dataclass(frozen=True)
 class Evolution:
-    """generations: how often the parent may be replaced. offspring: mutations of it that are tried in each. seed: of all chance."""
+    """generations: number of generations, each of which may replace the parent.
+    offspring: mutations that are tried per generation.
+    seed: of all random numbers.
+    """
 
     generations: int
     offspring: int
@@ -25,7 +28,7 @@ class Evolution:
 
 @dataclass(frozen=True)
 class Found:
-    """The best choice, and the loss of the parent in the last stage at the start and after each generation; it never rises."""
+    """The best choice, and the parent's loss in the last stage at the start and after each generation; it never rises."""
 
     choice: Choice
     losses: tuple[float, ...]
@@ -39,12 +42,14 @@ def evolve(
     settings: Evolution,
     report: Callable[[int, float], None] = lambda generation, loss: None,
 ) -> Found:
-    """Search from `start` for the levels of least loss that cost at most `budget` together.
+    """Search from `start` for the candidates with the least loss whose total cost is at most `budget`.
 
-    costs: of the levels of each matrix, rising. An offspring is the parent with a few matrices raised and others lowered
-    for it; all are measured on little text, the best of them on more, and the best of these on all, where it takes the parent's
-    place if its loss is lower. Source: EvoPress, Sieberling et al., arXiv 2410.14649, algorithm 1 and section 3; here the
-    levels of a matrix are those of its Pareto front, which differ in cost, so that a swap may lower several.
+    An offspring is the parent with a few matrices raised and others lowered in exchange. All are measured on little text, the best of
+    them on more, and the best of these on all, where it replaces the parent if its loss is lower. Source: EvoPress, Sieberling et
+    al., arXiv 2410.14649, algorithm 1 and section 3. Here the candidates of a matrix are those of its Pareto front, which differ in
+    cost, so an exchange may lower several matrices.
+
+    costs: of the candidates of each matrix, increasing.
     """
     random = Random(settings.seed)
     parent: Choice = tuple(start)
@@ -68,7 +73,7 @@ def evolve(
 def _offspring(
     parent: Choice, costs: Sequence[Sequence[float]], budget: float, count: int, seen: set[Choice], random: Random
 ) -> list[Choice]:
-    """Up to `count` choices that were not there before, added to `seen`."""
+    """Up to `count` choices that have not been tried, added to `seen`."""
     found: list[Choice] = []
     for _ in range(count * ATTEMPTS):
         if len(found) == count:
@@ -81,9 +86,9 @@ def _offspring(
 
 
 def mutated(parent: Choice, costs: Sequence[Sequence[float]], budget: float, random: Random) -> Choice:
-    """`parent` with one to three matrices raised by a level or two, others lowered until the budget holds, and what is left spent.
+    """`parent` with one to three matrices raised by one or two candidates, others lowered until the budget holds, and the rest of the budget spent.
 
-    It costs at most `budget` if the parent does; it is the parent itself where nothing can be raised.
+    It costs at most `budget` if the parent does. It equals the parent if nothing can be raised.
     """
     levels, raised, lowered = list(parent), set[int](), set[int]()
     left = budget * (1 + 1e-9) - sum(options[level] for options, level in zip(costs, levels, strict=True))
@@ -93,7 +98,7 @@ def mutated(parent: Choice, costs: Sequence[Sequence[float]], budget: float, ran
         left -= costs[matrix][level] - costs[matrix][levels[matrix]]
         levels[matrix] = level
 
-    # The lesser of two numbers makes small mutations the commonest.
+    # The smaller of two random numbers makes small mutations most frequent.
     for _ in range(min(random.randint(1, SWAPS), random.randint(1, SWAPS))):
         able = [k for k in range(len(levels)) if k not in lowered | raised and levels[k] + 1 < len(costs[k])]
         if not able:
@@ -109,7 +114,7 @@ def mutated(parent: Choice, costs: Sequence[Sequence[float]], budget: float, ran
             down = random.choice(able)
             move(down, levels[down] - 1)
             lowered.add(down)
-        if left < 0:  # even all others at their cheapest do not make room
+        if left < 0:  # the budget is exceeded even with all others at their cheapest
             for k, level in enumerate(before):
                 move(k, level)
             raised.discard(matrix)

@@ -1,4 +1,4 @@
-"""One level for every matrix, of least loss in all, within one budget."""
+"""Choosing one candidate per matrix with the least total loss within one budget."""
 
 import sys
 from collections.abc import Sequence
@@ -8,24 +8,24 @@ import numpy as np
 
 from halfplate.errors import HalfplateError
 
-# Shares of the budget that costs are counted in. Rounding a cost up wastes less than one of them a matrix.
+# Costs are counted in this many parts of the budget. Rounding up wastes less than one part per matrix.
 UNITS = 20_000
 
 
 @dataclass(frozen=True)
 class Level:
-    """What one way to compress one matrix costs (bytes, or seconds) and loses (in whatever adds up over matrices)."""
+    """Cost (bytes or seconds) and loss (a quantity that adds up over matrices) of one candidate of a matrix."""
 
     cost: float
     loss: float
 
 
 def allocate(matrices: Sequence[Sequence[Level]], budget: float) -> list[int]:
-    """The index of the level of each matrix, of least total loss with a total cost of at most `budget`.
+    """The index of the candidate of each matrix, with the least total loss and a total cost of at most `budget`.
 
-    A multiple-choice knapsack, solved by dynamic programming over costs rounded up to `budget` / 20,000, so that the budget
-    is never exceeded; the loss is that of the best choice at the rounded costs. Of equal losses the cheaper choice wins.
-    Raises HalfplateError if even the cheapest levels cost more, naming the least budget that will do.
+    A multiple-choice knapsack, solved by dynamic programming over costs rounded up to `budget` / 20,000, so that the budget is never
+    exceeded. The loss is the minimum for the rounded costs. Of equal losses the cheaper choice wins.
+    Raises HalfplateError, naming the smallest possible budget, if even the cheapest candidates cost more.
     """
     least = sum(min(level.cost for level in levels) for levels in matrices)
     if not least <= budget:
@@ -35,11 +35,11 @@ def allocate(matrices: Sequence[Sequence[Level]], budget: float) -> list[int]:
     # Rounding up may not make the least impossible.
     unit = max(budget / (UNITS - len(matrices)), sys.float_info.min) if budget > 0 else 1.0
     room = UNITS
-    best = np.zeros(room + 1)  # least loss of the matrices so far within each cost
+    best = np.zeros(room + 1)  # least loss of the matrices so far for each cost
     choices = np.zeros((len(matrices), room + 1), dtype=np.int16)
     for number, levels in enumerate(matrices):
         after = np.full(room + 1, np.inf)
-        # Cheap levels first, so that a dearer one must be better to be taken.
+        # Cheap candidates first, so that a more expensive one is only chosen if it is better.
         for index in sorted(range(len(levels)), key=lambda index: levels[index].cost):
             if levels[index].cost > budget:
                 continue
@@ -59,7 +59,7 @@ def allocate(matrices: Sequence[Sequence[Level]], budget: float) -> list[int]:
 
 
 def _within(matrices: Sequence[Sequence[Level]], chosen: list[int], budget: float) -> list[int]:
-    """The choice, moved to cheaper levels of least harm while it exceeds the budget by rounding."""
+    """The choice, moved to cheaper candidates with the least harm while it exceeds the budget because of rounding."""
 
     def total() -> float:
         return sum(levels[index].cost for levels, index in zip(matrices, chosen, strict=True))

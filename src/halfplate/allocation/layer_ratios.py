@@ -1,4 +1,4 @@
-"""How much each decoder layer may keep, by the outliers among its weights."""
+"""How much each decoder layer keeps, by the outliers among its weights (OWL)."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,15 @@ from torch import Tensor
 
 from halfplate.pattern import Pattern
 
-OUTLIER = 5.0  # times the mean
+OUTLIER = 5.0  # multiple of the mean above which a score is an outlier
 
 
 def outlier_share(scores: Sequence[Tensor]) -> float:
-    """Share of all entries of `scores`, those of the linears of one layer, that are above 5 times their common mean.
+    """Share of the entries of `scores`, those of all linears of one layer, that exceed 5 times their common mean.
 
-    scores: |W_ij| · ‖X_j‖, (d_out, d_in) each. 0 where all are 0. Source: OWL, Yin et al. (ICML 2024), equation 2, its M = 5.
+    It is 0 if all scores are 0. Source: OWL, Yin et al. (ICML 2024), equation 2, with M = 5.
+
+    scores: |W_ij| · ‖X_j‖, (d_out, d_in) each.
     """
     count = sum(score.numel() for score in scores)
     mean = sum(float(score.double().sum()) for score in scores) / count
@@ -21,10 +23,11 @@ def outlier_share(scores: Sequence[Tensor]) -> float:
 
 
 def kept_ratios(shares: Sequence[float], sizes: Sequence[int], mean: float, spread: float) -> list[float]:
-    """Kept share of each block: linear in its share of outliers, over a range of 2 · `spread`, with the mean `mean`.
+    """Kept share of each layer: linear in its outlier share, over a range of 2 · `spread`, with the mean `mean`.
 
-    sizes: weights of each layer, by which the mean is taken. Layers of equal shares keep the same. Source: OWL, section 3,
-    with λ = `spread`.
+    Layers with equal shares keep the same. Source: OWL, section 3, with λ = `spread`.
+
+    sizes: weights of each layer, for the mean.
     """
     least, most = min(shares), max(shares)
     width = most - least
@@ -34,10 +37,10 @@ def kept_ratios(shares: Sequence[float], sizes: Sequence[int], mean: float, spre
 
 
 def kept_of_groups(ratios: Sequence[float], sizes: Sequence[int], pattern: Pattern) -> list[int]:
-    """N of M for each layer, near its ratio, that together keep no more than `pattern` in all layers does, nor a step less.
+    """N of M for each layer, close to its ratio; together they keep at most as much as `pattern`, and less than one step less.
 
-    Each ratio is rounded down, and then those of largest remainder up while the whole stays within (the method of largest
-    remainders; of equal ones the first). N stays from 1 to M − 1.
+    Each ratio is rounded down, and then those with the largest remainders up while the total permits (the largest remainder method;
+    of equal ones the first). N is between 1 and M − 1.
     """
     wanted = _within([ratio * pattern.m for ratio in ratios], sizes, pattern)
     kept = [int(value + 1e-9) for value in wanted]
@@ -51,7 +54,7 @@ def kept_of_groups(ratios: Sequence[float], sizes: Sequence[int], pattern: Patte
 
 
 def _within(wanted: Sequence[float], sizes: Sequence[int], pattern: Pattern) -> list[float]:
-    """`wanted` with all moved by as much as brings their mean to N once they are clamped to 1 to M − 1."""
+    """`wanted`, all shifted by the amount for which their mean is N after clamping to 1 to M − 1."""
 
     def clamped(shift: float) -> list[float]:
         return [min(max(value + shift, 1.0), pattern.m - 1.0) for value in wanted]

@@ -1,4 +1,4 @@
-"""Choosing a candidate for every matrix within a budget, from measured errors, harm and times."""
+"""Choosing a format for every matrix within a budget, from measured errors, harm and times."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ from halfplate.telemetry.progress import Report
 def allocate_plan(
     loaded: LoadedModel, plan: Plan, tokens: CalibrationTokens, report: Report, clock: Clock
 ) -> tuple[Plan, dict[str, Any] | None]:
-    """The plan with a candidate chosen for every matrix, so that the expected KL is least within the budget of its recipe.
+    """The plan with a format chosen for every matrix, so that the expected KL is smallest within the budget of its recipe.
 
-    Errors are measured by a quick solve of every candidate on the inputs of the original model; the KL is assumed to be
-    proportional to the error of each matrix (it is quadratic in small changes) and to add up. After ROCKET (knapsack over
-    measured errors), with the model's own KL instead of a proxy. If the recipe says so, an evolutionary search on the
-    KL of the model with those candidates continues from there, and a JSON object describes it. Raises HalfplateError if
-    the budget cannot be met.
+    Errors are measured by a quick solve of every candidate on the inputs of the original model. The KL is assumed to be proportional
+    to the error of each matrix (it is quadratic in small changes) and to add up. Source: ROCKET (knapsack over measured errors), with
+    the KL of the model instead of a proxy. If the recipe says so, an evolutionary search on the KL of the model continues from there,
+    and a JSON object describes it. Raises HalfplateError if the budget cannot be met.
     """
     recipe, evolution = plan.recipe, plan.recipe.evolution
     judging = search_samples(*tokens.ids.shape) if evolution is not None else 0
-    # Text that the solves have seen would speak for the levels with the most freedom to fit it.
+    # Text that the solves have seen would favour formats that can overfit it most.
     solving = tokens.ids[: len(tokens.ids) - judging] if judging < len(tokens.ids) else tokens.ids
     record = None
     with LevelStore() if evolution is not None else nullcontext() as store:

@@ -27,15 +27,15 @@ from halfplate.recovery.loss import divergence
 from halfplate.statistics import InputStatistics, Statistic
 from halfplate.telemetry.progress import Report
 
-# Every candidate is measured in one layer of so many; in between only those that were worth their cost there.
+# All candidates are measured in every tenth layer, and only those on its Pareto front in the layers between.
 FULLY_MEASURED = 10
-WORTH = 0.95  # a dearer level counts if its error is less than this share of that of the one before
+WORTH = 0.95  # a more expensive candidate is kept if its error is below this share of the previous one's
 PROBE_SAMPLES = 2  # calibration sequences on which the harm of each matrix alone is measured
 
 
 @dataclass(frozen=True)
 class MeasuredLevel:
-    """A candidate with its measures. specs: of the matrices. cost: bytes, or seconds per token. error: relative, of their outputs."""
+    """A candidate with its measurements. specs: of the matrices. cost: bytes, or seconds per token. error: relative output error."""
 
     specs: dict[str, WeightSpec]
     cost: float
@@ -46,8 +46,8 @@ class MeasuredLevel:
 class Unit:
     """A matrix, or several that share a wrapper and therefore have the same candidate.
 
-    levels: the candidates of the Pareto front, by increasing cost. harm: KL to the original model, nats per token, per unit of
-    relative error in these matrices alone.
+    levels: candidates of the Pareto front, by increasing cost.
+    harm: KL to the original model, nats per token, per unit of relative error if only these matrices are compressed.
     """
 
     names: tuple[str, ...]
@@ -70,7 +70,7 @@ class LevelMeasurement:
         self.ids = ids.to(loaded.model.device)
         self.probe = self.blockwise.embed(self.ids[:PROBE_SAMPLES])
         self.dense = _logits(self.blockwise, 0, self.probe)
-        # Levels that were worth their cost where all were measured, by the kind of the matrix.
+        # Candidates on the Pareto front of the last fully measured layer, by kind of matrix.
         self.worthwhile: dict[tuple[str, ...], list[WeightSpec]] = {}
 
     def run(self, report: Report) -> list[Unit]:
@@ -191,7 +191,7 @@ def _key(spec: WeightSpec) -> tuple[object, ...]:
 
 
 def at_level(planned: Mapping[str, WeightSpec], level: WeightSpec) -> dict[str, WeightSpec] | None:
-    """The specifications `planned` of a unit with the pattern, core and blocks of candidate `level`; None if these do not fit one."""
+    """The specifications `planned` of a unit with the pattern, core and blocks of candidate `level`; None if these are invalid for one."""
     try:
         specs = {
             name: replace(
@@ -221,7 +221,7 @@ def compressed_linears(linears: Sequence[nn.Linear], chains: Sequence[Chain]) ->
 
 
 def _front(levels: Sequence[MeasuredLevel]) -> list[MeasuredLevel]:
-    """The Pareto front of cost and error, the cheapest first, without candidates that gain almost nothing."""
+    """The Pareto front of cost and error, cheapest first, without candidates that gain almost nothing."""
     front: list[MeasuredLevel] = []
     for level in sorted(levels, key=lambda level: (level.cost, level.error)):
         if not front or level.error < WORTH * front[-1].error:

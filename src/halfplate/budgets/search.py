@@ -1,4 +1,4 @@
-"""The evolutionary search over candidates, by the KL of the model itself."""
+"""The evolutionary search over candidates, by the KL of the whole model."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from halfplate.models.blockwise import BlockwiseModel
 from halfplate.recovery.loss import divergence
 from halfplate.telemetry.progress import Report
 
-TOKENS = 8192  # of the last stage
-FEWER = 4  # each stage before has so many times fewer
+TOKENS = 8192  # tokens of the last stage
+FEWER = 4  # each earlier stage has this many times fewer tokens
 
 
 def search_samples(samples: int, seq_len: int) -> int:
-    """The number of calibration sequences that measure the KL and are held out from the solves; at least one."""
+    """The number of calibration sequences that measure the KL and are not used for the solves; at least one."""
     return max(1, min(-(-TOKENS // seq_len), samples // 2))
 
 
 class ModelAtLevels:
-    """The original model with its linears replaced by chosen candidates, and the KL to the original.
+    """The original model with its linears replaced by chosen candidates, and its KL to the original.
 
-    ids: int64 (sequences, L). A context manager; leaving it restores the original weights.
+    A context manager; leaving it restores the original weights.
+
+    ids: int64 (sequences, L).
     """
 
     def __init__(self, model: nn.Module, units: Sequence[Unit], store: LevelStore, ids: Tensor) -> None:
         self.model, self.units, self.store = model, units, store
         self.blockwise = BlockwiseModel(model)
         self.ids = ids.to(next(model.parameters()).device)
-        # Logits of a large vocabulary are many times larger than what the head makes them of.
+        # Logits of a large vocabulary are many times larger than the hidden states.
         self.hidden = torch.cat([self._hidden(batch) for batch in self.ids.split(BATCH)])
         self.linears = [[cast(nn.Linear, model.get_submodule(name)) for name in unit.names] for unit in units]
         self.dense = [[linear.weight.data for linear in linears] for linears in self.linears]
@@ -52,7 +54,7 @@ class ModelAtLevels:
                 linear.weight.data = weight
 
     def kl(self, choice: tuple[int, ...], stage: int, generation: int) -> float:
-        """Nats per token on the text of a stage; early stages use other text in each generation."""
+        """Nats per token on the text of a stage; early stages use different text in each generation."""
         self._install(choice)
         count: int = max(1, len(self.ids) // FEWER ** (STAGES - 1 - stage))
         rows = torch.arange(count, dtype=torch.int64, device="cpu")
@@ -95,9 +97,11 @@ def search_levels(
     settings: Evolution,
     report: Report,
 ) -> tuple[list[int], dict[str, Any]]:
-    """The candidates that the search from `start` selects, and a JSON object that describes its course.
+    """The candidates that the search from `start` selects, and a JSON object that describes the search.
 
-    ids: tokens that the solves in `store` have not seen. The search is EvoPress (halfplate.allocation.evolution).
+    The search is EvoPress (halfplate.allocation.evolution).
+
+    ids: tokens that the solves in `store` have not seen.
     """
     costs = [[level.cost for level in unit.levels] for unit in units]
     with ModelAtLevels(model, units, store, ids) as at_levels:

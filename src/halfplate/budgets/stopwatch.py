@@ -11,13 +11,13 @@ from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.pattern import DENSE
 from halfplate.runtime.backends import Options, backends, pack, pack_dense
 
-COLD_BYTES = 96 * 2**20  # copies of a matrix that are read in turn, so that each comes from memory
+COLD_BYTES = 96 * 2**20  # bytes of copies of a matrix that are read in turn, so that they are not in the cache
 MOST_COPIES = 200
 TIMINGS = 5
 
 
 class Stopwatch:
-    """Seconds that a linear takes for one token, with weights read from memory; measured once per specification."""
+    """Seconds of a linear per token, with weights read from memory; measured once per specification."""
 
     def __init__(self) -> None:
         self._known: dict[WeightSpec, float] = {}
@@ -29,7 +29,7 @@ class Stopwatch:
 
     def compressed(self, linear: CompressedLinear) -> float:
         packed = pack(linear, Options(), backends())
-        # One that shares a wrapper applies it as one of its own does.
+        # A shared wrapper costs the same time as an own one.
         return self._time(linear.spec.alone, linear if isinstance(packed, str) else packed)
 
     def _time(self, spec: WeightSpec, linear: nn.Module) -> float:

@@ -1,4 +1,4 @@
-"""The solved candidates of every matrix, kept until a search has chosen among them."""
+"""The solved candidates of every matrix, kept until a search has chosen."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from halfplate.errors import HalfplateError
 from halfplate.formats import Chain, WeightSpec
 from halfplate.storage.tensor_file import read_header, read_tensors, write_file
 
-MEMORY_BYTES = 2 * 2**30  # what goes beyond lies in a temporary folder
+MEMORY_BYTES = 2 * 2**30  # further candidates are stored in a temporary folder
 
 
 class LevelStore:
-    """Matrices by a key of two numbers, in memory or as stored tensors in a file.
+    """Matrices by a key of two numbers, in memory or in files of a temporary folder.
 
-    A context manager; leaving it deletes the files. memory_bytes: what is held in memory.
+    A context manager; leaving it deletes the files.
+
+    memory_bytes: limit for the matrices in memory.
     """
 
     def __init__(self, memory_bytes: int = MEMORY_BYTES) -> None:
@@ -61,7 +63,7 @@ class LevelStore:
             ) from error
 
     def dense(self, key: tuple[int, int], device: torch.device) -> list[Tensor]:
-        """The matrices kept under `key`, multiplied out: fp32 (d_out, d_in) each."""
+        """The full matrices stored under `key`: fp32 (d_out, d_in) each."""
         tensors = self._held[key] if key in self._held else dict(read_tensors(read_header(self._file(key))))
         found = []
         for k, spec in enumerate(self._specs[key]):

@@ -1,4 +1,4 @@
-"""Calibration: the tokens that the model runs on, and the statistics of the inputs of its linears."""
+"""Calibration: the calibration tokens, and the statistics of the inputs of the linears."""
 
 from halfplate.calibration.collect import BATCH, DenseRun, collect_block, head_gram, input_stages, stage_sums
 from halfplate.calibration.documents import read_text, token_stream

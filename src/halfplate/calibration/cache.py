@@ -1,4 +1,4 @@
-"""A cache of keys and values that is allocated once. It imports transformers, so import it only where it is used."""
+"""A preallocated key-value cache. This module imports transformers, so import it only when it is needed."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def preallocated_cache(config: PretrainedConfig, length: int) -> DynamicCache:
-    """A cache for sequences of `length` tokens; layers of local attention, whose window is short, are not changed."""
+    """A cache for sequences of `length` tokens. Layers of local attention are not changed, because their window is short."""
     cache = DynamicCache(config=config)
     cache.layers = [PreallocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
@@ -52,18 +52,18 @@ def preallocated_cache(config: PretrainedConfig, length: int) -> DynamicCache:
 
 @dataclass(frozen=True)
 class _Described:
-    """A configuration that equals another with the same entries."""
+    """A configuration that compares equal to another with the same entries."""
 
     entries: str
     config: PretrainedConfig = field(compare=False)
 
 
 def cache_nbytes(config: PretrainedConfig, length: int) -> int:
-    """Bytes of the cache of one sequence of `length` tokens in fp32, measured with a model on the meta device; its exceptions are passed on."""
+    """Bytes in the cache of one sequence of `length` tokens in fp32, measured with a model on the meta device, whose exceptions are passed on."""
     return _measured(_Described(config.to_json_string(use_diff=False), config), length)
 
 
-# A plan and the run after it ask the same, and a model of many layers takes seconds to answer.
+# A plan and its run make the same call, which takes seconds for a model with many layers.
 @lru_cache(maxsize=8)
 def _measured(described: _Described, length: int) -> int:
     config = described.config
@@ -77,7 +77,7 @@ def _measured(described: _Described, length: int) -> int:
 
 
 def _held(found: Any, seen: set[int]) -> int:
-    """Bytes of the distinct tensors inside a cache, whatever class it is of."""
+    """Bytes of the distinct tensors inside a cache of any class."""
     if id(found) in seen:
         return 0
     seen.add(id(found))

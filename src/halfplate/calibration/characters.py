@@ -1,4 +1,4 @@
-"""The characters of a text file, read in blocks: encoding by its mark, line ends as \\n, damage named with its place."""
+"""Reading the characters of a text file in blocks: detects the encoding, normalises line ends, and reports the position of damage."""
 
 import codecs
 import gzip
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from halfplate.errors import HalfplateError
 
-# Longest marks first: that of UTF-32 (little endian) begins with that of UTF-16.
+# Longest byte-order marks first, because that of UTF-32 (little endian) begins with that of UTF-16.
 MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -21,23 +21,25 @@ BLOCK_BYTES = 2**18
 
 
 def unix_lines(text: str) -> str:
-    """`text` with \\n in place of \\r\\n and \\r."""
+    r"""`text` with \n instead of \r\n and \r."""
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def characters(path: Path, where: str, most_bytes: int) -> Iterator[str]:
-    """The text of a file, or of a gzip file, in blocks; at most `most_bytes` bytes are read.
+    r"""The text of a file, or of a gzip file, in blocks; at most `most_bytes` bytes are read.
 
-    UTF-8, or UTF-16 or UTF-32 with a byte-order mark; the mark is not part of the text, and \\r\\n and \\r become \\n.
-    where: what errors begin with, such as `text='a.txt'`. Raises HalfplateError for a file that cannot be read, is damaged,
-    is too large, or is not text, naming the line and the offset of the byte.
+    UTF-8, or UTF-16 or UTF-32 with a byte-order mark. The mark is not part of the text, and \r\n and \r become \n.
+
+    where: the beginning of error messages, such as `text='a.txt'`.
+    Raises HalfplateError for a file that cannot be read, is damaged, is too large, or is not text, naming the line and the byte
+    offset.
     """
     blocks = _blocks(path, where, most_bytes)
     first = next(blocks, b"")
     mark, encoding = next(((mark, name) for mark, name in MARKS if first.startswith(mark)), (b"", "utf-8"))
     decoder = codecs.getincrementaldecoder(encoding)()
     line_ends = io.IncrementalNewlineDecoder(None, translate=True)
-    offset, lines = len(mark), 1  # of what comes next: bytes before it, and its line
+    offset, lines = len(mark), 1  # position of the next block: bytes before it, and its line
     for block in _with_end(first[len(mark) :], blocks):
         pending = len(decoder.getstate()[0])
         try:
@@ -63,7 +65,7 @@ def characters(path: Path, where: str, most_bytes: int) -> Iterator[str]:
 
 
 def _with_end(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Blocks that are not empty, and then an empty one."""
+    """Non-empty blocks, and then an empty one."""
     if first:
         yield first
     yield from blocks
@@ -75,7 +77,7 @@ def _decoded_before(error: UnicodeDecodeError, encoding: str) -> str:
 
 
 def _blocks(path: Path, where: str, most_bytes: int) -> Iterator[bytes]:
-    """The bytes of the file, unpacked; none of the blocks is empty."""
+    """The uncompressed bytes of the file in non-empty blocks."""
     done = 0
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
@@ -83,7 +85,7 @@ def _blocks(path: Path, where: str, most_bytes: int) -> Iterator[bytes]:
                 done += len(block)
                 if done > most_bytes:
                     raise HalfplateError(
-                        f"{where} holds more than {most_bytes // 2**20} MiB of text, far beyond what is used; pass its first part"
+                        f"{where} holds more than {most_bytes // 2**20} MiB of text, more than is ever used; pass its first part"
                     )
                 yield block
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -1,4 +1,4 @@
-"""Statistics of the inputs of a decoder layer's linears, collected while the layer runs."""
+"""Collecting statistics of the inputs of a decoder layer's linears while the layer runs."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,8 +13,8 @@ from halfplate.errors import HalfplateError
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.statistics import InputStatistics, Statistic
 
-BATCH = 8  # samples that run through a block at once
-# Sums over the tokens are made of this many chunks at most, whoever makes them: what is rounded depends on it.
+BATCH = 8  # samples that run through a layer at once
+# Sums over the tokens are computed in at most this many chunks, on any engine, because rounding depends on the chunks.
 CHUNKS = 16
 
 
@@ -28,11 +28,13 @@ def collect_block(
 ) -> tuple[dict[str, InputStatistics], list[BlockInputs]]:
     """Run layer `index` on every batch of `inputs`; returns the statistics of the linears `names`, and the outputs of the layer.
 
-    names: full names of modules of this layer. Linears that are given one tensor (q, k and v; gate and up) share one
-    InputStatistics object, collected once. diagonal is fp32, gram fp64; `gram` comes with the diagonal.
-    The Gram matrix costs one product (d_in, tokens)·(tokens, d_in) per batch; batches of some thousand tokens are fastest.
-    token_limit: a token with more energy than so many times the median of its batch counts as one of that energy.
-    Raises HalfplateError for inputs that are not finite and for linears that never ran, naming the linear.
+    Linears with the same input tensor (q, k and v; gate and up) share one InputStatistics object, collected once. diagonal is
+    fp32, gram fp64; `gram` includes the diagonal. The Gram matrix costs one product (d_in, tokens)·(tokens, d_in) per batch;
+    batches of some thousand tokens are fastest.
+
+    names: full names of modules of this layer.
+    token_limit: the squared norm of each token is clipped to this many times the median of its batch.
+    Raises HalfplateError, naming the linear, for inputs that are not finite and for linears that never ran.
     """
     collector = _Collector(statistic, token_limit)
     modules = {name: _module_of_block(blockwise, index, name) for name in names}
@@ -45,9 +47,9 @@ def collect_block(
 
 
 def input_stages(blockwise: BlockwiseModel, index: int, batch: BlockInputs, names: Sequence[str]) -> list[list[str]]:
-    """Group the linears `names` of layer `index` by the input that they share, in the order in which `batch` reaches them.
+    """Group the linears `names` of layer `index` by their shared input, in the order in which `batch` reaches them.
 
-    Linears that `batch` does not reach come last, each on its own.
+    Linears that `batch` does not reach come last, each in its own group.
     """
     collector = _Collector(Statistic.NONE)
     with torch.no_grad(), collector.watching({name: _module_of_block(blockwise, index, name) for name in names}):
@@ -89,7 +91,7 @@ class _Seen(Exception):
 
 @dataclass(frozen=True, eq=False)
 class DenseRun:
-    """A layer as it was before it was compressed, and its inputs in the original model, batch by batch."""
+    """The original layer, and its inputs in the original model, batch by batch."""
 
     block: nn.Module
     inputs: Sequence[BlockInputs]
@@ -104,11 +106,13 @@ def stage_sums(
     dense: DenseRun | None = None,
     token_limit: float | None = None,
 ) -> "StageSums":
-    """Sums over the inputs of the linears `names`, one of `input_stages`, in layer `index` as it is now; the layer runs only as far as these.
+    """Sums over the inputs of the linears `names`, one of `input_stages`, in the current layer `index`, which runs only as far as needed.
 
-    inputs: of the layer, which come through the compressed ones before it. dense: gives the cross moments to what the dense
-    model has in the place of those inputs; they come along from Statistic.GRAM on. token_limit: as in `collect_block`. The
-    sums of further batches may be added before statistics are made of them.
+    The sums of further batches may be added before statistics are computed.
+
+    inputs: inputs of the layer, from the compressed layers before it.
+    dense: the original layer; if given, cross moments with the original inputs are collected (from Statistic.GRAM on).
+    token_limit: as in `collect_block`.
     """
     collector = _Collector(statistic, token_limit)
     modules = {name: _module_of_block(blockwise, index, name) for name in names}
@@ -157,7 +161,7 @@ def _run_to(
 
 @dataclass
 class Sums:
-    """Sums over tokens: squares fp64 (d_in,), products and crosses (d_in, d_in), fp32 while they are of one batch, then fp64."""
+    """Sums over tokens: squares fp64 (d_in,), products and crosses (d_in, d_in), fp32 within a batch and then fp64."""
 
     tokens: int = 0
     squares: Tensor | None = None
@@ -165,14 +169,13 @@ class Sums:
     crosses: Tensor | None = None
 
     def add(self, x: Tensor, statistic: Statistic, dense: Tensor | None, token_limit: float | None = None) -> None:
-        """Add x fp32 (tokens, d_in), and its products with `dense`, what the original model has in its place.
+        """Add x fp32 (tokens, d_in), and its products with `dense`, the corresponding inputs in the original model.
 
-        token_limit: a token with more energy than so many times the median counts as one of that energy; tokens without any
-        have no part in the median.
+        token_limit: the squared norm of each token is clipped to this many times the median; zero tokens do not count for the median.
         """
         self.tokens += len(x)
         if statistic == Statistic.NONE:
-            return  # x may be without numbers
+            return  # x may be empty
         with torch.autocast(x.device.type, enabled=False):
             self._add(x, statistic, dense, token_limit)
 
@@ -187,15 +190,15 @@ class Sums:
         squares = x.square().sum(0, dtype=torch.float64)
         self.squares = squares if self.squares is None else self.squares.add_(squares)
         if statistic >= Statistic.GRAM:
-            # fp32 is 2 to 30 times faster than fp64 and exact enough within a batch. Between batches it is not: single
-            # activations are huge (29,000 in SmolLM2, squared 8e8), and in fp32 a sum that holds one of them drops what
-            # ordinary tokens add afterwards.
+            # fp32 is 2 to 30 times faster than fp64 and accurate enough within a batch, but not between batches: single
+            # activations are huge (29,000 in SmolLM2, squared 8e8), and an fp32 sum with one of them loses the contributions
+            # of ordinary tokens.
             self.products = _added(self.products, x.T @ x)
             if dense is not None:
                 self.crosses = _added(self.crosses, dense.T @ x)
 
     def merge(self, later: "Sums") -> None:
-        """Add the sums of later tokens, which are used up; chunks added in their order give the same whoever made them."""
+        """Add the sums of later tokens, which are consumed. Adding chunks in order gives the same result on any engine."""
         self.tokens += later.tokens
         for name in ("squares", "products", "crosses"):
             more = getattr(later, name)
@@ -203,7 +206,7 @@ class Sums:
                 setattr(self, name, _added(getattr(self, name), more))
 
     def statistics(self) -> InputStatistics:
-        """The means; the sums are used up."""
+        """The means; the sums are consumed."""
         diagonal = None if self.squares is None else (self.squares / self.tokens).float()
         gram = None if self.products is None else self.products.double().div_(self.tokens)
         cross = None if self.crosses is None else self.crosses.double().div_(self.tokens)
@@ -211,13 +214,13 @@ class Sums:
 
 
 def _added(before: Tensor | None, more: Tensor) -> Tensor:
-    """The sum in fp64, in the memory of `before` if it is fp64 already; `more` itself if nothing was added before."""
+    """The sum in fp64, in the memory of `before` if that is fp64; `more` itself if there is no `before`."""
     return more if before is None else before.double().add_(more)
 
 
 @dataclass
 class StageSums:
-    """Sums of every distinct input under the name of the linear that it reaches first, and that leader of each linear."""
+    """Sums of every distinct input under the name of the first linear that uses it (its leader), and the leader of each linear."""
 
     leaders: dict[str, str] = field(default_factory=dict)
     sums: dict[str, Sums] = field(default_factory=dict)
@@ -239,7 +242,7 @@ class StageSums:
             self.sums.setdefault(leader, Sums()).merge(sums)
 
     def statistics(self, names: Sequence[str]) -> dict[str, InputStatistics]:
-        """The statistics of the linears `names`; those of one input share one object. The sums are used up."""
+        """The statistics of the linears `names`; those with the same input share one object. The sums are consumed."""
         for name in names:
             if name not in self.leaders:
                 raise HalfplateError(
@@ -251,14 +254,14 @@ class StageSums:
 
 
 class _Collector:
-    """Sums for every distinct input, under the name of the linear that it reaches first, its leader."""
+    """Sums for every distinct input, under the name of the first linear that uses it (its leader)."""
 
     def __init__(self, statistic: Statistic, token_limit: float | None = None) -> None:
         self.statistic, self.token_limit = statistic, token_limit
         self.stage = StageSums()
-        # The tensor is kept beside its leader, so that no other can have its identity while the batch runs.
+        # The tensor is kept with its leader, so that its id is not reused while the batch runs.
         self._seen: dict[tuple[int, int], tuple[str, Tensor]] = {}
-        # While the original model runs, inputs by leader are kept here; then those of the same batch are added against them.
+        # Inputs of the original model, by leader, until those of the same batch in the compressed model are added.
         self.dense_inputs: dict[str, Tensor] | None = None
         self._dense: dict[str, Tensor] = {}
 
@@ -272,7 +275,7 @@ class _Collector:
 
     @contextmanager
     def watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:
-        """While inside, every call of one of `modules` adds its input."""
+        """Context manager in which every call of one of `modules` adds its input."""
         hooks = [
             module.register_forward_pre_hook(partial(self._add, name), with_kwargs=True)
             for name, module in modules.items()
@@ -286,7 +289,7 @@ class _Collector:
 
     def _add(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
-        # The version counts changes in place, after which it is another input.
+        # The version counts in-place changes, after which the tensor is a different input.
         key = (id(x), x._version)
         leader = self._seen[key][0] if key in self._seen else name
         self.stage.lead(name, leader)
@@ -308,7 +311,7 @@ class _Collector:
 
 
 def _module_of_block(blockwise: BlockwiseModel, index: int, name: str) -> nn.Module:
-    """The module of the full name `name`, which must lie in layer `index`."""
+    """The module with the full name `name`, which must be in layer `index`."""
     prefix = f"{blockwise.prefix}.{index}."
     try:
         if not name.startswith(prefix):

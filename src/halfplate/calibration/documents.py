@@ -25,24 +25,24 @@ __all__ = ["Text", "check_source", "check_unicode", "read_text", "token_stream"]
 
 LINES, VALUES = (".jsonl", ".jsonl.gz"), (".json", ".json.gz")
 SUFFIXES = (".txt", ".txt.gz", *LINES, *VALUES)
-# Bounds what is read where all of a text is asked for; a small compressed file may also unpack to any size.
+# Limit for reading a whole text, because a small compressed file can unpack to any size.
 MAX_FILE_BYTES = 256 * 2**20
-# A Hub data set may be of any size and is read from its beginning: this much gives millions of tokens.
+# A Hub data set can have any size and is read from its beginning; this much gives millions of tokens.
 MAX_HUB_CHARACTERS = 32 * 2**20
-# Blank line between documents: what WikiText perplexity is customarily measured with (GPTQ, SparseGPT, Wanda).
+# A blank line between documents, as is customary for WikiText perplexity (GPTQ, SparseGPT, Wanda).
 SEPARATOR = "\n\n"
 
-# Sources with a name of their own; files and Hub data sets need none. Each is a function from what follows `name:` to documents.
+# Named sources (not files or Hub data sets). Each is a function from the text after `name:` to documents.
 SOURCES: Registry[Callable[[str], Iterable[str]]] = Registry(
     "calibration", "halfplate.calibration", {"self": "halfplate.calibration.self_text:sample_text"}
 )
-END = object()  # of what a plugin gives
+END = object()  # type of the documents of a plugin
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 WITH_FIELDS = re.compile(r"(?P<file>.+\.jsonl?(?:\.gz)?):(?P<fields>.+)", re.IGNORECASE | re.DOTALL)
 
 
 def check_source(source: str, argument: str = "calibration") -> None:
-    """Raise HalfplateError if `source` names a file or a plugin that is not there; Hub names are not checked."""
+    """Raise HalfplateError if `source` is a file or a plugin that does not exist; Hub names are not checked."""
     if _plugin(source, argument) is not None:
         return
     file, _ = split_fields(source)
@@ -63,18 +63,19 @@ def check_source(source: str, argument: str = "calibration") -> None:
 
 
 def split_fields(source: str) -> tuple[str, str | None]:
-    """The file and the fields of `FILE.jsonl:field` (or `.json`, also `.gz`); None if no field is named."""
+    """The file and the fields of `FILE.jsonl:field` (or `.json`, also with `.gz`); None if no field is given."""
     if not source.lower().endswith(SUFFIXES) and (named := WITH_FIELDS.fullmatch(source)):
         return named["file"], named["fields"]
     return source, None
 
 
 class Text:
-    """The text of a source, read piece by piece as far as it is asked for.
+    """The text of a source, read piece by piece as needed.
 
-    source: a file, `name` or `name:what` of a plugin, or a Hub data set (see `read_text`). argument: the name that error messages
-    give `source`. skipped: number of rows without text so far. Raises HalfplateError for a source that is not there or
-    whose beginning cannot be read, and later for damage further on.
+    source: a file, `name` or `name:what` of a plugin, or a Hub data set (see `read_text`).
+    argument: name of `source` in error messages.
+    skipped: number of rows without text so far.
+    Raises HalfplateError if the source does not exist or its beginning cannot be read, and during reading for later damage.
     """
 
     def __init__(self, source: str, argument: str = "calibration") -> None:
@@ -91,7 +92,7 @@ class Text:
         return self._plugin is None and self._file.lower().endswith(SUFFIXES)
 
     def pieces(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
-        """The documents joined by blank lines, in pieces of any length; rows of messages are written by the tokenizer's template."""
+        """The documents joined by blank lines, in pieces of any length; chat messages are formatted by the tokenizer's template."""
         if self._is_file and not self._file.lower().endswith(LINES + VALUES):
             return self._characters()
         return joined(self.documents(tokenizer))
@@ -111,12 +112,12 @@ class Text:
         return map(unix_lines, found)
 
     def facts(self) -> dict[str, Any]:
-        """The entries of the protocol about the last reading: `skipped_rows`, and how `messages` were formatted, if there are any."""
+        """Entries of the protocol about the last reading: `skipped_rows`, and how `messages` were formatted, if there are any."""
         told: dict[str, Any] = {"skipped_rows": self.skipped} if self.skipped else {}
         return told | ({"messages": self._messages} if self._messages else {})
 
     def spoken_facts(self) -> str:
-        """The words on skipped rows that an error message adds."""
+        """The part of an error message about skipped rows."""
         return f", and {self.skipped} rows without text" if self.skipped else ""
 
     def _characters(self) -> Iterator[str]:
@@ -137,16 +138,18 @@ class Text:
 def read_text(
     source: str, argument: str = "calibration", tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[str]:
-    """The documents of `source`: a file, what a plugin reads, or the train split of a Hub data set.
+    r"""The documents of `source`: a file, the text of a plugin, or the train split of a Hub data set.
 
-    A `.txt` file is one document. A `.jsonl` file has one per line and a `.json` file one an item of its array: the field `text` (which
-    may be empty), chat messages in `messages` or `conversations`, or the fields named in `FILE.jsonl:field` (`a+b`: one below the
-    other). Each may be gzipped (`.gz`). UTF-8, or UTF-16 with its byte-order mark; line ends become \\n. Rows without text are
-    passed over. A Hub data set is named `org/name` or `org/name:config` and needs halfplate[hub]; its first 32 Mi characters are
-    read. Other installed packages add sources, `name` or `name:what` (docs/extending.md). argument: the name that error messages
-    give `source`. tokenizer: writes chat messages by its template.
-    Raises HalfplateError for a file that is missing, damaged, not text or beyond 256 MiB, for rows of other fields
-    (naming the line and a field), and for data sets that cannot be read.
+    A `.txt` file is one document. A `.jsonl` file has one per line and a `.json` file one per item of its array: the field `text`
+    (which may be empty), chat messages in `messages` or `conversations`, or the fields named in `FILE.jsonl:field` (`a+b` joins two
+    fields by a line break). Each file may be gzipped (`.gz`). Files are UTF-8, or UTF-16 with a byte-order mark; line ends become
+    \n. Rows without text are skipped. A Hub data set is named `org/name` or `org/name:config` and needs halfplate[hub]; its first
+    32 Mi characters are read. Other packages can add sources, `name` or `name:what` (docs/extending.md).
+
+    argument: name of `source` in error messages.
+    tokenizer: formats chat messages with its template.
+    Raises HalfplateError for a file that is missing, damaged, not text or larger than 256 MiB, for rows with other fields (naming
+    the line and a field), and for data sets that cannot be read.
     """
     return list(Text(source, argument).documents(tokenizer))
 
@@ -161,7 +164,7 @@ def token_stream(
 ) -> Tensor:
     """The first `most` (None: all) tokens of all documents, joined by blank lines and tokenised once: int64 (tokens,).
 
-    Special tokens are those that the tokenizer itself adds to a text, once for the whole stream. Long texts are tokenised in
+    Special tokens are only those that the tokenizer adds to a text, once for the whole stream. Long texts are tokenised in
     pieces, with equal tokens.
     """
     pieces = documents.pieces(tokenizer) if isinstance(documents, Text) else joined(documents)
@@ -169,7 +172,7 @@ def token_stream(
 
 
 def _plugin(source: str, argument: str) -> EntryPoint | None:
-    """The entry point that reads `name` or `name:what`, None if no installed package has that name."""
+    """The entry point that reads `name` or `name:what`; None if no installed package has that name."""
     name = source.partition(":")[0]
     return SOURCES.point(name, argument)
 
@@ -188,12 +191,12 @@ def _plugin_documents(point: EntryPoint, source: str, argument: str) -> Iterator
 
 
 def _stated(call: Callable[[], Any], point: EntryPoint, source: str, argument: str) -> Any:
-    """The result of `call`, which is code of another package; its failures become one line."""
+    """The result of `call`, which is code of another package; its exceptions become one-line errors."""
     try:
         return call()
     except HalfplateError:
         raise
-    # It fails in ways of its own.
+    # It can raise any exception.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise broken(point, argument, f"failed on {source!r} ({reason})") from error
@@ -223,7 +226,7 @@ def _hub_rows(source: str, argument: str) -> Iterator[tuple[str, Any]]:
                 break
     except HalfplateError:
         raise
-    # The library raises errors of many kinds (HTTP, missing configuration, file formats); each means no text.
+    # The library raises many exceptions (HTTP, missing configuration, file formats); all mean that there is no text.
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise HalfplateError(

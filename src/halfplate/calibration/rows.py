@@ -1,4 +1,4 @@
-"""Rows of data as text: JSON lines, JSON arrays, and rows of chat messages."""
+"""Rows of data as text: JSON lines, JSON arrays, and chat messages."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from halfplate.errors import HalfplateError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_ROW_CHARACTERS = 2**25  # a longer row is not a row of text
-# Fields that hold a text together, in the order in which an error offers them.
+MAX_ROW_CHARACTERS = 2**25  # longer rows are refused
+# Fields that often hold text together, in the order in which an error suggests them.
 KNOWN_FIELDS = (
     ("instruction", "input", "output"),
     ("instruction", "output"),
@@ -22,7 +22,7 @@ KNOWN_FIELDS = (
     ("question", "answer"),
     ("content",),
 )
-# Roles of ShareGPT rows (`from`) in the words of chat templates.
+# Roles of ShareGPT rows (`from`) and their names in chat templates.
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 
 
@@ -37,10 +37,10 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def json_lines(blocks: Iterable[str], where: str) -> Iterator[tuple[str, Any]]:
-    """The place and the value of each row: one JSON value per line; blank lines are skipped."""
+    """The position and the value of each row: one JSON value per line; blank lines are skipped."""
     number, begun = 0, ""
     for block in _with_last_line(blocks):
-        # \n alone: JSON strings may hold the other characters that Python takes for line ends.
+        # Only \n, because JSON strings may contain other characters that Python treats as line ends.
         *lines, rest = (begun + block).split("\n")
         begun = rest
         for line in lines:
@@ -52,7 +52,7 @@ def json_lines(blocks: Iterable[str], where: str) -> Iterator[tuple[str, Any]]:
 
 
 def json_values(blocks: Iterable[str], where: str) -> Iterator[tuple[str, Any]]:
-    """The place and the value of each row: the items of one JSON array, or consecutive JSON values."""
+    """The position and the value of each row: the items of one JSON array, or consecutive JSON values."""
     source, decoder = iter(blocks), json.JSONDecoder()
     held = _stripped(next(source, ""), source)
     if in_array := held.startswith("["):
@@ -89,7 +89,7 @@ def _next_value(held: str, source: Iterator[str], decoder: json.JSONDecoder, pla
         except (ValueError, RecursionError) as error:
             reason = error
         _check_length(held, place)
-        # As much again is read, so that a long value is parsed a few times only.
+        # The text is doubled each time, so that a long value is parsed only a few times.
         more = _more(source, len(held))
         if not more:
             if reason is not None:
@@ -101,10 +101,11 @@ def _next_value(held: str, source: Iterator[str], decoder: json.JSONDecoder, pla
 def row_text(
     row: Any, where: str, source: str, fields: str | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> str | None:
-    """The text of one row; None if the row holds none (`null`, `{}`, no messages, a text that is null).
+    """The text of one row; None if the row has none (`null`, `{}`, no messages, a text that is null).
 
-    fields: names of fields joined by `+`, None for `text`, `messages` or `conversations`. source: as an error offers it with
-    a field. Raises HalfplateError if the row has no such field, naming one that it has.
+    fields: names of fields joined by `+`; None for `text`, `messages` or `conversations`.
+    source: the source as suggested by an error, before a field is appended.
+    Raises HalfplateError if the row has no such field, naming one that it has.
     """
     value: Any
     if row is None or isinstance(row, str):
@@ -127,7 +128,7 @@ def row_text(
 
 
 def rendered(messages: list[Any], where: str, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    """Chat messages as the tokenizer's template writes them; without a template their contents, a blank line between."""
+    """Chat messages formatted by the tokenizer's template; without a template, their contents with blank lines between."""
     said = [_message(message, where) for message in messages]
     if not said:
         return None
@@ -136,7 +137,7 @@ def rendered(messages: list[Any], where: str, tokenizer: PreTrainedTokenizerBase
     assert tokenizer is not None
     try:
         text = tokenizer.apply_chat_template(said, tokenize=False)
-    # Templates are programs of their own; they refuse orders of roles in their own words.
+    # Templates are programs that can raise any exception, e.g. for an unexpected order of roles.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise HalfplateError(
@@ -146,14 +147,14 @@ def rendered(messages: list[Any], where: str, tokenizer: PreTrainedTokenizerBase
 
 
 def is_messages(row: Any, fields: str | None) -> bool:
-    """Whether the text of a row, which has one, is made of chat messages."""
+    """Whether the text of a row, which has text, consists of chat messages."""
     if not isinstance(row, Mapping):
         return False
     return "text" not in row if fields is None else isinstance(row.get(fields), list)
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase | None) -> bool:
-    """Whether messages are written by a chat template."""
+    """Whether messages are formatted by a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
@@ -175,7 +176,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
 
 
 def _named(row: Mapping[str, Any], fields: str, where: str) -> str | list[Any] | None:
-    """The values of the named fields, one below the other; None if all are null."""
+    """The values of the named fields joined by line breaks; None if all are null."""
     names = [fields] if fields in row else fields.split("+")
     found = []
     for name in names:
@@ -222,7 +223,7 @@ def _with_last_line(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def _stripped(held: str, source: Iterator[str]) -> str:
-    """The text after the white space; empty only at the end."""
+    """The text after leading white space; empty only at the end."""
     while not (held := held.lstrip(" \t\n\r")):
         more = next(source, "")
         if not more:
@@ -237,7 +238,7 @@ def _may_go_on(value: Any, rest: str) -> bool:
 
 
 def _more(source: Iterator[str], least: int) -> str:
-    """At least `least` characters more, or what is left."""
+    """At least `least` more characters, or all that are left."""
     parts, length = [], 0
     for block in source:
         parts.append(block)

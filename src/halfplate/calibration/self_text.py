@@ -1,7 +1,7 @@
-"""Text that a model samples from itself, so that calibration needs no data set.
+"""Generating calibration text with the model itself, so that no data set is needed.
 
 Calibration on self-generated text: Williams, Chrysostomou and Aletras, "Self-calibration for Language Model Quantization
-and Pruning", 2024; LLM-QAT, 2023, did so for training.
+and Pruning", 2024; for training: LLM-QAT, 2023.
 """
 
 import inspect
@@ -18,22 +18,22 @@ from halfplate.models.arguments import CACHE_NAMES
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# The model's own distribution. Lower ones make small models repeat themselves: at 0.8, 6 % of the runs of 8 tokens that
-# SmolLM2-135M-Instruct writes stand in the same 256 tokens before, against 0.2 % at 1.
+# The model's own distribution. At lower temperatures small models repeat themselves: at 0.8, 6 % of the 8-grams that
+# SmolLM2-135M-Instruct writes already occur in the 256 tokens before, compared with 0.2 % at 1.
 TEMPERATURE = 1.0
-# Bounds the keys and values held, and with them the sequences sampled side by side, where the whole model is held anyway.
+# Limit for keys and values, and thereby for the number of parallel sequences, if the whole model is in memory anyway.
 CACHE_BYTES = 3 * 2**29
 MAX_BATCH = 64
-PROBED = 4  # tokens that show whether a model's own cache works
-WORST_DIFFERENCE = 0.2  # of logits with and without it, relative
+PROBED = 4  # tokens to test the model's own cache with
+WORST_DIFFERENCE = 0.2  # relative difference of logits with and without the cache
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a sequence begins.
+    """The first token of a sequence.
 
-    kind: `bos` (the model's start token), `eos` (its end token, which separates documents if there is no start
-    token), or `uniform` (a token drawn uniformly from the vocabulary; token is then None).
+    kind: `bos` (the model's start token), `eos` (its end token, which separates documents if there is no start token), or
+        `uniform` (a token drawn uniformly from the vocabulary; token is then None).
     """
 
     kind: str
@@ -41,10 +41,10 @@ class Start:
 
 
 def find_start(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Start:
-    """The start of self-sampled text, as the tokenizer, the generation config or the model config (in turn) say.
+    """The start of generated text, as defined by the tokenizer, the generation config or the model config (in this order).
 
-    A chat model's start token may be a turn marker (SmolLM2-Instruct: `<|im_start|>`); nothing else is put before the
-    text. Of 64 sequences that SmolLM2-135M-Instruct starts so, none is the standard system prompt.
+    The start token of a chat model may be a turn marker (SmolLM2-Instruct: `<|im_start|>`). No other token is added before the
+    text. Of 64 sequences that SmolLM2-135M-Instruct starts in this way, none is the standard system prompt.
     """
     places = (tokenizer, model.generation_config, model.config)
     vocabulary = _vocabulary(model)
@@ -71,12 +71,14 @@ def sample_text(
 ) -> Tensor:
     """Sequences drawn from the model's own distribution, int64 (samples, seq_len) on the CPU.
 
-    Every sequence opens with the start token. End tokens are drawn like any other and the text goes on after them, for
-    what follows is part of what the model learnt (the next turn of a chat, the start of the next document); a start
-    token forced there makes SmolLM2-135M-Instruct loop over empty system prompts. So no sequence needs padding.
-    All random numbers are drawn beforehand, one for each token: how many sequences run side by side (bounded by `cache_nbytes`
-    of keys and values) changes the text by rounding alone. The model runs as a whole, one token at a time.
-    progress: called with the tokens sampled so far and in all. Raises HalfplateError if logits are not finite.
+    Every sequence begins with the start token. End tokens are drawn like any other, and the text continues after them, because
+    the continuation is part of what the model has learnt (the next turn of a chat, the next document). A forced start token there
+    would make SmolLM2-135M-Instruct loop over empty system prompts. So sequences need no padding. All random numbers are drawn
+    beforehand, one per token, so the number of parallel sequences (limited by `cache_nbytes` of keys and values) changes the text
+    only through rounding. The model runs as a whole, one token at a time.
+
+    progress: called with the tokens generated so far and all tokens.
+    Raises HalfplateError if logits are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     chances = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64, device="cpu").to(model.device)
@@ -85,7 +87,7 @@ def sample_text(
     batches = -(-samples // at_once)
     done = 0
     new_cache = _cache_maker(model, seq_len)
-    # Batches of nearly one size: a small last one would cost almost as many seconds as a full one.
+    # Batches of nearly equal size, because a small last one would take almost as long as a full one.
     for rows, uniform in zip(ids.tensor_split(batches), chances.tensor_split(batches), strict=True):
         cache = new_cache()
         rows[:, 0] = _first_tokens(model, start, uniform[:, 0])
@@ -100,21 +102,21 @@ def sample_text(
 
 
 def _first_tokens(model: "PreTrainedModel", start: Start, uniform: Tensor) -> Tensor:
-    """The tokens that sequences open with, int64 (sequences,): the one rule of what precedes self-sampled text."""
+    """The first tokens of the sequences, int64 (sequences,); nothing else precedes generated text."""
     if start.token is not None:
         return torch.full(uniform.shape, start.token, dtype=torch.int64, device=uniform.device)
     return (uniform * _vocabulary(model)).long()
 
 
 def _vocabulary(model: "PreTrainedModel") -> int:
-    """Rows of the embedding: the tokens that the model can read, and draws from."""
+    """Rows of the embedding: the tokens that the model can read, and that are drawn."""
     return int(model.config.get_text_config().vocab_size)
 
 
 def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
-    """What makes the cache that a batch starts with: one whose room is taken once, or None for models that make one of their own.
+    """A function that creates the cache of a batch: a preallocated one, or None for models that create their own.
 
-    Raises HalfplateError if the model fails, or its logits with the cache differ from those without.
+    Raises HalfplateError if the model fails, or if its logits with the cache differ from those without.
     """
     from transformers import DynamicCache
 
@@ -123,19 +125,19 @@ def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
     def with_room() -> DynamicCache:
         return preallocated_cache(model.config, seq_len)
 
-    # Two texts: some models mix those of a batch up.
+    # Two texts, because some models mix up the sequences of a batch.
     ids = torch.arange(2 * PROBED, dtype=torch.int64, device=model.device).reshape(2, PROBED) % _vocabulary(model)
     try:
         _, own = _next_logits(model, ids[:, :1], None)
         if type(own) is DynamicCache:
             return with_room
-        # Some models take a cache and do not give it back.
+        # Some models accept a cache and do not return it.
         new_cache: Callable[[], Any] = with_room if own is None else lambda: None
         cache = new_cache()
         for position in range(PROBED):
             logits, cache = _next_logits(model, ids[:, position : position + 1], cache)
         whole = model(input_ids=ids, use_cache=False).logits[:, -1]
-    # Each model class fails with errors of its own.
+    # Model code can raise any exception.
     except Exception as error:
         if isinstance(error, HalfplateError):
             raise
@@ -144,7 +146,7 @@ def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
             f"calibration=self: {type(model).__name__} cannot sample text ({reason}); pass a text file with --calibration"
         ) from error
     difference = float((logits - whole).norm() / whole.norm())
-    # Kernels round differently for one token and for several; what is forgotten changes far more.
+    # Kernels round differently for one token and for several; a broken cache causes far larger differences.
     if not difference < WORST_DIFFERENCE:
         raise HalfplateError(
             f"calibration=self: {type(model).__name__} computes different logits token by token than for a whole text (relative difference "
@@ -154,9 +156,9 @@ def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
 
 
 def _next_logits(model: "PreTrainedModel", current: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Logits (sequences, vocabulary) of the token after `current` int64 (sequences, 1), and the cache with it.
+    """Logits (sequences, vocabulary) of the token after `current` int64 (sequences, 1), and the updated cache.
 
-    cache: None if the model makes one; it comes back as the model gives it, if it does.
+    cache: None if the model creates one; the returned cache is that of the output, if it has one.
     """
     taken = inspect.signature(model.forward).parameters
     name = next((name for name in CACHE_NAMES if name in taken), None)
@@ -167,9 +169,9 @@ def _next_logits(model: "PreTrainedModel", current: Tensor, cache: Any) -> tuple
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One token a row, int64 (sequences,), by inverting the cumulative distribution at `uniform` fp64 in [0, 1).
+    """One token per row, int64 (sequences,), by inverting the cumulative distribution at `uniform` fp64 in [0, 1).
 
-    With one random number a row this costs a tenth of `torch.multinomial`, which draws one for each token it could be.
+    With one random number per row, this takes a tenth of the time of `torch.multinomial`, which draws one per token of the vocabulary.
     """
     cumulative = logits.float().softmax(-1).double().cumsum(-1)
     total = cumulative[:, -1:]
@@ -178,22 +180,22 @@ def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
             "calibration=self: the model gives logits that are not finite, so it cannot sample text; "
             "check that its plain generation works, or pass a text file"
         )
-    # right=True: a token of probability zero is never drawn.
+    # right=True, so that a token with probability zero is never drawn.
     drawn = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)[:, 0]
     return drawn.clamp_max(logits.shape[-1] - 1)
 
 
 def token_nbytes(config: "PretrainedConfig", length: int) -> int:
-    """Bytes that a sequence of `length` tokens holds between two of them in fp32, per token, rounded up.
+    """Bytes per token, rounded up, that a sequence of `length` tokens holds between two tokens in fp32.
 
-    Measured on a model without values, whatever it holds: keys and values, of each layer's own size and window, or states. Where
-    such a model does not run, what plain attention with as many heads as there are would hold.
+    Measured with a model on the meta device, whatever its cache holds: keys and values (with the size and window of each layer),
+    or states. If the model does not run there, the result is that of plain attention with the same number of heads.
     """
     from halfplate.calibration.cache import cache_nbytes
 
     try:
         return max(1, -(-cache_nbytes(config, length) // length))
-    # Each model class fails with errors of its own where it asks for values that are not there.
+    # Model code can raise any exception if it needs values on the meta device.
     except Exception:
         return _plain_token_nbytes(config.get_text_config().to_dict())
 
@@ -210,5 +212,5 @@ def _plain_token_nbytes(entries: dict[str, Any]) -> int:
 
 
 def sequences_at_once(each_token: int, seq_len: int, cache_nbytes: int) -> int:
-    """How many sequences have keys and values of at most `cache_nbytes`; each_token: bytes of those of one token."""
+    """How many sequences have keys and values of at most `cache_nbytes` together; each_token: bytes per token."""
     return min(MAX_BATCH, max(1, cache_nbytes // (each_token * seq_len)))

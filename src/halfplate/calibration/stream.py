@@ -1,4 +1,4 @@
-"""The tokens of a long text, made piece by piece and equal to those of the whole."""
+"""Tokenising a long text piece by piece, with the same tokens as for the whole text."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A tokenizer takes about 120 bytes a character, so a piece takes about 30 MB. Shorter texts are tokenised in one call.
+# A tokenizer takes about 120 bytes per character, so a piece takes about 30 MB. Shorter texts are tokenised in one call.
 PIECE = 2**18
 OVERLAP = 2**12
-# Tokens on which three tokenisations must agree around a cut.
+# Number of tokens around a cut on which three tokenisations must agree.
 AGREEING = 32
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, parts: Iterable[str], most: int | None = None) -> Tensor:
     """The first `most` tokens (None: all) of the text whose consecutive parts are given: int64 (tokens,).
 
-    Equal to the tokens of the joined text. No more parts are taken than needed, and the text is tokenised in pieces that
-    overlap. Two pieces are joined within their overlap, at a token where both agree with the overlap tokenised alone:
-    neither the beginning nor the end of a piece reaches that far. If there is no such place, the piece grows.
+    The tokens equal those of the joined text. Parts are only read as needed, and the text is tokenised in overlapping pieces. Two
+    pieces are joined within their overlap, at a token where both agree with the overlap tokenised alone, which is not affected by
+    the beginning or the end of a piece. If there is no such place, the piece grows.
     """
     text = _Reader(parts)
     done = array("q")
@@ -38,7 +38,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, parts: Iterable[str], most: in
         middle = _ids(tokenizer, overlap)
         after = _ids(tokenizer, overlap + following)
         cut = _cut(ids, middle, after)
-        # Counted from the end, which `ids` and `middle` share; the last cut may lie beyond this one.
+        # Counted from the end, which `ids` and `middle` share; the last cut may be after this one.
         end = len(ids) - len(middle) + (0 if cut is None else cut)
         if cut is None or end < skipped:
             piece += following
@@ -48,14 +48,14 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, parts: Iterable[str], most: in
         piece, ids, skipped = overlap + following, after, cut
     if most is None or len(done) < most:
         done.extend(ids[skipped:])
-    # Copied, for the array is freed and its memory with it.
+    # Copied, so that the memory of the array can be freed.
     if not done:
         return torch.empty(0, dtype=torch.int64, device="cpu")
     return torch.frombuffer(done, dtype=torch.int64)[:most].clone()
 
 
 def first_characters(parts: Iterable[str], most: int) -> tuple[Iterator[str], Callable[[], bool]]:
-    """The parts of the first `most` characters, and whether that is the whole text, to be asked when all of them are taken."""
+    """The parts of the first `most` characters, and a function that says, after they are consumed, whether that was the whole text."""
     reader = _Reader(parts)
 
     def taken() -> Iterator[str]:
@@ -68,14 +68,14 @@ def first_characters(parts: Iterable[str], most: int) -> tuple[Iterator[str], Ca
 
 
 def _cut(before: list[int], middle: list[int], after: list[int]) -> int | None:
-    """The place in `middle` at which `before`, which ends where it ends, can go over to `after`, which begins where it begins."""
+    """The position in `middle` at which `before`, with the same end, can be continued by `after`, with the same beginning."""
     last = _common(middle, after)
     first = len(middle) - _common(middle[::-1], before[: -len(middle) - 1 : -1])
     return (first + last) // 2 if last - first >= AGREEING else None
 
 
 def _common(one: list[int], other: list[int]) -> int:
-    """How many items both begin with."""
+    """Number of equal items at the beginning of both."""
     for index, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
             return index
@@ -88,7 +88,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 class _Reader:
-    """Takes text from its parts in pieces of a given length."""
+    """Reads text from its parts in pieces of a given length."""
 
     def __init__(self, parts: Iterable[str]) -> None:
         self._parts: Iterator[str] = iter(parts)

@@ -1,4 +1,4 @@
-"""The calibration tokens, from any source, and their record."""
+"""The calibration tokens from any source, and their record."""
 
 import hashlib
 from collections.abc import Callable
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 __all__ = ["CalibrationTokens", "calibration_tokens", "check_seq_len", "read_text", "token_stream"]
 
-TOKEN_NBYTES = 16  # of a token, and of the random number that it is sampled by
-# Windows are drawn from so much of a text: its tokens are held, and take a minute to make.
+TOKEN_NBYTES = 16  # bytes of a token and of its random number
+# Windows are drawn from this much of a text. Its tokens are held in memory and take a minute to compute.
 DRAWN_CHARACTERS = 8 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class CalibrationTokens:
-    """Calibration text as tokens, ids int64 (samples, seq_len), and the protocol to make it again.
+    """Calibration text as tokens, ids int64 (samples, seq_len), with the protocol to reproduce it.
 
-    temperature, start and start_token are set for source `self` alone (see `self_text.Start`). facts: what else there is to say
-    of a text: `skipped_rows`, `messages` (see `documents.Text`), and `drawn_from` if only its beginning was drawn from.
+    temperature, start, start_token: only for source `self` (see `self_text.Start`).
+    facts: more about a text: `skipped_rows`, `messages` (see `documents.Text`), and `drawn_from` if only its beginning was used.
     """
 
     ids: Tensor
@@ -43,7 +43,7 @@ class CalibrationTokens:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def protocol(self) -> dict[str, Any]:
-        """The record of the calibration in a checkpoint; `sha256` is that of the ids as little-endian int64."""
+        """The record of the calibration in a checkpoint; `sha256` is the hash of the ids as little-endian int64."""
         samples, seq_len = self.ids.shape
         content = self.ids.cpu().contiguous().numpy().astype("<i8").tobytes()
         record: dict[str, Any] = {
@@ -71,12 +71,15 @@ def calibration_tokens(
 ) -> CalibrationTokens:
     """`samples` windows of `seq_len` tokens from `source`, the same for the same seed.
 
-    source: `self` (the model samples its own text, see `self_text.sample_text`) or what `read_text` reads. Text is
-    tokenised as one stream and cut into windows that do not overlap, of which `samples` are drawn without replacement. Of
-    a text of more than 8 Mi characters the first 8 Mi are drawn from, or the first samples · seq_len tokens if these are more.
-    progress: called with the tokens sampled so far and in all, cache_nbytes: of keys and values; both for `self` only.
-    Raises HalfplateError for numbers that cannot work or need more memory than there is, for a text with fewer windows than
-    samples, and for tokens beyond the vocabulary.
+    Text is tokenised as one stream and cut into windows that do not overlap, of which `samples` are drawn without replacement. Of a
+    text of more than 8 Mi characters, windows are drawn from the first 8 Mi, or from the first samples · seq_len tokens if that is
+    more.
+
+    source: `self` (the model generates its own text, see `self_text.sample_text`) or a source of `read_text`.
+    progress: called with the tokens generated so far and all tokens; only for `self`.
+    cache_nbytes: of keys and values; only for `self`.
+    Raises HalfplateError for invalid numbers or too little memory, for a text with fewer windows than samples, and for tokens
+    outside the vocabulary.
     """
     if samples < 1:
         raise HalfplateError(f"samples={samples} is too few, expected at least 1; try 64")
@@ -107,7 +110,7 @@ def _stream(text: Text, tokenizer: "PreTrainedTokenizerBase", least: int) -> tup
 
 
 def check_seq_len(model: "PreTrainedModel", seq_len: int, least: int) -> None:
-    """Raise HalfplateError if `seq_len` is below `least` or beyond the positions of the model."""
+    """Raise HalfplateError if `seq_len` is below `least` or exceeds the positions of the model."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if seq_len < least:
         raise HalfplateError(f"seq_len={seq_len} is too short, expected at least {least} tokens; try 512")
@@ -116,7 +119,7 @@ def check_seq_len(model: "PreTrainedModel", seq_len: int, least: int) -> None:
 
 
 def check_tokens_fit(argument: str, windows: int, seq_len: int) -> None:
-    """Raise HalfplateError if the tokens of so many windows would not fit into the memory that is free."""
+    """Raise HalfplateError if the tokens of this many windows would not fit into the free memory."""
     check_memory(
         f"{argument}={windows} windows of seq_len={seq_len}", TOKEN_NBYTES * windows * seq_len, argument, windows
     )
@@ -137,7 +140,7 @@ def _draw_windows(stream: Tensor, text: Text, samples: int, seq_len: int, seed: 
 
 
 def shorter(argument: str, count: int, tokens: int) -> str:
-    """The smaller numbers for which a text of so many tokens, with `count` windows, is long enough."""
+    """The smaller arguments for which a text of `tokens` tokens, with `count` windows, is long enough."""
     return (
         f"{argument}={count}" if count else f"a seq_len up to {tokens}" if tokens >= 2 else "a text that is not empty"
     )

@@ -1,4 +1,4 @@
-"""The check that a model has an embedding for every token that it gets."""
+"""Checking that a model has an embedding for every token."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 def check_tokens(
     ids: Tensor | list[int], model: PreTrainedModel, where: str, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Raise HalfplateError if `ids` contain a token that the model has no embedding for, naming it and its text.
+    """Raise HalfplateError if `ids` contain a token without an embedding in the model, naming the token and its text.
 
-    where: what gave the tokens, such as `prompt` or `text='a.txt'`.
+    where: the source of the tokens, such as `prompt` or `text='a.txt'`.
     """
     found, vocabulary = torch.as_tensor(ids, dtype=torch.int64, device="cpu"), vocabulary_of(model)
     beyond = found[(found >= vocabulary) | (found < 0)]
@@ -38,13 +38,13 @@ def check_tokens(
     token = int(beyond[0])
     raise HalfplateError(
         f"{where} holds token {token}{_spoken(token, tokenizer)}, but the model has a vocabulary of {vocabulary} (tokens 0 to "
-        f"{vocabulary - 1}); use the model's own tokenizer, or remove what gives this token from the text"
+        f"{vocabulary - 1}); use the model's own tokenizer, or remove this token from the text"
     )
 
 
 @contextmanager
 def checking_tokens(model: Any, tokenizer: Any, where: str) -> Iterator[None]:
-    """Context manager that applies `check_tokens` to every input of the model, for foreign code that makes the tokens itself."""
+    """Context manager that applies `check_tokens` to every input of the model, for other code that makes the tokens."""
     if check_tokenizer(tokenizer, vocabulary_of(model)) is None:
         yield
         return
@@ -74,7 +74,7 @@ def check_tokenizer(tokenizer: Any, vocabulary: int) -> str | None:
 def _spoken(token: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
     try:
         text = None if tokenizer is None else tokenizer.convert_ids_to_tokens(token)
-    # Tokenizers fail in ways of their own on what they do not know.
+    # Tokenizers can raise any exception for unknown tokens.
     except Exception:
         return ""
     return "" if text is None else f" ({text!r})"

@@ -40,7 +40,7 @@ class SavePretrained:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """As `PreTrainedModel.save_pretrained`, with `halfplate.json` and the model card beside the weights.
+        """As `PreTrainedModel.save_pretrained`, and also writes `halfplate.json` and the model card.
 
         Raises HalfplateError, without writing anything, if `variant` is given, if the path is a file, or if a matrix is no
         longer compressed.

@@ -1,4 +1,4 @@
-"""The command line: one file a verb, each with `add_arguments(parser)` and `run(args)`; nothing heavy is imported before `run`."""
+"""The command line. Each command is one file with `add_arguments(parser)` and `run(args)`; nothing heavy is imported before `run`."""
 
 import argparse
 import os
@@ -33,7 +33,7 @@ from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.limits import bound_environment
 from halfplate.plain_text import visible
 
-LONGEST = 2000  # characters of an error
+LONGEST = 2000  # most characters of an error message
 VERBS: dict[str, Any] = {
     "plan": plan,
     "compress": compress,
@@ -54,7 +54,7 @@ VERBS: dict[str, Any] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; it is in what it parses, for the verb that describes the others."""
+    """The parser of all commands. It is also passed to the parsed arguments, for `completion`."""
     parser = Parser(
         prog="halfplate",
         description="Compress large language models in one shot, and run, measure and export the result.",
@@ -69,19 +69,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 2 bad usage or input, 1 anything else."""
+    """Run one command; returns the exit status: 0 success, 2 bad usage or input, 1 any other failure."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # GNU's OpenMP reads this when torch is imported. It would spin for milliseconds wherever a thread waits, which on cores
-    # with other work was seen to take 60 times longer; a short spin costs a quiet machine nothing.
+    # GNU OpenMP reads this when torch is imported. By default, waiting threads spin for milliseconds, which on cores
+    # with other work was seen to take 60 times longer; a short spin does not slow down an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     print_in_any_locale()
     for bounded in bound_environment(os.environ):
         print(f"halfplate: warning: {bounded}", file=sys.stderr)
     out, resumable = None, False
     if threading.current_thread() is threading.main_thread():
-        # What a scheduler or `kill` sends ends a run as Ctrl-C does: with its last word in the log, and no half-written file.
+        # SIGTERM from a scheduler or `kill` ends a run like Ctrl-C: the log is completed, and no file is left incomplete.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # The bar that transformers shows for GGUF files listens to nothing else; it is read when torch imports tqdm.
+    # The only way to hide transformers' progress bar for GGUF files; read when torch imports tqdm.
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.showwarning = _show_warning
     try:
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"halfplate: interrupted{left}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        # The reader of our output has gone; without this, Python complains once more when it flushes at exit.
+        # The reader of the output has closed it; without this, Python prints an error when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
 ) -> None:
-    """Our own warnings in one line as errors are, others as Python shows them."""
+    """Print Halfplate's own warnings on one line like errors, and others as Python does."""
     if isinstance(message, HalfplateWarning):
         print(f"halfplate: warning: {_spoken(str(message))}", file=sys.stderr)
     else:
@@ -128,13 +128,13 @@ def _show_warning(
 
 
 def _spoken(message: str) -> str:
-    """A message in one line of bounded length, without what would steer a terminal: names in it may be a stranger's."""
+    """A message on one line of bounded length, with control characters escaped, because names in it may be untrusted."""
     line: str = visible(" ".join(message.split()))
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} [...] {line[-LONGEST // 2 :]}"
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether Python or torch, which has no type of its own for it on processors, could get no more memory."""
+    """Whether an exception of Python or torch means out of memory (torch has no type for this on CPUs)."""
     return isinstance(error, MemoryError) or any(
         sign in str(error) for sign in ("DefaultCPUAllocator", "out of memory", "Cannot allocate memory")
     )

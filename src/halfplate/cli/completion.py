@@ -9,7 +9,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 @dataclass(frozen=True)
 class Word:
-    """What may be typed: an option by its names, or a positional argument, which has none; choices: its values, if they are few."""
+    """An option with its names, or a positional argument, which has none; choices: its values, if they are few."""
 
     names: tuple[str, ...]
     choices: tuple[str, ...]
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def script(shell: str, parser: argparse.ArgumentParser) -> str:
-    """The completion of everything that `parser` takes, for `shell`, one of SHELLS."""
+    """The completion script for everything that `parser` accepts; shell: one of SHELLS."""
     verbs, summaries = _verbs(parser)
     if shell == "fish":
         return _fish(verbs, summaries)
@@ -38,7 +38,7 @@ def script(shell: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _verbs(parser: argparse.ArgumentParser) -> tuple[dict[str, list[Word]], dict[str, str]]:
-    """The words of each verb and its summary."""
+    """The options of each command, and its summary."""
     (actions,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     summaries = {choice.dest: choice.help or "" for choice in actions._choices_actions}
     shown = {
@@ -49,7 +49,7 @@ def _verbs(parser: argparse.ArgumentParser) -> tuple[dict[str, list[Word]], dict
 
 
 def _word(action: argparse.Action) -> Word:
-    # A description is one line of some width; the first clause says enough.
+    # Descriptions must fit on a line, so only the first clause is used.
     summary = (action.help or "").partition(";")[0].partition(" (")[0]
     choices = tuple(map(str, action.choices)) if action.choices else ()
     return Word(tuple(action.option_strings), choices, action.nargs != 0, summary)
@@ -59,7 +59,7 @@ def _bash(verbs: dict[str, list[Word]]) -> str:
     values, options = [], []
     for verb, words in verbs.items():
         for word in words:
-            # A positional argument of few values stands right behind its verb.
+            # A positional argument with few values comes directly after the command.
             before = "|".join(quote(f"{verb} {name}") for name in word.names or (verb,))
             if word.choices:
                 values.append(f"        {before}) words={quote(' '.join(word.choices))} ;;")
@@ -97,7 +97,7 @@ def _fish(verbs: dict[str, list[Word]], summaries: dict[str, str]) -> str:
             if word.choices:
                 line += f" -{'x' if word.names else 'f'} -a {quote(' '.join(word.choices))}"
             elif not word.names:
-                continue  # a model or a folder: files, as fish does by itself
+                continue  # a model or a folder: complete files, which is the default of fish
             elif word.takes_value:
                 line += " -r"
             lines.append(line + (f" -d {quote(word.summary)}" if word.summary else ""))

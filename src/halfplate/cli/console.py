@@ -1,4 +1,4 @@
-"""What the user sees: tables and JSON on standard output, progress on standard error."""
+"""Terminal output: tables and JSON on standard output, progress on standard error."""
 
 import argparse
 import json
@@ -18,12 +18,12 @@ from halfplate.json_numbers import finite
 from halfplate.plain_text import cell
 from halfplate.telemetry.progress import Listener, Report, Step, TimeLeft, silent
 
-LOG_SECONDS = 15.0  # between two lines of one phase where there is no terminal
+LOG_SECONDS = 15.0  # seconds between two lines of a phase without a terminal
 PLAIN_WIDTH = 140
 
 
 def silence_libraries() -> None:
-    """Keep the notes and bars of transformers away from a user who did not call it."""
+    """Hide the messages and progress bars of transformers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import logging
 
@@ -35,23 +35,23 @@ def silence_libraries() -> None:
 
 
 def speaking_libraries() -> None:
-    """Let transformers say what it does, for `--log-level debug`."""
+    """Show the messages of transformers, for `--log-level debug`."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_info()
 
 
 def print_json(value: Any) -> None:
-    """One JSON document; numbers that JSON has no words for become null."""
+    """Print one JSON document; NaN and infinity become null."""
     print(json.dumps(finite(value), indent=2, allow_nan=False))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on standard output; columns of numbers are set right."""
+    """Print a table on standard output; columns of numbers are right-aligned."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         numeric = all(isinstance(row[index], int | float) or row[index] is None for row in rows)
-        # A name is looked for as a whole; what is long beside it is folded.
+        # Names are not wrapped, so that they can be searched; other long columns are.
         least = None if index or sys.stdout.isatty() else min(60, max((len(str(row[0])) for row in rows), default=0))
         table.add_column(column, justify="right" if numeric else "left", overflow="fold", min_width=least)
     for row in rows:
@@ -60,7 +60,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def print_pairs(title: str, pairs: Sequence[tuple[str, Any]]) -> None:
-    """A table of names and values on standard output."""
+    """Print a table of names and values on standard output."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False)
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
@@ -79,7 +79,7 @@ def _print(table: Table) -> None:
 
 
 def megabytes(nbytes: int) -> str:
-    """Bytes to read: `1.23 MB`, in powers of ten."""
+    """Bytes as text, `1.23 MB`, in powers of ten."""
     return f"{nbytes / 1e6:,.2f} MB"
 
 
@@ -91,7 +91,7 @@ def whole_checkpoint(nbytes: int, dense_nbytes: int, other_nbytes: int) -> str:
 
 @contextmanager
 def progress(args: argparse.Namespace) -> Iterator[Report]:
-    """Report to standard error, as `--log-level` says: bars with the time left on a terminal, a line a phase elsewhere."""
+    """Report to standard error, as `--log-level` says: progress bars with the remaining time on a terminal, otherwise lines."""
     if args.log_level == "debug":
         speaking_libraries()
         yield _Lines(every_step=True)
@@ -126,7 +126,7 @@ class _Bars(Listener):
         if phase not in self._tasks:
             self._tasks[phase] = self._bars.add_task(phase, total=1.0, steps="", left="")
         elif step.done == 0 and self._bars.tasks[self._tasks[phase]].finished:
-            self._bars.reset(self._tasks[phase])  # the same phase of the next row of a sweep
+            self._bars.reset(self._tasks[phase])  # the same phase in the next row of a sweep
         share = step.share
         if share is None:
             share = step.done / step.total if step.total else 1.0
@@ -154,7 +154,7 @@ class _Lines(Listener):
             self._phase, self._told, self._ended = phase, now, False
         if self._every_step and step.facts:
             say(json.dumps(finite(step.facts)))
-        # What follows the last step of a phase (a layer is left after its last matrix) has no line of its own.
+        # Steps after the last one of a phase are not printed (a layer ends after its last matrix).
         if not self._ended and (done >= total or now - self._told >= LOG_SECONDS):
             self._told, self._ended = now, done >= total
             left = f", {duration(seconds_left)} left" if seconds_left is not None and done < total else ""
@@ -163,13 +163,13 @@ class _Lines(Listener):
 
 
 def say(line: str) -> None:
-    """A line of progress; nobody may listen any more, which stops no run."""
+    """Print a line of progress; a closed terminal does not stop the run."""
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """Seconds to read: `42 s`, `7 min`, `3 h 05 min`."""
+    """Seconds as text: `42 s`, `7 min`, `3 h 05 min`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

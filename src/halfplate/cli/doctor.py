@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Everything the doctor tells, by name."""
+    """Everything that the command prints, by name."""
     import torch
 
     from halfplate.version import installed_version, package_version

@@ -46,5 +46,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _by_block(matrix: dict[str, Any]) -> list[Any]:
-    """Layer 2 before layer 10."""
+    """Sort key that puts layer 2 before layer 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", matrix["name"])]

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     for name in METHODS.names():
         try:
             found = METHODS.get(name)
-        except HalfplateError as error:  # that of another package; the rest is listed all the same
+        except HalfplateError as error:  # a broken package; the other methods are still listed
             print(f"halfplate: warning: {error}", file=sys.stderr)
             continue
         options = {f.name: f.default for f in fields(found) if f.default is not MISSING}

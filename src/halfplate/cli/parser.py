@@ -1,4 +1,4 @@
-"""What all verbs share of their arguments."""
+"""Arguments that several commands share."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line and whose options cannot be abbreviated."""
+    """A parser with one-line errors and without abbreviations of options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Version(argparse.Action):
-    """`--version`: the version, the kernels and their instruction set, found only when asked for."""
+    """`--version`: prints the version, the kernels and their instruction set, which are only determined on request."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, help="show the version and the kernels in use, and exit")
@@ -35,7 +35,7 @@ class Version(argparse.Action):
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, progress: bool = True) -> None:
-    """`--json` and, for verbs that take long, `--log-level` and `--quiet`."""
+    """Add `--json` and, for commands that take long, `--log-level` and `--quiet`."""
     parser.add_argument("--json", action="store_true", help="print the result as one JSON document to standard output")
     if progress:
         levels = parser.add_mutually_exclusive_group()
@@ -43,7 +43,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, progress: bool = True)
             "--log-level",
             choices=LOG_LEVELS,
             default="info",
-            help="messages on standard error: info (default) shows progress, debug every step, warning and error neither",
+            help="level of messages on standard error: info (default) shows progress, debug also shows every step",
         )
         levels.add_argument(
             "--quiet", action="store_const", dest="log_level", const="warning", help="do not show progress"
@@ -51,9 +51,9 @@ def add_output_arguments(parser: argparse.ArgumentParser, progress: bool = True)
 
 
 def typed_text(text: str) -> str:
-    """What the user typed, which Python decodes by the locale: bytes that the locale does not know, as UTF-8.
+    """Command-line text as UTF-8, even if the locale cannot decode it.
 
-    For text alone: the names of files stay as they are, for the system takes them back so. What is not UTF-8 stays too.
+    Only for text: names of files must keep the form in which Python decoded them. Bytes that are not UTF-8 are not changed.
     """
     if not any("\udc80" <= sign <= "\udcff" for sign in text):
         return text
@@ -64,11 +64,11 @@ def typed_text(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
+    """An integer of at least 1, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return number
 
 
-positive.__name__ = "whole number"  # argparse names the type so in its message
+positive.__name__ = "whole number"  # the name of the type in argparse's messages

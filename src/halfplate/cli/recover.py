@@ -9,8 +9,8 @@ from halfplate.limits import use_threads
 
 # Fields of `Recovery`, which checks them and has the defaults.
 NUMBERS: tuple[tuple[str, Any, str, str], ...] = (
-    ("--tokens", int, "N", "number of tokens to train on"),
-    ("--minutes", float, "T", "number of minutes to train for, instead of --tokens"),
+    ("--tokens", int, "N", "number of tokens to train on; either this or --minutes is required"),
+    ("--minutes", float, "T", "number of minutes to train for; either this or --tokens is required"),
     ("--samples", int, "N", "number of sequences to generate with --text self (default 256)"),
     ("--seq-len", int, "L", "tokens per sequence (default 512)"),
     ("--batch", int, "N", "sequences per step, summed over all processes (default 2)"),

@@ -1,18 +1,18 @@
-"""Standard output and error in any locale: what a stream's encoding does not have is replaced, never an error."""
+"""Standard output and error in any locale: characters that the encoding lacks are replaced and never raise an error."""
 
 import codecs
 import sys
 
-# What Halfplate itself prints beyond ASCII, in ASCII; anything else is spelt as Python spells it, such as \u4e2d.
+# ASCII replacements of the non-ASCII characters that Halfplate prints; others are escaped as in Python, e.g. \u4e2d.
 IN_ASCII = {"×": "x", "·": "*", "…": "...", "–": "-", "—": "-", "→": "->", "‖": "||", "≤": "<=", "≥": ">=", "≈": "~"}
 HANDLER = "halfplate.in_ascii"
 
 
 def print_in_any_locale() -> None:
-    """Let both streams replace what they cannot print."""
+    """Let both streams replace characters that they cannot print."""
     codecs.register_error(HANDLER, _in_ascii)
     for stream in (sys.stdout, sys.stderr):
-        # A stream that a caller put in their place may have no encoding of its own.
+        # A replaced stream may not have an encoding.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=HANDLER)
 

@@ -1,4 +1,4 @@
-"""What a recipe is good for: fewer bytes, or less time."""
+"""What a recipe is optimised for: size or speed."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def served(recipe: "Recipe") -> str:
-    """One line: the wish that the core of `recipe` serves, and what would serve the other."""
+    """One line: what the format of `recipe` is optimised for, and which options optimise for the other."""
     from halfplate.formats.quantizers import QUANTIZERS
 
     if recipe.budgeted:

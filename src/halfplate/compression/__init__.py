@@ -1,1 +1,1 @@
-"""The main job: read, calibrate, compress layer by layer, write, check. Finished work is never repeated."""
+"""The main job: read, calibrate, compress layer by layer, write, check. Finished work is not repeated."""

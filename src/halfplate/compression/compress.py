@@ -18,10 +18,10 @@ from halfplate.checkpoint.output import check_place, check_result_folder
 from halfplate.checkpoint.quantization import HalfplateConfig
 from halfplate.checkpoint.read import load
 from halfplate.checkpoint.write import amend_record, write_configuration, write_record
-from halfplate.compression.layers import Outcome, compress_blocks
-from halfplate.compression.open_layer import OpenBlocks
+from halfplate.compression.layers import Outcome, compress_layers
+from halfplate.compression.open_layer import OpenLayers
 from halfplate.compression.preparation import (
-    check_blocks,
+    check_layers,
     check_weights,
     chosen_levels,
     fixed_threads,
@@ -141,7 +141,7 @@ def compress(
 
 
 def _reported(out: Path) -> dict[str, str | None]:
-    """Write the report. Returns its file, or None and the reason; a failure does not affect the checkpoint."""
+    """Write the report. Returns its file, or None and the reason if it failed; a failure does not affect the checkpoint."""
     try:
         return {"report": str(write_report(out))}
     except HalfplateError as error:
@@ -166,20 +166,20 @@ def _carry_out(order: _Order, plan: Plan, report: Report) -> dict[str, Any]:
 
 
 def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Result:
-    """Do the work that is not finished yet, and move the result to `out`."""
+    """Do the unfinished work, and move the result to `out`."""
     recipe, work, source = plan.recipe, order.work, order.source
     with ExitStack() as stack:
         with clock("reading"):
             original, readable = transformed(source, plan, work, report)
         streamed = StreamedModel(readable, recipe.device, recipe.precision)
-        blocks = OpenBlocks(streamed, str(work.path))
+        layers = OpenLayers(streamed, str(work.path))
         threads = order.identity["threads"]
-        engine = stack.enter_context(open_engine(order.engine, blocks, threads, work.path))
+        engine = stack.enter_context(open_engine(order.engine, layers, threads, work.path))
         check_weights(streamed, work, clock, report)
         with clock("calibration text"):
             tokens = prepared_tokens(streamed, plan, work, report) if plan.job.runs_text else None
         if tokens is not None:
-            check_blocks(streamed, plan, tokens, work, clock, report)
+            check_layers(streamed, plan, tokens, work, clock, report)
         plan, told = chosen_levels(readable, plan, tokens, work, report, clock)
         tables = solve_tables(streamed, plan, tokens, work, report, clock)
         run = Run(streamed.source, plan, threads, tokens, work, engine, blocks, report, clock, tables)
@@ -232,7 +232,7 @@ def _checkpoint_record(result: Result) -> dict[str, Any]:
 
 
 def _tuned(outcome: Outcome) -> dict[str, Any]:
-    return {str(block): asdict(tuned) for block, tuned in outcome.tuned.items()}
+    return {str(layer): asdict(tuned) for layer, tuned in outcome.tuned.items()}
 
 
 def _summary(out: Path, result: Result) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def _summary(out: Path, result: Result) -> dict[str, Any]:
 
 
 def _levels(plan: Plan) -> dict[str, int]:
-    """The number of matrices with each candidate, the most frequent first."""
+    """The number of matrices with each format, most frequent first."""
 
     def spoken(spec: WeightSpec) -> str:
         sizes = dict.fromkeys((spec.out_block, spec.in_block))

@@ -1,4 +1,4 @@
-"""Returning the memory that the C library keeps after it was freed to the system."""
+"""Returning freed memory from the C library to the system."""
 
 import ctypes
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from functools import cache
 def trim() -> None:
     """Return freed memory to the system; does nothing if the C library is not glibc.
 
-    glibc keeps the gaps that tensors of many sizes leave between others, so a run over many layers would grow.
+    glibc keeps the gaps between tensors of many sizes, so the memory of a run over many layers would grow.
     """
     call = _malloc_trim()
     if call is not None:

@@ -1,4 +1,4 @@
-"""Hidden states of the calibration tokens between two layers, kept in files so that they take no memory."""
+"""Hidden states of the calibration tokens between two layers, kept in files to save memory."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from halfplate.models.blockwise import BlockInputs
 from halfplate.models.handover import BlockArguments, Carried
 from halfplate.storage.tensor_file import KINDS, NAMES
 
-# Arguments of one layer by the number of samples in a batch: those of other tokens differ from them in TokenArguments alone.
+# Arguments of one layer by the number of samples in a batch. Those of other tokens differ only in TokenArguments.
 Arguments = dict[int, BlockArguments]
 HIDDEN = "hidden"
 
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """Hidden states in batches. Each batch is a file with a checksum beside it, so any process may write it.
+    """Hidden states in batches. Each batch is a file with a checksum file, so any process may write it.
 
-    path: prefix of the file names. shape: (samples, L, d), in fp32; if a batch has another shape, or layers pass on more tensors,
-    the checksum file lists the tensors of the batch. There is one file per batch because, on some network storage, machines that
-    write to the same file see old bytes of each other.
+    There is one file per batch because, on some network storage, machines that write to the same file see old bytes of each other.
+
+    path: prefix of the file names.
+    shape: (samples, L, d), in fp32; if a batch has another shape, or layers pass on more tensors, the checksum file lists the
+        tensors of the batch.
     """
 
     path: Path
@@ -128,7 +130,7 @@ class Batches(Sequence[BlockInputs]):
 
     hidden: HiddenStates
     arguments: Arguments
-    block: int
+    layer: int
     device: str = "cpu"
     numbers: tuple[int, ...] | None = None
     own: TokenArguments | None = None
@@ -152,11 +154,11 @@ class Batches(Sequence[BlockInputs]):
         samples = self.hidden.samples(number)
         arguments = self.arguments[samples]
         if self.own is not None:
-            arguments = self.own.put_into(arguments, number, self.block)
-        # Layers find their arguments by their index.
+            arguments = self.own.put_into(arguments, number, self.layer)
+        # The arguments are looked up by layer index.
         return BlockInputs(
             hidden.to(self.device),
-            {self.block: arguments},
+            {self.layer: arguments},
             {name: tensor.to(self.device) for name, tensor in carried.items()},
             (samples, self.hidden.shape[1]),
         )

@@ -29,16 +29,16 @@ def save_sums(path: Path, sums: StageSums) -> None:
 
 def load_sums(path: Path) -> StageSums:
     """Read the sums that `save_sums` wrote."""
-    part = _whole(path)
+    artifact = _whole(path)
 
     def tensor(name: str) -> Tensor | None:
-        return read_tensor(part.tensors[name]) if name in part.tensors else None
+        return read_tensor(artifact.tensors[name]) if name in artifact.tensors else None
 
     sums = {
         leader: Sums(tokens, *(tensor(f"{leader}:{key}") for key in ("squares", "products", "crosses")))
-        for leader, tokens in part.facts["tokens"].items()
+        for leader, tokens in artifact.facts["tokens"].items()
     }
-    return StageSums(dict(part.facts["leaders"]), sums)
+    return StageSums(dict(artifact.facts["leaders"]), sums)
 
 
 def save_statistics(path: Path, statistics: Mapping[str, InputStatistics]) -> None:
@@ -55,19 +55,19 @@ def save_statistics(path: Path, statistics: Mapping[str, InputStatistics]) -> No
 
 def load_statistics(path: Path, leader: str, device: str) -> InputStatistics:
     """Read the statistics of one input."""
-    part = _whole(path)
+    artifact = _whole(path)
     found = {
-        key: read_tensor(part.tensors[name]).to(device)
+        key: read_tensor(artifact.tensors[name]).to(device)
         for key in ("diagonal", "gram", "cross")
-        if (name := f"{leader}:{key}") in part.tensors
+        if (name := f"{leader}:{key}") in artifact.tensors
     }
-    return InputStatistics(part.facts["tokens"][leader], **found)
+    return InputStatistics(artifact.facts["tokens"][leader], **found)
 
 
 def _whole(path: Path) -> Artifact:
-    part = load_artifact(path)
-    if part is None:
+    artifact = load_artifact(path)
+    if artifact is None:
         raise HalfplateError(
             f"the file {str(path)!r} is damaged or cannot be read by this machine; put OUT on storage that all machines share, and use --resume"
         )
-    return part
+    return artifact

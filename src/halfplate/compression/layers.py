@@ -1,4 +1,4 @@
-"""Compression of a model, one decoder layer at a time: calibrate, solve, write, free. Finished work is never repeated."""
+"""Compression of a model, one decoder layer at a time: calibrate, solve, write, free. Finished work is not repeated."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from halfplate.statistics import InputStatistics
 from halfplate.storage.artifact import Artifact, load_artifact, remove_artifact, save_artifact
 from halfplate.telemetry.progress import NO_FACTS
 
-AHEAD = 2  # matrices that wait for each worker before no other block begins
+AHEAD = 2  # queued matrices per worker; with more, no further layer is started
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class Outcome:
     tuned: dict[int, TunedBlock]
 
 
-def compress_blocks(run: Run) -> Outcome:
+def compress_layers(run: Run) -> Outcome:
     """Write every planned layer to an artifact in the work folder, and return the result for each matrix.
 
     Intact artifacts are kept. A damaged layer is computed again, from hidden states that run through the layers before it.
     """
     loop = _Loop(run)
-    unfinished = [block for block in range(loop.last + 1) if not loop.finished(block)]
+    unfinished = [layer for layer in range(loop.last + 1) if not loop.finished(layer)]
     loop.tell()
     begun: deque[_Begun] = deque()
-    for block in unfinished:
-        begun.append(loop.begin(block))
+    for layer in unfinished:
+        begun.append(loop.begin(layer))
         while begun and loop.enough(begun):
             loop.finish(begun.popleft())
     for one in begun:
@@ -57,11 +57,13 @@ def compress_blocks(run: Run) -> Outcome:
 class _Begun:
     """A layer whose matrices are being solved.
 
-    done: the artifact of each matrix, also of those still to be solved. solving: the records of each task. files: of statistics,
-    removed when all matrices are solved. matrices: the number that may still wait.
+    done: the artifact of each matrix, including matrices that are not solved yet.
+    solving: the records of each task.
+    files: of statistics, removed when all matrices are solved.
+    matrices: number of matrices that may still be queued.
     """
 
-    block: int
+    layer: int
     done: dict[str, Path] = field(default_factory=dict)
     solving: list[Iterator[list[MatrixRecord]]] = field(default_factory=list)
     files: set[Path] = field(default_factory=set)
@@ -80,34 +82,34 @@ class _Loop:
         self.records: dict[str, MatrixRecord] = {}
         self.tuned: dict[int, TunedBlock] = {}
         self.streams = Streams(run)
-        # Whether the statistics of a layer do not wait for the matrices of the one before, and others solve these meanwhile.
+        # Whether the statistics of a layer do not depend on the matrices of the previous layer, and other processes solve these.
         self.apart = run.engine.elsewhere and COMPRESSED not in self.streams.names
 
-    # What is there already.
+    # Finished work.
 
-    def finished(self, block: int) -> bool:
+    def finished(self, layer: int) -> bool:
         """Whether the artifact of the layer is intact; a damaged one is removed."""
-        part = load_artifact(self.run.work.block(block))
-        if part is None or (damage := self._damage(part)) is not None:
-            if part is not None:
+        artifact = load_artifact(self.run.work.layer(layer))
+        if artifact is None or (damage := self._damage(artifact)) is not None:
+            if artifact is not None:
                 self.run.report(
-                    "checking", block + 1, self.last + 1, f"layer {block} is damaged ({damage}) and is computed again"
+                    "checking", layer + 1, self.last + 1, f"layer {layer} is damaged ({damage}) and is computed again"
                 )
-            remove_artifact(self.run.work.block(block))
+            remove_artifact(self.run.work.layer(layer))
             return False
-        self._remember(block, part.facts, records_in(part))
+        self._remember(layer, artifact.facts, records_in(artifact))
         return True
 
-    def _damage(self, part: Artifact) -> str | None:
-        """The damage of an artifact, or None. One with other candidates is useless: the chosen ones were lost and chosen again."""
-        specs = part.facts["specs"]
+    def _damage(self, artifact: Artifact) -> str | None:
+        """The damage of an artifact, or None. An artifact with other formats is useless, because the chosen formats were lost and chosen again."""
+        specs = artifact.facts["specs"]
         other = next((name for name, spec in specs.items() if spec != self.specs[name].to_json()), None)
-        return part.damaged() if other is None else f"{other} has another candidate"
+        return artifact.damaged() if other is None else f"{other} has another candidate"
 
-    def _remember(self, block: int, facts: dict[str, Any], records: list[MatrixRecord]) -> None:
+    def _remember(self, layer: int, facts: dict[str, Any], records: list[MatrixRecord]) -> None:
         self.records |= {record.name: record for record in records}
         if facts.get("tuned") is not None:
-            self.tuned[block] = TunedBlock(**facts["tuned"])
+            self.tuned[layer] = TunedBlock(**facts["tuned"])
 
     def tell(self, facts: Mapping[str, Any] = NO_FACTS) -> None:
         share = sum(self.weights[name] for name in self.records) / sum(self.weights.values())
@@ -119,70 +121,70 @@ class _Loop:
 
     # One layer.
 
-    def begin(self, block: int) -> _Begun:
-        """Collect the statistics of a layer and start solving its matrices. They are solved on return, unless other processes solve them."""
-        begun = _Begun(block)
+    def begin(self, layer: int) -> _Begun:
+        """Collect the statistics of a layer and start solving its matrices. On return they are solved, unless other processes solve them."""
+        begun = _Begun(layer)
         if self.streams.names:
             with self.run.clock("statistics"):
-                self.streams.reach(block)
-        for stage, statistics in self._stages(block, begun.done):
+                self.streams.reach(layer)
+        for stage, statistics in self._stages(layer, begun.done):
             with self.run.clock("solving"):
                 self._solve(begun, stage, statistics)
                 if not self.apart:
                     self._settle(begun)
         if self.apart and self.streams.names:
             with self.run.clock("statistics"):
-                self.streams.pass_by(block)
+                self.streams.pass_by(layer)
         return begun
 
     def enough(self, begun: Sequence[_Begun]) -> bool:
-        """Whether to finish the first of these layers before another begins."""
+        """Whether to finish the first of these layers before the next one begins."""
         return not self.apart or sum(one.matrices for one in begun) > AHEAD * self.run.engine.workers
 
     def finish(self, begun: _Begun) -> None:
         """Wait for the matrices of a layer, tune them if the recipe says so, write its artifact, and run the hidden states through it."""
-        block = begun.block
+        layer = begun.layer
         with self.run.clock("solving"):
             self._settle(begun)
-        tuned = self._tune(block, begun.done) if self.recipe.tune_block and self.streams.names else None
-        self._write(block, begun.done, tuned)
+        tuned = self._tune(layer, begun.done) if self.recipe.tune_block and self.streams.names else None
+        self._write(layer, begun.done, tuned)
         if self.streams.names and not self.apart:
             with self.run.clock("statistics"):
-                # Tuning has had the dense ones already.
-                self.streams.pass_by(block, (COMPRESSED,) if tuned is not None else None)
-        for name in self.names[block]:
+                # Tuning has already computed the original hidden states.
+                self.streams.pass_by(layer, (COMPRESSED,) if tuned is not None else None)
+        for name in self.names[layer]:
             remove_artifact(self.run.work.matrix(name))
-        self.tell({"event": "block", "block": block} | ({} if tuned is None else asdict(tuned)))
+        self.tell({"event": "block", "block": layer} | ({} if tuned is None else asdict(tuned)))
 
-    def _stages(self, block: int, done: dict[str, Path]) -> Iterator[tuple[list[str], dict[str, InputStatistics]]]:
-        """Groups of linears of a layer, each with its statistics, collected after the groups before it are compressed."""
-        names = self.names[block]
+    def _stages(self, layer: int, done: dict[str, Path]) -> Iterator[tuple[list[str], dict[str, InputStatistics]]]:
+        """Groups of linears of a layer, each with its statistics, which are collected after the earlier groups are compressed."""
+        names = self.names[layer]
         if not names or not self.streams.names:
             yield names, {}
             return
         with self.run.clock("statistics"):
-            stages = self.streams.stages(block, done)
+            stages = self.streams.stages(layer, done)
         for stage in stages:
-            found = {name: part for name in stage if (part := self._kept(name)) is not None}
+            found = {name: artifact for name in stage if (artifact := self._kept(name)) is not None}
             if len(found) == len(stage):
                 done |= found
                 continue
             with self.run.clock("statistics"):
-                statistics = self.streams.collect(block, stage, done)
+                statistics = self.streams.collect(layer, stage, done)
             yield stage, statistics
 
     def _kept(self, name: str) -> Path | None:
-        """The artifact of a matrix that was finished before the run was interrupted."""
+        """The artifact of a matrix that was finished before the run was interrupted; None if there is none."""
         path = self.run.work.matrix(self.leaders[name])
-        part = load_artifact(path)
-        if part is None or self._damage(part) is not None:
+        artifact = load_artifact(path)
+        if artifact is None or self._damage(artifact) is not None:
             return None
-        self.records |= {record.name: record for record in records_in(part)}
+        self.records |= {record.name: record for record in records_in(artifact)}
         return path
 
     def _solve(self, begun: _Begun, stage: Sequence[str], statistics: dict[str, InputStatistics]) -> None:
         """Submit the matrices `stage` to the engine."""
-        engine, view = self.run.engine, self.run.view(begun.block, begun.done)
+        engine, view = self.run.engine, self.run.view(begun.layer, begun.done)
         left = [name for name in stage if self.leaders[name] == name and self._kept(name) is None]
         given: dict[str, Any] = {name: statistics.get(name, InputStatistics()) for name in left}
         if engine.elsewhere:
@@ -204,7 +206,7 @@ class _Loop:
             for records in results:
                 for record in records:
                     self.records[record.name] = record
-                    self.tell(record.facts() | {"block": begun.block})
+                    self.tell(record.facts() | {"block": begun.layer})
         for path in begun.files:
             remove_artifact(path)
         begun.solving, begun.files = [], set()
@@ -215,28 +217,28 @@ class _Loop:
         known: dict[int, tuple[Path, str]] = {}
         for name, statistics in given.items():
             if id(statistics) not in known:
-                # No name is used twice: network storage may show an old file under it.
+                # Names are not reused, because network storage may show an old file.
                 path = self.run.work.scratch / f"statistics-{name}.safetensors"
                 save_statistics(path, {name: statistics})
                 known[id(statistics)] = (path, name)
             places[name] = known[id(statistics)]
         return places
 
-    def _tune(self, block: int, done: dict[str, Path]) -> TunedBlock:
+    def _tune(self, layer: int, done: dict[str, Path]) -> TunedBlock:
         with self.run.clock("statistics"):
-            self.streams.advance(block, done, (DENSE,))
+            self.streams.advance(layer, done, (DENSE,))
         with self.run.clock("tuning"):
-            blockwise, _ = self.run.blocks.open(self.run.view(block, done))
-            targets = _Hidden(self.streams.hidden(DENSE, block + 1), self.recipe.device)
+            blockwise, _ = self.run.layers.open(self.run.view(layer, done))
+            targets = _Hidden(self.streams.hidden(DENSE, layer + 1), self.recipe.device)
             settings = BlockTuning(self.recipe.tune_block, seed=self.recipe.seed)
-            return tune_block(blockwise, block, self.streams.batches(COMPRESSED, block), targets, settings)
+            return tune_block(blockwise, layer, self.streams.batches(COMPRESSED, layer), targets, settings)
 
-    def _write(self, block: int, done: dict[str, Path], tuned: TunedBlock | None) -> None:
+    def _write(self, layer: int, done: dict[str, Path], tuned: TunedBlock | None) -> None:
         """Write the whole layer, as it will be stored, to an artifact."""
         dtype = self.run.source.other_dtype
         with self.run.clock("writing"):
-            blockwise, _ = self.run.blocks.open(self.run.view(block, done))
-            module, prefix = blockwise.blocks[block], f"{blockwise.prefix}.{block}"
+            blockwise, _ = self.run.layers.open(self.run.view(layer, done))
+            module, prefix = blockwise.blocks[layer], f"{blockwise.prefix}.{layer}"
             stored = {
                 f"{prefix}.{name}.{key}"
                 for name, linear in module.named_modules()
@@ -247,12 +249,12 @@ class _Loop:
             for name, tensor in module.state_dict(prefix=f"{prefix}.").items():
                 kept = name in stored or not tensor.is_floating_point()
                 tensors[name] = tensor if kept else finite(name, tensor.to(dtype))
-            facts = facts_of([self.records[name] for name in self.names[block]], self.specs)
+            facts = facts_of([self.records[name] for name in self.names[layer]], self.specs)
             facts["tuned"] = None if tuned is None else asdict(tuned)
-            save_artifact(self.run.work.block(block), tensors, facts)
-            self.run.blocks.mark(self.run.view(block, self.run.parts(block)))
+            save_artifact(self.run.work.layer(layer), tensors, facts)
+            self.run.layers.mark(self.run.view(layer, self.run.artifacts(layer)))
             if tuned is not None:
-                self.tuned[block] = tuned
+                self.tuned[layer] = tuned
 
 
 def finite(name: str, tensor: Tensor) -> Tensor:

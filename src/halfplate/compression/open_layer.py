@@ -1,4 +1,4 @@
-"""The state of a layer during the run, and the layer that a process has in memory."""
+"""The compression state of a layer, and the layer that a process keeps in memory."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from halfplate.storage.tensor_file import read_tensor
 
 
 @dataclass(frozen=True)
-class BlockView:
-    """The state of a decoder layer: the model, the index, and the artifacts of its finished matrices.
+class LayerView:
+    """The state of a decoder layer: the model, the layer index, and the artifacts of its finished matrices.
 
-    model: a name that no other model has. finished: the artifact of each finished matrix, by the name of the matrix; several may
-    share one artifact. precision: of matrix products while text runs through it. threads: of torch.
+    model: a name that no other model has.
+    finished: the artifact of each finished matrix by its name; several matrices may share one artifact.
+    precision: of matrix products while text runs through it.
+    threads: of torch.
     """
 
     model: str
@@ -44,10 +46,10 @@ class BlockView:
         return Needs(self.threads, int(torch.device(self.device).type == "cuda"), memory)
 
 
-class OpenBlocks:
+class OpenLayers:
     """The layer that a process keeps in memory, because the next task usually needs the same one.
 
-    streamed, name: the model of its views, if it is open already.
+    streamed, name: the model and its name, if it is already open.
     """
 
     def __init__(self, streamed: StreamedModel | None = None, name: str = "") -> None:
@@ -56,22 +58,22 @@ class OpenBlocks:
         self._applied: dict[str, Path] = {}
         self._dense: nn.Module | None = None
 
-    def model(self, view: BlockView) -> StreamedModel:
+    def model(self, view: LayerView) -> StreamedModel:
         """The model of the view, without weights."""
         if self._streamed is None or self._name != view.model:
             self._streamed, self._name = StreamedModel(view.source, view.device, view.precision), view.model
             self._index, self._dense, self._applied = None, None, {}
         return self._streamed
 
-    def open(self, view: BlockView, dense: bool = False) -> tuple[BlockwiseModel, nn.Module | None]:
+    def open(self, view: LayerView, dense: bool = False) -> tuple[BlockwiseModel, nn.Module | None]:
         """Load the layer of the view with its finished matrices. Returns the model, and with `dense` also the original layer."""
         streamed = self.model(view)
         stale = any(view.finished.get(name) != path for name, path in self._applied.items())
         if self._index != view.index or stale or (dense and self._dense is None):
             self.close()
-            block = streamed.load_block(view.index)
+            layer = streamed.load_block(view.index)
             self._index, self._applied = view.index, {}
-            self._dense = copy.deepcopy(block) if dense else None
+            self._dense = copy.deepcopy(layer) if dense else None
         new = {name: path for name, path in view.finished.items() if name not in self._applied}
         for name, path in new.items():
             _apply(streamed.model, name, path)
@@ -80,13 +82,13 @@ class OpenBlocks:
         self._applied |= new
         return streamed.blockwise, self._dense
 
-    def mark(self, view: BlockView) -> None:
-        """Declare that the open layer matches the view: its matrices have just been written to these artifacts."""
+    def mark(self, view: LayerView) -> None:
+        """Declare that the loaded layer has the state `view`, because its matrices have just been written to these artifacts."""
         assert self._index == view.index
         assert self._applied.keys() == view.finished.keys()
         self._applied = dict(view.finished)
 
-    def weight(self, view: BlockView, name: str) -> Tensor:
+    def weight(self, view: LayerView, name: str) -> Tensor:
         """The original weight of the linear `name`, fp32 (d_out, d_in)."""
         streamed = self.model(view)
         if self._index == view.index and name not in self._applied:
@@ -101,13 +103,13 @@ class OpenBlocks:
 
 
 def _apply(model: nn.Module, name: str, path: Path) -> None:
-    part = load_artifact(path)
-    if part is None:
+    artifact = load_artifact(path)
+    if artifact is None:
         raise HalfplateError(
             f"the artifact {str(path)!r} is damaged or missing; run the same command again with --resume"
         )
     bias = cast(nn.Linear, model.get_submodule(name)).bias
-    spec = WeightSpec.from_json(part.facts["specs"][name], name)
+    spec = WeightSpec.from_json(artifact.facts["specs"][name], name)
     device = next(model.get_submodule(name).parameters()).device
     tensors = {key: read_tensor(part.tensors[f"{name}.{key}"]).to(device) for key in spec.layout()}
     replace_module(model, name, CompressedLinear.from_stored(tensors, spec, bias))

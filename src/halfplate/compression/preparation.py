@@ -1,4 +1,4 @@
-"""The steps before the first layer: a model that can be read in pieces, checked weights, text, and candidates. Each is done once."""
+"""The steps before the first layer: reading and checking the model, preparing the text, and choosing formats. Each is done once."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from halfplate.storage.tensor_file import read_tensor
 from halfplate.telemetry.clock import Clock
 from halfplate.telemetry.progress import Report
 
-FEW = 16  # tokens of a text that comes before the real one
+FEW = 16  # number of tokens of a trial text before the real one
 
 
 def fixed_threads(recipe: Recipe, work: WorkFolder, resume: bool) -> int:
-    """The threads of every task. A resumed run keeps them unless the recipe sets others, because the bits depend on them."""
+    """The number of threads of every task. A resumed run keeps it unless the recipe sets another, because the result depends on it."""
     begun = work.begun() if resume else None
     if recipe.threads is None and begun is not None:
         check_resumed_threads(int(begun["threads"]))
@@ -50,7 +50,7 @@ def check_weights(streamed: StreamedModel, work: WorkFolder, clock: Clock, repor
     write_json(done, {"finite": True}, durable=False)
 
 
-def check_blocks(
+def check_layers(
     streamed: StreamedModel, plan: Plan, tokens: CalibrationTokens, work: WorkFolder, clock: Clock, report: Report
 ) -> None:
     """Compare running layer by layer with the whole forward pass on the first tokens; a resumed run does not repeat this."""
@@ -58,21 +58,21 @@ def check_blocks(
     if read_json(done) is not None:
         return
     with clock("statistics"):
-        report("comparing blocks", 0, 1)
+        report("comparing layers", 0, 1)
         check_chain(streamed, tokens.ids, _splits(plan.recipe))
-        report("comparing blocks", 1, 1)
+        report("comparing layers", 1, 1)
     write_json(done, {"tokens": tokens.protocol()["sha256"]}, durable=False)
 
 
 def _splits(recipe: Recipe) -> str | None:
-    """The option of a recipe that cuts batches into samples."""
+    """The option of a recipe that splits batches into samples."""
     if recipe.tune_block:
         return f"tune_block={recipe.tune_block}"
     return f"search={recipe.search!r}" if recipe.budgeted and recipe.evolution is not None else None
 
 
 def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, report: Report) -> CalibrationTokens:
-    """The calibration tokens, kept in the work folder. Those of a text are made again on resume and must be equal."""
+    """The calibration tokens, kept in the work folder. Tokens from a text are read again on resume and must be equal."""
     recipe = plan.recipe
     kept = load_artifact(work.tokens)
     if kept is not None and kept.damaged() is None and recipe.calibration == "self":
@@ -94,7 +94,7 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
         )
 
     if recipe.calibration == "self":
-        # Sampling takes long: what a few tokens show is refused before it.
+        # Sampling takes long, so a few tokens are tried first to find errors.
         few = torch.randint(
             plan.sizes.vocabulary,
             (SAMPLES, min(recipe.seq_len, FEW)),
@@ -121,10 +121,11 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
 def chosen_levels(
     source: Source, plan: Plan, tokens: CalibrationTokens | None, work: WorkFolder, report: Report, clock: Clock
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan with the formats that a budget or the outliers of each layer choose, and the facts to record about that.
+    """The plan with the formats that a budget or the outliers of each layer choose, and the facts to record about this.
 
-    source: its tensors can be read one by one. A resumed run does not choose again, because some choices depend on measured times.
-    Holds the whole model.
+    A resumed run does not choose again, because some choices depend on measured times. Holds the whole model.
+
+    source: its tensors can be read one by one.
     """
     recipe = plan.recipe
     if not recipe.budgeted and recipe.ratios == "uniform":
@@ -132,11 +133,11 @@ def chosen_levels(
     kept = read_json(work.levels)
     if kept is None:
         assert tokens is not None
-        # Where the levels of an earlier run were lost, its hidden states may be those of others.
+        # If the chosen formats of an earlier run were lost, its hidden states may belong to other formats.
         work.remove_hidden()
         told = dict[str, Any]()
         with StreamedModel(source, recipe.device).running(held=True) as model:
-            # Buffers, too, which are computed and not read.
+            # Including buffers, which are computed and not read.
             torch.nn.Module.to(model, recipe.device)
             loaded = LoadedModel(model, load_tokenizer(source), source)
             if recipe.budgeted:

@@ -26,12 +26,17 @@ from halfplate.storage.artifact import load_artifact, save_artifact_of
 from halfplate.storage.tensor_file import KINDS
 from halfplate.version import package_version
 
-RECORDED = ("model", "statistics", "halfplate", "plugins")  # what of an identity a checkpoint keeps beside its recipe
+RECORDED = (
+    "model",
+    "statistics",
+    "halfplate",
+    "plugins",
+)  # entries of an identity that a checkpoint records besides its recipe
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished compression: the plan with its candidates, the outcome, the protocol of the text, further facts of the record, and the result of the self-check."""
+    """A finished compression: the plan with its formats, the outcome, the protocol of the text, further facts of the record, and the result of the self-check."""
 
     plan: Plan
     outcome: Outcome
@@ -56,7 +61,7 @@ def identity_of(source: Source, plan: Plan, threads: int) -> dict[str, Any]:
 def finished_result(out: Path, source: Source, plan: Plan, identity: dict[str, Any], overwrite: bool) -> Result | None:
     """The complete result in `out`; None if there is none.
 
-    Raises HalfplateError if that result was made in another way, unless it may be overwritten.
+    Raises HalfplateError if the result was made differently, unless it may be overwritten.
     """
     if not (out / RECORD_FILE).is_file():
         return None
@@ -64,11 +69,11 @@ def finished_result(out: Path, source: Source, plan: Plan, identity: dict[str, A
         record = read_record(out)
         specs, _ = read_checked_headers(out)
     except HalfplateError:
-        # Something of ours that is damaged: `check_result_folder` says what may become of it.
+        # A damaged result of Halfplate; `check_result_folder` decides whether it may be replaced.
         return None
     try:
         return _recorded(out, source, plan, identity, record, specs, overwrite)
-    # A record is data: one without what we write there is damaged, too.
+    # A record is untrusted data; a record with missing entries is damaged, too.
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 
@@ -82,7 +87,7 @@ def _recorded(
     specs: dict[str, WeightSpec],
     overwrite: bool,
 ) -> Result | None:
-    """The result that `record` describes; None if it was made in another way and may be overwritten."""
+    """The result that `record` describes; None if it was made differently and may be overwritten."""
     begun = {key: value for key, value in record["recipe"].items() if key != "version"} | record["identity"]
     protocol = record["calibration"]
     try:
@@ -93,7 +98,7 @@ def _recorded(
             return None
         raise
     records = [MatrixRecord.from_json(name, record["matrices"][name]) for name in plan.specs]
-    tuned = {int(block): TunedBlock(**entry) for block, entry in record["tuned_blocks"].items()}
+    tuned = {int(layer): TunedBlock(**entry) for layer, entry in record["tuned_blocks"].items()}
     told: dict[str, Any] = {}
     if "ratios" in record:
         told["ratios"] = [BlockRatio(**ratio).to_json() for ratio in record["ratios"]]
@@ -124,15 +129,15 @@ def assemble_weights(
     found: dict[str, Finished] = {}
     for path, plain in [
         (work.outer, streamed.outer_names),
-        *((work.block(index), streamed.block_names(index)) for index in range(len(streamed.blocks))),
+        *((work.layer(index), streamed.block_names(index)) for index in range(len(streamed.blocks))),
     ]:
-        part = load_artifact(path)
-        if part is None:
-            # Nothing here is compressed.
+        artifact = load_artifact(path)
+        if artifact is None:
+            # This layer has no compressed matrices.
             _save_plain(streamed, plain, path)
-            part = load_artifact(path)
-        assert part is not None
-        found |= {name: Finished(stored, part.sha256[name]) for name, stored in part.tensors.items()}
+            artifact = load_artifact(path)
+        assert artifact is not None
+        found |= {name: Finished(stored, artifact.sha256[name]) for name, stored in artifact.tensors.items()}
     names = _names(streamed, plan)
     if set(names) != found.keys():
         name = min(set(names) ^ found.keys())
@@ -141,7 +146,7 @@ def assemble_weights(
 
 
 def _save_plain(streamed: StreamedModel, names: list[str], path: Path) -> None:
-    """Write the uncompressed tensors in the type that they are stored in, one in memory at a time."""
+    """Write the uncompressed tensors in their stored type, with one in memory at a time."""
     dtype = streamed.source.other_dtype
     kinds = {name: KINDS[streamed.stored[name].kind] for name in names}
     entries = {

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from halfplate.calibration import CalibrationTokens
-from halfplate.compression.open_layer import BlockView, OpenBlocks
+from halfplate.compression.open_layer import LayerView, OpenLayers
 from halfplate.compression.work_folder import WorkFolder
 from halfplate.engines import Engine
 from halfplate.methods.solving import MatrixRecord
@@ -29,7 +29,7 @@ class Run:
     tokens: CalibrationTokens | None
     work: WorkFolder
     engine: Engine
-    blocks: OpenBlocks
+    layers: OpenLayers
     report: Report
     clock: Clock
     tables: list[MatrixRecord] = field(default_factory=list)
@@ -45,15 +45,15 @@ class Run:
 
     @property
     def last(self) -> int:
-        """The last layer that is compressed."""
+        """The last layer with compressed matrices."""
         return max(self.names)
 
-    def view(self, block: int, finished: Mapping[str, Path]) -> BlockView:
-        """A layer with the matrices in `finished` compressed."""
+    def view(self, layer: int, finished: Mapping[str, Path]) -> LayerView:
+        """The state of a layer with the matrices in `finished` compressed."""
         recipe = self.plan.recipe
         name = str(self.work.path)
-        return BlockView(name, self.source, recipe.device, recipe.precision, self.threads, block, dict(finished))
+        return LayerView(name, self.source, recipe.device, recipe.precision, self.threads, layer, dict(finished))
 
-    def parts(self, block: int) -> dict[str, Path]:
+    def artifacts(self, layer: int) -> dict[str, Path]:
         """The artifact of each matrix of a finished layer."""
-        return {name: self.work.block(block) for name in self.names[block]}
+        return {name: self.work.layer(layer) for name in self.names[layer]}

@@ -1,4 +1,4 @@
-"""The self-check after a compression: the written checkpoint against the solved weights, and against the original model."""
+"""The self-check after a compression: compares the written checkpoint with the solved weights and with the original model."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from halfplate.storage.artifact import load_artifact
 from halfplate.storage.tensor_file import read_tensor, read_tensors
 
 TOKENS = 128
-DECODED = 4  # tokens that the native decoder takes
-LEAST_TOKENS = 16  # fewer say nothing; then token numbers from all over the vocabulary are taken
-# Of all logits: the near-ties of a router fall otherwise for single tokens, and a GPU multiplies in halves.
+DECODED = 4  # tokens for the native decoder
+LEAST_TOKENS = 16  # with fewer, the text says nothing, and tokens from the whole vocabulary are used
+# For all logits: near-ties of a router differ for single tokens, and a GPU multiplies in half precision.
 TOLERANCE = 0.02
-# Of the logits of the median token, in fp32. The kernels and torch round differently, by some 1e-5. A scale that is wrong by a
-# tenth, in one matrix of a small model, shows at 4e-3, and at less in a deep one.
+# For the logits of the median token, in fp32. The kernels and torch differ by about 1e-5. A scale that is wrong by a
+# tenth in one matrix differs by 4e-3 in a small model, and by less in a deep one.
 TYPICAL_TOLERANCE = 1e-3
 FULL_PRECISION = ("none", "ieee")
-# Plain words, which the smallest models know, too.
+# Plain words that the smallest models know.
 TEXT = """Once there was an old lighthouse on a hill above the sea. Every evening Anna climbed the long stairs, lit the lamp and \
 looked for ships. One day a little boy asked her, "Why do you do this every night?" Anna smiled. "Because somebody has to," she \
 said. "When it is dark, the ships cannot see the rocks. The light tells them where the land is."
@@ -52,10 +52,12 @@ and gave him a big hug. From that day on, the boy went to the lighthouse after s
 class SelfCheck:
     """The result of the self-check.
 
-    kl: KL(original ‖ checkpoint), mean nats per token. top1_agreement: share of tokens with the same most likely token.
-    logit_error: Frobenius norm of the difference between the logits of the checkpoint and of the solved weights, over the norm
-    of the latter. tokens: scored. loaded: `whole` if `halfplate.load` loaded it, or `by layer` if that would exceed the
-    memory bound.
+    kl: KL(original ‖ checkpoint), mean nats per token.
+    top1_agreement: share of tokens with the same most likely next token.
+    logit_error: Frobenius norm of the difference between the logits of the checkpoint and of the solved weights, relative to the
+        norm of the latter.
+    tokens: number of scored tokens.
+    loaded: `whole` if `halfplate.load` loaded it, or `by layer` if that would exceed the memory bound.
     """
 
     kl: float
@@ -70,7 +72,7 @@ class SelfCheck:
         return not self.kl <= NONSENSE_KL
 
     def to_json(self) -> dict[str, Any]:
-        """The entry `check` of `halfplate.json` and of `compress --json`; the text is Halfplate's own."""
+        """The entry `check` of `halfplate.json` and of `compress --json`."""
         return {field.name: getattr(self, field.name) for field in fields(self)} | {
             "text": "built-in",
             "nonsense": self.nonsense,
@@ -81,8 +83,10 @@ class SelfCheck:
 def self_check(streamed: StreamedModel, run: Run, folder: Path, original: Source) -> SelfCheck:
     """Compare the checkpoint in `folder` with the solved weights and with the original model, on one short built-in text.
 
-    The solved weights are multiplied out and run through the model's code, layer by layer. original: the model before its
-    transforms. Raises RuinedResult if the checkpoint computes different logits, or numbers that are not finite.
+    The solved weights are multiplied out and run through the model's code, layer by layer.
+
+    original: the model before its transforms.
+    Raises RuinedResult if the checkpoint computes different logits, or values that are not finite.
     """
     ids = check_tokens(load_tokenizer(folder), streamed.model).to(streamed.device)
     specs = run.plan.specs
@@ -111,9 +115,10 @@ def self_check(streamed: StreamedModel, run: Run, folder: Path, original: Source
 
 
 def _checked_error(stored: Tensor, solved: Tensor, exact: bool) -> float:
-    """The Frobenius norm of the difference of logits over that of `solved`, all tokens together.
+    """The Frobenius norm of the difference of logits, relative to that of `solved`, over all tokens.
 
-    exact: whether both were multiplied in fp32. Raises RuinedResult if the difference is larger than rounding explains.
+    exact: whether both were multiplied in fp32.
+    Raises RuinedResult if the difference is larger than rounding explains.
     """
     least = torch.finfo(torch.float32).tiny
     error = float((stored - solved).norm() / solved.norm().clamp_min(least))
@@ -129,7 +134,7 @@ def _checked_error(stored: Tensor, solved: Tensor, exact: bool) -> float:
 
 
 def _in_full_precision(streamed: StreamedModel) -> bool:
-    """Whether torch multiplies fp32 in full fp32: on the CPU, unless the process allowed less."""
+    """Whether torch multiplies fp32 in full precision: on the CPU, unless the process allows less."""
     # Older versions of torch have no such setting.
     products: Any = getattr(torch.backends.mkldnn, "matmul", None)
     return streamed.device.type == "cpu" and getattr(products, "fp32_precision", "ieee") in FULL_PRECISION
@@ -142,7 +147,7 @@ def _ruined(what: str) -> RuinedResult:
 
 
 def check_tokens(tokenizer: Any, model: Any) -> Tensor:
-    """The tokens int64 (1, at most TOKENS) of the built-in text that the model's vocabulary holds."""
+    """The tokens, int64 (1, at most TOKENS), of the built-in text that are in the model's vocabulary."""
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or TOKENS
     length = max(2, min(TOKENS, context))
@@ -153,15 +158,15 @@ def check_tokens(tokenizer: Any, model: Any) -> Tensor:
 
 
 def _unchanged(index: int) -> None:
-    """Leave a layer as it is."""
+    """Do not change a layer."""
 
 
 def _logits(streamed: StreamedModel, ids: Tensor, variants: list[Callable[[int], None]]) -> list[Tensor]:
-    """Logits fp32 (1, L, vocabulary) of the model with each decoder layer changed by each of `variants`, one layer in memory."""
+    """Logits fp32 (1, L, vocabulary) of the model with each decoder layer changed by each of `variants`, with one layer in memory."""
     blockwise = streamed.blockwise
     with streamed.outer(head=True), _in_fp32(blockwise):
         _round_outer(streamed)
-        # Each variant has arguments of its own: layers may write into them (shared keys and values, caches).
+        # Each variant has its own arguments, because layers may write into them (shared keys and values, caches).
         states = [streamed.embed(ids) for _ in variants]
         for index in range(len(streamed.blocks)):
             for number, variant in enumerate(variants):
@@ -176,7 +181,7 @@ def _logits(streamed: StreamedModel, ids: Tensor, variants: list[Callable[[int],
 
 @contextmanager
 def _in_fp32(blockwise: BlockwiseModel) -> Iterator[None]:
-    """Calibration may multiply in bf16. This comparison must use fp32."""
+    """Context manager in which matrix products run in fp32, because calibration may use bf16."""
     precision, blockwise.precision = blockwise.precision, "fp32"
     try:
         yield
@@ -185,7 +190,7 @@ def _in_fp32(blockwise: BlockwiseModel) -> Iterator[None]:
 
 
 def _round_outer(streamed: StreamedModel) -> None:
-    """Round the tensors outside the layers to the type that they are stored in."""
+    """Round the tensors outside the layers to their stored type."""
     tensors = streamed.model.state_dict(keep_vars=True)
     for name in streamed.outer_names:
         if tensors[name].is_floating_point() and not tensors[name].is_meta and name not in streamed.decoded:
@@ -196,29 +201,29 @@ def _put_solved(streamed: StreamedModel, run: Run, index: int) -> None:
     """Put the solved weights, multiplied out, into the layer; the original linears stay."""
     if not run.names.get(index):
         return
-    part = load_artifact(run.work.block(index))
-    if part is None:
+    artifact = load_artifact(run.work.layer(index))
+    if artifact is None:
         raise HalfplateError(f"the finished file of layer {index} is missing; run the same command again with --resume")
-    tensors = {name: read_tensor(stored).to(streamed.device) for name, stored in part.tensors.items()}
-    block, prefix = streamed.blocks[index], f"{streamed.prefix}.{index}."
+    tensors = {name: read_tensor(stored).to(streamed.device) for name, stored in artifact.tensors.items()}
+    layer, prefix = streamed.blocks[index], f"{streamed.prefix}.{index}."
     specs = {name: run.plan.specs[name] for name in run.names[index]}
-    linears = _linears(specs, tensors, block, prefix)
-    state = dict(block.state_dict(keep_vars=True))
+    linears = _linears(specs, tensors, layer, prefix)
+    state = dict(layer.state_dict(keep_vars=True))
     for name, tensor in tensors.items():
         if (inner := name.removeprefix(prefix)) in state and name.rpartition(".")[0] not in specs:
             state[inner].copy_(tensor)
     for name, module in linears.items():
-        cast(nn.Linear, block.get_submodule(name.removeprefix(prefix))).weight.copy_(module.matrix.dense())
+        cast(nn.Linear, layer.get_submodule(name.removeprefix(prefix))).weight.copy_(module.matrix.dense())
 
 
 def _linears(
-    specs: Mapping[str, WeightSpec], tensors: Mapping[str, Tensor], block: nn.Module, prefix: str
+    specs: Mapping[str, WeightSpec], tensors: Mapping[str, Tensor], layer: nn.Module, prefix: str
 ) -> dict[str, CompressedLinear]:
-    """The compressed linears of a layer by full name, over the tensors that are stored for them."""
+    """The compressed linears of a layer by full name, with their stored tensors."""
     linears = {}
     for name, spec in specs.items():
         stored = {key: tensors[f"{name}.{key}"] for key in spec.layout()}
-        bias = cast(nn.Linear, block.get_submodule(name.removeprefix(prefix))).bias
+        bias = cast(nn.Linear, layer.get_submodule(name.removeprefix(prefix))).bias
         linears[name] = CompressedLinear.from_stored(stored, spec, tensors.get(f"{name}.bias", bias))
     for module in linears.values():
         if module.spec.in_shared is not None:
@@ -233,7 +238,7 @@ class _Written:
         self._specs, self._found = read_checked_headers(folder)
 
     def check_outer(self, streamed: StreamedModel) -> None:
-        """Raise RuinedResult unless the tensors outside the layers equal those of the original, in the type that they are stored in."""
+        """Raise RuinedResult unless the tensors outside the layers equal those of the original, in their stored type."""
         for name in streamed.outer_names:
             stored = self._read(name)
             if not torch.equal(stored, streamed.read(name).to("cpu", stored.dtype)):
@@ -249,14 +254,14 @@ class _Written:
         return Chain.from_tensors(spec, tensors).dense()
 
     def put(self, streamed: StreamedModel, index: int) -> None:
-        """Put the stored tensors of the checkpoint into the layer, its compressed linears on the fastest path."""
+        """Put the stored tensors of the checkpoint into the layer, with its compressed linears on the fastest path."""
         prefix = f"{streamed.prefix}.{index}."
-        block = streamed.blocks[index]
+        layer = streamed.blocks[index]
         found = {name: stored for name, stored in self._found.items() if name.startswith(prefix)}
         tensors = {name: tensor.to(streamed.device) for name, tensor in read_tensors(found)}
         specs = {name: spec for name, spec in self._specs.items() if name.startswith(prefix)}
-        state = dict(block.state_dict(keep_vars=True))
-        linears = _linears(specs, tensors, block, prefix)
+        state = dict(layer.state_dict(keep_vars=True))
+        linears = _linears(specs, tensors, layer, prefix)
         for name, tensor in tensors.items():
             if (inner := name.removeprefix(prefix)) in state and name.rpartition(".")[0] not in specs:
                 state[inner].copy_(tensor)
@@ -268,7 +273,7 @@ class _Written:
 def _loaded_logits(folder: Path, ids: Tensor, device: str) -> Tensor:
     """Logits of the checkpoint loaded by `halfplate.load`; the last tokens run one by one if decoding is native."""
     with warnings.catch_warnings():
-        # What has no kernel was said at the start; the folder has no name of the user's yet.
+        # Matrices without a kernel were reported at the start, and the folder is still temporary.
         warnings.simplefilter("ignore", HalfplateWarning)
         model: Any = load(folder, device=device)
     if decoder.why_not(model) is not None or ids.shape[1] <= DECODED:
@@ -282,5 +287,5 @@ def _loaded_logits(folder: Path, ids: Tensor, device: str) -> Tensor:
 
 
 def _short(value: float) -> float:
-    """Six digits: more would differ between machines."""
+    """Six digits, because more would differ between machines."""
     return float(f"{value:.6g}")

@@ -11,19 +11,20 @@ from halfplate.compression.hidden_states import Arguments, Batches, HiddenStates
 from halfplate.compression.kept_statistics import load_sums
 from halfplate.compression.run import Run
 from halfplate.compression.task_memory import memory_to_collect, memory_to_run
-from halfplate.compression.tasks import CollectSums, RunBlock
+from halfplate.compression.tasks import CollectSums, RunLayer
 from halfplate.compression.token_arguments import TokenArguments
 from halfplate.models.handover import BlockArguments, differing
 from halfplate.statistics import InputStatistics
 from halfplate.storage.artifact import remove_artifact
 
-DENSE, COMPRESSED = "dense", "compressed"  # streams: of the dense model, and through what is compressed
+DENSE, COMPRESSED = "dense", "compressed"  # streams: through the original layers, and through the compressed layers
 
 
 class Streams:
-    """The hidden states of the tokens before some layer, in one stream or two; none if the method needs no text.
+    """The hidden states of the tokens before some layer, in one or two streams; none if the method needs no text.
 
-    names: of the streams. corrected: whether cross moments between the two are collected.
+    names: of the streams.
+    corrected: whether cross moments between the two are collected.
     """
 
     def __init__(self, run: Run) -> None:
@@ -34,7 +35,7 @@ class Streams:
         self._arguments: dict[int, Arguments] = {}
         self._reference: dict[int, Sequence[BlockArguments]] = {}
         self._own, self._embedded = TokenArguments(run.work.arguments), False
-        self._at = 0  # the block whose inputs they are
+        self._at = 0  # the layer whose inputs are known
 
     def _names(self) -> tuple[str, ...]:
         if self.run.tokens is None:
@@ -43,38 +44,38 @@ class Streams:
             return (DENSE,)
         return (COMPRESSED, DENSE) if self.run.plan.job.streams == 2 else (COMPRESSED,)
 
-    def reach(self, block: int) -> None:
-        """Compute the inputs of layer `block`, starting at the nearest earlier layer whose inputs are known."""
-        start = next((at for at in range(block, 0, -1) if at == self._at or self._whole(at)), 0)
+    def reach(self, layer: int) -> None:
+        """Compute the inputs of layer `layer`, starting at the nearest earlier layer whose inputs are known."""
+        start = next((at for at in range(layer, 0, -1) if at == self._at or self._whole(at)), 0)
         self._know_arguments()
         if not (self._embedded or self._own.whole()) or (start == 0 and not self._whole(0)):
             self._embed()
             if start:
                 self.forget(0)
         self._embedded = True
-        for at in range(start, block):
-            self.advance(at, self.run.parts(at))
+        for at in range(start, layer):
+            self.advance(at, self.run.artifacts(at))
             self.forget(at)
-        self._at = block
+        self._at = layer
 
-    def pass_by(self, block: int, streams: tuple[str, ...] | None = None) -> None:
-        """Compute the outputs of layer `block` and delete its inputs; after the last layer, only delete."""
-        if block < self.run.last:
-            self.advance(block, self.run.parts(block), streams)
-            self._at = block + 1
-        self.forget(block)
+    def pass_by(self, layer: int, streams: tuple[str, ...] | None = None) -> None:
+        """Compute the outputs of layer `layer` and delete its inputs; after the last layer, only delete."""
+        if layer < self.run.last:
+            self.advance(layer, self.run.artifacts(layer), streams)
+            self._at = layer + 1
+        self.forget(layer)
 
-    def forget(self, block: int) -> None:
+    def forget(self, layer: int) -> None:
         for stream in self.names:
-            self.hidden(stream, block).remove()
+            self.hidden(stream, layer).remove()
 
-    def _whole(self, block: int) -> bool:
-        return all(self.hidden(stream, block).whole() for stream in self.names)
+    def _whole(self, layer: int) -> bool:
+        return all(self.hidden(stream, layer).whole() for stream in self.names)
 
-    def hidden(self, stream: str, block: int) -> HiddenStates:
-        """The inputs of layer `block` in a stream."""
-        # Before the first layer all streams are one.
-        return HiddenStates(self.run.work.hidden(stream if block else DENSE, block), self._shape, BATCH)
+    def hidden(self, stream: str, layer: int) -> HiddenStates:
+        """The inputs of layer `layer` in a stream."""
+        # Before the first layer, all streams are equal.
+        return HiddenStates(self.run.work.hidden(stream if layer else DENSE, layer), self._shape, BATCH)
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -82,14 +83,14 @@ class Streams:
         samples, length = self.run.tokens.ids.shape
         return samples, length, self.run.source.config.get_text_config().hidden_size
 
-    def batches(self, stream: str, block: int) -> Batches:
-        """The inputs of layer `block`, ready to call it with."""
-        return Batches(self.hidden(stream, block), self._arguments[block], block, self.recipe.device, own=self._own)
+    def batches(self, stream: str, layer: int) -> Batches:
+        """The inputs of layer `layer`, ready to call it with."""
+        return Batches(self.hidden(stream, layer), self._arguments[layer], layer, self.recipe.device, own=self._own)
 
     def _embed(self) -> None:
         """The inputs of the first layer, and the arguments of all layers that depend on the tokens."""
         assert self.run.tokens is not None
-        streamed = self.run.blocks.model(self.run.view(0, {}))
+        streamed = self.run.layers.model(self.run.view(0, {}))
         target = self.hidden(DENSE, 0)
         with streamed.outer(head=False):
             for number, ids in enumerate(self.run.tokens.ids.to(self.recipe.device).split(BATCH)):
@@ -99,72 +100,72 @@ class Streams:
         self._own.finish(target.batches)
 
     def _know_arguments(self) -> None:
-        """The other arguments of every layer for every size of batch, those of the first tokens."""
+        """Store the other arguments of every layer for every batch size, computed with the first tokens."""
         if self._arguments:
             return
         assert self.run.tokens is not None
-        streamed = self.run.blocks.model(self.run.view(0, {}))
-        self.run.blocks.close()
+        streamed = self.run.layers.model(self.run.view(0, {}))
+        self.run.layers.close()
         with streamed.outer(head=False):
             for size in {len(ids) for ids in self.run.tokens.ids.split(BATCH)}:
                 inputs = streamed.embed(self.run.tokens.ids[:size].to(self.recipe.device))
                 self._reference[size] = inputs.all_arguments
         self._arguments = {
-            block: {size: arguments[block] for size, arguments in self._reference.items()}
-            for block in range(self.run.last + 1)
+            layer: {size: arguments[layer] for size, arguments in self._reference.items()}
+            for layer in range(self.run.last + 1)
         }
 
-    def advance(self, block: int, parts: Mapping[str, Path], streams: tuple[str, ...] | None = None) -> None:
-        """Run the hidden states through a layer whose matrices are in `parts`. streams: by default all."""
+    def advance(self, layer: int, artifacts: Mapping[str, Path], streams: tuple[str, ...] | None = None) -> None:
+        """Run the hidden states through a layer with the matrices in `artifacts`. streams: all by default."""
         streams = self.names if streams is None else streams
-        pairs = {stream: (self.hidden(stream, block), self.hidden(stream, block + 1)) for stream in streams}
-        view, plain = self.run.view(block, parts), (None, None)
+        pairs = {stream: (self.hidden(stream, layer), self.hidden(stream, layer + 1)) for stream in streams}
+        view, plain = self.run.view(layer, artifacts), (None, None)
         if COMPRESSED not in self.names:
-            # The one stream is the original model's: no second copy of the layer is needed.
-            view, pairs = self.run.view(block, {}), {COMPRESSED: pairs[DENSE]}
+            # The only stream is that of the original model, so no second copy of the layer is needed.
+            view, pairs = self.run.view(layer, {}), {COMPRESSED: pairs[DENSE]}
         (hidden, out), (dense, dense_out) = (pairs.get(stream, plain) for stream in (COMPRESSED, DENSE))
-        arguments, memory = self._arguments[block], self._memory_to_run(block)
+        arguments, memory = self._arguments[layer], self._memory_to_run(layer)
         tasks = [
-            RunBlock(view, hidden, out, dense, dense_out, arguments, sum(chunks, ()), memory, self._own)
+            RunLayer(view, hidden, out, dense, dense_out, arguments, sum(chunks, ()), memory, self._own)
             for chunks in self._shares()
         ]
         for _ in self.run.engine.run(tasks):
             pass
 
     def _shares(self) -> list[tuple[tuple[int, ...], ...]]:
-        """The chunks of batches of each task: all in one task for one process, one per task for several."""
+        """The chunks of batches of each task: one task with all chunks for one process, one task per chunk for several."""
         chunks = self.hidden(DENSE, 0).chunks
         return [(chunk,) for chunk in chunks] if self.run.engine.elsewhere else [chunks]
 
-    def _memory_to_run(self, block: int) -> int:
+    def _memory_to_run(self, layer: int) -> int:
         _, length, width = self._shape
-        return memory_to_run([self.run.plan.specs[name] for name in self.run.names[block]], BATCH * length * width)
+        return memory_to_run([self.run.plan.specs[name] for name in self.run.names[layer]], BATCH * length * width)
 
-    def stages(self, block: int, done: Mapping[str, Path]) -> list[list[str]]:
+    def stages(self, layer: int, done: Mapping[str, Path]) -> list[list[str]]:
         """The linears of a layer in groups, in the order in which their inputs become final."""
-        names = self.run.names[block]
+        names = self.run.names[layer]
         if self.recipe.inputs == "dense":
             return [names]
-        blockwise, _ = self.run.blocks.open(self.run.view(block, done), dense=DENSE in self.names)
-        return input_stages(blockwise, block, self.batches(COMPRESSED, block)[0], names)
+        blockwise, _ = self.run.layers.open(self.run.view(layer, done), dense=DENSE in self.names)
+        return input_stages(blockwise, layer, self.batches(COMPRESSED, layer)[0], names)
 
-    def collect(self, block: int, stage: list[str], done: Mapping[str, Path]) -> dict[str, InputStatistics]:
+    def collect(self, layer: int, stage: list[str], done: Mapping[str, Path]) -> dict[str, InputStatistics]:
         """Statistics of the linears `stage` of a layer in which the matrices in `done` are compressed."""
-        hidden = self.hidden(COMPRESSED if COMPRESSED in self.names else DENSE, block)
-        dense = self.hidden(DENSE, block) if self.corrected else None
+        hidden = self.hidden(COMPRESSED if COMPRESSED in self.names else DENSE, layer)
+        dense = self.hidden(DENSE, layer) if self.corrected else None
         specs = [self.run.plan.specs[name] for name in stage]
-        memory = self._memory_to_run(block) + memory_to_collect(specs, self.run.plan.job.statistic)
+        memory = self._memory_to_run(layer) + memory_to_collect(specs, self.run.plan.job.statistic)
         tasks = [
             CollectSums(
-                self.run.view(block, done),
+                self.run.view(layer, done),
                 tuple(stage),
                 self.run.plan.job.statistic,
                 self._limit,
                 hidden,
                 dense,
-                self._arguments[block],
+                self._arguments[layer],
                 chunks,
-                # No name is used twice: network storage may show an old file under it.
+                # Names are not reused, because network storage may show an old file.
                 self.run.work.scratch / f"sums-{stage[0]}-{chunks[0][0]}.safetensors"
                 if self.run.engine.elsewhere
                 else None,

@@ -1,4 +1,4 @@
-"""Estimates of the memory that tasks of a compression need; rough, and too high rather than too low."""
+"""Rough estimates of the memory that the tasks of a compression need; too high rather than too low."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def memory_to_solve(method: Method, specs: Iterable[WeightSpec]) -> int:
 
 def memory_to_run(specs: Iterable[WeightSpec], hidden: int) -> int:
     """Bytes needed to run text through a layer of these matrices and through the original layer; hidden: values of one batch."""
-    # Each compressed matrix has its product beside it meanwhile.
+    # Each compressed matrix is also held multiplied out.
     return PROCESS_NBYTES + 3 * 4 * sum(spec.d_out * spec.d_in for spec in specs) + 16 * 4 * hidden
 
 
 def memory_to_collect(specs: Iterable[WeightSpec], needed: Statistic) -> int:
-    """Bytes of the sums of one chunk and one batch, if each matrix has an input of its own."""
+    """Bytes of the sums of one chunk and of one batch, if each matrix has its own input."""
     return sum(24 * spec.d_in**2 for spec in specs) if needed >= Statistic.GRAM else 0

@@ -1,4 +1,4 @@
-"""The tasks that engines run in processes. Each reads its input from files and gives the same result on every machine."""
+"""The tasks that engines run. Each reads its input from files and gives the same result on every machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from halfplate.calibration.collect import StageSums, stage_sums
 from halfplate.compression.heap import trim
 from halfplate.compression.hidden_states import Arguments, Batches, HiddenStates
 from halfplate.compression.kept_statistics import load_statistics, save_sums
-from halfplate.compression.open_layer import BlockView, OpenBlocks
+from halfplate.compression.open_layer import LayerView, OpenLayers
 from halfplate.compression.task_memory import memory_to_solve
 from halfplate.compression.token_arguments import TokenArguments
 from halfplate.engines.needs import Needs
@@ -32,12 +32,14 @@ from halfplate.storage.artifact import Artifact, save_artifact
 class CollectSums:
     """Collect sums over the inputs of the linears `names` of a layer, for some chunks of batches.
 
-    dense: files of the layer's inputs in the original model, if cross moments are collected. chunks: the batches of each; those of one
-    are summed by themselves, and then the chunks in their order. out: a part to leave the sums in, for a process whose memory the
-    caller does not see. memory: bytes. own: arguments that depend on the tokens.
+    dense: files of the layer's inputs in the original model, if cross moments are collected.
+    chunks: the batches of each chunk; each chunk is summed separately, and then the chunks are added in order.
+    out: an artifact for the sums, if the task runs in another process than the caller.
+    memory: bytes.
+    own: arguments that depend on the tokens.
     """
 
-    view: BlockView
+    view: LayerView
     names: tuple[str, ...]
     statistic: Statistic
     token_limit: float | None
@@ -49,7 +51,7 @@ class CollectSums:
     memory: int = 0
     own: TokenArguments | None = None
 
-    keeps: ClassVar[type[Any]] = OpenBlocks
+    keeps: ClassVar[type[Any]] = OpenLayers
 
     @property
     def cost(self) -> float:
@@ -60,10 +62,10 @@ class CollectSums:
         return self.view.needs(self.memory)
 
     @torch.no_grad()
-    def run(self, blocks: OpenBlocks) -> StageSums | Path:
+    def run(self, layers: OpenLayers) -> StageSums | Path:
         trim()
         torch.set_num_threads(self.view.threads)
-        blockwise, before = blocks.open(self.view, dense=self.dense is not None)
+        blockwise, before = layers.open(self.view, dense=self.dense is not None)
         sums = StageSums()
         with assembled(blockwise.blocks[self.view.index]):
             for chunk in self.chunks:
@@ -89,14 +91,14 @@ class SolveMatrices:
     statistics: the statistics, or the artifact that `save_statistics` wrote with the name of the input's leader.
     """
 
-    view: BlockView
+    view: LayerView
     specs: Mapping[str, WeightSpec]
     method: Method
     cross_damping: float | Literal["none"]
     statistics: InputStatistics | tuple[Path, str]
     out: Path
 
-    keeps: ClassVar[type[Any]] = OpenBlocks
+    keeps: ClassVar[type[Any]] = OpenLayers
 
     @property
     def cost(self) -> float:
@@ -107,14 +109,14 @@ class SolveMatrices:
         return self.view.needs(memory_to_solve(self.method, self.specs.values()))
 
     @torch.no_grad()
-    def run(self, blocks: OpenBlocks) -> list[MatrixRecord]:
+    def run(self, layers: OpenLayers) -> list[MatrixRecord]:
         trim()
         torch.set_num_threads(self.view.threads)
         statistics = self.statistics
         if not isinstance(statistics, InputStatistics):
             statistics = load_statistics(*statistics, self.view.device)
         names = list(self.specs)
-        weights = [blocks.weight(self.view, name) for name in names]
+        weights = [layers.weight(self.view, name) for name in names]
         solved, records = solve_matrices(names, weights, self.method, statistics, self.specs, self.cross_damping)
         tensors = {
             f"{name}.{key}": tensor
@@ -127,13 +129,14 @@ class SolveMatrices:
 
 
 @dataclass(frozen=True)
-class RunBlock:
-    """Take some batches through a layer: from `hidden` to `out`, and through the original layer from `dense` to `dense_out`.
+class RunLayer:
+    """Run some batches through a layer: from `hidden` to `out`, and through the original layer from `dense` to `dense_out`.
 
-    memory: bytes. own: arguments that depend on the tokens.
+    memory: bytes.
+    own: arguments that depend on the tokens.
     """
 
-    view: BlockView
+    view: LayerView
     hidden: HiddenStates | None
     out: HiddenStates | None
     dense: HiddenStates | None
@@ -143,7 +146,7 @@ class RunBlock:
     memory: int = 0
     own: TokenArguments | None = None
 
-    keeps: ClassVar[type[Any]] = OpenBlocks
+    keeps: ClassVar[type[Any]] = OpenLayers
 
     @property
     def cost(self) -> float:
@@ -154,10 +157,10 @@ class RunBlock:
         return self.view.needs(self.memory)
 
     @torch.no_grad()
-    def run(self, blocks: OpenBlocks) -> None:
+    def run(self, layers: OpenLayers) -> None:
         trim()
         torch.set_num_threads(self.view.threads)
-        blockwise, before = blocks.open(self.view, dense=self.dense is not None)
+        blockwise, before = layers.open(self.view, dense=self.dense is not None)
         for source, target, module in ((self.hidden, self.out, None), (self.dense, self.dense_out, before)):
             if source is None or target is None:
                 continue
@@ -176,6 +179,6 @@ def facts_of(records: list[MatrixRecord], specs: Mapping[str, WeightSpec]) -> di
     }
 
 
-def records_in(part: Artifact) -> list[MatrixRecord]:
+def records_in(artifact: Artifact) -> list[MatrixRecord]:
     """The records of the matrices in an artifact."""
-    return [MatrixRecord.from_json(name, entry) for name, entry in part.facts["records"].items()]
+    return [MatrixRecord.from_json(name, entry) for name, entry in artifact.facts["records"].items()]

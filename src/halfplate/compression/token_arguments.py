@@ -1,4 +1,4 @@
-"""Arguments of layers that depend on the tokens, not only on their number, kept in files beside the hidden states."""
+"""Arguments of layers that depend on the tokens and not only on their number, kept in files with the hidden states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from halfplate.storage.tensor_file import read_tensor
 
 @dataclass(frozen=True)
 class TokenArguments:
-    """The result of `differing` for every batch of tokens, one artifact in `folder` for each batch that has any."""
+    """The tensors that `differing` returns for every batch of tokens, in one artifact in `folder` per batch that has any."""
 
     folder: Path
 
@@ -24,12 +24,12 @@ class TokenArguments:
         """Write the arguments of batch `number`."""
         if not found:
             return
-        # Layers may share a tensor: it lies there once.
+        # Layers may share a tensor, which is stored once.
         names: dict[int, str] = {}
         for tensor in found.values():
             names.setdefault(id(tensor), str(len(names)))
         tensors = {names[id(tensor)]: tensor for tensor in found.values()}
-        places = [[block, place, names[id(tensor)]] for (block, place), tensor in found.items()]
+        places = [[layer, place, names[id(tensor)]] for (layer, place), tensor in found.items()]
         save_artifact(self._file(number), tensors, {"places": places}, durable=False)
 
     def finish(self, batches: int) -> None:
@@ -40,21 +40,23 @@ class TokenArguments:
     def whole(self) -> bool:
         """Whether the arguments of every batch exist and are intact."""
         done = read_json(self._done)
-        parts = [] if done is None else [load_artifact(self._file(number)) for number in done["kept"]]
-        return done is not None and all(part is not None and part.damaged() is None for part in parts)
+        artifacts = [] if done is None else [load_artifact(self._file(number)) for number in done["kept"]]
+        return done is not None and all(artifact is not None and artifact.damaged() is None for artifact in artifacts)
 
-    def put_into(self, arguments: BlockArguments, number: int, block: int) -> BlockArguments:
-        """`arguments` of a layer with the tensors of batch `number` put in."""
+    def put_into(self, arguments: BlockArguments, number: int, layer: int) -> BlockArguments:
+        """`arguments` of a layer with the tensors of batch `number` inserted."""
         if not self._file(number).exists():
             return arguments
-        part = load_artifact(self._file(number))
-        if part is None:
+        artifact = load_artifact(self._file(number))
+        if artifact is None:
             raise HalfplateError(
                 f"the artifact {str(self._file(number))!r} is damaged; run the same command again with --resume"
             )
         device = next((leaf.device for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)), "cpu")
         own = {
-            place: read_tensor(part.tensors[name]).to(device) for at, place, name in part.facts["places"] if at == block
+            place: read_tensor(artifact.tensors[name]).to(device)
+            for at, place, name in artifact.facts["places"]
+            if at == layer
         }
         return patched(arguments, own)
 

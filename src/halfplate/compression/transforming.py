@@ -47,12 +47,12 @@ class _Transforming:
         report("transforming", 0, total, self.label)
         for index, piece in enumerate(pieces):
             path = self.work.transformed(self.number, index)
-            part = load_artifact(path)
-            if part is None or not _whole(part, piece):
+            artifact = load_artifact(path)
+            if artifact is None or not _whole(artifact, piece):
                 save_artifact_of(path, piece.entries, self._checked(piece), {})
-                part = load_artifact(path)
-            assert part is not None
-            found |= part.tensors
+                artifact = load_artifact(path)
+            assert artifact is not None
+            found |= artifact.tensors
             report("transforming", len(found), total, self.label)
         return replace(result, tensors=found)
 
@@ -61,7 +61,7 @@ class _Transforming:
         if self.automatic:
             return pieces
         streamed = StreamedModel(self.source)
-        # What transformers does without, and the source does not have, no transform can make.
+        # Tensors that transformers does not need and the source lacks are not required.
         lacking = streamed.model.state_dict().keys() - streamed.stored.keys() - streamed.tied.keys()
         return [_without(piece, lacking) for piece in pieces]
 
@@ -94,7 +94,7 @@ class _Transforming:
             yield from self._make(piece)
         except (HalfplateError, OSError):
             raise
-        # The code of another package fails in ways of its own.
+        # The code of another package can raise any exception.
         except Exception as error:
             raise HalfplateError(f"{self._where} cannot be made ({in_words(error)}); {self._cure}") from error
 
@@ -112,8 +112,8 @@ class _Transforming:
         )
 
 
-def _whole(part: Artifact, piece: Piece) -> bool:
-    return part.tensors.keys() == piece.entries.keys() and part.damaged() is None
+def _whole(artifact: Artifact, piece: Piece) -> bool:
+    return artifact.tensors.keys() == piece.entries.keys() and artifact.damaged() is None
 
 
 def _without(piece: Piece, names: Collection[str]) -> Piece:

@@ -17,20 +17,20 @@ IDENTITY_FILE = "identity.json"
 
 
 class WorkFolder:
-    """The hidden folder beside `out` of one compression; at most one process works in it."""
+    """The hidden folder next to `out` for one compression; at most one process works in it."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.path = work_place(out.resolve())
 
-    def block(self, index: int) -> Path:
+    def layer(self, index: int) -> Path:
         return self.path / "blocks" / f"{index:05d}.safetensors"
 
     def matrix(self, name: str) -> Path:
         return self.path / "matrices" / f"{name}.safetensors"
 
     def remove_hidden(self) -> None:
-        """Delete the hidden states between two layers, which are then computed again."""
+        """Delete the hidden states between two layers, which can be computed again."""
         shutil.rmtree(self.path / "hidden", ignore_errors=True)
 
     @property
@@ -69,7 +69,7 @@ class WorkFolder:
         return self.path / "scratch"
 
     def clear(self) -> None:
-        """Remove everything in the folder; the lock on it stays."""
+        """Remove everything in the folder; the lock stays."""
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -83,11 +83,11 @@ class WorkFolder:
 
     @property
     def identity_copy(self) -> Path:
-        """The second copy of the identity: without it, all finished artifacts would be useless."""
+        """The second copy of the identity. Without the identity, all finished artifacts would be useless."""
         return self.path / "identity.copy.json"
 
     def begun(self) -> dict[str, Any] | None:
-        """The identity of the work in the folder; None if there is none, or neither copy is whole."""
+        """The identity of the work in the folder; None if there is none, or both copies are damaged."""
         return read_json(self.identity) or read_json(self.identity_copy)
 
     def finished_work(self) -> bool:
@@ -97,10 +97,10 @@ class WorkFolder:
 
     @contextmanager
     def opened(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> Iterator[None]:
-        """Context manager that creates and locks the folder; it is removed when the `with` block ends, and stays if that raises with work done.
+        """Context manager that creates and locks the folder. It is removed at the end of the `with` block, unless the block raises and there is finished work.
 
-        Raises HalfplateError if another process works there, if finished work exists and neither `resume` nor `overwrite` is
-        given, and, without `overwrite`, if the work began with another `identity`, naming what differs, and if the system refuses an
+        Raises HalfplateError if another process works there, if there is finished work and neither `resume` nor `overwrite` is
+        given, without `overwrite` if the work has a different `identity` (naming the difference), and if the system refuses an
         operation.
         """
         try:
@@ -143,15 +143,15 @@ class WorkFolder:
 
     def _refused(self, error: OSError) -> str:
         text = " ".join(str(error).split())
-        kept = "finished work is kept, and --resume continues"
+        kept = "finished work is kept, continue with --resume"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"out={str(self.out)!r}: the disk is full ({text}); free some space: {kept}"
-        return f"out={str(self.out)!r}: {str(self.path)!r} cannot be used ({text}); check that the folder exists and can be written: {kept}"
+            return f"out={str(self.out)!r}: the disk is full ({text}); free some space; {kept}"
+        return f"out={str(self.out)!r}: {str(self.path)!r} cannot be used ({text}); check that the folder exists and can be written; {kept}"
 
 
 def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], when: str) -> None:
     """Raise HalfplateError naming the first entry in which two identities differ."""
-    # What was asked for says more than the packages that it comes from.
+    # Differences of the recipe are more informative than those of packages, so they come first.
     for name in sorted(begun.keys() | now.keys(), key=lambda name: (name == "plugins", name)):
         if begun.get(name) != now.get(name):
             raise HalfplateError(

@@ -1,7 +1,7 @@
-"""Engines, one file each: what runs tasks, in this process, in several of this machine, or on a cluster.
+"""Engines, one file each, which run tasks in this process, in several processes, or on a cluster.
 
-To add one: write its file with a function of the type `OpenEngine`, and add a line to `ENGINES`. Other packages add theirs by an entry
-point of the group `halfplate.engines` (docs/extending.md). An engine knows nothing of what its tasks do.
+To add one: write its file with a function of the type `OpenEngine`, and add a line to `ENGINES`. Other packages add theirs through
+an entry point of the group `halfplate.engines` (docs/extending.md). An engine does not depend on what its tasks do.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ __all__ = ["ENGINES", "Engine", "EngineChoice", "Needs", "OpenEngine", "Task", "
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """Who is to do the work.
+    """Where to run the tasks.
 
-    workers: processes side by side on this machine; by default 1 with local, and with ray as many as its cores serve. address:
-    of a running Ray cluster, `HOST:PORT` or `auto` for the one that this machine is part of; its CPUs say how many tasks run.
-    Raises HalfplateError for what cannot be.
+    workers: number of parallel processes on this machine; the default is 1 with local, and as many as the cores allow with ray.
+    address: of a running Ray cluster, `HOST:PORT`, or `auto` for the one that this machine is part of; then its CPUs determine the
+        number of parallel tasks.
+    Raises HalfplateError for invalid combinations.
     """
 
     name: str = "local"
@@ -54,27 +55,27 @@ class EngineChoice:
 
 
 class Engine(Protocol):
-    """Runs tasks; their results are the same whichever engine runs them.
+    """Runs tasks. The results do not depend on the engine.
 
-    elsewhere: whether tasks run in other processes than the caller's, so that statistics must go through files and several runs
-    may be under way at once.
+    elsewhere: whether tasks run in other processes than the caller, so that statistics must be passed in files, and several calls of
+        `run` may be active at once.
     """
 
     elsewhere: bool
 
     @property
     def workers(self) -> int:
-        """How many tasks run side by side at present."""
+        """Number of tasks that currently run in parallel."""
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Any]:
-        """Begin `tasks`; their results in order, each waited for when it is asked for; raises what a task raised."""
+        """Start `tasks`; yields their results in order, waiting for each when it is requested; raises the exception of a task."""
 
     def close(self) -> None:
-        """Give all processes back."""
+        """Release all processes."""
 
 
 class OpenEngine(Protocol):
-    """Makes the engine of a choice; the arguments are those of `open_engine`."""
+    """Creates the engine of a choice; the arguments are those of `open_engine`."""
 
     def __call__(self, choice: EngineChoice, kept: Any, threads: int, folder: Path) -> Engine: ...
 
@@ -88,10 +89,11 @@ ENGINES: Registry[OpenEngine] = Registry(
 
 @contextmanager
 def open_engine(choice: EngineChoice, kept: Any, threads: int, folder: Path) -> Iterator[Engine]:
-    """The engine that was chosen; raises HalfplateError if it cannot be had.
+    """The chosen engine; raises HalfplateError if it is not available.
 
-    kept: what tasks that run in the process of the caller are given (see `Task.run`). threads: of each task. folder: what tasks
-    write to and every machine must see.
+    kept: passed to tasks that run in the process of the caller (see `Task.run`).
+    threads: of each task.
+    folder: where tasks write, and which every machine must share.
     """
     engine = ENGINES.get(choice.name)(choice, kept, threads, folder)
     try:

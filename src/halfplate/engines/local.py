@@ -1,4 +1,4 @@
-"""The engine `local`: tasks in this process, or in several of this machine."""
+"""The engine `local`: tasks in this process, or in several processes on this machine."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from halfplate.engines import Engine, EngineChoice
 from halfplate.engines.task import Task
 from halfplate.errors import HalfplateError
 
-TRIES = 3  # of a task whose process died
+TRIES = 3  # attempts for a task whose process died
 
 
 class Serial:
-    """One task after the other, in this process."""
+    """Runs one task after the other, in this process."""
 
     elsewhere, workers = False, 1
 
@@ -36,7 +36,7 @@ class Serial:
 
 
 class Processes:
-    """A number of processes on this machine; one that dies is replaced and its task tried again."""
+    """Several processes on this machine. If one dies, it is replaced and its task runs again."""
 
     elsewhere = True
 
@@ -45,7 +45,7 @@ class Processes:
         self._pool = self._new_pool()
 
     def _new_pool(self) -> ProcessPoolExecutor:
-        # A forked process would inherit the threads of torch in whatever state they are.
+        # A forked process would inherit torch's threads in an undefined state.
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(self.workers, mp_context=context, initializer=_begin_process)
 
@@ -75,7 +75,7 @@ class Processes:
                             f"workers={self.workers}: a worker process died {TRIES} times, probably for lack of memory; use fewer workers, "
                             "and continue with --resume"
                         )
-                    # All that runs in a broken pool fails with it; what was done before is kept.
+                    # All running tasks of a broken pool fail; earlier results are kept.
                     pool = self._pool_after(pool)
                     running |= {n: self._submit(tasks[n]) for n in running if _broke(running[n])}
                 yield running.pop(number).result()
@@ -84,7 +84,7 @@ class Processes:
                 future.cancel()
 
     def _pool_after(self, broken: ProcessPoolExecutor) -> ProcessPoolExecutor:
-        if self._pool is broken:  # another run may have replaced it
+        if self._pool is broken:  # another call of `run` may have replaced it
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = self._new_pool()
         return self._pool
@@ -94,12 +94,12 @@ class Processes:
 
 
 def _broke(future: Future[Any]) -> bool:
-    """Whether the process of a task died, once the task is over."""
+    """Whether the process of a finished task died."""
     return isinstance(future.exception(), BrokenProcessPool)
 
 
 def _begin_process() -> None:
-    """A process of a pool waits for tasks for ever where its parent was killed; this one ends then, and with Ctrl-C without a word."""
+    """Let a pool process end when its parent dies or on Ctrl-C, silently; otherwise it would wait for tasks forever."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def wait() -> None:
@@ -113,16 +113,16 @@ def _begin_process() -> None:
 
 @cache
 def _kept_by_this_process(kind: type) -> Any:
-    """A process of a pool keeps what its tasks leave open from task to task; there is no other place for it."""
+    """The objects that a pool process keeps from task to task, which only a global can hold."""
     return kind()
 
 
 def run_task(task: Task) -> object:
-    """Run a task in a process of a pool."""
+    """Run a task in a pool process."""
     return task.run(_kept_by_this_process(task.keeps))  # type: ignore[arg-type]  # classes are hashable
 
 
 def open_local(choice: EngineChoice, kept: Any, threads: int, folder: Path) -> Engine:
-    """Tasks in this process, or in several of this machine."""
+    """Open the engine `local`, with one or several processes."""
     workers = choice.workers or 1
     return Serial(kept) if workers == 1 else Processes(workers)

@@ -1,4 +1,4 @@
-"""What a task takes of a machine; engines that know of machines place it by this."""
+"""The resources that a task needs; engines with several machines place it accordingly."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Needs:
-    """cpus: threads. memory: bytes of the machine's."""
+    """cpus: number of threads.
+    memory: bytes of CPU memory.
+    """
 
     cpus: int = 1
     gpus: int = 0
     memory: int = 0
 
     def __or__(self, other: Needs) -> Needs:
-        """What either of two tasks would find enough."""
+        """The larger of the needs of two tasks."""
         return Needs(max(self.cpus, other.cpus), max(self.gpus, other.gpus), max(self.memory, other.memory))
 
     def __str__(self) -> str:

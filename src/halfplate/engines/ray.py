@@ -1,4 +1,4 @@
-"""The engine `ray`: tasks run on any machine of a Ray cluster, which may lose machines and gain others meanwhile."""
+"""The engine `ray`: tasks run on any machine of a Ray cluster, also if machines fail or join during the run."""
 
 from __future__ import annotations
 
@@ -20,25 +20,28 @@ from halfplate.engines.task import Task
 from halfplate.errors import HalfplateError
 from halfplate.limits import cores
 
-PATIENCE = 600.0  # seconds without a machine that a task fits on, until the run is given up
-PROBE = 5.0  # seconds to answer in
-# What a client of gRPC, which Ray speaks, says first, and a server answers: the preface and settings of HTTP/2 (RFC 9113, 3.4 and 6.5).
+PATIENCE = 600.0  # seconds without a suitable machine for a task, after which the run fails
+PROBE = 5.0  # timeout in seconds for an answer
+# The first message of a gRPC client, and the answer of a server: preface and settings of HTTP/2 (RFC 9113, 3.4 and 6.5).
 SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS
-OBJECT_STORE_NBYTES = 2**28  # of a cluster that we start: what is large goes through files
+OBJECT_STORE_NBYTES = 2**28  # object store of a cluster that we start; large data is passed in files
 
 
 def open_ray(choice: EngineChoice, kept: Any, threads: int, folder: Path) -> RayCluster:
-    """The cluster at the address of the choice, or one of this machine's."""
+    """Connect to the cluster at the address of the choice, or start one on this machine."""
     return RayCluster(choice.address, choice.workers, threads, folder)
 
 
 class RayCluster:
-    """Tasks on a running cluster, or on one of this machine's that lasts as long as the engine.
+    """Tasks on a running cluster, or on a cluster on this machine that is stopped with the engine.
 
-    address: `HOST:PORT` or `auto`, None to start one of `workers` tasks side by side with `threads` each. folder: what all machines must
-    see. The tasks of one call wait in one queue, the costliest first; one whose process or machine dies is tried again elsewhere,
-    TRIES times in all. Raises HalfplateError if the cluster cannot be reached.
+    The tasks of one call wait in one queue, the most expensive first. If the process or machine of a task dies, it runs again elsewhere,
+    up to TRIES times in total.
+
+    address: `HOST:PORT` or `auto`; None starts a cluster for `workers` parallel tasks with `threads` each.
+    folder: a folder that all machines must share.
+    Raises HalfplateError if the cluster cannot be reached.
     """
 
     elsewhere = True
@@ -55,12 +58,12 @@ class RayCluster:
         else:
             _connect(address)
         self._site, self._needs = Site.here(folder), Needs(threads)
-        # Python would retry none of its own errors; Ray's count of tries leaves out the first.
+        # Exceptions of tasks are not retried. Ray's count of retries does not include the first attempt.
         self._run = ray.remote(max_retries=TRIES - 1)(run_on_site)
 
     @property
     def workers(self) -> int:
-        """For tasks like those of the last call."""
+        """Number of parallel tasks like those of the last call."""
         wanted = {name: value for name, value in _resources(self._needs).items() if value}
         return sum(
             min(int(machine.get(name, 0) // value) for name, value in wanted.items()) for machine in self._machines()
@@ -69,7 +72,7 @@ class RayCluster:
     def run(self, tasks: Sequence[Task]) -> Iterator[Any]:
         if not tasks:
             return iter(())
-        # All ask for what the largest needs: tasks that ask for different things are different queues to Ray.
+        # All request the resources of the largest, because Ray has one queue per set of resources.
         self._needs = needs = reduce(or_, (task.needs for task in tasks))
         if not self._fits(needs):
             raise HalfplateError(self._too_small(needs))
@@ -85,7 +88,7 @@ class RayCluster:
                     raise HalfplateError(f"{self._too_small(needs)}; continue with --resume")
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
-            # What the task raised, without the trace of another machine where it is ours.
+            # The exception of the task; a HalfplateError without the traceback of the other machine.
             raise error.cause from None
         except self._ray.exceptions.RayError as error:
             raise HalfplateError(
@@ -116,13 +119,13 @@ class RayCluster:
 
 
 def _resources(needs: Needs) -> dict[str, int]:
-    """What a machine must have, as Ray counts it."""
+    """Required resources of a machine, in Ray's units."""
     return {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory}
 
 
 @dataclass(frozen=True)
 class Site:
-    """What must be the same on every machine, so that it does not matter which one runs a task: versions, instruction set, the folder."""
+    """Everything that must be equal on all machines so that results do not depend on the machine: versions, instruction set, the folder."""
 
     halfplate: str
     torch: str
@@ -131,7 +134,7 @@ class Site:
 
     @classmethod
     def here(cls, folder: Path) -> Site:
-        """That of this machine."""
+        """The site of this machine."""
         import torch
 
         from halfplate.kernels import native
@@ -143,7 +146,7 @@ class Site:
 
 
 def run_on_site(site: Site, task: Task) -> object:
-    """Run a task in a worker process of Ray, on a machine that is like `site`."""
+    """Run a task in a Ray worker process, on a machine that matches `site`."""
     _check_site(site)
     return run_task(task)
 
@@ -165,10 +168,10 @@ def _check_site(site: Site) -> None:
 
 
 def _start(workers: int | None, threads: int) -> None:
-    """A cluster of this machine alone."""
+    """Start a cluster on this machine."""
     import ray
 
-    # Nothing of ours reports to anybody, unless the user has said so.
+    # No usage statistics, unless the user enables them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     workers = workers or max(cores() // threads, 1)
     ray.init(
@@ -178,7 +181,7 @@ def _start(workers: int | None, threads: int) -> None:
         object_store_memory=OBJECT_STORE_NBYTES,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        # Ray's workers would give way to everything else, and try for ever what does not fit into memory.
+        # By default, Ray's workers have low priority, and retry tasks forever that run out of memory.
         _system_config={"worker_niceness": 0, "task_oom_retries": TRIES - 1},
     )
 
@@ -198,7 +201,7 @@ def _connect(address: str) -> None:
 
 
 def _probe(address: str) -> None:
-    """Raise HalfplateError unless something listens at HOST:PORT: Ray itself would try for minutes."""
+    """Raise HalfplateError unless something listens at HOST:PORT; Ray itself would retry for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16 or "/" in host:
         raise HalfplateError(

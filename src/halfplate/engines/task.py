@@ -1,4 +1,4 @@
-"""What an engine runs."""
+"""The interface of tasks that engines run."""
 
 from typing import Any, ClassVar, Protocol
 
@@ -6,20 +6,20 @@ from halfplate.engines.needs import Needs
 
 
 class Task(Protocol):
-    """A piece of work, which reads what it needs from files and gives the same result in any process.
+    """A piece of work that reads its input from files and gives the same result in any process.
 
-    keeps: the class of what a process keeps open between such tasks; made without arguments, closed by `close`.
+    keeps: the class of the object that a process keeps open between such tasks; created without arguments, and closed by `close`.
     """
 
     keeps: ClassVar[type[Any]]
 
     @property
     def cost(self) -> float:
-        """For deciding what goes first."""
+        """Relative cost; the most expensive task runs first."""
 
     @property
     def needs(self) -> Needs:
-        """What it takes of a machine."""
+        """The resources that it needs."""
 
     def run(self, kept: Any) -> object:
-        """Do it, with what this process has open, an object of `keeps`."""
+        """Run the task with the object that this process keeps, an instance of `keeps`."""

@@ -109,7 +109,7 @@ class _Sums:
     agreed: int = 0
 
     def against(self, tokens: int) -> dict[str, float]:
-        """The measures beside the original model, over so many tokens."""
+        """The measurements against the original model, over all `tokens`."""
         return {
             "kl": self.kl / tokens,
             "top1_agreement": self.agreed / tokens,

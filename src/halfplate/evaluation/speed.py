@@ -103,7 +103,7 @@ def weight_bytes(model: nn.Module) -> WeightBytes:
     everything = _storages(_tensors(model))
     embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
     elsewhere = _storages([t for module in _leaves(model) if module is not embedding for t in _tensors(module)])
-    # A table of its own is read one row a token; one that is shared is the head's, which is read whole.
+    # A separate embedding table is read one row per token; a tied one is also the head, which is read completely.
     row = embedding.weight.shape[-1] * embedding.weight.element_size()
     idle = {place: size for place, size in _storages(_tensors(embedding)).items() if place not in elsewhere}
     a_token = sum(everything.values()) - sum(idle.values()) + (row if idle else 0)

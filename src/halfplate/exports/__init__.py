@@ -1,7 +1,7 @@
-"""Exports, one file each: a checkpoint or an original model as the files of other tools.
+"""Exports, one file each, which write a checkpoint or an original model in the format of another tool.
 
 To add one: write its file with a function of the type `Exporter`, and add a line to `EXPORTS`. Other packages add theirs
-by an entry point of the group `halfplate.exports` (docs/extending.md).
+through an entry point of the group `halfplate.exports` (docs/extending.md).
 """
 
 from pathlib import Path
@@ -15,10 +15,11 @@ __all__ = ["EXPORTS", "Exporter", "export"]
 
 
 class Exporter(Protocol):
-    """Writes the model `source` to `out`, whole or not at all, and returns one sentence on what was written.
+    """Writes the model `source` atomically to `out`, and returns one sentence that describes the result.
 
-    source: a Halfplate checkpoint or an original model of any source. overwrite: replace what `out` holds. Raises HalfplateError
-    for a damaged source, for what the format cannot hold, and if `out` cannot be written.
+    source: a Halfplate checkpoint or an original model of any source.
+    overwrite: replace existing content of `out`.
+    Raises HalfplateError for a damaged source, for a model that the format cannot hold, and if `out` cannot be written.
     """
 
     def __call__(self, source: str, out: Path, overwrite: bool) -> str: ...
@@ -41,10 +42,12 @@ EXPORTS: Registry[Exporter] = Registry(
 
 @plain_defaults()
 def export(path: str | Path, out: str | Path, format: str = "dense", overwrite: bool = False) -> str:
-    """Write the checkpoint or dense model `path` to `out` in a format of another tool, and return a sentence on it.
+    """Write the checkpoint or original model `path` to `out` in the format of another tool, and return a sentence that describes it.
 
-    format: `dense` (a Hugging Face folder), `gguf` (one F16 file for llama.cpp), or one that another package adds.
-    overwrite: replace what `out` holds. Raises HalfplateError on bad input and if `out` cannot be written.
+    - format: `dense` (a Hugging Face folder), `gguf` (one F16 file for llama.cpp), or a format of another package
+    - overwrite: replace existing content of `out`
+
+    Raises HalfplateError on bad input and if `out` cannot be written.
     """
     write = EXPORTS.get(format)
     return write(path_text("path", path), Path(path_text("out", out)), overwrite)

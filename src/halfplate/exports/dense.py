@@ -1,4 +1,4 @@
-"""Export to a dense Hugging Face folder, which transformers loads without Halfplate."""
+"""Export to a full-size Hugging Face folder, which transformers loads without Halfplate."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from halfplate.models.sources import is_compressed, load_dense
 def export_dense(source: str, out: Path, overwrite: bool) -> str:
     """Write a checkpoint, multiplied out, or an original model of any source as a folder (see `halfplate.exports.Exporter`).
 
-    Floating-point tensors keep the element type of the source; those of a GGUF file become bf16. Products are taken in fp32.
+    Floating-point tensors keep the element type of the source; those of a GGUF file become bf16. Products are computed in fp32.
     """
     check_result_folder(out, overwrite, Path(source))
     write = _multiplied_out if is_compressed(source) else _converted
@@ -24,7 +24,7 @@ def export_dense(source: str, out: Path, overwrite: bool) -> str:
 
 def _multiplied_out(source: str, out: Path, overwrite: bool) -> None:
     folder = Path(source)
-    # A dense copy carries no checksums of its own, so damage must not pass from here unseen.
+    # The copy has no checksums, so damage must be found here.
     recorded = (folder / RECORD_FILE).is_file()
     inspect_checkpoint(folder, verify=recorded)
     known = {key: read_record(folder).get(key) for key in ("model", "base_model", "license")} if recorded else {}

@@ -14,7 +14,7 @@ from halfplate.storage.atomic import whole_file
 def export_gguf(source: str, out: Path, overwrite: bool) -> str:
     """Write a checkpoint, multiplied out, or an original model of any source as one file (see `halfplate.exports.Exporter`).
 
-    Raises HalfplateError for what llama.cpp cannot compute, too.
+    Also raises HalfplateError for models that llama.cpp cannot compute.
     """
     if out.suffix != ".gguf":
         raise HalfplateError(f"out={str(out)!r} is not a .gguf file; name one, e.g. model.gguf")
@@ -32,11 +32,11 @@ def export_gguf(source: str, out: Path, overwrite: bool) -> str:
 
 
 def _dense_model(source: str) -> tuple[Any, Any]:
-    """The model and its tokenizer."""
+    """The full-size model and its tokenizer."""
     if not is_compressed(source):
         loaded = load_dense(source)
         return loaded.model, loaded.tokenizer
     folder = Path(source)
-    # The file carries no checksums of its own, so damage must not pass from here unseen.
+    # The file has no checksums, so damage must be found here.
     inspect_checkpoint(folder, verify=(folder / RECORD_FILE).is_file())
     return load(folder, kernels=False).dequantize(), load_tokenizer(folder)

@@ -46,10 +46,10 @@ class WeightSpec:
     pattern: which values of each row the core keeps.
     core_dtype: one of `core_dtypes()` (halfplate.formats.quantizers).
     out_block, in_block: sizes of the blocks of A and B; 0 if the wrapper is absent, 1 if it is diagonal.
-    wrapper_dtype: of A, B, L and R, one of WRAPPER_DTYPES (halfplate.dtypes).
+    wrapper_dtype: element type of A, B, L and R, one of WRAPPER_DTYPES (halfplate.dtypes).
     rank: of L · R; 0 if nothing is added.
-    permuted: whether the inputs are taken in an order of the matrix's own.
-    group: columns that share a scale of a quantizer, one of GROUPS (halfplate.formats.encoding.rounding); cores of floats ignore it.
+    permuted: whether the matrix reorders its inputs.
+    group: columns per scale of an integer core, one of GROUPS (halfplate.formats.encoding.rounding).
     in_shared: name of the module that stores B, if that is another one (halfplate.formats.sharing).
     same_as: name of the module that stores every tensor, if that is another one: the embedding that a head is tied to.
     parts: any other parts, in the order of their names.

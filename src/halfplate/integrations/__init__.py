@@ -1,1 +1,1 @@
-"""Halfplate inside other libraries: what their interfaces call. It stands on everything here, and nothing here imports it."""
+"""The classes that other libraries call. This package may import everything else, and nothing else imports it."""

@@ -31,9 +31,9 @@ def compress_in_place(
 ) -> tuple[dict[str, WeightSpec], dict[str, Any]]:
     """Compress the original model in the folder `source` and put the result into `model`, which was loaded from there.
 
-    What it becomes is what `compress` would have written; other tensors keep the element type that `model` was loaded in.
-    Returns the specifications of the compressed modules and the record of the compression. Raises HalfplateError if
-    `compress` does, and where parts of the model are not in memory.
+    The result equals that of `compress`; other tensors keep the element type in which `model` was loaded. Returns the specifications
+    of the compressed modules and the record of the compression. Raises HalfplateError if `compress` does, and if parts of the model are
+    not in memory.
     """
     absent = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
     if source is None or absent is not None:
@@ -57,7 +57,7 @@ def compress_in_place(
             model.config.tie_word_embeddings = False
             model.all_tied_weights_keys.pop(f"{name}.weight", None)
     connect(model)
-    # Tuning and transforms may have changed what is not compressed, too.
+    # Tuning and transforms may also have changed uncompressed tensors.
     state = model.state_dict()
     for name, tensor in tensors.items():
         state[name].copy_(tensor)
@@ -65,7 +65,7 @@ def compress_in_place(
 
 
 def _check_shapes(model: PreTrainedModel, specs: Mapping[str, WeightSpec], tensors: Mapping[str, Tensor]) -> None:
-    """Raise HalfplateError if a transform has made another model than the one that is being loaded."""
+    """Raise HalfplateError if a transform has made tensors that the loaded model does not have."""
     state = model.state_dict(keep_vars=True)
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (spec.d_out, spec.d_in) for name, spec in specs.items()}
     inside = tuple(f"{name}." for name in specs)
@@ -79,7 +79,7 @@ def _check_shapes(model: PreTrainedModel, specs: Mapping[str, WeightSpec], tenso
 
 
 def _with_tokenizer(source: Path, model: PreTrainedModel) -> Path:
-    """`source`, after the tokenizer of a Hub model has joined its weights there."""
+    """`source`, after the tokenizer files of a Hub model have been downloaded."""
     revision = getattr(model.config, "_commit_hash", None)
     if revision is not None:
         from transformers import AutoTokenizer

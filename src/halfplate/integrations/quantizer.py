@@ -1,4 +1,4 @@
-"""How transformers builds a compressed model: its quantizer interface (loading through `from_pretrained`)."""
+"""Building a compressed model in transformers, through its quantizer interface (`from_pretrained`)."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ OLDEST_TRANSFORMERS = (5, 23)
 class HalfplateQuantizer(HfQuantizer):
     """Puts a `CompressedMatrix` wherever the checkpoint holds compressed tensors, and checks what was loaded.
 
-    An original model with a recipe is loaded as it is and compressed then. record: the content of `halfplate.json`, where there
-    is one, which `save_pretrained` writes again.
+    An original model with a recipe is loaded first and then compressed.
+
+    record: the content of `halfplate.json`, if there is one; `save_pretrained` writes it again.
     """
 
     quantization_config: HalfplateConfig
@@ -42,8 +43,8 @@ class HalfplateQuantizer(HfQuantizer):
     def __init__(self, quantization_config: HalfplateConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.record = {}
-        self._read: dict[str, str] = {}  # matrices of codes that code of the model asks for their type, and why
-        self._source: Path | None = None  # of the dense model that is to be compressed
+        self._read: dict[str, str] = {}  # matrices of codes whose type the model's code reads, with the reason
+        self._source: Path | None = None  # folder of the original model to compress
         if self.pre_quantized and quantization_config.recipe is not None:
             raise HalfplateError(
                 "recipe: the checkpoint is compressed already; leave quantization_config out, or give the original model"
@@ -61,7 +62,7 @@ class HalfplateQuantizer(HfQuantizer):
             )
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
-        """Take away the sentence that keeps others from loading; transformers calls this before it looks for weights."""
+        """Remove the entry that stops other programs from loading; transformers calls this method before it looks for weights."""
         if getattr(config, "transformers_weights", None) == SENTENCE:
             config = copy.copy(config)
             del config.transformers_weights
@@ -112,17 +113,17 @@ class HalfplateQuantizer(HfQuantizer):
                     raise HalfplateError(
                         f"{name}.{part} was loaded as {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}; report this"
                     )
-        # transformers imports this module half-way through its own import, too early for the runtime.
+        # transformers imports this module during its own import, too early for the runtime.
         from halfplate.checkpoint.saving import SavePretrained
         from halfplate.runtime.prepare import accelerate
 
         runtime, found = self.quantization_config.runtime, list(_compressed(model))
         in_memory = all(tensor.device.type == "cpu" for _, module in found for tensor in module.stored().values())
         if runtime is not None and in_memory:
-            # Packing checks what it reads.
+            # Packing checks the values.
             accelerate(model, **dict(runtime))
         for name, module in _compressed(model):
-            check_stored(module.spec, module.stored(), name)  # but for what is offloaded to disk
+            check_stored(module.spec, module.stored(), name)  # except tensors offloaded to disk
             if name in self._read:
                 raise HalfplateError(
                     f"{name} is stored as {module.spec.core_dtype}, and {self._read[name]}: its results would be wrong without kernels; "
@@ -132,8 +133,8 @@ class HalfplateQuantizer(HfQuantizer):
         return model
 
     def _compress(self, model: PreTrainedModel) -> None:
-        """Compress the dense `model` in place, by way of a checkpoint in a temporary folder."""
-        # It stands on this module, and far more of the package than loading a checkpoint needs.
+        """Compress the original `model` in place, through a checkpoint in a temporary folder."""
+        # Imported here because it imports this module, and more than loading a checkpoint needs.
         from halfplate.integrations.on_load import compress_in_place
 
         specs, self.record = compress_in_place(model, self._source, self.quantization_config.recipe)
@@ -142,12 +143,12 @@ class HalfplateQuantizer(HfQuantizer):
         self.pre_quantized = True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Replace every compressed module by a dense one, multiplied out in fp32, and cast all parameters to `dtype`."""
+        """Replace every compressed module by an nn.Linear, multiplied out in fp32, and cast all parameters to `dtype`."""
         from halfplate.runtime.prepare import restore
 
         restore(model)
         model.__dict__.pop("save_pretrained", None)
-        if isinstance(dtype, str):  # what transformers passes on once the model has been saved
+        if isinstance(dtype, str):  # arguments that transformers passes after the model has been saved
             dtype = getattr(torch, dtype)
         compressed = dict(_compressed(model))
         for name, module in compressed.items():
@@ -165,14 +166,14 @@ class HalfplateQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Gradients flow through compressed modules to their inputs; `runtime.restore` lets them reach values and wrappers."""
+        """Gradients flow through compressed modules to their inputs; after `runtime.restore`, also to values and wrappers."""
         return True
 
 
 def note_untied(model: PreTrainedModel) -> None:
-    """Record in the configuration if transformers has left a head untied, because the files hold another than the embedding.
+    """Record in the configuration if transformers has not tied a head, because the files hold one that differs from the embedding.
 
-    Whoever ties by the configuration later, as saving and reading again do, would replace the head.
+    Otherwise, code that ties by the configuration later, e.g. after saving and loading, would replace the head.
     """
     asked = model.get_expanded_tied_weights_keys(all_submodels=True)
     if asked.keys() - model.all_tied_weights_keys.keys():
@@ -192,11 +193,11 @@ def _tie_again(model: PreTrainedModel, heads: Mapping[str, str]) -> None:
 
 
 def _read_codes(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> dict[str, str]:
-    """The matrices of integer codes whose type the code of the model takes for that of its numbers, with the reason."""
+    """The matrices of integer codes whose type the model's code uses as a computing type, with the reason."""
     codes = {name for name, spec in specs.items() if spec.core_dtype in QUANTIZERS}
     if not codes:
         return {}
-    # transformers imports this module half-way through its own import.
+    # transformers imports this module during its own import.
     from halfplate.models.data_reads import data_reads
     from halfplate.models.linears import find_blocks
 
@@ -205,14 +206,14 @@ def _read_codes(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> dict
 
 
 def _check_room(model: PreTrainedModel, found: Mapping[str, StoredTensor], specs: Mapping[str, WeightSpec]) -> None:
-    """Raise HalfplateError if what is not compressed in the model, still empty, is larger than what is stored of it."""
-    # A tied tensor is stored once, and not tied yet.
+    """Raise HalfplateError if the uncompressed parameters of the still empty model are larger than the stored ones."""
+    # A tied tensor is stored once, but is not tied yet.
     replaced = {f"{name}.weight" for name in specs} | set(model.all_tied_weights_keys)
     needed = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in replaced)
     stored = sum(prod(tensor.shape) for tensor in found.values())
     if needed > stored:
         raise HalfplateError(
-            f"config.json describes {needed} parameters beside the compressed matrices, the files hold {stored} values; copy or write the checkpoint again"
+            f"config.json describes {needed}  parameters outside the compressed matrices, the files hold{stored} values; copy or write the checkpoint again"
         )
 
 
@@ -242,7 +243,7 @@ def _check_loaded(model: PreTrainedModel) -> None:
 
 
 def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the model that its files should hold; those offloaded to disk are on the meta device."""
+    """The tensors of the model that its files should hold; tensors offloaded to disk are on the meta device."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not tensor.is_meta and name not in model.all_tied_weights_keys:
             yield name, tensor

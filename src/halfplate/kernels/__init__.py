@@ -1,1 +1,1 @@
-"""Native code: C++ sources, their binding and the choice of instruction set at run time."""
+"""Native code: C++ sources, their Python binding and the choice of the instruction set at run time."""

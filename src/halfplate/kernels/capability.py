@@ -1,4 +1,4 @@
-"""What a backend runs, declared field by field of a specification: what is not declared is not supported."""
+"""What a backend supports, declared for each field of a specification. Anything that is not declared is not supported."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -7,17 +7,18 @@ from typing import Any
 from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
 
-# Names of tensors below the module, for those that backends declare; the bias is passed apart.
+# Names of tensors below the module, for the declarations of backends; the bias is passed separately.
 CORE = ("weight", "weight_index", "weight_scales")
 WRAPPERS = tuple(f"weight_{side}_{part}" for side in ("out", "in") for part in ("blocks", "tail", "scales"))
 
 
 @dataclass(frozen=True)
 class Field:
-    """What a backend makes of one field of a specification.
+    """The supported values of one field of a specification.
 
-    takes: whether it runs matrices with this value. refuses: why it does not, with `{value}` for the value. nearest: the
-    setting of the command line that it runs.
+    takes: whether it supports matrices with this value.
+    refuses: why not, with `{value}` for the value.
+    nearest: the nearest supported setting of the command line.
     """
 
     takes: Callable[[WeightSpec], bool]
@@ -27,7 +28,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a backend does not run a matrix, and the nearest setting that it runs."""
+    """Why a backend does not support a matrix, and the nearest supported setting."""
 
     reason: str
     nearest: str = ""
@@ -35,13 +36,17 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Capability:
-    """What a backend runs. fields: what it takes of each field of a specification. tensors: those it knows. It refuses any other."""
+    """The capabilities of a backend.
+
+    fields: supported values of each field of a specification.
+    tensors: known tensors; all others are refused.
+    """
 
     fields: Mapping[str, Field]
     tensors: frozenset[str]
 
     def refusal(self, spec: WeightSpec) -> Refusal | None:
-        """Why the backend does not run a matrix of `spec` on any machine; None if it does."""
+        """Why the backend does not support a matrix of `spec` on any machine; None if it does."""
         for field in fields(spec):
             known = self.fields.get(field.name)
             if known is None:
@@ -55,23 +60,23 @@ class Capability:
 
 
 def anything() -> Field:
-    """A field that a backend runs whatever its value is."""
+    """A field whose values are all supported."""
     return Field(lambda _: True)
 
 
 def one_of(name: str, values: Iterable[Any], refuses: str, nearest: str) -> Field:
-    """A field of which a backend runs these values."""
+    """A field with these supported values."""
     known = frozenset(values)
     return Field(lambda spec: getattr(spec, name) in known, refuses, nearest)
 
 
 def pattern_of(values: Iterable[str], refuses: str, nearest: str) -> Field:
-    """The patterns that a backend runs, as text."""
+    """The supported patterns, as text."""
     known = frozenset(values)
     return Field(lambda spec: str(spec.pattern) in known, refuses, nearest)
 
 
-# Fields that say what is stored beside the core, which no backend runs yet.
+# Fields for further parts, which no backend of Halfplate supports yet.
 NO_RANK = one_of(
     "rank", (0,), "no kernel for a low-rank part (rank={value})", "a method without one, e.g. --method armor"
 )
@@ -81,7 +86,7 @@ NO_PARTS = Field(lambda spec: not spec.parts, "no kernel for {value}", "a method
 
 
 def check_tensors(spec: WeightSpec, tensors: Iterable[str]) -> None:
-    """Raise HalfplateError for a tensor that is not a part of `spec`: skipping it would give wrong numbers without a word."""
+    """Raise HalfplateError for a tensor that is not part of `spec`, because ignoring it would silently give wrong results."""
     strangers = set(tensors) - spec.layout().keys() - {"bias"}
     if strangers:
         raise HalfplateError(

@@ -1,7 +1,7 @@
-"""Compressed linears in kernel layout: packing, unpacking and multiplying, over plain tensors.
+"""Compressed linears in kernel layout: packing, unpacking and multiplying, on plain tensors.
 
 A packed linear is one uint8 tensor: a header (`Packed` in src/runtime.h) and the parts that it points to (src/layout.h).
-The layout serves every instruction set, but it is not a file format and changes with the kernels.
+The layout is the same for every instruction set, but it is not a file format and changes with the kernels.
 """
 
 import ctypes
@@ -40,17 +40,17 @@ from halfplate.kernels.capability import (
 )
 
 KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
-TILE = 128  # columns of a scale: as in src/runtime.h
+TILE = 128  # columns per scale, as in src/runtime.h
 WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
 PATTERNS = ("2:4", "dense")
 CORES = ("fp32", "bf16", "fp16", "int8", "int6", "int5", "int4", "nl4", "int3", "int2")
 ACTIVATIONS = ("float", "int8")
-# From so many tokens on, the core is expanded and the vendor's matrix product does the work. Measured (RESULTS.md): with
-# 512-bit vectors the sparse kernels beat its fp32 product at any size, but not the bf16 one of processors that have it.
+# From this many tokens on, the core is expanded and multiplied by torch's matrix product. Measured (RESULTS.md): with
+# 512-bit vectors the sparse kernels are faster than its fp32 product at any size, but not than a bf16 product in hardware.
 EXPAND_FLOATS_FROM = {"avx512": 1 << 62, "avx2": 256, "baseline": 16}
 EXPAND_HALVES_FROM = 96
 CPU = torch.device("cpu")
-LARGE = 4 * 2**20  # bytes; below, a large page would hold mostly nothing
+LARGE = 4 * 2**20  # bytes; smaller tensors would leave large pages mostly empty
 REFUSALS = {
     1: "positions that do not increase within their group or padding that is not 0",
     2: "NaN or inf, expected finite values",
@@ -126,12 +126,12 @@ class Stored(ctypes.Structure):
 
 
 def kernels_for() -> str:
-    """What a matrix must be to have a kernel, for people."""
+    """Which matrices have a kernel, as text."""
     return f"{' or '.join(PATTERNS)}; cores {', '.join(CORES)}; wrappers {', '.join(WRAPPER_KINDS)}; scales of {TILE} columns"
 
 
 def header_of(spec: WeightSpec, activations: str, bias: bool) -> Header:
-    """The header of a matrix of `spec`, its offsets filled in; int8 activations are for cores on a grid only."""
+    """The header of a matrix of `spec`, with offsets; int8 activations are only for quantised cores."""
     as_bytes = activations == "int8" and spec.core_dtype in QUANTIZERS
     header = Header(
         d_out=spec.d_out,
@@ -150,7 +150,7 @@ def header_of(spec: WeightSpec, activations: str, bias: bool) -> Header:
 def pack(
     spec: WeightSpec, tensors: Mapping[str, Tensor], activations: str = "float", bias: Tensor | None = None
 ) -> Tensor:
-    """Pack the stored `tensors` of a matrix, named as in `spec.layout()`, to one uint8 tensor.
+    """Pack the stored `tensors` of a matrix, named as in `spec.layout()`, into one uint8 tensor.
 
     activations: `float`, or `int8` for cores on a grid. Codes take the bits of the next wider kind, int8 or int4. bias: (d_out,) of any floating type. Raises HalfplateError
     for tensors of other shapes or types than `spec` says, and for values that no writer leaves: NaN, inf, positions that do
@@ -186,7 +186,7 @@ def pack(
 
 
 def unpack(spec: WeightSpec, packed: Tensor) -> dict[str, Tensor]:
-    """The stored tensors that `packed` was made of, bit for bit; a bias comes back as fp32."""
+    """The stored tensors that were packed, bit for bit; a bias is returned as fp32."""
     header = read_header(packed)
     kernel_spec = _kernel_spec(spec)
     layout = kernel_spec.layout()
@@ -225,7 +225,7 @@ def _recoded(weight: Tensor, spec: WeightSpec, held: str, wanted: str) -> Tensor
 
 
 def read_header(packed: Tensor) -> Header:
-    """The header at the start of a packed linear; raises HalfplateError for a tensor that cannot hold one."""
+    """The header of a packed linear; raises HalfplateError for a tensor that cannot hold one."""
     if packed.dtype != torch.uint8 or not packed.is_cpu or packed.numel() < ctypes.sizeof(Header):
         raise HalfplateError(
             f"packed is {packed.dtype} of {packed.numel()} on {packed.device}, expected a packed matrix: uint8 on cpu; load the model again"
@@ -236,9 +236,9 @@ def read_header(packed: Tensor) -> Header:
 def multiply(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     """x (..., d_in) of fp32, bf16 or fp16 times the transpose of a packed matrix: (..., d_out) in the dtype of `x`.
 
-    Sums are in fp32, or exact integers times fp32 scales where activations are int8. NaN and inf in `x` reach every output
-    whose kept weights touch them; where the core is expanded (many tokens) or activations are int8 they reach every output
-    of their token.
+    Sums are fp32, or exact integers times fp32 scales with int8 activations. NaN and inf in `x` propagate to every output that a
+    kept weight connects to them. If the core is expanded (many tokens) or activations are int8, they propagate to every output of
+    their token.
     """
     header = read_header(packed)
     if not x.is_cpu or not x.is_floating_point():
@@ -273,7 +273,7 @@ def multiply(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
 
 
 def expand_from(dtype: torch.dtype) -> int:
-    """How many tokens of `dtype` make the vendor's dense product the faster way."""
+    """From how many tokens of `dtype` on the dense product of torch is faster."""
     if dtype == torch.bfloat16 and _has_bf16_product():
         return EXPAND_HALVES_FROM
     return EXPAND_FLOATS_FROM[native.isa()]
@@ -285,7 +285,7 @@ def _has_bf16_product() -> bool:
 
 
 def _multiply_expanded(rows: Tensor, packed: Tensor, header: Header) -> Tensor:
-    """`rows` (tokens, d_in) through the core as a dense matrix in a scratch that is kept from call to call."""
+    """`rows` (tokens, d_in) times the core, expanded to a full matrix in a reused scratch buffer."""
     dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 and _has_bf16_product() else torch.float32
     core = _scratch(header.d_out * header.d_in, dtype).view(header.d_out, header.d_in)
     status = native.library().halfplate_expand(
@@ -300,7 +300,7 @@ def _multiply_expanded(rows: Tensor, packed: Tensor, header: Header) -> Tensor:
     y = _floats(rows)
     if header.in_block:
         y = _wrapped(packed, y, False, header.d_in)
-    # Autocast would choose another type for the product than the buffers around it have.
+    # Autocast would choose a different type than that of the buffers.
     with torch.autocast("cpu", enabled=False):
         y = functional.linear(y.to(dtype), core)
     if header.out_block:
@@ -329,20 +329,20 @@ def _wrapped(packed: Tensor, x: Tensor, out_side: bool, width: int) -> Tensor:
 
 
 def _extent(rows: Tensor) -> tuple[int, int]:
-    """Bytes from the first to behind the last number of `rows` (tokens, d), and how many numbers apart the rows start."""
+    """Bytes from the first to the end of the last value of `rows` (tokens, d), and the distance between rows in values."""
     tokens, width = rows.shape
     apart = rows.stride(0) if tokens > 1 else width
     return ((tokens - 1) * apart + width) * rows.element_size(), apart
 
 
 def _floats(rows: Tensor) -> Tensor:
-    """`rows` (tokens, d) as fp32 with neighbouring columns adjacent."""
+    """`rows` (tokens, d) as fp32 with contiguous columns."""
     rows = rows.detach().to(torch.float32)
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 class _Kept(local):
-    """The expanded core of the last matrix of this thread: fresh pages would cost more than filling them."""
+    """The expanded core of the last matrix of this thread, because allocating new pages would cost more than filling them."""
 
     buffers: dict[torch.dtype, Tensor]
 
@@ -361,11 +361,11 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _aligned(nbytes: int) -> Tensor:
-    """A uint8 tensor, not initialised, whose data starts at a multiple of 64 bytes, in large pages where they fit."""
+    """An uninitialised uint8 tensor whose data is aligned to 64 bytes, in large pages if it is large enough."""
     if nbytes >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        # A thousand faults fewer to fill it, and no misses of the address cache at every page read.
+        # Large pages avoid a thousand page faults when it is filled, and TLB misses when it is read.
         pages = mmap.mmap(-1, nbytes)
-        with suppress(OSError):  # a kernel without large pages
+        with suppress(OSError):  # a system without large pages
             pages.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(pages, dtype=torch.uint8)
     room = torch.empty(nbytes + 64, dtype=torch.uint8, device=CPU)

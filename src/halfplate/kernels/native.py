@@ -52,7 +52,7 @@ class GramSweep(ctypes.Structure):
 
 
 def _absent() -> str:
-    """Why there is no library to open; empty where there is one."""
+    """Why there is no library to open; empty if there is one."""
     if os.environ.get("HALFPLATE_NATIVE") == "0":
         return "HALFPLATE_NATIVE=0 turns the native kernels off"
     if not LIBRARY.exists():
@@ -62,7 +62,7 @@ def _absent() -> str:
 
 @cache
 def _open() -> tuple[ctypes.CDLL | None, str]:
-    """The library and the name of its instruction set, or None and why there is none."""
+    """The library and the name of its instruction set, or None and the reason."""
     absent = _absent()
     if absent:
         return None, absent
@@ -101,7 +101,7 @@ def available() -> bool:
 
 
 def reason() -> str:
-    """Why the native kernels cannot be used; empty where they can."""
+    """Why the native kernels cannot be used; empty if they can."""
     return "" if available() else _open()[1]
 
 
@@ -111,13 +111,13 @@ def isa() -> str:
 
 
 def described() -> str:
-    """The instruction set, or why there is none, from the library alone: nothing is imported, nothing computed."""
+    """The instruction set, or why there is none, read from the library without further imports."""
     absent = _absent()
     if absent:
         return absent
     torch = find_spec("torch")
     try:
-        # Wheels do not bring an OpenMP runtime, so that ours and torch's are one; without torch in the process it is fetched.
+        # Wheels do not include an OpenMP runtime, so that torch's is used; without torch in the process, it is loaded from torch.
         if torch is not None and torch.origin is not None:
             runtime = Path(torch.origin).parent / "lib" / "libgomp.so.1"
             if runtime.exists():
@@ -131,14 +131,14 @@ def described() -> str:
 
 
 def library() -> ctypes.CDLL:
-    """The loaded library; call only where `available()`."""
+    """The loaded library; only call this if `available()`."""
     loaded = _open()[0]
     assert loaded is not None
     return loaded
 
 
 def check(status: int, call: str) -> None:
-    """Raise what the native `call` answered: MemoryError, or HalfplateError for arguments that it refuses."""
+    """Raise an error for the status of the native `call`: MemoryError, or HalfplateError for refused arguments."""
     if status == NO_MEMORY:
         raise MemoryError(f"no memory for the intermediates of the native {call}")
     if status < 0:
@@ -146,7 +146,7 @@ def check(status: int, call: str) -> None:
 
 
 def address(tensor: Tensor, dtype: torch.dtype, name: str) -> int:
-    """Where the data of `tensor` lies; raises HalfplateError unless it is contiguous, of `dtype` and on the processor."""
+    """The address of the data of `tensor`; raises HalfplateError unless it is contiguous, of `dtype` and on the CPU."""
     if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
         layout = "" if tensor.is_contiguous() else ", not contiguous,"
         raise HalfplateError(

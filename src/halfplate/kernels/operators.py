@@ -18,6 +18,6 @@ torch.library.register_fake("halfplate::linear", _linear_shape, lib=_library)
 
 
 def linear(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
-    """`multiply` as an operator that tracing sees whole."""
+    """`multiply` as an operator that tracing treats as one call."""
     product: Tensor = torch.ops.halfplate.linear(x, packed, d_out)
     return product

@@ -1,7 +1,7 @@
 """Compression methods, one file or folder each.
 
-To add one: write its file, add a line to `METHODS`, add a row to the table in tests/methods/test_methods.py
-(CONTRIBUTING.md walks through it). Other packages add theirs by an entry point (docs/extending.md).
+To add one: write its file, add a line to `METHODS`, and add a row to the table in tests/methods/test_methods.py (see
+CONTRIBUTING.md). Other packages add theirs through an entry point (docs/extending.md).
 """
 
 from dataclasses import fields, is_dataclass
@@ -43,7 +43,7 @@ METHODS: Registry[type[Method]] = Registry(
 
 
 def create(name: str, **options: Any) -> Method:
-    """Make the method `name` with its options; raises HalfplateError on an unknown name or option."""
+    """The method `name` with its options; raises HalfplateError for an unknown name or option."""
     found = METHODS.get(name)
     known = [field.name for field in fields(found)]
     for option in options:

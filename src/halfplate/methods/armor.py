@@ -19,20 +19,23 @@ from halfplate.solvers.normalise import normalise, power_of_two
 from halfplate.statistics import InputStatistics, Statistic
 
 DIAGONAL_ITERATIONS = 60
-QUICK_ITERATIONS = 4  # rank the levels of a matrix as the full number does
+QUICK_ITERATIONS = 4  # so few iterations rank the candidates of a matrix like the full number
 LARGEST_N = 16
 
 
 @dataclass(frozen=True)
 class Armor(Method):
-    """W ≈ A · core · B: an N:M core, or a dense one on a grid, between two block-diagonal wrappers that repair the error.
+    """W ≈ A · core · B: an N:M core, or an unpruned quantised one, between two block-diagonal wrappers that repair the error.
 
-    objective: `gram` minimises the true output error, `diag` weights the error of each input by its second moment as the
-    paper does; None takes diag for solver `paper`, else gram. solver: `exact` minimises over A, B and every group of S in
-    turn; `paper` is the published Adam with sampled groups, for `diag`. iterations: None takes 20 for gram (after 20 under its diagonal), 60 for diag, the published 20,000
-    for paper. grid_iterations: of gram once the core lies on a grid. damping: added to the Gram matrix, as a fraction of the
-    second moment of each input. learning_rate, patience and seed steer `paper` only. Source: arXiv 2510.05528; the exact
-    updates are our own (docs/armor.md).
+    objective: `gram` minimises the true output error; `diag`, as in the paper, weights the error of each input by its second moment.
+        None is diag for solver `paper`, else gram.
+    solver: `exact` minimises over A, B and every group of S in turn; `paper` is the published Adam with sampled groups, for `diag`.
+    iterations: None is 20 for gram (after 20 of diag), 60 for diag, and the published 20,000 for paper.
+    grid_iterations: further iterations of gram with a quantised core.
+    damping: added to the Gram matrix, as a fraction of the second moment of each input.
+    learning_rate, patience, seed: only for `paper`.
+
+    Source: arXiv 2510.05528; the exact updates are our own (docs/armor.md).
     """
 
     name = "armor"
@@ -88,12 +91,12 @@ class Armor(Method):
 
     def flops(self, spec: WeightSpec) -> float:
         weights, tile = spec.d_out * spec.d_in, max(spec.out_block, spec.in_block, spec.pattern.m)
-        diagonal = 16.0 * weights * tile  # an iteration under the diagonal: the moments of each tile
+        diagonal = 16.0 * weights * tile  # an iteration of diag: the moments of each tile
         if self.objective != "gram":
             return diagonal * (self._schedule().iterations if self.solver == "paper" else self._diagonal_iterations)
         schedule = self._gram_schedule()
         iterations = schedule.gram + (schedule.grid if spec.core_dtype in QUANTIZERS else 0)
-        # Each takes S C, TᵀT and a sweep whose groups are coupled to all later ones.
+        # Each computes S C, TᵀT and a sweep whose groups affect all later ones.
         return diagonal * schedule.diagonal + 2.0 * weights * spec.d_in * (3 * iterations + 2)
 
     def quick(self) -> "Armor":
@@ -136,6 +139,6 @@ class Armor(Method):
 
 
 def _unit_mean(moment: Tensor) -> Tensor:
-    """Second moments with mean 1 (any common factor is irrelevant), so that no input scale leaves the range of fp32."""
+    """Second moments scaled to mean 1, so that they stay in the range of fp32 (a common factor is irrelevant)."""
     mean = moment.double().mean()
     return (moment.double() / mean if mean > 0 else moment).to(torch.float32)

@@ -1,4 +1,4 @@
-"""The one interface of all compression methods."""
+"""The interface of all compression methods."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from halfplate.formats.parts.core import NMSparse
 from halfplate.formats.spec import ExtraPart, WeightSpec
 from halfplate.statistics import InputStatistics, Statistic
 
-WEIGHT_COPIES = 14  # of fp32, that a solver holds at most
+WEIGHT_COPIES = 14  # fp32 matrices of the size of the weight that a solver holds at most
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A compressed matrix and, for iterative solvers, the objective after each iteration, relative to that of zero."""
+    """A compressed matrix and, for iterative solvers, the objective after each iteration, relative to that of the zero matrix."""
 
     weight: Chain
     losses: tuple[float, ...] = ()
@@ -25,28 +25,28 @@ class Solution:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to compress one matrix; its fields are its typed, frozen, versioned configuration.
+    """A way to compress one matrix. Its fields are its typed, immutable configuration.
 
-    A method sees a weight, the statistics of its inputs and the specification of the result. It knows nothing of
-    models, files or processes, and gives the same result for the same input in whatever process it runs.
+    A method receives a weight, the statistics of its inputs and the specification of the result. It does not depend on models, files
+    or processes, and gives the same result for the same input in every process.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    wrapped: ClassVar[bool] = False  # whether the result has block-diagonal wrappers around its core
-    low_rank: ClassVar[bool] = False  # whether it is a core plus a matrix of low rank
-    sparse: ClassVar[bool] = True  # whether the core may keep N of M values
-    dense: ClassVar[bool] = False  # whether it may keep all of them
+    wrapped: ClassVar[bool] = False  # whether it makes block-diagonal wrappers around the core
+    low_rank: ClassVar[bool] = False  # whether it adds a low-rank part to the core
+    sparse: ClassVar[bool] = True  # whether it supports N:M patterns
+    dense: ClassVar[bool] = False  # whether it supports unpruned cores
     version: ClassVar[int] = 1
 
     @property
     def parts(self) -> tuple[ExtraPart, ...]:
-        """The parts that the result has and no field of a specification asks for."""
+        """The parts of the result that have no field of their own in a specification."""
         return ()
 
     @property
     def permutes(self) -> bool:
-        """Whether the result takes its inputs in an order of its own."""
+        """Whether the result reorders its inputs."""
         return False
 
     @property
@@ -55,7 +55,7 @@ class Method(ABC):
         """The statistics that `compress` needs; calibration collects no more."""
 
     def check_spec(self, spec: WeightSpec) -> None:
-        """Raise HalfplateError if this method cannot make what `spec` describes; planning asks before any work."""
+        """Raise HalfplateError if this method cannot make a matrix of `spec`; called by planning before any work."""
         if spec.pattern.is_dense and not self.dense:
             raise HalfplateError(
                 f"pattern='dense' is not supported by method {self.name!r}; use pattern 2:4, or method armor, gptq or rtn"
@@ -82,19 +82,19 @@ class Method(ABC):
             )
 
     def flops(self, spec: WeightSpec) -> float:
-        """Floating-point operations of `compress`, roughly: they tell matrices apart, and a measured rate makes them seconds."""
+        """Approximate floating-point operations of `compress`; with a measured rate, they estimate the time."""
         weights = spec.d_out * spec.d_in
         if self.requires >= Statistic.GRAM:
             return float(spec.d_in**3 + weights * spec.d_in)
         return 20.0 * weights
 
     def solving_nbytes(self, spec: WeightSpec) -> int:
-        """Bytes that `compress` holds beside the weight and the statistics, at most."""
+        """The most bytes that `compress` holds in addition to the weight and the statistics."""
         grams = 2 * spec.d_in**2 if self.requires >= Statistic.GRAM else 0
         return 8 * grams + 4 * WEIGHT_COPIES * spec.d_out * spec.d_in
 
     def quick(self) -> "Method":
-        """This method at a fraction of the work, for comparing specifications with each other."""
+        """This method with a fraction of the work, for comparing specifications."""
         return self
 
     @abstractmethod
@@ -144,9 +144,9 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 
 def store(weight: Tensor, mask: Tensor, spec: WeightSpec) -> Chain:
-    """Store `weight` (d_out, d_in) where `mask`, exactly N true per group, in the core dtype of `spec`, without wrappers.
+    """Store `weight` (d_out, d_in) at the true entries of `mask` (exactly N per group) in the core dtype of `spec`, without wrappers.
 
-    A grid rounds to nearest, a scale for each row and `spec.group` columns. Raises HalfplateError if a kept value is
-    too large for that dtype.
+    Quantised cores are rounded to nearest, with one scale per row and `spec.group` columns. Raises HalfplateError if a kept value is
+    too large for the dtype.
     """
     return Chain.of(spec, NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype, spec.group))

@@ -1,4 +1,4 @@
-"""DenoiseRotator: rotations that gather importance in few weights, then pruning."""
+"""DenoiseRotator: rotations that concentrate importance in few weights, then pruning."""
 
 from dataclasses import dataclass, replace
 
@@ -23,16 +23,20 @@ QUICK_STEPS = 15
 
 @dataclass(frozen=True)
 class DenoiseRotator(Method):
-    """W = Pᵀ (P W Qᵀ) Q with P and Q orthogonal, and the rotated weight pruned under the rotated inputs: A = Pᵀ, B = Q.
+    """W = Pᵀ (P W Qᵀ) Q with orthogonal P and Q, where the rotated weight is pruned with the rotated inputs: A = Pᵀ, B = Q.
 
-    P and Q minimise the entropy of the normalised importance of P W Qᵀ: W² / [H⁻¹]_jj for `sparsegpt`, W² H_jj for `wanda`,
-    with H the second moment of the rotated inputs. pruner: which of the two prunes. steps, learning_rate: of Adam on the
-    Cayley parameters, from the identity. damping: that of SparseGPT, here and there.
+    P and Q minimise the entropy of the normalised importance of P W Qᵀ: W² / [H⁻¹]_jj for `sparsegpt`, W² H_jj for `wanda`, with the
+    second moments H of the rotated inputs.
 
-    Source: Gu et al., arXiv 2505.23049. It differs from the paper in this: the paper's rotations have the full size of the hidden
-    state, are shared by the matrices of a transformer block and merged into them and into the residual stream, so that few
-    products are left at run time. Ours are block-diagonal, each matrix has its own on both sides, and both are stored as
-    wrappers, at exactly the bytes of ARMOR's; they are learned one matrix at a time, in `steps` instead of 2,000 steps.
+    The paper's rotations have the full size of the hidden state, are shared by the matrices of a layer and merged into them and into
+    the residual stream, so that few products are left at run time. Ours are block-diagonal, separate for each matrix and side, stored
+    as wrappers with exactly the bytes of ARMOR's, and learned one matrix at a time, in `steps` instead of 2,000 steps.
+
+    pruner: the method that prunes.
+    steps, learning_rate: of Adam on the Cayley parameters, from the identity.
+    damping: of SparseGPT, for the importance and the pruning.
+
+    Source: Gu et al., arXiv 2505.23049.
     """
 
     name = "denoiserotator"
@@ -67,7 +71,7 @@ class DenoiseRotator(Method):
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
         gram = statistics.require_gram().to(weight.device, torch.float64)
-        # No rotation may take up what an input that never comes would ask for.
+        # Dead inputs must not influence the rotations.
         weight = torch.where(gram.diagonal() > 0, weight.to(torch.float32), 0.0)
         scale = power_of_two(weight)
         out_blocks, in_blocks = self._rotations(weight / scale, gram, spec)
@@ -100,5 +104,5 @@ def _removal_error(weight: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _size_under_input(weight: Tensor, moment: Tensor) -> Tensor:
-    """W² H_jj: the cost if they do not."""
+    """W² H_jj: the cost of removing a weight without compensation."""
     return weight.square() * moment

@@ -18,8 +18,11 @@ from halfplate.statistics import InputStatistics, Statistic
 class GPTQ(Method):
     """Keep every weight, rounded column after column, and let the later columns compensate for the error.
 
-    damping: fraction of the mean second moment added to the diagonal of the Gram matrix. Each row has a symmetric grid for 128
-    (or 64, or 32) columns, chosen when the sweep reaches them; columns go in their order. Source: Frantar et al., arXiv 2210.17323.
+    Each row has a symmetric scale per 128 (or 64, or 32) columns, chosen when the sweep reaches them. Columns are processed in order.
+
+    damping: fraction of the mean second moment that is added to the diagonal of the Gram matrix.
+
+    Source: Frantar et al., arXiv 2210.17323.
     """
 
     name = "gptq"

@@ -12,7 +12,7 @@ from halfplate.statistics import InputStatistics, Statistic
 
 @dataclass(frozen=True)
 class Magnitude(Method):
-    """Keep the weights of largest |W|; values stay as they are."""
+    """Keep the weights with the largest |W|, without changing their values."""
 
     name = "magnitude"
     summary = "largest |W| of each group; needs no calibration"

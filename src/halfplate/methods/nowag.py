@@ -13,9 +13,9 @@ from halfplate.statistics import InputStatistics, Statistic
 
 @dataclass(frozen=True)
 class NoWag(Method):
-    """Keep the weights of largest Wn_ij² · mean(X_j²), Wn being the row and column normalised weight; values stay W's.
+    """Keep the weights with the largest Wn_ij² · mean(X_j²), where Wn is the weight normalised by rows and columns, without changing their values.
 
-    Source: NoWag-P, which is also where ARMOR (arXiv 2510.05528) starts.
+    Source: NoWag-P, which is also the start of ARMOR (arXiv 2510.05528).
     """
 
     name = "nowag"
@@ -32,5 +32,5 @@ class NoWag(Method):
 
 
 def importance(normalised: Tensor, diagonal: Tensor) -> Tensor:
-    """|Wn| · √d, (d_out, d_in), which orders like NoWag's Wn² · d and cannot overflow where that would."""
+    """|Wn| · √d, (d_out, d_in), which has the same order as NoWag's Wn² · d and cannot overflow."""
     return normalised.abs() * diagonal.sqrt()

@@ -17,10 +17,11 @@ from halfplate.statistics import InputStatistics, Statistic
 
 @dataclass(frozen=True)
 class RIA(Method):
-    """Keep the weights of largest (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · ‖X_j‖₂^power; values stay as they are.
+    """Keep the weights with the largest (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · ‖X_j‖₂^power, without changing their values.
 
-    power: weight of the activations, 0 or more. permute: whether input channels are put in an order in which N:M drops less
-    (halfplate.solvers.permutation); the order is stored with the matrix, for matrices that share an input each have their own.
+    power: weight of the activations, 0 or more.
+    permute: reorder the input channels so that N:M drops less (halfplate.solvers.permutation); each matrix stores its own order.
+
     Source: Zhang et al., "Plug-and-Play" (ICLR 2024), equation 4 and its channel permutation.
     """
 

@@ -15,7 +15,7 @@ from halfplate.statistics import InputStatistics, Statistic
 
 @dataclass(frozen=True)
 class RoundToNearest(Method):
-    """Keep every weight, rounded to the grid of its row and 128 (or 64, or 32) columns: the plain quantisation to compare with."""
+    """Keep every weight, rounded to nearest with one scale per row and 128 (or 64, or 32) columns, as a baseline."""
 
     name = "rtn"
     summary = "every weight rounded to a few bits (int8 to int2), none dropped; needs no calibration"

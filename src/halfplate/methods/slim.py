@@ -1,4 +1,4 @@
-"""SLiM: a sparse core plus a low-rank part that makes up for what pruning took."""
+"""SLiM: a sparse core plus a low-rank part that compensates for pruning."""
 
 from dataclasses import dataclass
 
@@ -16,12 +16,13 @@ from halfplate.statistics import InputStatistics, Statistic
 
 @dataclass(frozen=True)
 class SLiM(Method):
-    """W ≈ S + L · R: Wanda's mask, and the low-rank part of least error under the second moments of the inputs.
+    """W ≈ S + L · R: Wanda's mask, and the low-rank part with the least error under the second moments of the inputs.
 
-    L · R is the best approximation of rank r to (W − W ⊙ mask) diag(√h), h the second moment of each input; the kept values
-    are then taken from W − L · R. Here r is the block size of the plan, for a low-rank part takes as many bytes as two
-    wrappers of that block size. Inputs that were never seen count as the least of those that were. Source: Mozaffari et al.,
-    SLiM, arXiv 2410.09615, the mask and SLiM-LoRA (its quantiser is not: a core on a grid is rounded as everywhere here).
+    L · R is the best approximation of rank r to (W − W ⊙ mask) diag(√h), with the second moments h of the inputs; the kept values are
+    then taken from W − L · R. Here r is the block size of the plan, because a low-rank part takes as many bytes as two wrappers of
+    that block size. Dead inputs count as the smallest live one. The core is rounded as in all methods, not by the quantiser of SLiM.
+
+    Source: Mozaffari et al., SLiM, arXiv 2410.09615 (the mask and SLiM-LoRA).
     """
 
     name = "slim"
@@ -45,7 +46,7 @@ class SLiM(Method):
 
 
 def _weighted(error: Tensor, norms: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """left (d_out, rank) and right (rank, d_in) of least |(error − left · right) diag(norms)|; zeros beyond full rank."""
+    """left (d_out, rank) and right (rank, d_in) with the least |(error − left · right) diag(norms)|; zeros beyond full rank."""
     seen = norms[norms > 0]
     norms = norms.clamp_min(float(seen.min())) if len(seen) else torch.ones_like(norms)
     scaled = error * (norms / norms.mean())

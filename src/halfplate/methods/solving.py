@@ -1,4 +1,4 @@
-"""One matrix of a model, or several that share a wrapper: solve and judge."""
+"""Solving one matrix of a model, or several that share a wrapper, and measuring the error."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,11 @@ from halfplate.statistics import InputStatistics, Statistic
 
 @dataclass(frozen=True)
 class MatrixRecord:
-    """What became of one matrix.
+    """The result for one matrix.
 
-    relative_error: squared error of the outputs over that of a zero matrix, weighted as `error_kind` says: by the `gram`
-    (the true output error), by its `diagonal`, or by nothing (`weight`). losses: the solver's objective by iteration.
+    relative_error: squared output error relative to that of a zero matrix, weighted as `error_kind` says: by `gram` (the true output
+        error), by its `diagonal`, or unweighted (`weight`).
+    losses: the solver's objective by iteration.
     """
 
     name: str
@@ -31,17 +32,17 @@ class MatrixRecord:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """What the checkpoint keeps; times would make equal runs unequal."""
+        """The entry in the checkpoint, without times, so that equal runs give equal files."""
         return {"relative_error": self.relative_error, "error_kind": self.error_kind, "losses": list(self.losses)}
 
     @classmethod
     def from_json(cls, name: str, entry: Mapping[str, Any]) -> "MatrixRecord":
-        """What `to_json` gave, with `seconds` if they are known."""
+        """The record for an entry of `to_json`, with `seconds` if they are known."""
         losses = tuple(float(loss) for loss in entry["losses"])
         return cls(name, entry["relative_error"], entry["error_kind"], losses, entry.get("seconds", 0.0))
 
     def facts(self) -> dict[str, Any]:
-        """What the log and trackers are told."""
+        """The facts for the log and trackers."""
         ends = {"first_loss": self.losses[0], "loss": self.losses[-1]} if self.losses else {}
         return {
             "event": "matrix",
@@ -62,12 +63,14 @@ def solve_matrices(
     specs: Mapping[str, WeightSpec],
     cross_damping: float | Literal["none"],
 ) -> tuple[list[Chain], list[MatrixRecord]]:
-    """What `method` makes of the matrices `names`, one or all that share a wrapper, and how good that is.
+    """Compress the matrices `names`, one or all that share a wrapper, by `method`, and measure the errors.
 
-    weights: fp32 (d_out, d_in) each. statistics: of their common input. Those that share are solved as one matrix, whose
-    losses each of them has. cross_damping: of the correction for inputs that come through a compressed prefix
-    (halfplate.solvers.target), or `none`. Raises HalfplateError naming the matrix if the method refuses it or its values
-    do not fit their types.
+    Matrices that share a wrapper are solved as one; each of them has the losses of that solve.
+
+    weights: fp32 (d_out, d_in) each.
+    statistics: of their common input.
+    cross_damping: of the correction for inputs from compressed layers (halfplate.solvers.target), or `none`.
+    Raises HalfplateError naming the matrix if the method refuses it or its values do not fit their types.
     """
     start = time.perf_counter()
     wanted = [specs[name] for name in names]
@@ -92,14 +95,14 @@ def solve_matrices(
 def solve_group(
     weights: Sequence[Tensor], method: Method, statistics: InputStatistics, specs: Sequence[WeightSpec], name: str
 ) -> tuple[list[Chain], tuple[float, ...]]:
-    """What `method` makes of `weights` (d_out, d_in) of one input, stacked if there are several, and its losses.
+    """Compress `weights` (d_out, d_in) of one input, stacked if there are several; returns the matrices and the losses.
 
     Raises HalfplateError naming the matrix `name` if the method refuses it.
     """
     try:
         solution = method.compress(stacked(weights, specs), statistics, stacked_spec(specs))
     except HalfplateError as refusal:
-        # A method does not know which matrix it works on.
+        # The method does not know the name of the matrix.
         raise HalfplateError(f"{name}: {refusal}") from None
     return split(solution.weight, specs), tuple(solution.losses)
 

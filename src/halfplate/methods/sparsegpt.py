@@ -18,9 +18,12 @@ from halfplate.statistics import InputStatistics, Statistic
 class SparseGPT(Method):
     """Prune column after column by W² / U_jj² and let the later columns compensate for the error.
 
-    damping: fraction of the mean second moment added to the diagonal of the Gram matrix. column_block: columns between
-    two updates of the whole matrix; it changes the speed, not the result. On a grid, kept values are rounded inside the sweep
-    (if M divides the columns of a scale; otherwise afterwards). Source: Frantar and Alistarh, arXiv 2301.00774.
+    Quantised values are rounded inside the sweep if M divides the columns of a scale, otherwise afterwards.
+
+    damping: fraction of the mean second moment that is added to the diagonal of the Gram matrix.
+    column_block: columns between two updates of the whole matrix; affects only the speed.
+
+    Source: Frantar and Alistarh, arXiv 2301.00774.
     """
 
     name = "sparsegpt"
@@ -45,7 +48,7 @@ class SparseGPT(Method):
 
 
 def swept_core(weight: Tensor, gram: Tensor, spec: WeightSpec, damping: float, column_block: int = 128) -> NMSparse:
-    """The core that the sweep of SparseGPT makes of `weight` (d_out, d_in), in the core dtype of `spec`."""
+    """The core of the SparseGPT sweep over `weight` (d_out, d_in), in the core dtype of `spec`."""
     if spec.core_dtype not in QUANTIZERS or spec.group % spec.pattern.m:
         swept = obs_sweep(weight, gram, spec.pattern, damping, column_block)
         return NMSparse.from_dense(swept.weight, swept.mask, spec.pattern, spec.core_dtype, spec.group)
@@ -53,6 +56,6 @@ def swept_core(weight: Tensor, gram: Tensor, spec: WeightSpec, damping: float, c
 
 
 def on_grid(swept: Swept, spec: WeightSpec) -> NMSparse:
-    """The core that a sweep left on the grid of `spec`, stored as it is."""
+    """The quantised core of a sweep, stored without further rounding."""
     mask = None if spec.pattern.is_dense else swept.mask
     return NMSparse.from_codes(swept.integers(), swept.parameters, mask, spec.pattern, spec.core_dtype, spec.group)

@@ -12,9 +12,9 @@ from halfplate.statistics import InputStatistics, Statistic
 
 @dataclass(frozen=True)
 class Wanda(Method):
-    """Keep the weights of largest |W_ij| · ‖X_j‖₂; values stay as they are.
+    """Keep the weights with the largest |W_ij| · ‖X_j‖₂, without changing their values.
 
-    Source: Sun et al., arXiv 2306.11695, equation 1. The root mean square of X_j stands for its norm.
+    Source: Sun et al., arXiv 2306.11695, equation 1, with the root mean square of X_j as its norm.
     """
 
     name = "wanda"

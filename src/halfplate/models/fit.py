@@ -252,6 +252,6 @@ def _check_prefix(name: str, missing: Collection[str], extra: list[str]) -> None
             prefix = stored.removesuffix(rest)
             if rest in missing and all(one.startswith(prefix) for one in extra):
                 raise HalfplateError(
-                    f"model={name!r}: its files name {stored} what the model names {rest}: a training tool has put {prefix!r} "
-                    "before every name; save the model itself there (peft: merge_and_unload, then save_pretrained) and pass that folder"
+                    f"model={name!r}: its files have {stored} instead of {rest}: a training tool has put {prefix!r} "
+                    "before every name; save the inner model (peft: merge_and_unload, then save_pretrained) and pass that folder"
                 )

@@ -172,7 +172,7 @@ def _name(steps: tuple[str, ...], described: dict[str, Any], vocabulary: dict[st
     if not candidates:
         for entry in PRE_TOKENIZERS:
             if any((*meant, BYTES) == steps for meant in entry.meant):
-                raise ValueError(f"llama.cpp's {entry.names[0]!r} splits {entry.differs} differently")
+                raise ValueError(f"llama.cpp's {entry.names[0]!r} splits some text differently: {entry.differs}")
         raise ValueError(f"it splits text by {written_steps(steps)}, which is not one of llama.cpp's pre-tokenizers")
     whole = bool(described["model"].get("ignore_merges"))
     for entry in candidates:

@@ -166,7 +166,7 @@ class StreamedModel:
         if shared is not None:
             name = f"{self.prefix}.{index}.{shared}"
             raise HalfplateError(
-                f"model {type(self.model).__name__}: {name} has no weights of its own (it shares those of {self.tied.get(name, 'another block')}), "
+                f"model {type(self.model).__name__}: {name} has no weights of its own (it shares those of {self.tied.get(name, 'another layer')}), "
                 "and layers that share weights cannot be compressed; use a model without shared layers"
             )
 

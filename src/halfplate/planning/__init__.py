@@ -1,4 +1,4 @@
-"""The plan of a compression: the format of every matrix, and the memory, disk and time needed, before anything is computed."""
+"""The plan of a compression: the format of every matrix, and the required memory, disk space and time, before anything is computed."""
 
 from halfplate.planning.making import foreign_packages, make_plan, plan_source
 from halfplate.planning.plan import MatrixPlan, Plan

@@ -12,15 +12,17 @@ from halfplate.planning.memory import FP32, FP64
 from halfplate.planning.sizes import ModelSizes
 from halfplate.statistics import Statistic
 
-SLACK = 2_000_000  # headers, notes, tokenizer, log, report
+SLACK = 2_000_000  # allowance for headers, notes, tokenizer, log and report
 
 
 @dataclass(frozen=True)
 class DiskPlan:
-    """Bytes of the result, and the most bytes that the work folder holds beside it.
+    """Bytes of the result, and the most bytes that the work folder needs at the same time.
 
-    transformed: the models in fp32 that transforms write first. parts: finished layers and matrices. hidden: states between two
-    layers. statistics: files that several processes pass to each other.
+    transformed: fp32 models that transforms write first.
+    parts: finished layers and matrices.
+    hidden: hidden states between two layers.
+    statistics: files that several processes pass to each other.
     """
 
     result: int
@@ -49,18 +51,18 @@ def disk_plan(
     """The bytes that a compression writes. other_nbytes: of everything outside the matrices of the layers; transformed: of the files of its transforms."""
     recipe = job.recipe
     linears = sum(spec.nbytes for spec in specs)
-    if recipe.budgeted:  # a budget of time knows no bytes
+    if recipe.budgeted:  # a time budget does not bound the bytes
         linears = max(linears, int((recipe.budget or 1.0) * sum(spec.dense_nbytes for spec in specs)))
     result = linears + other_nbytes + SLACK
     hidden = statistics = 0
     if job.runs_text:
-        # Of two neighbouring layers while one is written, and all that layers are given of each token.
+        # Of two neighbouring layers while one is written, and all further values per token that layers receive.
         values = 2 * job.streams * (sizes.hidden + sizes.beside) + sizes.arguments
         hidden = FP32 * recipe.samples * recipe.seq_len * values
         if workers > 1 and job.statistic >= Statistic.GRAM:
             kinds = 2 if job.corrects else 1
             chunks = min(CHUNKS, -(-recipe.samples // BATCH))
             statistics = FP64 * max(sizes.stages) ** 2 * kinds * (chunks + 1)
-    # Matrices lie beside their layer until it is whole, so those of one layer lie there twice.
+    # Matrices are kept until their layer is complete, so those of one layer are stored twice.
     twice = FP32 * sizes.block
     return DiskPlan(result, transformed, result + twice, hidden, statistics)

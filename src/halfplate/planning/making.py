@@ -45,15 +45,15 @@ from halfplate.transforms import TRANSFORMS
 from halfplate.version import package_version
 
 AUTO_BLOCKS = (128, 64, 32, 16, 8)
-AUTO_SHARE = 0.05  # of the dense parameters of the whole plan
+AUTO_SHARE = 0.05  # share of the original parameters of the whole plan
 
 
 @plain_defaults()
 def make_plan(model: str, recipe: Recipe, measure: bool | None = False, workers: int = 1) -> Plan:
-    """Plan the compression of `model`, reading its configuration and no weight; raises HalfplateError on bad input.
+    """Plan the compression of `model` from its configuration, without reading weights; raises HalfplateError on bad input.
 
-    measure: time this machine for a few seconds, reading one tensor, to estimate the time; None does so only if the run takes
-    much longer than that. workers: number of processes of the run.
+    measure: measure this machine for a few seconds, reading one tensor, to estimate the time; None does so only for long runs.
+    workers: number of processes of the run.
     """
     check_threads(recipe.threads)
     check_workers(workers)
@@ -67,8 +67,8 @@ def plan_source(
     workers: int = 1,
     statistic: Statistic = Statistic.NONE,
 ) -> Plan:
-    """`make_plan` of a source that is already open. statistic: collect at least this one."""
-    # From here on, `source` is the model that will be compressed, as far as it is known without its tensors.
+    """`make_plan` for an open source. statistic: collect at least this one."""
+    # From here on, `source` is the transformed model, as far as it is known without its tensors.
     original, (source, transforms) = source, plan_transforms(source, recipe.transforms)
     dense, job = skeleton(source), Job(recipe, statistic)
     method = job.method
@@ -153,7 +153,7 @@ def plan_source(
 
 
 def _reading_modules(source: Source) -> AbstractContextManager[None]:
-    """Context manager that turns failures while sizes are read from a model and its configuration into a HalfplateError."""
+    """Context manager that turns exceptions into a HalfplateError while sizes are read from a model and its configuration."""
     what = f"sizes of a {source.config.model_type} model cannot be read"
     return reading(source.name, what, "correct its config.json or download the model again")
 
@@ -176,17 +176,17 @@ def _sharing(dense: PreTrainedModel, matrices: list[MatrixPlan]) -> list[MatrixP
 
 
 def _groups(dense: PreTrainedModel, names: dict[int, list[str]]) -> list[list[str]]:
-    """The linears `names` of each layer by the input that they share, each group in the order of the plan."""
+    """The linears `names` of each layer, grouped by shared input, each group in the order of the plan."""
     order = {name: index for inside in names.values() for index, name in enumerate(inside)}
     try:
         groups = shared_inputs(dense, names)
-    # Each model class fails with errors of its own where it asks for values that are not there.
+    # Model code can raise any exception if it needs values on the meta device.
     except Exception as error:
         raise HalfplateError(
             f"share_wrappers=True: which linears of {type(dense).__name__} share an input cannot be found without running it "
             f"({type(error).__name__}: {' '.join(str(error).split())}); leave it out"
         ) from error
-    # The plan's order decides which of them stores the wrapper.
+    # The first in the order of the plan stores the wrapper.
     return [sorted(group, key=order.__getitem__) for group in groups]
 
 
@@ -212,7 +212,7 @@ def _nothing_fits(name: str, found: list[FoundLinear], pattern: Pattern) -> str:
 
 
 def _block_size(recipe: Recipe, linears: list[FoundLinear]) -> int:
-    """The block size of the recipe. For `auto`, the largest whose wrappers stay within AUTO_SHARE, or else the smallest."""
+    """The block size of the recipe. `auto` is the largest one whose wrappers stay within AUTO_SHARE, or else the smallest."""
     if recipe.block_size != "auto":
         return recipe.block_size
     m, shapes = recipe.parsed_pattern.m, Counter((linear.d_out, linear.d_in) for linear in linears)
@@ -220,7 +220,7 @@ def _block_size(recipe: Recipe, linears: list[FoundLinear]) -> int:
     for block in blocks:
         if wrapper_share({recipe.spec(*shape, block): count for shape, count in shapes.items()}) <= AUTO_SHARE:
             return block
-    # A model so small that no block is cheap gains more from wrappers than it pays.
+    # If a model is so small that no block size is cheap, wrappers still gain more than they cost.
     return blocks[-1]
 
 
@@ -240,7 +240,7 @@ def _other_nbytes(model: nn.Module, compressed: Iterable[str], dtype: torch.dtyp
 
 
 def _fingerprint(source: Source, recipe: Recipe) -> str:
-    """SHA-256 over the model's configuration, names and sizes of its weight files, the recipe, the version and those of plugins."""
+    """SHA-256 of the model's configuration, names and sizes of its weight files, the recipe, the version and those of plugins."""
     identity = source.identity() | {
         "recipe": recipe.fingerprint_json(),
         "version": package_version(),
@@ -251,7 +251,7 @@ def _fingerprint(source: Source, recipe: Recipe) -> str:
 
 
 def foreign_packages(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Under `plugins`, the packages that the method and all else named in the recipe come from, with their versions, if not Halfplate itself."""
+    """Under `plugins`, the other packages that the method and all other names in the recipe come from, with their versions."""
     used = [
         ("method", METHODS.package(recipe.method)),
         ("calibration", SOURCES.package(recipe.calibration.partition(":")[0])),

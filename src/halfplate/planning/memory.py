@@ -18,12 +18,12 @@ from halfplate.solvers.target import correcting_nbytes
 from halfplate.statistics import Statistic
 
 BF16, FP32, FP64 = 2, 4, 8
-ALLOWANCE = 1_500_000_000  # of the bound: libraries, hidden states, the solver
-# Keys and values and the layers that stay in memory while text is sampled. Not what is free: the text depends, by rounding, on how many
-# sequences run side by side, and must be the same everywhere.
+ALLOWANCE = 1_500_000_000  # constant of the bound: libraries, hidden states, the solver
+# Memory for layers, keys and values while text is generated. It does not depend on the free memory, because the text depends (by
+# rounding) on the number of parallel sequences, and must be the same everywhere.
 SAMPLING_NBYTES = 700_000_000
-LIBRARIES = 800_000_000  # Python with torch and transformers, where the system does not tell
-CHECKING = "checking"  # the phase of the self-check
+LIBRARIES = 800_000_000  # Python with torch and transformers, if the system does not report it
+CHECKING = "checking"  # name of the self-check phase
 CHECKED = 128  # tokens of the self-check
 HEAP = 100_000_000  # freed and not given back
 TABLE_TOKENS = 8192  # that the Gram matrix of the head's inputs is made of
@@ -32,7 +32,7 @@ SOLVING_ROWS = 300_000_000  # for the rows of a table that are solved at once
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The most bytes held in each phase, the bound, and the options that hold the whole model and are outside the bound."""
+    """The peak bytes in each phase, the bound, and the options that hold the whole model, to which the bound does not apply."""
 
     phases: dict[str, int]
     bound: int
@@ -43,20 +43,20 @@ class MemoryPlan:
         return max(self.phases.values())
 
     def unchecked(self) -> MemoryPlan:
-        """The same without the self-check."""
+        """A copy without the self-check."""
         return replace(self, phases={phase: held for phase, held in self.phases.items() if phase != CHECKING})
 
     @property
     def largest(self) -> str:
-        """The phase of the peak."""
+        """The phase with the peak."""
         return max(self.phases, key=self.phases.__getitem__)
 
 
 def sampling_room(sizes: ModelSizes, device: str) -> tuple[int, int]:
-    """Bytes of layers and head that stay in memory while text is sampled, and of keys and values.
+    """Bytes of layers and head that stay in memory while text is generated, and of keys and values.
 
-    Small models stay in memory, in bf16 if kernels run it. Each layer of a larger model is read again for every token, once for all
-    sequences of a batch.
+    Small models stay in memory, in bf16 if the kernels support it. Each layer of a larger model is read again for every token, once
+    for all sequences of a batch.
     """
     kernels = bf16_kernels(device) is not None
     whole = BF16 * (sum(sizes.blocks) + sizes.hidden * sizes.vocabulary) if kernels else FP32 * sum(sizes.blocks)
@@ -90,7 +90,7 @@ def memory_plan(
     if transforming:
         phases["transforming"] = base + transforming
     if runs:
-        # The first arguments stay, for those of every other batch to be compared with.
+        # The arguments of the first batch are kept, to compare those of other batches with them.
         batch = BATCH * recipe.seq_len * FP32
         hidden = batch * (6 * sizes.hidden + 3 * sizes.ffn + 3 * sizes.beside + sizes.arguments)
         tokens = TOKEN_NBYTES * recipe.samples * recipe.seq_len
@@ -100,10 +100,10 @@ def memory_plan(
         if recipe.calibration == "self":
             held, _ = sampling_room(sizes, recipe.device)
             sampling = _sampling(sizes, recipe)
-            # What stays is read before the first token, the rest at every token.
+            # Layers that stay are read before the first token, the others at every token.
             most = max(held + block + reading, sampling) if held else sampling + block + reading
             phases["calibration text"] = base + tokens + FP32 * sizes.outer + most
-        # While text runs through a layer, its finished matrices are whole beside what is stored of them.
+        # While text runs through a layer, its finished matrices are held both stored and multiplied out.
         phases["statistics"] = base + blocks + block + hidden + _stage(sizes, job, collecting=True)
     if tables:
         most = max(spec.d_out * spec.d_in for spec in tables)
@@ -115,7 +115,7 @@ def memory_plan(
     if recipe.tune_block:
         phases["tuning"] = base + 7 * block + BATCH * recipe.seq_len * FP32 * (20 * sizes.hidden + 8 * sizes.ffn)
     if workers > 1:
-        # Each has what it works on, and the caller a stage's sums and one batch's.
+        # Each worker has its task, and the caller the sums of a stage and of one batch.
         each = max(phases["solving"], phases.get("statistics", 0))
         phases["workers"] = phases["solving"] - solve + workers * each
     loaded = [*specs, *tables]
@@ -149,7 +149,7 @@ def _gram_nbytes(width: int, job: Job) -> int:
 
 
 def _stage(sizes: ModelSizes, job: Job, collecting: bool = False) -> int:
-    """The Gram matrices held at once, and during collection the sums of a chunk and the products of a batch."""
+    """The Gram matrices held at once, and during collection also the sums of a chunk and the products of a batch."""
     grams = [_gram_nbytes(width, job) for width in sizes.stages]
     held = sum(grams) if job.recipe.inputs == "dense" else max(grams)
     return held + (held + max(grams) // 2 if collecting else 0)

@@ -18,12 +18,12 @@ from halfplate.planning.transforming import TransformPlan
 from halfplate.recipe import Recipe
 from halfplate.runtime.backends import without_kernel
 
-LEAST_SHARE = 0.5  # of the parameters of the decoder blocks; below, a plan warns
+LEAST_SHARE = 0.5  # share of the decoder parameters below which a plan warns
 
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """One matrix of the model: how it will be stored, or why it is not compressed.
+    """One matrix of the model: its format, or why it is not compressed.
 
     shape: (d_out, d_in), or None if a skipped module is not a single matrix. block: index of its layer, None if it is the embedding or the head. spec: None if it is skipped. flops: operations of
     solving it; memory: bytes held meanwhile beside the process itself; seconds: None if this machine was not measured.
@@ -66,14 +66,16 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every matrix, the bytes before and after, the resources needed, and a fingerprint of everything that determines the result.
+    """Every matrix, the bytes before and after, the required resources, and a fingerprint of everything that determines the result.
 
-    other_nbytes: bytes of all that is not compressed (embeddings, norms, biases, lm_head, skipped matrices), as it will be
-    stored. source_nbytes: bytes of the weight files read. memory: held by a run with the
-    workers that the plan was made for. speed: measured speed of this machine, or None. seconds: estimate for each
-    phase in one process. notes: one sentence for each entry of the source that is left out (`Source.notes`).
-    untraced: why the model could not be traced to find the weights that its code reads, or None. transforms: applied to
-    the model first; everything else in the plan describes the transformed model.
+    other_nbytes: stored bytes of everything that is not compressed (embeddings, norms, biases, lm_head, skipped matrices).
+    source_nbytes: bytes of the weight files.
+    memory: held by a run with the planned number of workers.
+    speed: measured speed of this machine, or None.
+    seconds: estimate for each phase in one process.
+    notes: one sentence for each entry of the source that is ignored (`Source.notes`).
+    untraced: why the model could not be traced to find the weights that its code reads, or None.
+    transforms: applied to the model first; everything else in the plan describes the transformed model.
     """
 
     model: str
@@ -119,7 +121,7 @@ class Plan:
         return sum(spec.nbytes for spec in self.table_specs.values())
 
     def with_specs(self, specs: Mapping[str, WeightSpec]) -> Plan:
-        """The plan with the matrices in `specs` stored as it says."""
+        """A copy in which the matrices in `specs` have the given formats."""
         return replace(self, matrices=tuple(replace(m, spec=specs.get(m.name, m.spec)) for m in self.matrices))
 
     @property
@@ -129,7 +131,7 @@ class Plan:
 
     @property
     def transforming(self) -> int:
-        """Bytes held at most while the model is transformed, beside the process itself."""
+        """Peak bytes while the model is transformed, in addition to the process itself."""
         return max((step.memory for step in self.transforms), default=0)
 
     @cached_property
@@ -138,7 +140,7 @@ class Plan:
 
     @property
     def nbytes_at_most(self) -> int | None:
-        """The most bytes that the matrices can take: `nbytes`, unless the run chooses candidates; None with a time budget."""
+        """The most bytes that the matrices can take: `nbytes`, unless the run chooses formats; None with a time budget."""
         if not self.recipe.budgeted:
             return self.nbytes
         return None if self.recipe.budget is None else int(self.recipe.budget * self.dense_nbytes)
@@ -158,7 +160,7 @@ class Plan:
 
     @property
     def warnings(self) -> list[str]:
-        """One sentence for each property of the plan that the user probably does not want."""
+        """One sentence for each property of the plan that is probably unwanted."""
         found = []
         if self.decoder_share < LEAST_SHARE:
             found.append(
@@ -209,6 +211,6 @@ class Plan:
 
 
 def wrapper_share(specs: Mapping[WeightSpec, int]) -> float:
-    """Parameters beside the cores over those of the original; specs: with the number of matrices of each."""
+    """Parameters outside the cores, relative to those of the original; specs: each with its number of matrices."""
     beside = sum(count * spec.numbers_beside_core for spec, count in specs.items())
     return beside / sum(count * spec.d_out * spec.d_in for spec, count in specs.items())

@@ -16,7 +16,7 @@ from halfplate.planning.memory import CHECKING, memory_plan
 from halfplate.planning.plan import Plan
 from halfplate.statistics import Statistic
 
-# What makes a run hold less, in the order in which it is offered.
+# Options that reduce the memory of a run, in the order in which they are suggested.
 CURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--workers 1", {"workers": 1}),
     ("leave out --max-kl", {"max_kl": None}),
@@ -34,22 +34,22 @@ CURES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def refusal(plan: Plan, out: Path | None, workers: int = 1) -> str | None:
-    """Why this machine cannot run the plan, in one line that names a cure; None if it can.
+    """Why this machine cannot run the plan, in one line with a cure; None if it can.
 
-    out: folder of the result; without it only the memory is checked.
+    out: folder of the result; None checks only the memory.
     """
     return _memory_refusal(plan, workers) or (None if out is None else _disk_refusal(plan, out))
 
 
 def check_room(plan: Plan, out: Path, workers: int) -> None:
-    """Raise HalfplateError if `refusal` finds a reason against the plan."""
+    """Raise HalfplateError if `refusal` returns a reason."""
     if (reason := refusal(plan, out, workers)) is not None:
         raise HalfplateError(reason)
 
 
 def _memory_refusal(plan: Plan, workers: int) -> str | None:
     available = available_memory()
-    # What lies on a GPU is not in this account.
+    # GPU memory is not counted.
     if available is None or plan.memory.peak <= available or torch.device(plan.recipe.device).type != "cpu":
         return None
     return (
@@ -81,7 +81,7 @@ def _cure(plan: Plan, workers: int, available: int) -> str:
         try:
             return fits(changes)
         except HalfplateError:
-            # Options that do not go together.
+            # Options that exclude each other.
             return False
 
     useful = [(text, changes) for text, changes in CURES if changing(changes)]
@@ -112,21 +112,21 @@ def _disk_refusal(plan: Plan, out: Path) -> str | None:
     there = _nbytes(work_place(target))
     if plan.disk.total <= free + there:
         return None
-    parts = [("the result", plan.disk.result), ("finished parts", plan.disk.parts), ("hidden states", plan.disk.hidden)]
+    parts = [("result", plan.disk.result), ("finished artifacts", plan.disk.parts), ("hidden states", plan.disk.hidden)]
     parts += [
-        ("the transformed model in fp32", plan.disk.transformed),
-        ("statistics for the workers", plan.disk.statistics),
+        ("transformed model in fp32", plan.disk.transformed),
+        ("statistics for workers", plan.disk.statistics),
     ]
     listed = ", ".join(f"{name} {spoken(nbytes)}" for name, nbytes in parts if nbytes)
     fewer = "use fewer --samples or " if 2 * plan.disk.hidden > plan.disk.total else ""
     return (
-        f"out={str(out)!r}: {spoken(plan.disk.total)} of disk are needed ({listed}), {spoken(free + there)} are free; "
+        f"out={str(out)!r}: {spoken(plan.disk.total)} of disk space needed ({listed}), but only {spoken(free + there)} free; "
         f"{fewer}free some space, or choose an OUT on another disk"
     )
 
 
 def _nbytes(folder: Path) -> int:
-    """Bytes of files of an earlier run, which this one need not write again."""
+    """Bytes of files of an earlier run, which need not be written again."""
     try:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError:

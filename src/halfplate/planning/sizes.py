@@ -18,18 +18,21 @@ from halfplate.models.handover import hands_on
 from halfplate.models.linears import FoundLinear, find_blocks
 from halfplate.models.without_values import run_without_values
 
-# Samples and length of a text that stands for any; numbers that no other side of a tensor is likely to have.
+# Samples and length of a placeholder text; tensors are unlikely to have other sides of these sizes.
 TEXT = (3, 7)
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Numbers of values; only `cache_nbytes` is in bytes, held per token by the cache of a calibration sequence.
+    """Sizes of a model in numbers of values; only `cache_nbytes` is in bytes, per token in the cache of a calibration sequence.
 
-    blocks: values of each decoder layer. outer: of all that is outside the layers, head: of the output embedding among them, if it is
-    a tensor of its own. largest: of one tensor. ffn: the longest side of a linear. stages: d_in of every distinct input of a layer's
-    linears, in the order in which they are reached; of the layer where these are largest. beside: values of one token that pass from
-    layer to layer beyond those of one hidden state. arguments: of one token among the arguments of all layers.
+    blocks: values of each decoder layer.
+    outer, head: values outside the layers, and among them those of the output embedding, if it has its own tensor.
+    largest: values of the largest tensor.
+    ffn: the longest side of a linear.
+    stages: d_in of every distinct input of the linears in a layer, in the order of use; of the layer where they are largest.
+    beside: values per token that pass from layer to layer beyond one hidden state.
+    arguments: values per token among the arguments of all layers.
     """
 
     blocks: tuple[int, ...]
@@ -55,7 +58,7 @@ class ModelSizes:
 
 
 def sizes_of(dense: PreTrainedModel, linears: list[FoundLinear], seq_len: int) -> ModelSizes:
-    """The sizes of a model without values; linears: those that are compressed; seq_len: tokens of a calibration sequence."""
+    """The sizes of a model on the meta device; linears: those to compress; seq_len: tokens per calibration sequence."""
     _, blocks = find_blocks(dense)
     inside = [_values(block) for block in blocks]
     whole = _values(dense)
@@ -86,7 +89,7 @@ def _run_without_values(dense: PreTrainedModel, linears: list[FoundLinear]) -> t
     block = max(by_block, key=lambda index: (sum(linear.d_in**2 for linear in by_block[index]), -index))
     widths = {linear.name: linear.d_in for linear in by_block[block]}
     hidden = dense.config.get_text_config().hidden_size
-    # Each model class fails with errors of its own where it asks for values that are not there.
+    # Model code can raise any exception if it needs values on the meta device.
     try:
         with run_without_values(dense):
             blockwise, batch = _embedded(dense)
@@ -97,7 +100,7 @@ def _run_without_values(dense: PreTrainedModel, linears: list[FoundLinear]) -> t
         return tuple(widths[stage[0]] for stage in stages), between, arguments
     except Exception:
         pass
-    # Then no input is taken to be shared, and every layer to have what the first has.
+    # In this case, assume that no input is shared and that all layers equal the first one.
     try:
         with run_without_values(dense):
             first, beside = _first_inputs(dense)
@@ -107,7 +110,7 @@ def _run_without_values(dense: PreTrainedModel, linears: list[FoundLinear]) -> t
 
 
 def shared_inputs(dense: PreTrainedModel, names: dict[int, list[str]]) -> list[list[str]]:
-    """The linears `names` of each layer by the input that they share, found by a run on the meta device."""
+    """The linears `names` of each layer, grouped by shared input, found by a run on the meta device."""
     with run_without_values(dense):
         return _stages(*_embedded(dense), names, [])
 
@@ -120,7 +123,7 @@ def _embedded(dense: PreTrainedModel) -> tuple[BlockwiseModel, BlockInputs]:
 def _stages(
     blockwise: BlockwiseModel, batch: BlockInputs, names: dict[int, list[str]], passed: list[BlockInputs]
 ) -> list[list[str]]:
-    """`shared_inputs` of the layers from `batch` on. passed: called with the values that go from layer to layer, if they are more than a hidden state."""
+    """`shared_inputs` of the layers from `batch` on. passed: called with the values that pass between layers, if they exceed a hidden state."""
     found = []
     carries = hands_on(batch.all_arguments)
     for block in range(max(names) + 1):
@@ -134,7 +137,7 @@ def _stages(
 
 
 def _first_inputs(dense: PreTrainedModel) -> tuple[Tensor, Any]:
-    """The hidden state and the other arguments that the first layer is called with."""
+    """The hidden state and the other arguments of the first layer."""
     seen: list[Any] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -154,18 +157,18 @@ def _first_inputs(dense: PreTrainedModel) -> tuple[Tensor, Any]:
 
 
 class _Seen(Exception):
-    """The first layer has been called."""
+    """Raised when the first layer has been called."""
 
 
 def _argument_values(arguments: Any) -> int:
-    """Values of one token among tensors that have them for every token of every sample, each tensor once."""
+    """Values per token in tensors that have them for every token of every sample; each tensor counts once."""
     tensors = {id(leaf): leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)}
     each = [tensor for tensor in tensors.values() if all(tensor.shape.count(side) == 1 for side in TEXT)]
     return sum(map(_of_a_token, each))
 
 
 def _of_a_token(tensor: Tensor) -> int:
-    """Values of one token, as many as have its bytes in fp32."""
+    """Values per token, counted as fp32."""
     return -(-tensor.numel() * tensor.element_size() // (4 * prod(TEXT)))
 
 

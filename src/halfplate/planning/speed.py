@@ -1,4 +1,4 @@
-"""The time of a compression: counted operations, divided by the speed of this machine, which is measured in a few seconds."""
+"""Estimating the time of a compression: operations divided by the speed of this machine, which is measured in a few seconds."""
 
 from __future__ import annotations
 
@@ -28,21 +28,24 @@ from halfplate.runtime.prepare import bf16_kernels
 from halfplate.statistics import InputStatistics, Statistic
 from halfplate.storage.tensor_file import DamagedFile, read_tensor
 
-WORTH_FLOPS = 1e12  # of a run that takes so long that a few seconds of measuring do not matter
-LONGEST_SIDE = 512  # of a matrix that is solved to measure
-LONGEST_READ = 64_000_000  # bytes of a tensor that is read to measure
+WORTH_FLOPS = 1e12  # estimated length of a run from which a few seconds of measuring do not matter
+LONGEST_SIDE = 512  # longest side of a matrix that is solved for measuring
+LONGEST_READ = 64_000_000  # largest tensor in bytes that is read for measuring
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-SHAPES = 3  # of matrices solved to measure
-LEAST_SECONDS = 0.05  # that a product is repeated for
-SMALL_OPERATIONS = 100  # of one block and one token, whose time is that of the calls
+SHAPES = 3  # number of matrices that are solved for measuring
+LEAST_SECONDS = 0.05  # seconds for which a product is repeated
+SMALL_OPERATIONS = 100  # values of a layer and token, where the time is that of the calls
 
 
 @dataclass(frozen=True)
 class Speed:
     """Rates of this machine per second, measured by `measure_speed`.
 
-    solving, products: floating-point operations, of the method and of products of many tokens. sampling: weights that a few
-    sequences side by side pass. reading: bytes of weight files. call: seconds of the calls of one layer.
+    solving: floating-point operations of the method.
+    products: floating-point operations of matrix products with many tokens.
+    sampling: weights that are multiplied with a few parallel sequences.
+    reading: bytes of weight files.
+    call: seconds for the calls of one layer.
     """
 
     solving: float
@@ -88,7 +91,7 @@ def seconds_of(
     if recipe.tune_block:
         tokens = recipe.tune_block * 2 * recipe.seq_len
         seconds["tuning"] = 6.0 * sum(sizes.blocks) * tokens / speed.products
-    # Parts are written, read and written again, each time with their checksums.
+    # Artifacts are written, read and written again, each time with checksums.
     seconds["writing"] = 3 * sum(spec.nbytes for spec in specs) / speed.reading
     return seconds
 
@@ -105,10 +108,10 @@ def solving_flops(job: Job, spec: WeightSpec) -> float:
 
 
 def statistics_flops(sizes: ModelSizes, job: Job) -> float:
-    """Operations of running the text through all layers, once per stage, and of its second moments."""
+    """Operations for running the text through all layers, once per stage, and for its second moments."""
     recipe, streams = job.recipe, job.streams
     tokens, blocks = recipe.samples * recipe.seq_len, len(sizes.blocks)
-    # A run for the inputs of a stage ends there, halfway on average; with dense inputs one run has them all.
+    # A run for the inputs of a stage ends there, halfway on average; with inputs of the original, one run collects all.
     runs = 2.0 if recipe.inputs == "dense" else streams * (1 + len(sizes.stages) / 2)
     through = 2.0 * sum(sizes.blocks) + 4.0 * recipe.seq_len * sizes.hidden * blocks
     moments = sum(2.0 * width**2 for width in sizes.stages) * blocks if job.statistic >= Statistic.GRAM else 0.0
@@ -129,7 +132,7 @@ def _solving(method: Method, specs: Sequence[WeightSpec], device: str) -> float:
     quick, random = method.quick(), torch.Generator().manual_seed(0)
     small = list(dict.fromkeys(_small(spec) for spec in sorted(specs, key=method.flops, reverse=True)))[:SHAPES]
     flops = seconds = 0.0
-    # The first solve of a process finds nothing warm, and does not count.
+    # The first solve of a process is a warm-up and does not count.
     for number, spec in enumerate([small[-1], *small]):
         weight = torch.randn(spec.d_out, spec.d_in, generator=random, **FLOATS).to(device)
         x = torch.randn(2 * spec.d_in, spec.d_in, generator=random, **FLOATS).to(device)
@@ -142,7 +145,7 @@ def _solving(method: Method, specs: Sequence[WeightSpec], device: str) -> float:
         try:
             solve_seconds = _timed(solve, 0.0)
         except HalfplateError:
-            # What the plan has checked may still not fit a matrix this small.
+            # A valid specification may still not fit a matrix this small.
             continue
         if number:
             flops, seconds = flops + quick.flops(spec), seconds + solve_seconds
@@ -150,14 +153,14 @@ def _solving(method: Method, specs: Sequence[WeightSpec], device: str) -> float:
 
 
 def _small(spec: WeightSpec) -> WeightSpec:
-    """The same specification with no side beyond LONGEST_SIDE, for a matrix that stands alone."""
+    """The same specification without sides longer than LONGEST_SIDE, for a matrix on its own."""
     m = spec.pattern.m
     d_in = spec.d_in if spec.d_in <= LONGEST_SIDE else LONGEST_SIDE // m * m
     return replace(spec, d_out=min(spec.d_out, LONGEST_SIDE), d_in=d_in, in_shared=None)
 
 
 def _products(sizes: ModelSizes, recipe: Recipe) -> float:
-    """Operations per second of a product of many tokens with a weight."""
+    """Operations per second of a matrix product of many tokens with a weight."""
     tokens = min(BATCH * recipe.seq_len, 1024)
     d_in, d_out = min(sizes.hidden, 2048), min(sizes.ffn, 2048)
     x, weight = (torch.ones(rows, d_in, dtype=torch.float32, device=recipe.device) for rows in (tokens, d_out))
@@ -166,7 +169,7 @@ def _products(sizes: ModelSizes, recipe: Recipe) -> float:
 
 
 def _sampling(sizes: ModelSizes, recipe: Recipe) -> float:
-    """Weights per second that the sequences sampled side by side are multiplied with, too many for a cache where the model has as many."""
+    """Weights per second in products with parallel sequences; more weights than a cache holds, if the model has as many."""
     resident, cache = sampling_room(sizes, recipe.device)
     rows = min(recipe.samples, sequences_at_once(sizes.cache_nbytes, recipe.seq_len, cache))
     matrices = max(1, min(24_000_000, sizes.parameters) // min(sizes.largest, 4_000_000))
@@ -185,7 +188,7 @@ def _sampling(sizes: ModelSizes, recipe: Recipe) -> float:
 
 
 def _reading(source: Source) -> float:
-    """Bytes per second from the weight files to checked numbers in fp32."""
+    """Bytes per second from the weight files to checked fp32 values."""
     fitting = [stored for stored in source.tensors.values() if stored.nbytes <= LONGEST_READ]
     if not fitting:
         return 5e8
@@ -193,7 +196,7 @@ def _reading(source: Source) -> float:
     try:
         return stored.nbytes / _timed(lambda: read_tensor(stored).to(torch.float32).aminmax(), 0.0)
     except (OSError, DamagedFile, RuntimeError):
-        # Reading it in earnest will say what is wrong.
+        # The run will report errors in reading.
         return 5e8
 
 

@@ -1,4 +1,4 @@
-"""The transforms of a plan, with the memory and disk that each needs."""
+"""The transforms of a plan, with the memory and disk space that each needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from halfplate.transforms import CONVERSION, Transform, find, outline, pieces_of
 
 @dataclass(frozen=True)
 class TransformPlan:
-    """One transform. label: `NAME@VERSION`. automatic: not named in the recipe. memory: peak bytes. disk: bytes of the model that it writes."""
+    """One transform of a plan.
+
+    label: `NAME@VERSION`.
+    automatic: not named in the recipe.
+    memory: peak bytes.
+    disk: bytes of the model that it writes.
+    """
 
     label: str
     automatic: bool
@@ -48,7 +54,7 @@ def plan_transforms(source: Source, names: Sequence[str]) -> tuple[Source, tuple
                 source = _planned(transform, source, False, plans)
         except HalfplateError:
             raise
-        # The code of another package fails in ways of its own.
+        # The code of another package can raise any exception.
         except Exception as error:
             raise HalfplateError(
                 f"transforms={name!r} failed while planning ({in_words(error)}); leave it out, or update the package that it comes from"

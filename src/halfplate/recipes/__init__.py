@@ -1,4 +1,4 @@
-"""The recipes that come with Halfplate: commented YAML files for the usual wishes."""
+"""The built-in recipes: commented YAML files."""
 
 from pathlib import Path
 
@@ -11,5 +11,5 @@ def names() -> list[str]:
 
 
 def shipped(name: str) -> Path | None:
-    """The file of the recipe `name`; None if there is no such recipe."""
+    """The file of the built-in recipe `name`; None if there is none."""
     return FOLDER / f"{name}.yaml" if name in names() else None

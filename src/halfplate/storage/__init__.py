@@ -1,1 +1,1 @@
-"""What is on disk: safetensors files, the files of a sharded model, and writes that happen whole or not at all."""
+"""Files on disk: safetensors files, sharded models, artifacts and atomic writes."""

@@ -1,4 +1,4 @@
-"""Artifacts: tensors and facts that an unfinished run keeps, each whole and checksummed, or not there."""
+"""Artifacts: tensors and facts of an unfinished run with checksums, which exist completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished piece on disk: its tensors, the SHA-256 of each, and what else is known of it."""
+    """A finished artifact on disk: its tensors, the SHA-256 of each, and its facts."""
 
     path: Path
     tensors: dict[str, StoredTensor]
@@ -28,7 +28,7 @@ class Artifact:
     facts: dict[str, Any]
 
     def damaged(self) -> str | None:
-        """The first tensor whose bytes are not those that were written, read anew from the disk."""
+        """The first tensor with a wrong checksum, read from the disk; None if all are correct."""
         try:
             return next((name for name, at in self.tensors.items() if sha256_of(at) != self.sha256[name]), None)
         except (OSError, DamagedFile) as error:
@@ -36,9 +36,10 @@ class Artifact:
 
 
 def save_artifact(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any], durable: bool = True) -> None:
-    """Write an artifact: tensors to `path`, the rest beside it; it counts only once both are there.
+    """Write an artifact: tensors to `path`, and a note next to it. It only counts once both exist.
 
-    facts: values of JSON, for example `{"seconds": 1.5}`. durable: they are on the disk when this returns.
+    facts: JSON values, for example `{"seconds": 1.5}`.
+    durable: data is on the disk on return.
     """
     entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     save_artifact_of(path, entries, tensors.items(), facts, durable)
@@ -51,20 +52,20 @@ def save_artifact_of(
     facts: dict[str, Any],
     durable: bool = True,
 ) -> None:
-    """`save_artifact` of tensors that come one at a time, in any order; entries: element type and shape of each."""
+    """`save_artifact` for tensors that are produced one at a time, in any order; entries: element type and shape of each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         with TensorFileWriter(partial, entries, durable) as file:
             sha256 = {}
             for name, tensor in tensors:
                 sha256[name] = file.write(name, tensor)
-                del tensor  # before the next one is made
+                del tensor  # freed before the next one is produced
         note(path).unlink(missing_ok=True)
     write_json(note(path), {"version": VERSION, "sha256": sha256, "facts": facts}, durable)
 
 
 def load_artifact(path: Path) -> Artifact | None:
-    """The artifact at `path`; None if there is none, or none that is whole as far as its header and its note tell."""
+    """The artifact at `path`; None if there is none, or if its header or note is incomplete."""
     content = read_json(note(path))
     if content is None or content.get("version") != VERSION:
         return None
@@ -77,18 +78,18 @@ def load_artifact(path: Path) -> Artifact | None:
 
 
 def remove_artifact(path: Path) -> None:
-    """Remove an artifact, its note first, without which the rest does not count."""
+    """Remove an artifact, its note first, so that a partly removed one does not count."""
     note(path).unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
 def note(path: Path) -> Path:
-    """The file of JSON beside the tensors of an artifact."""
+    """The JSON file next to the tensors of an artifact."""
     return path.with_suffix(".json")
 
 
 def write_json(path: Path, content: dict[str, Any], durable: bool = True) -> None:
-    """Write JSON with a checksum of its own, whole or not at all."""
+    """Write JSON with a checksum, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, sort_keys=True)
     with whole_file(path, durable) as partial:
@@ -96,7 +97,7 @@ def write_json(path: Path, content: dict[str, Any], durable: bool = True) -> Non
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """What `write_json` wrote; None if it is absent or damaged."""
+    """The value that `write_json` wrote; None if it is missing or damaged."""
     try:
         checksum, _, text = path.read_text(encoding="utf-8").partition("\n")
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and outlive a power failure."""
+"""Files that are written atomically and survive a power failure."""
 
 import os
 from collections.abc import Iterator
@@ -8,16 +8,16 @@ from secrets import token_hex
 
 
 def beside(path: Path) -> Path:
-    """A hidden place on the disk of `path` for what is not finished; no two processes get one name."""
-    # Processes of two machines may have one number.
+    """A hidden temporary path on the disk of `path`; unique for each process."""
+    # Processes on two machines may have the same id.
     return path.with_name(f".{path.name}.{token_hex(8)}.partial")
 
 
 @contextmanager
 def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
-    """The place to write a file to, which becomes `path` when the block ends, and goes if the block raises.
+    """Context manager with a temporary path that becomes `path` at the end of the block, and is removed if the block raises.
 
-    durable: the file and its name are on the disk then.
+    durable: the file and its name are on the disk at the end.
     """
     partial = beside(path)
     try:
@@ -32,8 +32,8 @@ def whole_file(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, outlive a power failure."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+    """Make sure that a file, or the names in a folder, survive a power failure."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

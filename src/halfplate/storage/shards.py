@@ -16,12 +16,12 @@ Entry = tuple[torch.dtype, tuple[int, ...]]
 
 
 def weight_map_of(index: Any) -> dict[str, str]:
-    """The file of each tensor, as the content of an index says; raises ValueError if it is not one, or leads out of its folder."""
+    """The file of each tensor, from the content of an index; raises ValueError if it is invalid or leads out of its folder."""
     found = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(found, dict) or not found:
         raise ValueError("it has no weight_map")
     for name in found.values():
-        # Path would drop what escapes the folder on one system but not on another, so only plain names pass.
+        # Path parses separators differently on each system, so only plain names are allowed.
         if not isinstance(name, str) or not name.endswith(".safetensors") or any(sign in name for sign in "/\\:\0"):
             raise ValueError(f"its weight_map names the file {name!r}, expected a .safetensors file of the same folder")
     return found
@@ -33,10 +33,12 @@ def write_shards(
     max_shard_nbytes: int,
     write: Callable[[TensorFileWriter, str], str],
 ) -> dict[str, str]:
-    """Write tensors, in their order, to one file or to several with an index; returns the SHA-256 of each.
+    """Write tensors, in order, to one file or to several with an index; returns the SHA-256 of each.
 
-    entries: element type and shape by name. write: writes the tensor of that name, and returns the SHA-256 of its bytes. A file
-    exceeds `max_shard_nbytes` only if a single tensor does.
+    A file exceeds `max_shard_nbytes` only if a single tensor does.
+
+    entries: element type and shape by name.
+    write: writes the tensor with that name, and returns the SHA-256 of its bytes.
     """
     shards, total = _cut(entries, max_shard_nbytes)
     sha256: dict[str, str] = {}
@@ -53,7 +55,7 @@ def write_shards(
 
 
 def _cut(entries: Mapping[str, Entry], max_shard_nbytes: int) -> tuple[list[list[str]], int]:
-    """The names of each file, and the bytes of all tensors."""
+    """The names in each file, and the bytes of all tensors."""
     shards: list[list[str]] = [[]]
     nbytes = total = 0
     for name, (dtype, shape) in entries.items():

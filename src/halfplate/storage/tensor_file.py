@@ -1,4 +1,4 @@
-"""Safetensors files tensor by tensor, by pread and pwrite: pages of a mapped file would count as resident memory."""
+"""Reading and writing safetensors files tensor by tensor, by pread and pwrite, because pages of a mapped file count as resident memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from halfplate.errors import HalfplateError
 
-# In the order in which the safetensors library sorts tensors of a file, the first kind first.
+# In the order in which the safetensors library sorts the tensors of a file.
 KINDS = {
     "U64": torch.uint64,
     "I64": torch.int64,
@@ -34,14 +34,14 @@ KINDS = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: kind for kind, dtype in KINDS.items()}
-LONGEST_HEADER = 100_000_000  # the limit that the safetensors library sets itself
+LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
 METADATA = "__metadata__"
-PIECE = 2**24  # bytes that are copied or hashed at once
+PIECE = 2**24  # bytes copied or hashed at once
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies. kind: element type in the words of safetensors. start: its first byte in the file."""
+    """The location of a tensor. kind: element type in safetensors' notation. start: its first byte in the file."""
 
     path: Path
     kind: str
@@ -51,12 +51,12 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The element type; KeyError if it is one that torch is not given here, such as F8."""
+        """The element type; raises KeyError for types without a mapping to torch, such as F8."""
         return KINDS[self.kind]
 
 
 class DamagedFile(HalfplateError):
-    """A safetensors file is not whole. reason: the message without what to do."""
+    """A safetensors file is incomplete or damaged. reason: the message without the advice."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"{reason}; download it again")
@@ -67,7 +67,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of the file by name, in the order of the header; raises DamagedFile unless the file holds them all."""
     status = path.stat()
     size = status.st_size
-    # Opening a pipe waits for whoever writes to it, a device has no end.
+    # Opening a pipe would wait for a writer, and a device has no end.
     if not stat.S_ISREG(status.st_mode):
         raise DamagedFile(f"{path.name} is not a regular file")
     with path.open("rb") as file:
@@ -99,7 +99,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that a whole file, one that `read_header` takes, carries beside its tensors, by name."""
+    """The texts in the header of a file that passes `read_header`, by name."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     found: dict[str, str] = header.get(METADATA, {})
@@ -107,7 +107,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; of a name that stands twice, another reader may take the other value."""
+    """A JSON object with unique names, because readers differ in which of two equal names they use."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name occurs in it twice")
@@ -115,9 +115,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_covered(path: Path, found: Mapping[str, StoredTensor], start: int, size: int) -> None:
-    """Raise DamagedFile unless the tensors follow each other without gaps to the end of the file, as the format demands.
+    """Raise DamagedFile unless the tensors follow each other without gaps to the end of the file, as the format requires.
 
-    Tensors that overlap could name any number of values in a small file.
+    Overlapping tensors could describe any number of values in a small file.
     """
     end = start
     for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
@@ -129,7 +129,7 @@ def _check_covered(path: Path, found: Mapping[str, StoredTensor], start: int, si
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
-    """The values of a tensor in memory of their own; raises DamagedFile if the file has become shorter."""
+    """The values of a tensor in newly allocated memory; raises DamagedFile if the file has become shorter."""
     tensor = torch.empty(stored.shape, dtype=KINDS[stored.kind], device="cpu")
     with stored.path.open("rb", buffering=0) as file:
         _read_into(file.fileno(), stored.start, memoryview(_bytes(tensor)), stored.path)
@@ -143,12 +143,12 @@ def read_tensors(found: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tenso
 
 
 def sha256(tensor: Tensor) -> str:
-    """Hexadecimal SHA-256 of the bytes of a tensor in memory, in the order in which they are stored."""
+    """Hexadecimal SHA-256 of the bytes of a tensor in memory, in their stored order."""
     return hashlib.sha256(memoryview(_bytes(tensor.detach().cpu().contiguous()))).hexdigest()
 
 
 def sha256_of(stored: StoredTensor) -> str:
-    """Hexadecimal SHA-256 of the bytes of a tensor."""
+    """Hexadecimal SHA-256 of the bytes of a stored tensor."""
     digest = hashlib.sha256()
     for piece in pieces(stored):
         digest.update(piece)
@@ -156,7 +156,7 @@ def sha256_of(stored: StoredTensor) -> str:
 
 
 def pieces(stored: StoredTensor) -> Iterator[memoryview]:
-    """The bytes of a tensor in pieces, each valid until the next."""
+    """The bytes of a tensor in pieces; each is valid until the next one."""
     buffer = memoryview(bytearray(min(PIECE, stored.nbytes)))
     with stored.path.open("rb", buffering=0) as file:
         for done in range(0, stored.nbytes, PIECE):
@@ -168,8 +168,10 @@ def pieces(stored: StoredTensor) -> Iterator[memoryview]:
 class TensorFileWriter:
     """A new safetensors file of the tensors `entries` (element type and shape by name), written one at a time.
 
-    Byte for byte what `safetensors.torch.save_file` writes with this metadata. Used as a context.
-    durable: the file reaches the disk when the block ends. metadata: one text at most, for the library writes several in no fixed order.
+    The result equals the file of `safetensors.torch.save_file` with this metadata, byte for byte. Use it as a context manager.
+
+    durable: the file is on disk at the end of the block.
+    metadata: at most one text, because the order of several is not defined.
     """
 
     def __init__(
@@ -217,7 +219,7 @@ class TensorFileWriter:
         return hashlib.sha256(data).hexdigest()
 
     def copy(self, name: str, stored: StoredTensor) -> str:
-        """Write the tensor `name` from another file, without holding it whole; returns the SHA-256 of its bytes."""
+        """Write the tensor `name` from another file, without holding it completely; returns the SHA-256 of its bytes."""
         at, size = self._spans[name]
         assert (KINDS[stored.kind], stored.shape, stored.nbytes) == (*self._entries[name], size), name
         digest = hashlib.sha256()

@@ -1,6 +1,6 @@
-"""Many recipes for one model, each compressed, judged and recorded: what `halfplate sweep` does.
+"""`halfplate sweep`: many recipes for one model, each compressed, measured and recorded.
 
-The folder has another name than the verb, because `halfplate.sweep` is the verb.
+The folder is not called `sweep`, because `halfplate.sweep` is the public function.
 """
 
 from halfplate.sweeps.carrying_out import sweep

@@ -1,4 +1,4 @@
-"""Carrying a sweep out: row by row, each recorded as soon as it is measured, so that a killed sweep goes on."""
+"""Running a sweep row by row. Each row is recorded as soon as it is measured, so that a killed sweep can continue."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Folder:
         return self.checkpoints / row.name
 
     def check(self) -> None:
-        """Raise HalfplateError unless the folder is one of a sweep, empty, or not there yet."""
+        """Raise HalfplateError unless the folder is that of a sweep, empty, or does not exist."""
         check_place(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise HalfplateError(f"out={str(self.path)!r} is a file, expected a folder; choose another name")
@@ -57,7 +57,7 @@ class Folder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """While inside, no other sweep works here."""
+        """Context manager that prevents other sweeps from using the folder."""
         try:
             self.rows.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ class Folder:
         with sole_user(self.rows, self.path):
             yield
         with suppress(OSError):
-            self.checkpoints.rmdir()  # empty unless some are kept
+            self.checkpoints.rmdir()  # only removed if it is empty
 
 
 def sweep(
@@ -77,12 +77,16 @@ def sweep(
     dry_run: bool = False,
     report: Report = silent,
 ) -> dict[str, Any]:
-    """Compress one model by many recipes, judge every result, and return the table as the JSON object of `results.json`.
+    """Compress one model by many recipes, measure every result, and return the content of `results.json`.
 
-    description: the path of a sweep file (docs/sweeps.md), or what it holds. out: the folder of records and tables; rows that are
-    recorded there and have not changed are not measured again. only: names of the rows to measure. keep: leave the checkpoints
-    in `out`. dry_run: measure and write nothing; rows that are to do get the bytes of their plan. report: told of every step.
-    A row that fails is recorded with its error, and the next call tries it again. Raises HalfplateError on bad input.
+    - description: the path of a sweep file (docs/sweeps.md), or a mapping with its content
+    - out: the folder of records and tables; recorded rows that have not changed are not measured again
+    - only: names of the rows to measure
+    - keep: keep the checkpoints in `out`
+    - dry_run: measure and write nothing; rows to measure get the bytes of their plan
+    - report: called at every step
+
+    A failed row is recorded with its error, and the next call tries it again. Raises HalfplateError on bad input.
     """
     asked, folder = read_sweep(description), Folder(Path(path_text("out", out)))
     chosen = asked.chosen([only] if isinstance(only, str) else None if only is None else list(only))
@@ -115,7 +119,7 @@ def sweep(
             if record["status"] == DONE and not keep:
                 shutil.rmtree(folder.checkpoint(row), ignore_errors=True)
             _tell(report, number + 1, len(chosen), row, "ended", standing(folder.record(row), made[row.name]))
-            written()  # the table so far, whatever ends the sweep
+            written()  # write the table so far, however the sweep ends
         return written()
 
 
@@ -132,7 +136,7 @@ def _measured(bench: Bench, row: Row, folder: Folder, record: dict[str, Any], re
             record |= bench.compressed(row, out, record, report) | {"status": COMPRESSED}
             save(file, record)
         record |= bench.judged(row, model, report) | {"status": DONE}
-    # A row that breaks must not end a night of measuring.
+    # A failing row must not stop the sweep.
     except Exception as error:
         kind = "" if isinstance(error, HalfplateError) else f"{type(error).__name__}: "
         record |= {"status": FAILED, "error": " ".join(f"{kind}{error}".split())[:LONGEST_ERROR]}
@@ -142,7 +146,7 @@ def _measured(bench: Bench, row: Row, folder: Folder, record: dict[str, Any], re
 
 
 def _planned(bench: Bench, row: Row) -> dict[str, Any]:
-    """The bytes of a row by its plan, or the error that would end it."""
+    """The bytes of a row by its plan, or the error that would stop it."""
     try:
         return bench.planned(row)
     except HalfplateError as error:
@@ -150,7 +154,7 @@ def _planned(bench: Bench, row: Row) -> dict[str, Any]:
 
 
 def _check_evaluation(asked: Sweep) -> None:
-    """Raise HalfplateError for a text or a library that is missing: no row could be judged."""
+    """Raise HalfplateError for a missing text or library, without which no row could be measured."""
     for text in asked.evaluation.get("text", ()):
         Text(text, "eval: text")
     if "tasks" in asked.evaluation:
@@ -160,7 +164,7 @@ def _check_evaluation(asked: Sweep) -> None:
 
 
 def _tell(report: Report, done: int, total: int, row: Row, step: str, stood: Standing) -> None:
-    """Tell of a step of a row: `begun`, `ended` or `done before`."""
+    """Report a step of a row: `begun`, `ended` or `done before`."""
     evaluation = stood.record.get("evaluation", {})
     figures = {"share": stood.record.get("share")} | {key: evaluation.get(key) for key in ("kl", "perplexity")}
     facts = {"event": EVENT, "step": step, "name": row.name, "status": stood.status, "why": stood.why}

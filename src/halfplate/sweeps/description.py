@@ -1,4 +1,4 @@
-"""What a sweep file says: the model, how its rows are judged, and the recipe of each row."""
+"""The content of a sweep file: the model, the evaluation, and the recipe of each row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERSION = 1
 ORIGINAL = "original"
 KEYS = ("version", "model", "eval", "speed", "base", "rows")
 RECIPE_KEYS = ("recipe", "activations", *(field.name for field in fields(Recipe)))
-# Fields of a recipe that are lists themselves.
+# Fields of a recipe whose values are lists, which are not expanded.
 LISTS = ("choose", "include", "exclude")
 ACTIVATIONS = ("float", "int8")
 EVALUATION: dict[str, Any] = {
@@ -50,9 +50,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The model, the rows, and how each is judged.
+    """The model, the rows, and how each is measured.
 
-    evaluation: arguments of `halfplate.evaluate`. speed: arguments of `halfplate.bench`, None if speed is not measured.
+    evaluation: arguments of `halfplate.evaluate`.
+    speed: arguments of `halfplate.bench`, None if speed is not measured.
     """
 
     model: str
@@ -61,7 +62,7 @@ class Sweep:
     rows: tuple[Row, ...]
 
     def chosen(self, only: list[str] | None) -> list[Row]:
-        """The rows of these names, all if None; raises HalfplateError for a name that no row has."""
+        """The rows with these names, all if None; raises HalfplateError for an unknown name."""
         names = [row.name for row in self.rows]
         for name in only or []:
             if name not in names:
@@ -70,7 +71,7 @@ class Sweep:
 
 
 def read_sweep(description: str | Path | Mapping[str, Any]) -> Sweep:
-    """Read and check a sweep: a YAML file, or what it holds; raises HalfplateError in one line for all that cannot work."""
+    """Read and check a sweep: a YAML file, or a mapping with its content; raises HalfplateError in one line if it is invalid."""
     if isinstance(description, Mapping):
         return _sweep(description)
     name = path_text("sweep", description)
@@ -115,7 +116,7 @@ def _speed(value: Any) -> dict[str, Any] | None:
 
 
 def _options(where: str, values: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Typed options; numbers are at least 1, and one text may stand for a list of one."""
+    """Typed options; numbers must be at least 1, and a single text becomes a list."""
     found = {}
     for key, value in _mapping(where, _empty_if_none(values), tuple(hints)).items():
         if hints[key] == tuple[str, ...] and isinstance(value, str):
@@ -144,13 +145,13 @@ def _mapping(where: str, values: Any, known: tuple[str, ...]) -> Mapping[str, An
 
 
 def _recipe_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with the recipe file that they name laid under them."""
+    """Values on top of those of the recipe file that they name."""
     own = {key: value for key, value in values.items() if key != "recipe"}
     return laid_over(file_values(path_text("recipe", values["recipe"])), own) if "recipe" in values else own
 
 
 def _rows_of(entry: Any, base: Mapping[str, Any]) -> Iterator[Row]:
-    """The row of an entry, or its rows if a value of it is a list."""
+    """The row of an entry, or its rows if a value is a list."""
     if entry == ORIGINAL:
         yield Row(ORIGINAL, None)
         return
@@ -179,7 +180,7 @@ def _row(name: str, values: dict[str, Any]) -> Row:
 
 
 def _said_of(name: str, make: Callable[[], T]) -> T:
-    """What `make` makes; an error of it names the row."""
+    """The result of `make`; its errors name the row."""
     try:
         return make()
     except HalfplateError as error:
@@ -187,7 +188,7 @@ def _said_of(name: str, make: Callable[[], T]) -> T:
 
 
 def _expanded(values: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Every combination of the values that are lists, with what it adds to the name of the row."""
+    """Every combination of the values that are lists, with the addition to the name of the row."""
     options = values.get("method_options")
     places = [(None, key) for key, value in values.items() if isinstance(value, list) and key not in LISTS]
     lists = [values[key] for _, key in places]
@@ -208,7 +209,7 @@ def _expanded(values: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
                 made[key] = value
             else:
                 made[outer] = {**made[outer], key: value}
-            # Of a path only the last part: names are names of files.
+            # Only the last part of a path, because row names become file names.
             said = value if isinstance(value, str) else json.dumps(value, default=str)
             suffix += f", {key} {said.rpartition('/')[2]}"
         found.append((suffix, made))
@@ -228,7 +229,7 @@ def _checked_name(name: Any, entry: Any) -> str:
 
 
 def _distinct(rows: list[Row]) -> tuple[Row, ...]:
-    """The rows; raises HalfplateError if there are none or too many, and for names that cannot be files of one folder."""
+    """The rows; raises HalfplateError if there are none or too many, and for invalid or duplicate names."""
     if not rows:
         raise HalfplateError(f"rows is empty; expected at least one row, e.g. `- {ORIGINAL}`")
     if len(rows) > MOST_ROWS:
@@ -244,7 +245,7 @@ def _distinct(rows: list[Row]) -> tuple[Row, ...]:
 
 
 def _fault(name: str) -> str | None:
-    """Why a name cannot be that of a file, None if it can."""
+    """Why a name cannot be a file name, None if it can."""
     if not name.strip() or name != name.strip():
         return "is empty, or begins or ends with a space"
     if "/" in name or "\\" in name:

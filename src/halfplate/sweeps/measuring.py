@@ -1,4 +1,4 @@
-"""Making the model of one row of a sweep, and judging it."""
+"""Compressing and measuring one row of a sweep."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from halfplate.telemetry.machine import machine
 from halfplate.telemetry.progress import Report
 from halfplate.version import package_version
 
-# Of the JSON object of `compress`: what a record keeps beside the bytes.
+# Entries of the JSON object of `compress` that a record keeps besides the bytes.
 KEPT = ("calibration", "block_size", "levels", "mean_relative_error", "error_kind", "without_kernel", "notes")
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The model of a sweep, and how its rows are judged.
+    """The model of a sweep, and how its rows are measured.
 
-    linear_nbytes: bytes of its linears at 2 bytes per weight. other_nbytes: of everything else.
+    linear_nbytes: bytes of its linears at 2 bytes per weight.
+    other_nbytes: bytes of everything else.
     """
 
     sweep: Sweep
@@ -41,7 +42,7 @@ class Bench:
 
     @classmethod
     def of(cls, sweep: Sweep, source: Source) -> Bench:
-        # A method that takes every linear and reads no text: only the bytes of the original are asked for.
+        # Any method that includes every linear and needs no text, because only the bytes of the original are used.
         plan = plan_source(source, Recipe(method="rtn", core_dtype="int8"))
         return cls(sweep, source, plan.dense_nbytes, plan.other_nbytes)
 
@@ -51,7 +52,7 @@ class Bench:
         return self._sizes(self.linear_nbytes, self.linear_nbytes, self.other_nbytes)
 
     def planned(self, row: Row) -> dict[str, Any]:
-        """The bytes that a row will have, under a budget the most; none under a budget of time. HalfplateError if it cannot run."""
+        """The bytes that a row will have (with a budget, the most; None with a time budget); raises HalfplateError if it cannot run."""
         if row.recipe is None:
             return self.original
         plan = plan_source(self.source, row.recipe)
@@ -59,16 +60,16 @@ class Bench:
         return {} if most is None else self._sizes(most, plan.dense_nbytes, plan.other_nbytes)
 
     def compressed(self, row: Row, out: Path, kept: Mapping[str, Any], report: Report) -> dict[str, Any]:
-        """Compress the model by the recipe of a row, or go on with it; returns what the record keeps of that.
+        """Compress the model by the recipe of a row, or resume that; returns the entries for the record.
 
-        kept: the record so far, which knows what a compression cost that an earlier call finished.
+        kept: the record so far, with the time of a compression that an earlier call finished.
         """
         continued = WorkFolder(out).finished_work()
         with _same_threads():
             made = compress(
                 self.source.name, out, row.recipe, overwrite=True, report=report, resume=True, benchmark=False
             )
-        # Without phases, the checkpoint was there.
+        # Without phases, the checkpoint already existed.
         found = made["seconds"].keys() == {"total"}
         facts = {key: made[key] for key in KEPT} | {"seconds": made["seconds"], "continued": continued or found}
         return {
@@ -77,10 +78,10 @@ class Bench:
         }
 
     def judged(self, row: Row, model: str, report: Report) -> dict[str, Any]:
-        """The measures of `model`, the original or the checkpoint of a row: `evaluation`, and `speed` if it is asked for."""
+        """The measurements of `model`, the original or the checkpoint of a row: `evaluation`, and `speed` if requested."""
         options, against = dict(self.sweep.evaluation), None if row.recipe is None else self.source.name
         if "tasks" in options and "text" not in options:
-            against = None  # else a text would be sampled and scored, too
+            against = None  # otherwise generated text would be scored, too
         seconds: dict[str, float] = {}
         with _same_threads():
             found = {
@@ -118,7 +119,7 @@ def _timed(seconds: dict[str, float], name: str, work: Callable[[], dict[str, An
 
 @contextmanager
 def _same_threads() -> Iterator[None]:
-    """The threads of one row are not those of the next."""
+    """Restore the number of threads after a row."""
     before = torch.get_num_threads()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The picture of a sweep: the loss of every row against its bytes, as an SVG file of its own."""
+"""The picture of a sweep: the loss of every row against its bytes, as a self-contained SVG file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from halfplate.sweeps.records import DONE
 
 WIDTH, HEIGHT = 960, 560
 LEFT, RIGHT, TOP, BOTTOM = 70, 24, 40, 52
-LETTER, LINE = 6.4, 13.0  # size of a name's letters, at most
+LETTER, LINE = 6.4, 13.0  # largest font size of names
 # Classes as in the style sheet of the report, with its colours.
 STYLE = """<style>
 svg { --ground: #fffefb; --ink: #20242c; --soft: #646a76; --rule: #e4e1d9; --data: #2f6d7e; font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -35,7 +35,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Axis:
-    """Values from `least` to `most` laid out from pixel `first` to `last`."""
+    """Values from `least` to `most`, mapped to the pixels `first` to `last`."""
 
     least: float
     most: float
@@ -45,7 +45,7 @@ class Axis:
 
     @classmethod
     def of(cls, values: Sequence[float], first: float, last: float, may_be_logarithmic: bool = False) -> Axis:
-        """An axis that shows the values with some room beside them; logarithmic if they span more than a factor of ten."""
+        """An axis for the values with some margin; logarithmic if they span more than a factor of ten."""
         least, most = min(values), max(values)
         if may_be_logarithmic and 0 < least * 10 < most:
             return cls(least / 1.3, most * 1.3, first, last, True)
@@ -75,7 +75,7 @@ class Axis:
 
 
 def picture(result: Mapping[str, Any]) -> str | None:
-    """The SVG file of the JSON object of a sweep; None if no loss of a compressed row was measured."""
+    """The SVG file for the JSON object of a sweep; None if no compressed row has a loss."""
     rows = [row for row in result["rows"] if row["status"] == DONE and "compression" in row]
     by_kl = _points(rows, "kl")
     points = by_kl or _points(rows, "perplexity")
@@ -91,7 +91,7 @@ def picture(result: Mapping[str, Any]) -> str | None:
     edge = front(points)
     line = " ".join(f"{places[point][0]:.1f},{places[point][1]:.1f}" for point in edge)
     pieces.append(Markup('<polyline class="edge" points="{}"/>').format(line))
-    for point in sorted(points, key=edge.__contains__):  # the best on top
+    for point in sorted(points, key=edge.__contains__):  # draw the best on top
         (x, y), kind = places[point], "best" if point in edge else "other"
         said = f"{point.name}: {point.nbytes / 1e6:.4g} MB, {measure} {point.loss:.4g}"
         pieces.append(
@@ -105,7 +105,7 @@ def picture(result: Mapping[str, Any]) -> str | None:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one beats in both bytes and loss, the smallest first."""
+    """The points that no other point beats in both bytes and loss, smallest first."""
     found: list[Point] = []
     for point in sorted(points, key=lambda one: (one.nbytes, one.loss)):
         if not found or point.loss < found[-1].loss:
@@ -123,7 +123,7 @@ def _points(rows: Sequence[Mapping[str, Any]], measure: str) -> list[Point]:
 
 
 def _rules(across: Axis, up: Axis) -> list[Markup]:
-    """Ticks with their lines, and what the axes mean."""
+    """Ticks with grid lines, and axis labels."""
     pieces = []
     for value in across.ticks():
         pieces.append(text(across.at(value), HEIGHT - BOTTOM + 20, f"{value:g}", "middle"))
@@ -138,7 +138,7 @@ def _rules(across: Axis, up: Axis) -> list[Markup]:
 
 
 def _names(points: Sequence[Point], places: Mapping[Point, tuple[float, float]]) -> list[Markup]:
-    """Names beside the points, each where it covers nothing; one that finds no place is told by the circle's title alone."""
+    """Names next to the points, where they cover nothing; other names appear only as the title of the circle."""
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in places.values()]
     pieces = []
     for point in points:

@@ -1,4 +1,4 @@
-"""What is kept of the rows of a sweep: one JSON file each, and whether it still holds."""
+"""The records of the rows of a sweep, one JSON file each, and whether they are still valid."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from halfplate.sweeps.description import Row, Sweep
 
 VERSION = 1
 DONE, FAILED, COMPRESSED, TO_DO = "done", "failed", "compressed", "to do"
-SHOWN = ("weight_nbytes", "share", "linear_share", "evaluation")  # what tables need of a row that is done
+SHOWN = ("weight_nbytes", "share", "linear_share", "evaluation")  # entries of a finished row that tables need
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How a row stands before a sweep goes on. status: of the four above; why: in words, empty if done.
+    """The state of a row before a sweep continues.
 
-    record: what is kept of it and still holds, {} if nothing.
+    status: one of the four above.
+    why: in words, empty if done.
+    record: the valid part of its record, {} if there is none.
     """
 
     status: str
@@ -33,7 +35,7 @@ class Standing:
 
 
 def made_of(sweep: Sweep, row: Row, model: str) -> dict[str, Any]:
-    """All that decides the measures of a row, as plain JSON; model: `Source.sha256`. A record made of anything else is stale."""
+    """Everything that determines the measurements of a row, as plain JSON. A record with another value is stale. model: `Source.sha256`."""
     texts = {text: {"sha256": _content(text)} for text in sweep.evaluation.get("text", ())}
     made: dict[str, Any] = {
         "model": {"sha256": model},
@@ -50,7 +52,7 @@ def made_of(sweep: Sweep, row: Row, model: str) -> dict[str, Any]:
 
 
 def standing(file: Path, made: Mapping[str, Any]) -> Standing:
-    """How the row stands whose record is in `file` and that is now made of `made`."""
+    """The state of the row with the record `file`, whose measurements are determined by `made`."""
     record = _read(file)
     if record is None:
         return Standing(TO_DO, "its record is damaged" if file.exists() else "not measured yet", {})
@@ -62,12 +64,12 @@ def standing(file: Path, made: Mapping[str, Any]) -> Standing:
 
 
 def save(file: Path, record: Mapping[str, Any]) -> None:
-    """Write the record of a row, whole or not at all."""
+    """Write the record of a row atomically."""
     replace_file(file, json.dumps(finite({"version": VERSION, **record}), indent=1, allow_nan=False) + "\n")
 
 
 def difference(kept: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> str | None:
-    """The first entry in which two rows differ, in words; None if they are the same."""
+    """The first difference between two rows in words; None if they are equal."""
     for key in sorted(kept.keys() | now.keys()):
         before, after = kept.get(key), now.get(key)
         if before == after:
@@ -82,7 +84,7 @@ def difference(kept: Mapping[str, Any], now: Mapping[str, Any], where: str = "")
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """The record in `file`; None if there is none, or none that this version wrote."""
+    """The record in `file`; None if there is none, or if another version wrote it."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -98,7 +100,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _content(source: str) -> str | None:
-    """The SHA-256 of a text file; None for what is no file."""
+    """The SHA-256 of a text file; None if it is not a file."""
     path = Path(split_fields(source)[0]).expanduser()
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The result of a sweep: one JSON object, and the table of it."""
+"""The result of a sweep: one JSON object, and its table."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def results_of(
     chosen: Sequence[Row],
     planned: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The JSON object of `results.json`: every row in the order of the sweep file, with how it stands and what was measured.
+    """The content of `results.json`: every row in the order of the sweep file, with its state and measurements.
 
-    failed: names of the chosen rows that failed. planned: bytes or the error of rows that are to do, for a dry run.
+    failed: names of the chosen rows that failed.
+    planned: bytes or error of the rows to measure, for a dry run.
     """
     rows = []
     for row in bench.sweep.rows:
@@ -64,7 +65,7 @@ def write_results(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """The columns of the table, and the values of each row; None for what is not measured or does not apply."""
+    """The columns of the table, and the values of each row; None if a value is not measured or does not apply."""
     done = [row for row in result["rows"] if row["status"] == DONE]
     texts = list(dict.fromkeys(text for row in done for text in row["evaluation"].get("texts", {})))
     tasks = {task: _score(scores) for row in done for task, scores in row["evaluation"].get("tasks", {}).items()}
@@ -91,7 +92,7 @@ def _values(row: Mapping[str, Any], texts: list[str], tasks: Mapping[str, str], 
     values += [speed.get("decode_tokens_per_s"), speed.get("decode_speedup")] if timed else []
     compression = row.get("compression")
     spent = None if compression is None else round(compression["seconds"]["total"], 1)
-    # Of a compression that an earlier call began, only the last part was timed.
+    # If an earlier call began the compression, only the last part was timed.
     return [*values, f"> {cell(spent)}" if compression is not None and compression["continued"] else spent]
 
 
@@ -108,7 +109,7 @@ def megabytes(nbytes: int | None) -> float | int | None:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table in Markdown, names to the left, all others to the right; below it why a row has no figures."""
+    """The table in Markdown, names left-aligned and numbers right-aligned; below it, why rows have no figures."""
     columns, rows = table(result)
     lines = [
         columns,
@@ -120,7 +121,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def without_figures(result: Mapping[str, Any]) -> list[str]:
-    """A line for every row that failed, and one for all that are to do."""
+    """A line for every failed row, and one for all rows that are not measured yet."""
     lines = [f"{row['name']}: {row['status']}, {row['why']}" for row in result["rows"] if row["status"] == FAILED]
     left = sum(row["status"] not in (DONE, FAILED) for row in result["rows"])
     return [*lines, f"{left} of {len(result['rows'])} rows are not measured yet"] if left else lines

@@ -1,4 +1,4 @@
-"""Where the time of a run went."""
+"""Measuring the time of each phase of a run."""
 
 import time
 from collections import defaultdict

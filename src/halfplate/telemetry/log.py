@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line, `log.jsonl` in the folder of the result."""
+"""The log of a run, `log.jsonl` in the result folder: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from halfplate.version import versions_of
 
 LOG_FILE = "log.jsonl"
 LOG_VERSION = 1
-WORK = ("matrix", "step")  # events of what a run does, after which its log is worth keeping
+WORK = ("matrix", "step")  # events after which the log of a failed run is kept
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 
 
 @contextmanager
 def run_log(out: Path, report: Report, resume: bool = False) -> Iterator[Report]:
-    """A report that tells `report` and writes the log; what is raised inside is written as an `error`.
+    """Context manager with a report that calls `report` and writes the log; an exception inside is written as an `error`.
 
-    While the run lasts, and after it failed, the log lies beside `out` as `NAME.log.jsonl`; if `out` was written, it moves
-    there. The log of a run that failed before its first matrix or step goes: the error says all. A log that cannot be
-    written stops no run. resume: go on after what an earlier run wrote.
+    During the run, and after a failure, the log is next to `out` as `NAME.log.jsonl`; if `out` was written, it moves there. The log of
+    a run that failed before its first matrix or step is removed. If the log cannot be written, the run continues.
+
+    resume: append to the log of an earlier run.
     """
     target = out.resolve()
     log = RunLog(target.with_name(f"{target.name}.{LOG_FILE}"), resume)
@@ -46,7 +47,7 @@ def run_log(out: Path, report: Report, resume: bool = False) -> Iterator[Report]
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, as a log opens with them."""
+    """Versions and machine, for the first line of a log."""
     from halfplate.kernels import native
 
     return {"versions": versions_of(LIBRARIES), "machine": machine(), "kernels": native.isa(), "process": os.getpid()}
@@ -62,7 +63,7 @@ class RunLog(Listener):
         self._file: TextIO | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # A refused attempt to go on takes nothing away from what the run before it told.
+            # A refused attempt to resume must not change the log of the earlier run.
             self._worked = resume and _whole_lines(path)
             self._file = path.open("a" if resume else "w", encoding="utf-8")
         except OSError:
@@ -82,7 +83,7 @@ class RunLog(Listener):
         self.write(line)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line, with the time and the memory of the process; numbers that JSON lacks become null."""
+        """Append one line, with the time and the memory of the process; NaN and infinity become null."""
         if self._file is None:
             return
         memories = {"rss_bytes": memory("VmRSS"), "peak_rss_bytes": memory("VmHWM")}
@@ -94,7 +95,7 @@ class RunLog(Listener):
             self.close()
 
     def close(self) -> None:
-        """Write no more."""
+        """Stop writing."""
         file, self._file = self._file, None
         if file is not None:
             try:
@@ -103,7 +104,7 @@ class RunLog(Listener):
                 return
 
     def settle(self, place: Path | None) -> None:
-        """Move the finished log to `place`; without one, remove it unless there was work."""
+        """Move the finished log to `place`; without a place, remove it unless it is worth keeping."""
         try:
             if place is not None:
                 self.path.replace(place)
@@ -114,7 +115,7 @@ class RunLog(Listener):
 
 
 def append(folder: Path, line: Mapping[str, Any]) -> None:
-    """Add a line to the log in `folder`; nothing happens if the folder cannot be written."""
+    """Append a line to the log in `folder`; does nothing if the folder cannot be written."""
     stamped = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **line}
     try:
         with (folder / LOG_FILE).open("a", encoding="utf-8") as file:
@@ -124,7 +125,7 @@ def append(folder: Path, line: Mapping[str, Any]) -> None:
 
 
 def _whole_lines(path: Path) -> bool:
-    """Cut off a last line that a full disk or a killed process left unfinished; whether any line is there."""
+    """Remove an incomplete last line, left by a full disk or a killed process; returns whether any line is left."""
     if not path.exists():
         return False
     with path.open("rb+") as file:
@@ -136,7 +137,7 @@ def _whole_lines(path: Path) -> bool:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Which folder stands there now: a result replaces it as a whole."""
+    """The identity of the folder, which changes when a new result replaces it."""
     try:
         status = folder.stat()
     except OSError:

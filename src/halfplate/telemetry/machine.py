@@ -1,4 +1,4 @@
-"""The machine that a figure was measured on."""
+"""A description of the machine of a measurement."""
 
 import os
 import platform
@@ -10,12 +10,12 @@ from halfplate.limits import cores
 
 
 def load_average() -> float | None:
-    """Processes that ran or waited in the last minute, None if the system does not count them."""
+    """The load average of the last minute, None if the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def machine() -> str:
-    """Processor, instruction set, cores, threads, torch and load, for the line beside a table."""
+    """Processor, instruction set, cores, threads, torch and load, as one line."""
     info = Path("/proc/cpuinfo")
     lines = [line.partition(":") for line in info.read_text(errors="replace").splitlines()] if info.is_file() else []
     fields = {key.strip(): value.strip() for key, _, value in reversed(lines)}

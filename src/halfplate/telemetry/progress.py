@@ -1,4 +1,4 @@
-"""How an executor tells what it is doing to whoever listens: a terminal, the log, a tracker of experiments."""
+"""Reporting progress to a terminal, the log or an experiment tracker."""
 
 import time
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ NO_FACTS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Report(Protocol):
-    """Called with the phase, the steps done and the steps in all; the same phase is reported from its first step to its total."""
+    """A callback with the phase, the steps done and all steps; a phase is reported from its first step to its last."""
 
     def __call__(
         self,
@@ -22,16 +22,18 @@ class Report(Protocol):
         share: float | None = None,
         facts: Mapping[str, Any] = NO_FACTS,
     ) -> None:
-        """note: what else is worth a word beside the numbers, e.g. the loss.
+        """Report one step.
 
-        share: how much of the phase's work is done, between 0 and 1, if its steps are unequal. facts: what a log or a
-        tracker keeps of this step, plain JSON under an `event` that says which kind it is: `plan`, `matrix`, `end`, ... (docs/logging.md).
+        note: additional text, e.g. the loss.
+        share: how much of the phase's work is done, in 0..1, if its steps are unequal.
+        facts: plain JSON about this step for logs and trackers, with its kind under `event`: `plan`, `matrix`, `end`, ...
+            (docs/logging.md).
         """
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a report is told of one step."""
+    """The arguments of one call of a report."""
 
     phase: str
     done: int
@@ -42,7 +44,7 @@ class Step:
 
 
 class Listener(ABC):
-    """A report that takes each step as one object."""
+    """A report that receives each step as one object."""
 
     def __call__(
         self,
@@ -57,7 +59,7 @@ class Listener(ABC):
 
     @abstractmethod
     def take(self, step: Step) -> None:
-        """Do with the step whatever this listener is for."""
+        """Handle one step."""
 
 
 class _Together(Listener):
@@ -70,18 +72,18 @@ class _Together(Listener):
 
 
 def together(*reports: Report) -> Report:
-    """One report that tells all of `reports`, in their order."""
+    """One report that calls all of `reports` in order."""
     return _Together(reports)
 
 
 def silent(*_: Any, **__: Any) -> None:
-    """The report that tells nothing."""
+    """A report that does nothing."""
 
 
 class TimeLeft:
-    """Seconds until the end of the present phase, from the share of its work that was done since it was first reported.
+    """Estimates the seconds until the end of the current phase, from the share of its work done since its first report.
 
-    A phase that goes on from what an earlier run finished counts only what it does itself.
+    If a phase resumes earlier work, only its own work counts.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -90,7 +92,7 @@ class TimeLeft:
         self._start = self._from = self._share = 0.0
 
     def __call__(self, phase: str, done: int, total: int, share: float | None = None) -> float | None:
-        """The seconds left after this step; None if nothing tells them yet."""
+        """The seconds left after this step; None if they cannot be estimated yet."""
         if share is None:
             share = done / total if total else 1.0
         if phase != self._phase or share < self._share:
@@ -102,5 +104,5 @@ class TimeLeft:
 
     @property
     def spent(self) -> float:
-        """Seconds since the present phase was first reported."""
+        """Seconds since the first report of the current phase."""
         return self._clock() - self._start

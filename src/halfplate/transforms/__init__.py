@@ -1,6 +1,6 @@
-"""Transforms, one file each: a model in, an equivalent or smaller model out, before it is planned and compressed.
+"""Transforms, one file each, which turn a model into an equivalent or smaller one before it is planned and compressed.
 
-To add one: write its file with a `Transform`, and add a line to `TRANSFORMS`. Other packages add theirs by an entry point of
+To add one: write its file with a `Transform`, and add a line to `TRANSFORMS`. Other packages add theirs through an entry point of
 the group `halfplate.transforms` (docs/extending.md).
 """
 
@@ -12,7 +12,7 @@ from halfplate.transforms.base import Maker, Piece, Transform, outline, pieces_o
 
 __all__ = ["CONVERSION", "TRANSFORMS", "Maker", "Piece", "Transform", "find", "outline", "pieces_of"]
 
-CONVERSION = "conversion"  # the one that is applied without being asked for
+CONVERSION = "conversion"  # the transform that is applied automatically
 
 
 def _fault(found: Any, name: str) -> str | None:

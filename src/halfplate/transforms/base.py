@@ -1,4 +1,4 @@
-"""What a transform is: a model in, an equivalent or smaller model out, made layer by layer before anything is compressed."""
+"""The interface of transforms, which turn a model into an equivalent or smaller one, layer by layer, before compression."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is made and kept at once: the tensors of one layer of the result, or all that are outside the layers (index None).
+    """The unit that is made and kept at once: the tensors of one layer of the result, or all tensors outside the layers (index None).
 
     entries: element type and shape of each tensor, by its name in the model; floats are fp32.
     """
@@ -33,19 +33,21 @@ class Piece:
         return sum(map(_nbytes, self.entries.values()))
 
 
-# Gives every tensor of a piece with its name, in any order, one at a time.
+# Yields every tensor of a piece with its name, in any order, one at a time.
 Maker = Callable[[Piece], Iterator[tuple[str, Tensor]]]
 
 
 class Transform(ABC):
-    """A model in, an equivalent or smaller model out.
+    """Turns a model into an equivalent or smaller one.
 
-    name: that of the registry. version: goes up whenever the result changes. summary: one sentence.
+    Halfplate writes each piece to a file with checksums, keeps finished pieces if the run is interrupted, and makes no piece twice. So a
+    piece must be the same in every process, whatever was made before it. `refusal`, `configuration` and `held_nbytes` are called while
+    planning, before earlier transforms have made their tensors. They may only use the configuration, and names and shapes
+    (`halfplate.models.sources.skeleton`).
 
-    A transform describes; Halfplate does the work: it writes each piece to a file with checksums, keeps finished pieces if the run
-    is interrupted, and makes no piece twice. So a piece must be the same in every process, whatever was made before it.
-    `refusal`, `configuration` and `held_nbytes` run while planning, when an earlier transform has not made any tensors yet: they may
-    look at the configuration, and at names and shapes (`halfplate.models.sources.skeleton`).
+    name: its name in the registry.
+    version: increased whenever the result changes.
+    summary: one sentence.
     """
 
     name: ClassVar[str]
@@ -61,28 +63,28 @@ class Transform(ABC):
         return source.config
 
     def held_nbytes(self, source: Source) -> int:
-        """Bytes held at most, beside the process itself; unless overridden, twice the largest layer or outer tensor in fp32."""
+        """Peak bytes in addition to the process itself; by default, twice the largest layer or outer tensor in fp32."""
         result = outline(self, source)
         sides = [source] if result.config is source.config else [source, result]
         return 2 * max(_largest(pieces_of(skeleton(side))) for side in sides)
 
     @abstractmethod
     def open(self, source: Source) -> Maker:
-        """What makes the pieces of the result; `halfplate.models.streamed.StreamedModel(source)` reads the tensors of the source."""
+        """A function that makes the pieces of the result; `halfplate.models.streamed.StreamedModel(source)` reads the tensors of the source."""
 
     @property
     def label(self) -> str:
-        """How recipes, fingerprints and reports call it."""
+        """Its name in recipes, fingerprints and reports."""
         return f"{self.name}@{self.version}"
 
 
 def outline(transform: Transform, source: Source) -> Source:
-    """The result as far as it is known without its tensors, which is what planning looks at."""
+    """The result as far as it is known without its tensors; planning uses it."""
     return replace(source, config=transform.configuration(source), tensors={}, in_model_form=True)
 
 
 def pieces_of(model: PreTrainedModel) -> list[Piece]:
-    """What an empty `model` consists of: its layers, then all that is outside of them; a tensor that is shared stands once."""
+    """The pieces of an empty `model`: its layers, then everything outside them; a shared tensor appears once."""
     state = model.state_dict(keep_vars=True)
     tied = {name for name, origin in (model.all_tied_weights_keys or {}).items() if origin in state}
     prefix, blocks = find_blocks(model)

@@ -1,4 +1,4 @@
-"""A model whose files hold its tensors in another form, a GGUF file or experts that transformers joins, in the form of the model."""
+"""Converting stored tensors to the layout of the model: GGUF files, and experts that transformers joins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from halfplate.transforms.base import Maker, Piece, Transform
 
 
 class Conversion(Transform):
-    """Values stay as they are; Halfplate applies it by itself to every model that needs it."""
+    """Changes the layout but not the values; applied automatically to every model that needs it."""
 
     name = "conversion"
     version = 1
@@ -36,7 +36,7 @@ CONVERSION = Conversion()
 
 
 def needs_conversion(source: Source) -> bool:
-    """Whether tensors lie otherwise in the files than in the model: a GGUF file, or experts that transformers joins."""
+    """Whether the layout of the files differs from that of the model: a GGUF file, or experts that transformers joins."""
     if source.in_model_form:
         return False
     if source.gguf_header is not None:
@@ -56,19 +56,19 @@ def _of_gguf(source: Source) -> Maker:
 
 
 def _of_folder(source: Source) -> Maker:
-    """By transformers' own conversions, of the parts of one tensor at a time."""
+    """Convert with transformers' own conversions, from the parts of one tensor at a time."""
     from transformers.core_model_loading import dot_natural_key
 
     model = skeleton(source, buffers=True)
     state, converters = model.state_dict(keep_vars=True), converters_by_pattern(model)
     parts: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
-    # In the order of transformers, which joins experts in it.
+    # In the order in which transformers joins experts.
     for part, (name, pattern) in names_in_model(model, sorted(source.tensors, key=dot_natural_key)).items():
         parts[name].append((part, pattern))
     stored_as = {origin: name for name, origin in (model.all_tied_weights_keys or {}).items() if name in parts}
 
     def converted(name: str) -> Iterator[tuple[str, Tensor]]:
-        """The tensor `name`, and those that are made of the same parts."""
+        """The tensor `name`, and all tensors made from the same parts."""
         readers = [(pattern, _reader(source.tensors[part], state[name].dtype), part) for part, pattern in parts[name]]
         pattern, read, _ = readers[0]
         if pattern is None:
@@ -89,7 +89,7 @@ def _of_folder(source: Source) -> Maker:
             elif name in stored_as:
                 yield from ((name, tensor) for _, tensor in converted(stored_as[name]))
             elif not state[name].is_meta:
-                # Computed and not in the files: as transformers leaves it.
+                # Computed and not in the files; taken from transformers.
                 yield name, state[name]
 
     return make

@@ -18,7 +18,7 @@ struct Problem {
     int64_t bytes[5];         // of weight, out_blocks, in_blocks, moment and core
 };
 
-// Every stage also writes the loss of each tile as it was on entry: double (row_tiles, col_tiles).
+// Every stage also writes the loss of each tile on entry: double (row_tiles, col_tiles).
 using Stage = void (*)(const Problem &, double *cross, double *square, double *losses);
 
 constexpr int64_t LARGEST_TABLE = 16;  // numbers of a grid that are listed
@@ -26,7 +26,7 @@ constexpr int64_t LARGEST_TABLE = 16;  // numbers of a grid that are listed
 // The core under the full Gram objective: every row couples all its inputs. Matrices as above.
 struct GramSweep {
     float *core;            // S: (rows, cols), updated
-    float *error;           // E = A' R H B': (rows, cols), used up
+    float *error;           // E = A' R H B': (rows, cols), overwritten
     float *product;         // U = S C: (rows, cols), updated with S
     const float *out_gram;  // G = A' A: (row_tiles, row_tile, row_tile)
     const float *in_gram;   // C = B H B': (cols, cols)
@@ -34,9 +34,9 @@ struct GramSweep {
     float *steps;           // of the grid, (rows, ceil(cols / step_width)), refitted where that gains; null for any real value
     int64_t row_tiles, row_tile, cols;
     int64_t kept, group;              // N, M
-    int64_t least, greatest;          // codes of the grid
-    int64_t step_width;               // columns that share a step; a multiple of M
-    int64_t off_grid;                 // 1 where S is not on the grid yet, so that no group may stay as it is
+    int64_t least, greatest;          // range of the codes
+    int64_t step_width;               // columns that share a scale; a multiple of M
+    int64_t off_grid;                 // 1 if S is not quantised yet, so that every group must change
     int64_t threads;
     int64_t bytes[7];                 // of core, error, product, out_gram, in_gram, table and steps
 };

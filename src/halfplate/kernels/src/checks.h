@@ -1,4 +1,4 @@
-// What the entry points ask before anything is read or written. Sizes of buffers are in bytes, so that a buffer of another
+// Checks of the entry points before anything is read or written. Sizes of buffers are in bytes, so that a buffer of another
 // element type has the wrong size. Everything is integer arithmetic on a few numbers.
 #pragma once
 
@@ -17,25 +17,25 @@ namespace halfplate {
 // Returned by every entry point; above 0 are the refusals of pack.h. Mirrored in kernels/native.py.
 enum Status : int32_t { DONE = 0, NO_MEMORY = -1, BAD_HEADER = -2, BAD_SIZE = -3, BAD_NUMBER = -4 };
 
-// Above these, products of sizes could overflow; no matrix and no batch that fits a machine reaches them.
+// Larger sizes could overflow in products; no matrix or batch that fits into memory reaches them.
 constexpr int64_t LARGEST_SIDE = int64_t(1) << 26, LARGEST_BATCH = int64_t(1) << 30;
-constexpr int64_t LARGEST_GROUP = 256, LARGEST_KEPT = 16;  // M, and N that the solver has room for
+constexpr int64_t LARGEST_GROUP = 256, LARGEST_KEPT = 16;  // M, and the largest N that the solver supports
 constexpr int64_t THREADS_PER_CORE = 8;
 
 static inline bool within(int64_t value, int64_t least, int64_t most) { return value >= least && value <= most; }
 
-// The team that serves a call which asks for `threads`: results do not depend on it, and a process has room for so many only.
+// The number of threads for a call that requests `threads`: limited for the process; results do not depend on it.
 static inline int64_t team(int64_t threads) {
     static const int64_t most = THREADS_PER_CORE * omp_get_num_procs();
     return threads < most ? threads : most;
 }
 
-// A buffer of exactly so many bytes; one of none may have no address.
+// A buffer of exactly this many bytes; an empty one may be null.
 static inline bool holds(const void *data, int64_t bytes, int64_t wanted) {
     return bytes == wanted && (wanted == 0 || data != nullptr);
 }
 
-// Whether the numbers that a header is placed by can be those of a matrix.
+// Whether the sizes in a header can be those of a matrix.
 static inline bool sensible(const Packed &p) {
     return within(p.d_out, 1, LARGEST_SIDE) && within(p.d_in, 1, LARGEST_SIDE) && within(p.kind, FP32, INT4) &&
            within(p.sparse, 0, 1) && within(p.activations, FLOAT, p.kind >= INT8 ? BYTES : FLOAT) &&
@@ -48,7 +48,7 @@ static inline bool intact(const Packed *p, int64_t bytes) {
     return p != nullptr && bytes >= int64_t(sizeof(Packed)) && p->magic == MAGIC && p->nbytes == bytes;
 }
 
-// `intact`, and whether every part lies where the sizes of the matrix say.
+// `intact`, and whether every part is at the offset that follows from the sizes of the matrix.
 static inline bool sound(const Packed *p, int64_t bytes) {
     if (!intact(p, bytes) || !sensible(*p)) return false;
     Packed placed = *p;
@@ -62,7 +62,7 @@ static inline bool holds_rows(const float *data, int64_t bytes, int64_t rows, in
            holds(data, bytes, 4 * ((rows - 1) * apart + columns));
 }
 
-// Whether the stored tensors are exactly those of the matrix, each of its size.
+// Whether the stored tensors are exactly those of the matrix, with the right sizes.
 static inline bool holds_stored(const Packed &p, const Stored &s) {
     const int64_t kept = p.sparse ? p.d_in / 2 : p.d_in;
     const int64_t row = p.kind == FP32 ? 4 * kept : p.kind == INT8 ? kept : p.kind == INT4 ? ceil_div(kept, 2) : 2 * kept;
@@ -81,7 +81,7 @@ static inline bool holds_stored(const Packed &p, const Stored &s) {
            holds(s.bias, s.bytes[9], p.bias ? 4 * p.d_out : 0);
 }
 
-// Whether a decoder's sizes and matrices fit each other. whole: before the first step, matrices are looked at closely.
+// Whether the sizes and matrices of a decoder match. whole: also check the matrices in detail, before the first step.
 static inline int32_t check_decoder(const Decoder &d, bool whole) {
     const int64_t queries = d.heads * d.head_dim, keys = d.kv_heads * d.head_dim;
     if (whole) {
@@ -127,7 +127,7 @@ static inline int32_t check_step(const Decoder &d, const float *embedding, int64
     return DONE;
 }
 
-// Whether the matrices of a problem of the solver have the sizes that its tiles say.
+// Whether the matrices of a problem of the solver have the sizes that follow from its tiles.
 static inline int32_t check_problem(const Problem &p, const double *losses, int64_t loss_bytes) {
     if (!within(p.row_tiles, 1, LARGEST_SIDE) || !within(p.row_tile, 1, LARGEST_SIDE) || !within(p.col_tiles, 1, LARGEST_SIDE) ||
         !within(p.col_tile, 1, LARGEST_SIDE) || !within(p.group, 1, LARGEST_GROUP) || !within(p.kept, 1, p.group < LARGEST_KEPT ? p.group : LARGEST_KEPT) ||

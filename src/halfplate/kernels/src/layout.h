@@ -1,4 +1,4 @@
-// Where everything lies inside a packed linear. One layout serves every instruction set.
+// The layout of a packed linear, which is the same for every instruction set.
 //
 // A tile of a unit is [positions][values]. The columns of a tile are visited in steps: 16 columns where activations are
 // floats, 64 where they are bytes. A step of a sparse unit holds 16 (or 64) kept values: for each group of 4 columns two
@@ -27,7 +27,7 @@ static inline int64_t step_columns(const Packed &p) { return p.activations == BY
 static inline int64_t last_steps(const Packed &p) {
     return ceil_div(p.d_in - (tiles(p) - 1) * TILE, step_columns(p));
 }
-// Columns that are read of an input, the padding included.
+// Columns of an input that are read, including padding.
 static inline int64_t padded_in(const Packed &p) { return round_up(p.d_in, step_columns(p)); }
 
 static inline int64_t value_bytes(int32_t kind, int32_t activations, int64_t steps) {

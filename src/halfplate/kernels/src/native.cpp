@@ -42,7 +42,7 @@ const Functions &functions() {
 const Stages &stages() { return functions().stages; }
 const Runtime &runtime() { return functions().runtime; }
 
-// Scratch that a calling thread keeps from call to call: fresh pages would cost more than the work on them.
+// Scratch that a calling thread keeps from call to call: allocating new pages would cost more than the computation.
 float *scratch(int64_t floats) {
     struct Kept {
         float *data = nullptr;
@@ -60,7 +60,7 @@ float *scratch(int64_t floats) {
     return kept.data;
 }
 
-// Runs a stage of the solver; what memory it lacks is told, as no exception may leave C.
+// Runs a stage of the solver. Returns a Status if memory is short, because no exception may leave C.
 template <class Work>
 int32_t guarded(Work work) {
     try {
@@ -84,7 +84,7 @@ int32_t moments(Stage stage, const Problem *p, double *cross, double *square, in
 
 #define EXPORT __attribute__((visibility("default")))
 
-// Every entry point that is given a buffer is given its size in bytes, checks it before anything is written, and returns a
+// Every entry point receives the size in bytes of each buffer, checks it before it writes anything, and returns a
 // Status (checks.h).
 extern "C" {
 
@@ -122,7 +122,7 @@ EXPORT int32_t halfplate_gram_sweep(const halfplate::GramSweep *p) {
     return halfplate::guarded([&] { halfplate::stages().gram_sweep(bounded); });
 }
 
-// Sets the offsets and the size of a header whose other fields are given.
+// Sets the offsets and the size of a header whose other fields are set.
 EXPORT int32_t halfplate_place(halfplate::Packed *header, int32_t bias) {
     if (header == nullptr || !halfplate::sensible(*header)) return halfplate::BAD_HEADER;
     halfplate::place(*header, bias != 0);
@@ -167,7 +167,7 @@ EXPORT int32_t halfplate_linear(const halfplate::Packed *packed, int64_t packed_
     return halfplate::DONE;
 }
 
-// One wrapper alone, A where out_side, else B: y contiguous, rows of x ldx apart.
+// One wrapper, A if out_side, else B: y contiguous, rows of x ldx apart.
 EXPORT int32_t halfplate_wrap(const halfplate::Packed *packed, int64_t packed_bytes, int32_t out_side, const float *x,
                               int64_t x_bytes, int64_t ldx, float *y, int64_t y_bytes, int64_t tokens, int64_t threads) {
     if (!halfplate::sound(packed, packed_bytes) || (out_side ? packed->out_block : packed->in_block) == 0)
@@ -191,7 +191,7 @@ EXPORT int32_t halfplate_expand(const halfplate::Packed *packed, int64_t packed_
     return halfplate::DONE;
 }
 
-// Floats of scratch that a step of this decoder takes, or a Status below 0; the cache and the tables need not be there yet.
+// Number of scratch floats for a step of this decoder, or a negative Status; the cache and the tables need not exist yet.
 EXPORT int64_t halfplate_decoder_scratch(halfplate::Decoder *decoder, int64_t threads) {
     if (decoder == nullptr || threads < 1) return halfplate::BAD_NUMBER;
     if (const int32_t bad = halfplate::check_decoder(*decoder, true)) return bad;
@@ -214,7 +214,7 @@ EXPORT int32_t halfplate_step(const halfplate::Decoder *decoder, const float *em
     return halfplate::DONE;
 }
 
-// Sum of the bytes of a buffer as fast as it can be read, for measuring bandwidth; NaN where there is none.
+// Sum of the bytes of a buffer as fast as it can be read, for measuring bandwidth; NaN if there is no buffer.
 EXPORT float halfplate_read(const float *data, int64_t bytes, int64_t threads) {
     if (data == nullptr || bytes < 4 || threads < 1) return __builtin_nanf("");
     const int64_t count = bytes / 4;

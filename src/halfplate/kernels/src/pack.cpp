@@ -78,7 +78,7 @@ int64_t stored_row_bytes(int64_t count) {
     return KIND == FP32 ? 4 * count : KIND == INT8 ? count : KIND == INT4 ? ceil_div(count, 2) : 2 * count;
 }
 
-// Where element e of a step lies inside the values of a unit and tile: byte and bit.
+// Position of element e of a step inside the values of a unit and tile: byte and bit.
 struct Slot {
     int64_t byte;
     int bit;
@@ -151,7 +151,7 @@ inline uint32_t get_position(const uint8_t *meta, int64_t step, int64_t e) {
     return meta[2 * e + bit / 8] >> bit % 8 & 3;
 }
 
-// Visits the rows of one band; UNPACK turns the direction round.
+// Visits the rows of one band; UNPACK reverses the direction.
 template <int32_t KIND, bool AS_BYTES, bool UNPACK>
 int32_t band_sparse(const Packed &p, const Stored &stored, uint8_t *band, int64_t first_row) {
     const int64_t kept = p.d_in / 2, weight_row = stored_row_bytes<KIND>(kept), index_row = ceil_div(kept, 4);
@@ -199,7 +199,7 @@ int32_t band_sparse(const Packed &p, const Stored &stored, uint8_t *band, int64_
     return refusal;
 }
 
-// What band_sparse does to pack for floats, in the order in which it is written: loading is as fast as this is.
+// The packing part of band_sparse for floats, in the order of the output, because it determines the loading time.
 template <int32_t KIND>
 int32_t band_of_floats(const Packed &p, const Stored &stored, uint8_t *band, int64_t first_row) {
     const int64_t kept = p.d_in / 2, weight_row = stored_row_bytes<KIND>(kept), index_row = ceil_div(kept, 4);
@@ -459,11 +459,11 @@ void place(Packed &p, bool bias) {
     p.out_blocks = part(wrapper_bytes(p.wrapper_kind, p.d_out, p.out_block));
     p.out_scales = part(scaled_wrappers && p.out_block ? 4 * round_up(p.d_out, 16) : 0);
     p.bias = part(bias ? 4 * round_up(p.d_out, 16) : 0);
-    p.nbytes = end + 64;  // vectors may be read past the end of the last part
+    p.nbytes = end + 64;  // padding, because vectors may be read past the end of the last part
 }
 
 int32_t pack(Packed &packed, const Stored &stored, int64_t threads) {
-    // What lies between the parts is never used, but equal linears should pack to equal bytes.
+    // The gaps between parts are never used, but equal linears should pack to equal bytes.
     auto *base = reinterpret_cast<uint8_t *>(&packed);
     const int64_t head = round_up(sizeof(Packed), 64);
     std::memset(base + head, 0, size_t((packed.core ? packed.core : packed.nbytes) - head));

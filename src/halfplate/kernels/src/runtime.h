@@ -9,7 +9,7 @@ namespace halfplate {
 enum Kind : int32_t { FP32 = 0, BF16 = 1, FP16 = 2, INT8 = 3, INT4 = 4 };
 enum Activations : int32_t { FLOAT = 0, BYTES = 1 };
 
-// A core is cut into bands of 4 units; a unit is a pair of rows where the core is 2:4 sparse and one row where it is dense.
+// A core is cut into bands of 4 units; a unit is a pair of rows if the core is 2:4 sparse and one row if it is dense.
 constexpr int64_t UNITS = 4;
 constexpr int64_t TILE = 128;       // columns of a tile, and of a scale
 constexpr int64_t META = 32;        // bytes of positions of one unit and tile
@@ -20,9 +20,9 @@ struct Packed {
     uint64_t magic;
     int64_t d_out, d_in;
     int32_t kind, sparse, activations, wrapper_kind;
-    int64_t out_block, in_block;           // 0 where there is no wrapper
+    int64_t out_block, in_block;           // 0 if there is no wrapper
     int64_t core, scales, in_blocks, in_scales, out_blocks, out_scales, bias;  // byte offsets from the header, 0: absent
-    int64_t nbytes;                        // of everything, this header included
+    int64_t nbytes;                        // total bytes, including this header
 };
 
 // The stored tensors of one linear (docs/format.md); absent ones are null.
@@ -62,7 +62,7 @@ struct Decoder {
     const DecoderBlock *block;
     float *scratch;                        // halfplate_decoder_scratch floats, from a multiple of 64 bytes
     int64_t table_bytes[2], final_norm_bytes, head_bytes, block_bytes, scratch_bytes;  // of what these point to
-    int64_t sized_threads, sized_capacity, sized_floats;  // written by halfplate_decoder_scratch: what its answer was for, and is
+    int64_t sized_threads, sized_capacity, sized_floats;  // written by halfplate_decoder_scratch: the arguments and the result of its last call
 };
 
 struct Runtime {
@@ -72,7 +72,7 @@ struct Runtime {
     int64_t (*scratch_floats)(const Packed &matrix, int64_t tokens, int64_t threads);
     // The core with its zeros, row-major (d_out, d_in), as fp32 or (bf16 = true) bf16; called by every thread.
     void (*expand)(const Packed &matrix, void *out, bool bf16, int64_t thread, int64_t threads);
-    // One wrapper alone, A where out_side, else B: y = x M^T for all tokens; called by every thread.
+    // One wrapper, A if out_side, else B: y = x M^T for all tokens; called by every thread.
     void (*wrap)(const Packed &matrix, bool out_side, const float *x, int64_t ldx, float *y, int64_t ldy, int64_t tokens,
                  int64_t thread, int64_t threads);
     // One token of one sequence; called by every thread.

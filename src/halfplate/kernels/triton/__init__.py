@@ -1,6 +1,6 @@
-"""Kernels for CUDA, written in Triton: compiled when they are first run, imported when they are first asked for.
+"""CUDA kernels in Triton, imported on demand and compiled when they first run.
 
-`HALFPLATE_TRITON=0` turns them off, so that everything runs on its torch path.
+`HALFPLATE_TRITON=0` turns them off, so that the torch path runs.
 """
 
 import os
@@ -10,5 +10,5 @@ from halfplate.pattern import Pattern
 
 
 def sweeps(pattern: Pattern) -> bool:
-    """Whether a kernel sweeps over a core of `pattern` whose values are free; a core on a grid has none yet."""
+    """Whether there is a sweep kernel for a core of `pattern` with floating-point values; there is none for quantised cores yet."""
     return os.environ.get("HALFPLATE_TRITON") != "0" and pattern == Pattern(2, 4) and find_spec("triton") is not None

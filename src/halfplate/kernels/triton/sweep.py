@@ -1,4 +1,4 @@
-"""The sweep over a 2:4 core, one program a tile; `halfplate.solvers.armor.sweep` has the reference in torch."""
+"""The sweep over a 2:4 core, with one program per tile; `halfplate.solvers.armor.sweep` has the torch reference."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 import torch
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-RIDGE = tl.constexpr(1e-6)  # that of the reference
+RIDGE = tl.constexpr(1e-6)  # as in the reference
 BLOCK = 1024  # columns of a row of the error that are updated at once
 
 
@@ -32,7 +32,7 @@ def _pair(q_a, q_b, c_aa, c_ab, c_bb):
 def _sweep(
     core, error, before, out_gram, in_gram, in_stride, rows: tl.constexpr, cols: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """core, error: (tiles, rows, cols), in place. before: (tiles, cols), scratch. in_stride: 0 where tiles share `in_gram`."""
+    """core, error: (tiles, rows, cols), in place. before: (tiles, cols), scratch. in_stride: 0 if tiles share `in_gram`."""
     tile = tl.program_id(0).to(tl.int64)
     core += tile * rows * cols
     error += tile * rows * cols
@@ -43,7 +43,7 @@ def _sweep(
     for r in range(rows):
         row, values = error + r * cols, core + r * cols
         scale = tl.load(out_gram + r * rows + r)
-        # A row that no output feels stays as it is, and moves no other.
+        # A row that affects no output is not changed, and changes no other.
         if scale > 0:
             inverse = 1.0 / scale
             for first in range(0, cols, BLOCK):
@@ -66,7 +66,7 @@ def _sweep(
                 q_1 = p_1 + (((o_0 * c_01 + o_1 * c_11) + o_2 * c_12) + o_3 * c_13)
                 q_2 = p_2 + (((o_0 * c_02 + o_1 * c_12) + o_2 * c_22) + o_3 * c_23)
                 q_3 = p_3 + (((o_0 * c_03 + o_1 * c_13) + o_2 * c_23) + o_3 * c_33)
-                # What the group gains as it stands; another mask must gain more, and of equal ones the first is taken.
+                # The gain of the current values; another mask must gain more, and of equal ones the first is chosen.
                 gain = ((o_0 * (q_0 + p_0) + o_1 * (q_1 + p_1)) + o_2 * (q_2 + p_2)) + o_3 * (q_3 + p_3)
                 n_0, n_1, n_2, n_3 = o_0, o_1, o_2, o_3
                 zero = o_0 * 0.0
@@ -120,9 +120,13 @@ def _sweep(
 
 
 def sweep_tiles(core: Tensor, error: Tensor, out_gram: Tensor, in_gram: Tensor) -> Tensor:
-    """`halfplate.solvers.armor.sweep.sweep_tiles` of a 2:4 core without a grid: fp32 tensors on one device.
+    """`halfplate.solvers.armor.sweep.sweep_tiles` for a 2:4 core without quantisation: fp32 tensors on one device.
 
-    core, error: (T, r, c). out_gram: (T, r, r). in_gram: (T, c, c), or one that is expanded to T. Returns the new core.
+    Returns the new core.
+
+    core, error: (T, r, c).
+    out_gram: (T, r, r).
+    in_gram: (T, c, c), or a tensor expanded to T.
     """
     tiles, rows, cols = core.shape
     core, error = core.clone(memory_format=torch.contiguous_format), error.clone(memory_format=torch.contiguous_format)
