@@ -191,7 +191,7 @@ def test_an_interrupted_run_keeps_the_tables(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(main, "compress_blocks", interrupted)
+        patched.setattr(main, "compress_layers", interrupted)
         with pytest.raises(KeyboardInterrupt):
             halfplate.compress(str(folder_of("tied")), tmp_path / "out", recipe)
     monkeypatch.setattr(tables, "_solve", interrupted)

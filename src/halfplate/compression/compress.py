@@ -182,9 +182,9 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
             check_layers(streamed, plan, tokens, work, clock, report)
         plan, told = chosen_levels(readable, plan, tokens, work, report, clock)
         tables = solve_tables(streamed, plan, tokens, work, report, clock)
-        run = Run(streamed.source, plan, threads, tokens, work, engine, blocks, report, clock, tables)
-        outcome = compress_blocks(run)
-        blocks.close()
+        run = Run(streamed.source, plan, threads, tokens, work, engine, layers, report, clock, tables)
+        outcome = compress_layers(run)
+        layers.close()
         result = Result(plan, outcome, None if tokens is None else tokens.protocol(), told)
         with clock("writing"), new_folder(order.out, order.overwrite, work.result) as folder:
             checksums = assemble_weights(streamed, plan, work, folder, lambda at, total: report("writing", at, total))

@@ -111,5 +111,5 @@ def _apply(model: nn.Module, name: str, path: Path) -> None:
     bias = cast(nn.Linear, model.get_submodule(name)).bias
     spec = WeightSpec.from_json(artifact.facts["specs"][name], name)
     device = next(model.get_submodule(name).parameters()).device
-    tensors = {key: read_tensor(part.tensors[f"{name}.{key}"]).to(device) for key in spec.layout()}
+    tensors = {key: read_tensor(artifact.tensors[f"{name}.{key}"]).to(device) for key in spec.layout()}
     replace_module(model, name, CompressedLinear.from_stored(tensors, spec, bias))

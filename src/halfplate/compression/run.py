@@ -21,7 +21,12 @@ from halfplate.telemetry.progress import Report
 
 @dataclass
 class Run:
-    """source: the model, whose tensors can be read one by one. blocks: the layer that this process has open. tables: what became of the embedding and the head."""
+    """The state of a running compression.
+
+    source: the model, whose tensors can be read one by one.
+    layers: the layer that this process has open.
+    tables: records of the embedding and the head.
+    """
 
     source: Source
     plan: Plan

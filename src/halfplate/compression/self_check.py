@@ -266,8 +266,8 @@ class _Written:
             if (inner := name.removeprefix(prefix)) in state and name.rpartition(".")[0] not in specs:
                 state[inner].copy_(tensor)
         for name, module in linears.items():
-            replace_module(block, name.removeprefix(prefix), module)
-        accelerate_linears(block)
+            replace_module(layer, name.removeprefix(prefix), module)
+        accelerate_linears(layer)
 
 
 def _loaded_logits(folder: Path, ids: Tensor, device: str) -> Tensor:

@@ -93,7 +93,11 @@ class WorkFolder:
     def finished_work(self) -> bool:
         """Whether the folder contains finished work."""
         kinds = ("blocks", "matrices", "transforms/*")
-        return self.levels.exists() or note(self.outer).exists() or any(any(self.path.glob(f"{kind}/*.json")) for kind in kinds)
+        return (
+            self.levels.exists()
+            or note(self.outer).exists()
+            or any(any(self.path.glob(f"{kind}/*.json")) for kind in kinds)
+        )
 
     @contextmanager
     def opened(self, identity: dict[str, Any], resume: bool, overwrite: bool) -> Iterator[None]:
