@@ -194,7 +194,7 @@ def compressed_once(tiny_folder_once: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def stories260k() -> Path:
     """The folder of the real trained model stories260K; skips where it is absent."""
-    folder = ROOT.parent / "shared" / "models" / "stories260K"
+    folder = Path(os.environ.get("HALFPLATE_SHARED") or ROOT.parent / "shared") / "models" / "stories260K"
     if not (folder / "config.json").is_file():
         pytest.skip(f"the model stories260K is not at {folder}")
     return folder
