@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+# Read when torch is imported, here and in every process that a test starts, as `_one_thread` says.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if TYPE_CHECKING:
@@ -76,6 +80,7 @@ SLOW = (
     "checkpoint/test_architectures.py",
     "cli/test_serve.py",
     "engines/test_cluster.py",
+    "kernels/test_export.py",
     "kernels/test_native_self_test.py",
     "kernels/test_triton_sweep.py",
     "report/test_browser.py",
@@ -85,6 +90,28 @@ SLOW = (
     "test_site.py",
 )
 
+# Files and folders whose tests take long for the number of their parameters: the quick tier has each test with its first ones alone.
+SAMPLED = (
+    "attacks/",
+    "calibration/test_self_text.py",
+    "calibration/test_stream.py",
+    "checkpoint/test_damaged_files.py",
+    "checkpoint/test_format_document.py",
+    "checkpoint/test_round_trip.py",
+    "cli/test_compress_verb.py",
+    "cli/test_ratios.py",
+    "cli/test_refusals.py",
+    "compression/",
+    "kernels/",
+    "models/",
+    "recovery/",
+    "report/test_every_method.py",
+    "runtime/test_decoder.py",
+    "solvers/test_armor_gram.py",
+    "solvers/test_armor_sweep.py",
+    "test_shipped_recipes.py",
+    "transforms/",
+)
 
 # Files of the longest tests. They run first: one that starts last keeps one worker busy while the others have nothing left.
 LONGEST = (
@@ -97,11 +124,15 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the files of SLOW, so that `-m "not slow"` is the tier of a developer's loop, and put those of LONGEST first."""
+    """Mark what the quick tier, `-m "not slow"`, leaves out of the files of SLOW and SAMPLED, and put those of LONGEST first."""
     inside = {item: item.path.relative_to(TESTS).as_posix() for item in items if item.path.is_relative_to(TESTS)}
+    seen = set()
     for item, file in inside.items():
-        if file.startswith(SLOW):
+        test = file, getattr(item, "originalname", item.name)
+        if file.startswith(SLOW) or (file.startswith(SAMPLED) and test in seen):
             item.add_marker(pytest.mark.slow)
+        elif item.get_closest_marker("slow") is None:
+            seen.add(test)
     items.sort(key=lambda item: inside.get(item) not in LONGEST)
 
 

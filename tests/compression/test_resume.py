@@ -86,6 +86,7 @@ def test_the_same_bytes_after_a_break_and_nothing_solved_twice(
     assert not work.path.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [pytest.param(0, marks=pytest.mark.slow), 9])
 def test_tuned_blocks_and_chosen_levels_are_kept(tiny_folder, tmp_path, monkeypatch, finished):
     recipe = Recipe(method="wanda", tune_block=3, budget=0.6, choose=("pattern",), **SMALL)
@@ -106,6 +107,7 @@ def test_tuned_blocks_and_chosen_levels_are_kept(tiny_folder, tmp_path, monkeypa
     assert summary["tuned_blocks"].keys() == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_a_complete_result_is_found_and_nothing_is_done(tiny_folder, tmp_path, monkeypatch, text_file):
     recipe = Recipe(method="wanda", calibration=str(text_file), **SMALL)
     first = compress(str(tiny_folder), tmp_path / "out", recipe)
@@ -127,6 +129,7 @@ def test_a_complete_result_is_found_and_nothing_is_done(tiny_folder, tmp_path, m
         )
 
 
+@pytest.mark.slow
 def test_what_differs_is_named(tiny_folder, tmp_path, monkeypatch, text_file):
     recipe = {"method": "wanda", "calibration": str(text_file), **SMALL}
     out = tmp_path / "out"
@@ -228,6 +231,7 @@ def test_two_processes_do_not_share_a_work_folder(tiny_folder, tmp_path):
         compress(str(tiny_folder), tmp_path / "out", Recipe(method="wanda", **SMALL))
 
 
+@pytest.mark.slow
 def test_a_finished_result_does_not_take_the_folder_from_who_replaces_it(tiny_folder, tmp_path):
     out, recipe, met = tmp_path / "out", Recipe(method="wanda", **SMALL), []
     compress(str(tiny_folder), out, recipe)
@@ -241,6 +245,7 @@ def test_a_finished_result_does_not_take_the_folder_from_who_replaces_it(tiny_fo
     assert json.loads((out / "halfplate.json").read_text())["recipe"]["method"] == "ria"
 
 
+@pytest.mark.slow
 def test_overwrite_beside_resume_starts_what_differs_afresh(tiny_folder, tmp_path, monkeypatch):
     recipe, out = Recipe(method="wanda", **SMALL), tmp_path / "out"
     for changed, expected in ((recipe, 14 - 9), (replace(recipe, seed=1), 14)):
@@ -259,6 +264,7 @@ def test_a_ruined_result_leaves_no_work_behind(tiny_folder, tmp_path):
     assert not WorkFolder(tmp_path / "out").path.exists()
 
 
+@pytest.mark.slow
 def test_levels_that_are_lost_are_not_mixed_with_others(tiny_folder, tmp_path, monkeypatch):
     """Chosen anew they may be other ones, where measured times decide: what was solved at the old ones is solved again."""
     recipe, out = Recipe(method="magnitude", budget=0.6, tune_block=1, **SMALL), tmp_path / "out"

@@ -132,6 +132,7 @@ def interrupted_at(step):
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_an_interrupted_recovery_ends_in_the_same_bytes(wrapped, tiny_folder, tmp_path, step):
     settings = Recovery(tokens=640, **FAST)
@@ -259,6 +260,7 @@ def test_a_finished_recovery_leaves_no_state_of_a_killed_one(wrapped, tiny_folde
     assert not work(out).exists()
 
 
+@pytest.mark.slow
 def test_a_state_of_other_settings_is_refused(wrapped, tiny_folder, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Interruption):
@@ -272,6 +274,7 @@ def test_a_state_of_other_settings_is_refused(wrapped, tiny_folder, tmp_path):
     assert out.exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_trained_again_where_the_result_could_not_be_written(wrapped, tiny_folder, tmp_path, monkeypatch):
     out, settings, told = tmp_path / "out", Recovery(tokens=640, **FAST), []
 
