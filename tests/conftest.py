@@ -115,11 +115,11 @@ SAMPLED = (
 
 # Files of the longest tests. They run first: one that starts last keeps one worker busy while the others have nothing left.
 LONGEST = (
-    "test_documents.py",
+    "engines/test_cluster.py",
     "kernels/test_native_self_test.py",
-    "test_install.py",
-    "evaluation/test_tasks.py",
     "stress/test_faults.py",
+    "test_documents.py",
+    "test_install.py",
 )
 
 
