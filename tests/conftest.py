@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+# Read when torch is imported, here and in every process that a test starts, as `_one_thread` says.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if TYPE_CHECKING:
@@ -76,6 +80,7 @@ SLOW = (
     "checkpoint/test_architectures.py",
     "cli/test_serve.py",
     "engines/test_cluster.py",
+    "kernels/test_export.py",
     "kernels/test_native_self_test.py",
     "kernels/test_triton_sweep.py",
     "report/test_browser.py",
@@ -85,23 +90,49 @@ SLOW = (
     "test_site.py",
 )
 
+# Files and folders whose tests take long for the number of their parameters: the quick tier has each test with its first ones alone.
+SAMPLED = (
+    "attacks/",
+    "calibration/test_self_text.py",
+    "calibration/test_stream.py",
+    "checkpoint/test_damaged_files.py",
+    "checkpoint/test_format_document.py",
+    "checkpoint/test_round_trip.py",
+    "cli/test_compress_verb.py",
+    "cli/test_ratios.py",
+    "cli/test_refusals.py",
+    "compression/",
+    "kernels/",
+    "models/",
+    "recovery/",
+    "report/test_every_method.py",
+    "runtime/test_decoder.py",
+    "solvers/test_armor_gram.py",
+    "solvers/test_armor_sweep.py",
+    "test_shipped_recipes.py",
+    "transforms/",
+)
 
 # Files of the longest tests. They run first: one that starts last keeps one worker busy while the others have nothing left.
 LONGEST = (
-    "test_documents.py",
+    "engines/test_cluster.py",
     "kernels/test_native_self_test.py",
-    "test_install.py",
-    "evaluation/test_tasks.py",
     "stress/test_faults.py",
+    "test_documents.py",
+    "test_install.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the files of SLOW, so that `-m "not slow"` is the tier of a developer's loop, and put those of LONGEST first."""
+    """Mark what the quick tier, `-m "not slow"`, leaves out of the files of SLOW and SAMPLED, and put those of LONGEST first."""
     inside = {item: item.path.relative_to(TESTS).as_posix() for item in items if item.path.is_relative_to(TESTS)}
+    seen = set()
     for item, file in inside.items():
-        if file.startswith(SLOW):
+        test = file, getattr(item, "originalname", item.name)
+        if file.startswith(SLOW) or (file.startswith(SAMPLED) and test in seen):
             item.add_marker(pytest.mark.slow)
+        elif item.get_closest_marker("slow") is None:
+            seen.add(test)
     items.sort(key=lambda item: inside.get(item) not in LONGEST)
 
 
@@ -194,7 +225,7 @@ def compressed_once(tiny_folder_once: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def stories260k() -> Path:
     """The folder of the real trained model stories260K; skips where it is absent."""
-    folder = ROOT.parent / "shared" / "models" / "stories260K"
+    folder = Path(os.environ.get("HALFPLATE_SHARED") or ROOT.parent / "shared") / "models" / "stories260K"
     if not (folder / "config.json").is_file():
         pytest.skip(f"the model stories260K is not at {folder}")
     return folder

@@ -16,10 +16,18 @@ from pathlib import Path
 import pytest
 
 from halfplate.cli import main
+from halfplate.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 QUICK = ["--samples", "4", "--seq-len", "32"]
+FEW = ["--option", "iterations=2"]  # of ARMOR
+# What makes other commands quick.
+LESS = {
+    "recover": ["--tokens", "4096", "--samples", "64", "--seq-len", "32"],
+    "eval": ["--windows", "2", "--seq-len", "32"],
+    "bench": ["--prompt", "4", "--new-tokens", "2", "--rounds", "1"],
+}
 
 
 @pytest.fixture
@@ -36,8 +44,27 @@ def workplace(tiny_folder, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def compressed(workplace, compressed_once):
+    """The checkpoint that most pages name."""
+    recipe = Recipe(method_options={"iterations": 2}, samples=4, seq_len=32)
+    return shutil.copytree(compressed_once(recipe), workplace / "SmolLM2-2of4")
+
+
 def blocks(language, text=README):
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def quick(words):
+    """A command on few tokens and with few iterations."""
+    if words[0] not in ("plan", "compress"):
+        return [*words, *LESS.get(words[0], [])]
+    return [*words, *QUICK, *([] if "--method" in words else FEW)]
+
+
+def python(page, read=lambda codes: "\n".join(codes)):
+    """The Python code of a page, run in this process."""
+    exec(compile(read(blocks("python", (ROOT / "docs" / page).read_text())), page, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize(("page", "commands"), [("README.md", 5), ("docs/commands.md", 20)])
@@ -45,12 +72,10 @@ def test_every_command_of_the_readme_and_of_the_examples_runs(workplace, capsys,
     text = (ROOT / page).read_text()
     lines = [line for block in blocks("console", text) for line in block.splitlines() if line.startswith("$ halfplate")]
     assert len(lines) >= commands
+    of_sweeps = (ROOT / "docs" / "sweeps.md").read_text()  # they take long, and run below
+    lines = [line for line in lines if not (line.startswith("$ halfplate sweep") and line.split("  ")[0] in of_sweeps)]
     for line in lines:
-        words = shlex.split(line.removeprefix("$ "), comments=True)[1:]
-        if words[0] in ("plan", "compress"):
-            words += QUICK
-        if words[0] == "recover":
-            words += ["--tokens", "4096", "--samples", "64", "--seq-len", "32"]
+        words = quick(shlex.split(line.removeprefix("$ "), comments=True)[1:])
         assert main(words) == 0, line + capsys.readouterr().err
         assert capsys.readouterr().out.strip() or words[0] == "export", line
 
@@ -60,32 +85,32 @@ def test_every_command_of_a_page_runs(workplace, capsys, page, commands):
     lines = re.findall(r"^\$ halfplate (.*)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
     assert len(lines) == commands
     for line in lines:
-        assert main([*shlex.split(line), *QUICK]) == 0, line + capsys.readouterr().err
+        assert main(quick(shlex.split(line))) == 0, line + capsys.readouterr().err
         assert "optimised for" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["index.md", "export.md", "troubleshooting.md"])
-def test_every_command_of_a_page_of_the_site_runs(workplace, capsys, page):
+def test_the_first_page_of_the_site_has_the_commands_of_the_readme(compressed):
+    lines = re.findall(r"^\$ halfplate .*$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
+    assert lines == re.findall(r"^\$ halfplate .*$", README, re.MULTILINE)
+    compressed.rename("SmolLM2-small")
+    python("index.md")
+
+
+@pytest.mark.parametrize("page", ["export.md", "troubleshooting.md"])
+def test_every_command_of_a_page_of_the_site_runs(compressed, capsys, page):
     lines = re.findall(r"^\$ halfplate (.*)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
     assert lines
-    if page == "export.md":
-        assert main(["compress", "SmolLM2", "-o", "SmolLM2-2of4", *QUICK]) == 0
     for line in lines:
-        words = shlex.split(line, comments=True)
-        if words[0] in ("plan", "compress"):
-            words += QUICK
-        assert main(words) == 0, line + capsys.readouterr().err
-    if page in ("index.md", "export.md"):
-        (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
+        assert main(quick(shlex.split(line, comments=True))) == 0, line + capsys.readouterr().err
+    if page == "export.md":
+        python(page)
 
 
 def test_commands_of_the_page_on_memory_run(workplace, capsys):
     lines = re.findall(r"^\$ (halfplate .*)$", (ROOT / "docs" / "memory.md").read_text(), re.MULTILINE)
     assert len(lines) == 2
     for line in lines:
-        assert main([*shlex.split(line)[1:], *QUICK]) == 0, line + capsys.readouterr().err
+        assert main(quick(shlex.split(line)[1:])) == 0, line + capsys.readouterr().err
     assert "holds the whole model" in capsys.readouterr().out
 
 
@@ -97,35 +122,27 @@ def test_python_of_the_readme_runs(workplace):
 
 
 @pytest.mark.parametrize("page", ["kernels.md", "decoding.md"])
-def test_python_of_the_pages_on_speed_runs(workplace, page):
-    assert main(["compress", "SmolLM2", "-o", "SmolLM2-2of4", *QUICK]) == 0
-    codes = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
-    assert codes
-    for code in codes:
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
-        assert "decoding: " in run.stdout
+def test_python_of_the_pages_on_speed_runs(compressed, capsys, page):
+    python(page)
+    assert "decoding: " in capsys.readouterr().out
 
 
-def test_python_of_the_page_on_other_tools_runs(workplace):
+def test_python_of_the_page_on_other_tools_runs(compressed, workplace):
     """In one session, from top to bottom; without peft up to where it is needed."""
-    assert main(["compress", "SmolLM2", "-o", "SmolLM2-2of4", *QUICK]) == 0
-    codes = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ecosystem.md").read_text(), re.DOTALL)
-    assert len(codes) == 3
-    if find_spec("peft") is None:
-        codes = [code for code in codes if "peft" not in code]
-    run = subprocess.run([sys.executable, "-c", "\n".join(codes)], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+
+    def read(codes):
+        assert len(codes) == 3
+        return "\n".join(code for code in codes if find_spec("peft") or "peft" not in code)
+
+    python("ecosystem.md", read)
     if find_spec("peft") is None:
         pytest.skip("peft is not installed: its blocks were left out")
     assert (workplace / "merged" / "model.safetensors").is_file()
 
 
-def test_python_of_the_page_on_logging_runs(workplace):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "logging.md").read_text(), re.DOTALL)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()) == 14
+def test_python_of_the_page_on_logging_runs(workplace, capsys):
+    python("logging.md")
+    assert len(capsys.readouterr().out.splitlines()) == 14
 
 
 def test_commands_of_the_page_on_sweeps_run(workplace, capsys):
@@ -137,8 +154,7 @@ def test_commands_of_the_page_on_sweeps_run(workplace, capsys):
     assert (workplace / "sweep-results" / "picture.svg").is_file()
 
 
-def test_commands_of_the_page_on_the_report_run(workplace, capsys):
-    assert main(["compress", "SmolLM2", "-o", "SmolLM2-2of4", *QUICK, "--method", "wanda"]) == 0
+def test_commands_of_the_page_on_the_report_run(compressed, workplace, capsys):
     lines = re.findall(r"^\$ (halfplate .*)$", (ROOT / "docs" / "report.md").read_text(), re.MULTILINE)
     assert len(lines) == 3
     for line in lines:
@@ -164,13 +180,13 @@ def test_the_page_on_texts_is_true(workplace, capsys):
     assert json.loads(Path("SmolLM2-pairs/halfplate.json").read_text())["calibration"]["skipped_rows"] == 100
 
 
-def test_tensorboard_example_runs(workplace):
+def test_tensorboard_example_runs(workplace, monkeypatch):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    command = [sys.executable, ROOT / "examples" / "track_with_tensorboard.py", "SmolLM2", "out", "runs", *QUICK]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    example = str(ROOT / "examples" / "track_with_tensorboard.py")
+    monkeypatch.setattr(sys, "argv", [example, "SmolLM2", "out", "runs", *QUICK])
+    runpy.run_path(example, run_name="__main__")
     drawn = EventAccumulator("runs").Reload()
     assert [event.step for event in drawn.Scalars("relative error/down_proj")] == [0, 1]
     assert len(drawn.Scalars("solver loss, last over first")) == 14
@@ -196,8 +212,9 @@ def test_demo_runs_from_end_to_end(workplace, monkeypatch, capsys):
         started.append(command[3])
         if len(started) == 1:
             return begin(command, **options)
+        less = FEW if "armor" in command else LESS.get(command[3], [])
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            status = main(command[3:])
+            status = main([*command[3:], *less])
         return subprocess.CompletedProcess(command, status, said.getvalue())
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

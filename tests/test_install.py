@@ -52,9 +52,11 @@ def install(sdist, tmp_path, compiler):
     return target
 
 
-def halfplate(site, *arguments):
+def halfplate(site, *commands):
+    """What commands print, all run in one process that imports the package from `site`."""
     environment = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "halfplate", *map(str, arguments)]
+    runs = "".join(f"assert main({[str(word) for word in words]!r}) == 0\n" for words in commands)
+    command = [sys.executable, "-c", f"from halfplate.cli import main\n{runs}"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=site)
     assert run.returncode == 0, run.stderr
     return run.stdout
@@ -63,11 +65,12 @@ def halfplate(site, *arguments):
 def test_install_without_a_compiler_compresses_and_generates(sdist, tmp_path, tiny_folder):
     site = install(sdist, tmp_path, "false")
     assert not list(site.rglob("*.so"))
-    assert "not built" in halfplate(site, "doctor")
     out = tmp_path / "out"
     options = ("--block-size", "8", "--samples", "4", "--seq-len", "32", "--iterations", "2")
-    halfplate(site, "compress", tiny_folder, "-o", out, *options)
-    assert halfplate(site, "generate", out, "The bird", "--max-new-tokens", "4").startswith("The bird")
+    compress, generate = ("compress", tiny_folder, "-o", out, *options), ("generate", out, "The bird")
+    said = halfplate(site, ["doctor"], compress, [*generate, "--max-new-tokens", "4"])
+    assert "not built" in said
+    assert "\nThe bird" in said
 
 
 def test_install_with_a_compiler_has_native_kernels(sdist, tmp_path):
@@ -80,7 +83,7 @@ def test_install_with_a_compiler_has_native_kernels(sdist, tmp_path):
     quick.chmod(0o755)
     site = install(sdist, tmp_path, str(quick))
     assert [path.name for path in site.rglob("*.so")] == ["libhalfplate.so"]
-    assert "not built" not in halfplate(site, "doctor")
+    assert "not built" not in halfplate(site, ["doctor"])
 
 
 def test_sdist_holds_all_sources_and_the_licence(sdist):

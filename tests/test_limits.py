@@ -89,6 +89,7 @@ def broken_off(tiny_folder, tmp_path, monkeypatch):
     return out
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_there_are_fewer_cores(tiny_folder, broken_off, monkeypatch):
     for module in (limits, local):
         monkeypatch.setattr(module, "cores", lambda: 1)

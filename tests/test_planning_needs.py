@@ -98,6 +98,7 @@ def test_each_matrix_has_its_cost_and_the_benchmark_can_be_left_out(tiny_folder,
     assert {matrix["seconds"] for matrix in plan["matrices"]} == {None}
 
 
+@pytest.mark.slow
 def test_disk_counts_the_result_the_parts_and_the_hidden_states(tiny_folder, tmp_path, text):
     plan = make_plan(str(tiny_folder), Recipe(**SMALL))
     assert plan.disk.hidden == 2 * 2 * 4 * 4 * 16 * 32  # two streams at two blocks
@@ -116,6 +117,7 @@ def refused(tiny_folder, tmp_path, message, recipe, workers=1):
     assert not list(tmp_path.glob("*log*"))
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_refused_before_any_work(tiny_folder, tmp_path, text, monkeypatch, capsys):
     plan = make_plan(str(tiny_folder), Recipe(**SMALL))
     monkeypatch.setattr(room, "available_memory", lambda: 10**8)

@@ -20,7 +20,10 @@ def specs(out):
 
 
 def test_a_byte_budget_is_kept_and_used(tiny_folder, tmp_path):
-    recipe = Recipe(**SMALL, budget=0.62, core_dtype="int8", choose=("block_size", "core_dtype"))
+    options = {"iterations": 3}
+    recipe = Recipe(
+        **SMALL, method_options=options, budget=0.62, core_dtype="int8", choose=("block_size", "core_dtype")
+    )
     summary = compress(str(tiny_folder), tmp_path / "out", recipe)
     assert 0.9 * 0.62 < summary["nbytes"] / summary["dense_nbytes"] <= 0.62
     levels = {(entry["pattern"], entry["core_dtype"], entry["in_block"]) for entry in specs(tmp_path / "out").values()}
@@ -28,6 +31,7 @@ def test_a_byte_budget_is_kept_and_used(tiny_folder, tmp_path):
     load_any(str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_budget_loses_less_than_one_level_for_all(stories260k, tmp_path):
     dense = load_dense(str(stories260k))
     common = {"samples": 16, "seq_len": 128, "method": "sparsegpt", "inputs": "dense"}
@@ -58,6 +62,7 @@ def test_a_time_budget_chooses_what_its_measurements_allow(tiny_folder, tmp_path
         )
 
 
+@pytest.mark.slow
 def test_the_stopwatch_tells_a_time(tiny_folder, tmp_path, monkeypatch):
     from halfplate.budgets.stopwatch import Stopwatch
 

@@ -51,7 +51,20 @@ def test_the_kl_is_that_of_the_model_at_the_levels(measured, tiny_folder):
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "armor", "share_wrappers": True, "block_size": 8, "budget": 0.9}])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "method": "armor",
+            "method_options": {"iterations": 2},
+            "share_wrappers": True,
+            "block_size": 8,
+            "budget": 0.9,
+        },
+    ],
+)
 def test_levels_survive_the_disk(measured, options):
     _, units, held, _ = measured(**options)
     _, again, spilled, _ = measured(memory_bytes=5000, **options)
@@ -94,6 +107,7 @@ def test_a_search_never_ends_worse_than_it_starts(measured):
     assert [args[1:3] for args in told] == [(number, 4) for number in range(5)]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_budget_and_its_record_and_repeats(tiny_folder, tmp_path):
     recipe = Recipe(**QUICK, search="evolution", generations=3, offspring=4)
     for name in ("one", "two"):
@@ -112,6 +126,7 @@ def test_some_text_is_kept_from_the_solves():
     assert search_samples(1, 512) == 1
 
 
+@pytest.mark.slow
 def test_on_held_out_text_it_is_no_worse_than_the_knapsack(stories260k, tmp_path):
     from halfplate.calibration.held_out import held_out_tokens
     from halfplate.checkpoint.loading import load_any

@@ -145,6 +145,7 @@ def test_the_cache_gives_views_of_one_room(tiny_model: Any) -> None:
     assert type(DynamicCache(config=config).layers[1]) is DynamicLayer
 
 
+@pytest.mark.slow
 def test_a_real_model_writes_stories(stories260k: Any) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -60,6 +60,7 @@ def test_the_reader_of_the_document_reads_a_checkpoint(written: Any, tmp_path: P
     reads(written("qwen2", max_shard_nbytes=max_shard_nbytes), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", WIDE, ids=str)
 def test_the_reader_of_the_document_finds_the_scale_of_every_column(
     written: Any, tmp_path: Path, options: dict[str, Any]

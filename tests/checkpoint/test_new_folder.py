@@ -178,6 +178,7 @@ def start(tmp_path: Path, mode: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_control_c_leaves_nothing(tmp_path: Path) -> None:
     process = start(tmp_path, "wait")
     assert process.stdout is not None
@@ -188,6 +189,7 @@ def test_control_c_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_write_that_the_system_refuses_leaves_nothing(tmp_path: Path) -> None:
     process = start(tmp_path, "write", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)))
     printed, errors = process.communicate(timeout=60)

@@ -61,6 +61,7 @@ importlib.reload(halfplate)
     run(code + LOAD + "\nimportlib.reload(halfplate)\n" + LOAD, *expected)
 
 
+@pytest.mark.slow
 def test_transformers_first(expected: tuple[Path, Path]) -> None:
     run("import sys, torch, transformers\nimport transformers.modeling_utils\nimport halfplate\n" + LOAD, *expected)
 

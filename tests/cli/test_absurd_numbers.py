@@ -73,6 +73,7 @@ def places(halfplate, tiny_folder, tmp_path):
     return {"MODEL": tiny_folder, "OUT": out, "TEXT": text, "NEW": tmp_path / "new"}
 
 
+@pytest.mark.slow
 def test_absurd_numbers_are_refused_in_one_line(halfplate, places):
     for command, option, value, parts in CASES:
         outcome = halfplate(*(places.get(word, word) for word in command), option, value)

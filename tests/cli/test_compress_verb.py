@@ -41,6 +41,7 @@ def test_quiet_table(halfplate, tiny_folder, tmp_path):
     assert "\x1b" not in outcome.out
 
 
+@pytest.mark.slow
 def test_the_self_check_is_said_or_left_out(halfplate, tiny_folder, tmp_path, monkeypatch):
     command = ("compress", tiny_folder, "--method", "magnitude", "--quiet", "-o")
     assert "self-check, KL to the original" in halfplate(*command, tmp_path / "one").out
@@ -96,6 +97,7 @@ def test_plan_foretells_the_bytes(halfplate, tiny_folder, tmp_path, text_file, m
     assert len([m for m in plan["matrices"] if m["skipped"]]) == 2
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes(halfplate, tiny_folder, tmp_path):
     def digest(seed, name):
         out = tmp_path / name
@@ -125,6 +127,7 @@ def test_recipe_file_and_flags(halfplate, tiny_folder, tmp_path, text_file):
     assert json.loads((out / "halfplate.json").read_text())["recipe"] == stored
 
 
+@pytest.mark.slow
 def test_max_kl(halfplate, tiny_folder, tmp_path):
     out = tmp_path / "out"
     good = halfplate("compress", tiny_folder, "-o", out, *WANDA, "--max-kl", "100", "--json")
@@ -300,6 +303,7 @@ def test_ctrl_c_and_kill_of_a_real_process(tiny_folder, tmp_path, sent):
     assert not leftovers(tmp_path, *before)
 
 
+@pytest.mark.slow
 def test_log_levels(halfplate, tiny_folder, tmp_path):
     def said(*options):
         outcome = halfplate("compress", tiny_folder, "-o", tmp_path / "out", *WANDA, "--overwrite", *options)

@@ -33,6 +33,7 @@ def test_blocks_keep_unequal_shares_of_equal_bytes(halfplate, tiny_folder, tmp_p
     assert halfplate("inspect", out, "--verify").status == 0
 
 
+@pytest.mark.slow
 def test_the_tables_say_what_was_kept(halfplate, tiny_folder, tmp_path):
     planned = halfplate("plan", tiny_folder, "--method", "magnitude", *QUICK)
     assert "chosen in the run" in planned.out

@@ -48,6 +48,7 @@ def test_plan_table_and_files(halfplate, sweep_file, tmp_path):
     assert not (out / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_only_keep_and_a_row_that_fails(halfplate, sweep_file, tmp_path):
     out = tmp_path / "swept"
     sweep_file.write_text(sweep_file.read_text() + "  - {name: broken, calibration: nowhere.txt}\n")

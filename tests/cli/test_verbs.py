@@ -14,6 +14,7 @@ def test_plan_writes_and_computes_nothing(halfplate, tiny_folder, tmp_path, monk
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_plan_says_which_wish_a_recipe_serves(halfplate, tiny_folder):
     for options, wish in (
         (["--method", "magnitude"], "speed (float weights)"),
@@ -176,6 +177,7 @@ def test_doctor(halfplate):
     assert "native kernels" in halfplate("doctor").out
 
 
+@pytest.mark.slow
 def test_doctor_says_why_there_are_no_kernels():
     code = "import sys; from halfplate.cli import main; sys.exit(main(['doctor']))"
     environment = {"HALFPLATE_NATIVE": "0"}

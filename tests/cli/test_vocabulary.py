@@ -61,12 +61,14 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 def test_every_verb_that_reads_text_refuses_it(halfplate, places):
     for command, argument in COMMANDS:
         halfplate(*(places.get(word, word) for word in command)).refused(argument, *NAMED)
         assert not Path(places["NEW"]).exists()
 
 
+@pytest.mark.slow
 def test_text_without_it_is_taken(halfplate, places):
     for command in (
         ["compress", "MODEL", "-o", "NEW", "--method", "wanda", *QUICK, "--calibration", "SOUND"],

@@ -130,6 +130,7 @@ def test_statistics_come_through_what_is_compressed_so_far(tiny_folder, tmp_path
         torch.testing.assert_close(seen[index], inputs[name], rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_correction_towards_the_dense_outputs_changes_the_result(tiny_folder, tmp_path):
     results = {}
     for cross_damping in ("none", 0.1):
@@ -178,6 +179,7 @@ def test_skipped_matrices_are_recorded(tiny_folder, tmp_path):
     assert record["skipped"].keys() == {matrix["name"] for matrix in summary["skipped"]}
 
 
+@pytest.mark.slow
 def test_threads_are_set(tiny_folder, tmp_path):
     before = torch.get_num_threads()
     try:
@@ -214,6 +216,7 @@ def test_result_folder(tmp_path):
         check_result_folder(tmp_path / "file" / "out", False, source)
 
 
+@pytest.mark.slow
 def test_stories260k(stories260k, tmp_path):
     """On a trained model, ARMOR's closeness to the dense model exceeds that of the mask it starts from."""
     from halfplate.calibration.held_out import held_out_tokens

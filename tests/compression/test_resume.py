@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 
 from conftest import build_model
+from halfplate.cli import main
 from halfplate.compression import preparation
 from halfplate.compression.compress import compress
 from halfplate.compression.work_folder import WorkFolder
@@ -86,6 +87,7 @@ def test_the_same_bytes_after_a_break_and_nothing_solved_twice(
     assert not work.path.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [pytest.param(0, marks=pytest.mark.slow), 9])
 def test_tuned_blocks_and_chosen_levels_are_kept(tiny_folder, tmp_path, monkeypatch, finished):
     recipe = Recipe(method="wanda", tune_block=3, budget=0.6, choose=("pattern",), **SMALL)
@@ -106,6 +108,7 @@ def test_tuned_blocks_and_chosen_levels_are_kept(tiny_folder, tmp_path, monkeypa
     assert summary["tuned_blocks"].keys() == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_a_complete_result_is_found_and_nothing_is_done(tiny_folder, tmp_path, monkeypatch, text_file):
     recipe = Recipe(method="wanda", calibration=str(text_file), **SMALL)
     first = compress(str(tiny_folder), tmp_path / "out", recipe)
@@ -127,6 +130,7 @@ def test_a_complete_result_is_found_and_nothing_is_done(tiny_folder, tmp_path, m
         )
 
 
+@pytest.mark.slow
 def test_what_differs_is_named(tiny_folder, tmp_path, monkeypatch, text_file):
     recipe = {"method": "wanda", "calibration": str(text_file), **SMALL}
     out = tmp_path / "out"
@@ -228,6 +232,7 @@ def test_two_processes_do_not_share_a_work_folder(tiny_folder, tmp_path):
         compress(str(tiny_folder), tmp_path / "out", Recipe(method="wanda", **SMALL))
 
 
+@pytest.mark.slow
 def test_a_finished_result_does_not_take_the_folder_from_who_replaces_it(tiny_folder, tmp_path):
     out, recipe, met = tmp_path / "out", Recipe(method="wanda", **SMALL), []
     compress(str(tiny_folder), out, recipe)
@@ -241,6 +246,7 @@ def test_a_finished_result_does_not_take_the_folder_from_who_replaces_it(tiny_fo
     assert json.loads((out / "halfplate.json").read_text())["recipe"]["method"] == "ria"
 
 
+@pytest.mark.slow
 def test_overwrite_beside_resume_starts_what_differs_afresh(tiny_folder, tmp_path, monkeypatch):
     recipe, out = Recipe(method="wanda", **SMALL), tmp_path / "out"
     for changed, expected in ((recipe, 14 - 9), (replace(recipe, seed=1), 14)):
@@ -259,6 +265,7 @@ def test_a_ruined_result_leaves_no_work_behind(tiny_folder, tmp_path):
     assert not WorkFolder(tmp_path / "out").path.exists()
 
 
+@pytest.mark.slow
 def test_levels_that_are_lost_are_not_mixed_with_others(tiny_folder, tmp_path, monkeypatch):
     """Chosen anew they may be other ones, where measured times decide: what was solved at the old ones is solved again."""
     recipe, out = Recipe(method="magnitude", budget=0.6, tune_block=1, **SMALL), tmp_path / "out"
@@ -309,11 +316,12 @@ def test_a_full_disk_loses_nothing(tiny_folder_once, tmp_path, monkeypatch, comp
 @pytest.mark.slow
 def test_killed_for_real_at_random_moments(tiny_folder, tmp_path):
     """Each round kills the process with SIGKILL, the next goes on; the result is that of a run which nobody disturbed."""
-    command = [sys.executable, "-m", "halfplate", "compress", str(tiny_folder), *ARGUMENTS, "--iterations", "6"]
-    subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True, capture_output=True)
+    words = ["compress", str(tiny_folder), *ARGUMENTS, "--iterations", "6"]
+    command = [sys.executable, "-m", "halfplate", *words]
+    assert main([*words, "-o", str(tmp_path / "whole")]) == 0
     out, chance = tmp_path / "out", random.Random(0)
     kills = 0
-    while kills < 4 and not out.exists():
+    while kills < 3 and not out.exists():
         kills += 1
         with subprocess.Popen(
             [*command, "-o", str(out), "--resume"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
@@ -322,7 +330,7 @@ def test_killed_for_real_at_random_moments(tiny_folder, tmp_path):
             time.sleep(chance.uniform(0, 1.5))
             process.send_signal(signal.SIGKILL)
             process.wait()
-    subprocess.run([*command, "-o", str(out), "--resume"], check=True, capture_output=True)
+    assert main([*words, "-o", str(out), "--resume"]) == 0
     assert digests(out) == digests(tmp_path / "whole")
     assert not list(tmp_path.glob(".out*"))
 

@@ -135,6 +135,7 @@ def test_by_layer_reads_no_more_than_a_layer(
     ]
 
 
+@pytest.mark.slow
 def test_a_run_broken_off_in_the_check_goes_on(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

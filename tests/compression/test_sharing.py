@@ -98,6 +98,7 @@ def test_the_model_on_disk_is_one_on_every_path(tiny_folder, tmp_path, inputs, o
     assert summary["nbytes"] == stored == inspect_checkpoint(tmp_path / "out", verify=True)["nbytes"]
 
 
+@pytest.mark.slow
 def test_automodel_and_export_and_the_documents_reader(shared, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -197,6 +198,7 @@ def test_block_sizes_of_their_own(tiny_folder, tmp_path):
     halfplate.load(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_budget_gives_those_that_share_one_level(tiny_folder, tmp_path):
     recipe = Recipe(**SMALL | {"block_size": 16}, share_wrappers=True, budget=0.75, choose=("block_size",))
     summary = compress(str(tiny_folder), tmp_path / "out", recipe)

@@ -169,6 +169,7 @@ def test_hostile_entries_are_refused_by_name(entry: Any) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

@@ -77,6 +77,7 @@ def test_what_has_no_kernel_is_said_with_the_nearest_setting():
     assert "permuted inputs" in without_kernel([WeightSpec(8, 16, permuted=True)])
 
 
+@pytest.mark.slow
 def test_every_verb_says_it(tiny_folder, tmp_path, capsys):
     out, options = str(tmp_path / "out"), ["--pattern", "dense", "--core-dtype", "int4", "--group-size", "32"]
     options += ["--method", "rtn", "--no-benchmark"]

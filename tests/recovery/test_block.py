@@ -23,6 +23,7 @@ def output_error(out, folder):
         return float((model(ids).logits - dense(ids).logits).square().mean())
 
 
+@pytest.mark.slow
 def test_tuning_lowers_the_error_of_the_blocks(tiny_folder, tmp_path):
     plain = compress(str(tiny_folder), tmp_path / "plain", Recipe(**SMALL))
     tuned = compress(str(tiny_folder), tmp_path / "tuned", Recipe(**SMALL, tune_block=30))

@@ -64,6 +64,7 @@ def test_without_a_log_the_page_says_so(compressed):
     assert gather(compressed).command.startswith("halfplate compress ")
 
 
+@pytest.mark.slow
 def test_a_record_of_nonsense(compressed):
     """Whatever is not of the type that belongs there counts as not recorded."""
     nonsense = [7, "x", {"a": [None]}]
@@ -133,6 +134,7 @@ def test_measured_against_the_dense_model(compressed, tiny_folder_once):
     assert write_report(compressed).read_text() == page
 
 
+@pytest.mark.slow
 def test_measures_on_text(compressed, tiny_folder_once, tmp_path):
     text_file = tmp_path / "story.txt"
     text_file.write_text("One day a small bird sat in a big tree. " * 60)

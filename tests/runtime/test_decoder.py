@@ -302,6 +302,7 @@ def test_a_model_in_halves_decodes_natively(tiny_model, monkeypatch, dtype):
     assert torch.equal(greedy(fast, IDS, 30), found.sequences)
 
 
+@pytest.mark.slow
 def test_assisted_decoding_works_both_ways(tiny_model, fast):
     plain = tiny_model()
     expected = plain.generate(IDS, do_sample=False, **EXACTLY)
@@ -339,6 +340,7 @@ def test_a_cache_outlives_inference_mode(fast):
     assert torch.equal(longer, whole)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_models_trace_the_ordinary_forward(fast):
     expected = fast(IDS).logits

@@ -272,7 +272,7 @@ def test_weights_of_dead_inputs_are_rounded_to_nearest(pattern, compiled, monkey
     weight, gram = weight_of(24, 64, 5), inputs_of(64, 5, dead=24)
     weight[3] = 0
     spec = WeightSpec(24, 64, Pattern.parse(pattern), "int3", 0, 0, group=32)
-    chain, _ = solve_gram(weight, gram, spec, GramSchedule())
+    chain, _ = solve_gram(weight, gram, spec, GramSchedule(diagonal=4, gram=4, grid=4))
     found = chain.dense()[:, :24]
     kept = torch.ones_like(found, dtype=torch.bool) if pattern == "dense" else found != 0
     assert bool((found[3] == 0).all())

@@ -74,6 +74,7 @@ def test_measures_are_those_of_evaluate_and_bytes_those_of_the_checkpoint(finish
     assert "wanda" in (out / "picture.svg").read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on_with_what_is_missing(description, tmp_path):
     out = tmp_path / "out"
 
@@ -97,6 +98,7 @@ def test_a_sweep_that_was_killed_goes_on_with_what_is_missing(description, tmp_p
     assert swept(description, out)[1] == []
 
 
+@pytest.mark.slow
 def test_a_compression_that_was_killed_before_judging_is_not_done_again(description, tmp_path):
     out = tmp_path / "out"
 
@@ -113,6 +115,7 @@ def test_a_compression_that_was_killed_before_judging_is_not_done_again(descript
     assert by_name(result)["wanda"]["compression"] == kept["compression"]
 
 
+@pytest.mark.slow
 def test_what_changed_is_measured_again_and_says_why(finished, tiny_folder):
     description, out = finished
 
@@ -150,6 +153,7 @@ def test_texts_whose_content_changed_are_noticed(finished):
     assert rows["wanda"]["why"] == "the content of calibration changed"
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_recorded_and_tried_again(description, text_file, tmp_path):
     out, late = tmp_path / "out", tmp_path / "late.txt"
     description["rows"] = [{"name": "broken", "calibration": str(late)}, "original"]
@@ -202,6 +206,7 @@ def test_a_dry_run_writes_nothing_and_plans_what_is_to_do(description, tiny_fold
     assert "nowhere.txt" in rows["broken"]["planned"]["error"]
 
 
+@pytest.mark.slow
 def test_several_texts_and_speed_have_their_columns(description, text_file, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("Tom and Mia came out of the house. They saw the bird. " * 20)

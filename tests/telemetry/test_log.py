@@ -44,6 +44,7 @@ def test_the_log_of_a_run(tiny_folder, tmp_path):
         assert all(0 < line["rss_bytes"] <= line["peak_rss_bytes"] for line in log)
 
 
+@pytest.mark.slow
 def test_losses_are_logged(tiny_folder, tmp_path):
     recipe = Recipe(method="armor", block_size=4, method_options={"iterations": 2}, samples=4, seq_len=32)
     summary = compress(str(tiny_folder), tmp_path / "out", recipe)
@@ -78,6 +79,7 @@ def test_a_run_that_fails_says_why(tiny_folder, tmp_path, monkeypatch):
     assert (log[-1]["event"], log[-1]["kind"], log[-1]["message"]) == ("error", "RuntimeError", "the disk is on fire")
 
 
+@pytest.mark.slow
 def test_a_ruined_result_has_its_log(tiny_folder, tmp_path):
     with pytest.raises(RuinedResult):
         compress(str(tiny_folder), tmp_path / "out", Recipe(**SMALL, max_kl=1e-9))
