@@ -160,6 +160,8 @@ def _reading_modules(source: Source) -> AbstractContextManager[None]:
 
 def _cost(job: Job, spec: WeightSpec, speed: Speed | None) -> dict[str, Any]:
     """The cost of solving a matrix, as fields of MatrixPlan."""
+    if spec.same_as is not None:
+        return {}
     flops = solving_flops(job, spec)
     seconds = None if speed is None else flops / speed.solving
     return {"flops": flops, "seconds": seconds, "memory": solving_memory(job, spec)}

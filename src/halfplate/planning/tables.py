@@ -35,7 +35,8 @@ def plan_tables(model: PreTrainedModel, recipe: Recipe) -> list[MatrixPlan]:
         if not table or table[0].spec is None:
             return table
         spec = replace(table[0].spec, same_as=names[embedding])
-        return [*table, replace(table[0], name=names[head], spec=spec)]
+        stored = f"tied: stored as {names[embedding]}"
+        return [*table, replace(table[0], name=names[head], spec=spec, reason=stored)]
     found = _planned(
         "embedding_dtype", names[embedding], embedding, recipe.embedding_dtype, _refusal(embedding), recipe
     )
