@@ -362,7 +362,9 @@ def test_a_mount_that_vanishes_and_comes_back_loses_nothing(tiny_folder_once, tm
         if facts.get("event") == "block" and not away.exists():
             place.rename(away)
 
-    with pytest.raises(HalfplateError, match=r"cannot be used .*; check that the folder exists .* continue with --resume"):
+    with pytest.raises(
+        HalfplateError, match=r"cannot be used .*; check that the folder exists .* continue with --resume"
+    ):
         compress(str(tiny_folder_once), place / "out", recipe, report=vanish)
     if place.exists():
         shutil.rmtree(place)
