@@ -102,7 +102,7 @@ def test_windows_that_the_model_cannot_read_are_refused(tiny_model: Any) -> None
         (WINDOWS[0], "shape"),
         (WINDOWS[:0], "at least one"),
         (WINDOWS[:, :1], "seq_len=1 is too short"),
-        (torch.zeros(1, 129, dtype=torch.int64), "beyond the 128 positions"),
+        (torch.zeros(1, 129, dtype=torch.int64), "exceeds the 128 positions"),
         (WINDOWS + 100, "vocabulary of 128"),
     ]:
         with pytest.raises(HalfplateError, match=expected):

@@ -213,7 +213,7 @@ def _check_room(model: PreTrainedModel, found: Mapping[str, StoredTensor], specs
     stored = sum(prod(tensor.shape) for tensor in found.values())
     if needed > stored:
         raise HalfplateError(
-            f"config.json describes {needed}  parameters outside the compressed matrices, the files hold{stored} values; copy or write the checkpoint again"
+            f"config.json describes {needed} parameters outside the compressed matrices, but the files hold {stored} values; copy or write the checkpoint again"
         )
 
 
