@@ -17,7 +17,7 @@ ROOT = Path(halfplate.__file__).parent
 # A folder stands for all that is in it; the file of a module in `halfplate/` stands for itself.
 LAYERS = (
     "defaults errors json_numbers plain_text plain_yaml recipes registration version",
-    "arguments device dtypes headroom limits pattern precision registry statistics storage",
+    "arguments device dtypes headroom limits pattern precision recipe_values registry statistics storage",
     "formats",
     "kernels models",
     "engines solvers telemetry transforms",

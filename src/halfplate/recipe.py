@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_type_hints
 
-from halfplate import methods, plain_yaml, recipes, transforms
+from halfplate import methods, transforms
 from halfplate.allocation import CHOICES, CHOSEN, Evolution
 from halfplate.arguments import path_text, typed
 from halfplate.device import device_kind
@@ -19,6 +19,7 @@ from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern
+from halfplate.recipe_values import DEFAULT_METHOD, file_values, laid_over
 from halfplate.registry import available, unknown
 
 VERSION = 1
@@ -124,7 +125,7 @@ class Recipe:
     """
 
     version: int = VERSION
-    method: str = "armor"
+    method: str = DEFAULT_METHOD
     method_options: Mapping[str, Any] = field(default_factory=dict)
     pattern: str = "auto"
     block_size: int | Literal["auto"] = "auto"
@@ -378,38 +379,6 @@ class Recipe:
         # A recipe that leaves these out is what it was before there were any.
         later = {"transforms": [], "embedding_dtype": KEEP, "head_dtype": KEEP}
         return {key: value for key, value in values.items() if key not in later or value != later[key]}
-
-
-def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Override the values of `below` by those of `above`. Options of the method are added to those below, unless the method changes."""
-    method = below.get("method", Recipe.method)
-    kept = below.get("method_options", {}) if above.get("method", method) == method else {}
-    added = above.get("method_options", {})
-    if not isinstance(kept, Mapping) or not isinstance(added, Mapping):
-        # Recipe refuses it.
-        return {**below, **above, "method_options": added if isinstance(kept, Mapping) else kept}
-    return {**below, **above, "method_options": {**kept, **added}}
-
-
-def file_values(path: str | Path) -> dict[str, Any]:
-    """The plain values in a recipe file, or in a built-in recipe by its name; raises HalfplateError if it is not a YAML mapping."""
-    try:
-        values = plain_yaml.read(recipes.shipped(str(path)) or path)
-    except OSError as error:
-        raise HalfplateError(
-            f"recipe={str(path)!r} cannot be read: {error.strerror or error}; give the path of a YAML file or one of {', '.join(recipes.names())}"
-        ) from None
-    except ValueError as error:
-        raise HalfplateError(
-            f"recipe={str(path)!r} is not valid YAML: {error}; write one `name: value` per line"
-        ) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise HalfplateError(
-            f"recipe={str(path)!r} holds a {type(values).__name__}, expected a mapping; write one `name: value` per line"
-        )
-    return values
 
 
 def _typed_options(method: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:

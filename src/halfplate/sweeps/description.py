@@ -14,7 +14,8 @@ from halfplate import plain_yaml
 from halfplate.arguments import path_text, typed
 from halfplate.errors import HalfplateError
 from halfplate.plain_text import cell
-from halfplate.recipe import Recipe, file_values, laid_over
+from halfplate.recipe import Recipe
+from halfplate.recipe_values import file_values, laid_over
 from halfplate.registry import available
 
 VERSION = 1

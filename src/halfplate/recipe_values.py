@@ -1,0 +1,44 @@
+"""The plain values of recipe files, before a Recipe checks them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from halfplate import plain_yaml, recipes
+from halfplate.errors import HalfplateError
+
+DEFAULT_METHOD = "armor"
+
+
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Override the values of `below` by those of `above`. Options of the method are added to those below, unless the method changes."""
+    method = below.get("method", DEFAULT_METHOD)
+    kept = below.get("method_options", {}) if above.get("method", method) == method else {}
+    added = above.get("method_options", {})
+    if not isinstance(kept, Mapping) or not isinstance(added, Mapping):
+        # Recipe refuses it.
+        return {**below, **above, "method_options": added if isinstance(kept, Mapping) else kept}
+    return {**below, **above, "method_options": {**kept, **added}}
+
+
+def file_values(path: str | Path) -> dict[str, Any]:
+    """The plain values in a recipe file, or in a built-in recipe by its name; raises HalfplateError if it is not a YAML mapping."""
+    try:
+        values = plain_yaml.read(recipes.shipped(str(path)) or path)
+    except OSError as error:
+        raise HalfplateError(
+            f"recipe={str(path)!r} cannot be read: {error.strerror or error}; give the path of a YAML file or one of {', '.join(recipes.names())}"
+        ) from None
+    except ValueError as error:
+        raise HalfplateError(
+            f"recipe={str(path)!r} is not valid YAML: {error}; write one `name: value` per line"
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise HalfplateError(
+            f"recipe={str(path)!r} holds a {type(values).__name__}, expected a mapping; write one `name: value` per line"
+        )
+    return values
