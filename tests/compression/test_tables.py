@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import halfplate
 from halfplate.compression import self_check, tables
@@ -32,6 +33,13 @@ SMALL: dict[str, Any] = {
     "calibration": "self",
     "method_options": {"iterations": 1},
 }
+
+
+class Reading(LlamaForCausalLM):
+    """A model that does more with its embedding than look up rows."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs), self.model.embed_tokens.weight.mean()
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +304,19 @@ def test_a_table_of_another_kind_must_stay(folder_of: Callable[[str], Path], mon
 
     assert embedding_scale(Shifted(4, 8)) is None
     assert embedding_scale(nn.Embedding(4, 8)) == 1.0
+
+
+def test_a_table_that_other_code_reads_must_stay(folder_of: Callable[[str], Path]) -> None:
+    from halfplate.models.sources import open_source, skeleton
+    from halfplate.planning.tables import plan_tables
+
+    model = skeleton(open_source(str(folder_of("untied"))))
+    recipe = Recipe(**SMALL, embedding_dtype="auto", head_dtype="int8")
+    assert [table.spec is not None for table in plan_tables(model, recipe)] == [True, True]
+    model.__class__ = Reading
+    embedding, head = plan_tables(model, recipe)
+    assert embedding.reason == "its weight is read as data by Reading.forward; not compressed"
+    assert head.spec is not None
 
 
 def test_tokens_outside_the_vocabulary_are_an_error(made: Callable[..., Any]) -> None:

@@ -66,6 +66,16 @@ def data_reads(model: nn.Module, prefix: str = "") -> tuple[dict[str, str], str 
     }, failure
 
 
+def reader_of(root: nn.Module, module: nn.Module) -> str | None:
+    """The method below `root`, other than those of its own class, whose source code reads the weight of `module`; None if there is none."""
+    owner: Any
+    for owner in root.modules():
+        for read in _reads_of(owner.__class__):
+            if owner is not module and read.path is not None and reduce(_child, read.path, owner) is module:
+                return str(read)
+    return None
+
+
 def _stated(root: nn.Module) -> dict[str, list[tuple[str, _Read]]]:
     """For each linear that is read, by name: the module that reads it, and where."""
     found: dict[str, list[tuple[str, _Read]]] = {}

@@ -12,6 +12,7 @@ from halfplate.errors import HalfplateError
 from halfplate.formats.embedding import embedding_scale
 from halfplate.formats.plain import is_plain_linear
 from halfplate.formats.spec import WeightSpec
+from halfplate.models.data_reads import reader_of
 from halfplate.pattern import DENSE
 from halfplate.planning.plan import MatrixPlan
 from halfplate.recipe import AUTO, KEEP, Recipe
@@ -30,7 +31,7 @@ def plan_tables(model: PreTrainedModel, recipe: Recipe) -> list[MatrixPlan]:
     names = {module: name for name, module in model.named_modules()}
     if head is not None and head.weight is embedding.weight:
         dtype = _one_dtype(recipe)
-        refusal = _refusal(embedding) or _refusal(head)
+        refusal = _refusal(model, embedding) or _refusal(model, head)
         table = _planned("embedding_dtype", names[embedding], embedding, dtype, refusal, recipe)
         if not table or table[0].spec is None:
             return table
@@ -38,11 +39,11 @@ def plan_tables(model: PreTrainedModel, recipe: Recipe) -> list[MatrixPlan]:
         stored = f"tied: stored as {names[embedding]}"
         return [*table, replace(table[0], name=names[head], spec=spec, reason=stored)]
     found = _planned(
-        "embedding_dtype", names[embedding], embedding, recipe.embedding_dtype, _refusal(embedding), recipe
+        "embedding_dtype", names[embedding], embedding, recipe.embedding_dtype, _refusal(model, embedding), recipe
     )
     if head is None:
         return found
-    return found + _planned("head_dtype", names[head], head, recipe.head_dtype, _refusal(head), recipe)
+    return found + _planned("head_dtype", names[head], head, recipe.head_dtype, _refusal(model, head), recipe)
 
 
 def _one_dtype(recipe: Recipe) -> str:
@@ -58,8 +59,10 @@ def _one_dtype(recipe: Recipe) -> str:
     return asked.pop() if asked else KEEP
 
 
-def _refusal(module: nn.Module) -> str | None:
-    """Why the table of an embedding or a head must stay as it is; None if it need not."""
+def _refusal(model: nn.Module, module: nn.Module) -> str | None:
+    """Why the table of an embedding or a head must stay as it is; None if it can be compressed."""
+    if (reader := reader_of(model, module)) is not None:
+        return f"its weight is read as data by {reader}"
     if isinstance(module, nn.Embedding):
         return None if embedding_scale(module) is not None else f"{type(module).__name__} does more than look up rows"
     return None if is_plain_linear(module) else f"{type(module).__name__} has a forward of its own"
