@@ -225,10 +225,10 @@ def test_demo_runs_from_end_to_end(workplace, monkeypatch, capsys):
     runpy.run_path(str(demo), run_name="__main__")
     assert started[:2] == ["export", "compress"]
     shown = capsys.readouterr().out
-    for name in ("armor", "sparsegpt"):
+    for name in ("armor", "rtn"):
         assert f"report: {Path('demo-out') / name / 'report.html'}" in shown
         assert (workplace / "demo-out" / name / "report.html").is_file()
-    for expected in ("$ halfplate compress", "KL and top-1 agreement", "ARMOR, block 16", "SparseGPT", "minutes"):
+    for expected in ("$ halfplate compress", "KL and top-1 agreement", "ARMOR", "rounded to nearest", "minutes"):
         assert expected in shown
 
 
