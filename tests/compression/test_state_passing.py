@@ -199,7 +199,8 @@ def test_arguments_that_differ_in_more_than_tensors_are_refused():
         differing(first, second)
 
 
-@pytest.mark.parametrize("lost", [None, pytest.param("arguments", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [None, "arguments"])
 def test_the_same_bytes_after_a_break(saved, text_file, tmp_path, monkeypatch, lost):
     folder, recipe, out = saved("gemma3n_text"), recipe_of("gemma3n_text", text_file), tmp_path / "out"
     compress(str(folder), tmp_path / "whole", recipe)

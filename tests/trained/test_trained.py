@@ -70,6 +70,7 @@ def test_armor_keeps_what_the_other_methods_lose(perplexity, texts):
     assert lost["armor"] < lost["sparsegpt"] / 5 < lost["wanda"] / 25, lost
 
 
+@pytest.mark.slow
 def test_few_bits_lose_less_than_by_gptq(perplexity, texts):
     original = perplexity(None)["perplexity"]
     lost = {
