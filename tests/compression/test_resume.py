@@ -88,7 +88,7 @@ def test_the_same_bytes_after_a_break_and_nothing_solved_twice(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("finished", [pytest.param(0, marks=pytest.mark.slow), 9])
+@pytest.mark.parametrize("finished", [0, 9])
 def test_tuned_blocks_and_chosen_levels_are_kept(tiny_folder, tmp_path, monkeypatch, finished):
     recipe = Recipe(method="wanda", tune_block=3, budget=0.6, choose=("pattern",), **SMALL)
     compress(str(tiny_folder), tmp_path / "whole", recipe)

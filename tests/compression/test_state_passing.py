@@ -82,12 +82,7 @@ def grams_of_the_whole_forward(folder, ids, names):
     return {name: total / counts[name] for name, total in sums.items()}
 
 
-# Each model is a path of its own and takes seconds; the quick tier has the plainest and the richest.
-QUICK = ("llama", "gemma3n_text")
-EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ("llama", *READ, "dbrx")]
-
-
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", ["llama", *READ, "dbrx"])
 def test_statistics_are_those_of_the_whole_forward(saved, text_file, tmp_path, monkeypatch, name):
     folder, found = saved(name), watched(monkeypatch)
     recipe = recipe_of(name, text_file, inputs="dense")

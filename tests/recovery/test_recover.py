@@ -134,7 +134,7 @@ def interrupted_at(step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [1, 5])
 def test_an_interrupted_recovery_ends_in_the_same_bytes(wrapped, tiny_folder, tmp_path, step):
     settings = Recovery(tokens=640, **FAST)
     recover(wrapped, str(tiny_folder), tmp_path / "whole", settings)

@@ -134,8 +134,8 @@ def killing(phase, after):
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True}),
         ("qwen2", {}),
-        pytest.param("mistral", {}, marks=pytest.mark.slow),
-        pytest.param("qwen3", {}, marks=pytest.mark.slow),
+        ("mistral", {}),
+        ("qwen3", {}),
     ],
 )
 def test_folded_norms_are_the_same_model(examples, tiny_tokenizer, tmp_path, architecture, options):
@@ -205,8 +205,8 @@ def test_the_plan_counts_each_transform(examples, narrow, tiny_folder):
     "options",
     [
         {"tune_block": 2},
-        pytest.param({"ratios": "owl", "pattern": "4:8"}, marks=pytest.mark.slow),
-        pytest.param({"budget": 0.6, "search": "evolution", "generations": 1, "offspring": 2}, marks=pytest.mark.slow),
+        {"ratios": "owl", "pattern": "4:8"},
+        {"budget": 0.6, "search": "evolution", "generations": 1, "offspring": 2},
     ],
     ids=["tuned", "ratios", "budget"],
 )
