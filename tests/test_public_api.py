@@ -107,6 +107,7 @@ def test_importing_halfplate_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_examples_in_docstrings_run(workplace):
     tests = [test for test in doctest.DocTestFinder().find(verbs, globs={"halfplate": halfplate}) if test.examples]
     assert len(tests) == 2

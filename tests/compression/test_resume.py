@@ -292,6 +292,7 @@ def test_levels_that_are_lost_are_not_mixed_with_others(tiny_folder, tmp_path, m
     assert digests(out) == digests(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(tiny_folder_once, tmp_path, monkeypatch, compressed_once):
     recipe = Recipe(method="wanda", **SMALL)
     whole = digests(compressed_once(recipe))

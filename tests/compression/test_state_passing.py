@@ -218,6 +218,7 @@ def test_the_same_bytes_after_a_break(saved, text_file, tmp_path, monkeypatch, l
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"ratios": "owl", "pattern": "4:8"}, {"budget": 0.6, "choose": ("pattern",), "search": "evolution"}]
 )

@@ -59,6 +59,7 @@ def test_the_original_has_learned_the_stories(perplexity):
     assert perplexity(None)["perplexity"] < 1.32
 
 
+@pytest.mark.slow
 def test_armor_keeps_what_the_other_methods_lose(perplexity, texts):
     original = perplexity(None)["perplexity"]
     lost = {

@@ -124,6 +124,7 @@ class Held(TorchDispatchMode):
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["mixtral", "gguf"])
 def test_no_more_is_held_than_the_plan_says_which_is_two_layers(form, tiny_tokenizer, tmp_path, monkeypatch):
     """A model that is loaded whole holds all its layers."""
@@ -183,6 +184,7 @@ def test_finished_pieces_are_kept_and_damaged_ones_made_anew(form, damage, tiny_
     assert digests(work.path) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["mixtral", "gguf"])
 def test_a_compression_that_is_killed_while_it_converts_gives_the_same_bytes(form, tiny_tokenizer, tmp_path):
     source = saved(form, tiny_tokenizer, tmp_path / "model")
