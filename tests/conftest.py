@@ -103,6 +103,7 @@ SAMPLED = (
     "cli/test_refusals.py",
     "compression/",
     "kernels/",
+    "methods/test_methods.py",
     "models/",
     "recovery/",
     "report/test_every_method.py",

@@ -156,6 +156,7 @@ def test_a_variant_that_comes_with_a_second_adapter_is_refused(base):
         model.add_adapter("second", peft.LoraConfig(r=4, target_modules=TARGETS, use_dora=True))
 
 
+@pytest.mark.slow
 def test_the_alternative_trains_wrappers(compressed, tiny_folder_once, tmp_path):
     """`recover --train wrappers`: nothing beside, the same file format, cores as they were."""
     halfplate.recover(

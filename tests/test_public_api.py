@@ -106,6 +106,7 @@ def test_importing_halfplate_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_examples_in_docstrings_run(workplace):
     finder = doctest.DocTestFinder()
     found = [finder.find(function, globs={"halfplate": halfplate}) for function in (halfplate.plan, halfplate.compress)]

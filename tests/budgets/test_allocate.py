@@ -19,6 +19,7 @@ def specs(out):
     return json.loads((out / "config.json").read_text())["quantization_config"]["modules"]
 
 
+@pytest.mark.slow
 def test_a_byte_budget_is_kept_and_used(tiny_folder, tmp_path):
     options = {"iterations": 3}
     recipe = Recipe(

@@ -78,6 +78,7 @@ def test_bench_is_a_verb_of_the_package():
     assert package.bench.__module__ == "halfplate.evaluation.bench"
 
 
+@pytest.mark.slow
 def test_commands_of_the_page_run(halfplate, checkpoint, tiny_folder, tmp_path, monkeypatch):
     checkpoint.rename(tmp_path / "SmolLM2-2of4")
     tiny_folder.rename(tmp_path / "SmolLM2")

@@ -26,6 +26,7 @@ def sweep_file(tiny_folder, text_file, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_plan_table_and_files(halfplate, sweep_file, tmp_path):
     out = tmp_path / "swept"
     planned = halfplate("sweep", sweep_file, "-o", out, "--dry-run")

@@ -88,7 +88,7 @@ def test_the_same_bytes_after_a_break_and_nothing_solved_twice(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("finished", [pytest.param(0, marks=pytest.mark.slow), 9])
+@pytest.mark.parametrize("finished", [0, 9])
 def test_tuned_blocks_and_chosen_levels_are_kept(tiny_folder, tmp_path, monkeypatch, finished):
     recipe = Recipe(method="wanda", tune_block=3, budget=0.6, choose=("pattern",), **SMALL)
     compress(str(tiny_folder), tmp_path / "whole", recipe)
@@ -292,6 +292,7 @@ def test_levels_that_are_lost_are_not_mixed_with_others(tiny_folder, tmp_path, m
     assert digests(out) == digests(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(tiny_folder_once, tmp_path, monkeypatch, compressed_once):
     recipe = Recipe(method="wanda", **SMALL)
     whole = digests(compressed_once(recipe))

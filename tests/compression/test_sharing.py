@@ -118,6 +118,7 @@ def test_automodel_and_export_and_the_documents_reader(shared, tmp_path):
         torch.testing.assert_close(dense.get_submodule(name).weight, matrix.float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -192,6 +193,7 @@ def test_recipes_that_mean_nothing(options, complaint):
         Recipe(**options)
 
 
+@pytest.mark.slow
 def test_block_sizes_of_their_own(tiny_folder, tmp_path):
     compress(str(tiny_folder), tmp_path / "out", Recipe(**SMALL, out_block_size=16))
     assert {(entry["out_block"], entry["in_block"]) for entry in entries(tmp_path / "out").values()} == {(16, 8)}

@@ -82,12 +82,7 @@ def grams_of_the_whole_forward(folder, ids, names):
     return {name: total / counts[name] for name, total in sums.items()}
 
 
-# Each model is a path of its own and takes seconds; the quick tier has the plainest and the richest.
-QUICK = ("llama", "gemma3n_text")
-EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ("llama", *READ, "dbrx")]
-
-
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", ["llama", *READ, "dbrx"])
 def test_statistics_are_those_of_the_whole_forward(saved, text_file, tmp_path, monkeypatch, name):
     folder, found = saved(name), watched(monkeypatch)
     recipe = recipe_of(name, text_file, inputs="dense")
@@ -199,7 +194,8 @@ def test_arguments_that_differ_in_more_than_tensors_are_refused():
         differing(first, second)
 
 
-@pytest.mark.parametrize("lost", [None, pytest.param("arguments", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [None, "arguments"])
 def test_the_same_bytes_after_a_break(saved, text_file, tmp_path, monkeypatch, lost):
     folder, recipe, out = saved("gemma3n_text"), recipe_of("gemma3n_text", text_file), tmp_path / "out"
     compress(str(folder), tmp_path / "whole", recipe)
@@ -222,6 +218,7 @@ def test_the_same_bytes_after_a_break(saved, text_file, tmp_path, monkeypatch, l
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"ratios": "owl", "pattern": "4:8"}, {"budget": 0.6, "choose": ("pattern",), "search": "evolution"}]
 )

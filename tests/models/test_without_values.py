@@ -39,6 +39,7 @@ def test_where_it_cannot_be_measured_plain_attention_is_reckoned(tiny_model, mon
     assert token_nbytes(config, 20) == 2 * 2 * 2 * 8 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma4_text", "mamba", "qwen3_moe"])
 def test_a_plan_prints_no_traceback(tiny_model, tmp_path, kind, capfd, caplog):
     tiny_model(kind, **KINDS[kind]).save_pretrained(tmp_path / "model")

@@ -49,7 +49,7 @@ def test_the_same_seed_gives_the_same_bytes(tiny_folder, tmp_path):
     assert one == two
 
 
-@pytest.mark.parametrize("core_dtype", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.parametrize("core_dtype", ["int4", "int8"])
 def test_scales_are_tuned_at_a_rate_of_their_own(tiny_folder, tmp_path, core_dtype):
     recipe = Recipe(**SMALL, core_dtype=core_dtype, tune_block=30)
     blocks = compress(str(tiny_folder), tmp_path / "out", recipe)["tuned_blocks"].values()

@@ -62,6 +62,7 @@ def test_recovery_lowers_the_divergence_and_keeps_the_masks(compressed, tiny_fol
     assert halfplate.load(out)(torch.arange(3, 20)[None]).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_two_recoveries_of_one_result_do_not_meet(wrapped, tiny_folder, tmp_path):
     out, met = tmp_path / "out", []
 
@@ -134,7 +135,7 @@ def interrupted_at(step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [1, 5])
 def test_an_interrupted_recovery_ends_in_the_same_bytes(wrapped, tiny_folder, tmp_path, step):
     settings = Recovery(tokens=640, **FAST)
     recover(wrapped, str(tiny_folder), tmp_path / "whole", settings)
@@ -234,6 +235,7 @@ def test_a_teacher_that_is_not_there_is_refused_by_its_name(wrapped, tmp_path):
         recover(wrapped, "nowhere", tmp_path / "out", Recovery(tokens=64, **FAST))
 
 
+@pytest.mark.slow
 def test_what_is_left_behind_does_not_block_the_next_try(wrapped, tiny_folder, tmp_path):
     out, told = tmp_path / "out", []
     with pytest.raises(HalfplateError, match=r"the loss became|diverged"):
@@ -335,6 +337,7 @@ def test_a_model_without_wrappers_has_none_to_train(tiny_folder, tmp_path):
     assert not work(tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_recovery_that_ruins_says_so(wrapped, tiny_folder, tmp_path):
     with pytest.raises(RuinedResult, match="did not fall"):
         recover(wrapped, str(tiny_folder), tmp_path / "out", Recovery(tokens=640, **(FAST | {"learning_rate": 0.1})))

@@ -115,6 +115,7 @@ def test_a_method_without_losses_and_with_skipped_matrices(tiny_folder, tmp_path
     assert "Not compressed" in page
 
 
+@pytest.mark.slow
 def test_a_ruined_result_has_its_report(tiny_folder, tmp_path):
     recipe = Recipe(method="wanda", samples=4, seq_len=32, max_kl=1e-9)
     with pytest.raises(RuinedResult):
@@ -122,6 +123,7 @@ def test_a_ruined_result_has_its_report(tiny_folder, tmp_path):
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_measured_against_the_dense_model(compressed, tiny_folder_once):
     measuring = Measuring(str(tiny_folder_once), windows=2, seq_len=32, prompts=("The bird",), new_tokens=4, rounds=1)
     page = write_report(compressed, measuring=measuring).read_text()

@@ -129,9 +129,9 @@ def test_loss_never_rises(d_out, groups, block, pattern, seed, dead):
     ("d_out", "d_in", "block", "group"),
     [
         (48, 64, 16, GROUP),
-        pytest.param(40, 200, 8, GROUP, marks=pytest.mark.slow),
+        (40, 200, 8, GROUP),
         (20, 72, 0, GROUP),
-        pytest.param(24, 200, 8, 64, marks=pytest.mark.slow),
+        (24, 200, 8, 64),
     ],
 )
 def test_native_and_torch_sweep_alike(core, pattern, d_out, d_in, block, group, monkeypatch):

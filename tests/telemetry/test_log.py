@@ -54,6 +54,7 @@ def test_losses_are_logged(tiny_folder, tmp_path):
         assert (line["first_loss"], line["loss"]) == (matrix["losses"][0], matrix["losses"][-1])
 
 
+@pytest.mark.slow
 def test_the_log_changes_no_tensor_and_no_record(tiny_folder, tmp_path):
     for name in ("a", "b"):
         compress(str(tiny_folder), tmp_path / name, Recipe(**SMALL))

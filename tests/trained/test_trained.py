@@ -59,6 +59,7 @@ def test_the_original_has_learned_the_stories(perplexity):
     assert perplexity(None)["perplexity"] < 1.32
 
 
+@pytest.mark.slow
 def test_armor_keeps_what_the_other_methods_lose(perplexity, texts):
     original = perplexity(None)["perplexity"]
     lost = {
@@ -70,6 +71,7 @@ def test_armor_keeps_what_the_other_methods_lose(perplexity, texts):
     assert lost["armor"] < lost["sparsegpt"] / 5 < lost["wanda"] / 25, lost
 
 
+@pytest.mark.slow
 def test_few_bits_lose_less_than_by_gptq(perplexity, texts):
     original = perplexity(None)["perplexity"]
     lost = {

@@ -124,7 +124,8 @@ class Held(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("form", ["mixtral", pytest.param("gguf", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["mixtral", "gguf"])
 def test_no_more_is_held_than_the_plan_says_which_is_two_layers(form, tiny_tokenizer, tmp_path, monkeypatch):
     """A model that is loaded whole holds all its layers."""
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # tensors of other threads are not seen
@@ -183,7 +184,8 @@ def test_finished_pieces_are_kept_and_damaged_ones_made_anew(form, damage, tiny_
     assert digests(work.path) == whole
 
 
-@pytest.mark.parametrize("form", ["mixtral", pytest.param("gguf", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["mixtral", "gguf"])
 def test_a_compression_that_is_killed_while_it_converts_gives_the_same_bytes(form, tiny_tokenizer, tmp_path):
     source = saved(form, tiny_tokenizer, tmp_path / "model")
     compress(source.name, tmp_path / "whole", RECIPE, check=False)

@@ -134,8 +134,8 @@ def killing(phase, after):
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True}),
         ("qwen2", {}),
-        pytest.param("mistral", {}, marks=pytest.mark.slow),
-        pytest.param("qwen3", {}, marks=pytest.mark.slow),
+        ("mistral", {}),
+        ("qwen3", {}),
     ],
 )
 def test_folded_norms_are_the_same_model(examples, tiny_tokenizer, tmp_path, architecture, options):
@@ -177,6 +177,7 @@ def test_compress_with_it_from_end_to_end(examples, tiny_tokenizer, tmp_path, ca
     assert "transforms" not in json.loads((tmp_path / "plain" / "halfplate.json").read_text())["recipe"]
 
 
+@pytest.mark.slow
 def test_the_kl_is_to_the_model_before_its_transforms(faulty, tiny_folder, tmp_path):
     faulty("yield name, tensor * 3 if name == 'lm_head.weight' else tensor")
     plain = compress(str(tiny_folder), tmp_path / "plain", Recipe(**INT8, threads=1))
@@ -205,8 +206,8 @@ def test_the_plan_counts_each_transform(examples, narrow, tiny_folder):
     "options",
     [
         {"tune_block": 2},
-        pytest.param({"ratios": "owl", "pattern": "4:8"}, marks=pytest.mark.slow),
-        pytest.param({"budget": 0.6, "search": "evolution", "generations": 1, "offspring": 2}, marks=pytest.mark.slow),
+        {"ratios": "owl", "pattern": "4:8"},
+        {"budget": 0.6, "search": "evolution", "generations": 1, "offspring": 2},
     ],
     ids=["tuned", "ratios", "budget"],
 )
@@ -259,6 +260,7 @@ def test_the_same_bytes_after_a_break_anywhere(examples, tiny_folder, tmp_path, 
     assert not WorkFolder(out).path.exists()
 
 
+@pytest.mark.slow
 def test_other_transforms_are_refused_when_a_run_is_resumed(examples, narrow, tiny_folder, tmp_path):
     recipe, out = Recipe(transforms=["fold_norms"], **INT8, **SMALL), tmp_path / "out"
     with pytest.raises(Killed):
