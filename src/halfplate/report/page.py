@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from functools import cache
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from halfplate.checkpoint.folder import replace_file
@@ -53,10 +54,8 @@ def write_report(
 def render(found: Findings) -> str:
     """The page as HTML."""
     style, script = _asset("page.css"), _asset("page.js")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=visible)
-    environment.globals |= {"head": _head, "figure": _figure, "percent": percent}
     rows = headline(found)
-    return environment.from_string(_asset("page.html")).render(
+    return _template().render(
         found=found,
         policy=_policy(style, script),
         style=Markup(style),
@@ -74,6 +73,14 @@ def render(found: Findings) -> str:
         measuring_command=measuring_command(found),
         version=package_version(),
     )
+
+
+@cache
+def _template() -> Template:
+    """The compiled page: compiling takes longer than filling it."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=visible)
+    environment.globals |= {"head": _head, "figure": _figure, "percent": percent}
+    return environment.from_string(_asset("page.html"))
 
 
 def _asset(name: str) -> str:
