@@ -225,9 +225,7 @@ class Recipe:
         if self.search == "evolution" and not self.budgeted:
             raise HalfplateError("search='evolution' looks for the best candidates within a budget; give --budget 0.6")
         if self.choose != CHOSEN and not self.budgeted:
-            raise HalfplateError(
-                f"choose={','.join(self.choose)} says what a budget may choose, and there is none; give --budget 0.6, or leave it out"
-            )
+            raise HalfplateError(f"choose={','.join(self.choose)} needs a budget; give --budget 0.6, or leave it out")
         for field_name in self.choose:
             if field_name not in CHOICES:
                 raise HalfplateError(f"choose={field_name!r} is not one of {', '.join(CHOICES)}")

@@ -48,7 +48,7 @@ def data(scripts, tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_row_is_a_recipe_and_every_file_is_made(scripts, data, file):
     sweep = read_sweep(file)
-    assert len(sweep.rows) > 50
+    assert len(sweep.rows) >= 9
     scripts.quality.prepare(file.stem.removeprefix("quality_"), data / "made")
     sources = {row.recipe.calibration for row in sweep.rows if row.recipe is not None} - {"self"}
     for name in (sweep.model, *sweep.evaluation["text"], *sources):

@@ -135,7 +135,8 @@ def test_a_module_that_is_no_linear_or_of_another_size(written: Any) -> None:
     other = "model.layers.0.mlp.down_proj"
     for target, complaint in (
         (other, r"shape=\[32, 32\] does not fit the model, expected \[32, 48\]"),
-        ("model.embed_tokens", "is a Embedding"),
+        ("model.embed_tokens", r"shape=\[32, 32\] does not fit the model, expected \[\d+, 32\]"),
+        ("model.norm", "is a LlamaRMSNorm, expected a plain Linear or Embedding"),
     ):
 
         def move(tensors: dict[str, torch.Tensor], target: str = target) -> None:

@@ -297,7 +297,7 @@ def test_ray_that_is_not_installed(monkeypatch):
 
 
 def test_choices_that_cannot_be():
-    with pytest.raises(HalfplateError, match=r"address='auto' .* engine='local' uses none; add --engine ray"):
+    with pytest.raises(HalfplateError, match=r"address='auto' .* engine='local' does not use one; add --engine ray"):
         EngineChoice("local", address="auto")
     with pytest.raises(HalfplateError, match=r"workers=2 with address='auto'"):
         EngineChoice("ray", 2, "auto")

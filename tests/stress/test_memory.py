@@ -23,4 +23,4 @@ def test_the_peak_stays_under_the_bound_and_is_drawn(tmp_path):
     ]
     peak, bound = float(row[5]), float(row[6])
     assert 0.1 < peak < bound
-    assert "bound: 2 blocks" in (tmp_path / "memory.svg").read_text()
+    assert "bound: 2 layers" in (tmp_path / "memory.svg").read_text()

@@ -249,8 +249,9 @@ class _Written:
         module, _, leaf = name.rpartition(".")
         spec = self._specs.get(module)
         if spec is None or leaf != "weight":
-            return read_tensor(self._found[name])
-        tensors = {key: read_tensor(self._found[f"{module}.{key}"]) for key in spec.layout()}
+            ((_, tensor),) = read_tensors({name: self._found[name]})
+            return tensor
+        tensors = dict(read_tensors({key: self._found[f"{module}.{key}"] for key in spec.layout()}))
         return Chain.from_tensors(spec, tensors).dense()
 
     def put(self, streamed: StreamedModel, index: int) -> None:

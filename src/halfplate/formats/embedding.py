@@ -32,7 +32,9 @@ class CompressedEmbedding(CompressedMatrix):
             raise HalfplateError(f"{type(replaced).__name__} does more than look up rows, so its table must stay dense")
         self.num_embeddings, self.embedding_dim, self.scale = spec.d_out, spec.d_in, scale
         # Not a submodule, and without values: `dense_module` copies it.
-        object.__setattr__(self, "_replaced", _with_table(replaced, torch.empty(0, device="meta"), scale))
+        object.__setattr__(
+            self, "_replaced", _with_table(replaced, torch.empty(0, dtype=self.dtype, device="meta"), scale)
+        )
 
     def dense_module(self, dtype: torch.dtype) -> nn.Embedding:
         """The original kind of embedding, with the decoded table in `dtype`."""
