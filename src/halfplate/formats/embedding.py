@@ -1,6 +1,6 @@
 """The replacement of an embedding whose table is stored as codes."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,7 @@ class CompressedEmbedding(CompressedMatrix):
 
     def dense_module(self, dtype: torch.dtype) -> nn.Embedding:
         """The original kind of embedding, with the decoded table in `dtype`."""
-        replaced: nn.Embedding = self._replaced
-        return _with_table(replaced, self.matrix.dense().to(dtype), self.scale)
+        return _with_table(cast(nn.Embedding, self._replaced), self.matrix.dense().to(dtype), self.scale)
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows of the table at `ids` (n,), fp32 (n, hidden)."""

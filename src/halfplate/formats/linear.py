@@ -49,6 +49,7 @@ class CompressedMatrix(nn.Module):
         """Make `lender` the module that stores what this one borrows."""
         # Not as a submodule: its tensors belong to the module that stores them.
         object.__setattr__(self, "lender", lender)
+        self._show_weight()
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that the module computes with, its own and borrowed ones; HalfplateError if these are not available."""
@@ -69,11 +70,11 @@ class CompressedMatrix(nn.Module):
         """The matrix that this module applies, over the tensors of the module and of its lender."""
         return Chain.from_tensors(self.spec, self.tensors())
 
-    def __getattr__(self, name: str) -> Any:
-        # Model code reads the dtype and the device of the weight of a tied head.
-        if name == "weight" and "spec" in self.__dict__ and self.spec.same_as is not None:
-            return WeightView((self.spec.d_out, self.spec.d_in), self.dtype, self.device)
-        return super().__getattr__(name)
+    def _show_weight(self) -> None:
+        """Let model code read the dtype and the device of the weight of a tied head, which has no tensor of that name."""
+        if self.spec.same_as is not None:
+            device = torch.device("cpu") if self.lender is None else self.lender.device
+            self.__dict__["weight"] = WeightView((self.spec.d_out, self.spec.d_in), self.dtype, device)
 
     @property
     def device(self) -> torch.device:
@@ -92,6 +93,7 @@ class CompressedMatrix(nn.Module):
             after = getattr(self, name)
             if after.dtype != before.dtype:
                 after.data = before.to(after.device)
+        self._show_weight()
         return self
 
 

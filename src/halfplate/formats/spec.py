@@ -137,7 +137,7 @@ class WeightSpec:
             layout |= part.layout(self)
         return layout
 
-    @property
+    @cached_property
     def _own(self) -> tuple[type[Part], ...]:
         """The classes of the parts whose tensors are stored with this matrix."""
         return tuple(part for part in self.classes if self.same_as is None and not part.borrowed(self))

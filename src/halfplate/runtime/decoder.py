@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
+from halfplate.formats import CompressedEmbedding
 from halfplate.kernels import native
 from halfplate.kernels.linear import CPU
 from halfplate.models.arguments import cache_argument
@@ -94,6 +95,8 @@ class NativeDecoder:
     def __init__(self, model: Any) -> None:
         config, inner = model.config, model.model
         self._embed, self._rotary = inner.embed_tokens, inner.rotary_emb
+        # A row of a table of numbers is read without a call of the module.
+        self._rows = None if isinstance(self._embed, CompressedEmbedding) else self._embed.weight
         self._held: list[Tensor] = []
         blocks = (BlockStruct * len(inner.layers))()
         for block, layer in zip(blocks, inner.layers, strict=True):
@@ -178,8 +181,11 @@ class NativeDecoder:
     def _embedding(self, token: int) -> Tensor:
         if not 0 <= token < self._embed.num_embeddings:
             raise HalfplateError(f"token={token} is outside the vocabulary of {self._embed.num_embeddings}")
-        found: Tensor = self._embed(torch.tensor([token], dtype=torch.int64, device=CPU))
-        row = found[0].to(torch.float32).contiguous()
+        if self._rows is not None:
+            found: Tensor = self._rows[token].detach()
+        else:
+            found = self._embed(torch.tensor([token], dtype=torch.int64, device=CPU))[0]
+        row = found.to(torch.float32).contiguous()
         native.address(row, torch.float32, "the embedding")
         return row
 
