@@ -29,7 +29,7 @@ def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[
     choose = set(choose)
     blocks = BLOCKS if "block_size" in choose and method.wrapped else (None,)
     patterns = PATTERNS if "pattern" in choose else (None,)
-    cores = CORES if "core_dtype" in choose else (None,)
+    cores = CORES if "core_dtype" in choose else (spec.core_dtype,)
     groups = GROUPS if "group_size" in choose else (spec.group,)
     found = {spec}
     for block, pattern, core, group in product(blocks, patterns, cores, groups):
@@ -40,8 +40,8 @@ def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[
                 in_block=spec.in_block if block is None else block,
                 in_shared=None if block == 0 else spec.in_shared,
                 pattern=spec.pattern if pattern is None else Pattern.parse(pattern),
-                core_dtype=spec.core_dtype if core is None else core,
-                group=group if (spec.core_dtype if core is None else core) in QUANTIZERS else spec.group,
+                core_dtype=core,
+                group=group if core in QUANTIZERS else spec.group,
             )
             method.check_spec(other)
         except HalfplateError:

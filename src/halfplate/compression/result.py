@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from halfplate.budgets.ratios import BlockRatio
 from halfplate.calibration import calibration_tokens
@@ -26,6 +29,7 @@ from halfplate.storage.artifact import load_artifact, save_artifact_of
 from halfplate.storage.tensor_file import KINDS
 from halfplate.version import package_version
 
+Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # element type and shape of tensors, by name
 RECORDED = (
     "model",
     "statistics",
@@ -147,13 +151,23 @@ def assemble_weights(
 
 def _save_plain(streamed: StreamedModel, names: list[str], path: Path) -> None:
     """Write the uncompressed tensors in their stored type, with one in memory at a time."""
+    entries = plain_entries(streamed, names)
+    save_artifact_of(path, entries, plain_tensors(streamed, entries), {})
+
+
+def plain_entries(streamed: StreamedModel, names: Iterable[str]) -> Entries:
+    """The stored element type and the shape of the uncompressed tensors `names`."""
     dtype = streamed.source.other_dtype
     kinds = {name: KINDS[streamed.stored[name].kind] for name in names}
-    entries = {
+    return {
         name: (dtype if kind.is_floating_point else kind, streamed.stored[name].shape) for name, kind in kinds.items()
     }
-    tensors = ((name, finite(name, streamed.read(name).to("cpu", entries[name][0]))) for name in entries)
-    save_artifact_of(path, entries, tensors, {})
+
+
+def plain_tensors(streamed: StreamedModel, entries: Entries) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `plain_entries` in their stored type, one in memory at a time."""
+    for name, (dtype, _) in entries.items():
+        yield name, finite(name, streamed.read(name).to("cpu", dtype))
 
 
 def _names(streamed: StreamedModel, plan: Plan) -> list[str]:

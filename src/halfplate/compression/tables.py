@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
+from itertools import chain
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from halfplate.calibration import BATCH, CalibrationTokens, head_gram
-from halfplate.compression.layers import finite
+from halfplate.compression.result import plain_entries, plain_tensors
 from halfplate.compression.tasks import facts_of, records_in
 from halfplate.compression.work_folder import WorkFolder
 from halfplate.formats import Chain, WeightSpec
@@ -20,7 +21,7 @@ from halfplate.planning import Plan
 from halfplate.planning.memory import TABLE_TOKENS
 from halfplate.statistics import InputStatistics
 from halfplate.storage.artifact import Artifact, load_artifact, remove_artifact, save_artifact_of
-from halfplate.storage.tensor_file import KINDS, read_tensor
+from halfplate.storage.tensor_file import read_tensor
 from halfplate.telemetry.clock import Clock
 from halfplate.telemetry.progress import Report
 
@@ -82,9 +83,14 @@ def _solve(
         if spec.same_as is not None:
             records[name] = MatrixRecord(**vars(records[spec.same_as]) | {"name": name})
     report("embedding and head", len(own), len(own))
-    entries = dict(_entries(streamed, own))
-    ordered = [records[name] for name in specs]
-    save_artifact_of(work.outer, entries, _tensors(streamed, solved, entries), facts_of(ordered, specs))
+    stored = {
+        f"{name}.{key}": tensor.cpu() for name, table in solved.items() for key, tensor in table.tensors().items()
+    }
+    replaced = {f"{name}.weight" for name in own}
+    plain = plain_entries(streamed, (name for name in streamed.outer_names if name not in replaced))
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()} | plain
+    tensors = chain(stored.items(), plain_tensors(streamed, plain))
+    save_artifact_of(work.outer, entries, tensors, facts_of([records[name] for name in specs], specs))
 
 
 def _is_head(streamed: StreamedModel, name: str) -> bool:
@@ -105,27 +111,3 @@ def _final_gram(streamed: StreamedModel, ids: Tensor, report: Report) -> Tensor:
             finally:
                 streamed.free_block(index)
         return head_gram(streamed.blockwise, states)
-
-
-def _entries(
-    streamed: StreamedModel, specs: Mapping[str, WeightSpec]
-) -> Iterator[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:
-    """Element type and shape of each stored tensor outside the layers."""
-    for name in streamed.outer_names:
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and module in specs:
-            for key, (shape, dtype) in specs[module].layout().items():
-                yield f"{module}.{key}", (dtype, shape)
-        else:
-            kind = KINDS[streamed.stored[name].kind]
-            yield name, (streamed.source.other_dtype if kind.is_floating_point else kind, streamed.stored[name].shape)
-
-
-def _tensors(
-    streamed: StreamedModel, solved: Mapping[str, Chain], entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-) -> Iterator[tuple[str, Tensor]]:
-    for name, chain in solved.items():
-        yield from ((f"{name}.{key}", tensor.cpu()) for key, tensor in chain.tensors().items())
-    for name in streamed.outer_names:
-        if name in entries and name.rpartition(".")[0] not in solved:
-            yield name, finite(name, streamed.read(name).to("cpu", entries[name][0]))

@@ -115,11 +115,6 @@ class Plan:
         """Those of the embedding and the head."""
         return {name: spec for name, spec in self.specs.items() if name not in self.layer_specs}
 
-    @property
-    def table_nbytes(self) -> int:
-        """Bytes of the compressed embedding and head."""
-        return sum(spec.nbytes for spec in self.table_specs.values())
-
     def with_specs(self, specs: Mapping[str, WeightSpec]) -> Plan:
         """A copy in which the matrices in `specs` have the given formats."""
         return replace(self, matrices=tuple(replace(m, spec=specs.get(m.name, m.spec)) for m in self.matrices))
