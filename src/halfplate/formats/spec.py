@@ -132,6 +132,11 @@ class WeightSpec:
 
     def layout(self) -> Layout:
         """Shape and dtype of every stored tensor, by its name below the module (`weight`, `weight_index`, ...)."""
+        return dict(self._layout)
+
+    @cached_property
+    def _layout(self) -> Layout:
+        """`layout`, computed once: loading asks for it many times."""
         layout: Layout = {}
         for part in self._own:
             layout |= part.layout(self)
