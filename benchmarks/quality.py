@@ -59,6 +59,18 @@ def prepare(model: str, folder: Path) -> None:
         documents = read_text(str(DATA / file))
         _write(folder / f"{text}_calibration.jsonl.gz", documents[:-HELD_OUT])
         _write(folder / f"{text}_held_out.jsonl.gz", documents[-HELD_OUT:])
+    _write(folder / "mixed_calibration.jsonl.gz", _mixed(folder))
+
+
+def _mixed(folder: Path) -> list[str]:
+    """As many characters of C4 as of WikiText-2, then WikiText-2: calibrated on one text, a model forgets others sooner."""
+    wikitext = read_text(str(folder / "wikitext2_train.txt.gz"))
+    left, mixed = sum(map(len, wikitext)), []
+    for document in read_text(str(folder / "c4_calibration.jsonl.gz")):
+        if left > 0:
+            mixed.append(document)
+            left -= len(document)
+    return mixed + wikitext
 
 
 def _link(place: Path, target: Path) -> None:

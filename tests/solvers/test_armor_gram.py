@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gram_data import inputs_of, true_error, weight_of
 from halfplate.errors import HalfplateError
 from halfplate.formats.encoding.rounding import GROUP, round_groups
 from halfplate.formats.quantizers import QUANTIZERS
@@ -22,27 +23,6 @@ from halfplate.solvers.armor.gram import GramObjective, GramProblem, measured, s
 from halfplate.solvers.armor.problem import Problem
 from halfplate.solvers.armor.sweep import Levels
 from halfplate.statistics import InputStatistics
-
-
-def inputs_of(d_in, seed, dead=0):
-    """A Gram matrix of correlated inputs of very unequal size, its first `dead` inputs always 0: fp64 (d_in, d_in)."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(d_in, d_in, generator=generator).double() / d_in**0.5 + torch.eye(d_in)
-    x = torch.randn(3 * d_in, d_in, generator=generator).double() @ mix
-    x *= 10 ** (2 * torch.rand(d_in, generator=generator).double() - 1)
-    x[:, :dead] = 0
-    return x.T @ x / len(x)
-
-
-def weight_of(d_out, d_in, seed):
-    return torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(seed + 1))
-
-
-def true_error(weight, matrix, gram):
-    def loss(difference):
-        return float(((difference.double() @ gram) * difference.double()).sum())
-
-    return loss(weight - matrix) / loss(weight)
 
 
 def problem_of(d_out, d_in, out_block, in_block, seed, pattern="2:4", dead=0):

@@ -14,6 +14,7 @@ from halfplate.solvers.armor.finish import balanced, finish
 from halfplate.solvers.armor.full_gram import GramSchedule, solve_gram
 from halfplate.solvers.armor.paper import PaperSchedule, solve_paper
 from halfplate.solvers.armor.problem import Problem
+from halfplate.solvers.armor.restarts import ROUNDS, restarts
 from halfplate.solvers.armor.stages import stages_for
 from halfplate.solvers.normalise import normalise, power_of_two
 from halfplate.statistics import InputStatistics, Statistic
@@ -42,7 +43,7 @@ class Armor(Method):
     summary = "core between block-diagonal wrappers that repair the error"
     wrapped = True
     dense = True
-    version = 2
+    version = 3
     objective: str | None = None
     solver: str = "exact"
     iterations: int | None = None
@@ -95,9 +96,16 @@ class Armor(Method):
         if self.objective != "gram":
             return diagonal * (self._schedule().iterations if self.solver == "paper" else self._diagonal_iterations)
         schedule = self._gram_schedule()
+        if restarts(spec):
+            # Rounding in order costs less than one iteration.
+            return 2.0 * weights * spec.d_in * 3 * (schedule.grid + ROUNDS) + spec.d_in**3
         iterations = schedule.gram + (schedule.grid if spec.core_dtype in QUANTIZERS else 0)
         # Each computes S C, TᵀT and a sweep whose groups affect all later ones.
         return diagonal * schedule.diagonal + 2.0 * weights * spec.d_in * (3 * iterations + 2)
+
+    def solving_nbytes(self, spec: WeightSpec) -> int:
+        # The order of rounding is found in fp64, beside the Gram matrices that the descent holds.
+        return super().solving_nbytes(spec) + (24 * spec.d_in**2 if restarts(spec) else 0)
 
     def quick(self) -> "Armor":
         if self.solver != "exact":

@@ -138,6 +138,17 @@ def damped_inverse(gram: Tensor, damping: float) -> Tensor:
     return rows.T @ rows
 
 
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """U / diag(U), fp32 (d_in, d_in), of `obs_sweep`: row j is the change of the columns from j on for an error of 1 in column j."""
+    factor, width = _upper_factor(gram, damping), len(gram)
+    found = torch.zeros(width, width, dtype=torch.float32, device=gram.device)
+    for start in range(0, width, 128):  # in fp64, all rows at once would double the memory
+        end = min(start + 128, width)
+        rows = _inverse_rows(factor, start, end)
+        found[start:end, start:] = rows / rows.diagonal()[:, None]
+    return found
+
+
 def _upper_factor(gram: Tensor, damping: float) -> Tensor:
     """The upper triangular R, fp64, with R Rᵀ = H + λ I, in units of the mean second moment of live inputs.
 

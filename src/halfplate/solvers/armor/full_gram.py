@@ -13,6 +13,7 @@ from halfplate.solvers.armor.exact import descend, solve_exact
 from halfplate.solvers.armor.finish import balanced, finish
 from halfplate.solvers.armor.gram import GramObjective, GramProblem, measured, swept
 from halfplate.solvers.armor.problem import Problem
+from halfplate.solvers.armor.restarts import descend_from_restarts, restarts
 from halfplate.solvers.armor.stages import stages_for
 from halfplate.solvers.armor.sweep import Levels
 from halfplate.solvers.normalise import Normalised, power_of_two
@@ -59,8 +60,12 @@ def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSch
     levels = Levels(quantizer, spec.group)
     objective = GramObjective(problem, levels)
     _, (steps,) = round_groups(factors.core, quantizer, spec.group)  # initial scales for the values of the core
-    start = swept(problem, factors, steps.float(), levels, off_grid=True)
-    at, grid_losses = descend(objective, start, schedule.grid, problem.total, moves_core=False)
+    if restarts(spec):
+        unrounded = measured(problem, factors, steps.float())
+        at, grid_losses = descend_from_restarts(objective, unrounded, schedule.grid)
+    else:
+        start = swept(problem, factors, steps.float(), levels, off_grid=True)
+        at, grid_losses = descend(objective, start, schedule.grid, problem.total, moves_core=False)
     return finish(objective, at.factors, normalised, scale, spec, at.steps), losses + grid_losses
 
 

@@ -92,7 +92,7 @@ class GramObjective:
 def measured(problem: GramProblem, factors: Factors, steps: Tensor | None = None) -> Point:
     """The loss of `factors`, unchanged."""
     against = _times_blocks(problem.pulled, factors.in_blocks)
-    return _point(problem, factors, steps, against, factors.core @ _in_gram(problem, factors.in_blocks))
+    return _point(problem, factors, steps, against, factors.core @ gram_inside(problem, factors.in_blocks))
 
 
 def swept(
@@ -107,7 +107,7 @@ def swept(
     off_grid: whether the core is not quantised yet; then values that no input constrains are rounded to nearest.
     """
     tiles = problem.tiles
-    in_gram = _in_gram(problem, factors.in_blocks)  # C
+    in_gram = gram_inside(problem, factors.in_blocks)  # C
     against = _times_blocks(problem.pulled, factors.in_blocks)
     product = factors.core @ in_gram  # U
     out_gram = factors.out_blocks.mT @ factors.out_blocks  # G
@@ -237,8 +237,8 @@ def _precise_loss(problem: GramProblem, factors: Factors) -> float:
     return loss if loss >= 0 else torch.inf
 
 
-def _in_gram(problem: GramProblem, blocks: Tensor) -> Tensor:
-    """C = B H Bᵀ: (cols, cols), computed some rows at a time to save memory."""
+def gram_inside(problem: GramProblem, blocks: Tensor) -> Tensor:
+    """C = B H Bᵀ, the Gram matrix of what the core multiplies: (cols, cols), computed some rows at a time to save memory."""
     size, cols = blocks.shape[1], problem.gram.shape[0]
     found = torch.empty_like(problem.gram)
     tiles = max(ROWS // size, 1)

@@ -1,0 +1,92 @@
+"""Better starts for a quantised core without wrappers: round column after column, and let later columns compensate.
+
+A sweep changes one group at a time and ends where no single change helps. Rounding in order with compensation (GPTQ) moves all later
+columns at once, so it starts a descent elsewhere; with the scales of the best descent so far, that is mostly lower.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from halfplate.formats.spec import WeightSpec
+from halfplate.solvers.armor.exact import descend
+from halfplate.solvers.armor.gram import GramObjective, Point, gram_inside, measured
+from halfplate.solvers.armor.sweep import Levels
+from halfplate.solvers.obs import inverse_factor
+
+ROUNDS = 4
+DAMPING = 1e-4  # of H, only for the order of compensation; the descent minimises the true error
+COLUMNS = 64  # between two updates of all later columns; only the speed depends on it
+
+
+def restarts(spec: WeightSpec) -> bool:
+    """Whether a quantised core of `spec` is solved with restarts: only without wrappers, which couple its rows."""
+    return spec.pattern.is_dense and not (spec.out_block or spec.in_block)
+
+
+def descend_from_restarts(objective: GramObjective, wanted: Point, iterations: int) -> tuple[Point, list[float]]:
+    """Descend from `ROUNDS` starts, each rounded with the scales of the best point before it.
+
+    wanted: the core before it is quantised, and the first scales; its wrappers are identities.
+    iterations: of all descents together.
+    Returns the best point, and the losses at the first start and of every better point after it, relative to the zero matrix.
+    """
+    assert objective.levels is not None, "only a quantised core is rounded"
+    problem, core = objective.problem, wanted.factors.core
+    order = Order.of(gram_inside(problem, wanted.factors.in_blocks))
+    rounds = max(1, min(ROUNDS, iterations))
+    best, losses, scales = None, list[float](), wanted.steps
+    for _ in range(rounds):
+        assert scales is not None, "a quantised core has scales"
+        rounded = round_in_order(core, order, scales, objective.levels)
+        start = measured(problem, replace(wanted.factors, core=rounded), scales)
+        at, found = descend(objective, start, iterations // rounds, problem.total, moves_core=False)
+        if best is None:
+            best, losses = at, found
+        elif at.loss < best.loss:
+            best = at
+            losses.append(at.loss / problem.total)
+        else:
+            break  # the same scales would give the same start again
+        scales = best.steps
+    return best, losses
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The order of the columns, those of the strongest inputs first, and how an error in one is spread over the later ones.
+
+    columns: int64 (cols,).
+    spread: upper triangular with a unit diagonal, fp32 (cols, cols), in this order.
+    """
+
+    columns: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor) -> "Order":
+        columns = gram.diagonal().argsort(descending=True, stable=True)
+        return cls(columns, inverse_factor(gram[columns][:, columns], DAMPING))
+
+
+def round_in_order(core: Tensor, order: Order, scales: Tensor, levels: Levels) -> Tensor:
+    """`core` (rows, cols) quantised with `scales` (rows, ceil(cols / group)), each column compensating for those before it.
+
+    Source: GPTQ, arXiv 2210.17323, with static scales and columns in falling order of their second moment.
+    """
+    each = scales.repeat_interleave(levels.group, 1)[:, : core.shape[1]]
+    left, steps = (matrix.T[order.columns].contiguous() for matrix in (core, each))  # a column is contiguous
+    for start in range(0, len(left), COLUMNS):
+        end = min(start + COLUMNS, len(left))
+        lost = torch.empty_like(left[start:end])
+        for j in range(start, end):
+            code = levels.quantizer.nearest(left[j], steps[j])
+            rounded = levels.quantizer.decode(code, steps[j])
+            lost[j - start] = left[j] - rounded
+            left[j] = rounded
+            left[j + 1 : end].addr_(order.spread[j, j + 1 : end], lost[j - start], alpha=-1)
+        left[end:].addmm_(order.spread[start:end, end:].T, lost, alpha=-1)
+    found = torch.empty_like(left)
+    found[order.columns] = left
+    return found.T.contiguous()
