@@ -48,7 +48,7 @@ def test_method_options_get_the_type_of_the_method():
         ({"block_size": "big"}, "block_size='big' is not of the right type; expected a whole number or auto"),
         (
             {"core_dtype": "int7"},
-            "core_dtype='int7' is not one of fp32, bf16, fp16, int8, int6, int5, int4, nl4, int3, int2",
+            "core_dtype='int7' is not one of fp32, bf16, fp16, int8, int6, int5, nl5, int4, nl4, int3, nl3, int2",
         ),
         ({"wrapper_dtype": "int4"}, "wrapper_dtype='int4' is not one of fp32, bf16, fp16, int8"),
         ({"inputs": "compresed"}, "inputs='compresed' is not one of dense, compressed"),
@@ -129,9 +129,47 @@ def test_keyword_arguments_of_verbs_are_the_fields_of_the_recipe():
 
 def test_a_recipe_of_whatever_is_at_hand(tmp_path):
     (tmp_path / "r.yaml").write_text("method: wanda\nsamples: 8\n")
-    assert Recipe.of() == Recipe()
-    assert Recipe.of(seed=3) == Recipe(seed=3)
+    assert Recipe.of() == Recipe.from_yaml("everyday")
+    assert Recipe.of(seed=3) == Recipe.from_yaml("everyday", seed=3)
     assert Recipe.of(Recipe(seed=3), samples=8) == Recipe(seed=3, samples=8)
     assert Recipe.of(tmp_path / "r.yaml", samples=9) == Recipe(method="wanda", samples=9)
     with pytest.raises(HalfplateError, match="option='sample' is unknown; did you mean 'samples'"):
         Recipe.of(sample=3)
+
+
+EVERYDAY = {"pattern": "dense", "core_dtype": "nl4", "block_size": 0, "embedding_dtype": "auto", "head_dtype": "auto"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"samples": 8}, {"method_options": {"iterations": 2}}, {"tune_block": 4}], ids=str
+)
+def test_who_chooses_no_format_gets_the_everyday_recipe(changes):
+    recipe = Recipe.of(**changes)
+    assert {name: getattr(recipe, name) for name in EVERYDAY} == EVERYDAY
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pattern": "2:4"},
+        {"method": "wanda"},
+        {"core_dtype": "int8"},
+        {"block_size": 8},
+        {"time_budget": 0.5},
+        {"budget": 0.5, "choose": ["pattern"]},
+        {"method_options": {"objective": "diag"}},
+    ],
+    ids=str,
+)
+def test_who_chooses_a_part_of_the_format_gets_none_of_it(changes):
+    assert Recipe.of(**changes) == Recipe(**changes)
+
+
+def test_a_budget_alone_varies_the_bits_of_the_everyday_recipe():
+    recipe = Recipe.of(budget=0.4)
+    assert (recipe.choose, recipe.pattern, recipe.block_size) == (("core_dtype",), "dense", 0)
+    assert (recipe.embedding_dtype, recipe.head_dtype) == ("auto", "auto")
+
+
+def test_a_recipe_of_its_own_is_not_laid_over_the_everyday_one():
+    assert Recipe.of(Recipe(samples=3), seq_len=5) == Recipe(samples=3, seq_len=5)

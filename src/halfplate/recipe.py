@@ -19,7 +19,7 @@ from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern
-from halfplate.recipe_values import DEFAULT_METHOD, file_values, laid_over
+from halfplate.recipe_values import DEFAULT_METHOD, file_values, laid_over, without_recipe
 from halfplate.registry import available, unknown
 
 VERSION = 1
@@ -329,6 +329,7 @@ class Recipe:
     def of(cls, recipe: Recipe | str | Path | None = None, **changes: Unpack[RecipeFields]) -> Recipe:
         """A recipe, a YAML file, or the defaults, overridden by `changes`.
 
+        If neither chooses a format (`recipe_values.FORMAT`), the defaults are those of the built-in recipe `everyday`.
         Raises HalfplateError as `from_yaml` and Recipe do, and for a name that is not a field.
         """
         # Checked here, so that a misspelt keyword gives a proper error.
@@ -337,7 +338,7 @@ class Recipe:
             if name not in {f.name for f in fields(cls)}:
                 raise unknown("option", name, [f.name for f in fields(cls)])
         if recipe is None:
-            return cls(**values)
+            return cls(**without_recipe(values))
         if isinstance(recipe, Recipe):
             return replace(recipe, **values)
         return cls.from_yaml(path_text("recipe", recipe), **values)

@@ -10,6 +10,21 @@ from halfplate import plain_yaml, recipes
 from halfplate.errors import HalfplateError
 
 DEFAULT_METHOD = "armor"
+EVERYDAY = "everyday"  # the built-in recipe for those who choose no format
+EVERYDAY_CHOICE = ("core_dtype",)  # what a budget may vary in it
+# Fields, and options of the method, that choose a format; the rest of it then has the defaults of Recipe.
+FORMAT = {"method", "pattern", "block_size", "out_block_size", "share_wrappers", "core_dtype", "wrapper_dtype"}
+FORMAT |= {"time_budget", "choose", "search", "ratios"}
+FORMAT_OPTIONS = {"solver", "objective"}
+
+
+def without_recipe(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over the built-in recipe `everyday`, or `changes` alone if one of them chooses a format."""
+    options = changes.get("method_options", {})
+    if FORMAT & changes.keys() or (isinstance(options, Mapping) and FORMAT_OPTIONS & options.keys()):
+        return dict(changes)
+    chosen = {} if changes.get("budget") is None else {"choose": EVERYDAY_CHOICE}
+    return laid_over(file_values(EVERYDAY) | chosen, changes)
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

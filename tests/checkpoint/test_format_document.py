@@ -45,6 +45,8 @@ WIDE: list[dict[str, Any]] = [
     {"pattern": DENSE, "core_dtype": "int5", "group": 32},
     {"core_dtype": "int6", "in_block": 8},
     {"core_dtype": "nl4", "group": 32},
+    {"pattern": DENSE, "core_dtype": "nl5", "group": 64},
+    {"core_dtype": "nl3", "in_block": 8},
     {"pattern": Pattern(5, 11), "core_dtype": "int3"},
     {"pattern": DENSE, "core_dtype": "bf16", "in_block": 7},
     {"pattern": DENSE, "core_dtype": "int4", "group": 64, "permuted": True},

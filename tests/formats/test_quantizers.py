@@ -86,23 +86,31 @@ def nearest_of_table(value: float, scale: float) -> int:
     return min(range(16), key=lambda place: abs(TABLE[place] * scale - value)) if scale else 7
 
 
-def test_values_of_the_table_are_the_nearest_of_sixteen() -> None:
-    quantizer = QUANTIZERS.get("nl4")
-    numbers = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
-    assert (quantizer.bits, quantizer.range, quantizer.stored) == (4, (-8, 7), ("scales",))
+NL5 = [-127, -108, -94, -84, -75, -67, -60, -54, -48, -41, -35, -29, -24, -18, -12, -6]
+NL5 += [0, 6, 12, 18, 24, 30, 36, 42, 48, 55, 61, 69, 78, 89, 102, 122]
+NL4 = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"), [("nl5", NL5), ("nl4", NL4), ("nl3", [-127, -78, -45, -18, 8, 36, 70, 119])]
+)
+def test_values_of_a_table_are_the_nearest_of_all(name: str, numbers: list[int]) -> None:
+    quantizer, half = QUANTIZERS.get(name), len(numbers) // 2
+    assert (quantizer.bits, quantizer.range, quantizer.stored) == (int(name[-1]), (-half, half - 1), ("scales",))
     scales = torch.tensor([[0.5], [0.0], [3.0]], dtype=torch.float64)
     values = random_values(3, 400, 1).double()
     found = quantizer.nearest(values, scales)
     for row, scale in enumerate(scales[:, 0].tolist()):
         for value, code in zip(values[row].tolist(), found[row].tolist(), strict=True):
-            best = min(range(16), key=lambda k: abs(numbers[k] * scale - value)) - 8 if scale else 0
+            best = min(range(2 * half), key=lambda k: abs(numbers[k] * scale - value)) - half if scale else 0
             assert code == best
-    decoded = quantizer.decode(torch.arange(-8, 8), torch.tensor(1.0))
+    decoded = quantizer.decode(torch.arange(-half, half), torch.tensor(1.0))
     assert decoded.tolist() == numbers
 
 
-def test_fitted_scales_of_the_table_are_better_than_one_share_for_all() -> None:
-    quantizer = QUANTIZERS.get("nl4")
+@pytest.mark.parametrize("name", ["nl5", "nl4", "nl3"])
+def test_fitted_scales_of_a_table_are_better_than_one_share_for_all(name: str) -> None:
+    quantizer = QUANTIZERS.get(name)
     values = random_values(20, 32, 2)
     values[3], values[4] = values[3].abs(), -values[4].abs()
     codes, (scales,) = quantizer.refit(values)
@@ -261,4 +269,4 @@ def test_floats_have_no_quantizer_and_unknown_names_are_refused() -> None:
         with pytest.raises(HalfplateError) as caught:
             find("int7")
         assert str(caught.value).startswith("core_dtype='int7' is unknown; ")
-        assert str(caught.value).endswith("available: int8, int6, int5, int4, nl4, int3, int2")
+        assert str(caught.value).endswith("available: int8, int6, int5, nl5, int4, nl4, int3, nl3, int2")

@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BITS = {"nl4": 4, "int6": 6, "int5": 5, "int4": 4, "int3": 3, "int2": 2}
-NL4 = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float64)
+BITS = {"int6": 6, "int5": 5, "nl5": 5, "int4": 4, "nl4": 4, "int3": 3, "nl3": 3, "int2": 2}
+NL5 = [-127, -108, -94, -84, -75, -67, -60, -54, -48, -41, -35, -29, -24, -18, -12, -6]
+NL5 += [0, 6, 12, 18, 24, 30, 36, 42, 48, 55, 61, 69, 78, 89, 102, 122]
+TABLES = {
+    "nl5": NL5,
+    "nl4": [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
+    "nl3": [-127, -78, -45, -18, 8, 36, 70, 119],
+}
 # Both positions of a group of 4 as its 4 bits of the index.
 PAIRS = torch.tensor([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], dtype=torch.uint8)
 
@@ -59,7 +65,8 @@ def _core(spec: Any, tensors: dict[str, Tensor]) -> Tensor:
         stream = torch.stack([weight >> k & 1 for k in range(8)], -1).reshape(spec.d_out, -1)[:, : kept * width]
         places = 2 ** torch.arange(width, dtype=torch.float64)
         codes = (stream.reshape(spec.d_out, kept, width) * places).sum(-1)
-        values = NL4[codes.long()] if spec.core_dtype == "nl4" else codes - 2 ** (width - 1)
+        table = TABLES.get(spec.core_dtype)
+        values = codes - 2 ** (width - 1) if table is None else torch.tensor(table, dtype=torch.float64)[codes.long()]
     else:
         values = weight.double()
     columns = torch.arange(kept).expand(spec.d_out, -1)

@@ -21,7 +21,9 @@ SPARSE = Pattern(2, 4)
 
 
 @st.composite
-def specs(draw, core_dtypes=("fp32", "bf16", "fp16", "int8", "int6", "int5", "int4", "nl4", "int3", "int2")):
+def specs(
+    draw, core_dtypes=("fp32", "bf16", "fp16", "int8", "int6", "int5", "nl5", "int4", "nl4", "int3", "nl3", "int2")
+):
     pattern = draw(st.sampled_from([SPARSE, DENSE]))
     block = st.sampled_from([0, 0, 1, 4, 8, 12, 16, 32, 128, 200])
     return WeightSpec(
@@ -67,7 +69,9 @@ def test_many_tokens_take_the_expanded_core(spec, biased, seed):
 
 
 @given(
-    specs(core_dtypes=("int8", "int6", "int5", "int4", "nl4", "int3", "int2")), st.integers(1, 9), st.integers(0, 1000)
+    specs(core_dtypes=("int8", "int6", "int5", "nl5", "int4", "nl4", "int3", "nl3", "int2")),
+    st.integers(1, 9),
+    st.integers(0, 1000),
 )
 @settings(max_examples=80, deadline=None)
 def test_int8_activations_are_rounded_by_token_and_128_inputs(spec, tokens, seed):

@@ -103,7 +103,7 @@ def test_loss_never_rises(d_out, groups, block, pattern, seed, dead):
     assert loss_of(problem, at.factors) / problem.total == pytest.approx(losses[-1], abs=1e-5)
 
 
-@pytest.mark.parametrize("core", [None, "int8", "int4", "nl4", "int3", "int2"])
+@pytest.mark.parametrize("core", [None, "int8", "nl5", "int4", "nl4", "int3", "int2"])
 @pytest.mark.parametrize("pattern", ["2:4", "dense", "1:4", "4:8"])
 @pytest.mark.parametrize(
     ("d_out", "d_in", "block", "group"),

@@ -17,7 +17,7 @@ CHOSEN = CHOICES[:3]
 BLOCKS = (0, 8, 16, 32)
 PATTERNS = ("1:4", "2:4", "4:8", "3:4", "dense")
 CORES = ("bf16", *QUANTIZERS)
-TABLE_CORES = ("int8", "int6", "int5", "int4", "nl4")
+TABLE_CORES = ("int8", "int6", "int5", "nl5", "int4", "nl4")
 
 
 def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[WeightSpec]:

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="smallest-loss, smallest-file, fastest-decode, quick-look, armor-paper, default, or a YAML file",
+        help="everyday, smallest-loss, smallest-file, fastest-decode, quick-look, armor-paper, default, or a YAML file",
     )
 
 
@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
 
     from halfplate.recipe import Recipe
 
-    recipe = Recipe() if args.name == "default" else Recipe.from_yaml(args.name)
+    recipe = Recipe.of() if args.name == "default" else Recipe.from_yaml(args.name)
     if args.action == "show":
         print(yaml.safe_dump(recipe.to_json(), sort_keys=False), end="")
     else:

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 # Recipe converts and checks the values, so that flags and files give the same error messages.
 FIELDS = (
     ("--method", "NAME", "compression method (default armor); `halfplate methods` lists them"),
-    ("--pattern", "N:M", "keep N of every M inputs (default 2:4), or dense for an unpruned core"),
-    ("--block-size", "N", "size of the wrappers' blocks: auto (default), 0 for no wrappers, 1 for diagonal ones"),
+    ("--pattern", "N:M", "keep N of every M inputs, or dense for an unpruned core"),
+    ("--block-size", "N", "size of the wrappers' blocks: auto, 0 for no wrappers, 1 for diagonal ones"),
     ("--out-block-size", "N", "size of the output wrappers' blocks, if it differs from --block-size"),
     (
         "--core-dtype",
         "TYPE",
-        "type of the kept values: bf16 (default), fp16, fp32, int8, int6, int5, int4, nl4, int3 or int2",
+        "type of the kept values: bf16, fp16, fp32, int8, int6, int5, nl5, int4, nl4, int3, nl3 or int2",
     ),
     ("--group-size", "N", "columns that share one scale of an integer core: 128 (default), 64 or 32"),
-    ("--embedding-dtype", "TYPE", "type of the embedding: keep (default), auto (int8), or int8 to int2"),
-    ("--head-dtype", "TYPE", "type of the output layer: keep (default), auto (int8), or int8 to int2"),
+    ("--embedding-dtype", "TYPE", "type of the embedding: keep, auto (int8), or int8 to int2"),
+    ("--head-dtype", "TYPE", "type of the output layer: keep, auto (int8), or int8 to int2"),
     ("--wrapper-dtype", "TYPE", "type of the wrappers: bf16 (default), fp16, fp32 or int8"),
     (
         "--calibration",
@@ -86,7 +86,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="NAME|FILE",
-        help="a built-in recipe (`halfplate recipe show NAME`) or a YAML file; other options override it",
+        help="a built-in recipe (`halfplate recipe show NAME`) or a YAML file; other options override it (default everyday, unless an option chooses a format)",
     )
     for flag, metavar, text in FIELDS + METHOD_OPTIONS:
         parser.add_argument(flag, metavar=metavar, help=text)
@@ -158,9 +158,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         if not (key and equals):
             raise HalfplateError(f"--option {text!r} is not of the form KEY=VALUE; try iterations=20")
         options[key.replace("-", "_")] = value
-    if args.recipe is None:
-        return Recipe(**changes, method_options=options)
-    return Recipe.from_yaml(args.recipe, **changes, method_options=options)
+    return Recipe.of(args.recipe, **changes, method_options=options)
 
 
 def _field(option: tuple[str, str, str]) -> str:

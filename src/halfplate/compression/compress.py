@@ -103,7 +103,7 @@ def compress(
     ```pycon
     >>> summary = halfplate.compress("tiny", "tiny-armor", samples=4, seq_len=32, method_options={"iterations": 2})
     >>> summary["method"], len(summary["matrices"])
-    ('armor', 14)
+    ('armor', 16)
 
     ```
     """

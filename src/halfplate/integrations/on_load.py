@@ -43,7 +43,7 @@ def compress_in_place(
         )
     with TemporaryDirectory(prefix="halfplate-") as scratch:
         out = Path(scratch) / "checkpoint"
-        compress(str(_with_tokenizer(source, model)), out, recipe or Recipe(), check=False)
+        compress(str(_with_tokenizer(source, model)), out, recipe or Recipe.of(), check=False)
         specs, record = read_specs(out), read_record(out)
         tensors = dict(read_tensors(read_headers(out)))
     _check_shapes(model, specs, tensors)

@@ -43,7 +43,7 @@ KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
 TILE = 128  # columns per scale, as in src/runtime.h
 WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
 PATTERNS = ("2:4", "dense")
-CORES = ("fp32", "bf16", "fp16", "int8", "int6", "int5", "int4", "nl4", "int3", "int2")
+CORES = ("fp32", "bf16", "fp16", "int8", "int6", "int5", "nl5", "int4", "nl4", "int3", "nl3", "int2")
 ACTIVATIONS = ("float", "int8")
 # From this many tokens on, the core is expanded and multiplied by torch's matrix product. Measured (RESULTS.md): with
 # 512-bit vectors the sparse kernels are faster than its fp32 product at any size, but not than a bf16 product in hardware.
@@ -202,7 +202,7 @@ def unpack(spec: WeightSpec, packed: Tensor) -> dict[str, Tensor]:
 
 
 def _kernel_spec(spec: WeightSpec) -> WeightSpec:
-    """The matrix as the kernels hold it: int6, int5 and nl4 as int8, int3 and int2 as int4."""
+    """The matrix as the kernels hold it: int6, int5 and tables (nl5, nl4, nl3) as int8, int3 and int2 as int4."""
     quantizer = quantizer_of(spec.core_dtype)
     if quantizer is None or spec.core_dtype in KINDS:
         return spec

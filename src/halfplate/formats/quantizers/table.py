@@ -57,4 +57,13 @@ class Table:
         return torch.tensor(self.numbers, dtype=like.dtype, device=like.device)
 
 
+# The other two are fitted to groups of 64 normally distributed numbers (Lloyd's algorithm with a scale for each group), and rounded.
+EIGHT = (-127, -78, -45, -18, 8, 36, 70, 119)
+THIRTY_TWO = (
+    *(-127, -108, -94, -84, -75, -67, -60, -54, -48, -41, -35, -29, -24, -18, -12, -6),
+    *(0, 6, 12, 18, 24, 30, 36, 42, 48, 55, 61, 69, 78, 89, 102, 122),
+)
+
+NL5 = Table("nl5", 5, THIRTY_TWO)
 NL4 = Table("nl4", 4, NON_LINEAR)
+NL3 = Table("nl3", 3, EIGHT)

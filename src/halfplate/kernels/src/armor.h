@@ -21,7 +21,7 @@ struct Problem {
 // Every stage also writes the loss of each tile on entry: double (row_tiles, col_tiles).
 using Stage = void (*)(const Problem &, double *cross, double *square, double *losses);
 
-constexpr int64_t LARGEST_TABLE = 16;  // numbers of a grid that are listed
+constexpr int64_t LARGEST_TABLE = 32;  // numbers of a grid that are listed
 
 // The core under the full Gram objective: every row couples all its inputs. Matrices as above.
 struct GramSweep {

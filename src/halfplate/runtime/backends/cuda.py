@@ -31,7 +31,7 @@ SEMI_STRUCTURED = Capability(
         "pattern": pattern_of(("2:4",), "semi-structured products are for pattern 2:4, not {value}", "--pattern 2:4"),
         "core_dtype": one_of(
             "core_dtype",
-            ("bf16", "fp16", "int8", "int6", "int5", "int4", "nl4", "int3", "int2"),
+            ("bf16", "fp16", "int8", "int6", "int5", "nl5", "int4", "nl4", "int3", "nl3", "int2"),
             "semi-structured products of torch take no core of type {value} and pattern 2:4; compress with core_dtype='bf16'",
             "--core-dtype bf16",
         ),

@@ -17,7 +17,7 @@ from halfplate.solvers.armor.wrappers import regular_inverse, update_out_blocks
 
 # Passes over the blocks of B in one update. The blocks are coupled, and a pass is cheap compared with the other products.
 PASSES = 2
-LARGEST_TABLE = 16  # numbers of a quantizer that the native sweep looks through: as in src/armor.h
+LARGEST_TABLE = 32  # numbers of a quantizer that the native sweep looks through: as in src/armor.h
 # The loss is a difference of sums. If it is below this share of the loss of the zero matrix, or a sum is this many times that loss
 # (the factors have grown in directions that hardly any input constrains), fp32 rounding would dominate, so fp64 is used.
 PRECISE, LARGE = 1e-3, 4.0

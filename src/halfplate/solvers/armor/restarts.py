@@ -32,24 +32,24 @@ def descend_from_restarts(objective: GramObjective, wanted: Point, iterations: i
     iterations: of all descents together.
     Returns the best point, and the losses at the first start and of every better point after it, relative to the zero matrix.
     """
-    assert objective.levels is not None, "only a quantised core is rounded"
     problem, core = objective.problem, wanted.factors.core
     order = Order.of(gram_inside(problem, wanted.factors.in_blocks))
     rounds = max(1, min(ROUNDS, iterations))
-    best, losses, scales = None, list[float](), wanted.steps
-    for _ in range(rounds):
+
+    def descended(scales: Tensor | None) -> tuple[Point, list[float]]:
         assert scales is not None, "a quantised core has scales"
+        assert objective.levels is not None, "a quantised core has codes"
         rounded = round_in_order(core, order, scales, objective.levels)
         start = measured(problem, replace(wanted.factors, core=rounded), scales)
-        at, found = descend(objective, start, iterations // rounds, problem.total, moves_core=False)
-        if best is None:
-            best, losses = at, found
-        elif at.loss < best.loss:
-            best = at
-            losses.append(at.loss / problem.total)
-        else:
+        return descend(objective, start, iterations // rounds, problem.total, moves_core=False)
+
+    best, losses = descended(wanted.steps)
+    for _ in range(rounds - 1):
+        at, _ = descended(best.steps)
+        if not at.loss < best.loss:
             break  # the same scales would give the same start again
-        scales = best.steps
+        best = at
+        losses.append(at.loss / problem.total)
     return best, losses
 
 
