@@ -4,17 +4,17 @@ import shlex
 from dataclasses import MISSING, fields
 from typing import Any
 
-from halfplate.recipe import Recipe, pattern_of
+from halfplate.recipe import Recipe
 
 REPEATED = ("include", "exclude", "transforms")
 
 
 def compress_command(model: str, out: str, recipe: Recipe) -> str:
-    """The `halfplate compress` command of a recipe for a shell, with every value that is not a default."""
-    words = ["halfplate", "compress", model, "-o", out]
+    """The `halfplate compress` command of a recipe for a shell: the pattern, and every value that is not a default."""
+    # The pattern is always said: a command that chooses no format takes the recipe `everyday`.
+    words = ["halfplate", "compress", model, "-o", out, f"--pattern={recipe.pattern}"]
     # Not `Recipe(method=...)`, which some methods refuse because they need an integer core.
     defaults = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
-    defaults["pattern"] = pattern_of(recipe.method)
     for name in (field.name for field in fields(Recipe) if field.name not in ("version", "method_options")):
         value = getattr(recipe, name)
         if value == defaults[name]:

@@ -26,14 +26,15 @@ def restarts(spec: WeightSpec) -> bool:
 
 
 def descend_from_restarts(objective: GramObjective, wanted: Point, iterations: int) -> tuple[Point, list[float]]:
-    """Descend from `ROUNDS` starts, each rounded with the scales of the best point before it.
+    """Descend from `ROUNDS` starts, each rounded with the scales of the best point before it; every row keeps its best.
 
-    wanted: the core before it is quantised, and the first scales; its wrappers are identities.
+    wanted: the core before it is quantised, and the first scales; its wrappers are identities, so the rows are independent.
     iterations: of all descents together.
-    Returns the best point, and the losses at the first start and of every better point after it, relative to the zero matrix.
+    Returns the best point, and the losses from the first start on, relative to the zero matrix.
     """
     problem, core = objective.problem, wanted.factors.core
-    order = Order.of(gram_inside(problem, wanted.factors.in_blocks))
+    gram = gram_inside(problem, wanted.factors.in_blocks)
+    order = Order.of(gram)
     rounds = max(1, min(ROUNDS, iterations))
 
     def descended(scales: Tensor | None) -> tuple[Point, list[float]]:
@@ -43,13 +44,23 @@ def descend_from_restarts(objective: GramObjective, wanted: Point, iterations: i
         start = measured(problem, replace(wanted.factors, core=rounded), scales)
         return descend(objective, start, iterations // rounds, problem.total, moves_core=False)
 
+    def left(at: Point) -> Tensor:
+        """What each row leaves of its loss: (rows, 1)."""
+        missing = core - at.factors.core
+        return ((missing @ gram) * missing).sum(1, keepdim=True)
+
     best, losses = descended(wanted.steps)
     for _ in range(rounds - 1):
         at, _ = descended(best.steps)
-        if not at.loss < best.loss:
+        better = left(at) < left(best)
+        if not bool(better.any()):
             break  # the same scales would give the same start again
-        best = at
-        losses.append(at.loss / problem.total)
+        assert at.steps is not None, "a quantised core has scales"
+        assert best.steps is not None, "a quantised core has scales"
+        kept = torch.where(better, at.factors.core, best.factors.core)
+        scales = torch.where(better, at.steps, best.steps)
+        best = measured(problem, replace(wanted.factors, core=kept), scales)
+        losses.append(best.loss / problem.total if problem.total else 0.0)
     return best, losses
 
 
