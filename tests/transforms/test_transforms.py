@@ -367,5 +367,5 @@ def test_the_command_of_a_report_names_them(examples, install):
     from halfplate.report.command import compress_command
 
     command = compress_command("model", "out", Recipe(transforms=["fold_norms"]))
-    assert command == "halfplate compress model -o out --transforms=fold_norms@1"
+    assert command == "halfplate compress model -o out --pattern=2:4 --transforms=fold_norms@1"
     assert installed(GROUP)["fold_norms"]
