@@ -289,6 +289,7 @@ def test_another_version_makes_another_plan(install, tiny_folder, monkeypatch):
 
 
 def refused(capsys, *words):
+    capsys.readouterr()  # the progress of saving a model
     assert main([str(word) for word in words]) == 2
     return capsys.readouterr().err.splitlines()[0]
 

@@ -15,7 +15,7 @@ def compress_command(model: str, out: str, recipe: Recipe) -> str:
     words = ["halfplate", "compress", model, "-o", out, f"--pattern={recipe.pattern}"]
     # Not `Recipe(method=...)`, which some methods refuse because they need an integer core.
     defaults = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
-    for name in (field.name for field in fields(Recipe) if field.name not in ("version", "method_options")):
+    for name in (field.name for field in fields(Recipe) if field.name not in ("version", "pattern", "method_options")):
         value = getattr(recipe, name)
         if value == defaults[name]:
             continue
