@@ -65,27 +65,6 @@ def test_few_iterations_are_few_rounds(iterations):
     assert losses
 
 
-@pytest.mark.parametrize("case", ["zero weight", "zero gram", "one input", "massive channel", "rank one"])
-def test_hostile_input_stays_finite(case):
-    weight, gram = weight_of(24, 32, 9), inputs_of(32, 9)
-    if case == "zero weight":
-        weight = torch.zeros_like(weight)
-    elif case == "zero gram":
-        gram = torch.zeros_like(gram)
-    elif case == "one input":
-        gram = torch.diag(torch.arange(32) == 5).double()
-    elif case == "massive channel":
-        gram[7] *= 1e5
-        gram[:, 7] *= 1e5
-    else:
-        vector = torch.randn(32, generator=torch.Generator().manual_seed(0)).double()
-        gram = torch.outer(vector, vector)
-    spec = WeightSpec(24, 32, Pattern.parse("dense"), "int4", group=32)
-    chain, losses = solve_gram(weight, gram, spec, GramSchedule())
-    assert bool(chain.dense().isfinite().all())
-    assert all(loss == loss for loss in losses)
-
-
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [

@@ -44,21 +44,24 @@ def descend_from_restarts(objective: GramObjective, wanted: Point, iterations: i
         start = measured(problem, replace(wanted.factors, core=rounded), scales)
         return descend(objective, start, iterations // rounds, problem.total, moves_core=False)
 
-    def left(at: Point) -> Tensor:
-        """What each row leaves of its loss: (rows, 1)."""
+    def remaining(at: Point) -> Tensor:
+        """The loss of each row: (rows, 1)."""
         missing = core - at.factors.core
         return ((missing @ gram) * missing).sum(1, keepdim=True)
 
     best, losses = descended(wanted.steps)
+    least = remaining(best)
     for _ in range(rounds - 1):
         at, _ = descended(best.steps)
-        better = left(at) < left(best)
+        found = remaining(at)
+        better = found < least
         if not bool(better.any()):
             break  # the same scales would give the same start again
         assert at.steps is not None, "a quantised core has scales"
         assert best.steps is not None, "a quantised core has scales"
         kept = torch.where(better, at.factors.core, best.factors.core)
         scales = torch.where(better, at.steps, best.steps)
+        least = torch.where(better, found, least)
         best = measured(problem, replace(wanted.factors, core=kept), scales)
         losses.append(best.loss / problem.total if problem.total else 0.0)
     return best, losses
