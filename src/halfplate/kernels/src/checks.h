@@ -35,12 +35,19 @@ static inline bool holds(const void *data, int64_t bytes, int64_t wanted) {
     return bytes == wanted && (wanted == 0 || data != nullptr);
 }
 
+// Whether there are numbers exactly if the kind needs them.
+static inline bool sensible_table(const Packed &p) {
+    for (const int8_t number : p.table)
+        if (p.kind == TABLE ? number == -128 : number != 0) return false;
+    return true;
+}
+
 // Whether the sizes in a header can be those of a matrix.
 static inline bool sensible(const Packed &p) {
     return within(p.d_out, 1, LARGEST_SIDE) && within(p.d_in, 1, LARGEST_SIDE) && within(p.kind, FP32, TABLE) && (p.group == 32 || p.group == 64 || p.group == TILE) &&
            within(p.sparse, 0, 1) && within(p.activations, FLOAT, p.kind >= INT8 ? BYTES : FLOAT) &&
            within(p.wrapper_kind, FP32, INT8) && within(p.out_block, 0, LARGEST_SIDE) &&
-           within(p.in_block, 0, LARGEST_SIDE) && (!p.sparse || p.d_in % 4 == 0);
+           within(p.in_block, 0, LARGEST_SIDE) && (!p.sparse || p.d_in % 4 == 0) && sensible_table(p);
 }
 
 // Whether `p` starts a packed matrix of `bytes` bytes. Cheap enough for every token.
