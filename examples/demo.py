@@ -1,4 +1,4 @@
-"""Compress a real model to four bits by rounding and by ARMOR, and compare both with the original in one table.
+"""Compress a real model to four bits by rounding and by Halfplate's solver, and compare both with the original in one table.
 
     make demo        (or: python examples/demo.py --out demo-out)
 
@@ -23,11 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 PROMPT = "What is the capital of France?"
-# Unpruned int4 linears, and the embedding, which is the output layer too, in int8: a small file that loses little.
-FORMAT = ["--pattern", "dense", "--core-dtype", "int4", "--embedding-dtype", "int8"]
+# The same format for both: what `compress` without options chooses, and the same values rounded.
 METHODS = {
-    "rounded to nearest": ["--method", "rtn", *FORMAT],
-    "ARMOR": ["--method", "armor", *FORMAT, "--block-size", "0"],
+    "rounded to nearest": ["--recipe", "everyday", "--method", "rtn"],
+    "Halfplate": ["--recipe", "everyday", "--method", "armor"],
 }
 
 
@@ -71,7 +70,7 @@ def timed(model: Path, dense: Path) -> dict[str, Any]:
 def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namespace) -> None:
     """Print the final table: size, quality and speed."""
     first = next(iter(rows.values()))
-    title = "SmolLM2-135M-Instruct in int4, embedding in int8; KL and top-1 agreement with the original"
+    title = "SmolLM2-135M-Instruct in four bits, embedding in int8; KL and top-1 agreement with the original"
     table = Table(title=title, title_justify="left")
     columns = ["", "file", "× original", "KL", "top-1", "perplexity (self)"]
     columns += ["decode, tokens/s", "× original"]
@@ -127,7 +126,7 @@ def main() -> None:
     calibration = ["--samples", options.samples, "--seq-len", options.seq_len]
     rows = {}
     for name, method in METHODS.items():
-        out = options.out / method[1]
+        out = options.out / method[-1]
         print(halfplate("compress", dense, "-o", out, *method, *calibration))
         sizes = json.loads(halfplate("inspect", out, "--json"))
         rows[name] = measured(out, dense, options) | {
@@ -136,7 +135,7 @@ def main() -> None:
         rows[name]["speed"] = timed(out, dense)
     said = {"original": halfplate("generate", dense, PROMPT, "--chat", "--max-new-tokens", "32")}
     for name, method in METHODS.items():
-        said[name] = halfplate("generate", options.out / method[1], PROMPT, "--chat", "--max-new-tokens", "32")
+        said[name] = halfplate("generate", options.out / method[-1], PROMPT, "--chat", "--max-new-tokens", "32")
 
     print()
     show(rows, source, options)
@@ -145,7 +144,7 @@ def main() -> None:
         print(f"  {name}: {' '.join(answer.split())}")
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes; the models are in {options.out}")
     for method in METHODS.values():
-        print(f"report: {options.out / method[1] / 'report.html'}")
+        print(f"report: {options.out / method[-1] / 'report.html'}")
 
 
 if __name__ == "__main__":

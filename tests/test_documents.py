@@ -228,7 +228,7 @@ def test_demo_runs_from_end_to_end(workplace, monkeypatch, capsys):
     for name in ("armor", "rtn"):
         assert f"report: {Path('demo-out') / name / 'report.html'}" in shown
         assert (workplace / "demo-out" / name / "report.html").is_file()
-    for expected in ("$ halfplate compress", "KL and top-1 agreement", "ARMOR", "rounded to nearest", "minutes"):
+    for expected in ("$ halfplate compress", "KL and top-1 agreement", "Halfplate", "rounded to nearest", "minutes"):
         assert expected in shown
 
 

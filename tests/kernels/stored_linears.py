@@ -75,7 +75,7 @@ def _core(spec: Any, tensors: dict[str, Tensor]) -> Tensor:
         positions = torch.stack([index >> shift & 3 for shift in (0, 2, 4, 6)], -1).reshape(spec.d_out, -1)[:, :kept]
         columns = columns // 2 * 4 + positions
     if "weight_scales" in tensors:
-        values = values * tensors["weight_scales"].double().gather(1, columns // 128)
+        values = values * tensors["weight_scales"].double().gather(1, columns // spec.group)
     return torch.zeros(spec.d_out, spec.d_in, dtype=torch.float64).scatter(1, columns, values)
 
 

@@ -12,10 +12,10 @@ from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.kernels import linear
 from halfplate.kernels.capability import check_tensors
-from halfplate.pattern import DENSE, Pattern
+from halfplate.pattern import Pattern
 from halfplate.runtime.backends import BACKENDS, Options, backends, pack, refusal, without_kernel
 
-GROUPS_OF_32 = "no kernel for scales of 32 columns, only of 128, nearest setting with one: --group-size 128"
+WIDE_PATTERN = "no kernel for pattern 4:8, nearest setting with one: --pattern 2:4"
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,20 @@ def test_a_tensor_that_is_no_part_of_the_matrix_is_an_error():
 
 
 def test_what_has_no_kernel_is_said_with_the_nearest_setting():
-    fine, small = WeightSpec(8, 128), WeightSpec(8, 128, DENSE, "int4", group=32)
+    fine, small = WeightSpec(8, 128), WeightSpec(8, 128, Pattern(4, 8), "int4")
     assert without_kernel([fine]) is None
     said = without_kernel([fine, small, small])
     assert (
-        said == f"2 of 3 matrices have no kernel and run through torch, slower than the original model: {GROUPS_OF_32}"
+        said == f"2 of 3 matrices have no kernel and run through torch, slower than the original model: {WIDE_PATTERN}"
     )
-    assert "--pattern 2:4" in without_kernel([WeightSpec(8, 16, Pattern(4, 8))])
     assert "low-rank part (rank=2)" in without_kernel([WeightSpec(8, 16, rank=2)])
     assert "permuted inputs" in without_kernel([WeightSpec(8, 16, permuted=True)])
 
 
 @pytest.mark.slow
 def test_every_verb_says_it(tiny_folder, tmp_path, capsys):
-    out, options = str(tmp_path / "out"), ["--pattern", "dense", "--core-dtype", "int4", "--group-size", "32"]
-    options += ["--method", "rtn", "--no-benchmark"]
-    said = " ".join(GROUPS_OF_32.split())
+    out, options = str(tmp_path / "out"), ["--pattern", "4:8", "--core-dtype", "int4", "--method", "magnitude", "--no-benchmark"]
+    said = " ".join(WIDE_PATTERN.split())
 
     def spoken(*command):
         assert main(list(command)) == 0
@@ -95,7 +93,6 @@ def test_every_verb_says_it(tiny_folder, tmp_path, capsys):
         in spoken("inspect", out)
     )
     assert f"halfplate: warning: {out}: 14 of 14" in spoken("generate", out, "One day", "--max-new-tokens", "1")
-    assert "scales of 128 columns" in spoken("doctor")
-    with pytest.warns(HalfplateWarning, match="--group-size 128"):
+    with pytest.warns(HalfplateWarning, match="--pattern 2:4"):
         halfplate.load(out)
     assert halfplate.plan(str(tiny_folder), method="magnitude").without_kernel is None

@@ -96,7 +96,6 @@ def test_int8_activations_are_for_grids_and_near(tiny_model):
     [
         ({"pattern": Pattern(4, 8)}, "pattern 4:8"),
         ({"permuted": True}, "permuted inputs"),
-        ({"core_dtype": "int4", "group": 64}, "scales of 64 columns, only of 128"),
     ],
 )
 def test_what_has_no_kernel_keeps_the_torch_path_and_says_why(tiny_model, options, reason):

@@ -32,7 +32,6 @@ from halfplate.kernels.capability import (
     NO_RANK,
     WRAPPERS,
     Capability,
-    Field,
     anything,
     check_tensors,
     one_of,
@@ -40,7 +39,8 @@ from halfplate.kernels.capability import (
 )
 
 KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
-TILE = 128  # columns per scale, as in src/runtime.h
+TABLE = 5  # the kind of codes of 4 bits whose numbers stand in the header
+TILE = 128  # columns of a tile, as in src/runtime.h
 WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
 PATTERNS = ("2:4", "dense")
 CORES = ("fp32", "bf16", "fp16", "int8", "int6", "int5", "nl5", "int4", "nl4", "int3", "nl3", "int2")
@@ -79,12 +79,7 @@ NATIVE = Capability(
         ),
         "rank": NO_RANK,
         "permuted": NO_ORDER,
-        # Cores of floating-point values have no scales.
-        "group": Field(
-            lambda spec: spec.core_dtype in STORED_DTYPES or spec.group == TILE,
-            f"no kernel for scales of {{value}} columns, only of {TILE}",
-            f"--group-size {TILE}",
-        ),
+        "group": anything(),
         "in_shared": anything(),  # the wrapper is packed along
         "same_as": anything(),  # all tensors are packed along
         "parts": NO_PARTS,
@@ -100,7 +95,9 @@ class Header(ctypes.Structure):
         ("magic", ctypes.c_uint64),
         *[(name, ctypes.c_int64) for name in ("d_out", "d_in")],
         *[(name, ctypes.c_int32) for name in ("kind", "sparse", "activations", "wrapper_kind")],
-        *[(name, ctypes.c_int64) for name in ("out_block", "in_block", "core", "scales", "in_blocks", "in_scales")],
+        *[(name, ctypes.c_int64) for name in ("out_block", "in_block", "group")],
+        ("table", ctypes.c_int8 * 16),
+        *[(name, ctypes.c_int64) for name in ("core", "scales", "in_blocks", "in_scales")],
         *[(name, ctypes.c_int64) for name in ("out_blocks", "out_scales", "bias", "nbytes")],
     ]
 
@@ -127,7 +124,7 @@ class Stored(ctypes.Structure):
 
 def kernels_for() -> str:
     """Which matrices have a kernel, as text."""
-    return f"{' or '.join(PATTERNS)}; cores {', '.join(CORES)}; wrappers {', '.join(WRAPPER_KINDS)}; scales of {TILE} columns"
+    return f"{' or '.join(PATTERNS)}; cores {', '.join(CORES)}; wrappers {', '.join(WRAPPER_KINDS)}"
 
 
 def header_of(spec: WeightSpec, activations: str, bias: bool) -> Header:
@@ -136,13 +133,16 @@ def header_of(spec: WeightSpec, activations: str, bias: bool) -> Header:
     header = Header(
         d_out=spec.d_out,
         d_in=spec.d_in,
-        kind=KINDS[_kernel_spec(spec).core_dtype],
+        kind=TABLE if _table(spec) else KINDS[_kernel_spec(spec).core_dtype],
         sparse=int(str(spec.pattern) != "dense"),
         activations=int(as_bytes),
         wrapper_kind=WRAPPER_KINDS[spec.wrapper_dtype],
         out_block=spec.out_block,
         in_block=spec.in_block,
+        group=TILE if spec.core_dtype in STORED_DTYPES else spec.group,
     )
+    for number, value in _table(spec).items():
+        header.table[number] = value
     native.check(native.library().halfplate_place(ctypes.byref(header), int(bias)), "layout")
     return header
 
@@ -202,24 +202,35 @@ def unpack(spec: WeightSpec, packed: Tensor) -> dict[str, Tensor]:
 
 
 def _kernel_spec(spec: WeightSpec) -> WeightSpec:
-    """The matrix as the kernels hold it: int6, int5 and tables (nl5, nl4, nl3) as int8, int3 and int2 as int4."""
+    """The matrix as the kernels hold it: codes of more than 4 bits as int8, others as int4."""
     quantizer = quantizer_of(spec.core_dtype)
     if quantizer is None or spec.core_dtype in KINDS:
         return spec
-    return replace(spec, core_dtype="int8" if quantizer.bits > 4 or isinstance(quantizer, Table) else "int4")
+    return replace(spec, core_dtype="int8" if quantizer.bits > 4 else "int4")
+
+
+def _table(spec: WeightSpec) -> dict[int, int]:
+    """The numbers of codes of up to 4 bits from a table, by their two's complement of 4 bits; empty for other cores."""
+    quantizer = quantizer_of(spec.core_dtype)
+    if not isinstance(quantizer, Table) or quantizer.bits > 4:
+        return {}
+    return {code % 16: number for code, number in enumerate(quantizer.numbers, quantizer.range[0])}
 
 
 def _recoded(weight: Tensor, spec: WeightSpec, held: str, wanted: str) -> Tensor:
-    """The stored core of a matrix of `spec`, its codes of type `held` rewritten as those of `wanted` with the same values."""
+    """The stored core of a matrix of `spec`, its codes of type `held` rewritten as those of type `wanted`.
+
+    Between int8 and a table, the values stay the same; otherwise the codes do, without their offset.
+    """
     if held == wanted:
         return weight
     before, after = QUANTIZERS.get(held), QUANTIZERS.get(wanted)
     kept, rows = spec.pattern.kept(spec.d_in), weight.reshape(spec.d_out, -1)
     check_padding(rows, kept, before.bits, "weight")
     codes = unpack_codes(rows, kept, before.bits).to(torch.int16) - (1 << before.bits - 1)
-    if isinstance(before, Table) or isinstance(after, Table):
+    if "int8" in (held, wanted) and (isinstance(before, Table) or isinstance(after, Table)):
         one = torch.ones(1, dtype=torch.float32, device=CPU)
-        # The numbers of one are codes of the other.
+        # The numbers of the table are codes of int8.
         codes = after.nearest(before.decode(codes, one), one).to(torch.int16)
     return pack_codes(codes + (1 << after.bits - 1), after.bits).reshape(*weight.shape[:-1], -1)
 

@@ -120,14 +120,21 @@ void random_wrapper(int32_t kind, int64_t size, int64_t block, Bytes &blocks, By
     }
 }
 
+void random_kind(Packed &p) {
+    p.kind = random_below(6);
+    p.group = p.kind >= halfplate::INT8 ? 32 << random_below(3) : halfplate::TILE;
+    if (p.kind == halfplate::TABLE)
+        for (int8_t &number : p.table) number = int8_t(random_below(255) - 127);
+}
+
 void random_linear(Linear &m, bool random_bytes) {
     Packed &p = m.head;
     const int64_t kept = p.sparse ? p.d_in / 2 : p.d_in;
-    const int64_t row = p.kind == halfplate::INT4 ? (kept + 1) / 2 : kept * width(p.kind);
+    const int64_t row = p.kind >= halfplate::INT4 ? (kept + 1) / 2 : kept * width(p.kind);
     m.weight.resize(size_t(p.d_out * row));
     for (int64_t r = 0; r < p.d_out; ++r) {
         uint8_t *to = m.weight.data() + r * row;
-        if (p.kind == halfplate::INT4) {
+        if (p.kind >= halfplate::INT4) {
             for (int64_t i = 0; i < row; ++i) to[i] = uint8_t(random_below(256));
             if (kept % 2) to[row - 1] &= 15;
         } else
@@ -140,8 +147,8 @@ void random_linear(Linear &m, bool random_bytes) {
         for (int64_t r = 0; r < p.d_out; ++r)
             for (int64_t g = 0; g < groups; ++g) m.index[size_t(r * bytes + g / 2)] |= uint8_t(pairs[random_below(6)] << 4 * (g & 1));
     }
-    if (p.kind == halfplate::INT8 || p.kind == halfplate::INT4) {
-        m.scales.resize(size_t(2 * p.d_out * halfplate::tiles(p)));
+    if (p.kind >= halfplate::INT8) {
+        m.scales.resize(size_t(2 * p.d_out * halfplate::stored_scales(p)));
         for (size_t i = 0; i < m.scales.size(); i += 2) {
             const uint16_t h = uint16_t(random_half() & 0x7fff);
             std::memcpy(m.scales.data() + i, &h, 2);
@@ -184,17 +191,20 @@ Matrix wrapper_matrix(int32_t kind, int64_t size, int64_t block, const Bytes &bl
 Matrix core_matrix(const Linear &m) {
     const Packed &p = m.head;
     const int64_t kept = p.sparse ? p.d_in / 2 : p.d_in;
-    const int64_t row = p.kind == halfplate::INT4 ? (kept + 1) / 2 : kept * width(p.kind), index_row = (p.d_in / 4 + 1) / 2;
+    const int64_t row = p.kind >= halfplate::INT4 ? (kept + 1) / 2 : kept * width(p.kind), index_row = (p.d_in / 4 + 1) / 2;
     Matrix dense(size_t(p.d_out * p.d_in));
     for (int64_t r = 0; r < p.d_out; ++r)
         for (int64_t i = 0; i < kept; ++i) {
             const uint8_t *w = m.weight.data() + r * row;
-            double v = p.kind == halfplate::INT4 ? double(w[i / 2] >> 4 * (i & 1) & 15) - 8 : value_of(p.kind, w + i * width(p.kind));
+            const int code = w[p.kind >= halfplate::INT4 ? i / 2 : 0] >> 4 * (i & 1) & 15;  // of 4 bits, with an offset of 8
+            double v = p.kind == halfplate::INT4    ? double(code - 8)
+                       : p.kind == halfplate::TABLE ? double(p.table[(code - 8) & 15])
+                                                    : value_of(p.kind, w + i * width(p.kind));
             const int64_t group = i / 2;
             const int64_t c = p.sparse ? 4 * group + (m.index[size_t(r * index_row + group / 2)] >> (4 * (group & 1) + 2 * (i & 1)) & 3) : i;
             if (!m.scales.empty()) {
                 uint16_t h;
-                std::memcpy(&h, m.scales.data() + 2 * (r * halfplate::tiles(p) + c / 128), 2);
+                std::memcpy(&h, m.scales.data() + 2 * (r * halfplate::stored_scales(p) + c / p.group), 2);
                 v *= from_half(h);
             }
             dense[size_t(r * p.d_in + c)] = v;
@@ -336,7 +346,7 @@ Linear &dense_linear(std::vector<Linear> &all, int64_t d_out, int64_t d_in) {
     Linear &m = all.back();
     m.head.d_out = d_out;
     m.head.d_in = d_in;
-    m.head.kind = random_below(5);
+    random_kind(m.head);
     random_linear(m, false);
     if (halfplate_pack(&m.packed(), m.head.nbytes, &m.stored, 1)) fail(m.head, "refused", 0);
     return m;
@@ -476,7 +486,7 @@ int main(int count, char **arguments) {
         p.sparse = random_below(3) > 0;
         p.d_out = 1 + random_below(i % 7 ? 40 : 300);
         p.d_in = p.sparse ? 4 * (1 + random_below(80)) : 1 + random_below(300);
-        p.kind = random_below(5);
+        random_kind(p);
         p.wrapper_kind = random_below(4);
         p.activations = p.kind >= halfplate::INT8 ? random_below(2) : 0;
         p.out_block = blocks[random_below(11)];

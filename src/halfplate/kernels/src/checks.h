@@ -35,12 +35,19 @@ static inline bool holds(const void *data, int64_t bytes, int64_t wanted) {
     return bytes == wanted && (wanted == 0 || data != nullptr);
 }
 
+// Whether there are numbers exactly if the kind needs them.
+static inline bool sensible_table(const Packed &p) {
+    for (const int8_t number : p.table)
+        if (p.kind == TABLE ? number == -128 : number != 0) return false;
+    return true;
+}
+
 // Whether the sizes in a header can be those of a matrix.
 static inline bool sensible(const Packed &p) {
-    return within(p.d_out, 1, LARGEST_SIDE) && within(p.d_in, 1, LARGEST_SIDE) && within(p.kind, FP32, INT4) &&
+    return within(p.d_out, 1, LARGEST_SIDE) && within(p.d_in, 1, LARGEST_SIDE) && within(p.kind, FP32, TABLE) && (p.group == 32 || p.group == 64 || p.group == TILE) &&
            within(p.sparse, 0, 1) && within(p.activations, FLOAT, p.kind >= INT8 ? BYTES : FLOAT) &&
            within(p.wrapper_kind, FP32, INT8) && within(p.out_block, 0, LARGEST_SIDE) &&
-           within(p.in_block, 0, LARGEST_SIDE) && (!p.sparse || p.d_in % 4 == 0);
+           within(p.in_block, 0, LARGEST_SIDE) && (!p.sparse || p.d_in % 4 == 0) && sensible_table(p);
 }
 
 // Whether `p` starts a packed matrix of `bytes` bytes. Cheap enough for every token.
@@ -65,7 +72,7 @@ static inline bool holds_rows(const float *data, int64_t bytes, int64_t rows, in
 // Whether the stored tensors are exactly those of the matrix, with the right sizes.
 static inline bool holds_stored(const Packed &p, const Stored &s) {
     const int64_t kept = p.sparse ? p.d_in / 2 : p.d_in;
-    const int64_t row = p.kind == FP32 ? 4 * kept : p.kind == INT8 ? kept : p.kind == INT4 ? ceil_div(kept, 2) : 2 * kept;
+    const int64_t row = p.kind == FP32 ? 4 * kept : p.kind == INT8 ? kept : p.kind >= INT4 ? ceil_div(kept, 2) : 2 * kept;
     const int64_t width = p.wrapper_kind == FP32 ? 4 : p.wrapper_kind == INT8 ? 1 : 2;
     auto wrapper = [&](int64_t size, int64_t block, void *blocks, void *tail, void *scales, const int64_t *bytes) {
         const int64_t count = block ? size / block : 0, rest = block ? size % block : 0;
@@ -75,7 +82,7 @@ static inline bool holds_stored(const Packed &p, const Stored &s) {
     };
     return holds(s.weight, s.bytes[0], p.d_out * row) &&
            holds(s.index, s.bytes[1], p.sparse ? p.d_out * ceil_div(p.d_in / 4, 2) : 0) &&
-           holds(s.scales, s.bytes[2], p.kind >= INT8 ? 2 * p.d_out * tiles(p) : 0) &&
+           holds(s.scales, s.bytes[2], p.kind >= INT8 ? 2 * p.d_out * stored_scales(p) : 0) &&
            wrapper(p.d_out, p.out_block, s.out_blocks, s.out_tail, s.out_scales, s.bytes + 3) &&
            wrapper(p.d_in, p.in_block, s.in_blocks, s.in_tail, s.in_scales, s.bytes + 6) &&
            holds(s.bias, s.bytes[9], p.bias ? 4 * p.d_out : 0);

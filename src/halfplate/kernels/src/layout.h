@@ -27,6 +27,10 @@ static inline int64_t step_columns(const Packed &p) { return p.activations == BY
 static inline int64_t last_steps(const Packed &p) {
     return ceil_div(p.d_in - (tiles(p) - 1) * TILE, step_columns(p));
 }
+// Scales of a row in a tile, and in the stored form.
+static inline int64_t tile_scales(const Packed &p) { return TILE / p.group; }
+static inline int64_t stored_scales(const Packed &p) { return ceil_div(p.d_in, p.group); }
+static inline int64_t band_scale_bytes(const Packed &p) { return 2 * tiles(p) * tile_scales(p) * band_rows(p); }
 // Columns of an input that are read, including padding.
 static inline int64_t padded_in(const Packed &p) { return round_up(p.d_in, step_columns(p)); }
 

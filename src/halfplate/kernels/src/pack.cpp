@@ -276,12 +276,13 @@ int32_t band_any(const Packed &p, const Stored &stored, uint8_t *band, int64_t f
         return p.sparse ? band_sparse<KIND, false, UNPACK>(p, stored, band, first_row)                       \
                         : band_dense<KIND, false, UNPACK>(p, stored, band, first_row)
 #define CASE_BYTES(KIND)                                                                                     \
-    if (p.activations == BYTES && p.kind == KIND)                                                            \
+    if (p.activations == BYTES && kind == KIND)                                                              \
     return p.sparse ? band_sparse<KIND, true, UNPACK>(p, stored, band, first_row)                            \
                     : band_dense<KIND, true, UNPACK>(p, stored, band, first_row)
+    const int32_t kind = p.kind == TABLE ? int32_t(INT4) : p.kind;  // both are codes of 4 bits
     CASE_BYTES(INT8);
     CASE_BYTES(INT4);
-    switch (p.kind) {
+    switch (kind) {
         CASE(FP32);
         CASE(BF16);
         CASE(FP16);
@@ -297,9 +298,11 @@ int32_t band_scales(const Packed &p, const Stored &stored, uint16_t *band, int64
     auto *scales = static_cast<uint16_t *>(stored.scales);
     int32_t refusal = ACCEPTED;
     for (int64_t row = first_row; row < first_row + band_rows(p) && row < p.d_out; ++row)
-        for (int64_t tile = 0; tile < tiles(p); ++tile) {
-            uint16_t &packed = band[tile * band_rows(p) + row - first_row];
-            uint16_t &file = scales[row * tiles(p) + tile];
+        for (int64_t place = 0; place < tiles(p) * tile_scales(p); ++place) {
+            const int64_t column = place * p.group;
+            if (column >= p.d_in) break;
+            uint16_t &packed = band[place * band_rows(p) + row - first_row];
+            uint16_t &file = scales[row * stored_scales(p) + place];
             if (UNPACK) file = packed;
             else {
                 packed = file;
@@ -426,8 +429,8 @@ int32_t move(Packed &p, const Stored &stored, int64_t threads) {
         if (!UNPACK) std::memset(target, 0, size_t(band_bytes(p)));
         refuse(band_any<UNPACK>(p, stored, target, band * band_rows(p)));
         if (p.scales) {
-            auto *scales = reinterpret_cast<uint16_t *>(base + p.scales) + band * tiles(p) * band_rows(p);
-            if (!UNPACK) std::memset(scales, 0, size_t(2 * tiles(p) * band_rows(p)));
+            auto *scales = reinterpret_cast<uint16_t *>(base + p.scales + band * band_scale_bytes(p));
+            if (!UNPACK) std::memset(scales, 0, size_t(band_scale_bytes(p)));
             refuse(band_scales<UNPACK>(p, stored, scales, band * band_rows(p)));
         }
     }
@@ -451,11 +454,11 @@ void place(Packed &p, bool bias) {
         end = round_up(end + nbytes, 64);
         return start;
     };
-    const bool scaled = p.kind == INT8 || p.kind == INT4, scaled_wrappers = p.wrapper_kind == INT8;
+    const bool scaled = p.kind >= INT8, scaled_wrappers = p.wrapper_kind == INT8;
     p.in_blocks = part(wrapper_bytes(p.wrapper_kind, p.d_in, p.in_block));
     p.in_scales = part(scaled_wrappers && p.in_block ? 4 * round_up(p.d_in, 16) : 0);
     p.core = part(bands(p) * band_bytes(p));
-    p.scales = part(scaled ? 2 * bands(p) * band_rows(p) * tiles(p) : 0);
+    p.scales = part(scaled ? bands(p) * band_scale_bytes(p) : 0);
     p.out_blocks = part(wrapper_bytes(p.wrapper_kind, p.d_out, p.out_block));
     p.out_scales = part(scaled_wrappers && p.out_block ? 4 * round_up(p.d_out, 16) : 0);
     p.bias = part(bias ? 4 * round_up(p.d_out, 16) : 0);
