@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from halfplate.cli import main
-from halfplate.errors import HalfplateError, HalfplateWarning
-from halfplate.exports import export
+from halfplate.errors import HalfplateError
 from halfplate.formats import Chain, CompressedLinear, NMSparse, WeightSpec, stand_in
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.quantizers.table import NON_LINEAR
@@ -26,7 +23,6 @@ from halfplate.models.gguf_comparison import compare
 from halfplate.models.gguf_header import check_header
 from halfplate.models.gguf_writer import write_gguf
 from halfplate.pattern import DENSE
-from halfplate.recipe import Recipe
 
 TYPES = {
     "int2": "Q4_0",
@@ -199,77 +195,7 @@ def test_a_tensor_that_the_file_lacks_is_found(tmp_path: Path) -> None:
         compare(path, model.config, tensors | more)
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Callable[..., Path]:
-    """`checkpoint(**fields)` compresses a tiny Llama whose sizes 32 divides, by a recipe of these fields."""
-
-    def make(**fields: Any) -> Path:
-        from halfplate.compression.compress import compress
-
-        folder = tmp_path / "model"
-        tiny_model(
-            "llama", vocab_size=len(tiny_tokenizer), hidden_size=64, intermediate_size=96, head_dim=16
-        ).save_pretrained(folder)
-        tiny_tokenizer.save_pretrained(folder)
-        compress(str(folder), tmp_path / "out", Recipe(threads=1, samples=2, seq_len=16, **fields))
-        return tmp_path / "out"
-
-    return make
-
-
-EXACT = {"method": "rtn", "pattern": "dense", "block_size": 0, "core_dtype": "nl4", "group_size": 32}
-
-
-def test_a_checkpoint_of_codes_keeps_every_value(
-    checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, file = checkpoint(**EXACT, embedding_dtype="int8", head_dtype="int8"), tmp_path / "model.gguf"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", HalfplateWarning)
-        assert main(["export", str(out), "--format", "gguf", "-o", str(file)]) == 0
-    said = capsys.readouterr().err
-    assert "14 tensors in IQ4_NL" in said
-    assert "21 of 21 equal the model value for value" in said
-    assert "rounded" not in said
-    assert check_header(file).metadata["general.file_type"] == 25
-
-
-def test_what_loses_its_form_is_said(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    out = checkpoint(method="magnitude", pattern="2:4", core_dtype="int4")
-    with pytest.warns(HalfplateWarning, match=r"14 matrices \(model.layers.0.*2:4 sparse.*--recipe gguf-q4") as caught:
-        said = export(out, tmp_path / "model.gguf", "gguf", embedding_type="q8_0")
-    assert len([one for one in caught if issubclass(one.category, HalfplateWarning)]) == 1
-    assert "14 tensors in F16" in said
-    assert "rounded to F16 and Q8_0" in said
-
-
-@pytest.mark.parametrize(
-    ("format", "options", "words"),
-    [
-        ("gguf", {"embedding_type": "q9"}, "embedding_type='q9' is not one of f32, f16"),
-        ("dense", {"embedding_type": "f16"}, "embedding_type='f16' is not an option of format='dense', which has none"),
-        (
-            "gguf",
-            {"scale": "1"},
-            "scale='1' is not an option of format='gguf', which has embedding_type, verify_logits",
-        ),
-    ],
-)
-def test_wrong_options(format: str, options: dict[str, str], words: str, tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(HalfplateError, match=words):
-        export(tiny_folder, tmp_path / "model.gguf", format, **options)
-    assert not (tmp_path / "model.gguf").exists()
-
-
 def test_rows_that_a_type_does_not_divide(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny_model("llama", hidden_size=48, head_dim=12)
     with pytest.raises(HalfplateError, match="embedding_type='q8_0' needs rows of a multiple of 32 values"):
         write_gguf(model, None, tmp_path / "model.gguf", embedding_type="Q8_0")
-
-
-def test_verifying_logits_says_what_to_install(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("halfplate.exports.llama_logits.find_spec", lambda name: None)
-    with pytest.raises(HalfplateError, match="pip install llama-cpp-python"):
-        export(tiny_folder, tmp_path / "model.gguf", "gguf", verify_logits="A small bird")

@@ -1,4 +1,4 @@
-"""Write a checkpoint or an original model in the format of another tool: a Hugging Face folder or a GGUF file."""
+"""Write a checkpoint or an original model in the format of another tool: a Hugging Face folder, a GGUF file, compressed-tensors or GPTQ."""
 
 import argparse
 import sys
@@ -12,7 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         metavar="NAME",
         default="dense",
-        help="dense (default): an ordinary Hugging Face folder of full size; gguf: one file for llama.cpp, which holds the codes of unpruned matrices as they are",
+        help="dense (default): an ordinary Hugging Face folder of full size; gguf: one file for llama.cpp, which holds the codes of unpruned matrices as they are; "
+        "compressed-tensors, gptq: a folder for vLLM and others, which holds them, too",
     )
     parser.add_argument("-o", "--out", metavar="PATH", required=True, help="folder, or .gguf file, to write")
     parser.add_argument("--overwrite", action="store_true", help="replace PATH if it already holds a model")

@@ -38,6 +38,8 @@ EXPORTS: Registry[Exporter] = Registry(
     {
         "dense": "halfplate.exports.dense:export_dense",
         "gguf": "halfplate.exports.gguf:export_gguf",
+        "compressed-tensors": "halfplate.exports.compressed_tensors:export_compressed_tensors",
+        "gptq": "halfplate.exports.gptq:export_gptq",
     },
     _fault,
 )
@@ -49,7 +51,8 @@ def export(
 ) -> str:
     """Write the checkpoint or original model `path` to `out` in the format of another tool, and return a sentence that describes it.
 
-    - format: `dense` (a Hugging Face folder), `gguf` (one file for llama.cpp), or a format of another package
+    - format: `dense` (a Hugging Face folder of full size), `gguf` (one file for llama.cpp), `compressed-tensors` or `gptq` (folders of codes
+      for vLLM and others), or a format of another package
     - overwrite: replace existing content of `out`
     - options: those of the format, as in `halfplate export --help`; None stands for the default
 

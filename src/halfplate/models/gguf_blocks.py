@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from halfplate.formats.parts.core import NMSparse
-from halfplate.formats.quantizers import Quantizer, has_scales_alone, quantizer_of
+from halfplate.formats.quantizers import Quantizer, quantizer_of, whole_numbers
 from halfplate.formats.quantizers.table import NON_LINEAR
 from halfplate.formats.spec import WeightSpec
 
@@ -26,7 +24,7 @@ Bytes = NDArray[np.uint8]
 def _nibbles(codes: Bytes) -> Bytes:
     """Codes (..., 32) below 16 as 16 bytes: value j in the low half of byte j, value j + 16 in its high half."""
     low, high = np.split(codes & 15, 2, axis=-1)
-    return np.asarray(low | high << 4, np.uint8)
+    return (low | high << 4).astype(np.uint8)
 
 
 def _five_bits(codes: Bytes) -> Bytes:
@@ -64,9 +62,9 @@ BLOCK_TYPES = (
 
 def block_type(quantizer: Quantizer) -> BlockType | None:
     """The smallest type that holds every value of `quantizer` exactly; None if there is none."""
-    if not has_scales_alone(quantizer):
+    numbers = whole_numbers(quantizer)
+    if numbers is None:
         return None
-    numbers = _numbers(quantizer)
     return next((kind for kind in BLOCK_TYPES if set(numbers) <= set(kind.numbers)), None)
 
 
@@ -93,17 +91,12 @@ def encode(core: NMSparse, kind: BlockType) -> Bytes:
     assert grid is not None, "floating-point values are no codes"
     rows, columns = core.shape
     least = grid.quantizer.range[0]
-    theirs: dict[float, int] = {number: code for code, number in enumerate(kind.numbers)}
-    table = np.array([theirs[number] for number in _numbers(grid.quantizer)], np.uint8)
+    theirs = {number: code for code, number in enumerate(kind.numbers)}
+    numbers = whole_numbers(grid.quantizer)
+    assert numbers is not None, "block_type gives no type to others"
+    table = np.array([theirs[number] for number in numbers], np.uint8)
     codes = table[core.integers().numpy().astype(np.int16) - least].reshape(rows, -1, WIDTH)
     # A group of 64 or 128 columns gives each of its blocks the same scale.
     scales = grid.parameters[0].detach().numpy()[:, np.arange(columns // WIDTH) * WIDTH // grid.group]
     heads = np.ascontiguousarray(scales, "<f2")[..., None].view(np.uint8)
     return np.concatenate([heads, kind.pack(codes)], axis=-1).reshape(rows, -1)
-
-
-def _numbers(quantizer: Quantizer) -> tuple[float, ...]:
-    """The numbers that the codes of a quantizer stand for, smallest q first."""
-    least, greatest = quantizer.range
-    every: Any = torch.arange(least, greatest + 1, dtype=torch.float32, device="cpu")
-    return tuple(quantizer.decode(every, torch.ones_like(every)).tolist())
