@@ -152,8 +152,10 @@ def test_llama_cpp_computes_what_the_model_does(name: str, tmp_path: Path) -> No
     with rounded_inputs(model, {key: stored.kind for key, stored in tensors.items()}):
         alike = cases.logits(model)
     scale = np.abs(plain).max()
-    # An input on the edge between two codes falls to either side.
-    assert np.quantile(np.abs(theirs - alike), 0.9) < 0.01 * scale
+    # An input on the edge between two codes falls to either side; GELU, which llama.cpp reads from a table, puts many there.
+    far = np.abs(theirs - alike) / scale
+    assert np.median(far) < (0.02 if name == "gemma3" else 2e-6)
+    assert far.max() < 0.05
     assert np.abs(theirs - plain).max() < 0.1 * scale
 
 

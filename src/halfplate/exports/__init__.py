@@ -21,11 +21,11 @@ class Exporter(Protocol):
 
     source: a Halfplate checkpoint or an original model of any source.
     overwrite: replace existing content of `out`.
-    options: its own, each a keyword-only argument with a default.
+    Options of its own are keyword-only arguments with defaults, which `export` passes on.
     Raises HalfplateError for a damaged source, for a model that the format cannot hold, and if `out` cannot be written.
     """
 
-    def __call__(self, source: str, out: Path, overwrite: bool, **options: Any) -> str: ...
+    def __call__(self, source: str, out: Path, overwrite: bool) -> str: ...
 
 
 def _fault(found: Any, name: str) -> str | None:
@@ -58,7 +58,7 @@ def export(
 
     Raises HalfplateError on bad input and if `out` cannot be written.
     """
-    write = EXPORTS.get(format)
+    write: Any = EXPORTS.get(format)
     known = [name for name, one in signature(write).parameters.items() if one.kind is Parameter.KEYWORD_ONLY]
     given = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
@@ -66,4 +66,5 @@ def export(
             raise HalfplateError(
                 f"{name}={value!r} is not an option of format={format!r}, which has {', '.join(known) or 'none'}; leave it out"
             )
-    return write(path_text("path", path), Path(path_text("out", out)), overwrite, **given)
+    described: str = write(path_text("path", path), Path(path_text("out", out)), overwrite, **given)
+    return described

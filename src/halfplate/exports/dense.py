@@ -1,14 +1,18 @@
 """Export to a full-size Hugging Face folder, which transformers loads without Halfplate."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from halfplate.checkpoint.config import RECORD_FILE, other_dtype, read_record
 from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.output import check_result_folder
 from halfplate.checkpoint.read import inspect_checkpoint, load, load_tokenizer
+from halfplate.checkpoint.weights import read_headers
 from halfplate.checkpoint.write import write_model, write_record
+from halfplate.errors import HalfplateError
 from halfplate.models.licence import origin
 from halfplate.models.sources import is_compressed, load_dense
+from halfplate.storage.tensor_file import sha256_of
 
 
 def export_dense(source: str, out: Path, overwrite: bool) -> str:
@@ -31,12 +35,23 @@ def _multiplied_out(source: str, out: Path, overwrite: bool) -> None:
     dtype = other_dtype(folder)
     model = load(folder, dtype, kernels=False).dequantize(dtype=dtype)
     with new_folder(out, overwrite) as target:
-        write_model(model, load_tokenizer(folder), target, dtype, quantization=None)
+        _read_back(target, write_model(model, load_tokenizer(folder), target, dtype, quantization=None))
         write_record(target, known | {"exported": "dense"})
 
 
 def _converted(source: str, out: Path, overwrite: bool) -> None:
     loaded = load_dense(source)
     with new_folder(out, overwrite) as target:
-        write_model(loaded.model, loaded.tokenizer, target, loaded.source.other_dtype, quantization=None)
+        dtype = loaded.source.other_dtype
+        _read_back(target, write_model(loaded.model, loaded.tokenizer, target, dtype, quantization=None))
         write_record(target, {"exported": "dense", "model": source} | origin(loaded.source))
+
+
+def _read_back(target: Path, checksums: Mapping[str, str]) -> None:
+    """Raise HalfplateError unless the files hold the tensors with these checksums."""
+    found = read_headers(target)
+    for name, checksum in checksums.items():
+        if name not in found or sha256_of(found[name]) != checksum:
+            raise HalfplateError(
+                f"out={str(target)!r}: read back, {name} differs from the model; the disk or memory may be faulty, write it again or report this"
+            )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from halfplate.errors import HalfplateError
+from halfplate.models import gguf
 from halfplate.models.gguf_tensors import StoredTensor
 
 LONGEST = 512  # tokens of the text that are compared
@@ -34,24 +35,29 @@ def compare_logits(path: Path, model: Any, tensors: dict[str, StoredTensor], tok
     """A sentence on the largest difference between llama.cpp's logits of `text` and the model's.
 
     llama.cpp rounds the inputs of a product to eight bits if the matrix has codes, and to F16 if it has F16. So its logits are
-    compared with those of the model with inputs rounded in the same way, and as it is.
+    compared with those of the file, read back, with inputs rounded in the same way, and with those of `model`.
     Raises HalfplateError if `text` has fewer than two tokens or more than fit the model, or if llama.cpp cannot read the file.
     """
     ids = tokenizer(text)["input_ids"][: min(LONGEST, model.config.max_position_embeddings)]
     if len(ids) < 2:
         raise HalfplateError(f"verify_logits={text!r} has {len(ids)} tokens, expected at least 2; give a longer text")
-    theirs = llama_logits(path, ids)
-    with torch.no_grad():
-        plain = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
-        with rounded_inputs(model, {key: stored.kind for key, stored in tensors.items()}):
-            rounded = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
+    theirs, plain = llama_logits(path, ids), _logits(model, ids)
+    read, _ = gguf.load_model(path, path.name, gguf.read_config(path, path.name))
+    with rounded_inputs(read, {key: stored.kind for key, stored in tensors.items()}):
+        rounded = _logits(read, ids)
     largest = float(np.abs(plain).max()) or 1.0
     alike, apart = (float(np.abs(theirs - ours).max()) / largest for ours in (rounded, plain))
     same = int((theirs.argmax(-1) == plain.argmax(-1)).sum())
     return (
-        f"logits of llama.cpp on {len(ids)} tokens differ by {alike:.1e} of the largest logit if inputs are rounded as llama.cpp does, "
-        f"by {apart:.1e} from the model as it is; the most probable token is the same at {same} of {len(ids)}"
+        f"logits of llama.cpp on {len(ids)} tokens differ by {alike:.1e} of the largest logit from the file with inputs rounded as llama.cpp does, "
+        f"by {apart:.1e} from the model; the most probable token is the same at {same} of {len(ids)}"
     )
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: list[int]) -> Logits:
+    found: Logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
+    return found
 
 
 def llama_logits(path: Path, ids: list[int]) -> Logits:

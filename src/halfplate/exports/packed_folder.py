@@ -132,7 +132,9 @@ def _pack(
     format: PackedFormat, model: nn.Module
 ) -> tuple[dict[str, Scheme], dict[str, Callable[[], Tensor]], dict[str, list[str]]]:
     """Replace the linears that `format` holds, in place. Returns their schemes and values, and the names of the others by obstacle."""
-    schemes, values, obstacles = {}, {}, defaultdict(list)
+    schemes: dict[str, Scheme] = {}
+    values: dict[str, Callable[[], Tensor]] = {}
+    obstacles: dict[str, list[str]] = defaultdict(list)
     for name, linear in list(model.named_modules()):
         # vLLM and transformers take embeddings and output layers as floats.
         if not isinstance(linear, CompressedLinear) or linear is model.get_output_embeddings():  # type: ignore[operator]

@@ -24,7 +24,8 @@ Bytes = NDArray[np.uint8]
 def _nibbles(codes: Bytes) -> Bytes:
     """Codes (..., 32) below 16 as 16 bytes: value j in the low half of byte j, value j + 16 in its high half."""
     low, high = np.split(codes & 15, 2, axis=-1)
-    return (low | high << 4).astype(np.uint8)
+    packed: Bytes = np.bitwise_or(low, np.left_shift(high, 4))
+    return packed
 
 
 def _five_bits(codes: Bytes) -> Bytes:
@@ -34,7 +35,8 @@ def _five_bits(codes: Bytes) -> Bytes:
 
 def _signed_bytes(codes: Bytes) -> Bytes:
     """Codes (..., 32) counted from -128 as 32 bytes in two's complement."""
-    return codes ^ 128
+    turned: Bytes = np.bitwise_xor(codes, np.uint8(128))
+    return turned
 
 
 @dataclass(frozen=True)
