@@ -199,6 +199,11 @@ def test_what_llama_cpp_cannot_express_is_refused(case: Any, change: Any, words:
     assert "\n" not in str(caught.value)
 
 
+def test_control_characters_without_a_token_are_said() -> None:
+    with pytest.warns(HalfplateWarning, match=r"lacks 1 control characters and unused bytes \(0x04\)"):
+        written(described(BYTE_LEVEL, _lacks("\u0104")), 4001)
+
+
 @pytest.mark.parametrize("scheme", ["always", "first"])
 def test_a_space_that_llama_cpp_writes_in_more_places_is_said(scheme: str) -> None:
     with pytest.warns(HalfplateWarning, match=rf"\(Metaspace, {scheme}\)"):

@@ -4,11 +4,13 @@ To add one: write its file with a function of the type `Exporter`, and add a lin
 through an entry point of the group `halfplate.exports` (docs/extending.md).
 """
 
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Protocol
 
 from halfplate.arguments import path_text
 from halfplate.defaults import plain_defaults
+from halfplate.errors import HalfplateError
 from halfplate.registry import Registry
 
 __all__ = ["EXPORTS", "Exporter", "export"]
@@ -19,6 +21,7 @@ class Exporter(Protocol):
 
     source: a Halfplate checkpoint or an original model of any source.
     overwrite: replace existing content of `out`.
+    Options of its own are keyword-only arguments with defaults, which `export` passes on.
     Raises HalfplateError for a damaged source, for a model that the format cannot hold, and if `out` cannot be written.
     """
 
@@ -35,19 +38,33 @@ EXPORTS: Registry[Exporter] = Registry(
     {
         "dense": "halfplate.exports.dense:export_dense",
         "gguf": "halfplate.exports.gguf:export_gguf",
+        "compressed-tensors": "halfplate.exports.compressed_tensors:export_compressed_tensors",
+        "gptq": "halfplate.exports.gptq:export_gptq",
     },
     _fault,
 )
 
 
 @plain_defaults()
-def export(path: str | Path, out: str | Path, format: str = "dense", overwrite: bool = False) -> str:
+def export(
+    path: str | Path, out: str | Path, format: str = "dense", overwrite: bool = False, **options: str | None
+) -> str:
     """Write the checkpoint or original model `path` to `out` in the format of another tool, and return a sentence that describes it.
 
-    - format: `dense` (a Hugging Face folder), `gguf` (one F16 file for llama.cpp), or a format of another package
+    - format: `dense` (a Hugging Face folder of full size), `gguf` (one file for llama.cpp), `compressed-tensors` or `gptq` (folders of codes
+      for vLLM and others), or a format of another package
     - overwrite: replace existing content of `out`
+    - options: those of the format, as in `halfplate export --help`; None stands for the default
 
     Raises HalfplateError on bad input and if `out` cannot be written.
     """
-    write = EXPORTS.get(format)
-    return write(path_text("path", path), Path(path_text("out", out)), overwrite)
+    write: Any = EXPORTS.get(format)
+    known = [name for name, one in signature(write).parameters.items() if one.kind is Parameter.KEYWORD_ONLY]
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if name not in known:
+            raise HalfplateError(
+                f"{name}={value!r} is not an option of format={format!r}, which has {', '.join(known) or 'none'}; leave it out"
+            )
+    described: str = write(path_text("path", path), Path(path_text("out", out)), overwrite, **given)
+    return described

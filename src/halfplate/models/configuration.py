@@ -67,7 +67,8 @@ def check_plain(name: str, entries: dict[str, Any], tensors: Iterable[str]) -> N
 def _already_quantised(name: str, method: str | None, reason: str) -> HalfplateError:
     return HalfplateError(
         f"model={name!r} is already quantised (quant_method {method or 'unknown'!r}, {reason}); Halfplate compresses plain weights: "
-        "pass the fp32, bf16 or fp16 model it was made from"
+        f"pass the fp32, bf16 or fp16 model it was made from, or write it in floats with `halfplate export {name} -o FLOATS` (GPTQ, AWQ, "
+        "compressed-tensors, FP8)"
     )
 
 

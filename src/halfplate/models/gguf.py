@@ -71,7 +71,7 @@ def read_config(path: Path, name: str) -> "PretrainedConfig":
     family = family_of_file(name, header.contents.metadata)
     with _described(name):
         rope = {
-            key: _load(path, entry).reshape(-1).tolist()
+            key: load_values(path, entry).reshape(-1).tolist()
             for key, entry in header.contents.entries.items()
             if key in ROPE_TENSORS and entry.nbytes <= LARGEST_ROPE
         }
@@ -123,7 +123,7 @@ def tensor_reader(path: Path, name: str, model: "PreTrainedModel") -> "Callable[
         check_names(family, shapes, contents.entries)
 
     def load(part: str) -> "Values | None":
-        return _load(path, contents.entries[part]) if part in contents.entries else None
+        return load_values(path, contents.entries[part]) if part in contents.entries else None
 
     def read(key: str) -> "Tensor | None":
         with _described(name):
@@ -133,7 +133,7 @@ def tensor_reader(path: Path, name: str, model: "PreTrainedModel") -> "Callable[
     return read
 
 
-def _load(path: Path, entry: GgufTensor) -> "Values":
+def load_values(path: Path, entry: GgufTensor) -> "Values":
     """The values of a tensor, in fp32."""
     import numpy as np
     from gguf import GGMLQuantizationType, dequantize

@@ -31,6 +31,8 @@ SPECIAL = {
 }
 # Bytes that do not occur in UTF-8 text.
 NEVER_IN_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}
+# Control characters, and first bytes of planes of Unicode without characters: a vocabulary of real text may lack them.
+HARDLY_IN_TEXT = {*range(0x20), 0x7F, 0xF1, 0xF2} - set(b"\t\n\r")
 WITHOUT_MERGE = -1e6
 
 
@@ -158,9 +160,18 @@ def _add_byte_level(writer: Any, described: dict[str, Any], vocabulary: dict[str
     steps = read_steps(described["pre_tokenizer"])
     if BYTES not in steps:
         raise ValueError("its pre-tokenizer has no step ByteLevel, and its model no byte fallback")
-    reachable = {symbol for byte in range(256) if byte not in NEVER_IN_TEXT for symbol in _spelled(bytes([byte]))}
-    if missing := (reachable & set(ByteLevel.alphabet())) - vocabulary.keys():
+    alphabet = set(ByteLevel.alphabet()) - vocabulary.keys()
+    lacked = {byte for byte in range(256) if byte not in NEVER_IN_TEXT and _spelled(bytes([byte])) in alphabet}
+    if missing := lacked - HARDLY_IN_TEXT:
         raise ValueError(f"it has no token for {len(missing)} of the 256 bytes")
+    if lacked:
+        # Both leave such a byte out, but llama.cpp does not merge what stands around it.
+        warnings.warn(
+            f"format='gguf': the vocabulary lacks {len(lacked)} control characters and unused bytes ({', '.join(f'0x{byte:02X}' for byte in sorted(lacked))}); "
+            "llama.cpp may make different tokens of text with them",
+            HalfplateWarning,
+            stacklevel=2,
+        )
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_name(steps, described, vocabulary))
     writer.add_token_merges(merges)

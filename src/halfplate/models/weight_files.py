@@ -34,12 +34,7 @@ def find_weight_files(name: str, folder: Path) -> WeightFiles:
 
     Raises HalfplateError if there are none, if one is missing or truncated, or if the weights are not plain floats.
     """
-    if (folder / SINGLE).is_file():
-        paths = [folder / SINGLE]
-    elif (folder / INDEX).is_file():
-        paths = _shards(name, folder)
-    else:
-        raise HalfplateError(_no_weights(name, folder))
+    paths = weight_paths(name, folder)
     nbytes: Counter[torch.dtype] = Counter()
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
@@ -56,7 +51,7 @@ def find_weight_files(name: str, folder: Path) -> WeightFiles:
             if kind.startswith("F8") or (kind in ("U8", "I8") and tensor.endswith("weight")):
                 raise HalfplateError(
                     f"model={name!r} is already quantised: {tensor} in {path.name} is stored as {kind}; "
-                    "pass the fp32, bf16 or fp16 model it was made from"
+                    f"pass the fp32, bf16 or fp16 model it was made from, or write it in floats with `halfplate export {name} -o FLOATS`"
                 )
             if kind in DENSE:
                 nbytes[DENSE[kind]] += stored.nbytes
@@ -66,6 +61,15 @@ def find_weight_files(name: str, folder: Path) -> WeightFiles:
             f"model={name!r}: {paths[0].name} holds no fp32, bf16 or fp16 tensor; download the model again"
         )
     return WeightFiles(tuple(paths), sum(path.stat().st_size for path in paths), nbytes.most_common(1)[0][0], tensors)
+
+
+def weight_paths(name: str, folder: Path) -> list[Path]:
+    """The weight files in `folder`, unread; raises HalfplateError if there are none or if one is missing."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        return _shards(name, folder)
+    raise HalfplateError(_no_weights(name, folder))
 
 
 def sampled_sha256(paths: Iterable[Path], tensors: Iterable[StoredTensor] = ()) -> str:

@@ -7,11 +7,11 @@ To add one: write its file, add a line to `QUANTIZERS`, and describe its values 
 from typing import Any
 
 from halfplate.dtypes import STORED
-from halfplate.formats.quantizers.base import Quantizer, has_scales_alone
+from halfplate.formats.quantizers.base import Quantizer, has_scales_alone, whole_numbers
 from halfplate.formats.quantizers.uniform import Uniform
 from halfplate.registry import Registry
 
-__all__ = ["QUANTIZERS", "Quantizer", "Uniform", "core_dtypes", "has_scales_alone", "quantizer_of"]
+__all__ = ["QUANTIZERS", "Quantizer", "Uniform", "core_dtypes", "has_scales_alone", "quantizer_of", "whole_numbers"]
 
 
 def _fault(found: Any, name: str) -> str | None:

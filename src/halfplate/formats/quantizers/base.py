@@ -58,6 +58,16 @@ def has_scales_alone(quantizer: Quantizer) -> bool:
     return quantizer.stored == ("scales",)
 
 
+def whole_numbers(quantizer: Quantizer) -> tuple[int, ...] | None:
+    """The number that each code multiplies its scale by, smallest q first; None if they are not whole or there are other parameters."""
+    if not has_scales_alone(quantizer):
+        return None
+    least, greatest = quantizer.range
+    every = torch.arange(least, greatest + 1, dtype=torch.float32, device="cpu")
+    numbers = [float(number) for number in quantizer.decode(every, torch.ones_like(every)).tolist()]
+    return tuple(map(int, numbers)) if all(number.is_integer() for number in numbers) else None
+
+
 def shares_down_to(least: float) -> list[float]:
     """`TRIES` fractions of the scale without clipping, from 1 down to `least`."""
     return [1 - (1 - least) * attempt / (TRIES - 1) for attempt in range(TRIES)]

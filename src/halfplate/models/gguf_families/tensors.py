@@ -65,8 +65,11 @@ def read_values(
     return np.ascontiguousarray(values, np.float32)
 
 
-def write_values(family: Family, config: Any, name: str, values: Values) -> list[tuple[str, Values]]:
-    """Names and values of the tensors of the file that hold the tensor `name`; raises Unreadable if it has no name there."""
+def write_values(family: Family, config: Any, name: str, values: NDArray[Any]) -> list[tuple[str, NDArray[Any]]]:
+    """Names and values of the tensors of the file that hold the tensor `name`; raises Unreadable if it has no name there.
+
+    values: numbers, or bytes of the rows of a matrix, which move as its values would.
+    """
     parts = names_in_file(family, name)
     if not parts:
         raise Unreadable(f"llama.cpp's {family.architecture} has no tensor for {name}")
