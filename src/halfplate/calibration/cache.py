@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from halfplate.models.arguments import cache_argument
+from halfplate.models.auto import auto_class
 from halfplate.models.without_values import run_without_values
 
 
@@ -68,7 +69,7 @@ def cache_nbytes(config: PretrainedConfig, length: int) -> int:
 def _measured(described: _Described, length: int) -> int:
     config = described.config
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(deepcopy(config), dtype=torch.float32)
+        model: Any = auto_class(config).from_config(deepcopy(config), dtype=torch.float32)
     argument = cache_argument(model.forward)
     with run_without_values(model), torch.no_grad():
         ids = torch.zeros(1, length, dtype=torch.int64, device="meta")

@@ -46,7 +46,7 @@ def find_start(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -
     The start token of a chat model may be a turn marker (SmolLM2-Instruct: `<|im_start|>`). No other token is added before the
     text. Of 64 sequences that SmolLM2-135M-Instruct starts in this way, none is the standard system prompt.
     """
-    places = (tokenizer, model.generation_config, model.config)
+    places = (tokenizer, model.generation_config, model.config, model.config.get_text_config())
     vocabulary = _vocabulary(model)
 
     for kind, key in (("bos", "bos_token_id"), ("eos", "eos_token_id")):

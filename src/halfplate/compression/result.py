@@ -26,7 +26,7 @@ from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan, foreign_packages
 from halfplate.recovery.block import TunedBlock
 from halfplate.storage.artifact import load_artifact, save_artifact_of
-from halfplate.storage.tensor_file import KINDS
+from halfplate.storage.tensor_file import KINDS, sha256_of
 from halfplate.version import package_version
 
 Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # element type and shape of tensors, by name
@@ -142,7 +142,9 @@ def assemble_weights(
             artifact = load_artifact(path)
         assert artifact is not None
         found |= {name: Finished(stored, artifact.sha256[name]) for name, stored in artifact.tensors.items()}
-    names = _names(streamed, plan)
+    further = streamed.source.further
+    found |= {name: Finished(stored, sha256_of(stored)) for name, stored in further.items()}
+    names = [*_names(streamed, plan), *further]
     if set(names) != found.keys():
         name = min(set(names) ^ found.keys())
         raise HalfplateError(f"{name} is missing or too many among the finished files; pass --overwrite to start over")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Heads for multi-token prediction, which generating one token at a time does not use.
 FURTHER_TOKENS = re.compile(r"(^|\.)(mtp|mtp_layers|nextn\w*|medusa\w*|multi_token\w*)\.")
+FURTHER = "which predict further tokens; they are copied as they are"
 COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids)$")
 MASKS = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$")
 # Tensor names of peft: LoRA and its variants, and the weights of the base layers.
@@ -177,17 +178,16 @@ def _left_over(name: str, model: PreTrainedModel, extra: Mapping[str, tuple[str,
     count, block = _numbered_blocks(model)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     buffers = {buffer for buffer, _ in model.named_buffers()}
-    further = _further_layers(model)
+    further = set(further_tensors(model, extra))
     groups: dict[str, list[str]] = {}
     wrong: list[str] = []
     beyond = -1
     for stored, (key, tensor) in extra.items():
-        number = block.search(stored)
-        index = int(number[1]) if number else -1
+        index = _layer_of(stored, block)
         if key in buffers or COMPUTED.search(stored) or (MASKS.search(stored) and len(tensor.shape) != 1):
             groups.setdefault("which the model computes itself", []).append(stored)
-        elif FURTHER_TOKENS.search(stored) or count <= index < count + further:
-            groups.setdefault("which predict further tokens and are not part of the model", []).append(stored)
+        elif stored in further:
+            groups.setdefault(FURTHER, []).append(stored)
         elif any(rule.search(key) for rule in ignored):
             groups.setdefault("which transformers leaves out of the model", []).append(stored)
         elif stored.endswith("bias") and _all_zero(tensor):
@@ -205,7 +205,27 @@ def _left_over(name: str, model: PreTrainedModel, extra: Mapping[str, tuple[str,
             f"model={name!r}: its files hold {_spoken(wrong)}, which {type(model).__name__} with this config.json does not have; "
             f"{_cure(wrong)}"
         )
-    return tuple(f"left out: {_spoken(group)}, {why}" for why, group in groups.items())
+    return tuple(
+        f"{'kept' if why == FURTHER else 'left out'}: {_spoken(group)}, {why}" for why, group in groups.items()
+    )
+
+
+def further_tensors(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Those of the stored `names` that predict further tokens and that the model does not have: they are kept as they are."""
+    count, block = _numbered_blocks(model)
+    beyond = range(count, count + _further_layers(model))
+    state = model.state_dict(keep_vars=True)
+    return [
+        name
+        for name in names
+        if name not in state and (FURTHER_TOKENS.search(name) or _layer_of(name, block) in beyond)
+    ]
+
+
+def _layer_of(name: str, block: re.Pattern[str]) -> int:
+    """The number of the layer in a stored name, -1 if it has none."""
+    number = block.search(name)
+    return int(number[1]) if number else -1
 
 
 def _numbered_blocks(model: PreTrainedModel) -> tuple[int, re.Pattern[str]]:
@@ -235,7 +255,7 @@ def _cure(wrong: list[str]) -> str:
 
 def _further_layers(model: PreTrainedModel) -> int:
     """Layers after the last one that serve multi-token prediction, as counted by the configuration."""
-    counts = (getattr(model.config, key, None) for key in LAYER_COUNTS)
+    counts = (getattr(model.config.get_text_config(), key, None) for key in LAYER_COUNTS)
     return max((count for count in counts if isinstance(count, int)), default=0)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from halfplate.errors import HalfplateError
 from halfplate.formats.plain import is_plain_linear
+from halfplate.models.auto import language_model
 from halfplate.models.data_reads import data_reads
 
 # A linear with one of these names and one output per expert is a router: tiny, and pruning it ruins the model.
@@ -51,26 +52,27 @@ class SkippedModule:
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder layers and their name, such as `("model.layers", ...)`.
 
-    They are the outermost list of `num_hidden_layers` modules; of several such lists, the one with the most parameters.
+    They are the outermost list of `num_hidden_layers` modules of the language model; of several such lists, the one with the most parameters.
     Raises HalfplateError if there is none.
     """
-    expected = getattr(_text_config(model), "num_hidden_layers", None)
+    expected = _layer_counts(_text_config(model))
     lists: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
+    part, inside = language_model(model)
+    for name, module in inside.named_modules(prefix=part):
         nested = any(name.startswith(f"{outer}.") for outer, _ in lists)
         if isinstance(module, nn.ModuleList) and len(module) and not nested:
             lists.append((name, module))
     other = ", ".join(f"{name} of {len(blocks)}" for name, blocks in lists)
-    if expected is not None:
-        lists = [(name, blocks) for name, blocks in lists if len(blocks) == expected]
+    if expected:
+        lists = [(name, blocks) for name, blocks in lists if len(blocks) in expected]
     if not lists and other:
         raise HalfplateError(
-            f"model {type(model).__name__} has module lists of lengths {other}, but its configuration names {expected} layers (num_hidden_layers); "
+            f"model {type(model).__name__} has module lists of lengths {other}, but its configuration names {expected[0]} layers (num_hidden_layers); "
             "expected one list of decoder layers that run in order: use another model"
         )
     if not lists:
         raise HalfplateError(
-            f"model {type(model).__name__} has no list of {expected or 'decoder'} layers; "
+            f"model {type(model).__name__} has no list of {expected[0] if expected else 'decoder'} layers; "
             "expected a decoder-only model of the transformers library, such as LlamaForCausalLM"
         )
     return max(lists, key=lambda found: sum(parameter.numel() for parameter in found[1].parameters()))
@@ -149,6 +151,12 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _layer_counts(config: Any) -> list[int]:
+    """Layers that the configuration counts: twice as many where a module of the list holds two (`num_layers` of LongCat)."""
+    counts = (getattr(config, name, None) for name in ("num_hidden_layers", "num_layers"))
+    return [count for count in counts if isinstance(count, int)]
 
 
 def _expert_count(model: nn.Module) -> int | None:
