@@ -47,11 +47,17 @@ PAGE = ROOT / "docs" / "architectures.md"
 PATIENCE = 150  # seconds for one architecture
 IDS = torch.arange(3, 19)[None]
 RECIPES = {
-    "armor 2:4": Recipe(method="armor", pattern="2:4", core_dtype="bf16", samples=4, seq_len=16, method_options={"iterations": 2}),
+    "armor 2:4": Recipe(
+        method="armor", pattern="2:4", core_dtype="bf16", samples=4, seq_len=16, method_options={"iterations": 2}
+    ),
     "int8": Recipe(method="rtn", pattern="dense", core_dtype="int8"),
     "int4": Recipe(method="rtn", pattern="dense", core_dtype="int4"),
 }
-SAME, TYPICAL, NEAR = 1e-3, 1e-3, 0.01  # most relative difference of logits, of those of the median token, and KL of int8
+SAME, TYPICAL, NEAR = (
+    1e-3,
+    1e-3,
+    0.01,
+)  # most relative difference of logits, of those of the median token, and KL of int8
 
 
 @dataclass

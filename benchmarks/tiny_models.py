@@ -75,14 +75,26 @@ def _shrunk(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 GIVEN = ("head_dim", "num_key_value_heads")  # tiny models have them even if they are not given by default
-DROPPED = ("transformers_version", "id2label", "label2id", "_name_or_path", "architectures", "per_layer_config", "model_type")
+DROPPED = (
+    "transformers_version",
+    "id2label",
+    "label2id",
+    "_name_or_path",
+    "architectures",
+    "per_layer_config",
+    "model_type",
+)
 
 
 def _rotary(rope: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
     """Rotary parameters with sections for time, height and width that fill the heads of these sizes."""
     if "mrope_section" not in rope or entries.get("head_dim") is None:
         return rope
-    head = entries.get("qk_rope_head_dim") or entries.get("head_dim") or SIZES["hidden_size"] // SIZES["num_attention_heads"]
+    head = (
+        entries.get("qk_rope_head_dim")
+        or entries.get("head_dim")
+        or SIZES["hidden_size"] // SIZES["num_attention_heads"]
+    )
     half = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
     return rope | {"mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
 

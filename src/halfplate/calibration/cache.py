@@ -33,10 +33,19 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         self.value_room = value_states.new_empty(sequences, heads, self.length, value_states.shape[-1])
         self.is_initialized = True
 
+    def _enlarge(self, length: int) -> None:
+        """Make room for `length` tokens: some models put tokens of their own before the text."""
+        self.key_room, self.value_room = (
+            torch.cat([room, room.new_empty(*room.shape[:2], length - room.shape[2], room.shape[3])], 2)
+            for room in (self.key_room, self.value_room)
+        )
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.filled + key_states.shape[-2]
+        if end > self.key_room.shape[-2]:
+            self._enlarge(end + self.length)
         self.key_room[:, :, self.filled : end] = key_states
         self.value_room[:, :, self.filled : end] = value_states
         self.filled = end

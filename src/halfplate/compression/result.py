@@ -161,9 +161,7 @@ def plain_entries(streamed: StreamedModel, names: Iterable[str]) -> Entries:
     """The stored element type and the shape of the uncompressed tensors `names`."""
     dtype = streamed.source.other_dtype
     kinds = {name: KINDS[streamed.stored[name].kind] for name in names}
-    return {
-        name: (dtype if kind.is_floating_point else kind, streamed.stored[name].shape) for name, kind in kinds.items()
-    }
+    return {name: (dtype if kind.is_floating_point else kind, streamed.shape(name)) for name, kind in kinds.items()}
 
 
 def plain_tensors(streamed: StreamedModel, entries: Entries) -> Iterator[tuple[str, Tensor]]:

@@ -136,7 +136,7 @@ class BlockwiseModel:
         args, kwargs = called = call_arguments(arguments, inputs.carried)
         with products(self.precision, inputs.hidden.device.type):
             output = (self.blocks[index] if block is None else block)(inputs.hidden, *args, **kwargs)
-        hidden, *others = output if isinstance(output, tuple) else (output,)
+        hidden, *others = output if isinstance(output, tuple | list) else (output,)
         carried = carried_on(index, arguments, called, others, inputs.carried)
         return BlockInputs(hidden.to(inputs.hidden.dtype), inputs.arguments, carried, inputs.text)
 
@@ -152,11 +152,11 @@ class BlockwiseModel:
             seen(index, hidden)
             with products(self.precision, hidden.device.type):
                 output = forward(*args, **kwargs)
-            own, *others = output if isinstance(output, tuple) else (output,)
+            own, *others = output if isinstance(output, tuple | list) else (output,)
             own = own.to(hidden.dtype)
             if index == len(self.blocks) - 1:
                 seen(index + 1, own)
-            return (own, *others) if isinstance(output, tuple) else own
+            return (own, *others) if isinstance(output, tuple | list) else own
 
         with self._blocks_replaced(watch):
             getattr(self.model, "base_model", self.model)(input_ids=input_ids, use_cache=False)
@@ -208,8 +208,8 @@ class BlockwiseModel:
                 output = forward(*args, **kwargs)
             except (KeyError, AttributeError, TypeError, RuntimeError) as error:
                 raise HalfplateError(self._apart(f"layer {index} fails when it is run alone", error)) from error
-            self._tried[kind], spec = tree_flatten(list(output[1:]) if isinstance(output, tuple) else [])
-            self._returned[kind] = spec if isinstance(output, tuple) else None
+            self._tried[kind], spec = tree_flatten(list(output[1:]) if isinstance(output, tuple | list) else [])
+            self._returned[kind] = spec if isinstance(output, tuple | list) else None
         returned = self._returned[kind]
         if returned is None:
             return hidden

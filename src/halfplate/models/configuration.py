@@ -148,6 +148,13 @@ def check_causal(name: str, config: PretrainedConfig) -> None:
     # GPT-2 and other old models are called LMHeadModel. A file that names no architecture gets the one of its model_type.
     named = not stated or any(one.endswith("ForCausalLM") or one == getattr(known, "__name__", None) for one in stated)
     both_ways = any(getattr(one, "is_encoder_decoder", False) for one in (config, config.get_text_config()))
+    # Its class also has an encoder's form, which attends to later tokens. Other classes have only one form.
+    encoder = getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention")
+    if known is not None and named and not both_ways and encoder:
+        raise HalfplateError(
+            f"model={name!r}: its config.json says is_decoder=false, so {known.__name__} attends to later tokens and is an encoder, not a causal "
+            "language model; pass a decoder-only model, or correct is_decoder if it was trained as one"
+        )
     if known is None or not named or both_ways:
         raise HalfplateError(
             f"model={name!r} is {', '.join(stated) or config.model_type}, not a causal language model; "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from halfplate.errors import HalfplateError
+from halfplate.models.conv1d import shapes_in_files
 from halfplate.models.linears import find_blocks
 from halfplate.storage.tensor_file import KINDS, PIECE, DamagedFile, StoredTensor, read_tensor
 
@@ -63,7 +64,7 @@ def check_fit(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTen
     they would matter.
     """
     renamed = names_in_model(model, tensors)
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict(keep_vars=True).items()}
+    expected = shapes_in_files(model)
     found = {key: tensors[stored] for stored, (key, pattern) in renamed.items() if pattern is None}
     made = {key for key, pattern in renamed.values() if pattern is not None}
     extra = sorted(stored for stored, (key, _) in renamed.items() if key not in expected)

@@ -98,6 +98,7 @@ def find_linears(
     prefix, blocks = find_blocks(model)
     experts = _expert_count(model)
     reads = data_reads(model, prefix)[0] if reads is None else reads
+    reads = _shared_weights(model, prefix) | dict(reads)
     for index, block in enumerate(blocks):
         for inner, module in block.named_modules():
             name = f"{prefix}.{index}.{inner}" if inner else f"{prefix}.{index}"
@@ -178,8 +179,6 @@ def _skip_reason(inner: str, module: nn.Module, experts: int | None) -> str | No
             None if is_plain_linear(module) else f"{type(module).__name__} has a forward of its own; not compressed"
         )
     key, shape = max(matrices.items(), key=lambda item: len(item[1]))
-    if type(module).__name__ == "Conv1D":
-        return "Conv1D of GPT-2, which stores its weight as (d_in, d_out), is not an nn.Linear; not compressed"
     if len(shape) == 3 and shape[0] == experts:
         return (
             f"{shape[0]} experts stored in 3-D tensors ({key} of shape {shape}) instead of linears; not compressed: "
@@ -204,6 +203,16 @@ def _router_reason(parts: list[str], module: nn.Linear, experts: int | None) -> 
     if leaf in HEAD_GATES and module.out_features <= HEAD_GATE_OUTPUTS:
         return f"gate of linear attention with only {module.out_features} outputs; not compressed"
     return None
+
+
+def _shared_weights(model: nn.Module, prefix: str) -> dict[str, str]:
+    """The modules of the layers that have a weight in common with another layer, with the reason to keep them."""
+    found: dict[str, str] = {}
+    for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if all(name.startswith(f"{prefix}.") for name in pair):
+            places = [name.rpartition(".")[0] for name in pair]
+            found |= dict.fromkeys(places, "several layers share its weight; not compressed")
+    return found
 
 
 def _tiny_reason(inner: str, module: nn.Linear) -> str | None:

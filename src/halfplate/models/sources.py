@@ -27,6 +27,7 @@ from halfplate.models.configuration import (
     read_entries,
     read_generation_config,
 )
+from halfplate.models.conv1d import as_linears
 from halfplate.models.fit import check_fit, further_tensors, stored_apart
 from halfplate.models.reading import reading
 from halfplate.models.trust import bounded, check_counts, check_folder, check_parameters, count_tensors, read_json_file
@@ -141,6 +142,7 @@ def skeleton(source: Source, buffers: bool = False) -> "PreTrainedModel":
     # A copy, because building a model changes its configuration.
     with reading(source.name, what, CORRECT, source.config.to_dict()), bounded(source.name, room), place:
         model: Any = auto_class(source.config).from_config(deepcopy(source.config), dtype=torch.float32)
+    as_linears(model)
     empty: PreTrainedModel = model.eval().requires_grad_(False)
     check_parameters(source.name, sum(parameter.numel() for parameter in empty.parameters()), room)
     if source.gguf_header is None and empty.can_generate():
