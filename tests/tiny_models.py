@@ -40,7 +40,7 @@ def tiny_entries(made: Any, different: dict[str, Any]) -> dict[str, Any]:
     """Entries of a configuration of the class `made`. different: entries that no table gives, those of parts as dictionaries."""
     entries = _shrunk(made().to_dict())
     given = {key: value for key, value in different.items() if not isinstance(value, dict)}
-    parts = {key: part for key, part in getattr(made, "sub_configs", {}).items()}
+    parts = dict(getattr(made, "sub_configs", {}))
     for key, part in parts.items():
         inner = different.get(key, {})
         if inner is None or (entries.get(key) is None and key not in different):

@@ -18,7 +18,9 @@ LAYERS = (
 )
 SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "audio_vocab_size"), VOCABULARY),
+    **dict.fromkeys(
+        ("vocab_size", "vocab_size_per_layer_input", "audio_vocab_size", "unpadded_vocab_size"), VOCABULARY
+    ),
     **dict.fromkeys(
         ("hidden_size", "d_model", "n_embd", "embed_dim", "embedding_dim", "projection_dim", "out_hidden_size"), 32
     ),
@@ -116,6 +118,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": {"num_kv_shared_layers": 2, "laurel_rank": 8, "altup_num_inputs": 3},
     "gemma4_text": {"num_kv_shared_layers": 2},
     "gemma4": {"text_config": {"num_kv_shared_layers": 2}, "vision_config": {"model_type": "gemma4_vision"}},
@@ -196,14 +199,14 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [16, 16], "moe_num_shared_experts": 1}},
     "granite4_vision": {"vision_config": {"patch_size": 14}, "spatial_target_layers": [0, 1]},
     "step3p7": {"text_config": {"sliding_window": 6}},
-    **dict.fromkeys(
-        ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl"),
-        {
+    **{
+        kind: {
             "text_config": {
                 "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
             }
-        },
-    ),
+        }
+        for kind in "glm46v glm4v glm_ocr glmga paddleocr_vl qwen2_5_omni_thinker qwen2_5_vl qwen2_vl".split()
+    },
     "glm4v_moe": {
         "text_config": {
             "rope_parameters": {
