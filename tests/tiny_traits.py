@@ -205,7 +205,16 @@ DIFFERENT: dict[str, dict[str, Any]] = {
                 "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
             }
         }
-        for kind in "glm46v glm4v glm_ocr glmga paddleocr_vl qwen2_5_omni_thinker qwen2_5_vl qwen2_vl".split()
+        for kind in (
+            "glm46v",
+            "glm4v",
+            "glm_ocr",
+            "glmga",
+            "paddleocr_vl",
+            "qwen2_5_omni_thinker",
+            "qwen2_5_vl",
+            "qwen2_vl",
+        )
     },
     "glm4v_moe": {
         "text_config": {

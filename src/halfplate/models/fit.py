@@ -66,7 +66,7 @@ def check_fit(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTen
     renamed = names_in_model(model, tensors)
     expected = shapes_in_files(model)
     found = {key: tensors[stored] for stored, (key, pattern) in renamed.items() if pattern is None}
-    made = {key for key, pattern in renamed.values() if pattern is not None}
+    made = _made(model, [(key, pattern) for key, pattern in renamed.values() if pattern is not None])
     extra = sorted(stored for stored, (key, _) in renamed.items() if key not in expected)
     have = (found.keys() | made) & expected.keys()
     _check_prefix(name, expected.keys() - have, extra)
@@ -74,6 +74,16 @@ def check_fit(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTen
     tied = shared_names(model, expected, found).keys()
     check_complete(name, model, expected, have | tied, found)
     return notes
+
+
+def _made(model: PreTrainedModel, converted: Iterable[tuple[str, str]]) -> set[str]:
+    """The tensors that conversions make; one of several tensors is named after the first of them."""
+    converters = converters_by_pattern(model)
+    found: set[str] = set()
+    for key, pattern in converted:
+        first, *others = (target.replace("\\", "").strip("^$") for target in converters[pattern].target_patterns)
+        found |= {key, *(key.replace(first, other) for other in others)}
+    return found
 
 
 def check_complete(
