@@ -1,7 +1,7 @@
 """Every decoder-only architecture and every multimodal wrapper of the installed transformers, as a tiny random model: compressed, loaded, compared.
 
 python benchmarks/architectures.py                      # all of them, in about 15 minutes on two cores; writes docs/architectures.md
-python benchmarks/architectures.py --only llama gemma3  # some of them, with the reason or the traceback of each
+python benchmarks/architectures.py --only llama gemma3 --verbose  # some of them, with the output of those that are not right
 
 Each model is compressed with ARMOR 2:4 and unpruned to int8 and int4, in a process of its own. `right` means: `from_pretrained` and
 `halfplate.load` give equal logits with and without kernels, those of int8 are near the original's, and tokens decoded with the cache
@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -26,23 +27,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "tests")]
-
 import torch
 import transformers
-from tiny_models import build_model, text_models, wrappers
-from tiny_traits import VOCABULARY
 
 import halfplate
-from conftest import TEXT, build_tokenizer
 from halfplate.compression.compress import compress
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear
 from halfplate.models.linears import find_blocks
 from halfplate.recipe import Recipe
-from halfplate.runtime import greedy
+from halfplate.runtime import decoder, greedy
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from conftest import TEXT, build_tokenizer  # noqa: E402  (the tests have the tiny models)
+from tiny_models import build_model, text_models, wrappers  # noqa: E402
+from tiny_traits import VOCABULARY  # noqa: E402
+
 PAGE = ROOT / "docs" / "architectures.md"
 PATIENCE = 300  # seconds for one architecture
 IDS = torch.arange(3, 19)[None]
@@ -53,11 +54,23 @@ RECIPES = {
     "int8": Recipe(method="rtn", pattern="dense", core_dtype="int8"),
     "int4": Recipe(method="rtn", pattern="dense", core_dtype="int4"),
 }
-SAME, TYPICAL, NEAR = (
-    1e-3,
-    1e-3,
-    0.01,
-)  # most relative difference of logits, of those of the median token, and KL of int8
+TYPICAL, NEAR = 1e-3, 0.01  # largest relative difference of the logits of the median token, and KL of int8
+STATES = ("right", "refused", "wrong", "traceback", "hung", "not built")
+HEAD = """\
+# Architectures
+
+Every decoder-only architecture and every multimodal model that transformers {version} builds, tried as a tiny random model by
+`python benchmarks/architectures.py`. Of {judged}: {spoken}. {unbuilt} more are not built, because the benchmark has no
+configuration with which transformers runs them, or because they need another package.
+
+- **right**: checkpoints of ARMOR 2:4, int8 and int4 load through transformers and `halfplate.load` and give the same logits with and
+  without kernels. Those of int8 are near the original's (median KL below 0.01). Decoding with the cache gives the same tokens as decoding without it.
+- **refused**: with one line that says what to do instead.
+- **share**: compressed parameters, relative to those of the decoder layers of the tiny model. The rest are experts in 3-D tensors, routers, indexers and
+  convolutions.
+
+Of a multimodal model, the language model inside is compressed. Vision and audio towers and projectors stay as they are. Processor files and the
+chat template are copied. The text for the calibration has no images."""
 
 
 @dataclass
@@ -105,7 +118,7 @@ def judge(kind: str, wrapper: bool, folder: Path) -> Outcome:
             summary = compressed(found, folder, name, recipe)
             if expected is None:
                 raise Wrong(f"compressed, although transformers does not run it on a text ({found.reason})")
-            found.skipped = dict(Counter(plain(entry["reason"]) for entry in summary["skipped"]))
+            found.skipped = dict(Counter(" ".join(entry["reason"].split()) for entry in summary["skipped"]))
             compare(found, model, expected, folder / name, name)
     except HalfplateError as error:
         found.state, found.reason = "refused", str(error)
@@ -159,8 +172,6 @@ def check_decoding(found: Outcome, fast: Any, model: Any) -> None:
             ids = torch.cat([ids, one(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
         return ids[0].tolist()
 
-    from halfplate.runtime import decoder
-
     found.decoding = "native" if decoder.why_not(fast) is None else "transformers"
     try:
         works = tokens(model, True) == tokens(model, False)
@@ -194,10 +205,6 @@ def compressed_share(compressed: Any, model: Any) -> float:
 
 def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def plain(reason: str) -> str:
-    return " ".join(reason.split())
 
 
 def in_a_process(kind: str, wrapper: bool, folder: Path) -> tuple[int, Path]:
@@ -266,8 +273,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="model types; all by default")
     parser.add_argument("--jobs", type=int, default=2, help="architectures at a time")
-    parser.add_argument("--json", type=Path, help="write the outcomes to this file")
-    parser.add_argument("--page", type=Path, help="write the table to this file")
+    parser.add_argument(
+        "--json", type=Path, help="file that keeps all outcomes; without --only, a run judges those that it lacks"
+    )
+    parser.add_argument(
+        "--page", type=Path, default=PAGE, help="the page to write, once all architectures have an outcome"
+    )
     parser.add_argument("--verbose", action="store_true", help="print the output of each that is not right")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -280,12 +291,51 @@ def main() -> None:
         print(f"{name}: {found.state} {found.reason[:300]} share {found.share:.2f} {found.seconds} s", flush=True)
         if options.verbose and found.state != "right":
             print(output)
+        known[found.kind] = found
+        if options.json:
+            options.json.write_text(json.dumps([asdict(one) for one in known.values()], indent=1))
 
-    names = [(kind, wrapper) for kind, wrapper in everything() if not options.only or kind in options.only]
-    outcomes = run(names, options.jobs, told)
-    print(dict(Counter(found.state for found in outcomes)))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(found) for found in outcomes], indent=1))
+    known: dict[str, Outcome] = {}
+    if options.json and options.json.is_file():
+        known = {entry["kind"]: Outcome(**entry) for entry in json.loads(options.json.read_text())}
+    names = list(everything())
+    wanted = [
+        (kind, wrapper) for kind, wrapper in names if (kind in options.only if options.only else kind not in known)
+    ]
+    run(wanted, options.jobs, told)
+    print(dict(Counter(found.state for found in known.values())))
+    if all(kind in known for kind, _ in names):
+        options.page.write_text(page([known[kind] for kind, _ in names]))
+
+
+def page(outcomes: list[Outcome]) -> str:
+    """The page of the documentation: counts, and a row for each architecture."""
+    counts = Counter(found.state for found in outcomes)
+    spoken = ", ".join(f"{counts[state]} {state}" for state in STATES[:-1] if counts[state])
+    judged, unbuilt = len(outcomes) - counts["not built"], counts["not built"]
+    parts = [HEAD.format(version=transformers.__version__, judged=judged, spoken=spoken, unbuilt=unbuilt)]
+    for title, wrapper in (("Text models", False), ("Multimodal models", True)):
+        rows = [row(found) for found in outcomes if found.wrapper is wrapper and found.state != "not built"]
+        header = "| model type | state | share | decoding | KL of int8 | notes |\n|---|---|---:|---|---:|---|"
+        parts.append("\n".join([f"## {title}\n", header, *rows]))
+    left = [f"- `{found.kind}`: {cut(found.reason)}" for found in outcomes if found.state == "not built"]
+    if left:
+        parts.append("\n".join(["## Not built\n", *left]))
+    return "\n\n".join(parts) + "\n"
+
+
+def row(found: Outcome) -> str:
+    """A row of the table."""
+    kl = f"{found.kl['int8']:.1g}" if "int8" in found.kl else ""
+    notes = cut(found.reason) if found.reason else "; ".join(found.notes[:1])
+    share = f"{found.share:.2f}" if found.share else ""
+    return f"| `{found.kind}` | {found.state} | {share} | {found.decoding} | {kl} | {notes} |"
+
+
+def cut(reason: str) -> str:
+    """A reason without the folder of the trial, and without characters that break a table."""
+    plain = re.sub(r"model='[^']*':? ?", "", reason).replace("|", "/").replace("<", "&lt;")
+    return plain if len(plain) <= 220 else f"{plain[:220]}…"
 
 
 if __name__ == "__main__":
