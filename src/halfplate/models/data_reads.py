@@ -80,7 +80,9 @@ def _stated(root: nn.Module) -> dict[str, list[tuple[str, _Read]]]:
     """For each linear that is read, by name: the module that reads it, and where."""
     found: dict[str, list[tuple[str, _Read]]] = {}
     for name, module in root.named_modules():
-        for read in _reads_of(module.__class__):
+        # The code of torch is not searched: this is its only module that reads the weight of a linear.
+        attention = [_Read(("out_proj",), nn.MultiheadAttention, "forward")]
+        for read in attention if isinstance(module, nn.MultiheadAttention) else _reads_of(module.__class__):
             target = None if read.path is None else reduce(_child, read.path, module)
             if isinstance(target, nn.Module) and hasattr(target, "in_features"):
                 found.setdefault(".".join(filter(None, (name, *(read.path or ())))), []).append((name, read))
