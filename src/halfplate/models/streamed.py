@@ -140,7 +140,7 @@ class StreamedModel:
         with_head: also load the output embedding.
         """
         hooks: list[RemovableHandle] = []
-        head: nn.Module | None = self.model.get_output_embeddings()
+        head: Any = self.model.get_output_embeddings()
         # Not `set_output_embeddings`, which in some models also expects a bias that is a parameter.
         heads = [name for name, module in self.model.named_modules() if module is head]
         with self.outer(head=with_head):
