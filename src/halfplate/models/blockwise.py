@@ -23,7 +23,6 @@ from halfplate.models.handover import (
 from halfplate.models.linears import find_blocks
 from halfplate.precision import products
 
-
 # What model code raises for inputs that it does not support, such as a text of this length.
 FAILURES = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
