@@ -1,4 +1,4 @@
-"""Compressed, loaded and run with and without kernels: the same numbers, near those of the dense model."""
+"""Rounded, loaded and run with and without kernels: the same numbers, near those of the original model."""
 
 import pytest
 import torch
@@ -7,13 +7,22 @@ from torch import nn
 import halfplate
 from architectures import ARCHITECTURES
 from conftest import build_model
+from halfplate.checkpoint.write import write_checkpoint
 from halfplate.compression.compress import compress
 from halfplate.errors import HalfplateError
-from halfplate.formats import CompressedLinear
+from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.kernels import native
-from halfplate.models.linears import find_linears
+from halfplate.models.chain_check import check_chain
+from halfplate.models.conv1d import as_linears
+from halfplate.models.linears import find_linears, replace_module
+from halfplate.models.sources import open_source
+from halfplate.models.streamed import StreamedModel
+from halfplate.pattern import DENSE
 from halfplate.recipe import Recipe
 from halfplate.runtime.backends.cpu import PackedLinear
+from halfplate.statistics import InputStatistics
+from halfplate.transforms.conversion import needs_conversion
+from tiny_models import build_model as build_tiny
 
 IDS = torch.arange(3, 19)[None]
 
@@ -25,28 +34,52 @@ def folder_of(architecture, tokenizer, path, **more):
     return model
 
 
-@pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("pattern", "core_dtype"), [("dense", "int8"), ("2:4", "int8")])
+# The most used ones, of every kind: plain, windows, experts, linear attention, state spaces, shared layers, Conv1D, wrappers.
+MOST_USED = (
+    "llama mistral qwen2 qwen3 qwen3_moe qwen3_next qwen3_5_text gemma2 gemma3_text gemma4_text phi phi3 smollm3 olmo2 granite mixtral"
+    " gpt_oss deepseek_v3 deepseek_v32 glm4_moe hunyuan_v1_moe falcon bloom gpt2 opt mamba jamba zamba2"
+)
+WRAPPERS = "gemma3 qwen2_5_vl qwen3_vl mistral3 llava"
+
+
+def rounded(model):
+    """Put int8 matrices in the place of the linears of `model`, in place; returns their specifications."""
+    method, specs = Recipe(method="rtn", pattern="dense", core_dtype="int8").create_method(), {}
+    for linear in find_linears(model)[0]:
+        module = model.get_submodule(linear.name)
+        specs[linear.name] = spec = WeightSpec(linear.d_out, linear.d_in, DENSE, "int8")
+        chain = method.compress(module.weight, InputStatistics(), spec).weight
+        replace_module(model, linear.name, CompressedLinear.from_weight(chain, spec, module.bias))
+    return specs
+
+
+@pytest.mark.parametrize(
+    ("architecture", "wrapper"),
+    [*((kind, False) for kind in MOST_USED.split()), *((kind, True) for kind in WRAPPERS.split())],
+)
 @torch.no_grad()
-def test_kernels_and_torch_agree(architecture, pattern, core_dtype, tmp_path, tiny_tokenizer):
-    dense = folder_of(architecture, tiny_tokenizer, tmp_path / "dense")
-    compress(
-        str(tmp_path / "dense"),
-        tmp_path / "out",
-        Recipe(method="rtn" if pattern == "dense" else "magnitude", pattern=pattern, core_dtype=core_dtype),
-        benchmark=False,
-    )
-    plain, fast = (halfplate.load(tmp_path / "out", kernels=kernels) for kernels in (False, True))
-    named = {linear.name for linear in find_linears(dense)[0]}
-    assert {name for name, module in plain.named_modules() if isinstance(module, CompressedLinear)} == named
-    assert named <= {name for name, module in fast.named_modules() if isinstance(module, PackedLinear)}
-    expected, logits = plain(IDS).logits, fast(IDS).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
-    if pattern == "dense":
-        reference = dense(IDS).logits
-        # Rounding sends single tokens to other experts or past other keys; a wrong mapping shows at 1 and more.
-        assert float((expected - reference).norm() / reference.norm()) < 0.2
+def test_layers_kernels_and_torch_agree(architecture, wrapper, tmp_path):
+    """A reduced form of benchmarks/architectures.py: the layers run one by one, and a checkpoint loads and computes the same in every way."""
+    model = build_tiny(architecture, wrapper)
+    expected = model(input_ids=IDS, use_cache=False).logits
+    model.save_pretrained(tmp_path / "dense")
+    source = open_source(str(tmp_path / "dense"))
+    if not needs_conversion(source):
+        check_chain(StreamedModel(source), torch.cat([IDS, IDS + 9]))
+    as_linears(model)
+    specs = rounded(model)
+    write_checkpoint(model, None, tmp_path / "out", specs, {}, torch.float32)
+    plain = halfplate.load(tmp_path / "out", kernels=False)
+    assert type(plain).__name__ == type(model).__name__
+    found = plain(input_ids=IDS, use_cache=False).logits
+    # Rounding sends single tokens to other experts or past other keys; a wrong mapping shows at 1 and more.
+    assert float((found - expected).norm() / expected.norm()) < 0.2
+    if native.available():
+        fast = halfplate.load(tmp_path / "out")
+        assert specs.keys() <= {name for name, module in fast.named_modules() if isinstance(module, PackedLinear)}
+        torch.testing.assert_close(
+            fast(input_ids=IDS, use_cache=False).logits, found, rtol=1e-3, atol=1e-3 * float(found.std())
+        )
 
 
 @torch.no_grad()

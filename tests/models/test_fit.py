@@ -99,7 +99,7 @@ def test_parts_of_an_adapter_that_was_not_merged(tiny_folder):
 def test_known_leftovers_are_named(tiny_folder, tmp_path, name, shape, why):
     add(tiny_folder, name, torch.ones(shape))
     (note,) = make_plan(str(tiny_folder), RECIPE).notes
-    assert note.startswith(f"left out: {name}, {why}")
+    assert note.startswith(f"{'kept' if 'further' in why else 'left out'}: {name}, {why}")
     assert compress(str(tiny_folder), tmp_path / "out", RECIPE)["notes"] == [note]
     assert json.loads((tmp_path / "out" / "halfplate.json").read_text())["notes"] == [note]
 

@@ -177,13 +177,6 @@ def test_models_that_are_not_causal(tmp_path, kind, architecture):
     )
 
 
-@pytest.mark.parametrize("part", ["vision_config", "text_config", "audio_config"])
-def test_multimodal_wrappers(tmp_path, part):
-    entries = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], part: {"hidden_size": 8}}
-    (tmp_path / "config.json").write_text(json.dumps(entries))
-    refused(lambda: open_source(str(tmp_path)), f"is Gemma3ForConditionalGeneration, a multimodal wrapper .*{part}")
-
-
 @pytest.mark.parametrize(
     ("method", "part"),
     [

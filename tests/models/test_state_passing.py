@@ -10,6 +10,7 @@ from halfplate.errors import HalfplateError
 from halfplate.models.blockwise import BlockwiseModel
 from halfplate.models.chain_check import check_chain
 from halfplate.models.handover import differing, hands_on, patched
+from halfplate.models.linears import find_linears
 from halfplate.models.sources import open_source
 from halfplate.models.streamed import StreamedModel
 from state_passing import MODELS
@@ -136,7 +137,7 @@ def test_a_block_that_fails_by_itself_is_refused(tiny_model, tiny_tokenizer, tmp
     assert "\n" not in str(refused.value)
 
 
-def test_blocks_that_share_weights_are_refused(tiny_model, tiny_tokenizer, tmp_path):
+def test_what_layers_share_stays_dense_and_the_rest_runs(tiny_model, tiny_tokenizer, tmp_path):
     sizes = {
         "num_hidden_layers": 4,
         "layers_block_type": ["mamba", "hybrid"] * 2,
@@ -145,8 +146,15 @@ def test_blocks_that_share_weights_are_refused(tiny_model, tiny_tokenizer, tmp_p
     }
     sizes |= {"num_key_value_heads": 4, "adapter_rank": 8, "attention_head_dim": 16}
     streamed = saved(tiny_model("zamba2", vocab_size=320, **sizes), tiny_tokenizer, tmp_path / "model")
-    with pytest.raises(HalfplateError, match=r"model\.layers\.3\..* shares those of model\.layers\.1\."):
-        check_chain(streamed, tokens())
+    check_chain(streamed, tokens())
+    found, skipped = find_linears(streamed.model)
+    shared = {module.name for module in skipped if module.reason == "several layers share its weight; not compressed"}
+    assert {
+        "model.layers.1.shared_transformer.self_attn.q_proj",
+        "model.layers.3.shared_transformer.self_attn.q_proj",
+    } <= shared
+    assert "model.layers.3.mamba_decoder.mamba.in_proj" in {linear.name for linear in found}
+    assert "model.layers.3.shared_transformer.self_attn.q_proj.weight" in streamed.tied
 
 
 def test_samples_that_do_not_come_first_cannot_be_cut(tiny_model, tiny_tokenizer, tmp_path):

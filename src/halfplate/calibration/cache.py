@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from halfplate.models.arguments import cache_argument
+from halfplate.models.auto import auto_class
 from halfplate.models.without_values import run_without_values
 
 
@@ -32,10 +33,19 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         self.value_room = value_states.new_empty(sequences, heads, self.length, value_states.shape[-1])
         self.is_initialized = True
 
+    def _enlarge(self, length: int) -> None:
+        """Make room for `length` tokens: some models put tokens of their own before the text."""
+        self.key_room, self.value_room = (
+            torch.cat([room, room.new_empty(*room.shape[:2], length - room.shape[2], room.shape[3])], 2)
+            for room in (self.key_room, self.value_room)
+        )
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.filled + key_states.shape[-2]
+        if end > self.key_room.shape[-2]:
+            self._enlarge(end + self.length)
         self.key_room[:, :, self.filled : end] = key_states
         self.value_room[:, :, self.filled : end] = value_states
         self.filled = end
@@ -68,7 +78,7 @@ def cache_nbytes(config: PretrainedConfig, length: int) -> int:
 def _measured(described: _Described, length: int) -> int:
     config = described.config
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(deepcopy(config), dtype=torch.float32)
+        model: Any = auto_class(config).from_config(deepcopy(config), dtype=torch.float32)
     argument = cache_argument(model.forward)
     with run_without_values(model), torch.no_grad():
         ids = torch.zeros(1, length, dtype=torch.int64, device="meta")

@@ -46,7 +46,7 @@ def find_start(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -
     The start token of a chat model may be a turn marker (SmolLM2-Instruct: `<|im_start|>`). No other token is added before the
     text. Of 64 sequences that SmolLM2-135M-Instruct starts in this way, none is the standard system prompt.
     """
-    places = (tokenizer, model.generation_config, model.config)
+    places = (tokenizer, model.generation_config, model.config, model.config.get_text_config())
     vocabulary = _vocabulary(model)
 
     for kind, key in (("bos", "bos_token_id"), ("eos", "eos_token_id")):
@@ -164,6 +164,11 @@ def _next_logits(model: "PreTrainedModel", current: Tensor, cache: Any) -> tuple
     name = next((name for name in CACHE_NAMES if name in taken), None)
     output = model(input_ids=current, use_cache=True, **({} if name is None or cache is None else {name: cache}))
     logits: Tensor = output.logits
+    if logits.shape[1] != current.shape[1]:
+        raise HalfplateError(
+            f"calibration=self: {type(model).__name__} gives {logits.shape[1]} rows of logits for {current.shape[1]} tokens, so it cannot sample text; "
+            "pass a text file with --calibration"
+        )
     given = None if name is None else getattr(output, name, None)
     return logits[:, -1], cache if given is None else given
 

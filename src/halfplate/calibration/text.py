@@ -114,7 +114,7 @@ def check_seq_len(model: "PreTrainedModel", seq_len: int, least: int) -> None:
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if seq_len < least:
         raise HalfplateError(f"seq_len={seq_len} is too short, expected at least {least} tokens; try 512")
-    if isinstance(most, int) and seq_len > most:
+    if isinstance(most, int) and 0 < most < seq_len:
         raise HalfplateError(f"seq_len={seq_len} exceeds the {most} positions of the model; try {most}")
 
 

@@ -27,9 +27,9 @@ MEASURES = {
 LOADING = """\
 ```python
 import halfplate  # registers the format with transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AUTO, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER)  # this folder, or where it was uploaded to
+model = AUTO.from_pretrained(FOLDER)  # this folder, or where it was uploaded to
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
@@ -37,9 +37,9 @@ Run `pip install halfplate` first. Without `import halfplate`, transformers does
 """
 LOADING_DENSE = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AUTO, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER)  # this folder, or where it was uploaded to
+model = AUTO.from_pretrained(FOLDER)  # this folder, or where it was uploaded to
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
@@ -64,8 +64,16 @@ def model_card(folder: Path, record: Mapping[str, Any]) -> str:
         parts += [_what(record, base, specs), "## Bytes", _bytes(folder, specs), "## Quality", _quality(record)]
     else:
         parts.append(f"Written by Halfplate from `{Path(base).name}`.")
-    parts += ["## Loading", LOADING if specs else LOADING_DENSE, "## Licence", _licence(record)]
+    parts += ["## Loading", _loading(folder, bool(specs)), "## Licence", _licence(record)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _loading(folder: Path, compressed: bool) -> str:
+    """How to load the model, with the class that loads all its parts."""
+    entries = read_json(folder / CONFIG_FILE)
+    parts = any(isinstance(entries.get(key), dict) for key in ("vision_config", "audio_config", "text_config"))
+    auto = "AutoModelForMultimodalLM" if parts else "AutoModelForCausalLM"
+    return (LOADING if compressed else LOADING_DENSE).replace("AUTO", auto)
 
 
 def _front_matter(record: Mapping[str, Any], compressed: bool) -> str:

@@ -20,6 +20,8 @@ from halfplate.device import check_device
 from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.formats import WeightSpec
 from halfplate.formats.checks import check_tensor
+from halfplate.models.auto import auto_class
+from halfplate.models.fit import further_tensors
 from halfplate.models.reading import reading
 from halfplate.models.trust import check_counts, check_folder, check_layers
 from halfplate.runtime.backends import without_kernel
@@ -52,7 +54,7 @@ def load(
     specs, found = read_checked_headers(folder)
     if kernels and device == "cpu" and (slow := without_kernel(specs.values())) is not None:
         warnings.warn(f"{path}: {slow}", HalfplateWarning, stacklevel=3)  # past the decorator
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from halfplate.runtime.prepare import accelerate, check_options
 
@@ -67,7 +69,7 @@ def load(
         elements = sum(prod(tensor.shape) for tensor in found.values())
         check_counts(str(path), config, len(found), elements, "path")
         config.quantization_config |= {"runtime": runtime if device == "cpu" else None}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -80,8 +82,11 @@ def load(
     model: PreTrainedModel = loaded[0]
     report: dict[str, Any] = loaded[1]
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[problem]:
-            name = min(map(str, report[problem]))
+        found_wrong = set(map(str, report[problem]))
+        if problem == "unexpected_keys":
+            found_wrong -= set(further_tensors(model, found_wrong))
+        if found_wrong:
+            name = min(found_wrong)
             raise HalfplateError(
                 f"path={str(path)!r} does not fit its config.json: {problem} {name}; copy or write the checkpoint again"
             )

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from halfplate.checkpoint.card import write_card
+from halfplate.checkpoint.companions import copy_companions
 from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, RECORD_VERSION, SENTENCE, read_record
 from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.quantization import HalfplateConfig
-from halfplate.checkpoint.weights import write_tensors
+from halfplate.checkpoint.weights import read_headers, write_tensors
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedMatrix, WeightSpec, check_shared
 from halfplate.json_numbers import finite
+from halfplate.models.fit import further_tensors
 from halfplate.storage.shards import MAX_SHARD_NBYTES
+from halfplate.storage.tensor_file import read_tensors
 from halfplate.version import versions_of
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ def write_checkpoint(
     overwrite: bool = False,
     max_shard_nbytes: int = MAX_SHARD_NBYTES,
     partial: Path | None = None,
+    beside: Path | None = None,
 ) -> None:
     """Write `model`, with a compressed module under each name in `specs`, to the folder `out`, whole or not at all.
 
@@ -43,6 +47,7 @@ def write_checkpoint(
     other_dtype: element type of all floating-point tensors outside compressed matrices; the model is rounded to it in place
         (`round_others`), so that it computes the same as the checkpoint.
     partial: as in `new_folder`.
+    beside: as in `write_model`.
     Raises HalfplateError if `out` cannot be written, and if `model` does not match `specs`.
     """
     _check_modules(model, specs)
@@ -50,7 +55,7 @@ def write_checkpoint(
     with new_folder(Path(out), overwrite, partial) as folder:
         round_others(model, other_dtype)
         checksums = write_model(
-            model, tokenizer, folder, other_dtype, HalfplateConfig.from_specs(specs), max_shard_nbytes
+            model, tokenizer, folder, other_dtype, HalfplateConfig.from_specs(specs), max_shard_nbytes, beside
         )
         write_record(folder, record | {"tensors": checksums})
 
@@ -71,9 +76,16 @@ def write_model(
     other_dtype: torch.dtype,
     quantization: HalfplateConfig | None,
     max_shard_nbytes: int = MAX_SHARD_NBYTES,
+    beside: Path | None = None,
 ) -> dict[str, str]:
-    """Write weights, configuration and tokenizer to an existing folder; returns the SHA-256 of each tensor."""
+    """Write weights, configuration and tokenizer to an existing folder; returns the SHA-256 of each tensor.
+
+    beside: folder of the model that was loaded; its processor files, and its tensors that predict further tokens, are copied.
+    """
     tensors = _unshared(model)
+    if beside is not None and beside.is_dir():
+        stored = read_headers(beside)
+        tensors |= dict(read_tensors({name: stored[name] for name in further_tensors(model, stored)}))
     matrices = _matrix_dtypes(model)
     dtypes = {
         name: matrices.get(name, other_dtype if tensor.is_floating_point() else tensor.dtype)
@@ -81,6 +93,8 @@ def write_model(
     }
     checksums = write_tensors(tensors, dtypes, folder, max_shard_nbytes)
     write_configuration(model, tokenizer, folder, other_dtype, quantization)
+    if beside is not None:
+        copy_companions(beside, folder)
     return checksums
 
 

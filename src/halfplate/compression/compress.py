@@ -13,6 +13,7 @@ import torch
 
 from halfplate.arguments import path_text
 from halfplate.calibration.held_out import held_out_tokens
+from halfplate.checkpoint.companions import copy_companions
 from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.output import check_place, check_result_folder
 from halfplate.checkpoint.quantization import HalfplateConfig
@@ -190,6 +191,7 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
             checksums = assemble_weights(streamed, plan, work, folder, lambda at, total: report("writing", at, total))
             quantization = HalfplateConfig.from_specs(plan.specs)
             write_configuration(streamed.model, load_tokenizer(source), folder, source.other_dtype, quantization)
+            copy_companions(source.path, folder)
             identity = {key: order.identity[key] for key in RECORDED if key in order.identity}
             if order.check:
                 report("checking the result", 0, 1)

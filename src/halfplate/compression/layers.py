@@ -246,7 +246,10 @@ class _Loop:
                 for key in linear.spec.layout()
             }
             tensors: dict[str, Tensor] = {}
+            shared = self.run.layers.model(self.run.view(layer, done)).tied
             for name, tensor in module.state_dict(prefix=f"{prefix}.").items():
+                if name in shared:
+                    continue  # stored with the layer that has it first
                 kept = name in stored or not tensor.is_floating_point()
                 tensors[name] = tensor if kept else finite(name, tensor.to(dtype))
             facts = facts_of([self.records[name] for name in self.names[layer]], self.specs)

@@ -55,6 +55,11 @@ def check_layers(
 ) -> None:
     """Compare running layer by layer with the whole forward pass on the first tokens; a resumed run does not repeat this."""
     done = work.path / "compared.json"
+    shared = next((name for name in streamed.tied if name.startswith(f"{streamed.prefix}.")), None)
+    if plan.recipe.tune_block and shared is not None:
+        raise HalfplateError(
+            f"tune_block={plan.recipe.tune_block}: {shared} is also part of another layer, so the layers cannot be tuned one by one; leave it out"
+        )
     if read_json(done) is not None:
         return
     with clock("statistics"):

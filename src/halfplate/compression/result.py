@@ -26,7 +26,7 @@ from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan, foreign_packages
 from halfplate.recovery.block import TunedBlock
 from halfplate.storage.artifact import load_artifact, save_artifact_of
-from halfplate.storage.tensor_file import KINDS
+from halfplate.storage.tensor_file import KINDS, sha256_of
 from halfplate.version import package_version
 
 Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # element type and shape of tensors, by name
@@ -142,7 +142,9 @@ def assemble_weights(
             artifact = load_artifact(path)
         assert artifact is not None
         found |= {name: Finished(stored, artifact.sha256[name]) for name, stored in artifact.tensors.items()}
-    names = _names(streamed, plan)
+    further = streamed.source.further
+    found |= {name: Finished(stored, sha256_of(stored)) for name, stored in further.items()}
+    names = [*_names(streamed, plan), *further]
     if set(names) != found.keys():
         name = min(set(names) ^ found.keys())
         raise HalfplateError(f"{name} is missing or too many among the finished files; pass --overwrite to start over")
@@ -159,9 +161,7 @@ def plain_entries(streamed: StreamedModel, names: Iterable[str]) -> Entries:
     """The stored element type and the shape of the uncompressed tensors `names`."""
     dtype = streamed.source.other_dtype
     kinds = {name: KINDS[streamed.stored[name].kind] for name in names}
-    return {
-        name: (dtype if kind.is_floating_point else kind, streamed.stored[name].shape) for name, kind in kinds.items()
-    }
+    return {name: (dtype if kind.is_floating_point else kind, streamed.shape(name)) for name, kind in kinds.items()}
 
 
 def plain_tensors(streamed: StreamedModel, entries: Entries) -> Iterator[tuple[str, Tensor]]:

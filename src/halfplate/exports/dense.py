@@ -54,15 +54,23 @@ def _multiplied_out(source: str, out: Path, overwrite: bool) -> None:
     dtype = other_dtype(folder)
     model = load(folder, dtype, kernels=False).dequantize(dtype=dtype)
     with new_folder(out, overwrite) as target:
-        _read_back(target, write_model(model, load_tokenizer(folder), target, dtype, quantization=None))
+        checksums = write_model(model, load_tokenizer(folder), target, dtype, quantization=None, beside=folder)
+        _read_back(target, checksums)
         write_record(target, known | {"exported": "dense"})
 
 
 def _converted(source: str, out: Path, overwrite: bool) -> None:
     loaded = load_dense(source)
     with new_folder(out, overwrite) as target:
-        dtype = loaded.source.other_dtype
-        _read_back(target, write_model(loaded.model, loaded.tokenizer, target, dtype, quantization=None))
+        checksums = write_model(
+            loaded.model,
+            loaded.tokenizer,
+            target,
+            loaded.source.other_dtype,
+            quantization=None,
+            beside=loaded.source.path,
+        )
+        _read_back(target, checksums)
         write_record(target, {"exported": "dense", "model": source} | origin(loaded.source))
 
 

@@ -44,6 +44,7 @@ class HalfplateQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.record = {}
         self._read: dict[str, str] = {}  # matrices of codes whose type the model's code reads, with the reason
+        self._conv1d: tuple[str, ...] = ()  # linears in the place of GPT-2's Conv1D
         self._source: Path | None = None  # folder of the original model to compress
         if self.pre_quantized and quantization_config.recipe is not None:
             raise HalfplateError(
@@ -81,6 +82,10 @@ class HalfplateQuantizer(HfQuantizer):
             return model
         if folder is not None and (folder / RECORD_FILE).is_file():
             self.record = read_record(folder)
+        # transformers imports this module during its own import, too early for the models.
+        from halfplate.models.conv1d import as_linears
+
+        self._conv1d = as_linears(model)
         specs = self.quantization_config.specs
         found = headers_of(map(Path, checkpoint_files)) if checkpoint_files else None
         if found is not None:
@@ -136,7 +141,9 @@ class HalfplateQuantizer(HfQuantizer):
         """Compress the original `model` in place, through a checkpoint in a temporary folder."""
         # Imported here because it imports this module, and more than loading a checkpoint needs.
         from halfplate.integrations.on_load import compress_in_place
+        from halfplate.models.conv1d import as_linears
 
+        self._conv1d = as_linears(model)
         specs, self.record = compress_in_place(model, self._source, self.quantization_config.recipe)
         self.quantization_config.modules = HalfplateConfig.from_specs(specs).modules
         self.quantization_config.recipe = None
@@ -144,6 +151,7 @@ class HalfplateQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Replace every compressed module by an nn.Linear, multiplied out in fp32, and cast all parameters to `dtype`."""
+        from halfplate.models.conv1d import as_conv1d
         from halfplate.runtime.prepare import restore
 
         restore(model)
@@ -155,6 +163,7 @@ class HalfplateQuantizer(HfQuantizer):
             if module.spec.same_as is None:
                 model.set_submodule(name, dense_module(module, dtype or module.dtype))
         _tie_again(model, {name: module.spec.same_as for name, module in compressed.items() if module.spec.same_as})
+        as_conv1d(model, self._conv1d)
         # What was dense before has the type it was loaded in, a merged adapter fp32; products need one type. Buffers keep theirs.
         for parameter in model.parameters():
             if parameter.is_floating_point():

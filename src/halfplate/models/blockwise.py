@@ -23,6 +23,9 @@ from halfplate.models.handover import (
 from halfplate.models.linears import find_blocks
 from halfplate.precision import products
 
+# What model code raises for inputs that it does not support, such as a text of this length.
+FAILURES = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
+
 
 @dataclass
 class BlockInputs:
@@ -115,7 +118,7 @@ class BlockwiseModel:
         with self._blocks_replaced(record):
             try:
                 body(input_ids=input_ids, use_cache=False)
-            except (AttributeError, TypeError) as error:
+            except FAILURES as error:
                 # Model code that computes with the output of a layer would see a FromBlock.
                 raise HalfplateError(self._apart("it fails without its layers", error)) from error
             finally:
@@ -135,8 +138,11 @@ class BlockwiseModel:
         arguments = inputs.arguments[index]
         args, kwargs = called = call_arguments(arguments, inputs.carried)
         with products(self.precision, inputs.hidden.device.type):
-            output = (self.blocks[index] if block is None else block)(inputs.hidden, *args, **kwargs)
-        hidden, *others = output if isinstance(output, tuple) else (output,)
+            try:
+                output = (self.blocks[index] if block is None else block)(inputs.hidden, *args, **kwargs)
+            except FAILURES as error:
+                raise HalfplateError(self._apart(f"layer {index} fails for these tokens", error)) from error
+        hidden, *others = output if isinstance(output, tuple | list) else (output,)
         carried = carried_on(index, arguments, called, others, inputs.carried)
         return BlockInputs(hidden.to(inputs.hidden.dtype), inputs.arguments, carried, inputs.text)
 
@@ -152,11 +158,11 @@ class BlockwiseModel:
             seen(index, hidden)
             with products(self.precision, hidden.device.type):
                 output = forward(*args, **kwargs)
-            own, *others = output if isinstance(output, tuple) else (output,)
+            own, *others = output if isinstance(output, tuple | list) else (output,)
             own = own.to(hidden.dtype)
             if index == len(self.blocks) - 1:
                 seen(index + 1, own)
-            return (own, *others) if isinstance(output, tuple) else own
+            return (own, *others) if isinstance(output, tuple | list) else own
 
         with self._blocks_replaced(watch):
             getattr(self.model, "base_model", self.model)(input_ids=input_ids, use_cache=False)
@@ -206,10 +212,10 @@ class BlockwiseModel:
             args, kwargs = filled((args, kwargs), lambda at: self._tried[type(self.blocks[at.block])][at.leaf])
             try:
                 output = forward(*args, **kwargs)
-            except (KeyError, AttributeError, TypeError, RuntimeError) as error:
+            except FAILURES as error:
                 raise HalfplateError(self._apart(f"layer {index} fails when it is run alone", error)) from error
-            self._tried[kind], spec = tree_flatten(list(output[1:]) if isinstance(output, tuple) else [])
-            self._returned[kind] = spec if isinstance(output, tuple) else None
+            self._tried[kind], spec = tree_flatten(list(output[1:]) if isinstance(output, tuple | list) else [])
+            self._returned[kind] = spec if isinstance(output, tuple | list) else None
         returned = self._returned[kind]
         if returned is None:
             return hidden

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfplate.errors import HalfplateError
+from halfplate.models.auto import model_class
 from halfplate.models.reading import in_words, reading
 from halfplate.models.trust import check_layers, read_json_file
 
@@ -97,7 +98,7 @@ def _rotary_numbers(entries: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def check_kind(name: str, entries: dict[str, Any]) -> None:
-    """Raise HalfplateError if `config.json` alone shows that this is not a plain text model."""
+    """Raise HalfplateError if `config.json` alone shows that the model is compressed or rounded already."""
     method = quantisation_of(entries)
     if method == METHOD:
         raise HalfplateError(
@@ -105,12 +106,6 @@ def check_kind(name: str, entries: dict[str, Any]) -> None:
         )
     if method in QUANTISED_AT_RUN_TIME:
         raise _already_quantised(name, method, "which rounds weights and activations whenever the model runs")
-    wrapped = [key for key in ("text_config", "vision_config", "audio_config") if entries.get(key)]
-    if wrapped:
-        raise HalfplateError(
-            f"model={name!r} is {_architecture(entries)}, a multimodal wrapper ({', '.join(wrapped)} in config.json); "
-            "expected a text-only *ForCausalLM: save its language model on its own and pass that folder"
-        )
 
 
 def read_config(name: str, path: Path, entries: dict[str, Any]) -> tuple[PretrainedConfig, tuple[str, ...]]:
@@ -148,17 +143,23 @@ def read_config(name: str, path: Path, entries: dict[str, Any]) -> tuple[Pretrai
 
 
 def check_causal(name: str, config: PretrainedConfig) -> None:
-    """Raise HalfplateError unless the model is a decoder-only language model."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    """Raise HalfplateError unless the model is a decoder-only language model, alone or within a multimodal model."""
+    known = model_class(config)
     stated = [str(one) for one in getattr(config, "architectures", None) or ()]
     # GPT-2 and other old models are called LMHeadModel. A file that names no architecture gets the one of its model_type.
     named = not stated or any(one.endswith("ForCausalLM") or one == getattr(known, "__name__", None) for one in stated)
-    if known is None or not named or getattr(config, "is_encoder_decoder", False):
+    both_ways = any(getattr(one, "is_encoder_decoder", False) for one in (config, config.get_text_config()))
+    # Its class also has an encoder's form, which attends to later tokens. Other classes have only one form.
+    encoder = getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention")
+    if known is not None and named and not both_ways and encoder:
+        raise HalfplateError(
+            f"model={name!r}: its config.json says is_decoder=false, so {known.__name__} attends to later tokens and is an encoder, not a causal "
+            "language model; pass a decoder-only model, or correct is_decoder if it was trained as one"
+        )
+    if known is None or not named or both_ways:
         raise HalfplateError(
             f"model={name!r} is {', '.join(stated) or config.model_type}, not a causal language model; "
-            "expected a decoder-only *ForCausalLM such as LlamaForCausalLM"
+            "expected a decoder-only *ForCausalLM such as LlamaForCausalLM, or a multimodal model with one inside"
         )
 
 
@@ -215,8 +216,3 @@ def _freed(config: PretrainedConfig, entries: dict[str, Any]) -> list[str]:
             f"config.json: pad_token_id={padding} is outside the vocabulary of {vocabulary} tokens, and is left out"
         )
     return notes
-
-
-def _architecture(entries: dict[str, Any]) -> str:
-    stated = entries.get("architectures")
-    return ", ".join(map(str, stated)) if isinstance(stated, list) and stated else str(entries.get("model_type"))

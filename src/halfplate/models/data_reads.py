@@ -80,7 +80,9 @@ def _stated(root: nn.Module) -> dict[str, list[tuple[str, _Read]]]:
     """For each linear that is read, by name: the module that reads it, and where."""
     found: dict[str, list[tuple[str, _Read]]] = {}
     for name, module in root.named_modules():
-        for read in _reads_of(module.__class__):
+        # The code of torch is not searched: this is its only module that reads the weight of a linear.
+        attention = [_Read(("out_proj",), nn.MultiheadAttention, "forward")]
+        for read in attention if isinstance(module, nn.MultiheadAttention) else _reads_of(module.__class__):
             target = None if read.path is None else reduce(_child, read.path, module)
             if isinstance(target, nn.Module) and hasattr(target, "in_features"):
                 found.setdefault(".".join(filter(None, (name, *(read.path or ())))), []).append((name, read))
@@ -170,7 +172,13 @@ def _run(
     run: Any = model
     places = {place for reads in stated.values() for place in reads}
     device = next((parameter.device for parameter in model.parameters()), None)
-    with torch.no_grad(), run_without_values(model), _watched(root) as seen, _noted(root, places) as ran:
+    with (
+        torch.no_grad(),
+        _in_eval_mode(model),
+        run_without_values(model),
+        _watched(root) as seen,
+        _noted(root, places) as ran,
+    ):
         ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
         try:
             run(input_ids=ids, use_cache=False)
@@ -182,6 +190,19 @@ def _run(
             cache = {name: getattr(run(input_ids=ids, use_cache=True), name)}
             run(input_ids=ids[:, :1], use_cache=True, **cache)
     return seen, ran, None
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Context manager in which `model` is in eval mode: one that is being loaded is not yet, and may read weights only in training."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from halfplate.errors import HalfplateError
+from halfplate.models.conv1d import shapes_in_files
 from halfplate.models.linears import find_blocks
 from halfplate.storage.tensor_file import KINDS, PIECE, DamagedFile, StoredTensor, read_tensor
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # Heads for multi-token prediction, which generating one token at a time does not use.
 FURTHER_TOKENS = re.compile(r"(^|\.)(mtp|mtp_layers|nextn\w*|medusa\w*|multi_token\w*)\.")
+FURTHER = "which predict further tokens; they are copied as they are"
 COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids)$")
 MASKS = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$")
 # Tensor names of peft: LoRA and its variants, and the weights of the base layers.
@@ -62,9 +64,9 @@ def check_fit(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTen
     they would matter.
     """
     renamed = names_in_model(model, tensors)
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict(keep_vars=True).items()}
+    expected = shapes_in_files(model)
     found = {key: tensors[stored] for stored, (key, pattern) in renamed.items() if pattern is None}
-    made = {key for key, pattern in renamed.values() if pattern is not None}
+    made = _made(model, [(key, pattern) for key, pattern in renamed.values() if pattern is not None])
     extra = sorted(stored for stored, (key, _) in renamed.items() if key not in expected)
     have = (found.keys() | made) & expected.keys()
     _check_prefix(name, expected.keys() - have, extra)
@@ -72,6 +74,16 @@ def check_fit(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTen
     tied = shared_names(model, expected, found).keys()
     check_complete(name, model, expected, have | tied, found)
     return notes
+
+
+def _made(model: PreTrainedModel, converted: Iterable[tuple[str, str]]) -> set[str]:
+    """The tensors that conversions make; one of several tensors is named after the first of them."""
+    converters = converters_by_pattern(model)
+    found: set[str] = set()
+    for key, pattern in converted:
+        first, *others = (target.replace("\\", "").strip("^$") for target in converters[pattern].target_patterns)
+        found |= {key, *(key.replace(first, other) for other in others)}
+    return found
 
 
 def check_complete(
@@ -177,17 +189,16 @@ def _left_over(name: str, model: PreTrainedModel, extra: Mapping[str, tuple[str,
     count, block = _numbered_blocks(model)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     buffers = {buffer for buffer, _ in model.named_buffers()}
-    further = _further_layers(model)
+    further = set(further_tensors(model, extra))
     groups: dict[str, list[str]] = {}
     wrong: list[str] = []
     beyond = -1
     for stored, (key, tensor) in extra.items():
-        number = block.search(stored)
-        index = int(number[1]) if number else -1
+        index = _layer_of(stored, block)
         if key in buffers or COMPUTED.search(stored) or (MASKS.search(stored) and len(tensor.shape) != 1):
             groups.setdefault("which the model computes itself", []).append(stored)
-        elif FURTHER_TOKENS.search(stored) or count <= index < count + further:
-            groups.setdefault("which predict further tokens and are not part of the model", []).append(stored)
+        elif stored in further:
+            groups.setdefault(FURTHER, []).append(stored)
         elif any(rule.search(key) for rule in ignored):
             groups.setdefault("which transformers leaves out of the model", []).append(stored)
         elif stored.endswith("bias") and _all_zero(tensor):
@@ -205,7 +216,27 @@ def _left_over(name: str, model: PreTrainedModel, extra: Mapping[str, tuple[str,
             f"model={name!r}: its files hold {_spoken(wrong)}, which {type(model).__name__} with this config.json does not have; "
             f"{_cure(wrong)}"
         )
-    return tuple(f"left out: {_spoken(group)}, {why}" for why, group in groups.items())
+    return tuple(
+        f"{'kept' if why == FURTHER else 'left out'}: {_spoken(group)}, {why}" for why, group in groups.items()
+    )
+
+
+def further_tensors(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Those of the stored `names` that predict further tokens and that the model does not have: they are kept as they are."""
+    count, block = _numbered_blocks(model)
+    beyond = range(count, count + _further_layers(model))
+    state = model.state_dict(keep_vars=True)
+    return [
+        name
+        for name in names
+        if name not in state and (FURTHER_TOKENS.search(name) or _layer_of(name, block) in beyond)
+    ]
+
+
+def _layer_of(name: str, block: re.Pattern[str]) -> int:
+    """The number of the layer in a stored name, -1 if it has none."""
+    number = block.search(name)
+    return int(number[1]) if number else -1
 
 
 def _numbered_blocks(model: PreTrainedModel) -> tuple[int, re.Pattern[str]]:
@@ -235,7 +266,7 @@ def _cure(wrong: list[str]) -> str:
 
 def _further_layers(model: PreTrainedModel) -> int:
     """Layers after the last one that serve multi-token prediction, as counted by the configuration."""
-    counts = (getattr(model.config, key, None) for key in LAYER_COUNTS)
+    counts = (getattr(model.config.get_text_config(), key, None) for key in LAYER_COUNTS)
     return max((count for count in counts if isinstance(count, int)), default=0)
 
 

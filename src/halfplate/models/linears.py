@@ -12,6 +12,7 @@ from torch import nn
 
 from halfplate.errors import HalfplateError
 from halfplate.formats.plain import is_plain_linear
+from halfplate.models.auto import language_model
 from halfplate.models.data_reads import data_reads
 
 # A linear with one of these names and one output per expert is a router: tiny, and pruning it ruins the model.
@@ -51,26 +52,27 @@ class SkippedModule:
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder layers and their name, such as `("model.layers", ...)`.
 
-    They are the outermost list of `num_hidden_layers` modules; of several such lists, the one with the most parameters.
+    They are the outermost list of `num_hidden_layers` modules of the language model; of several such lists, the one with the most parameters.
     Raises HalfplateError if there is none.
     """
-    expected = getattr(_text_config(model), "num_hidden_layers", None)
+    expected = _layer_counts(_text_config(model))
     lists: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
+    part, inside = language_model(model)
+    for name, module in inside.named_modules(prefix=part):
         nested = any(name.startswith(f"{outer}.") for outer, _ in lists)
         if isinstance(module, nn.ModuleList) and len(module) and not nested:
             lists.append((name, module))
     other = ", ".join(f"{name} of {len(blocks)}" for name, blocks in lists)
-    if expected is not None:
-        lists = [(name, blocks) for name, blocks in lists if len(blocks) == expected]
+    if expected:
+        lists = [(name, blocks) for name, blocks in lists if len(blocks) in expected]
     if not lists and other:
         raise HalfplateError(
-            f"model {type(model).__name__} has module lists of lengths {other}, but its configuration names {expected} layers (num_hidden_layers); "
+            f"model {type(model).__name__} has module lists of lengths {other}, but its configuration names {expected[0]} layers (num_hidden_layers); "
             "expected one list of decoder layers that run in order: use another model"
         )
     if not lists:
         raise HalfplateError(
-            f"model {type(model).__name__} has no list of {expected or 'decoder'} layers; "
+            f"model {type(model).__name__} has no list of {expected[0] if expected else 'decoder'} layers; "
             "expected a decoder-only model of the transformers library, such as LlamaForCausalLM"
         )
     return max(lists, key=lambda found: sum(parameter.numel() for parameter in found[1].parameters()))
@@ -96,6 +98,7 @@ def find_linears(
     prefix, blocks = find_blocks(model)
     experts = _expert_count(model)
     reads = data_reads(model, prefix)[0] if reads is None else reads
+    reads = _shared_weights(model, prefix) | dict(reads)
     for index, block in enumerate(blocks):
         for inner, module in block.named_modules():
             name = f"{prefix}.{index}.{inner}" if inner else f"{prefix}.{index}"
@@ -151,6 +154,12 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def _layer_counts(config: Any) -> list[int]:
+    """Layers that the configuration counts: twice as many where a module of the list holds two (`num_layers` of LongCat)."""
+    counts = (getattr(config, name, None) for name in ("num_hidden_layers", "num_layers"))
+    return [count for count in counts if isinstance(count, int)]
+
+
 def _expert_count(model: nn.Module) -> int | None:
     config = _text_config(model)
     counts = (getattr(config, name, None) for name in EXPERT_COUNTS)
@@ -170,8 +179,6 @@ def _skip_reason(inner: str, module: nn.Module, experts: int | None) -> str | No
             None if is_plain_linear(module) else f"{type(module).__name__} has a forward of its own; not compressed"
         )
     key, shape = max(matrices.items(), key=lambda item: len(item[1]))
-    if type(module).__name__ == "Conv1D":
-        return "Conv1D of GPT-2, which stores its weight as (d_in, d_out), is not an nn.Linear; not compressed"
     if len(shape) == 3 and shape[0] == experts:
         return (
             f"{shape[0]} experts stored in 3-D tensors ({key} of shape {shape}) instead of linears; not compressed: "
@@ -196,6 +203,16 @@ def _router_reason(parts: list[str], module: nn.Linear, experts: int | None) -> 
     if leaf in HEAD_GATES and module.out_features <= HEAD_GATE_OUTPUTS:
         return f"gate of linear attention with only {module.out_features} outputs; not compressed"
     return None
+
+
+def _shared_weights(model: nn.Module, prefix: str) -> dict[str, str]:
+    """The modules of the layers that have a weight in common with another layer, with the reason to keep them."""
+    found: dict[str, str] = {}
+    for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if all(name.startswith(f"{prefix}.") for name in pair):
+            places = [name.rpartition(".")[0] for name in pair]
+            found |= dict.fromkeys(places, "several layers share its weight; not compressed")
+    return found
 
 
 def _tiny_reason(inner: str, module: nn.Linear) -> str | None:

@@ -16,6 +16,7 @@ from halfplate.arguments import check_name
 from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.models import gguf
+from halfplate.models.auto import auto_class, needed_inputs
 from halfplate.models.configuration import (
     METHOD,
     check_causal,
@@ -26,7 +27,8 @@ from halfplate.models.configuration import (
     read_entries,
     read_generation_config,
 )
-from halfplate.models.fit import check_fit, stored_apart
+from halfplate.models.conv1d import as_linears
+from halfplate.models.fit import check_fit, further_tensors, stored_apart
 from halfplate.models.reading import reading
 from halfplate.models.trust import bounded, check_counts, check_folder, check_parameters, count_tensors, read_json_file
 from halfplate.models.weight_files import WeightFiles, find_weight_files, sampled_sha256
@@ -66,6 +68,7 @@ class Source:
     gguf_header: only for GGUF files.
     tensors: location of each tensor by its name in the files; empty for GGUF.
     notes: one sentence for each entry of the configuration and each tensor that is ignored.
+    further: tensors that predict further tokens, which are copied as they are; the model does not have them.
     in_model_form: names and layout of the tensors are those of the model, because a transform wrote them.
     """
 
@@ -79,6 +82,7 @@ class Source:
     gguf_header: gguf.GgufHeader | None = None
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    further: Mapping[str, StoredTensor] = field(default_factory=dict)
     in_model_form: bool = False
 
     def identity(self) -> dict[str, Any]:
@@ -130,7 +134,6 @@ def skeleton(source: Source, buffers: bool = False) -> "PreTrainedModel":
     Raises HalfplateError if transformers cannot build the model, or if it is larger than its files.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     what = f"transformers cannot build a {source.config.model_type} model from its configuration"
     # GGUF types have at least two bits per value today; one bit is a safe bound.
@@ -138,7 +141,8 @@ def skeleton(source: Source, buffers: bool = False) -> "PreTrainedModel":
     place = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
     # A copy, because building a model changes its configuration.
     with reading(source.name, what, CORRECT, source.config.to_dict()), bounded(source.name, room), place:
-        model: Any = AutoModelForCausalLM.from_config(deepcopy(source.config), dtype=torch.float32)
+        model: Any = auto_class(source.config).from_config(deepcopy(source.config), dtype=torch.float32)
+    as_linears(model)
     empty: PreTrainedModel = model.eval().requires_grad_(False)
     check_parameters(source.name, sum(parameter.numel() for parameter in empty.parameters()), room)
     if source.gguf_header is None and empty.can_generate():
@@ -254,13 +258,17 @@ def _fitted(source: Source, entries: dict[str, Any]) -> Source:
         )
     notes += check_fit(name, model, source.tensors)
     check_saves(name, model.config, entries)
-    return replace(source, notes=tuple(notes))
+    if needed := needed_inputs(model):
+        raise HalfplateError(
+            f"model={name!r}: {type(model).__name__} does not run on a text alone (it needs {', '.join(needed)}), so its language model cannot be "
+            "compressed; pass a model that continues a text"
+        )
+    further = {stored: source.tensors[stored] for stored in further_tensors(model, source.tensors)}
+    return replace(source, notes=tuple(notes), further=further)
 
 
 def _load_folder(source: Source) -> "tuple[PreTrainedModel, dict[str, Any]]":
-    from transformers import AutoModelForCausalLM
-
-    loader: Any = AutoModelForCausalLM
+    loader = auto_class(source.config)
     with reading(source.name, "its weights do not fit its config.json", "download the model again"):
         model, report = loader.from_pretrained(
             source.path,

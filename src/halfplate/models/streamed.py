@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from halfplate.errors import HalfplateError
 from halfplate.formats.plain import is_plain_linear
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
+from halfplate.models.conv1d import shapes_in_files, transposed_weights
 from halfplate.models.data_reads import stated_reads
 from halfplate.models.fit import check_complete, names_in_model, shared_names
 from halfplate.models.sources import Source, skeleton
@@ -38,6 +39,9 @@ class StreamedModel:
         self.blockwise = BlockwiseModel(self.model, precision)
         self.prefix, self.blocks = self.blockwise.prefix, self.blockwise.blocks
         expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        self._transposed: frozenset[str] = frozenset()
+        if not source.in_model_form:
+            expected, self._transposed = shapes_in_files(self.model), transposed_weights(self.model)
         found = _named_as_in_model(self.model, source)
         self.tied = shared_names(self.model, expected, found)
         self.stored = {name: found[name] for name in expected if name in found and name not in self.tied}
@@ -52,6 +56,7 @@ class StreamedModel:
             return self.decoded[name]().to(self.device)
         try:
             tensor = read_tensor(self.stored[name])
+            tensor = tensor.T.contiguous() if name in self._transposed else tensor
         except (OSError, DamagedFile) as error:
             raise HalfplateError(
                 f"model={self.source.name!r}: {name} cannot be read ({' '.join(str(error).split())}); check that the model is still there"
@@ -70,6 +75,11 @@ class StreamedModel:
     def block_names(self, index: int) -> list[str]:
         """The stored tensors of layer `index`, in the order of the model."""
         return [name for name in self.stored if name.startswith(f"{self.prefix}.{index}.")]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the stored tensor `name` in the model."""
+        shape = self.stored[name].shape
+        return shape[::-1] if name in self._transposed else shape
 
     @property
     def outer_names(self) -> list[str]:
@@ -130,7 +140,9 @@ class StreamedModel:
         with_head: also load the output embedding.
         """
         hooks: list[RemovableHandle] = []
-        head = self.model.get_output_embeddings()
+        head: Any = self.model.get_output_embeddings()
+        # Not `set_output_embeddings`, which in some models also expects a bias that is a parameter.
+        heads = [name for name, module in self.model.named_modules() if module is head]
         with self.outer(head=with_head):
             try:
                 for index, block in enumerate(self._empty):
@@ -142,7 +154,9 @@ class StreamedModel:
                         hooks.append(block.register_forward_pre_hook(self._filling(index)))
                         hooks.append(block.register_forward_hook(_emptying(dict(block.named_parameters()))))
                 if held and pack is not None and head is not None and is_plain_linear(head):
-                    self.model.set_output_embeddings(pack(head))
+                    packed = pack(head)
+                    for name in heads:
+                        self.model.set_submodule(name, packed)
                 yield self.model
             finally:
                 for hook in hooks:
@@ -150,7 +164,8 @@ class StreamedModel:
                 for index in range(len(self._empty)):
                     self.free_block(index)
                 if head is not None:
-                    self.model.set_output_embeddings(head)
+                    for name in heads:
+                        self.model.set_submodule(name, head)
 
     def _filling(self, index: int) -> Callable[..., None]:
         def fill(block: nn.Module, *_: Any) -> None:
@@ -160,15 +175,10 @@ class StreamedModel:
         return fill
 
     def _fill(self, block: nn.Module, index: int) -> None:
-        for name in self.block_names(index):
-            _put(block, name.removeprefix(f"{self.prefix}.{index}."), self.read(name))
-        shared = next((name for name, parameter in block.named_parameters() if parameter.is_meta), None)
-        if shared is not None:
-            name = f"{self.prefix}.{index}.{shared}"
-            raise HalfplateError(
-                f"model {type(self.model).__name__}: {name} has no weights of its own (it shares those of {self.tied.get(name, 'another layer')}), "
-                "and layers that share weights cannot be compressed; use a model without shared layers"
-            )
+        prefix = f"{self.prefix}.{index}."
+        # With those that it shares with another layer, whose linears are not compressed.
+        for name in [*self.block_names(index), *(name for name in self.tied if name.startswith(prefix))]:
+            _put(block, name.removeprefix(prefix), self.read(name))
 
 
 def _replace_modules(block: nn.Module, pack: Callable[[nn.Linear], nn.Module]) -> None:

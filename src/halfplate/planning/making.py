@@ -121,6 +121,7 @@ def plan_source(
         ]
         _check_budget(recipe.budget, specs, least, recipe, method)
     other_nbytes = _other_nbytes(dense, [*compressed, *of_tables], source.other_dtype)
+    other_nbytes += sum(tensor.nbytes for tensor in source.further.values())
     if measure is None:
         measure = sum(solving_flops(job, spec) for spec in specs) > WORTH_FLOPS
     speed = measure_speed(original, sizes, specs, job) if measure else None

@@ -185,7 +185,9 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
         specs, tokenizer = read_specs(order.base), load_tokenizer(order.base)
         # The next run finds and removes what a killed process leaves here.
         partial, dtype = work / "result.partial", other_dtype(order.base)
-        write_checkpoint(student.cpu(), tokenizer, order.out, specs, record, dtype, order.replace, partial=partial)
+        write_checkpoint(
+            student.cpu(), tokenizer, order.out, specs, record, dtype, order.replace, partial=partial, beside=order.base
+        )
     with clock("judging"):
         student.to(accelerator.device)  # type: ignore[arg-type]
         after = _judged(student, dense.model, held_out, accelerator)
