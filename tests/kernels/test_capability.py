@@ -78,7 +78,10 @@ def test_what_has_no_kernel_is_said_with_the_nearest_setting():
 
 @pytest.mark.slow
 def test_every_verb_says_it(tiny_folder, tmp_path, capsys):
-    out, options = str(tmp_path / "out"), ["--pattern", "4:8", "--core-dtype", "int4", "--method", "magnitude", "--no-benchmark"]
+    out, options = (
+        str(tmp_path / "out"),
+        ["--pattern", "4:8", "--core-dtype", "int4", "--method", "magnitude", "--no-benchmark"],
+    )
     said = " ".join(WIDE_PATTERN.split())
 
     def spoken(*command):
