@@ -147,10 +147,11 @@ class SuperScales:
         return (1 << self.bits) - 1
 
     def _multiples(self, name: str, sizes: Tensor, unit: Tensor) -> Tensor:
-        numbers = torch.where(unit > 0, sizes / unit, 0).round_().clamp_(0, self._most)
+        numbers = (sizes / unit).round_()
         if name not in NEGATIVE:  # a scale of 0 would lose all values of its group; a minimum of 0 loses nothing
             numbers = torch.where(sizes > 0, numbers.clamp_min(1), numbers)
-        return numbers * unit
+        most = (LARGEST / unit).floor_().clamp_max_(self._most)
+        return torch.where(unit > 0, torch.minimum(numbers, most).clamp_min_(0) * unit, 0)
 
     def _spans(self, matrix: Tensor) -> Tensor:
         """(rows, groups) as (rows, super-groups, span), with zeros after the last group."""

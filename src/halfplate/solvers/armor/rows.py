@@ -177,7 +177,8 @@ def _solved(square: Tensor, slope: Tensor, free: list[int], change: Tensor) -> T
     part = square[:, free][:, :, free]
     ridge = RIDGE * part.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
     regular = part + ridge[:, None, None] * torch.eye(len(free), dtype=part.dtype, device=part.device)
-    return change[:, free] + torch.linalg.solve_ex(regular, slope[:, free, None])[0][..., 0]
+    step: Tensor = torch.linalg.solve_ex(regular, slope[:, free, None])[0][..., 0]
+    return change[:, free] + step
 
 
 def bases_of(quantizer: Quantizer, codes: Tensor) -> Tensor:
