@@ -4,6 +4,7 @@ from typing import get_type_hints
 import pytest
 
 from halfplate.errors import HalfplateError
+from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.recipe import Recipe, RecipeFields
 
 
@@ -48,7 +49,7 @@ def test_method_options_get_the_type_of_the_method():
         ({"block_size": "big"}, "block_size='big' is not of the right type; expected a whole number or auto"),
         (
             {"core_dtype": "int7"},
-            "core_dtype='int7' is not one of fp32, bf16, fp16, int8, int6, int5, nl5, int4, nl4, int3, nl3, int2",
+            f"core_dtype='int7' is not one of fp32, bf16, fp16, {', '.join(QUANTIZERS)}",
         ),
         ({"wrapper_dtype": "int4"}, "wrapper_dtype='int4' is not one of fp32, bf16, fp16, int8"),
         ({"inputs": "compresed"}, "inputs='compresed' is not one of dense, compressed"),

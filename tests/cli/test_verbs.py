@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from halfplate.formats.quantizers import QUANTIZERS
+
 
 def test_plan_writes_and_computes_nothing(halfplate, tiny_folder, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
@@ -152,7 +154,10 @@ def test_eval_refuses(halfplate, checkpoint, tiny_folder, tiny_model, tmp_path, 
 
 
 def test_methods(halfplate):
-    listed = halfplate("methods", "--json").json()["methods"]
+    found = halfplate("methods", "--json").json()
+    listed, cores = found["methods"], {core["name"]: core["bits"] for core in found["core_dtypes"]}
+    assert list(cores) == list(QUANTIZERS)
+    assert (cores["int4"]["32"], cores["nl4k"]["32"], cores["affine4k"]["32"]) == (4.5, 4.25, 4.5)
     assert [method["name"] for method in listed] == [
         "magnitude",
         "wanda",

@@ -269,4 +269,4 @@ def test_floats_have_no_quantizer_and_unknown_names_are_refused() -> None:
         with pytest.raises(HalfplateError) as caught:
             find("int7")
         assert str(caught.value).startswith("core_dtype='int7' is unknown; ")
-        assert str(caught.value).endswith("available: int8, int6, int5, nl5, int4, nl4, int3, nl3, int2")
+        assert str(caught.value).endswith(f"available: {', '.join(QUANTIZERS)}")

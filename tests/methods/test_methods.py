@@ -176,7 +176,7 @@ def test_every_stored_type(row: Row, core_dtype: str) -> None:
     if core_dtype not in QUANTIZERS and not METHODS.get(row.name).sparse:
         with pytest.raises(
             HalfplateError,
-            match=rf"core_dtype='{core_dtype}' is not a quantised type.*; use int8 or int6 or int5 or nl5 or int4 or nl4 or int3 or nl3 or int2",
+            match=rf"core_dtype='{core_dtype}' is not a quantised type.*; use {' or '.join(QUANTIZERS)}",
         ):
             compress(row, random_weight(), random_statistics(), spec)
         return

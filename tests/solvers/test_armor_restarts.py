@@ -39,7 +39,7 @@ def test_rounding_in_order_is_that_of_the_definition(core_dtype):
     weight, gram = weight_of(12, 160, 3), inputs_of(160, 4)
     levels = Levels(QUANTIZERS.get(core_dtype), 32)
     _, (scales,) = round_groups(weight, levels.quantizer, 32)
-    found = round_in_order(weight, Order.of(gram.float()), scales.float(), levels)
+    found = round_in_order(weight, Order.of(gram.float()), (scales.float(),), levels)
     wanted = naive(weight, gram.float(), scales.float(), levels)
     # A value half way between two codes may go to either, and those after it follow.
     assert float((found != wanted).float().mean()) < 0.01

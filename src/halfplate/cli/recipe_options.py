@@ -20,7 +20,7 @@ FIELDS = (
     (
         "--core-dtype",
         "TYPE",
-        "type of the kept values: bf16, fp16, fp32, int8, int6, int5, nl5, int4, nl4, int3, nl3 or int2",
+        "type of the kept values: bf16, fp16, fp32, or one of few bits, e.g. int4, nl4, nl4k (`halfplate methods` lists all)",
     ),
     ("--group-size", "N", "columns that share one scale of an integer core: 128 (default), 64 or 32"),
     ("--embedding-dtype", "TYPE", "type of the embedding: keep, auto (int8), or int8 to int2"),

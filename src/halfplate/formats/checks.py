@@ -26,7 +26,7 @@ def check_tensor(spec: WeightSpec, tensor: str, values: Tensor, name: str) -> No
     if values.is_floating_point():
         if not bool(values.isfinite().all()):
             raise HalfplateError(f"{name} holds NaN or inf, expected finite values; copy or write the checkpoint again")
-        if tensor.endswith("_scales") and bool((values < 0).any()):
+        if tensor.endswith(("_scales", "_super_minima")) and bool((values < 0).any()):
             raise HalfplateError(
                 f"{name} holds {values.min().item():.3g}, expected scales of 0 or more; the file is damaged, write it again"
             )

@@ -5,10 +5,17 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from halfplate.errors import HalfplateError
+from halfplate.formats.quantizers import QUANTIZERS, storage_of
 from halfplate.formats.spec import WeightSpec
 
 # Names of tensors below the module, for the declarations of backends; the bias is passed separately.
 CORE = ("weight", "weight_index", "weight_scales")
+# Scales and minima as quantizers of Halfplate store them, for backends that read them through the quantizer.
+SCALES = tuple(
+    f"weight_{name}"
+    for quantizer in map(QUANTIZERS.get, QUANTIZERS.own)
+    for name in storage_of(quantizer).layout(quantizer.stored, 1)
+)
 WRAPPERS = tuple(f"weight_{side}_{part}" for side in ("out", "in") for part in ("blocks", "tail", "scales"))
 
 

@@ -21,7 +21,7 @@ from halfplate.errors import HalfplateError
 from halfplate.formats.encoding.packing import check_padding
 from halfplate.formats.encoding.packing import pack as pack_codes
 from halfplate.formats.encoding.packing import unpack as unpack_codes
-from halfplate.formats.quantizers import QUANTIZERS, quantizer_of
+from halfplate.formats.quantizers import QUANTIZERS, quantizer_of, scaled_core_dtypes
 from halfplate.formats.quantizers.table import Table
 from halfplate.formats.spec import WeightSpec
 from halfplate.kernels import native
@@ -30,6 +30,7 @@ from halfplate.kernels.capability import (
     NO_ORDER,
     NO_PARTS,
     NO_RANK,
+    SCALES,
     WRAPPERS,
     Capability,
     anything,
@@ -37,13 +38,14 @@ from halfplate.kernels.capability import (
     one_of,
     pattern_of,
 )
+from halfplate.kernels.scales import plain_scales, with_stored_scales
 
 KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
 TABLE = 5  # the kind of codes of 4 bits whose numbers stand in the header
 TILE = 128  # columns of a tile, as in src/runtime.h
 WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
 PATTERNS = ("2:4", "dense")
-CORES = ("fp32", "bf16", "fp16", "int8", "int6", "int5", "nl5", "int4", "nl4", "int3", "nl3", "int2")
+CORES = (*STORED_DTYPES, *scaled_core_dtypes())
 ACTIVATIONS = ("float", "int8")
 # From this many tokens on, the core is expanded and multiplied by torch's matrix product. Measured (RESULTS.md): with
 # 512-bit vectors the sparse kernels are faster than its fp32 product at any size, but not than a bf16 product in hardware.
@@ -84,7 +86,7 @@ NATIVE = Capability(
         "same_as": anything(),  # all tensors are packed along
         "parts": NO_PARTS,
     },
-    frozenset(CORE + WRAPPERS),
+    frozenset(CORE + SCALES + WRAPPERS),
 )
 
 
@@ -172,6 +174,7 @@ def pack(
     ctypes.memmove(packed.data_ptr(), ctypes.byref(header), ctypes.sizeof(header))
     held = {name: tensors[name].detach().contiguous() for name in spec.layout()}
     held["weight"] = _recoded(held["weight"], spec, spec.core_dtype, _kernel_spec(spec).core_dtype)
+    held |= plain_scales(spec, held)
     if bias is not None:
         held["bias"] = bias.detach().to(torch.float32).contiguous()
     reason = native.library().halfplate_pack(
@@ -186,7 +189,7 @@ def pack(
 
 
 def unpack(spec: WeightSpec, packed: Tensor) -> dict[str, Tensor]:
-    """The stored tensors that were packed, bit for bit; a bias is returned as fp32."""
+    """The stored tensors that were packed, bit for bit if super-scales are those that Halfplate writes; a bias is returned as fp32."""
     header = read_header(packed)
     kernel_spec = _kernel_spec(spec)
     layout = kernel_spec.layout()
@@ -198,11 +201,11 @@ def unpack(spec: WeightSpec, packed: Tensor) -> dict[str, Tensor]:
     )
     native.check(status, "unpacking")
     tensors["weight"] = _recoded(tensors["weight"], spec, kernel_spec.core_dtype, spec.core_dtype)
-    return tensors
+    return with_stored_scales(spec, tensors)
 
 
 def _kernel_spec(spec: WeightSpec) -> WeightSpec:
-    """The matrix as the kernels hold it: codes of more than 4 bits as int8, others as int4."""
+    """The matrix as the kernels hold it: codes of five bits and more as int8, the others as int4, with fp16 scales."""
     quantizer = quantizer_of(spec.core_dtype)
     if quantizer is None or spec.core_dtype in KINDS:
         return spec

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfplate.formats.encoding.rounding import GROUP, round_groups
-from halfplate.formats.quantizers import QUANTIZERS, Quantizer
+from halfplate.formats.encoding.rounding import GROUP, fit_groups
+from halfplate.formats.quantizers import QUANTIZERS, Quantizer, storage_of
 from halfplate.pattern import Pattern
 from halfplate.solvers.selection import keep_largest
 
@@ -72,6 +72,9 @@ def obs_sweep(
     quantizer = QUANTIZERS.get(core_dtype) if core_dtype else None
     step = group if quantizer else max(column_block // pattern.m, 1) * pattern.m
     parameters = []
+    # Super-scales are chosen from the values of all their groups when the sweep reaches the first.
+    storage = storage_of(quantizer) if quantizer else None
+    units: tuple[Tensor, ...] = ()
     for start in range(0, d_in, step):
         end = min(start + step, d_in)
         rows = _inverse_rows(factor, start, end)
@@ -79,8 +82,16 @@ def obs_sweep(
         # The change of the columns from j on for an error of 1 in column j: (columns, d_in - start).
         spread = (rows / rows.diagonal()[:, None]).to(weight.dtype)
         rounded = None
-        if quantizer:
-            parameters.append(_parameters(remaining[start:end], pivots, pattern, quantizer))
+        if quantizer and storage:
+            place = start // step % storage.span
+            if storage.span > 1 and not place:
+                ahead = slice(start, min(start + step * storage.span, d_in))
+                first = (1 / factor.diagonal()[ahead]).to(weight.dtype)
+                fitted = _parameters(remaining[ahead], first, pattern, quantizer, step)
+                units = storage.units(quantizer.stored, fitted)
+            fitted = _parameters(remaining[start:end], pivots, pattern, quantizer, step)
+            here = tuple(unit[:, place : place + 1] for unit in units)
+            parameters.append(storage.nearest(quantizer.stored, fitted, here) if units else fitted)
             rounded = _rounding(quantizer, [part[:, 0].to(weight.dtype) for part in parameters[-1]])
         error = _sweep_block(remaining[start:end], mask[start:end], spread, pivots, pattern, rounded)
         remaining[end:].addmm_(spread[:, end - start :].T, error, alpha=-1)
@@ -120,10 +131,12 @@ def _choice(columns: Tensor, pivots: Tensor, pattern: Pattern) -> Tensor:
     return keep_largest((columns.abs() / pivots[:, None]).T, pattern).T
 
 
-def _parameters(columns: Tensor, pivots: Tensor, pattern: Pattern, quantizer: Quantizer) -> tuple[Tensor, ...]:
-    """fp16 parameters (d_out, 1) for the values of `columns` (columns of one scale group, d_out) that would be kept now."""
+def _parameters(
+    columns: Tensor, pivots: Tensor, pattern: Pattern, quantizer: Quantizer, group: int
+) -> tuple[Tensor, ...]:
+    """fp16 parameters (d_out, groups) for the values of `columns` (columns of whole scale groups, d_out) that would be kept now."""
     kept = columns.masked_fill(~_choice(columns, pivots, pattern), 0)
-    return round_groups(kept.T, quantizer, len(kept))[1]
+    return fit_groups(kept.T, quantizer, group)[1]
 
 
 def _rounding(quantizer: Quantizer, parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from halfplate.dtypes import stored_dtype
 from halfplate.errors import HalfplateError
-from halfplate.formats.quantizers import Quantizer
+from halfplate.formats.quantizers import Quantizer, storage_of
 from halfplate.formats.quantizers.uniform import INT8
 
 GROUP = 128  # default number of columns that share a scale
@@ -27,12 +27,27 @@ def round_to_float(values: Tensor, name: str, argument: str) -> Tensor:
 
 
 def round_groups(values: Tensor, quantizer: Quantizer, width: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Round to nearest, with separate parameters for every `width` consecutive values of a row.
+    """Round to nearest, with separate parameters for every `width` consecutive values of a row that the quantizer can store.
 
     values: (rows, count).
     Returns q, int8 (rows, count), and for each of `quantizer.stored` a tensor, fp16 (rows, ceil(count / width)).
     Raises HalfplateError naming the core_dtype if fp16 cannot hold a parameter.
     """
+    numbers, fitted = fit_groups(values, quantizer, width)
+    storage = storage_of(quantizer)
+    if storage.span == 1:
+        return numbers, fitted
+    parameters = storage.nearest(quantizer.stored, fitted, storage.units(quantizer.stored, fitted))
+    for rows in torch.arange(len(values), dtype=torch.int64, device=values.device).split(
+        max(CHUNK // values.shape[1], 1)
+    ):
+        each = (part[rows].float().repeat_interleave(width, 1)[:, : values.shape[1]] for part in parameters)
+        numbers[rows] = quantizer.nearest(values[rows].detach().float(), *each).to(torch.int8)
+    return numbers, parameters
+
+
+def fit_groups(values: Tensor, quantizer: Quantizer, width: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`round_groups` with the best fp16 parameters of each group alone, whether or not the quantizer can store them."""
     rows, count = values.shape
     groups = -(-count // width)
     numbers = torch.empty(rows, count, dtype=torch.int8, device=values.device)

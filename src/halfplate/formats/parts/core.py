@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -13,7 +14,7 @@ from halfplate.errors import HalfplateError
 from halfplate.formats.encoding.packing import check_padding, check_positions, pack, packed_nbytes, unpack
 from halfplate.formats.encoding.rounding import GROUP, round_groups, round_to_float
 from halfplate.formats.parts.base import Layout, Part, Trainable
-from halfplate.formats.quantizers import QUANTIZERS, Quantizer, has_scales_alone, quantizer_of
+from halfplate.formats.quantizers import QUANTIZERS, Quantizer, has_scales_alone, quantizer_of, storage_of
 from halfplate.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -24,19 +25,37 @@ VALUES, INDEX = "weight", "weight_index"
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The mapping from codes to values: the quantizer, the number of codes per row, and the columns per scale.
+    """The mapping from codes to values: the quantizer, the number of codes per row, the columns per scale, and the groups of a row.
 
-    parameters: one tensor per name in `quantizer.stored`, fp16 (d_out, ceil(d_in / group)).
+    stored: the tensors of the layout of the quantizer's storage, with a row for each row of the matrix.
     """
 
-    parameters: tuple[Tensor, ...]
+    stored: tuple[Tensor, ...]
     quantizer: Quantizer
     count: int
-    group: int = GROUP
+    group: int
+    groups: int
+
+    @classmethod
+    def of(cls, parameters: tuple[Tensor, ...], quantizer: Quantizer, count: int, group: int) -> "Grid":
+        """parameters: one tensor per name in `quantizer.stored`, fp16 (d_out, ceil(d_in / group)); raises HalfplateError if it cannot store them."""
+        stored = storage_of(quantizer).stored(quantizer.stored, parameters)
+        return cls(stored, quantizer, count, group, parameters[0].shape[1])
+
+    @cached_property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """One tensor per name in `quantizer.stored`, fp16 (d_out, groups)."""
+        return storage_of(self.quantizer).parameters(self.quantizer.stored, self.stored, self.groups)
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """The stored tensors by their name below the module."""
+        names = storage_of(self.quantizer).layout(self.quantizer.stored, self.groups)
+        return {f"weight_{name}": part for name, part in zip(names, self.stored, strict=True)}
 
     def rows(self, rows: slice | Tensor) -> "Grid":
         """The same for some of the rows: a slice, or their numbers, int64 (n,)."""
-        return replace(self, parameters=tuple(part[rows].contiguous() for part in self.parameters))
+        return replace(self, stored=tuple(part[rows].contiguous() for part in self.stored))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +83,7 @@ class NMSparse(Part):
         layout: Layout = {VALUES: (shape, STORED.get(spec.core_dtype, torch.uint8))}
         if not spec.pattern.is_dense:
             layout[INDEX] = ((spec.d_out, spec.pattern.index_nbytes(spec.d_in)), torch.uint8)
-        for name in () if quantizer is None else quantizer.stored:
-            layout[f"weight_{name}"] = ((spec.d_out, -(-spec.d_in // spec.group)), torch.float16)
-        return layout
+        return layout if quantizer is None else layout | _scales_layout(spec, quantizer)
 
     @classmethod
     def kind(cls, tensor: str) -> str:
@@ -78,6 +95,9 @@ class NMSparse(Part):
             check_positions(values, spec.pattern.kept(spec.d_in), spec.pattern, name)
         elif tensor == VALUES and not values.is_floating_point():
             _check_codes(spec, values.reshape(spec.d_out, -1), name)
+        elif values.dtype == torch.uint8:
+            storage = storage_of(QUANTIZERS.get(spec.core_dtype))
+            check_padding(values, -(-spec.d_in // spec.group), storage.bits, name)
 
     @classmethod
     def from_dense(
@@ -145,14 +165,14 @@ class NMSparse(Part):
         group: int,
     ) -> "NMSparse":
         codes = pack(integers.to(torch.int16) + (1 << quantizer.bits - 1), quantizer.bits)
-        return cls(codes, index, pattern, Grid(parameters, quantizer, integers.shape[1], group))
+        return cls(codes, index, pattern, Grid.of(parameters, quantizer, integers.shape[1], group))
 
     @classmethod
     def from_tensors(cls, spec: "WeightSpec", tensors: Mapping[str, Tensor]) -> Self:
         stored, grid = tensors[VALUES].reshape(spec.d_out, -1), None
         if (quantizer := quantizer_of(spec.core_dtype)) is not None:
-            parameters = tuple(tensors[f"weight_{name}"] for name in quantizer.stored)
-            grid = Grid(parameters, quantizer, spec.pattern.kept(spec.d_in), spec.group)
+            parameters = tuple(tensors[name] for name in _scales_layout(spec, quantizer))
+            grid = Grid(parameters, quantizer, spec.pattern.kept(spec.d_in), spec.group, -(-spec.d_in // spec.group))
         return cls(stored, tensors.get(INDEX), spec.pattern, grid)
 
     @classmethod
@@ -162,8 +182,8 @@ class NMSparse(Part):
         indices = [core.index for core in cores if core.index is not None]
         grid = None
         if first.grid is not None:
-            columns = zip(*(one.parameters for one in grids), strict=True)
-            grid = replace(first.grid, parameters=tuple(torch.cat(parts) for parts in columns))
+            columns = zip(*(one.stored for one in grids), strict=True)
+            grid = replace(first.grid, stored=tuple(torch.cat(parts) for parts in columns))
         stored = torch.cat([core.stored for core in cores])
         return replace(first, stored=stored, index=torch.cat(indices) if indices else None, grid=grid)
 
@@ -180,10 +200,7 @@ class NMSparse(Part):
         tensors = {VALUES: self.stored[None] if self.pattern.is_dense else self.stored}
         if self.index is not None:
             tensors[INDEX] = self.index
-        if self.grid is not None:
-            named = zip(self.grid.quantizer.stored, self.grid.parameters, strict=True)
-            tensors |= {f"weight_{name}": part for name, part in named}
-        return tensors
+        return tensors if self.grid is None else tensors | self.grid.named
 
     @property
     def values(self) -> Tensor:
@@ -241,6 +258,12 @@ class NMSparse(Part):
     @property
     def _kept(self) -> int:
         return self.stored.shape[1] if self.grid is None else self.grid.count
+
+
+def _scales_layout(spec: "WeightSpec", quantizer: Quantizer) -> Layout:
+    """The stored tensors of the parameters of all groups."""
+    columns = storage_of(quantizer).layout(quantizer.stored, -(-spec.d_in // spec.group))
+    return {f"weight_{name}": ((spec.d_out, width), dtype) for name, (width, dtype) in columns.items()}
 
 
 def _kept(matrix: Tensor, mask: Tensor | None, pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -306,8 +329,10 @@ class TrainableCore(Trainable[NMSparse]):
     def stored(self) -> NMSparse:
         if self.start.grid is None:
             return replace(self.start, stored=round_to_float(self.values, self._dtype, "core_dtype"))
-        scales = round_to_float(self.values.abs(), "fp16", "core_dtype")
-        return replace(self.start, grid=replace(self.start.grid, parameters=(scales,)))
+        grid, wanted = self.start.grid, (round_to_float(self.values.detach().abs(), "fp16", "core_dtype"),)
+        storage, names = storage_of(grid.quantizer), grid.quantizer.stored
+        scales = storage.nearest(names, wanted, storage.units(names, wanted))
+        return replace(self.start, grid=Grid.of(scales, grid.quantizer, grid.count, grid.group))
 
 
 def _scales(grid: Grid) -> Tensor:

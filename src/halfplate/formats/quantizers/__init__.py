@@ -7,11 +7,21 @@ To add one: write its file, add a line to `QUANTIZERS`, and describe its values 
 from typing import Any
 
 from halfplate.dtypes import STORED
-from halfplate.formats.quantizers.base import Quantizer, has_scales_alone, whole_numbers
+from halfplate.formats.quantizers.base import Quantizer, has_scales_alone, storage_of, whole_numbers
 from halfplate.formats.quantizers.uniform import Uniform
 from halfplate.registry import Registry
 
-__all__ = ["QUANTIZERS", "Quantizer", "Uniform", "core_dtypes", "has_scales_alone", "quantizer_of", "whole_numbers"]
+__all__ = [
+    "QUANTIZERS",
+    "Quantizer",
+    "Uniform",
+    "core_dtypes",
+    "has_scales_alone",
+    "quantizer_of",
+    "scaled_core_dtypes",
+    "storage_of",
+    "whole_numbers",
+]
 
 
 def _fault(found: Any, name: str) -> str | None:
@@ -29,12 +39,25 @@ QUANTIZERS: Registry[Quantizer] = Registry(
     {
         "int8": "halfplate.formats.quantizers.uniform:INT8",
         "int6": "halfplate.formats.quantizers.uniform:INT6",
+        "int6k": "halfplate.formats.quantizers.uniform:INT6K",
+        "affine5": "halfplate.formats.quantizers.affine:AFFINE5",
+        "affine5k": "halfplate.formats.quantizers.affine:AFFINE5K",
         "int5": "halfplate.formats.quantizers.uniform:INT5",
         "nl5": "halfplate.formats.quantizers.table:NL5",
+        "nl5k": "halfplate.formats.quantizers.table:NL5K",
+        "affine4": "halfplate.formats.quantizers.affine:AFFINE4",
+        "affine4k": "halfplate.formats.quantizers.affine:AFFINE4K",
         "int4": "halfplate.formats.quantizers.uniform:INT4",
         "nl4": "halfplate.formats.quantizers.table:NL4",
+        "nl4k": "halfplate.formats.quantizers.table:NL4K",
+        "affine3": "halfplate.formats.quantizers.affine:AFFINE3",
+        "affine3k": "halfplate.formats.quantizers.affine:AFFINE3K",
         "int3": "halfplate.formats.quantizers.uniform:INT3",
+        "int3k": "halfplate.formats.quantizers.uniform:INT3K",
         "nl3": "halfplate.formats.quantizers.table:NL3",
+        "nl3k": "halfplate.formats.quantizers.table:NL3K",
+        "affine2": "halfplate.formats.quantizers.affine:AFFINE2",
+        "affine2k": "halfplate.formats.quantizers.affine:AFFINE2K",
         "int2": "halfplate.formats.quantizers.uniform:INT2",
     },
     _fault,
@@ -44,6 +67,11 @@ QUANTIZERS: Registry[Quantizer] = Registry(
 def quantizer_of(core_dtype: str) -> Quantizer | None:
     """The quantizer of cores of `core_dtype`, None for floating-point cores; raises HalfplateError if it is unknown."""
     return None if core_dtype in STORED else QUANTIZERS.get(core_dtype)
+
+
+def scaled_core_dtypes() -> tuple[str, ...]:
+    """Halfplate's own quantizers whose values are a scale times a number that depends on the code alone."""
+    return tuple(name for name in QUANTIZERS.own if has_scales_alone(QUANTIZERS.get(name)))
 
 
 def core_dtypes() -> tuple[str, ...]:

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from halfplate.formats.quantizers.storage import HALVES, Storage
+
 TRIES = 16  # number of scales that are compared
 
 
@@ -13,7 +15,7 @@ class Quantizer(Protocol):
     """Maps values to integers q of a few bits and back, with fp16 parameters that a group of values shares.
 
     A quantizer does not depend on matrices: its callers group, mask and pack values. A stored code is q + 2^(bits − 1), so q
-    fits int8.
+    fits int8. A quantizer may also have `storage`, which says how the parameters of groups are stored (`storage_of`).
     """
 
     @property
@@ -30,7 +32,7 @@ class Quantizer(Protocol):
 
     @property
     def stored(self) -> tuple[str, ...]:
-        """Names of the parameters of a group, as the end of their tensor names: `scales` is stored as `weight_scales`."""
+        """Names of the parameters of a group: `scales` is stored as `weight_scales`, unless the quantizer has a `storage`."""
 
     def nearest(self, values: Tensor, *parameters: Tensor) -> Tensor:
         """The q whose value is nearest to each of `values`, in their dtype; 0 if the scale is 0.
@@ -51,6 +53,12 @@ class Quantizer(Protocol):
         energy: weight of the squared error of each value, in a shape that broadcasts to `values`.
         Returns q, fp32 (..., width), and fp16 parameters (...), which are not finite if fp16 cannot hold them.
         """
+
+
+def storage_of(quantizer: Quantizer) -> Storage:
+    """How the parameters of the quantizer are stored: as its `storage` says, or each as an fp16 number if it has none."""
+    storage: Storage = getattr(quantizer, "storage", HALVES)
+    return storage
 
 
 def has_scales_alone(quantizer: Quantizer) -> bool:

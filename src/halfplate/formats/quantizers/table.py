@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from halfplate.formats.quantizers.base import best_scales, shares_down_to
+from halfplate.formats.quantizers.storage import HALVES, Storage, SuperScales
 
 LEAST_SHARE = 0.6  # of the scale that clips nothing, down to which `refit` looks for a better one
 # The sixteen numbers of llama.cpp's IQ4_NL: dense around 0, where most weights are. Whole numbers of eight bits, so kernels for int8 run them.
@@ -21,6 +22,7 @@ class Table:
     name: str
     bits: int
     numbers: tuple[int, ...]
+    storage: Storage = HALVES
     stored: ClassVar[tuple[str, ...]] = ("scales",)
 
     @property
@@ -67,3 +69,6 @@ THIRTY_TWO = (
 NL5 = Table("nl5", 5, THIRTY_TWO)
 NL4 = Table("nl4", 4, NON_LINEAR)
 NL3 = Table("nl3", 3, EIGHT)
+NL5K = Table("nl5k", 5, THIRTY_TWO, SuperScales())
+NL4K = Table("nl4k", 4, NON_LINEAR, SuperScales())
+NL3K = Table("nl3k", 3, EIGHT, SuperScales())

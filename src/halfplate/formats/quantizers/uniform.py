@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from halfplate.formats.quantizers.base import best_scales, shares_down_to
+from halfplate.formats.quantizers.storage import HALVES, Storage, SuperScales
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Uniform:
     name: str
     bits: int
     least_share: float = 0.6
+    storage: Storage = HALVES
     stored: ClassVar[tuple[str, ...]] = ("scales",)
 
     @property
@@ -59,3 +61,6 @@ INT4 = Uniform("int4", 4)
 INT3 = Uniform("int3", 3)
 # With only four values, the best scale clips the whole tail of a group.
 INT2 = Uniform("int2", 2, least_share=0.25)
+# The scales of llama.cpp's Q6_K and, with five bits, Q3_K.
+INT6K = Uniform("int6k", 6, storage=SuperScales())
+INT3K = Uniform("int3k", 3, storage=SuperScales(bits=5))

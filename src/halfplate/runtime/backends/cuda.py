@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfplate.formats import CompressedLinear, InWrapper, OutWrapper
+from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.kernels.capability import (
     CORE,
     NO_ORDER,
     NO_PARTS,
     NO_RANK,
+    SCALES,
     WRAPPERS,
     Capability,
     anything,
@@ -31,7 +33,7 @@ SEMI_STRUCTURED = Capability(
         "pattern": pattern_of(("2:4",), "semi-structured products are for pattern 2:4, not {value}", "--pattern 2:4"),
         "core_dtype": one_of(
             "core_dtype",
-            ("bf16", "fp16", "int8", "int6", "int5", "nl5", "int4", "nl4", "int3", "nl3", "int2"),
+            ("bf16", "fp16", *QUANTIZERS.own),
             "semi-structured products of torch take no core of type {value} and pattern 2:4; compress with core_dtype='bf16'",
             "--core-dtype bf16",
         ),
@@ -45,12 +47,12 @@ SEMI_STRUCTURED = Capability(
         ),
         "rank": NO_RANK,
         "permuted": NO_ORDER,
-        "group": anything(),  # scales are multiplied in when the core is packed
+        "group": anything(),  # scales and minima are applied when the core is packed
         "in_shared": anything(),  # the wrapper is packed along
         "same_as": anything(),  # all tensors are packed along
         "parts": NO_PARTS,
     },
-    frozenset(CORE + WRAPPERS),
+    frozenset(CORE + SCALES + WRAPPERS),
 )
 
 

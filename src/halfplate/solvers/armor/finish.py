@@ -44,7 +44,7 @@ def finish(
     normalised: Normalised,
     scale: float,
     spec: WeightSpec,
-    steps: Tensor | None = None,
+    parameters: tuple[Tensor, ...] = (),
 ) -> Chain:
     """Store scale · diag(rows) · A S B · diag(columns), with balanced factors, in the types of `spec`.
 
@@ -52,12 +52,12 @@ def finish(
 
     normalised: the row and column scales that were removed from the problem.
     scale: a power of two, which is applied to the core.
-    steps: scales of an integer core, (rows, ceil(cols / spec.group)); None if the core is to be rounded.
+    parameters: those of the quantizer of a core that is quantised, (rows, ceil(cols / spec.group)) each; empty if it is to be rounded.
     Raises HalfplateError if a value is too large for its type.
     """
     tiles = objective.tiles
     rows, columns = _scales(tiles, normalised)
-    stored_core = _stored_core(factors.core, scale, spec, steps)
+    stored_core = _stored_core(factors.core, scale, spec, parameters)
     padding = (0, factors.core.shape[1] - spec.d_in, 0, factors.core.shape[0] - spec.d_out)
     rounded = Factors(
         factors.out_blocks, functional.pad(stored_core.dense() / scale, padding).contiguous(), factors.in_blocks
@@ -75,15 +75,16 @@ def finish(
     return Chain.of(spec, stored_core, out_wrapper, in_wrapper)
 
 
-def _stored_core(core: Tensor, scale: float, spec: WeightSpec, steps: Tensor | None) -> NMSparse:
+def _stored_core(core: Tensor, scale: float, spec: WeightSpec, parameters: tuple[Tensor, ...]) -> NMSparse:
     values = core[: spec.d_out, : spec.d_in]
     mask = None if spec.pattern.is_dense else keep_largest(values.abs(), spec.pattern)
-    if steps is None:
+    if not parameters:
         return NMSparse.from_dense(values * scale, mask, spec.pattern, spec.core_dtype, spec.group)
-    steps = steps[: spec.d_out, : -(-spec.d_in // spec.group)]
-    each = steps.repeat_interleave(spec.group, 1)[:, : spec.d_in]
-    integers = QUANTIZERS.get(spec.core_dtype).nearest(values, each).to(torch.int8)
-    return NMSparse.from_codes(integers, (steps * scale).half(), mask, spec.pattern, spec.core_dtype, spec.group)
+    parameters = tuple(part[: spec.d_out, : -(-spec.d_in // spec.group)] for part in parameters)
+    each = [part.repeat_interleave(spec.group, 1)[:, : spec.d_in] for part in parameters]
+    integers = QUANTIZERS.get(spec.core_dtype).nearest(values, *each).to(torch.int8)
+    scaled = tuple((part * scale).half() for part in parameters)
+    return NMSparse.from_codes(integers, scaled, mask, spec.pattern, spec.core_dtype, spec.group)
 
 
 def _scales(tiles: Problem, normalised: Normalised) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,20 @@
 """The whole solve for the true output error: scaled inputs, a diagonal warm start, the full Gram matrix, an integer core."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from halfplate.formats.chain import Chain
 from halfplate.formats.encoding.rounding import round_groups
-from halfplate.formats.quantizers import has_scales_alone, quantizer_of
+from halfplate.formats.quantizers import has_scales_alone, quantizer_of, storage_of
 from halfplate.formats.spec import WeightSpec
 from halfplate.solvers.armor.exact import descend, solve_exact
 from halfplate.solvers.armor.finish import balanced, finish
-from halfplate.solvers.armor.gram import GramObjective, GramProblem, measured, swept
+from halfplate.solvers.armor.gram import GramObjective, GramProblem, Point, gram_inside, measured, swept
 from halfplate.solvers.armor.problem import Problem
 from halfplate.solvers.armor.restarts import descend_from_restarts, restarts
+from halfplate.solvers.armor.rows import RowsProblem, needs_rows
 from halfplate.solvers.armor.stages import stages_for
 from halfplate.solvers.armor.sweep import Levels
 from halfplate.solvers.normalise import Normalised, power_of_two
@@ -54,6 +55,12 @@ def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSch
         del at  # frees two matrices of the size of the weight
     factors = balanced(tiles, factors, normalised)
     quantizer = quantizer_of(spec.core_dtype)
+    if quantizer is not None and restarts(spec) and needs_rows(quantizer):
+        rows = RowsProblem(factors.core, gram_inside(problem, factors.in_blocks), Levels(quantizer, spec.group))
+        found, absolute = rows.solved(schedule.grid)
+        factors = replace(factors, core=found.values)
+        grid_losses = [loss / problem.total if problem.total else 0.0 for loss in absolute]
+        return finish(objective, factors, normalised, scale, spec, found.parameters), losses + grid_losses
     # The sweep only supports scales. N:M groups that straddle two scale groups are rounded to nearest instead.
     if quantizer is None or not has_scales_alone(quantizer) or spec.group % spec.pattern.m:
         return finish(objective, factors, normalised, scale, spec), losses
@@ -66,7 +73,23 @@ def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSch
     else:
         start = swept(problem, factors, steps.float(), levels, off_grid=True)
         at, grid_losses = descend(objective, start, schedule.grid, problem.total, moves_core=False)
-    return finish(objective, at.factors, normalised, scale, spec, at.steps), losses + grid_losses
+        at = _storable(problem, at, levels)
+    return finish(objective, at.factors, normalised, scale, spec, _alone(at.steps)), losses + grid_losses
+
+
+def _storable(problem: GramProblem, at: Point, levels: Levels) -> Point:
+    """The scales moved to the nearest that can be stored, and every group swept once more with them; `at` if any scale can be."""
+    quantizer, storage = levels.quantizer, storage_of(levels.quantizer)
+    if storage.span == 1:
+        return at
+    scales = _alone(at.steps)
+    (steps,) = storage.nearest(quantizer.stored, scales, storage.units(quantizer.stored, scales))
+    return swept(problem, at.factors, steps.float(), levels, off_grid=True)
+
+
+def _alone(steps: Tensor | None) -> tuple[Tensor]:
+    assert steps is not None, "a quantised core has scales"
+    return (steps,)
 
 
 def _scaled(weight: Tensor, gram: Tensor, damping: float) -> tuple[Tensor, Tensor, Normalised, float]:

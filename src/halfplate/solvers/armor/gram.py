@@ -18,8 +18,9 @@ from halfplate.solvers.armor.wrappers import regular_inverse, update_out_blocks
 # Passes over the blocks of B in one update. The blocks are coupled, and a pass is cheap compared with the other products.
 PASSES = 2
 LARGEST_TABLE = 32  # numbers of a quantizer that the native sweep looks through: as in src/armor.h
-# The loss is a difference of sums. If it is below this share of the loss of the zero matrix, or a sum is this many times that loss
-# (the factors have grown in directions that hardly any input constrains), fp32 rounding would dominate, so fp64 is used.
+# The loss is a difference of sums. If it is below this share of the loss of the zero matrix, or what the values of the core would leave
+# one by one is this many times that loss (the factors have grown in directions that hardly any input constrains), fp32 rounding
+# would dominate, so fp64 is used.
 PRECISE, LARGE = 1e-3, 4.0
 ROWS = 256  # rows of a temporary product that are computed at once
 
@@ -91,8 +92,8 @@ class GramObjective:
 
 def measured(problem: GramProblem, factors: Factors, steps: Tensor | None = None) -> Point:
     """The loss of `factors`, unchanged."""
-    against = _times_blocks(problem.pulled, factors.in_blocks)
-    return _point(problem, factors, steps, against, factors.core @ gram_inside(problem, factors.in_blocks))
+    against, in_gram = _times_blocks(problem.pulled, factors.in_blocks), gram_inside(problem, factors.in_blocks)
+    return _point(problem, factors, steps, against, factors.core @ in_gram, in_gram.diagonal())
 
 
 def swept(
@@ -129,8 +130,9 @@ def swept(
         if not bool(felt.all()):
             core = torch.where(felt, core, _nearest(before, steps, levels))
             product = core @ in_gram
+    strengths = in_gram.diagonal().clone()
     del error, in_gram  # most of the memory in a wide layer
-    return _point(problem, replace(factors, core=core), steps, against, product)
+    return _point(problem, replace(factors, core=core), steps, against, product, strengths)
 
 
 def _has_native_sweep(quantizer: Quantizer) -> bool:
@@ -212,13 +214,18 @@ class _BlockSolver:
         return (self.left[j] @ slope @ self.right[j]).to(torch.float32)
 
 
-def _point(problem: GramProblem, factors: Factors, steps: Tensor | None, against: Tensor, product: Tensor) -> Point:
+def _point(
+    problem: GramProblem, factors: Factors, steps: Tensor | None, against: Tensor, product: Tensor, strengths: Tensor
+) -> Point:
+    """The point of `factors`, with its loss. strengths: the diagonal of C, (cols,)."""
     out_gram = factors.out_blocks.mT @ factors.out_blocks
     aim = _out_times(factors.out_blocks.mT, against)  # P = Aᵀ W H Bᵀ
     # tr(W H Wᵀ) − 2 ⟨P, S⟩ + ⟨G U, S⟩
     gained, own = _dot(aim, factors.core), _dot(_out_times(out_gram, product), factors.core)
     loss = problem.total - 2 * gained + own
-    if not (loss >= PRECISE * problem.total and own <= LARGE * problem.total):
+    # Each value alone: in the other sums, those of large factors cancel, and so would hide that they are large.
+    apart = _dot(factors.core.square() @ strengths[:, None], out_gram.diagonal(dim1=1, dim2=2).reshape(-1, 1))
+    if not (loss >= PRECISE * problem.total and apart <= LARGE * problem.total):
         loss = _precise_loss(problem, factors)
     return Point(factors, steps, against, product, loss)
 

@@ -40,7 +40,7 @@ def descend_from_restarts(objective: GramObjective, wanted: Point, iterations: i
     def descended(scales: Tensor | None) -> tuple[Point, list[float]]:
         assert scales is not None, "a quantised core has scales"
         assert objective.levels is not None, "a quantised core has codes"
-        rounded = round_in_order(core, order, scales, objective.levels)
+        rounded = round_in_order(core, order, (scales,), objective.levels)
         start = measured(problem, replace(wanted.factors, core=rounded), scales)
         return descend(objective, start, iterations // rounds, problem.total, moves_core=False)
 
@@ -84,19 +84,19 @@ class Order:
         return cls(columns, inverse_factor(gram[columns][:, columns], DAMPING))
 
 
-def round_in_order(core: Tensor, order: Order, scales: Tensor, levels: Levels) -> Tensor:
-    """`core` (rows, cols) quantised with `scales` (rows, ceil(cols / group)), each column compensating for those before it.
+def round_in_order(core: Tensor, order: Order, parameters: tuple[Tensor, ...], levels: Levels) -> Tensor:
+    """`core` (rows, cols) quantised with `parameters` (rows, ceil(cols / group)), each column compensating for those before it.
 
     Source: GPTQ, arXiv 2210.17323, with static scales and columns in falling order of their second moment.
     """
-    each = scales.repeat_interleave(levels.group, 1)[:, : core.shape[1]]
-    left, steps = (matrix.T[order.columns].contiguous() for matrix in (core, each))  # a column is contiguous
+    each = (part.repeat_interleave(levels.group, 1)[:, : core.shape[1]] for part in parameters)
+    left, *steps = (matrix.T[order.columns].contiguous() for matrix in (core, *each))  # a column is contiguous
     for start in range(0, len(left), COLUMNS):
         end = min(start + COLUMNS, len(left))
         lost = torch.empty_like(left[start:end])
         for j in range(start, end):
-            code = levels.quantizer.nearest(left[j], steps[j])
-            rounded = levels.quantizer.decode(code, steps[j])
+            here = [part[j] for part in steps]
+            rounded = levels.quantizer.decode(levels.quantizer.nearest(left[j], *here), *here)
             lost[j - start] = left[j] - rounded
             left[j] = rounded
             left[j + 1 : end].addr_(order.spread[j, j + 1 : end], lost[j - start], alpha=-1)

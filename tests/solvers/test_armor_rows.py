@@ -1,0 +1,117 @@
+"""Cores without wrappers on grids with minima and super-scales: the descent against its definition, one value at a time."""
+
+import pytest
+import torch
+
+from gram_data import inputs_of, true_error, weight_of
+from halfplate.formats.encoding.rounding import round_groups
+from halfplate.formats.quantizers import QUANTIZERS, storage_of
+from halfplate.formats.spec import WeightSpec
+from halfplate.methods import create
+from halfplate.pattern import Pattern
+from halfplate.solvers.armor.full_gram import GramSchedule, solve_gram
+from halfplate.solvers.armor.rows import Rounded, RowsProblem, needs_rows
+from halfplate.solvers.armor.sweep import Levels
+from halfplate.statistics import InputStatistics
+
+
+def problem_of(name, d_out=6, d_in=80, seed=3):
+    gram = inputs_of(d_in, seed).float()
+    return RowsProblem(weight_of(d_out, d_in, seed).float(), gram, Levels(QUANTIZERS.get(name), 32))
+
+
+def rounded(problem):
+    """Rounded to nearest, with parameters that can be stored."""
+    quantizer = problem.levels.quantizer
+    codes, found = round_groups(problem.wanted, quantizer, 32)
+    parameters = tuple(part.float() for part in found)
+    units = storage_of(quantizer).units(quantizer.stored, parameters)
+    each = problem._each(parameters)
+    return problem._at(Rounded(quantizer.decode(codes.float(), *each), parameters, units, torch.zeros(len(codes), 1)))
+
+
+def loss_of(problem, values):
+    missing = (problem.wanted - values).double()
+    return ((missing @ problem.gram.double()) * missing).sum(1)
+
+
+@pytest.mark.parametrize("name", ["affine4", "affine2k", "nl4k", "int3k"])
+def test_a_sweep_takes_the_best_code_of_one_value_after_the_other(name):
+    problem = problem_of(name)
+    at, quantizer = rounded(problem), problem.levels.quantizer
+    levels = torch.arange(quantizer.range[0], quantizer.range[1] + 1).float()
+    values = at.values.clone()
+    for row in range(len(values)):
+        for column in range(values.shape[1]):
+            here = [part[row, column // 32] for part in at.parameters]
+            tried = values[row].repeat(len(levels), 1)
+            tried[:, column] = quantizer.decode(levels, *here)
+            missing = (problem.wanted[row] - tried).double()
+            values[row] = tried[((missing @ problem.gram.double()) * missing).sum(1).argmin()]
+    found = problem.swept(at).values
+    # Of two codes that leave about as much, either may be taken, and those after it follow.
+    assert float((found != values).float().mean()) < 0.02
+    assert float(loss_of(problem, found).sum()) == pytest.approx(float(loss_of(problem, values).sum()), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["affine4", "affine3k", "nl3k", "int6k"])
+def test_refitted_parameters_can_be_stored_and_lower_the_loss_of_every_row(name):
+    problem = problem_of(name)
+    quantizer, at = problem.levels.quantizer, rounded(problem)
+    found = problem.refitted(at)
+    assert bool((found.left <= at.left * (1 + 1e-4)).all())
+    assert float(found.left.sum()) < float(at.left.sum())
+    torch.testing.assert_close(found.left[:, 0].double(), loss_of(problem, found.values), rtol=1e-3, atol=1e-6)
+    halves = tuple(part.half() for part in found.parameters)
+    assert all(torch.equal(half.float(), part) for half, part in zip(halves, found.parameters, strict=True))
+    names, groups = quantizer.stored, halves[0].shape[1]
+    storage = storage_of(quantizer)
+    again = storage.parameters(names, storage.stored(names, halves), groups)
+    assert all(torch.equal(*pair) for pair in zip(again, halves, strict=True))
+    codes = quantizer.nearest(found.values, *problem._each(found.parameters))
+    torch.testing.assert_close(quantizer.decode(codes, *problem._each(found.parameters)), found.values)
+
+
+def test_without_storing_the_parameters_of_a_group_are_its_least_squares():
+    problem = problem_of("affine4", d_out=3, d_in=32)
+    at = rounded(problem)
+    found = problem.refitted(at, storable=False)
+    codes = problem.levels.quantizer.nearest(at.values, *problem._each(at.parameters)).double() + 8
+    root = torch.linalg.cholesky(problem.gram.double())
+    for row in range(3):
+        bases = torch.stack([codes[row], torch.ones(32, dtype=torch.float64)], 1)
+        best = torch.linalg.lstsq(root.T @ bases, root.T @ problem.wanted[row, :, None].double()).solution[:, 0]
+        torch.testing.assert_close(
+            torch.stack([part[row, 0] for part in found.parameters]).double(), best, rtol=1e-3, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ["affine4", "affine4k", "nl4k"])
+def test_solved_cores_are_on_their_grid_and_beat_gptq(name):
+    weight, gram = weight_of(24, 136, 5), inputs_of(136, 6)
+    weight[:, 3], gram[3], gram[:, 3] = 0.5, 0, 0
+    spec = WeightSpec(24, 136, Pattern.parse("dense"), name, group=32)
+    chain, losses = solve_gram(weight, gram, spec, GramSchedule(grid=8))
+    assert {key: (tuple(part.shape), part.dtype) for key, part in chain.tensors().items()} == spec.layout()
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(true_error(weight, chain.dense(), gram), rel=0.05)
+    gptq = create("gptq").compress(weight, InputStatistics(100, gram.diagonal().float(), gram), spec)
+    assert true_error(weight, chain.dense(), gram) < 0.95 * true_error(weight, gptq.weight.dense(), gram)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "dense"])
+def test_scales_under_super_scales_work_between_wrappers(pattern):
+    weight, gram = weight_of(24, 72, 5), inputs_of(72, 6)
+    errors = {}
+    for name in ("nl4", "nl4k"):
+        spec = WeightSpec(24, 72, Pattern.parse(pattern), name, 8, 8, group=32)
+        chain, _ = solve_gram(weight, gram, spec, GramSchedule(4, 4, 4))
+        assert {key: (tuple(part.shape), part.dtype) for key, part in chain.tensors().items()} == spec.layout()
+        errors[name] = true_error(weight, chain.dense(), gram)
+    assert errors["nl4k"] < 1.2 * errors["nl4"]
+
+
+def test_which_quantizers_are_solved_by_rows():
+    assert [name for name in QUANTIZERS if needs_rows(QUANTIZERS.get(name))] == [
+        name for name in QUANTIZERS if name.startswith("affine") or name.endswith("k")
+    ]
