@@ -80,8 +80,7 @@ class _Rotation:
         self.model = model
         self.stream = orthogonal(config.hidden_size, SEED)
         heads = config.num_attention_heads
-        head = orthogonal(getattr(config, "head_dim", None) or config.hidden_size // heads, SEED + 1)
-        self.head = head
+        self.head = orthogonal(getattr(config, "head_dim", None) or config.hidden_size // heads, SEED + 1)
 
     def turned(self, name: str) -> Tensor:
         """The tensor `name` of the result, fp32."""
@@ -110,7 +109,8 @@ class _Rotation:
 
 def _by_heads(matrix: Tensor, head: Tensor) -> Tensor:
     """`matrix` (..., heads · d) with the values of each head multiplied by `head` (d, d)."""
-    return (matrix.unflatten(-1, (-1, len(head))) @ head).flatten(-2)
+    turned: Tensor = (matrix.reshape(*matrix.shape[:-1], -1, len(head)) @ head).reshape(matrix.shape)
+    return turned
 
 
 def orthogonal(size: int, seed: int) -> Tensor:
