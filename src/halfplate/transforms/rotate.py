@@ -61,7 +61,8 @@ class Rotate(Transform):
 
     def held_nbytes(self, source: Source) -> int:
         # In fp64: the tensor and its product, and the rotation.
-        return super().held_nbytes(source) * 2 + 2 * 8 * source.config.hidden_size**2
+        hidden: int = source.config.hidden_size
+        return 2 * super().held_nbytes(source) + 16 * hidden * hidden
 
     def open(self, source: Source) -> Maker:
         rotation = _Rotation(StreamedModel(source), source.config)
