@@ -29,6 +29,7 @@ TRANSFORMS: Registry[Transform] = Registry(
     "halfplate.transforms",
     {
         CONVERSION: "halfplate.transforms.conversion:CONVERSION",
+        "rotate": "halfplate.transforms.rotate:ROTATE",
     },
     _fault,
 )
