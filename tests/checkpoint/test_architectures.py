@@ -11,6 +11,7 @@ from halfplate.compression.compress import compress
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear
 from halfplate.kernels import native
+from halfplate.models.experts import linear_experts
 from halfplate.models.linears import find_linears
 from halfplate.recipe import Recipe
 from halfplate.runtime.backends.cpu import PackedLinear
@@ -38,7 +39,7 @@ def test_kernels_and_torch_agree(architecture, pattern, core_dtype, tmp_path, ti
         benchmark=False,
     )
     plain, fast = (halfplate.load(tmp_path / "out", kernels=kernels) for kernels in (False, True))
-    named = {linear.name for linear in find_linears(dense)[0]}
+    named = {linear.name for linear in find_linears(linear_experts(dense))[0]}
     assert {name for name, module in plain.named_modules() if isinstance(module, CompressedLinear)} == named
     assert named <= {name for name, module in fast.named_modules() if isinstance(module, PackedLinear)}
     expected, logits = plain(IDS).logits, fast(IDS).logits

@@ -40,6 +40,7 @@ from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate
 from halfplate.formats import WeightSpec
 from halfplate.limits import check_threads, check_workers, cores
+from halfplate.models.experts import experts_of
 from halfplate.models.licence import origin
 from halfplate.models.sources import Source, load_dense, load_tokenizer, open_source
 from halfplate.models.streamed import StreamedModel
@@ -188,7 +189,7 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
         result = Result(plan, outcome, None if tokens is None else tokens.protocol(), told)
         with clock("writing"), new_folder(order.out, order.overwrite, work.result) as folder:
             checksums = assemble_weights(streamed, plan, work, folder, lambda at, total: report("writing", at, total))
-            quantization = HalfplateConfig.from_specs(plan.specs)
+            quantization = HalfplateConfig.from_specs(plan.specs, bool(experts_of(streamed.model)))
             write_configuration(streamed.model, load_tokenizer(source), folder, source.other_dtype, quantization)
             identity = {key: order.identity[key] for key in RECORDED if key in order.identity}
             if order.check:

@@ -40,14 +40,41 @@ PIECE = 2**24  # bytes copied or hashed at once
 
 
 @dataclass(frozen=True)
+class Arrangement:
+    """How a matrix lies among the stored values that are read for it.
+
+    shape: of these values.
+    transposed: they are stored as (columns, rows).
+    first, step: its rows are those from `first` on in steps of `step`.
+    """
+
+    shape: tuple[int, ...]
+    transposed: bool
+    first: int
+    step: int
+
+    def of(self, values: Tensor) -> Tensor:
+        """The matrix inside `values`, contiguous."""
+        rows = values.T if self.transposed else values
+        return rows[self.first :: self.step].contiguous()
+
+
+@dataclass(frozen=True)
 class StoredTensor:
-    """The location of a tensor. kind: element type in safetensors' notation. start: its first byte in the file."""
+    """The location of a tensor.
+
+    kind: element type in safetensors' notation.
+    start: its first byte in the file.
+    nbytes: that are read for it.
+    arranged: how it lies among them, if they are not its values in order.
+    """
 
     path: Path
     kind: str
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    arranged: Arrangement | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,10 +157,11 @@ def _check_covered(path: Path, found: Mapping[str, StoredTensor], start: int, si
 
 def read_tensor(stored: StoredTensor) -> Tensor:
     """The values of a tensor in newly allocated memory; raises DamagedFile if the file has become shorter."""
-    tensor = torch.empty(stored.shape, dtype=KINDS[stored.kind], device="cpu")
+    shape = stored.shape if stored.arranged is None else stored.arranged.shape
+    tensor = torch.empty(shape, dtype=KINDS[stored.kind], device="cpu")
     with stored.path.open("rb", buffering=0) as file:
         _read_into(file.fileno(), stored.start, memoryview(_bytes(tensor)), stored.path)
-    return tensor
+    return tensor if stored.arranged is None else stored.arranged.of(tensor)
 
 
 def read_tensors(found: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
