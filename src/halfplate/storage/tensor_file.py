@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,18 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     with stored.path.open("rb", buffering=0) as file:
         _read_into(file.fileno(), stored.start, memoryview(_bytes(tensor)), stored.path)
     return tensor if stored.arranged is None else stored.arranged.of(tensor)
+
+
+def read_rows(stored: StoredTensor, rows: Tensor) -> Tensor:
+    """Some rows of a matrix in newly allocated memory. rows: int64 (n,), ascending; neighbouring ones are read at once."""
+    values = torch.empty((len(rows), *stored.shape[1:]), dtype=KINDS[stored.kind], device="cpu")
+    data, each = memoryview(_bytes(values)), stored.nbytes // max(stored.shape[0], 1)
+    starts = [0, *((rows.diff() != 1).nonzero()[:, 0] + 1).tolist()] if len(rows) else []
+    with stored.path.open("rb", buffering=0) as file:
+        for start, end in pairwise([*starts, len(rows)]):
+            place = stored.start + int(rows[start]) * each
+            _read_into(file.fileno(), place, data[start * each : end * each], stored.path)
+    return values
 
 
 def read_tensors(found: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
