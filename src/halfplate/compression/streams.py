@@ -11,6 +11,7 @@ from halfplate.calibration.experts import ORIGINAL, OWN, ExpertInputs
 from halfplate.compression.experts import AllTokens, ExpertStage, RecordExperts, SolveExpert, expert_stages
 from halfplate.compression.hidden_states import Arguments, Batches, HiddenStates
 from halfplate.compression.kept_statistics import load_sums
+from halfplate.compression.open_layer import LayerView
 from halfplate.compression.run import Run
 from halfplate.compression.task_memory import memory_to_collect, memory_to_run
 from halfplate.compression.tasks import CollectSums, RunLayer
@@ -159,6 +160,10 @@ class Streams:
             found += [experts[name] for name in stage if name in experts]
         return found
 
+    def _view(self, layer: int, done: Mapping[str, Path]) -> LayerView:
+        """The layer whose inputs are collected: with the matrices in `done`, or the original one if its inputs are those of the original model."""
+        return self.run.view(layer, {} if self.recipe.inputs == "dense" else done)
+
     def expert_stages(self, layer: int) -> dict[str, ExpertStage]:
         """The experts of a layer, by module."""
         model = self.run.layers.model(self.run.view(layer, {})).model
@@ -170,7 +175,7 @@ class Streams:
         """Record the inputs of the experts of a layer in which the matrices in `done` are compressed; returns the tasks of the experts `left`."""
         hidden = self.hidden(COMPRESSED if COMPRESSED in self.names else DENSE, layer)
         dense = self.hidden(DENSE, layer) if self.corrected else None
-        view, job, engine = self.run.view(layer, done), self.run.plan.job, self.run.engine
+        view, job, engine = self._view(layer, done), self.run.plan.job, self.run.engine
         memory = self._memory_to_run(layer)
         inputs = ExpertInputs(
             self.run.work.experts(stage.module), hidden.batches, (OWN,) if dense is None else (OWN, ORIGINAL)
@@ -220,7 +225,7 @@ class Streams:
         memory = self._memory_to_run(layer) + memory_to_collect(specs, self.run.plan.job.statistic)
         tasks = [
             CollectSums(
-                self.run.view(layer, done),
+                self._view(layer, done),
                 tuple(stage),
                 self.run.plan.job.statistic,
                 self._limit,
