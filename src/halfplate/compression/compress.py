@@ -13,6 +13,7 @@ import torch
 
 from halfplate.arguments import path_text
 from halfplate.calibration.held_out import held_out_tokens
+from halfplate.calibration.routed import tokens_per_expert
 from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.output import check_place, check_result_folder
 from halfplate.checkpoint.quantization import HalfplateConfig
@@ -258,6 +259,7 @@ def _summary(out: Path, result: Result) -> dict[str, Any]:
         "source_nbytes": plan.source_nbytes,
         "mean_relative_error": sum(errors) / len(errors),
         "error_kind": outcome.records[0].error_kind,
+        "tokens_per_expert": tokens_per_expert({record.name: record.tokens for record in outcome.records}) or None,
         "tuned_blocks": _tuned(outcome),
         "without_kernel": plan.without_kernel,
         "levels": _levels(plan) if plan.recipe.budgeted else None,
