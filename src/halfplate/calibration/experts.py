@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halfplate.calibration.collect import Sums
+from halfplate.calibration.collect import Sums, collect_block
 from halfplate.errors import HalfplateError
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
-from halfplate.models.experts.module import LinearExperts, routing
+from halfplate.models.experts import ExpertStage, LinearExperts, expert_stages, experts_of
+from halfplate.models.experts.module import routing
 from halfplate.statistics import InputStatistics, Statistic
 from halfplate.storage.artifact import Artifact, load_artifact, save_artifact
 from halfplate.storage.tensor_file import read_rows, read_tensor
@@ -195,3 +197,59 @@ def down_input(
         return experts.activated(outputs.get("gate_proj"), outputs["up_proj"])
 
     return apply
+
+
+@torch.no_grad()
+def collect_layer(
+    blockwise: BlockwiseModel,
+    index: int,
+    inputs: Sequence[BlockInputs],
+    names: Sequence[str],
+    statistic: Statistic,
+    token_limit: float | None = None,
+) -> tuple[dict[str, InputStatistics], list[BlockInputs]]:
+    """`collect_block`, in which linears of experts have blended statistics. The model is in memory; its experts may be linears."""
+    prefix = f"{blockwise.prefix}.{index}."
+    stages = expert_stages(names, [prefix + name for name in experts_of(blockwise.blocks[index])])
+    inside = {name for stage in stages.values() for name in stage.names}
+    plain = [name for name in names if name not in inside]
+    found, outputs = collect_block(blockwise, index, inputs, plain, statistic, token_limit)
+    for stage in stages.values():
+        with TemporaryDirectory(prefix="halfplate-experts-") as folder:
+            recorded = ExpertInputs(Path(folder), len(inputs), (OWN,))
+            for number, batch in enumerate(inputs):
+                recorded.write(OWN, number, *experts_call(blockwise, index, batch, stage.module))
+            found |= _of_stage(blockwise, index, stage, recorded, statistic, token_limit)
+    return found, outputs
+
+
+def _of_stage(
+    blockwise: BlockwiseModel,
+    index: int,
+    stage: ExpertStage,
+    recorded: ExpertInputs,
+    statistic: Statistic,
+    token_limit: float | None,
+) -> dict[str, InputStatistics]:
+    experts: Any = blockwise.blocks[index].get_submodule(stage.module.removeprefix(f"{blockwise.prefix}.{index}."))
+    found: dict[str, InputStatistics] = {}
+    everything: InputStatistics | None = None
+    for number, names in stage.experts.items():
+        tokens, expert = recorded.routed(number), experts.expert(number)
+        linears = {leaf: (linear.weight, linear.bias) for leaf, linear in expert.named_children()}
+        device = str(expert.up_proj.weight.device)
+
+        def sums(rows: Routed, through: Any, device: str = device) -> InputStatistics:
+            return sums_of(recorded, rows, statistic, token_limit, device, through)
+
+        down = {OWN: down_input(experts, {leaf: pair for leaf, pair in linears.items() if leaf != "down_proj"})}
+        first: InputStatistics | None = None
+        for name in names:
+            width = expert.get_submodule(name.rpartition(".")[2]).in_features
+            if name.endswith(".down_proj"):
+                found[name] = blended(sums(tokens, down), sums(recorded.sample(SAMPLED * width), down), width)
+            else:
+                everything = everything or sums(recorded.everything(), None)
+                first = first or blended(sums(tokens, None), everything, width)
+                found[name] = first
+    return found

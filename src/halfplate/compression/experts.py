@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -37,39 +36,6 @@ from halfplate.methods.solving import MatrixRecord, solve_matrices
 from halfplate.models.experts import LinearExperts
 from halfplate.statistics import InputStatistics, Statistic
 from halfplate.storage.artifact import save_artifact
-
-LINEAR = re.compile(r"(.*)\.(\d+)\.(gate_proj|up_proj|down_proj)")
-
-
-@dataclass(frozen=True)
-class ExpertStage:
-    """The experts of one module, whose inputs are known once everything before them is compressed.
-
-    module: its full name.
-    experts: the matrices to compress of each expert, by its number.
-    """
-
-    module: str
-    experts: Mapping[int, Sequence[str]]
-
-    def unit(self, number: int) -> str:
-        """The name of an expert, and of its artifact."""
-        return f"{self.module}.{number}"
-
-    @property
-    def names(self) -> list[str]:
-        """The matrices of all experts."""
-        return [name for names in self.experts.values() for name in names]
-
-
-def expert_stages(names: Sequence[str], modules: Sequence[str]) -> dict[str, ExpertStage]:
-    """Those of `names` that belong to experts, by module. modules: names of the experts modules of the model."""
-    found: dict[str, dict[int, list[str]]] = {}
-    for name in names:
-        match = LINEAR.fullmatch(name)
-        if match is not None and match[1] in modules:
-            found.setdefault(match[1], {}).setdefault(int(match[2]), []).append(name)
-    return {module: ExpertStage(module, experts) for module, experts in found.items()}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from halfplate.compression.experts import ExpertStage
 from halfplate.compression.hidden_states import HiddenStates
 from halfplate.compression.kept_statistics import save_statistics
 from halfplate.compression.run import Run
@@ -21,6 +20,7 @@ from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear
 from halfplate.formats.sharing import sharing_groups
 from halfplate.methods.solving import MatrixRecord
+from halfplate.models.experts import ExpertStage
 from halfplate.recovery.block import BlockTuning, TunedBlock, tune_block
 from halfplate.statistics import InputStatistics
 from halfplate.storage.artifact import Artifact, load_artifact, remove_artifact, save_artifact

@@ -8,7 +8,7 @@ from pathlib import Path
 from halfplate.calibration import BATCH, input_stages
 from halfplate.calibration.collect import StageSums
 from halfplate.calibration.experts import ORIGINAL, OWN, ExpertInputs
-from halfplate.compression.experts import AllTokens, ExpertStage, RecordExperts, SolveExpert, expert_stages
+from halfplate.compression.experts import AllTokens, RecordExperts, SolveExpert
 from halfplate.compression.hidden_states import Arguments, Batches, HiddenStates
 from halfplate.compression.kept_statistics import load_sums
 from halfplate.compression.open_layer import LayerView
@@ -16,7 +16,7 @@ from halfplate.compression.run import Run
 from halfplate.compression.task_memory import memory_to_collect, memory_to_run
 from halfplate.compression.tasks import CollectSums, RunLayer
 from halfplate.compression.token_arguments import TokenArguments
-from halfplate.models.experts import experts_of
+from halfplate.models.experts import ExpertStage, expert_stages, experts_of
 from halfplate.models.handover import BlockArguments, differing
 from halfplate.statistics import InputStatistics
 from halfplate.storage.artifact import remove_artifact

@@ -6,10 +6,13 @@
 
 from halfplate.models.experts.joining import joined_experts, linear_experts, recognised
 from halfplate.models.experts.module import LinearExperts, experts_of, without_experts
+from halfplate.models.experts.stages import ExpertStage, expert_stages
 from halfplate.models.experts.stored import expert_tensors
 
 __all__ = [
+    "ExpertStage",
     "LinearExperts",
+    "expert_stages",
     "expert_tensors",
     "experts_of",
     "joined_experts",
