@@ -127,7 +127,7 @@ def _experts(dense: PreTrainedModel, linears: list[FoundLinear]) -> tuple[set[st
     found = []
     for module in {name.rsplit(".", 2)[0] for name in inside}:
         expert = modules[module].expert(0)
-        shapes = {leaf: tuple(expert.get_submodule(leaf).weight.shape) for leaf in modules[module].layout.linears}  # type: ignore[operator]
+        shapes = {leaf: expert.get_parameter(f"{leaf}.weight").shape for leaf in modules[module].layout.linears}
         hidden, inner = shapes["down_proj"]
         found.append((modules[module].layout.experts, hidden, inner, sum(map(prod, shapes.values()))))
     number, hidden, inner, values = max(found, key=lambda sizes: sizes[0] * sizes[3])
