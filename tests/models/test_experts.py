@@ -26,9 +26,10 @@ MIXTURES = {
     "deepseek_v2": MOE | MLA,
     "glm4_moe": MOE | {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "head_dim": 8},
     "minimax_m2": MOE | {"head_dim": 8},
+    "aria_text": {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 2, "head_dim": 8},
 }
-# By the form in their files: one by one, under two names; all in one tensor; transposed and interleaved with biases.
-STORED = ("qwen3_moe", "mixtral", "granitemoe", "gpt_oss")
+# By the form in their files: one by one, under two names; all in one tensor; that transposed, also interleaved and with biases.
+STORED = ("qwen3_moe", "mixtral", "granitemoe", "gpt_oss", "aria_text")
 IDS = torch.arange(3, 35)[None]
 
 

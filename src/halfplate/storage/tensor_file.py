@@ -46,18 +46,19 @@ class Arrangement:
 
     shape: of these values.
     transposed: they are stored as (columns, rows).
-    first, step: its rows are those from `first` on in steps of `step`.
+    first, end, step: its rows are those from `first` to before `end`, in steps of `step`.
     """
 
     shape: tuple[int, ...]
     transposed: bool
     first: int
+    end: int
     step: int
 
     def of(self, values: Tensor) -> Tensor:
         """The matrix inside `values`, contiguous."""
         rows = values.T if self.transposed else values
-        return rows[self.first :: self.step].contiguous()
+        return rows[self.first : self.end : self.step].contiguous()
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def _piece(stored: StoredTensor, number: int, slot: Slot) -> StoredTensor:
     rows = range(shape[1] if slot.transposed else shape[0])[slot.outputs]
     own = (len(rows), *((shape[0],) if slot.transposed else shape[1:]))
     if slot.transposed or rows.step != 1:
-        arranged = Arrangement(shape, slot.transposed, rows.start, rows.step)
+        arranged = Arrangement(shape, slot.transposed, rows.start, rows.stop, rows.step)
         return replace(stored, shape=own, start=start, nbytes=nbytes, arranged=arranged)
     each = nbytes // shape[0]
     return replace(stored, shape=own, start=start + rows.start * each, nbytes=prod(own) * (nbytes // prod(shape)))
