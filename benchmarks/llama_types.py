@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,9 @@ def measured(name: str, with_importance: bool, source: Path, folder: Path, sweep
             write_gguf(loaded.model, None, dense, half=False)
         means = importance(source, folder, sweep["base"]) if with_importance else None
         quantize(dense, out, TYPES[name], means)
-        with new_folder(folder / "read_back", overwrite=True) as back:
-            model, _ = load_model(out, out.name, loaded.model.config)
+        model, _ = load_model(out, out.name, loaded.model.config)
+        shutil.rmtree(folder / "read_back", ignore_errors=True)
+        with new_folder(folder / "read_back", overwrite=False) as back:
             write_model(model, loaded.tokenizer, back, torch.float32, quantization=None)
         found = halfplate.evaluate(folder / "read_back", against=source, **sweep["eval"])
         row = {"nbytes": out.stat().st_size, "contents": contents(out), "texts": found["texts"], "machine": machine()}
@@ -151,8 +153,8 @@ def main() -> None:
     sweep: Any = plain_yaml.read(str(ROOT / "benchmarks" / f"quality_{options.model}.yaml"))
     os.chdir(texts)  # sweep files name what is there
     rows, last = [], {}
-    for name in options.only:
-        for with_importance in (False, True):
+    for with_importance in (True, False):
+        for name in options.only:
             if with_importance or name not in NEEDS_IMPORTANCE:
                 last = measured(name, with_importance, Path(MODELS[options.model][0]), folder, sweep)
                 rows.append(_cells(name, with_importance, last))

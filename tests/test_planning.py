@@ -1,5 +1,5 @@
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -9,6 +9,7 @@ from halfplate.errors import HalfplateError
 from halfplate.methods import METHODS
 from halfplate.methods.magnitude import Magnitude
 from halfplate.planning import make_plan
+from halfplate.planning.memory import memory_bound
 from halfplate.recipe import Recipe
 
 
@@ -156,18 +157,41 @@ def test_the_share_of_the_decoder_is_told_and_warned_of(tmp_path, tiny_model, ti
     model = tiny_model(architecture, vocab_size=len(tiny_tokenizer), num_local_experts=8)
     model.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    plan = make_plan(str(tmp_path), Recipe(method="magnitude"))
+    few = architecture == "mixtral"
+    without = ("*.experts.*",) if few else ()
+    plan = make_plan(str(tmp_path), Recipe(method="magnitude", exclude=without))
     inside = sum(parameter.numel() for parameter in model.model.layers.parameters())
     taken = sum(model.get_submodule(name).weight.numel() for name in plan.specs)
     assert plan.decoder_share == pytest.approx(taken / inside)
     found = plan.to_json()
     assert found["decoder_share"] == plan.decoder_share
-    few = architecture == "mixtral"
     assert (plan.decoder_share < 0.5) == few
     assert [warning.partition(";")[0] for warning in found["warnings"]] == (
         [f"only {plan.decoder_share:.1%} of the decoder's parameters will be compressed"] if few else []
     )
-    assert main(["plan", str(tmp_path), "--method", "magnitude", "--no-benchmark"]) == 0
+    excluding = [argument for pattern in without for argument in ("--exclude", pattern)]
+    assert main(["plan", str(tmp_path), "--method", "magnitude", "--no-benchmark", *excluding]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "share of the decoder that is compressed" in text
     assert ("warning" in text) == few
+
+
+def test_the_plan_tells_how_experts_are_solved(tmp_path, tiny_model, tiny_tokenizer):
+    model = tiny_model("mixtral", vocab_size=len(tiny_tokenizer), num_local_experts=8, num_experts_per_tok=2)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    plan = make_plan(str(tmp_path), Recipe(method="sparsegpt", samples=4, seq_len=16))
+    assert plan.decoder_share > 0.9
+    assert plan.warnings == []
+    assert plan.experts == {
+        "layers": 2,
+        "per_layer": 8,
+        "per_token": 2,
+        "at_once": 1,
+        "passes": 8,
+        "recorded_bytes": 4 * 4 * 16 * 2 * (32 + 2),
+        "gram_bytes": 2 * 8 * (32**2 + 48**2),
+    }
+    # The Gram matrices of all experts are never held together.
+    more = replace(plan.sizes, experts=replace(plan.sizes.experts, experts=800))
+    assert memory_bound(more, plan.job) == plan.memory.bound

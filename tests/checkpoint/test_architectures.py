@@ -14,6 +14,7 @@ from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.kernels import native
 from halfplate.models.chain_check import check_chain
 from halfplate.models.conv1d import as_linears
+from halfplate.models.experts import linear_experts
 from halfplate.models.linears import find_linears, replace_module
 from halfplate.models.sources import open_source
 from halfplate.models.streamed import StreamedModel
@@ -67,6 +68,7 @@ def test_layers_kernels_and_torch_agree(architecture, wrapper, tmp_path):
     if not needs_conversion(source):
         check_chain(StreamedModel(source), torch.cat([IDS, IDS + 9]))
     as_linears(model)
+    linear_experts(model)
     specs = rounded(model)
     write_checkpoint(model, None, tmp_path / "out", specs, {}, torch.float32)
     plain = halfplate.load(tmp_path / "out", kernels=False)

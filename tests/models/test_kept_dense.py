@@ -7,12 +7,13 @@ from torch import nn
 from architectures import ARCHITECTURES
 from halfplate.errors import HalfplateError
 from halfplate.models import find_linears
+from halfplate.models.experts import linear_experts
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_must_stay_dense_is_named_with_its_reason(tiny_model, architecture):
     options, expected = ARCHITECTURES[architecture]
-    model = tiny_model(architecture, **options)
+    model = linear_experts(tiny_model(architecture, **options))
     found, skipped = find_linears(model)
     reasons = {module.name.rpartition(".")[2]: module.reason for module in skipped}
     for leaf, words in expected.items():

@@ -14,6 +14,7 @@ from halfplate.compression.compress import compress
 from halfplate.compression.transforming import transformed
 from halfplate.compression.work_folder import WorkFolder
 from halfplate.errors import HalfplateError
+from halfplate.models.experts import linear_experts
 from halfplate.models.gguf_writer import write_gguf
 from halfplate.models.sources import load_dense, open_source
 from halfplate.models.streamed import StreamedModel
@@ -48,6 +49,12 @@ FORMS = {
     "tied gguf": {"tie_word_embeddings": True},
 }
 RECIPE = Recipe(method="magnitude", threads=1)
+
+
+@pytest.fixture(autouse=True)
+def _by_conversion(monkeypatch):
+    """Experts that are stored one by one are read without a conversion; here they stand for those that transformers makes otherwise."""
+    monkeypatch.setattr("halfplate.models.experts.stored._one_by_one", lambda *_: None)
 
 
 class Killed(BaseException):
@@ -86,7 +93,7 @@ def test_layer_by_layer_it_is_the_model_that_is_loaded_whole(form, tiny_tokenize
     assert needs_conversion(source)
     told = []
     result, _ = converted(source, tmp_path / "out", lambda phase, done, total, *_, **__: told.append((done, total)))
-    streamed, whole = StreamedModel(result), load_dense(source).model.state_dict()
+    streamed, whole = StreamedModel(result), linear_experts(load_dense(source).model).state_dict()
     assert streamed.stored.keys() | streamed.tied.keys() == whole.keys()
     assert bool(streamed.tied) == form.startswith("tied")
     assert all(torch.equal(streamed.read(name), whole[name]) for name in whole)
@@ -132,7 +139,7 @@ def test_no_more_is_held_than_the_plan_says_which_is_two_layers(form, tiny_token
     source = saved(form, tiny_tokenizer, tmp_path / "model", num_hidden_layers=6)
     with Held() as loading:
         loaded = load_dense(source)
-    layer = max(piece.nbytes for piece in pieces_of(loaded.model) if piece.index is not None)
+    layer = max(piece.nbytes for piece in pieces_of(linear_experts(loaded.model)) if piece.index is not None)
     del loaded
     (step,) = plan_source(source, RECIPE).transforms
     outer = 4 * len(tiny_tokenizer) * 32
@@ -148,11 +155,11 @@ def test_the_plan_counts_memory_and_disk(tiny_tokenizer, tmp_path):
     (step,) = plan.transforms
     _, work = converted(source, tmp_path / "out")
     written = sum(path.stat().st_size for path in work.path.rglob("*.safetensors"))
-    assert step.disk <= written <= step.disk + 2000 * 3
+    assert step.disk <= written <= step.disk + 2000 * 3 + 150 * 2 * 36
     assert plan.disk.transformed == step.disk
     assert plan.memory.phases["transforming"] - plan.memory.phases["reading"] == step.memory - 6 * plan.sizes.largest
     assert plan.to_json()["transforms"] == [
-        {"name": "conversion@1", "automatic": True, "memory_bytes": step.memory, "disk_bytes": step.disk}
+        {"name": "conversion@2", "automatic": True, "memory_bytes": step.memory, "disk_bytes": step.disk}
     ]
 
 
@@ -226,7 +233,7 @@ def changed(tmp_path, name, change):
         ),
         (
             lambda tensors, name: tensors[name].fill_(torch.nan),
-            "model.layers.1.mlp.experts.gate_up_proj holds 1536 NaN",
+            r"model.layers.1.mlp.experts.11.gate_proj.weight holds 1536 NaN",
         ),
     ],
 )

@@ -226,7 +226,7 @@ def test_transforms_are_applied_in_order_and_after_the_conversion(examples, narr
     source = open_source(str(tmp_path / "model.gguf"))
     plan = plan_source(source, Recipe(transforms=["fold_norms", "narrow"], **INT8))
     assert [(step.label, step.automatic) for step in plan.transforms] == [
-        ("conversion@1", True),
+        ("conversion@2", True),
         ("fold_norms@1", False),
         ("narrow@1", False),
     ]
@@ -304,7 +304,7 @@ def test_bad_input_is_one_line_before_any_work(examples, tiny_folder, tiny_token
     error = refused(capsys, "compress", folder, "-o", out, "--transforms", "fold_norms")
     assert re.search(r"transforms='fold_norms@1' does not support '.*gemma': it is a gemma2 model, expected", error)
     error = refused(capsys, *compress_with, "conversion")
-    assert "transforms='conversion@1' does not support" in error
+    assert "transforms='conversion@2' does not support" in error
     assert "its tensors are in the form of the model already" in error
     with pytest.raises(HalfplateError, match="transforms='fold_norms' is not of the right type; expected a list"):
         Recipe(transforms="fold_norms")

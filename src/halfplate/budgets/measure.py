@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from halfplate.allocation import candidates, table_candidates, uneven
 from halfplate.budgets.stopwatch import Stopwatch
 from halfplate.budgets.store import LevelStore
-from halfplate.calibration import BATCH, collect_block, head_gram
+from halfplate.calibration import BATCH, head_gram
+from halfplate.calibration.experts import collect_layer
 from halfplate.errors import HalfplateError
 from halfplate.formats import Chain, CompressedLinear, WeightSpec
 from halfplate.formats.sharing import share, sharing_groups
@@ -87,7 +88,7 @@ class LevelMeasurement:
         for block in range(max(groups) + 1):
             if groups[block]:
                 names = [name for group in groups[block] for name in group]
-                statistics, hidden = collect_block(self.blockwise, block, hidden, names, Statistic.GRAM, limit)
+                statistics, hidden = collect_layer(self.blockwise, block, hidden, names, Statistic.GRAM, limit)
             else:
                 hidden = [self.blockwise.run_block(block, batch) for batch in hidden]
             for group in groups[block]:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from halfplate.allocation.layer_ratios import kept_of_groups, kept_ratios, outlier_share
-from halfplate.calibration import BATCH, CalibrationTokens, collect_block
+from halfplate.calibration import BATCH, CalibrationTokens
+from halfplate.calibration.experts import collect_layer
 from halfplate.models.blockwise import BlockwiseModel
 from halfplate.models.sources import LoadedModel
 from halfplate.pattern import Pattern
@@ -68,7 +69,7 @@ def _outlier_shares(loaded: LoadedModel, plan: Plan, tokens: CalibrationTokens, 
     report("choosing ratios", 0, last + 1)
     for block in range(last + 1):
         if names[block]:
-            collected, hidden = collect_block(blockwise, block, hidden, names[block], Statistic.DIAGONAL, limit)
+            collected, hidden = collect_layer(blockwise, block, hidden, names[block], Statistic.DIAGONAL, limit)
             weights = {name: cast(nn.Linear, loaded.model.get_submodule(name)).weight for name in names[block]}
             shares[block] = outlier_share(
                 [w.detach().float().abs() * collected[name].require_diagonal().sqrt() for name, w in weights.items()]

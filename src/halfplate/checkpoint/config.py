@@ -9,7 +9,7 @@ import torch
 from halfplate.arguments import check_name
 from halfplate.dtypes import STORED
 from halfplate.errors import HalfplateError
-from halfplate.formats.needs import check_known, needs_of
+from halfplate.formats.needs import LINEAR_EXPERTS, check_known, needs_of
 from halfplate.formats.sharing import check_shared
 from halfplate.formats.spec import WeightSpec
 from halfplate.models.trust import read_json_file
@@ -25,9 +25,12 @@ RECORD_FILE = "halfplate.json"
 SENTENCE = "this checkpoint holds Halfplate compressed weights; run `pip install halfplate` and `import halfplate` before from_pretrained"
 
 
-def quantization_config(specs: Mapping[str, WeightSpec]) -> dict[str, Any]:
-    """The `quantization_config` of a model whose modules are compressed as `specs` says."""
-    needs = needs_of(specs.values())
+def quantization_config(specs: Mapping[str, WeightSpec], linear_experts: bool = False) -> dict[str, Any]:
+    """The `quantization_config` of a model whose modules are compressed as `specs` says.
+
+    linear_experts: experts are stored as linears, compressed or not, and not in the 3-D tensors of transformers.
+    """
+    needs = needs_of(specs.values(), (LINEAR_EXPERTS,) if linear_experts else ())
     return {
         "quant_method": METHOD,
         "version": VERSION,

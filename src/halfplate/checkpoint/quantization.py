@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from halfplate.checkpoint.config import METHOD, VERSION, parse_modules, quantization_config
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
+from halfplate.formats.needs import LINEAR_EXPERTS
 
 if TYPE_CHECKING:
     from halfplate.recipe import Recipe
@@ -58,9 +59,14 @@ class HalfplateConfig(QuantizationConfigMixin):
         return {"quant_method": self.quant_method, "version": self.version, "modules": self.modules} | needs
 
     @classmethod
-    def from_specs(cls, specs: Mapping[str, WeightSpec]) -> HalfplateConfig:
-        """The configuration of a model with the compressed modules `specs`, by module path."""
-        return cls(**quantization_config(specs))
+    def from_specs(cls, specs: Mapping[str, WeightSpec], linear_experts: bool = False) -> HalfplateConfig:
+        """The configuration of a model with the compressed modules `specs`, by module path. linear_experts: its experts are linears."""
+        return cls(**quantization_config(specs, linear_experts))
+
+    @property
+    def linear_experts(self) -> bool:
+        """Whether experts are stored as linears (halfplate.models.experts)."""
+        return LINEAR_EXPERTS in (self.needs or {})
 
     @property
     def specs(self) -> dict[str, WeightSpec]:

@@ -149,7 +149,8 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
                 "nbytes": spec.nbytes,
                 "dense_nbytes": spec.dense_nbytes,
                 "in_shared": spec.in_shared,
-                "relative_error": _relative_error(record, name),
+                "relative_error": _recorded(record, name, "relative_error"),
+                "tokens": _recorded(record, name, "tokens"),
             }
             for name, spec in specs.items()
         ],
@@ -171,10 +172,11 @@ def read_checked_headers(folder: Path) -> tuple[dict[str, WeightSpec], dict[str,
     return specs, found
 
 
-def _relative_error(record: dict[str, Any], name: str) -> float | None:
+def _recorded(record: dict[str, Any], name: str, key: str) -> Any:
+    """An entry of the record of a matrix, or None."""
     matrices = record.get("matrices")
     matrix = matrices.get(name) if isinstance(matrices, dict) else None
-    return matrix.get("relative_error") if isinstance(matrix, dict) else None
+    return matrix.get(key) if isinstance(matrix, dict) else None
 
 
 def _verify(folder: Path, specs: dict[str, WeightSpec], found: dict[str, StoredTensor], record: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from halfplate.checkpoint.weights import read_headers, write_tensors
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedMatrix, WeightSpec, check_shared
 from halfplate.json_numbers import finite
+from halfplate.models.experts import experts_of
 from halfplate.models.fit import further_tensors
 from halfplate.storage.shards import MAX_SHARD_NBYTES
 from halfplate.storage.tensor_file import read_tensors
@@ -54,9 +55,8 @@ def write_checkpoint(
     check_shared(specs)
     with new_folder(Path(out), overwrite, partial) as folder:
         round_others(model, other_dtype)
-        checksums = write_model(
-            model, tokenizer, folder, other_dtype, HalfplateConfig.from_specs(specs), max_shard_nbytes, beside
-        )
+        quantization = HalfplateConfig.from_specs(specs, bool(experts_of(model)))
+        checksums = write_model(model, tokenizer, folder, other_dtype, quantization, max_shard_nbytes, beside)
         write_record(folder, record | {"tensors": checksums})
 
 

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(summary: dict[str, Any], wish: str) -> None:
+    from halfplate.calibration.routed import in_words
     from halfplate.cli.console import megabytes, print_pairs, whole_checkpoint
     from halfplate.evaluation.perplexity import NONSENSE_KL
 
@@ -71,6 +72,8 @@ def _print(summary: dict[str, Any], wish: str) -> None:
         ("peak memory", megabytes(summary["peak_rss_bytes"])),
         ("seconds", f"{summary['seconds']['total']:.1f} ({seconds})"),
     ]
+    if summary["tokens_per_expert"]:
+        rows.append(("calibration tokens of an expert", in_words(summary["tokens_per_expert"])))
     if summary["levels"]:
         rows.append(("formats chosen", "; ".join(f"{count} x {level}" for level, count in summary["levels"].items())))
     if "ratios" in summary:

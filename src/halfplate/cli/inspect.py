@@ -23,9 +23,11 @@ def run(args: argparse.Namespace) -> int:
         print_json(found)
         return 0
     error = f"relative error{', before tuning' * found['tuned']}"
+    # Only experts have a number of tokens of their own.
+    routed = ["tokens"] * any(matrix["tokens"] is not None for matrix in found["matrices"])
     print_table(
         f"{args.path}: linears {megabytes(found['nbytes'])}, original {megabytes(found['dense_nbytes'])}",
-        ("name", "format", "core", "shape", "bytes", "original bytes", error),
+        ("name", "format", "core", "shape", "bytes", "original bytes", error, *routed),
         [
             (
                 m["name"],
@@ -35,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
                 m["nbytes"],
                 m["dense_nbytes"],
                 m["relative_error"],
+                *(m[key] for key in routed),
             )
             for m in sorted(found["matrices"], key=_by_block)
         ],

@@ -91,6 +91,7 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
         ]
     return [
         ("share of the decoder that is compressed", f"{plan.decoder_share:.1%} of its parameters"),
+        *([] if plan.experts is None else [("experts", _experts(plan.experts))]),
         ("matrices, original at 2 bytes per weight", megabytes(plan.dense_nbytes)),
         *compressed,
         *(
@@ -108,6 +109,18 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
         ),
         ("source weight files", megabytes(plan.source_nbytes)),
     ]
+
+
+def _experts(found: dict[str, int]) -> str:
+    from halfplate.cli.console import megabytes
+
+    text = f"{found['per_layer']} in each of {found['layers']} layers, {found['per_token']} for a token"
+    if not found["passes"]:
+        return text
+    return (
+        f"{text}; one is solved at a time from its own tokens: {found['passes']} passes over the {megabytes(found['recorded_bytes'])} that the "
+        f"experts of a layer receive, {megabytes(found['gram_bytes'])} of Gram matrices held for each"
+    )
 
 
 def _needs(plan: "Plan") -> list[tuple[str, str]]:

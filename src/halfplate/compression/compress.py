@@ -13,6 +13,7 @@ import torch
 
 from halfplate.arguments import path_text
 from halfplate.calibration.held_out import held_out_tokens
+from halfplate.calibration.routed import tokens_per_expert
 from halfplate.checkpoint.companions import copy_companions
 from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.output import check_place, check_result_folder
@@ -41,6 +42,7 @@ from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate
 from halfplate.formats import WeightSpec
 from halfplate.limits import check_threads, check_workers, cores
+from halfplate.models.experts import experts_of
 from halfplate.models.licence import origin
 from halfplate.models.sources import Source, load_dense, load_tokenizer, open_source
 from halfplate.models.streamed import StreamedModel
@@ -189,7 +191,7 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
         result = Result(plan, outcome, None if tokens is None else tokens.protocol(), told)
         with clock("writing"), new_folder(order.out, order.overwrite, work.result) as folder:
             checksums = assemble_weights(streamed, plan, work, folder, lambda at, total: report("writing", at, total))
-            quantization = HalfplateConfig.from_specs(plan.specs)
+            quantization = HalfplateConfig.from_specs(plan.specs, bool(experts_of(streamed.model)))
             write_configuration(streamed.model, load_tokenizer(source), folder, source.other_dtype, quantization)
             copy_companions(source.path, folder)
             identity = {key: order.identity[key] for key in RECORDED if key in order.identity}
@@ -259,6 +261,7 @@ def _summary(out: Path, result: Result) -> dict[str, Any]:
         "source_nbytes": plan.source_nbytes,
         "mean_relative_error": sum(errors) / len(errors),
         "error_kind": outcome.records[0].error_kind,
+        "tokens_per_expert": tokens_per_expert({record.name: record.tokens for record in outcome.records}) or None,
         "tuned_blocks": _tuned(outcome),
         "without_kernel": plan.without_kernel,
         "levels": _levels(plan) if plan.recipe.budgeted else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear
 from halfplate.formats.sharing import sharing_groups
 from halfplate.methods.solving import MatrixRecord
+from halfplate.models.experts import ExpertStage
 from halfplate.recovery.block import BlockTuning, TunedBlock, tune_block
 from halfplate.statistics import InputStatistics
 from halfplate.storage.artifact import Artifact, load_artifact, remove_artifact, save_artifact
@@ -60,6 +62,7 @@ class _Begun:
     done: the artifact of each matrix, including matrices that are not solved yet.
     solving: the records of each task.
     files: of statistics, removed when all matrices are solved.
+    folders: of the inputs of experts, removed then, too.
     matrices: number of matrices that may still be queued.
     """
 
@@ -67,6 +70,7 @@ class _Begun:
     done: dict[str, Path] = field(default_factory=dict)
     solving: list[Iterator[list[MatrixRecord]]] = field(default_factory=list)
     files: set[Path] = field(default_factory=set)
+    folders: set[Path] = field(default_factory=set)
     matrices: int = 0
 
 
@@ -78,6 +82,8 @@ class _Loop:
         self.method = run.plan.job.method
         self.names, self.last, self.specs = run.names, run.last, run.plan.layer_specs
         self.leaders = {name: group[0] for group in sharing_groups(self.specs) for name in group}
+        # What is solved as one and written to one artifact: the matrices that share a wrapper, or those of an expert.
+        self.units = dict(self.leaders)
         self.weights = {name: spec.d_out * spec.d_in for name, spec in self.specs.items()}
         self.records: dict[str, MatrixRecord] = {}
         self.tuned: dict[int, TunedBlock] = {}
@@ -128,8 +134,11 @@ class _Loop:
             with self.run.clock("statistics"):
                 self.streams.reach(layer)
         for stage, statistics in self._stages(layer, begun.done):
+            if isinstance(stage, ExpertStage):
+                self._solve_experts(begun, stage)
             with self.run.clock("solving"):
-                self._solve(begun, stage, statistics)
+                if not isinstance(stage, ExpertStage):
+                    self._solve(begun, stage, statistics)
                 if not self.apart:
                     self._settle(begun)
         if self.apart and self.streams.names:
@@ -153,18 +162,28 @@ class _Loop:
                 # Tuning has already computed the original hidden states.
                 self.streams.pass_by(layer, (COMPRESSED,) if tuned is not None else None)
         for name in self.names[layer]:
-            remove_artifact(self.run.work.matrix(name))
+            remove_artifact(self.run.work.matrix(self.units[name]))
         self.tell({"event": "block", "block": layer} | ({} if tuned is None else asdict(tuned)))
 
-    def _stages(self, layer: int, done: dict[str, Path]) -> Iterator[tuple[list[str], dict[str, InputStatistics]]]:
-        """Groups of linears of a layer, each with its statistics, which are collected after the earlier groups are compressed."""
+    def _stages(
+        self, layer: int, done: dict[str, Path]
+    ) -> Iterator[tuple[list[str] | ExpertStage, dict[str, InputStatistics]]]:
+        """Groups of linears of a layer, each with its statistics, which are collected after the earlier groups are compressed.
+
+        Experts have none, because each one collects its own.
+        """
         names = self.names[layer]
         if not names or not self.streams.names:
             yield names, {}
             return
+        for experts in self.streams.expert_stages(layer).values():
+            self.units |= {name: experts.unit(number) for number, own in experts.experts.items() for name in own}
         with self.run.clock("statistics"):
             stages = self.streams.stages(layer, done)
         for stage in stages:
+            if isinstance(stage, ExpertStage):
+                yield stage, {}
+                continue
             found = {name: artifact for name in stage if (artifact := self._kept(name)) is not None}
             if len(found) == len(stage):
                 done |= found
@@ -175,7 +194,7 @@ class _Loop:
 
     def _kept(self, name: str) -> Path | None:
         """The artifact of a matrix that was finished before the run was interrupted; None if there is none."""
-        path = self.run.work.matrix(self.leaders[name])
+        path = self.run.work.matrix(self.units[name])
         artifact = load_artifact(path)
         if artifact is None or self._damage(artifact) is not None:
             return None
@@ -200,6 +219,18 @@ class _Loop:
         begun.matrices += len(tasks)
         begun.done |= {name: self.run.work.matrix(self.leaders[name]) for name in stage}
 
+    def _solve_experts(self, begun: _Begun, stage: ExpertStage) -> None:
+        """Submit the experts of a module to the engine; those that were finished before an interruption are kept."""
+        left = [number for number, names in stage.experts.items() if self._kept(names[0]) is None]
+        if left:
+            with self.run.clock("statistics"):
+                tasks = self.streams.expert_tasks(begun.layer, stage, begun.done, left)
+            begun.folders.add(self.run.work.experts(stage.module))
+            begun.files |= {task.everything[0] for task in tasks if isinstance(task.everything, tuple)}
+            begun.solving.append(self.run.engine.run(tasks))
+            begun.matrices += len(stage.names)
+        begun.done |= {name: self.run.work.matrix(self.units[name]) for name in stage.names}
+
     def _settle(self, begun: _Begun) -> None:
         """Wait for the matrices that the engine solves."""
         for results in begun.solving:
@@ -209,7 +240,9 @@ class _Loop:
                     self.tell(record.facts() | {"block": begun.layer})
         for path in begun.files:
             remove_artifact(path)
-        begun.solving, begun.files = [], set()
+        for folder in begun.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        begun.solving, begun.files, begun.folders = [], set(), set()
 
     def _left_in_files(self, given: dict[str, InputStatistics]) -> dict[str, tuple[Path, str]]:
         """Write the statistics of each input to a file once, and return the file for each matrix."""

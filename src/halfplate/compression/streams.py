@@ -7,12 +7,16 @@ from pathlib import Path
 
 from halfplate.calibration import BATCH, input_stages
 from halfplate.calibration.collect import StageSums
+from halfplate.calibration.experts import ORIGINAL, OWN, ExpertInputs
+from halfplate.compression.experts import AllTokens, RecordExperts, SolveExpert
 from halfplate.compression.hidden_states import Arguments, Batches, HiddenStates
 from halfplate.compression.kept_statistics import load_sums
+from halfplate.compression.open_layer import LayerView
 from halfplate.compression.run import Run
 from halfplate.compression.task_memory import memory_to_collect, memory_to_run
 from halfplate.compression.tasks import CollectSums, RunLayer
 from halfplate.compression.token_arguments import TokenArguments
+from halfplate.models.experts import ExpertStage, expert_stages, experts_of
 from halfplate.models.handover import BlockArguments, differing
 from halfplate.statistics import InputStatistics
 from halfplate.storage.artifact import remove_artifact
@@ -141,13 +145,77 @@ class Streams:
         _, length, width = self._shape
         return memory_to_run([self.run.plan.specs[name] for name in self.run.names[layer]], BATCH * length * width)
 
-    def stages(self, layer: int, done: Mapping[str, Path]) -> list[list[str]]:
-        """The linears of a layer in groups, in the order in which their inputs become final."""
-        names = self.run.names[layer]
+    def stages(self, layer: int, done: Mapping[str, Path]) -> list[list[str] | ExpertStage]:
+        """The linears of a layer in groups, in the order in which their inputs become final; all experts of a module are one."""
+        experts = self.expert_stages(layer)
+        inside = {name for stage in experts.values() for name in stage.names}
+        names = [name for name in self.run.names[layer] if name not in inside]
         if self.recipe.inputs == "dense":
-            return [names]
+            return [*([names] if names else []), *experts.values()]
         blockwise, _ = self.run.layers.open(self.run.view(layer, done), dense=DENSE in self.names)
-        return input_stages(blockwise, layer, self.batches(COMPRESSED, layer)[0], names)
+        found: list[list[str] | ExpertStage] = []
+        for stage in input_stages(blockwise, layer, self.batches(COMPRESSED, layer)[0], [*names, *experts]):
+            plain = [name for name in stage if name not in experts]
+            found += [plain] if plain else []
+            found += [experts[name] for name in stage if name in experts]
+        return found
+
+    def _view(self, layer: int, done: Mapping[str, Path]) -> LayerView:
+        """The layer whose inputs are collected: with the matrices in `done`, or the original one if its inputs are those of the original model."""
+        return self.run.view(layer, {} if self.recipe.inputs == "dense" else done)
+
+    def expert_stages(self, layer: int) -> dict[str, ExpertStage]:
+        """The experts of a layer, by module."""
+        model = self.run.layers.model(self.run.view(layer, {})).model
+        return expert_stages(self.run.names[layer], list(experts_of(model)))
+
+    def expert_tasks(
+        self, layer: int, stage: ExpertStage, done: Mapping[str, Path], left: Sequence[int]
+    ) -> list[SolveExpert]:
+        """Record the inputs of the experts of a layer in which the matrices in `done` are compressed; returns the tasks of the experts `left`."""
+        hidden = self.hidden(COMPRESSED if COMPRESSED in self.names else DENSE, layer)
+        dense = self.hidden(DENSE, layer) if self.corrected else None
+        view, job, engine = self._view(layer, done), self.run.plan.job, self.run.engine
+        memory = self._memory_to_run(layer)
+        inputs = ExpertInputs(
+            self.run.work.experts(stage.module), hidden.batches, (OWN,) if dense is None else (OWN, ORIGINAL)
+        )
+        for _ in engine.run(
+            [
+                RecordExperts(
+                    view,
+                    stage.module,
+                    hidden,
+                    dense,
+                    self._arguments[layer],
+                    sum(chunks, ()),
+                    inputs,
+                    memory,
+                    self._own,
+                )
+                for chunks in self._shares()
+            ]
+        ):
+            pass
+        out = self.run.work.scratch / f"all-{stage.module}.safetensors" if engine.elsewhere else None
+        (everything,) = engine.run([AllTokens(view, stage.module, inputs, job.statistic, self._limit, out, memory)])
+        return [
+            SolveExpert(
+                view,
+                stage.module,
+                number,
+                {name: self.run.plan.specs[name] for name in stage.experts[number]},
+                job.method,
+                self.recipe.cross_damping,
+                inputs,
+                everything,
+                job.statistic,
+                self._limit,
+                self.recipe.inputs == "compressed",
+                self.run.work.matrix(stage.unit(number)),
+            )
+            for number in left
+        ]
 
     def collect(self, layer: int, stage: list[str], done: Mapping[str, Path]) -> dict[str, InputStatistics]:
         """Statistics of the linears `stage` of a layer in which the matrices in `done` are compressed."""
@@ -157,7 +225,7 @@ class Streams:
         memory = self._memory_to_run(layer) + memory_to_collect(specs, self.run.plan.job.statistic)
         tasks = [
             CollectSums(
-                self.run.view(layer, done),
+                self._view(layer, done),
                 tuple(stage),
                 self.run.plan.job.statistic,
                 self._limit,

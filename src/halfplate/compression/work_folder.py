@@ -29,6 +29,10 @@ class WorkFolder:
     def matrix(self, name: str) -> Path:
         return self.path / "matrices" / f"{name}.safetensors"
 
+    def experts(self, module: str) -> Path:
+        """The folder of the recorded inputs of an experts module."""
+        return self.path / "experts" / module
+
     def remove_hidden(self) -> None:
         """Delete the hidden states between two layers, which can be computed again."""
         shutil.rmtree(self.path / "hidden", ignore_errors=True)

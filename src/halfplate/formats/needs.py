@@ -13,20 +13,21 @@ from halfplate.version import package_version
 
 # Part of version 1, so every reader has them.
 FIRST_QUANTIZERS = ("int8", "int4", "int3", "int2")
+LINEAR_EXPERTS = "layout linear-experts"  # experts are stored one by one, as `….experts.17.gate_proj` (docs/format.md)
+LAYOUTS = (LINEAR_EXPERTS,)
 KINDS: dict[str, Registry[Any]] = {"part": PARTS, "quantizer": QUANTIZERS}
 
 
-def needs_of(specs: Iterable[WeightSpec]) -> dict[str, str]:
-    """The package and version that reads each later part (`part NAME`) and quantizer (`quantizer NAME`) of `specs`."""
+def needs_of(specs: Iterable[WeightSpec], layouts: Iterable[str] = ()) -> dict[str, str]:
+    """The package and version that reads each later part (`part NAME`) and quantizer (`quantizer NAME`) of `specs`, and each of `layouts`."""
     names = {
         *(("part", extra.name) for spec in specs for extra in spec.parts),
         *(("quantizer", spec.core_dtype) for spec in specs),
     }
     known = {*(("part", name) for name in FIRST), *(("quantizer", name) for name in (*STORED, *FIRST_QUANTIZERS))}
-    return {
-        f"{kind} {name}": KINDS[kind].package(name) or f"halfplate {package_version()}"
-        for kind, name in sorted(names - known)
-    }
+    ours = f"halfplate {package_version()}"
+    found = {f"{kind} {name}": KINDS[kind].package(name) or ours for kind, name in sorted(names - known)}
+    return found | dict.fromkeys(layouts, ours)
 
 
 def check_known(needs: Any) -> None:
@@ -37,6 +38,8 @@ def check_known(needs: Any) -> None:
         )
     for what, package in needs.items():
         kind, _, name = str(what).partition(" ")
+        if what in LAYOUTS:
+            continue
         if kind not in KINDS or name not in KINDS[kind]:
             raise HalfplateError(
                 f"quantization_config.needs: halfplate {package_version()} does not know the {what} of this checkpoint, which {package} wrote; "

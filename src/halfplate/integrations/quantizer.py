@@ -20,6 +20,7 @@ from halfplate.checkpoint.weights import check_layout, headers_of
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedMatrix, WeightSpec, check_stored, connect, dense_module, stand_in
 from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.models.experts import experts_of, joined_experts, linear_experts
 from halfplate.storage.tensor_file import StoredTensor
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class HalfplateQuantizer(HfQuantizer):
 
         self._conv1d = as_linears(model)
         specs = self.quantization_config.specs
+        if self.quantization_config.linear_experts:
+            linear_experts(model)
         found = headers_of(map(Path, checkpoint_files)) if checkpoint_files else None
         if found is not None:
             check_layout(found, specs)
@@ -145,7 +148,8 @@ class HalfplateQuantizer(HfQuantizer):
 
         self._conv1d = as_linears(model)
         specs, self.record = compress_in_place(model, self._source, self.quantization_config.recipe)
-        self.quantization_config.modules = HalfplateConfig.from_specs(specs).modules
+        made = HalfplateConfig.from_specs(specs, bool(experts_of(model)))
+        self.quantization_config.modules, self.quantization_config.needs = made.modules, made.needs
         self.quantization_config.recipe = None
         self.pre_quantized = True
 
@@ -163,6 +167,7 @@ class HalfplateQuantizer(HfQuantizer):
             if module.spec.same_as is None:
                 model.set_submodule(name, dense_module(module, dtype or module.dtype))
         _tie_again(model, {name: module.spec.same_as for name, module in compressed.items() if module.spec.same_as})
+        joined_experts(model)
         as_conv1d(model, self._conv1d)
         # What was dense before has the type it was loaded in, a merged adapter fp32; products need one type. Buffers keep theirs.
         for parameter in model.parameters():

@@ -23,6 +23,7 @@ class MatrixRecord:
     relative_error: squared output error relative to that of a zero matrix, weighted as `error_kind` says: by `gram` (the true output
         error), by its `diagonal`, or unweighted (`weight`).
     losses: the solver's objective by iteration.
+    tokens: calibration tokens that were routed to the expert of this matrix; None for other matrices, which see all.
     """
 
     name: str
@@ -30,16 +31,23 @@ class MatrixRecord:
     error_kind: str
     losses: tuple[float, ...]
     seconds: float
+    tokens: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The entry in the checkpoint, without times, so that equal runs give equal files."""
-        return {"relative_error": self.relative_error, "error_kind": self.error_kind, "losses": list(self.losses)}
+        tokens = {} if self.tokens is None else {"tokens": self.tokens}
+        return {
+            "relative_error": self.relative_error,
+            "error_kind": self.error_kind,
+            "losses": list(self.losses),
+        } | tokens
 
     @classmethod
     def from_json(cls, name: str, entry: Mapping[str, Any]) -> "MatrixRecord":
         """The record for an entry of `to_json`, with `seconds` if they are known."""
         losses = tuple(float(loss) for loss in entry["losses"])
-        return cls(name, entry["relative_error"], entry["error_kind"], losses, entry.get("seconds", 0.0))
+        seconds, tokens = entry.get("seconds", 0.0), entry.get("tokens")
+        return cls(name, entry["relative_error"], entry["error_kind"], losses, seconds, tokens)
 
     def facts(self) -> dict[str, Any]:
         """The facts for the log and trackers."""
@@ -51,6 +59,7 @@ class MatrixRecord:
             "error_kind": self.error_kind,
             **ends,
             "iterations": max(len(self.losses) - 1, 0),
+            **({} if self.tokens is None else {"tokens": self.tokens}),
             "seconds": round(self.seconds, 3),
         }
 

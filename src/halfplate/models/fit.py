@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from halfplate.errors import HalfplateError
 from halfplate.models.conv1d import shapes_in_files
+from halfplate.models.experts import expert_tensors
+from halfplate.models.experts.stored import joined_names
 from halfplate.models.linears import find_blocks
 from halfplate.storage.tensor_file import KINDS, PIECE, DamagedFile, StoredTensor, read_tensor
 
@@ -27,6 +30,22 @@ LAYER_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", 
 NAMED_AT_ONCE = 3
 
 
+@dataclass(frozen=True)
+class Matched:
+    """The tensors of a model among those of its files.
+
+    found: those that can be read one by one, by their name in the model.
+    made: names in the model of those that a conversion of transformers makes.
+    extra: stored names that the model does not have, with the names after renaming.
+    misshapen: tensors of all experts of a layer with another shape than the model's, by name: both shapes.
+    """
+
+    found: Mapping[str, StoredTensor]
+    made: Collection[str]
+    extra: Mapping[str, str]
+    misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
 def names_in_model(model: PreTrainedModel, names: Collection[str]) -> dict[str, tuple[str, str | None]]:
     """The name in the model of each stored name, and the conversion of its values, as transformers defines them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -35,7 +54,7 @@ def names_in_model(model: PreTrainedModel, names: Collection[str]) -> dict[str, 
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    prefix, meta = model.base_model_prefix, model.state_dict()
+    prefix, meta = model.base_model_prefix, {**model.state_dict(), **joined_names(model)}
     found: dict[str, tuple[str, str | None]] = {}
     # In the order of transformers, because a renaming may depend on earlier names.
     for name in names:
@@ -56,6 +75,19 @@ def converters_by_pattern(model: PreTrainedModel) -> dict[str, Any]:
     return {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
 
+def match(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> Matched:
+    """Find the tensors of a model among the stored `tensors`; the experts of `model` are linears, however they are stored."""
+    renamed = names_in_model(model, tensors)
+    experts = expert_tensors(model, renamed, converters_by_pattern(model), tensors)
+    others = {stored: entry for stored, entry in renamed.items() if stored not in experts.stored}
+    expected = model.state_dict(keep_vars=True).keys()
+    found = {key: tensors[stored] for stored, (key, pattern) in others.items() if pattern is None}
+    made = _made(model, [(key, pattern) for key, pattern in others.values() if pattern is not None])
+    extra = {stored: key for stored, (key, _) in others.items() if key not in expected}
+    extra |= {stored: renamed[stored][0] for stored in experts.beyond}
+    return Matched(found | experts.found, made | experts.made, dict(sorted(extra.items())), experts.misshapen)
+
+
 def check_fit(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
     """Compare the stored `tensors` with an empty `model`; returns notes on tensors that are not part of the model.
 
@@ -63,16 +95,15 @@ def check_fit(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTen
     Raises HalfplateError for tensors that are missing, have the wrong shape or type, or that the model does not have although
     they would matter.
     """
-    renamed = names_in_model(model, tensors)
     expected = shapes_in_files(model)
-    found = {key: tensors[stored] for stored, (key, pattern) in renamed.items() if pattern is None}
-    made = _made(model, [(key, pattern) for key, pattern in renamed.values() if pattern is not None])
-    extra = sorted(stored for stored, (key, _) in renamed.items() if key not in expected)
-    have = (found.keys() | made) & expected.keys()
-    _check_prefix(name, expected.keys() - have, extra)
-    notes = _left_over(name, model, {stored: (renamed[stored][0], tensors[stored]) for stored in extra})
-    tied = shared_names(model, expected, found).keys()
-    check_complete(name, model, expected, have | tied, found)
+    matched = match(model, tensors)
+    for key, (shape, asked) in matched.misshapen.items():
+        raise HalfplateError(_other_shape(name, key, shape, asked))
+    have = (matched.found.keys() | matched.made) & expected.keys()
+    _check_prefix(name, expected.keys() - have, list(matched.extra))
+    notes = _left_over(name, model, {stored: (key, tensors[stored]) for stored, key in matched.extra.items()})
+    tied = shared_names(model, expected, matched.found).keys()
+    check_complete(name, model, expected, have | tied, matched.found)
     return notes
 
 
@@ -99,10 +130,7 @@ def check_complete(
     for key in sorted(expected.keys() & found.keys()):
         stored, dtype = found[key], KINDS.get(found[key].kind)
         if stored.shape != expected[key]:
-            raise HalfplateError(
-                f"model={name!r}: {key} has shape {stored.shape} in its file, config.json asks for {expected[key]}; "
-                "download the model again"
-            )
+            raise HalfplateError(_other_shape(name, key, stored.shape, expected[key]))
         if dtype is None:
             raise HalfplateError(
                 f"model={name!r}: {key} is stored as {stored.kind}, expected plain numbers; pass an unquantised model"
@@ -128,6 +156,12 @@ def check_complete(
     )
 
 
+def _other_shape(name: str, key: str, shape: tuple[int, ...], asked: tuple[int, ...]) -> str:
+    return (
+        f"model={name!r}: {key} has shape {shape} in its file, config.json asks for {asked}; download the model again"
+    )
+
+
 def shared_names(
     model: PreTrainedModel, expected: Collection[str], found: Mapping[str, StoredTensor]
 ) -> dict[str, str]:
@@ -150,9 +184,7 @@ def stored_apart(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) ->
     tied = (model.all_tied_weights_keys or {}).items()
     if not tied:
         return []
-    found = {
-        key: tensors[stored] for stored, (key, pattern) in names_in_model(model, tensors).items() if pattern is None
-    }
+    found = match(model, tensors).found
     return [
         (target, origin)
         for target, origin in tied

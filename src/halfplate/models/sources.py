@@ -28,6 +28,7 @@ from halfplate.models.configuration import (
     read_generation_config,
 )
 from halfplate.models.conv1d import as_linears
+from halfplate.models.experts import linear_experts
 from halfplate.models.fit import check_fit, further_tensors, stored_apart
 from halfplate.models.reading import reading
 from halfplate.models.trust import bounded, check_counts, check_folder, check_parameters, count_tensors, read_json_file
@@ -127,10 +128,11 @@ def open_source(name: str) -> Source:
     return _open_folder(name, "hub", _download(name))
 
 
-def skeleton(source: Source, buffers: bool = False) -> "PreTrainedModel":
-    """The model on the meta device: names and shapes of all tensors, without values.
+def skeleton(source: Source, buffers: bool = False, joined: bool = False) -> "PreTrainedModel":
+    """The model on the meta device: names and shapes of all tensors, without values. Experts are linears (halfplate.models.experts).
 
     buffers: give values to computed buffers, such as the frequencies of rotary embeddings.
+    joined: keep experts in 3-D tensors, as transformers holds them.
     Raises HalfplateError if transformers cannot build the model, or if it is larger than its files.
     """
     from accelerate import init_empty_weights
@@ -147,6 +149,8 @@ def skeleton(source: Source, buffers: bool = False) -> "PreTrainedModel":
     check_parameters(source.name, sum(parameter.numel() for parameter in empty.parameters()), room)
     if source.gguf_header is None and empty.can_generate():
         empty.generation_config = read_generation_config(source.name, source.path) or empty.generation_config
+    if not joined:
+        linear_experts(empty)
     return empty
 
 

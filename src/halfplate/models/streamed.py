@@ -16,7 +16,7 @@ from halfplate.formats.plain import is_plain_linear
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.models.conv1d import shapes_in_files, transposed_weights
 from halfplate.models.data_reads import stated_reads
-from halfplate.models.fit import check_complete, names_in_model, shared_names
+from halfplate.models.fit import check_complete, match, shared_names
 from halfplate.models.sources import Source, skeleton
 from halfplate.storage.tensor_file import DamagedFile, StoredTensor, read_tensor
 
@@ -211,4 +211,4 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
 def _named_as_in_model(model: PreTrainedModel, source: Source) -> dict[str, StoredTensor]:
     if source.in_model_form:
         return dict(source.tensors)
-    return {name: source.tensors[stored] for stored, (name, _) in names_in_model(model, source.tensors).items()}
+    return dict(match(model, source.tensors).found)

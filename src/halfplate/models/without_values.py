@@ -10,13 +10,18 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from halfplate.models.experts.module import experts_of, without_experts
+
 # The only way to run experts in which shapes do not depend on the chosen experts.
 EXPERTS = "batched_mm"
 
 
 @contextmanager
-def run_without_values(model: nn.Module) -> Iterator[None]:
-    """Context manager in which `model`, on the meta device, runs as long as it needs no values. Failures raise without printing."""
+def run_without_values(model: nn.Module, each_expert: bool = False) -> Iterator[None]:
+    """Context manager in which `model`, on the meta device, runs as long as it needs no values. Failures raise without printing.
+
+    each_expert: run every expert that is made of linears; there may be hundreds in a layer, so by default none of them runs.
+    """
     # torch logs a traceback before it raises.
     loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch._subclasses.fake_utils")]
     told = [logger.level for logger in loggers]
@@ -28,7 +33,8 @@ def run_without_values(model: nn.Module) -> Iterator[None]:
         for config, chosen in before:
             if chosen is not None:
                 config._experts_implementation_internal = EXPERTS
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        idle = [] if each_expert else list(experts_of(model).values())
+        with FakeTensorMode(allow_non_fake_inputs=True), without_experts(idle):
             yield
     finally:
         for logger, level in zip(loggers, told, strict=True):

@@ -40,6 +40,14 @@ class DiskPlan:
         return self.result + self.work
 
 
+def recorded_nbytes(sizes: ModelSizes, job: Job) -> int:
+    """Bytes of the recorded inputs of the experts of a layer, from which each expert reads those of its tokens; 0 without experts."""
+    if sizes.experts is None or not job.runs_text:
+        return 0
+    streams = 2 if job.corrects else 1
+    return FP32 * job.recipe.samples * job.recipe.seq_len * streams * (sizes.experts.hidden + sizes.experts.chosen)
+
+
 def disk_plan(
     sizes: ModelSizes,
     specs: Sequence[WeightSpec],
@@ -58,11 +66,11 @@ def disk_plan(
     if job.runs_text:
         # Of two neighbouring layers while one is written, and all further values per token that layers receive.
         values = 2 * job.streams * (sizes.hidden + sizes.beside) + sizes.arguments
-        hidden = FP32 * recipe.samples * recipe.seq_len * values
+        hidden = FP32 * recipe.samples * recipe.seq_len * values + recorded_nbytes(sizes, job)
         if workers > 1 and job.statistic >= Statistic.GRAM:
             kinds = 2 if job.corrects else 1
             chunks = min(CHUNKS, -(-recipe.samples // BATCH))
-            statistics = FP64 * max(sizes.stages) ** 2 * kinds * (chunks + 1)
+            statistics = FP64 * max(sizes.stages, default=0) ** 2 * kinds * (chunks + 1)
     # Matrices are kept until their layer is complete, so those of one layer are stored twice.
     twice = FP32 * sizes.block
     return DiskPlan(result, transformed, result + twice, hidden, statistics)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from halfplate.calibration.collect import BATCH
+from halfplate.calibration.experts import ROWS
 from halfplate.calibration.self_text import CACHE_BYTES, sequences_at_once
 from halfplate.calibration.text import TOKEN_NBYTES
 from halfplate.formats.spec import WeightSpec
 from halfplate.headroom import memory
 from halfplate.job import Job
-from halfplate.planning.sizes import ModelSizes
+from halfplate.planning.sizes import ExpertSizes, ModelSizes
 from halfplate.recipe import Recipe
 from halfplate.runtime.prepare import bf16_kernels
 from halfplate.solvers.target import correcting_nbytes
@@ -65,8 +66,8 @@ def sampling_room(sizes: ModelSizes, device: str) -> tuple[int, int]:
 
 
 def memory_bound(sizes: ModelSizes, job: Job) -> int:
-    """2 decoder layers in fp32, the weights outside the layers, one layer's Gram matrices and cross moments, and 1.5 GB."""
-    grams = sum(_gram_nbytes(width, job) for width in sizes.stages)
+    """2 decoder layers in fp32, the weights outside the layers, one layer's Gram matrices and cross moments, those of one expert, and 1.5 GB."""
+    grams = sum(_gram_nbytes(width, job) for width in sizes.stages) + _expert_grams(sizes, job)
     return FP32 * (2 * sizes.block + sizes.outer) + grams + ALLOWANCE
 
 
@@ -112,11 +113,13 @@ def memory_plan(
         phases["embedding and head"] = base + max(collecting, (2 * FP32 + 2) * most + SOLVING_ROWS)
     solve = max(solving_memory(job, spec) for spec in set(specs))
     phases["solving"] = base + blocks + _stage(sizes, job) + solve
+    if sizes.experts is not None and runs:
+        phases["experts"] = base + blocks + _expert_task(sizes.experts, job) + _expert_grams(sizes, job) + solve
     if recipe.tune_block:
         phases["tuning"] = base + 7 * block + BATCH * recipe.seq_len * FP32 * (20 * sizes.hidden + 8 * sizes.ffn)
     if workers > 1:
         # Each worker has its task, and the caller the sums of a stage and of one batch.
-        each = max(phases["solving"], phases.get("statistics", 0))
+        each = max(phases["solving"], phases.get("statistics", 0), phases.get("experts", 0))
         phases["workers"] = phases["solving"] - solve + workers * each
     loaded = [*specs, *tables]
     checking = _loaded(sizes, loaded) if check_loads_whole(sizes, loaded, job) else 0
@@ -151,8 +154,22 @@ def _gram_nbytes(width: int, job: Job) -> int:
 def _stage(sizes: ModelSizes, job: Job, collecting: bool = False) -> int:
     """The Gram matrices held at once, and during collection also the sums of a chunk and the products of a batch."""
     grams = [_gram_nbytes(width, job) for width in sizes.stages]
-    held = sum(grams) if job.recipe.inputs == "dense" else max(grams)
-    return held + (held + max(grams) // 2 if collecting else 0)
+    largest = max(grams, default=0)
+    held = sum(grams) if job.recipe.inputs == "dense" else largest
+    return held + (held + largest // 2 if collecting else 0)
+
+
+def _expert_grams(sizes: ModelSizes, job: Job) -> int:
+    """The Gram matrices of one expert at a time: of all tokens, of its own, and those of its down projection."""
+    if sizes.experts is None:
+        return 0
+    return 2 * _gram_nbytes(sizes.experts.hidden, job) + 2 * _gram_nbytes(sizes.experts.inner, job)
+
+
+def _expert_task(experts: ExpertSizes, job: Job) -> int:
+    """The weights of one expert, original and multiplied out, and the rows whose products are added at once."""
+    rows = 2 * ROWS * (2 * experts.hidden + 4 * experts.inner) * (2 if job.corrects else 1)
+    return FP32 * (3 * experts.values + rows)
 
 
 def _sampling(sizes: ModelSizes, recipe: Recipe, room: int | None = None) -> int:

@@ -10,13 +10,14 @@ from typing import Any
 
 from halfplate.formats.spec import WeightSpec
 from halfplate.job import Job
-from halfplate.planning.disk import DiskPlan
+from halfplate.planning.disk import DiskPlan, recorded_nbytes
 from halfplate.planning.memory import MemoryPlan
 from halfplate.planning.sizes import ModelSizes
 from halfplate.planning.speed import Speed
 from halfplate.planning.transforming import TransformPlan
 from halfplate.recipe import Recipe
 from halfplate.runtime.backends import without_kernel
+from halfplate.statistics import Statistic
 
 LEAST_SHARE = 0.5  # share of the decoder parameters below which a plan warns
 
@@ -149,6 +150,23 @@ class Plan:
         return wrapper_share(Counter(self.layer_specs.values()))
 
     @property
+    def experts(self) -> dict[str, int] | None:
+        """How experts are solved: their number, and the bytes and passes that their statistics take. None without experts."""
+        sizes = self.sizes.experts
+        if sizes is None:
+            return None
+        grams = 0 if self.job.statistic < Statistic.GRAM else 8 * (sizes.hidden**2 + sizes.inner**2)
+        return {
+            "layers": sizes.layers,
+            "per_layer": sizes.experts,
+            "per_token": sizes.chosen,
+            "at_once": 1,
+            "passes": sizes.experts if self.job.runs_text else 0,
+            "recorded_bytes": recorded_nbytes(self.sizes, self.job),
+            "gram_bytes": grams * (2 if self.job.corrects else 1),
+        }
+
+    @property
     def decoder_share(self) -> float:
         """Parameters of the matrices to compress over those of all decoder layers."""
         return sum(spec.d_out * spec.d_in for spec in self.layer_specs.values()) / sum(self.sizes.blocks)
@@ -191,6 +209,7 @@ class Plan:
             "wrapper_share": self.wrapper_share,
             "without_kernel": self.without_kernel,
             "decoder_share": self.decoder_share,
+            "experts": self.experts,
             "warnings": self.warnings,
             "flops": self.flops,
             "seconds": seconds,

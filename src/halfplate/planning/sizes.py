@@ -14,9 +14,40 @@ from transformers import PreTrainedModel
 from halfplate.calibration.collect import input_stages
 from halfplate.calibration.self_text import token_nbytes
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
+from halfplate.models.experts import experts_of
 from halfplate.models.handover import hands_on
 from halfplate.models.linears import FoundLinear, find_blocks
 from halfplate.models.without_values import run_without_values
+
+# Names that configurations give to the number of experts for each token; 2 if there is none of them.
+CHOSEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "num_selected_experts",
+    "top_k_experts",
+)
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """The experts that are compressed, of the layer where they are largest.
+
+    layers: number of layers with experts.
+    experts: their number in this layer.
+    chosen: experts of a token.
+    hidden, inner: values of the input of an expert, and of its down projection.
+    values: weights of one expert.
+    """
+
+    layers: int
+    experts: int
+    chosen: int
+    hidden: int
+    inner: int
+    values: int
+
 
 # Samples and length of a placeholder text; tensors are unlikely to have other sides of these sizes.
 TEXT = (3, 7)
@@ -33,6 +64,7 @@ class ModelSizes:
     stages: d_in of every distinct input of the linears in a layer, in the order of use; of the layer where they are largest.
     beside: values per token that pass from layer to layer beyond one hidden state.
     arguments: values per token among the arguments of all layers.
+    experts: those that are compressed; their inputs are not among the stages. None without experts.
     """
 
     blocks: tuple[int, ...]
@@ -46,6 +78,7 @@ class ModelSizes:
     stages: tuple[int, ...]
     beside: int = 0
     arguments: int = 0
+    experts: ExpertSizes | None = None
 
     @property
     def parameters(self) -> int:
@@ -60,15 +93,16 @@ class ModelSizes:
 def sizes_of(dense: PreTrainedModel, linears: list[FoundLinear], seq_len: int) -> ModelSizes:
     """The sizes of a model on the meta device; linears: those to compress; seq_len: tokens per calibration sequence."""
     _, blocks = find_blocks(dense)
-    inside = [_values(block) for block in blocks]
+    each = [_values(block) for block in blocks]
     whole = _values(dense)
     output, embedding = dense.get_output_embeddings(), dense.get_input_embeddings()
     vocabulary, hidden = embedding.weight.shape  # type: ignore[misc,union-attr]
-    stages, between, arguments = _run_without_values(dense, linears)
+    inside, experts = _experts(dense, linears)
+    stages, between, arguments = _run_without_values(dense, [one for one in linears if one.name not in inside])
     tied = output is None or any(parameter is embedding.weight for parameter in output.parameters())
     return ModelSizes(
-        blocks=tuple(inside),
-        outer=whole - sum(inside),
+        blocks=tuple(each),
+        outer=whole - sum(each),
         head=0 if tied else _values(output),
         largest=max(parameter.numel() for parameter in dense.parameters()),
         hidden=hidden,
@@ -78,12 +112,34 @@ def sizes_of(dense: PreTrainedModel, linears: list[FoundLinear], seq_len: int) -
         stages=stages,
         beside=max(0, between - hidden),
         arguments=arguments,
+        experts=experts,
     )
+
+
+def _experts(dense: PreTrainedModel, linears: list[FoundLinear]) -> tuple[set[str], ExpertSizes | None]:
+    """The names of the linears of experts, and their sizes."""
+    modules = experts_of(dense)
+    inside = {one.name: one for one in linears if one.name.rsplit(".", 2)[0] in modules}
+    if not inside:
+        return set(), None
+    config = dense.config.get_text_config()
+    chosen = next((count for name in CHOSEN if isinstance(count := getattr(config, name, None), int)), 2)
+    found = []
+    for module in {name.rsplit(".", 2)[0] for name in inside}:
+        expert = modules[module].expert(0)
+        shapes = {leaf: expert.get_parameter(f"{leaf}.weight").shape for leaf in modules[module].layout.linears}
+        hidden, inner = shapes["down_proj"]
+        found.append((modules[module].layout.experts, hidden, inner, sum(map(prod, shapes.values()))))
+    number, hidden, inner, values = max(found, key=lambda sizes: sizes[0] * sizes[3])
+    layers = len({one.block for one in inside.values()})
+    return set(inside), ExpertSizes(layers, number, min(chosen, number), hidden, inner, values)
 
 
 def _run_without_values(dense: PreTrainedModel, linears: list[FoundLinear]) -> tuple[tuple[int, ...], int, int]:
     """The d_in of every distinct input in the layer where they are largest, and the values per token that pass between layers."""
     by_block: dict[int, list[FoundLinear]] = {}
+    if not linears:
+        return (), dense.config.get_text_config().hidden_size, 0
     for linear in linears:
         by_block.setdefault(linear.block, []).append(linear)
     block = max(by_block, key=lambda index: (sum(linear.d_in**2 for linear in by_block[index]), -index))
@@ -111,7 +167,7 @@ def _run_without_values(dense: PreTrainedModel, linears: list[FoundLinear]) -> t
 
 def shared_inputs(dense: PreTrainedModel, names: dict[int, list[str]]) -> list[list[str]]:
     """The linears `names` of each layer, grouped by shared input, found by a run on the meta device."""
-    with run_without_values(dense):
+    with run_without_values(dense, each_expert=True):
         return _stages(*_embedded(dense), names, [])
 
 

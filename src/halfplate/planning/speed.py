@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from halfplate.allocation.candidates import candidates
 from halfplate.calibration.collect import BATCH
+from halfplate.calibration.experts import SAMPLED
 from halfplate.calibration.self_text import sequences_at_once
 from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
@@ -113,9 +114,23 @@ def statistics_flops(sizes: ModelSizes, job: Job) -> float:
     tokens, blocks = recipe.samples * recipe.seq_len, len(sizes.blocks)
     # A run for the inputs of a stage ends there, halfway on average; with inputs of the original, one run collects all.
     runs = 2.0 if recipe.inputs == "dense" else streams * (1 + len(sizes.stages) / 2)
-    through = 2.0 * sum(sizes.blocks) + 4.0 * recipe.seq_len * sizes.hidden * blocks
+    experts = sizes.experts
+    idle = 0 if experts is None else experts.layers * (experts.experts - experts.chosen) * experts.values
+    through = 2.0 * max(sum(sizes.blocks) - idle, 0) + 4.0 * recipe.seq_len * sizes.hidden * blocks
     moments = sum(2.0 * width**2 for width in sizes.stages) * blocks if job.statistic >= Statistic.GRAM else 0.0
-    return tokens * (runs * through + moments * (2 if job.corrects else 1))
+    kinds = 2 if job.corrects else 1
+    return tokens * (runs * through + moments * kinds) + kinds * _expert_flops(sizes, job)
+
+
+def _expert_flops(sizes: ModelSizes, job: Job) -> float:
+    """Operations for the second moments of the inputs of all experts, and for running each one on a sample of all tokens."""
+    experts, tokens = sizes.experts, job.recipe.samples * job.recipe.seq_len
+    if experts is None or job.statistic < Statistic.GRAM:
+        return 0.0
+    routed = tokens * (1 + experts.chosen)
+    sampled = experts.experts * min(SAMPLED * experts.inner, tokens)
+    down = (tokens * experts.chosen + sampled) * (2.0 * experts.inner**2 + 2.0 * experts.values)
+    return experts.layers * (2.0 * routed * experts.hidden**2 + down)
 
 
 def _sampling_seconds(sizes: ModelSizes, source_nbytes: int, recipe: Recipe, speed: Speed) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from halfplate.calibration.routed import tokens_per_expert
 from halfplate.checkpoint.config import RECORD_FILE, read_record
 from halfplate.checkpoint.read import inspect_checkpoint, read_checked_headers
 from halfplate.errors import HalfplateError
@@ -33,7 +34,12 @@ KINDS = ("kept values", "positions", "scales", "wrappers")  # in the order of th
 
 @dataclass(frozen=True)
 class Matrix:
-    """One compressed matrix. block: its layer number, None if its name has none. kind: the last part of its name."""
+    """One compressed matrix.
+
+    block: its layer number, None if its name has none.
+    kind: the last part of its name.
+    tokens: calibration tokens that were routed to its expert, None outside experts.
+    """
 
     name: str
     block: int | None
@@ -45,6 +51,7 @@ class Matrix:
     relative_error: float | None
     losses: tuple[float, ...]
     seconds: float | None
+    tokens: float | None = None
 
     @property
     def alarm(self) -> str | None:
@@ -97,6 +104,11 @@ class Findings:
             answers=_answers(measures.get("answers")),
             against=text(measures.get("against")),
         )
+
+    @property
+    def routed(self) -> dict[str, float]:
+        """The calibration tokens of experts (`tokens_per_expert`); empty without experts."""
+        return tokens_per_expert({matrix.name: matrix.tokens for matrix in self.matrices})
 
     @property
     def mean_error(self) -> float | None:
@@ -257,6 +269,7 @@ def _matrix(entry: dict[str, Any], kept: dict[str, Any], seconds: dict[str, floa
         relative_error=number(entry["relative_error"]),
         losses=tuple(loss for loss in finite if loss is not None),
         seconds=seconds.get(name),
+        tokens=number(entry.get("tokens")),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from halfplate.calibration.routed import in_words
 from halfplate.checkpoint.folder import replace_file
 from halfplate.plain_text import visible
 from halfplate.report.findings import Findings, gather, number, text
@@ -174,6 +175,7 @@ def _facts(found: Findings) -> list[tuple[str, str]]:
             and f"{'text that the model generated itself' if source == 'self' else source}, {calibration.get('samples')} sequences of "
             f"{calibration.get('seq_len')} tokens ({tokens or 0:,.0f}), seed {calibration.get('seed')}",
         ),
+        ("Calibration tokens of an expert", in_words(found.routed) if found.routed else None),
         ("Transforms", ", ".join(found.recipe.transforms) if found.recipe is not None else None),
         ("Calibration tokens, SHA-256", text(calibration.get("sha256"))),
         ("Fingerprint of model and recipe", found.fingerprint),

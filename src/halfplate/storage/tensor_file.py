@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,42 @@ PIECE = 2**24  # bytes copied or hashed at once
 
 
 @dataclass(frozen=True)
+class Arrangement:
+    """How a matrix lies among the stored values that are read for it.
+
+    shape: of these values.
+    transposed: they are stored as (columns, rows).
+    first, end, step: its rows are those from `first` to before `end`, in steps of `step`.
+    """
+
+    shape: tuple[int, ...]
+    transposed: bool
+    first: int
+    end: int
+    step: int
+
+    def of(self, values: Tensor) -> Tensor:
+        """The matrix inside `values`, contiguous."""
+        rows = values.T if self.transposed else values
+        return rows[self.first : self.end : self.step].contiguous()
+
+
+@dataclass(frozen=True)
 class StoredTensor:
-    """The location of a tensor. kind: element type in safetensors' notation. start: its first byte in the file."""
+    """The location of a tensor.
+
+    kind: element type in safetensors' notation.
+    start: its first byte in the file.
+    nbytes: that are read for it.
+    arranged: how it lies among them, if they are not its values in order.
+    """
 
     path: Path
     kind: str
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    arranged: Arrangement | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,10 +159,23 @@ def _check_covered(path: Path, found: Mapping[str, StoredTensor], start: int, si
 
 def read_tensor(stored: StoredTensor) -> Tensor:
     """The values of a tensor in newly allocated memory; raises DamagedFile if the file has become shorter."""
-    tensor = torch.empty(stored.shape, dtype=KINDS[stored.kind], device="cpu")
+    shape = stored.shape if stored.arranged is None else stored.arranged.shape
+    tensor = torch.empty(shape, dtype=KINDS[stored.kind], device="cpu")
     with stored.path.open("rb", buffering=0) as file:
         _read_into(file.fileno(), stored.start, memoryview(_bytes(tensor)), stored.path)
-    return tensor
+    return tensor if stored.arranged is None else stored.arranged.of(tensor)
+
+
+def read_rows(stored: StoredTensor, rows: Tensor) -> Tensor:
+    """Some rows of a matrix in newly allocated memory. rows: int64 (n,), ascending; neighbouring ones are read at once."""
+    values = torch.empty((len(rows), *stored.shape[1:]), dtype=KINDS[stored.kind], device="cpu")
+    data, each = memoryview(_bytes(values)), stored.nbytes // max(stored.shape[0], 1)
+    starts = [0, *((rows.diff() != 1).nonzero()[:, 0] + 1).tolist()] if len(rows) else []
+    with stored.path.open("rb", buffering=0) as file:
+        for start, end in pairwise([*starts, len(rows)]):
+            place = stored.start + int(rows[start]) * each
+            _read_into(file.fileno(), place, data[start * each : end * each], stored.path)
+    return values
 
 
 def read_tensors(found: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:

@@ -1,17 +1,19 @@
-"""Converting stored tensors to the layout of the model: GGUF files, and experts that transformers joins."""
+"""Converting stored tensors to the layout of the model: GGUF files, and tensors that transformers makes of others."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfplate.models import gguf
-from halfplate.models.fit import converters_by_pattern, names_in_model
+from halfplate.models.experts.stored import parts_of
+from halfplate.models.fit import converters_by_pattern, match, names_in_model
 from halfplate.models.reading import reading
 from halfplate.models.sources import CORRECT, Source, skeleton
 from halfplate.storage.tensor_file import StoredTensor, read_tensor
@@ -22,30 +24,54 @@ class Conversion(Transform):
     """Changes the layout but not the values; applied automatically to every model that needs it."""
 
     name = "conversion"
-    version = 1
-    summary = "write the tensors of a GGUF file, or experts that are stored one by one, in the form of the model"
+    version = 2
+    summary = "write the tensors of a GGUF file, or tensors that transformers makes of others, in the form of the model"
 
     def refusal(self, source: Source) -> str | None:
         return None if needs_conversion(source) else "its tensors are in the form of the model already"
 
     def open(self, source: Source) -> Maker:
-        return _of_folder(source) if source.gguf_header is None else _of_gguf(source)
+        make = _of_folder(source) if source.gguf_header is None else _of_gguf(source)
+        return _with_linear_experts(source, make)
 
 
 CONVERSION = Conversion()
 
 
 def needs_conversion(source: Source) -> bool:
-    """Whether the layout of the files differs from that of the model: a GGUF file, or experts that transformers joins."""
+    """Whether the layout of the files differs from that of the model: a GGUF file, or tensors that transformers makes of others.
+
+    Experts that are stored one by one, or all in one tensor, need no conversion.
+    """
     if source.in_model_form:
         return False
     if source.gguf_header is not None:
         return True
-    return any(pattern is not None for _, pattern in names_in_model(skeleton(source), source.tensors).values())
+    return bool(match(skeleton(source), source.tensors).made)
+
+
+def _with_linear_experts(source: Source, make: Maker) -> Maker:
+    """Make the tensors of each expert out of those of all experts, which `make` makes."""
+    parts = parts_of(skeleton(source))
+
+    def made(piece: Piece) -> Iterator[tuple[str, Tensor]]:
+        inside: dict[str, list[str]] = defaultdict(list)
+        for name in piece.entries:
+            inside[parts[name][0] if name in parts else name].append(name)
+        joined = dict.fromkeys(inside, (torch.float32, ()))
+        for key, tensor in make(replace(piece, entries=joined)):
+            for name in inside.get(key, [key]):
+                if name in parts:
+                    _, number, slot = parts[name]
+                    yield name, slot.of(tensor[number]).contiguous()
+                else:
+                    yield name, tensor
+
+    return made
 
 
 def _of_gguf(source: Source) -> Maker:
-    read = gguf.tensor_reader(source.path, source.name, skeleton(source))
+    read = gguf.tensor_reader(source.path, source.name, skeleton(source, joined=True))
 
     def make(piece: Piece) -> Iterator[tuple[str, Tensor]]:
         for name in piece.entries:
@@ -59,7 +85,7 @@ def _of_folder(source: Source) -> Maker:
     """Convert with transformers' own conversions, from the parts of one tensor at a time."""
     from transformers.core_model_loading import dot_natural_key
 
-    model = skeleton(source, buffers=True)
+    model = skeleton(source, buffers=True, joined=True)
     state, converters = model.state_dict(keep_vars=True), converters_by_pattern(model)
     parts: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
     # In the order in which transformers joins experts.

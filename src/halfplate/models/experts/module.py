@@ -1,0 +1,151 @@
+"""The module that runs experts as linears."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from halfplate.models.experts.layout import Layout
+
+
+class Expert(nn.Module):
+    """The linears of one expert: `up_proj`, `down_proj` and, if it is gated, `gate_proj`."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+
+class LinearExperts(nn.Module):
+    """The experts of a layer, each with its own linears, in the place of an experts module of transformers.
+
+    The children `0`, `1`, … are the experts. Each runs on the tokens that are routed to it, so a hook on one of its linears sees only these
+    tokens. Attributes and other submodules are those of the original.
+
+    original: the module that is replaced; its 3-D tensors are not kept, except as the views that the linears use.
+    experts: the linears of each expert.
+    """
+
+    def __init__(self, original: nn.Module, layout: Layout, experts: list[Expert]) -> None:
+        super().__init__()
+        inner = {"_parameters", "_modules", "_buffers"}
+        kept = {key: value for key, value in vars(original).items() if key not in inner}
+        self.__dict__.update(kept)
+        for name, module in original.named_children():
+            self.add_module(name, module)
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+        self.kind: Any = original.__class__
+        self.layout = layout
+        self.train(original.training)
+
+    @property
+    def experts(self) -> list[Expert]:
+        """The experts in order."""
+        return [self.expert(number) for number in range(self.layout.experts)]
+
+    def expert(self, number: int) -> Expert:
+        """The expert with this number."""
+        found = self._modules[str(number)]
+        assert isinstance(found, Expert)
+        return found
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The weighted sum of the experts of each token, as the original computes it: (tokens, hidden).
+
+        The arguments are those of the original: hidden states (tokens, hidden), the experts of each token and their weights,
+        both (tokens, experts per token). A number beyond the experts stands for none.
+        """
+        hidden, chosen, weights = routing(self, args, kwargs)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        result = torch.zeros_like(flat)
+        for number, tokens, places in hits(chosen, self.layout.experts):
+            output = self.run(number, flat[tokens])
+            weighted = output * weights[tokens, places, None]
+            result.index_add_(0, tokens, weighted.to(result.dtype))
+        return result.reshape(hidden.shape)
+
+    def run(self, number: int, x: Tensor) -> Tensor:
+        """The output (tokens, hidden) of one expert for `x`, without its routing weight."""
+        expert = self.expert(number)
+        up = expert.up_proj(x)
+        output: Tensor = expert.down_proj(self.activated(expert.gate_proj(x) if self.layout.gated else None, up))
+        if self.has_post_expert_norm:
+            output = self.post_expert_norm(output)  # type: ignore[operator]
+        return output
+
+    def activated(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        """The input of the down projection from the outputs of the other two linears."""
+        # The code of the original, which may clamp and scale, sees this module as itself.
+        original = self.kind
+        if gate is None:
+            activated: Tensor = self.act_fn(up)  # type: ignore[operator]
+        elif self.layout.interleaved:
+            activated = original._apply_gate(self, torch.stack((gate, up), -1).flatten(-2))
+        else:
+            activated = original._apply_gate(self, torch.cat((gate, up), -1))
+        return activated
+
+
+def routing(experts: LinearExperts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of a call of `experts`: hidden states, and the experts of each token and their weights (tokens, k)."""
+    bound = _signature(experts.kind).bind(experts, *args, **kwargs)
+    _, hidden, chosen, weights, *_ = bound.arguments.values()
+    return hidden, chosen.reshape(-1, chosen.shape[-1]), weights.reshape(-1, weights.shape[-1])
+
+
+def hits(chosen: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Every expert that tokens are routed to, in order: its number, its tokens in order, and their places among `chosen` (tokens, k).
+
+    Without values, each expert gets the first token.
+    """
+    if chosen.is_meta or isinstance(chosen, FakeTensor):
+        first = torch.zeros(1, dtype=torch.int64, device=chosen.device)
+        for number in range(count):
+            yield number, first, first
+        return
+    width = chosen.shape[-1]
+    numbers, order = chosen.reshape(-1).sort(stable=True)
+    found, counts = numbers.unique_consecutive(return_counts=True)
+    start = 0
+    for number, length in zip(found.tolist(), counts.tolist(), strict=True):
+        slots = order[start : start + length]
+        start += length
+        if 0 <= number < count:
+            yield number, slots // width, slots % width
+
+
+def experts_of(model: nn.Module) -> dict[str, LinearExperts]:
+    """The experts modules of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LinearExperts)}
+
+
+@contextmanager
+def without_experts(modules: list[LinearExperts]) -> Iterator[None]:
+    """Context manager in which `modules` return zeros without running any expert."""
+    own = [module.__dict__.get("forward") for module in modules]
+    try:
+        for module in modules:
+            module.__dict__["forward"] = _zeros(module)
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            del module.__dict__["forward"]
+            if forward is not None:
+                module.__dict__["forward"] = forward
+
+
+def _zeros(module: LinearExperts) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: torch.zeros_like(routing(module, args, kwargs)[0])
+
+
+@cache
+def _signature(kind: Any) -> inspect.Signature:
+    return inspect.signature(kind.forward)

@@ -1,0 +1,128 @@
+"""Finding the tensors of each expert in the files of a model, which hold them one by one or in 3-D tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from halfplate.models.experts.layout import BIAS, JOINED, Layout, Slot
+from halfplate.models.experts.module import experts_of
+from halfplate.storage.tensor_file import Arrangement, StoredTensor
+
+NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+
+
+@dataclass
+class ExpertTensors:
+    """The tensors of experts among those of a model's files.
+
+    found: those that can be read one by one, by their name in the model, e.g. `….experts.17.gate_proj.weight`.
+    made: names in the model of those that are made of the stored ones by a conversion of transformers.
+    stored: names in the files of all of them.
+    beyond: names in the files of experts that the model does not have.
+    misshapen: by the name of a joined tensor, its shape in the file and that of the model.
+    """
+
+    found: dict[str, StoredTensor] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
+    stored: set[str] = field(default_factory=set)
+    beyond: list[str] = field(default_factory=list)
+    misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+
+def joined_names(model: nn.Module) -> dict[str, tuple[str, str, Layout]]:
+    """The names that the tensors of all experts have in transformers: the name of the module, of the tensor, and the layout."""
+    return {
+        f"{name}.{joined}": (name, joined, module.layout)
+        for name, module in experts_of(model).items()
+        for joined, _ in module.layout.joined
+    }
+
+
+def expert_tensors(
+    model: nn.Module,
+    renamed: Mapping[str, tuple[str, str | None]],
+    converters: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+) -> ExpertTensors:
+    """The tensors of the experts of `model`, whose experts are linears.
+
+    renamed: name in the model of each stored name, and the pattern of its conversion (`names_in_model`).
+    converters: the conversion of transformers by pattern.
+    """
+    joined, result = joined_names(model), ExpertTensors()
+    for stored, (key, pattern) in renamed.items():
+        if key not in joined:
+            continue
+        module, name, layout = joined[key]
+        result.stored.add(stored)
+        if pattern is None:
+            _from_all(result, key, module, name, layout, tensors[stored])
+        elif (linear := _one_by_one(converters[pattern], pattern, name, layout)) is not None:
+            number = int(NUMBER.findall(stored)[-1])
+            if number < layout.experts:
+                result.found[f"{module}.{number}.{linear}.weight"] = tensors[stored]
+            else:
+                result.beyond.append(stored)
+        else:
+            result.made |= set(_parts(module, name, layout))
+    return result
+
+
+def _parts(module: str, joined: str, layout: Layout) -> dict[str, tuple[int, Slot]]:
+    """The tensors inside a joined one, by their name in the model."""
+    slots = {part: slot for part, slot in layout.slots().items() if slot.joined == joined}
+    return {
+        f"{module}.{number}.{part}": (number, slot) for number in range(layout.experts) for part, slot in slots.items()
+    }
+
+
+def parts_of(model: nn.Module) -> dict[str, tuple[str, int, Slot]]:
+    """The joined tensor that each tensor of an expert belongs to, by its name in the model, with its expert and its place."""
+    return {
+        part: (key, number, slot)
+        for key, (module, name, layout) in joined_names(model).items()
+        for part, (number, slot) in _parts(module, name, layout).items()
+    }
+
+
+def _from_all(result: ExpertTensors, key: str, module: str, name: str, layout: Layout, stored: StoredTensor) -> None:
+    expected = dict(layout.joined)[name]
+    if stored.shape != expected:
+        result.misshapen[key] = stored.shape, expected
+        return
+    for part, (number, slot) in _parts(module, name, layout).items():
+        result.found[part] = _piece(stored, number, slot)
+
+
+def _piece(stored: StoredTensor, number: int, slot: Slot) -> StoredTensor:
+    """One tensor of one expert of a joined tensor in a file; it is read alone, or with the other half of its expert."""
+    shape = stored.shape[1:]
+    nbytes = stored.nbytes // stored.shape[0]
+    start = stored.start + number * nbytes
+    rows = range(shape[1] if slot.transposed else shape[0])[slot.outputs]
+    own = (len(rows), *((shape[0],) if slot.transposed else shape[1:]))
+    if slot.transposed or rows.step != 1:
+        arranged = Arrangement(shape, slot.transposed, rows.start, rows.stop, rows.step)
+        return replace(stored, shape=own, start=start, nbytes=nbytes, arranged=arranged)
+    each = nbytes // shape[0]
+    return replace(stored, shape=own, start=start + rows.start * each, nbytes=prod(own) * (nbytes // prod(shape)))
+
+
+def _one_by_one(converter: Any, pattern: str, joined: str, layout: Layout) -> str | None:
+    """The linear that a stored tensor is, if the conversion only stacks experts and puts gates before up projections; None for any other."""
+    if joined.endswith(BIAS) or layout.transposed or layout.interleaved:
+        return None
+    linears, kinds = JOINED[joined], [type(operation).__name__ for operation in converter.operations]
+    stacks = kinds[:1] == ["MergeModulelist"] and converter.operations[0].dim == 0
+    if len(linears) == 2:
+        stacks = stacks and kinds[1:] == ["Concatenate"] and converter.operations[1].dim == 1
+    elif len(kinds) > 1:
+        stacks = False
+    sources = list(converter.source_patterns)
+    return linears[sources.index(pattern)] if stacks and len(sources) == len(linears) else None

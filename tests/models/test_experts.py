@@ -1,0 +1,127 @@
+"""Experts as linears: the same results as the 3-D tensors of transformers, however the files hold them."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from architectures import ARCHITECTURES, MLA, MOE
+from conftest import build_model
+from halfplate.compression.compress import compress
+from halfplate.errors import HalfplateError
+from halfplate.models.experts import experts_of, joined_experts, linear_experts, recognised
+from halfplate.models.experts.module import hits
+from halfplate.models.linears import find_linears
+from halfplate.models.sources import load_dense, open_source, skeleton
+from halfplate.models.streamed import StreamedModel
+from halfplate.recipe import Recipe
+from halfplate.transforms.conversion import needs_conversion
+
+MIXTURES = {
+    "qwen3_moe": MOE | {"head_dim": 8},
+    **{name: options for name, (options, _) in ARCHITECTURES.items() if "num_experts_per_tok" in options},
+    "qwen2_moe": MOE | {"shared_expert_intermediate_size": 16},
+    "deepseek_v3": MOE | MLA,
+    "deepseek_v2": MOE | MLA,
+    "glm4_moe": MOE | {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "head_dim": 8},
+    "minimax_m2": MOE | {"head_dim": 8},
+    "aria_text": {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 2, "head_dim": 8},
+}
+# By the form in their files: one by one, under two names; all in one tensor; that transposed, also interleaved and with biases.
+STORED = ("qwen3_moe", "mixtral", "granitemoe", "gpt_oss", "aria_text")
+IDS = torch.arange(3, 35)[None]
+
+
+def saved(architecture, tokenizer, folder, **more):
+    model = build_model(architecture, **({"vocab_size": len(tokenizer)} | MIXTURES[architecture] | more))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+@torch.no_grad()
+def test_linears_give_the_results_of_the_original_and_can_be_joined_again(architecture):
+    model = build_model(architecture, **MIXTURES[architecture])
+    before, expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model(IDS).logits
+    layouts = recognised(model)
+    assert layouts
+    linear_experts(model)
+    assert not recognised(model)
+    assert experts_of(model).keys() == layouts.keys()
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-6)
+    taken = {linear.name for linear in find_linears(model)[0]}
+    for name, layout in layouts.items():
+        assert {f"{name}.{layout.experts - 1}.{linear}" for linear in layout.linears} <= taken
+    after = joined_experts(model).state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (1, 1), (64, 3)])
+def test_the_tokens_of_every_expert(shape):
+    chosen = torch.randint(0, 6, shape, generator=torch.Generator().manual_seed(0))
+    found = {
+        number: list(zip(tokens.tolist(), places.tolist(), strict=True)) for number, tokens, places in hits(chosen, 5)
+    }
+    # 5 stands for no expert.
+    expected = {n: [(t, k) for t in range(shape[0]) for k in range(shape[1]) if chosen[t, k] == n] for n in range(5)}
+    assert found == {number: rows for number, rows in expected.items() if rows}
+
+
+@pytest.mark.parametrize("architecture", STORED)
+def test_files_are_read_expert_by_expert(architecture, tiny_tokenizer, tmp_path):
+    saved(architecture, tiny_tokenizer, tmp_path / "model")
+    source = open_source(str(tmp_path / "model"))
+    assert not needs_conversion(source)
+    streamed, whole = StreamedModel(source), linear_experts(load_dense(source).model).state_dict()
+    assert streamed.stored.keys() | streamed.tied.keys() == whole.keys()
+    assert all(torch.equal(streamed.read(name), whole[name]) for name in whole)
+
+
+def change(folder, **entries):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | entries))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "number", "reason"),
+    [
+        (
+            "qwen3_moe",
+            9,
+            r"has shape \(8, 32\) in its file, config.json asks for \(9, 32\)",
+        ),
+        ("qwen3_moe", 7, r"hold model.layers.0.mlp.experts.7.down_proj.weight, .* does not have"),
+        ("granitemoe", 9, r"has shape \(8, .* asks for \(9, "),
+        ("gpt_oss", 7, r"has shape \(8, .* asks for \(7, "),
+        ("mixtral", 10**9, r"num_local_experts=1000000000|its files can hold"),
+    ],
+)
+def test_a_config_with_another_number_of_experts_is_one_line(architecture, number, reason, tiny_tokenizer, tmp_path):
+    saved(architecture, tiny_tokenizer, tmp_path / "model")
+    change(tmp_path / "model", num_experts=number, num_local_experts=number)
+    with pytest.raises(HalfplateError, match=reason) as refused:
+        skeleton(open_source(str(tmp_path / "model")))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda tensors, name: tensors.pop(name), r"lack 1 tensors of its config.json \(model.layers.1.mlp.experts.5.gate_proj"),
+        (lambda tensors, name: tensors.update({name: tensors[name][:5].clone()}), r"experts.5.gate_proj.weight has shape \(5, 32\)"),
+        (lambda tensors, name: tensors[name].fill_(torch.nan), "experts.5.gate_proj.weight holds 1536 NaN"),
+    ],
+)  # fmt: skip
+def test_a_damaged_expert_is_one_line(damage, reason, tiny_tokenizer, tmp_path):
+    saved("mixtral", tiny_tokenizer, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    damage(tensors, "model.layers.1.block_sparse_moe.experts.5.w1.weight")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HalfplateError, match=reason) as refused:
+        compress(str(tmp_path / "model"), tmp_path / "out", Recipe(method="magnitude", threads=1))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
