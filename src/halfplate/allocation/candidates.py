@@ -6,6 +6,7 @@ from itertools import product
 
 from halfplate.errors import HalfplateError
 from halfplate.formats.encoding.rounding import GROUPS
+from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern
@@ -15,8 +16,10 @@ CHOICES = ("block_size", "pattern", "core_dtype", "group_size")
 CHOSEN = CHOICES[:3]
 BLOCKS = (0, 8, 16, 32)
 PATTERNS = ("1:4", "2:4", "4:8", "3:4", "dense")
-# Without those that lose more than another one of the same bytes, or that have no kernel (minima). int4 and int3 are kept because every tool has them.
-CORES = ("bf16", "int8", "int6", "int6k", "nl5", "nl5k", "nl4", "nl4k", "int4", "nl3", "nl3k", "int3", "int2")
+# Without those of our own that lose more than another one of the same bytes, or that have no kernel (minima). int4 and int3 are kept
+# because every tool has them.
+OWN_CORES = ("bf16", "int8", "int6", "int6k", "nl5", "nl5k", "nl4", "nl4k", "int4", "nl3", "nl3k", "int3", "int2")
+CORES = (*OWN_CORES, *(name for name in QUANTIZERS if name not in QUANTIZERS.own))
 TABLE_CORES = ("int8", "int6", "int5", "nl5", "int4", "nl4")
 
 
