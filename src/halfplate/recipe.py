@@ -14,8 +14,8 @@ from halfplate.allocation import CHOICES, CHOSEN, Evolution
 from halfplate.arguments import path_text, typed
 from halfplate.device import device_kind
 from halfplate.errors import HalfplateError
-from halfplate.formats.encoding.rounding import GROUP
 from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.formats.quantizers.rounding import GROUP
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern

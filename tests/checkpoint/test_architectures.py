@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import halfplate
-from architectures import ARCHITECTURES
+from causal_models import ARCHITECTURES
 from conftest import build_model
 from halfplate.checkpoint.write import write_checkpoint
 from halfplate.compression.compress import compress

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import halfplate
-from architectures import MOE
+from causal_models import MOE
 from conftest import build_model
 from halfplate.calibration import calibration_tokens
 from halfplate.compression.compress import compress

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, NMSparse, WeightSpec, check_stored
 from halfplate.formats.encoding.packing import pack
-from halfplate.formats.encoding.rounding import round_groups
 from halfplate.formats.quantizers import QUANTIZERS, quantizer_of
 from halfplate.formats.quantizers.base import half_above, shares_down_to
+from halfplate.formats.quantizers.rounding import round_groups
 from halfplate.kernels.linear import NATIVE
 from halfplate.methods import create
 from halfplate.pattern import Pattern

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
-from halfplate.formats.encoding.rounding import round_groups, round_rows, round_to_float
 from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.formats.quantizers.rounding import round_groups, round_rows, round_to_float
 
 BITS = st.sampled_from([8, 4, 3, 2])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])

@@ -9,8 +9,8 @@ from torch import Tensor
 from halfplate.errors import HalfplateError
 from halfplate.formats import NMSparse, WeightSpec, check_stored
 from halfplate.formats.encoding.packing import unpack
-from halfplate.formats.encoding.rounding import round_groups
 from halfplate.formats.quantizers import QUANTIZERS, storage_of
+from halfplate.formats.quantizers.rounding import round_groups
 from halfplate.formats.quantizers.storage import SuperScales
 from halfplate.pattern import DENSE
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from architectures import ARCHITECTURES, MLA, MOE
+from causal_models import ARCHITECTURES, MLA, MOE
 from conftest import build_model
 from halfplate.compression.compress import compress
 from halfplate.errors import HalfplateError

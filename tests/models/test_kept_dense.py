@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from architectures import ARCHITECTURES
+from causal_models import ARCHITECTURES
 from halfplate.errors import HalfplateError
 from halfplate.models import find_linears
 from halfplate.models.experts import linear_experts

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from gram_data import inputs_of, true_error, weight_of
 from halfplate.errors import HalfplateError
-from halfplate.formats.encoding.rounding import GROUP, round_groups
 from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.formats.quantizers.rounding import GROUP, round_groups
 from halfplate.formats.spec import WeightSpec
 from halfplate.kernels import native
 from halfplate.methods import create

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from gram_data import inputs_of, true_error, weight_of
-from halfplate.formats.encoding.rounding import round_groups
 from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.formats.quantizers.rounding import round_groups
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods import create
 from halfplate.pattern import Pattern

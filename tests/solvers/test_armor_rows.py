@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gram_data import inputs_of, true_error, weight_of
-from halfplate.formats.encoding.rounding import round_groups
 from halfplate.formats.quantizers import QUANTIZERS, storage_of
+from halfplate.formats.quantizers.rounding import round_groups
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods import create
 from halfplate.pattern import Pattern

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from halfplate.formats.encoding.rounding import round_groups
 from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.formats.quantizers.rounding import round_groups
 from halfplate.pattern import Pattern
 from halfplate.solvers.obs import obs_sweep
 from halfplate.solvers.selection import keep_largest

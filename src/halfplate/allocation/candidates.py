@@ -5,8 +5,8 @@ from dataclasses import replace
 from itertools import product
 
 from halfplate.errors import HalfplateError
-from halfplate.formats.encoding.rounding import GROUPS
 from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.formats.quantizers.rounding import GROUPS
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern

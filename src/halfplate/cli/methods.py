@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from halfplate.cli.console import print_json, print_table
-    from halfplate.formats.encoding.rounding import GROUPS
+    from halfplate.formats.quantizers.rounding import GROUPS
 
     methods, cores = _methods(), _cores()
     if args.json:
@@ -62,8 +62,8 @@ def _methods() -> list[dict[str, Any]]:
 
 
 def _cores() -> list[dict[str, Any]]:
-    from halfplate.formats.encoding.rounding import GROUPS
     from halfplate.formats.quantizers import QUANTIZERS
+    from halfplate.formats.quantizers.rounding import GROUPS
     from halfplate.formats.spec import WeightSpec
     from halfplate.pattern import DENSE
 

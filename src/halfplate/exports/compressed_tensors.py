@@ -25,7 +25,7 @@ def _pack(codes: Tensor, scales: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     return {
         "weight_packed": pack_words(codes, scheme.bits),
         "weight_scale": scales,
-        "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
+        "weight_shape": torch.tensor(codes.shape, dtype=torch.int64, device="cpu"),
     }
 
 

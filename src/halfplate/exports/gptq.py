@@ -25,12 +25,12 @@ def export_gptq(source: str, out: Path, overwrite: bool) -> str:
 
 def _pack(codes: Tensor, scales: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     columns = codes.shape[1]
-    zeros = torch.full((scales.shape[1], len(codes)), 1 << scheme.bits - 1, dtype=torch.uint8)
+    zeros = torch.full((scales.shape[1], len(codes)), 1 << scheme.bits - 1, dtype=torch.uint8, device="cpu")
     return {
         "qweight": pack_words(codes, scheme.bits).T.contiguous(),
         "qzeros": pack_words(zeros, scheme.bits),
         "scales": scales.T.contiguous(),
-        "g_idx": torch.arange(columns, dtype=torch.int32) // scheme.group,
+        "g_idx": torch.arange(columns, dtype=torch.int32, device="cpu") // scheme.group,
     }
 
 

@@ -56,7 +56,9 @@ def compare_logits(path: Path, model: Any, tensors: dict[str, StoredTensor], tok
 
 @torch.no_grad()
 def _logits(model: Any, ids: list[int]) -> Logits:
-    found: Logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
+    found: Logits = (
+        model(input_ids=torch.tensor([ids], dtype=torch.int64, device="cpu"), use_cache=False).logits[0].float().numpy()
+    )
     return found
 
 

@@ -155,9 +155,9 @@ def _codes(core: NMSparse, scheme: Scheme) -> tuple[Tensor, Tensor]:
     assert grid is not None, "floats have no scheme"
     numbers = whole_numbers(grid.quantizer)
     assert numbers is not None, "others have no scheme"
-    table = torch.tensor(numbers, dtype=torch.int16) + (1 << scheme.bits - 1)
+    table = torch.tensor(numbers, dtype=torch.int16, device="cpu") + (1 << scheme.bits - 1)
     codes = table[(core.integers() - grid.quantizer.range[0]).long()]
-    groups = torch.arange(core.shape[1] // scheme.group) * scheme.group // grid.group
+    groups = torch.arange(core.shape[1] // scheme.group, dtype=torch.int64, device="cpu") * scheme.group // grid.group
     return codes.to(torch.uint8), grid.parameters[0].detach()[:, groups].contiguous()
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from halfplate.dtypes import WRAPPER_DTYPES, check_dtype
 from halfplate.errors import HalfplateError
-from halfplate.formats.encoding.rounding import GROUP, GROUPS
 from halfplate.formats.parts import FIRST, classes_of
 from halfplate.formats.parts.base import Layout, Outer, Part
 from halfplate.formats.quantizers import core_dtypes
+from halfplate.formats.quantizers.rounding import GROUP, GROUPS
 from halfplate.pattern import Pattern
 
 TWO_OF_FOUR = Pattern(2, 4)
@@ -49,7 +49,7 @@ class WeightSpec:
     wrapper_dtype: element type of A, B, L and R, one of WRAPPER_DTYPES (halfplate.dtypes).
     rank: of L · R; 0 if nothing is added.
     permuted: whether the matrix reorders its inputs.
-    group: columns per scale of an integer core, one of GROUPS (halfplate.formats.encoding.rounding).
+    group: columns per scale of an integer core, one of GROUPS (halfplate.formats.quantizers.rounding).
     in_shared: name of the module that stores B, if that is another one (halfplate.formats.sharing).
     same_as: name of the module that stores every tensor, if that is another one: the embedding that a head is tied to.
     parts: any other parts, in the order of their names.

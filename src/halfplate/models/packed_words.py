@@ -54,7 +54,11 @@ def read_gptq(tensors: Mapping[str, Tensor], bits: int, zeros_less_one: bool) ->
     columns = tensors["qweight"].shape[0] * WORD // bits
     codes = unpack_words(tensors["qweight"].T, columns, bits).float()
     zeros = unpack_words(tensors["qzeros"], rows, bits).float() + int(zeros_less_one)
-    group = tensors["g_idx"].long() if "g_idx" in tensors else torch.arange(columns) // (columns // groups)
+    group = (
+        tensors["g_idx"].long()
+        if "g_idx" in tensors
+        else torch.arange(columns, dtype=torch.int64, device="cpu") // (columns // groups)
+    )
     return (codes - zeros[group].T) * scales[group].T
 
 
@@ -65,7 +69,7 @@ def read_awq(tensors: Mapping[str, Tensor], bits: int = 4) -> Tensor:
     """
     scales = tensors["scales"].float()
     groups, rows = scales.shape
-    place = torch.tensor([AWQ_ORDER.index(value) for value in range(WORD // bits)])
+    place = torch.tensor([AWQ_ORDER.index(value) for value in range(WORD // bits)], dtype=torch.int64, device="cpu")
 
     def ordered(words: Tensor) -> Tensor:
         codes = unpack_words(words, rows, bits).reshape(len(words), -1, WORD // bits)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfplate.formats.encoding.rounding import GROUP, fit_groups
 from halfplate.formats.quantizers import QUANTIZERS, Quantizer, storage_of
+from halfplate.formats.quantizers.rounding import GROUP, fit_groups
 from halfplate.pattern import Pattern
 from halfplate.solvers.selection import keep_largest
 

@@ -124,7 +124,7 @@ def orthogonal(size: int, seed: int) -> Tensor:
     while odd % 2 == 0:
         odd //= 2
     matrix = _cosines(odd)
-    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2)
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu") / math.sqrt(2)
     while len(matrix) < size:
         matrix = torch.kron(two, matrix)
     generator = torch.Generator().manual_seed(seed)
@@ -134,7 +134,7 @@ def orthogonal(size: int, seed: int) -> Tensor:
 
 def _cosines(size: int) -> Tensor:
     """The orthogonal discrete cosine transform (DCT-II), fp64 (size, size)."""
-    at = torch.arange(size, dtype=torch.float64)
+    at = torch.arange(size, dtype=torch.float64, device="cpu")
     matrix = torch.cos(math.pi / size * at[:, None] * (at + 0.5)) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
     return matrix

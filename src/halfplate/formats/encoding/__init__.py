@@ -1,1 +1,1 @@
-"""Encoding of stored numbers: packed bits, rounded values and codes."""
+"""Encoding of stored numbers as packed bits."""

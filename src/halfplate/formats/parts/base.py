@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from halfplate.dtypes import STORED
-from halfplate.formats.encoding.rounding import round_to_float
+from halfplate.formats.quantizers.rounding import round_to_float
 
 if TYPE_CHECKING:
     from halfplate.formats.spec import WeightSpec

@@ -6,7 +6,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor
 
-from halfplate.formats.encoding.rounding import round_rows, round_to_float
+from halfplate.formats.quantizers.rounding import round_rows, round_to_float
 from halfplate.formats.quantizers.uniform import INT8
 
 

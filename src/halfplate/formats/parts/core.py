@@ -12,9 +12,9 @@ from torch.nn import functional
 from halfplate.dtypes import STORED
 from halfplate.errors import HalfplateError
 from halfplate.formats.encoding.packing import check_padding, check_positions, pack, packed_nbytes, unpack
-from halfplate.formats.encoding.rounding import GROUP, round_groups, round_to_float
 from halfplate.formats.parts.base import Layout, Part, Trainable
 from halfplate.formats.quantizers import QUANTIZERS, Quantizer, has_scales_alone, quantizer_of, storage_of
+from halfplate.formats.quantizers.rounding import GROUP, round_groups, round_to_float
 from halfplate.pattern import Pattern
 
 if TYPE_CHECKING:

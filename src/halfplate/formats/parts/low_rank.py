@@ -9,8 +9,8 @@ from torch import Tensor
 
 from halfplate.dtypes import STORED
 from halfplate.errors import HalfplateError
-from halfplate.formats.encoding.rounding import round_to_float
 from halfplate.formats.parts.base import Forward, Layout, Outer
+from halfplate.formats.quantizers.rounding import round_to_float
 
 if TYPE_CHECKING:
     from halfplate.formats.spec import WeightSpec

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from halfplate.formats.chain import Chain
-from halfplate.formats.encoding.rounding import round_groups
 from halfplate.formats.quantizers import has_scales_alone, quantizer_of, storage_of
+from halfplate.formats.quantizers.rounding import round_groups
 from halfplate.formats.spec import WeightSpec
 from halfplate.solvers.armor.exact import descend, solve_exact
 from halfplate.solvers.armor.finish import balanced, finish

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halfplate.formats.encoding.rounding import GROUP
 from halfplate.formats.quantizers import Quantizer, Uniform
+from halfplate.formats.quantizers.rounding import GROUP
 from halfplate.kernels import native
 from halfplate.solvers.armor.problem import Factors, Problem, Wrapper
 from halfplate.solvers.armor.stages import Moments, native_buffers

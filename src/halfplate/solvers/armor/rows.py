@@ -10,8 +10,8 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from halfplate.formats.encoding.rounding import fit_groups
 from halfplate.formats.quantizers import Quantizer, has_scales_alone, storage_of
+from halfplate.formats.quantizers.rounding import fit_groups
 from halfplate.solvers.armor.restarts import COLUMNS, ROUNDS, Order, round_in_order
 from halfplate.solvers.armor.sweep import Levels
 

@@ -7,8 +7,8 @@ from math import comb
 import torch
 from torch import Tensor
 
-from halfplate.formats.encoding.rounding import GROUP
 from halfplate.formats.quantizers import Quantizer
+from halfplate.formats.quantizers.rounding import GROUP
 from halfplate.kernels import triton
 from halfplate.pattern import Pattern
 
