@@ -22,6 +22,7 @@ from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.pattern import DENSE, Pattern
 from halfplate.runtime.backends.cpu import PackedLinear
+from halfplate.version import package_version
 
 Logits = Callable[[Any], Tensor]
 needs_accelerate = pytest.mark.skipif(
@@ -181,6 +182,7 @@ def test_the_folder_is_complete(written: Any) -> None:
         "quant_method": "halfplate",
         "version": 1,
         "modules": {name: spec.to_json() for name, spec in one.specs.items()},
+        "needs": {f"quantizer {name}": f"halfplate {package_version()}" for name in ("affine3k", "affine4")},
     }
     assert "dtype" in config
     assert config["architectures"] == ["LlamaForCausalLM"]
