@@ -11,6 +11,9 @@ from halfplate.formats.spec import WeightSpec
 from halfplate.methods import create
 from halfplate.pattern import Pattern
 from halfplate.solvers.armor.full_gram import GramSchedule, solve_gram
+from halfplate.kernels import native
+from halfplate.solvers.armor import restarts as armor_restarts
+from halfplate.solvers.armor.native_rows import solve_rows
 from halfplate.solvers.armor.restarts import DAMPING, Order, restarts, round_in_order
 from halfplate.solvers.armor.sweep import Levels
 from halfplate.statistics import InputStatistics
@@ -76,3 +79,33 @@ def test_few_iterations_are_few_rounds(iterations):
 )
 def test_where_restarts_are_used(spec, expected):
     assert restarts(spec) is expected
+
+
+@pytest.mark.skipif(not native.available(), reason=native.reason())
+@pytest.mark.parametrize("core_dtype", ["int8", "int4", "nl4", "int2", "nl5"])
+@pytest.mark.parametrize(("rows", "cols", "group"), [(2, 20, 32), (33, 96, 32), (70, 130, 64), (40, 300, 128)])
+def test_the_native_descent_is_that_of_torch(core_dtype, rows, cols, group, monkeypatch):
+    weight, gram = weight_of(rows, cols, 7), inputs_of(cols, 8)
+    weight[0, :group], gram[3], gram[:, 3] = 0, 0, 0  # a group whose scale is 0, and a dead input
+    spec = WeightSpec(rows, cols, Pattern.parse("dense"), core_dtype, group=group)
+    fast, losses = solve_gram(weight, gram, spec, GramSchedule())
+    monkeypatch.setattr(armor_restarts, "has_native_values", lambda _: False)
+    slow, expected = solve_gram(weight, gram, spec, GramSchedule())
+    # Rounding may send a value half way between two codes to the other one, and the descent from there ends nearby.
+    assert losses[0] == pytest.approx(expected[0], rel=0.02)
+    assert losses == sorted(losses, reverse=True)
+    assert true_error(weight, fast.dense(), gram) == pytest.approx(true_error(weight, slow.dense(), gram), rel=0.02)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.reason())
+def test_the_native_descent_does_not_depend_on_threads():
+    weight, gram = weight_of(100, 96, 9), inputs_of(96, 10).float()
+    levels = Levels(QUANTIZERS.get("nl4"), 32)
+    _, (scales,) = round_groups(weight, levels.quantizer, 32)
+    order, before, found = Order.of(gram), torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(solve_rows(weight, gram, order.columns, order.spread, scales.float(), levels, 4, 4))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert found[0][2] == found[1][2]

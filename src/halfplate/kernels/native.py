@@ -51,6 +51,22 @@ class GramSweep(ctypes.Structure):
     ]
 
 
+class Rows(ctypes.Structure):
+    """Mirror of `halfplate::Rows` in src/armor.h."""
+
+    _fields_ = [
+        *[
+            (name, ctypes.c_void_p)
+            for name in ("wanted", "gram", "spread", "order", "table", "steps", "values", "losses")
+        ],
+        *[
+            (name, ctypes.c_int64)
+            for name in ("rows", "cols", "least", "greatest", "step_width", "rounds", "sweeps", "threads")
+        ],
+        ("bytes", ctypes.c_int64 * 8),
+    ]
+
+
 def _absent() -> str:
     """Why there is no library to open; empty if there is one."""
     if os.environ.get("HALFPLATE_NATIVE") == "0":
@@ -80,6 +96,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         ("input_moments", flag, [problem, pointer, pointer, integer, pointer, integer]),
         ("sweep", flag, [problem, pointer, integer]),
         ("gram_sweep", flag, [ctypes.POINTER(GramSweep)]),
+        ("rows", flag, [ctypes.POINTER(Rows)]),
         ("place", flag, [pointer, flag]),
         ("pack", flag, [pointer, integer, pointer, integer]),
         ("unpack", flag, [pointer, integer, pointer, integer]),

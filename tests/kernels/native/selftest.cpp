@@ -26,6 +26,7 @@ int64_t halfplate_decoder_scratch(halfplate::Decoder *, int64_t);
 int32_t halfplate_step(const halfplate::Decoder *, const float *, int64_t, int64_t, float *, int64_t, int64_t);
 int32_t halfplate_sweep(const halfplate::Problem *, double *, int64_t);
 int32_t halfplate_gram_sweep(const halfplate::GramSweep *);
+int32_t halfplate_rows(const halfplate::Rows *);
 const char *halfplate_isa();
 }
 
@@ -472,6 +473,22 @@ void check_solver() {
         expect(halfplate_sweep(&p, losses.data(), bytes(losses)) < 0, "a pattern there is no room for");
         g.cols = -4;
         expect(halfplate_gram_sweep(&g) < 0, "a size below 0");
+        std::vector<int64_t> order(cols);
+        for (int64_t k = 0; k < cols; ++k) order[k] = cols - 1 - k;
+        std::vector<double> points(3 + 2);
+        halfplate::Rows r{weight.data(), gram.data(), gram.data(), order.data(), table.data(), steps.data(), core.data(), points.data(), rows, cols,
+                          -8, 7, 2 * pattern[1], 3, 2, 2,
+                          {bytes(weight), bytes(gram), bytes(gram), bytes(order), bytes(table), bytes(steps), bytes(core), bytes(points)}};
+        expect(halfplate_rows(&r) == 0, "rows refused");
+        r.table = nullptr, r.bytes[4] = 0;
+        expect(halfplate_rows(&r) == 0, "rows without a table refused");
+        for (int64_t &size : r.bytes) {
+            size += 4;
+            expect(halfplate_rows(&r) < 0, "a long buffer");
+            size -= 4;
+        }
+        order[0] = cols;
+        expect(halfplate_rows(&r) < 0, "a column outside");
     }
 }
 

@@ -1,7 +1,10 @@
 """Values from a table: unevenly spaced numbers times a scale."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -31,14 +34,24 @@ class Table:
 
     def nearest(self, values: Tensor, *parameters: Tensor) -> Tensor:
         (scales,) = parameters
-        table = self._table(values)
-        ratios = torch.where(scales > 0, values / scales, 0)
-        found = torch.bucketize(ratios.contiguous(), (table[1:] + table[:-1]) / 2) + self.range[0]
-        return torch.where(scales > 0, found.to(values.dtype), 0)
+        # Numbers are whole, so where a value belongs changes only at multiples of a half; a look-up is much faster than a search.
+        halves = torch.where(scales > 0, values / scales, 0).mul_(2).ceil_()
+        least, most = (halves.new_tensor(2 * number) for number in (self.numbers[0], self.numbers[-1]))
+        places = halves.fmax(least).fmin(most).sub_(least)  # fmax: a NaN becomes a code as any other
+        codes = torch.tensor(self._codes_of_halves, dtype=values.dtype, device=values.device)
+        return torch.where(scales > 0, _looked_up(codes, places), 0)
 
     def decode(self, numbers: Tensor, *parameters: Tensor) -> Tensor:
         (scales,) = parameters
-        return self._table(scales)[numbers.long() - self.range[0]] * scales
+        table = torch.tensor(self.numbers, dtype=scales.dtype, device=scales.device)
+        return _looked_up(table, numbers.to(torch.int32) - self.range[0]) * scales
+
+    @cached_property
+    def _codes_of_halves(self) -> list[int]:
+        """The q of each multiple of a half, from the first to the last of the numbers: a number half way belongs to the lower one."""
+        middles = [(low + high) / 2 for low, high in pairwise(self.numbers)]
+        halves = range(2 * self.numbers[0], 2 * self.numbers[-1] + 1)
+        return [bisect_left(middles, half / 2) + self.range[0] for half in halves]
 
     def refit(
         self, values: Tensor, shares: Sequence[float] | None = None, energy: Tensor | None = None
@@ -55,8 +68,10 @@ class Table:
         scales = best_scales(values, unclipped, shares, rounded, energy)
         return self.nearest(values, scales.float()[..., None]), (scales,)
 
-    def _table(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.numbers, dtype=like.dtype, device=like.device)
+
+def _looked_up(table: Tensor, places: Tensor) -> Tensor:
+    """The entries of `table` at `places`, whole numbers of any dtype, in their shape."""
+    return table.index_select(0, places.to(torch.int32).reshape(-1)).reshape(places.shape)
 
 
 # The other two are fitted to groups of 64 normally distributed numbers (Lloyd's algorithm with a scale for each group), and rounded.

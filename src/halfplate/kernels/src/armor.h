@@ -41,12 +41,30 @@ struct GramSweep {
     int64_t bytes[7];                 // of core, error, product, out_gram, in_gram, table and steps
 };
 
+// A quantised core without wrappers: every row minimises (w - s) C (w - s)' over codes and steps. Matrices as above.
+struct Rows {
+    const float *wanted;    // W: (rows, cols)
+    const float *gram;      // C: (cols, cols)
+    const float *spread;    // (cols, cols) in the order of rounding: what an error of 1 in a column takes from later ones
+    const int64_t *order;   // the columns in the order of rounding: (cols)
+    const float *table;     // as in GramSweep
+    float *steps;           // the first steps, then the best: (rows, ceil(cols / step_width))
+    float *values;          // the quantised rows: (rows, cols)
+    double *losses;         // of all rows: at the first start, after each sweep of the first descent, after each other descent
+    int64_t rows, cols;
+    int64_t least, greatest, step_width;  // as in GramSweep
+    int64_t rounds, sweeps;               // descents, and sweeps of each
+    int64_t threads;
+    int64_t bytes[8];       // of wanted, gram, spread, order, table, steps, values and losses
+};
+
 struct Stages {
     const char *isa;
     Stage output_moments;  // cross, square: (row_tiles, row_tile, row_tile), R D Z' and Z D Z' with Z = S B
     Stage input_moments;   // cross, square: (col_tiles, col_tile, col_tile), T' R and T' T with T = A S
     Stage sweep;           // updates core; cross and square are not used
     void (*gram_sweep)(const GramSweep &);
+    void (*rows)(const Rows &);
 };
 
 extern const Stages stages_baseline, stages_avx2, stages_avx512;

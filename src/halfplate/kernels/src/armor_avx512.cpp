@@ -21,6 +21,7 @@ namespace {
 #include "armor_stages.inc"
 #include "grid_update.inc"
 #include "gram_sweep.inc"
+#include "rows.inc"
 }  // namespace
-const Stages stages_avx512{"avx512", output_moments, input_moments, sweep, gram_sweep};
+const Stages stages_avx512{"avx512", output_moments, input_moments, sweep, gram_sweep, solve_rows};
 }  // namespace halfplate

@@ -20,6 +20,7 @@ enum Status : int32_t { DONE = 0, NO_MEMORY = -1, BAD_HEADER = -2, BAD_SIZE = -3
 // Larger sizes could overflow in products; no matrix or batch that fits into memory reaches them.
 constexpr int64_t LARGEST_SIDE = int64_t(1) << 26, LARGEST_BATCH = int64_t(1) << 30;
 constexpr int64_t LARGEST_GROUP = 256, LARGEST_KEPT = 16;  // M, and the largest N that the solver supports
+constexpr int64_t LARGEST_ROUNDS = int64_t(1) << 20;      // descents of a row, and sweeps of a descent
 constexpr int64_t THREADS_PER_CORE = 8;
 
 static inline bool within(int64_t value, int64_t least, int64_t most) { return value >= least && value <= most; }
@@ -162,6 +163,23 @@ static inline int32_t check_gram_sweep(const GramSweep &p) {
                       holds(p.table, p.bytes[5], table ? 4 * (p.greatest - p.least + 1) : 0) &&
                       holds(p.steps, p.bytes[6], grid ? 4 * rows * ceil_div(p.cols, p.step_width) : 0);
     return fits ? DONE : BAD_SIZE;
+}
+
+static inline int32_t check_rows(const Rows &p) {
+    const bool table = p.table != nullptr;
+    if (!within(p.rows, 1, LARGEST_SIDE) || !within(p.cols, 1, LARGEST_SIDE) || !within(p.step_width, 1, LARGEST_SIDE) ||
+        !within(p.rounds, 1, LARGEST_ROUNDS) || !within(p.sweeps, 0, LARGEST_ROUNDS) || p.least > p.greatest ||
+        (table && !within(p.greatest - p.least, 1, LARGEST_TABLE - 1)))
+        return BAD_NUMBER;
+    const int64_t matrix = 4 * p.rows * p.cols, square = 4 * p.cols * p.cols;
+    const bool fits = holds(p.wanted, p.bytes[0], matrix) && holds(p.gram, p.bytes[1], square) && holds(p.spread, p.bytes[2], square) &&
+                      holds(p.order, p.bytes[3], 8 * p.cols) && holds(p.table, p.bytes[4], table ? 4 * (p.greatest - p.least + 1) : 0) &&
+                      holds(p.steps, p.bytes[5], 4 * p.rows * ceil_div(p.cols, p.step_width)) && holds(p.values, p.bytes[6], matrix) &&
+                      holds(p.losses, p.bytes[7], 8 * (p.sweeps + p.rounds));
+    if (!fits) return BAD_SIZE;
+    for (int64_t k = 0; k < p.cols; ++k)
+        if (!within(p.order[k], 0, p.cols - 1)) return BAD_NUMBER;
+    return DONE;
 }
 
 }  // namespace halfplate

@@ -122,6 +122,14 @@ EXPORT int32_t halfplate_gram_sweep(const halfplate::GramSweep *p) {
     return halfplate::guarded([&] { halfplate::stages().gram_sweep(bounded); });
 }
 
+EXPORT int32_t halfplate_rows(const halfplate::Rows *p) {
+    if (p == nullptr || p->threads < 1) return halfplate::BAD_NUMBER;
+    if (const int32_t bad = halfplate::check_rows(*p)) return bad;
+    halfplate::Rows bounded = *p;
+    bounded.threads = halfplate::team(p->threads);
+    return halfplate::guarded([&] { halfplate::stages().rows(bounded); });
+}
+
 // Sets the offsets and the size of a header whose other fields are set.
 EXPORT int32_t halfplate_place(halfplate::Packed *header, int32_t bias) {
     if (header == nullptr || !halfplate::sensible(*header)) return halfplate::BAD_HEADER;

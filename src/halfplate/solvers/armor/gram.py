@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halfplate.formats.quantizers import Quantizer, Uniform
+from halfplate.formats.quantizers import Uniform
 from halfplate.formats.quantizers.rounding import GROUP
 from halfplate.kernels import native
+from halfplate.solvers.armor.native_rows import has_native_values, table_of
 from halfplate.solvers.armor.problem import Factors, Problem, Wrapper
 from halfplate.solvers.armor.stages import Moments, native_buffers
 from halfplate.solvers.armor.sweep import Grid, Levels, sweep_tiles
@@ -17,7 +18,6 @@ from halfplate.solvers.armor.wrappers import regular_inverse, update_out_blocks
 
 # Passes over the blocks of B in one update. The blocks are coupled, and a pass is cheap compared with the other products.
 PASSES = 2
-LARGEST_TABLE = 32  # numbers of a quantizer that the native sweep looks through: as in src/armor.h
 # The loss is a difference of sums. If it is below this share of the loss of the zero matrix, or what the values of the core would leave
 # one by one is this many times that loss (the factors have grown in directions that hardly any input constrains), fp32 rounding
 # would dominate, so fp64 is used.
@@ -116,7 +116,7 @@ def swept(
     before, factors = factors.core if off_grid else None, replace(factors, core=factors.core.clone())
     core = factors.core
     steps = None if steps is None else steps.clone()
-    if core.device.type == "cpu" and native.available() and (levels is None or _has_native_sweep(levels.quantizer)):
+    if core.device.type == "cpu" and native.available() and (levels is None or has_native_values(levels.quantizer)):
         _sweep_native(tiles, core, error, product, out_gram, in_gram, steps, levels, off_grid)
     else:
         shape = (tiles.row_tiles, tiles.row_tile, -1)
@@ -133,21 +133,6 @@ def swept(
     strengths = in_gram.diagonal().clone()
     del error, in_gram  # most of the memory in a wide layer
     return _point(problem, replace(factors, core=core), steps, against, product, strengths)
-
-
-def _has_native_sweep(quantizer: Quantizer) -> bool:
-    """Whether the native sweep knows the values of the quantizer: evenly spaced ones, or few enough in rising order."""
-    if isinstance(quantizer, Uniform):
-        return True
-    table = _table(quantizer)
-    return len(table) <= LARGEST_TABLE and bool((table.diff() > 0).all())
-
-
-def _table(quantizer: Quantizer) -> Tensor:
-    """The value of each code with a scale of 1, fp32."""
-    least, greatest = quantizer.range
-    codes = torch.arange(least, greatest + 1, dtype=torch.float32, device="cpu")
-    return quantizer.decode(codes, torch.ones(1, dtype=torch.float32, device="cpu"))
 
 
 def _felt(tiles: Problem, out_gram: Tensor, in_gram: Tensor) -> Tensor:
@@ -294,7 +279,7 @@ def _sweep_native(
     levels: Levels | None,
     off_grid: bool,
 ) -> None:
-    table = None if levels is None or isinstance(levels.quantizer, Uniform) else _table(levels.quantizer)
+    table = None if levels is None or isinstance(levels.quantizer, Uniform) else table_of(levels.quantizer)
     addresses, sizes = native_buffers(core, error, product, out_gram, in_gram, table, steps)
     arguments = native.GramSweep(
         *addresses,

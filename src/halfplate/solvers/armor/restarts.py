@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from halfplate.formats.spec import WeightSpec
+from halfplate.kernels import native
 from halfplate.solvers.armor.exact import descend
 from halfplate.solvers.armor.gram import GramObjective, Point, gram_inside, measured
+from halfplate.solvers.armor.native_rows import has_native_values, solve_rows
 from halfplate.solvers.armor.sweep import Levels
 from halfplate.solvers.obs import inverse_factor
 
@@ -32,6 +34,32 @@ def descend_from_restarts(objective: GramObjective, wanted: Point, iterations: i
     iterations: of all descents together.
     Returns the best point, and the losses from the first start on, relative to the zero matrix.
     """
+    assert objective.levels is not None and wanted.steps is not None, "a quantised core has codes and scales"
+    if (
+        wanted.factors.core.device.type == "cpu"
+        and native.available()
+        and has_native_values(objective.levels.quantizer)
+    ):
+        return _native(objective, objective.levels, wanted, wanted.steps, iterations)
+    return descend_in_torch(objective, wanted, iterations)
+
+
+def _native(
+    objective: GramObjective, levels: Levels, wanted: Point, steps: Tensor, iterations: int
+) -> tuple[Point, list[float]]:
+    problem, core = objective.problem, wanted.factors.core
+    gram = gram_inside(problem, wanted.factors.in_blocks)
+    order = Order.of(gram)
+    rounds = max(1, min(ROUNDS, iterations))
+    values, steps, absolute = solve_rows(
+        core, gram, order.columns, order.spread, steps, levels, rounds, iterations // rounds
+    )
+    best = measured(problem, replace(wanted.factors, core=values), steps)
+    return best, [loss / problem.total if problem.total else 0.0 for loss in absolute]
+
+
+def descend_in_torch(objective: GramObjective, wanted: Point, iterations: int) -> tuple[Point, list[float]]:
+    """`descend_from_restarts` sweep by sweep, on any device and for any quantizer; the reference of the native form."""
     problem, core = objective.problem, wanted.factors.core
     gram = gram_inside(problem, wanted.factors.in_blocks)
     order = Order.of(gram)
