@@ -8,11 +8,11 @@ from gram_data import inputs_of, true_error, weight_of
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.quantizers.rounding import round_groups
 from halfplate.formats.spec import WeightSpec
+from halfplate.kernels import native
 from halfplate.methods import create
 from halfplate.pattern import Pattern
-from halfplate.solvers.armor.full_gram import GramSchedule, solve_gram
-from halfplate.kernels import native
 from halfplate.solvers.armor import restarts as armor_restarts
+from halfplate.solvers.armor.full_gram import GramSchedule, solve_gram
 from halfplate.solvers.armor.native_rows import solve_rows
 from halfplate.solvers.armor.restarts import DAMPING, Order, restarts, round_in_order
 from halfplate.solvers.armor.sweep import Levels
@@ -107,5 +107,6 @@ def test_the_native_descent_does_not_depend_on_threads():
         torch.set_num_threads(threads)
         found.append(solve_rows(weight, gram, order.columns, order.spread, scales.float(), levels, 4, 4))
     torch.set_num_threads(before)
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
     assert found[0][2] == found[1][2]

@@ -34,7 +34,8 @@ def descend_from_restarts(objective: GramObjective, wanted: Point, iterations: i
     iterations: of all descents together.
     Returns the best point, and the losses from the first start on, relative to the zero matrix.
     """
-    assert objective.levels is not None and wanted.steps is not None, "a quantised core has codes and scales"
+    assert objective.levels is not None, "a quantised core has codes"
+    assert wanted.steps is not None, "a quantised core has scales"
     if (
         wanted.factors.core.device.type == "cpu"
         and native.available()
