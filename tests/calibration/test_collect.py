@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from halfplate.calibration import DenseRun, collect_block, input_stages, stage_sums
+from halfplate.calibration import collect_block, input_stages, recorded_inputs, stage_sums
 from halfplate.calibration.collect import Sums
 from halfplate.errors import HalfplateError
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
@@ -219,22 +219,24 @@ def test_cross_moment_is_that_of_both_inputs(tiny_model: Any) -> None:
     blockwise = BlockwiseModel(model)
     dense = [blockwise.embed(part) for part in IDS.split(2)]
     inputs = [BlockInputs(1.1 * batch.hidden + 0.01, batch.arguments) for batch in dense]
-    run = DenseRun(other.get_submodule(blockwise.prefix)[0], dense)
+    block = other.get_submodule(blockwise.prefix)[0]
     name = next(name for name in names_of(model, 0) if name.endswith("down_proj"))
     with torch.no_grad():
         model.get_submodule(name.replace("down", "up")).weight.mul_(0.9)
     seen: dict[str, list[Tensor]] = {"dense": [], "now": []}
-    for key, module, batches, block in (
-        ("dense", run.block.get_submodule(name.removeprefix(f"{blockwise.prefix}.0.")), dense, run.block),
+    for key, module, batches, replacing in (
+        ("dense", block.get_submodule(name.removeprefix(f"{blockwise.prefix}.0.")), dense, block),
         ("now", model.get_submodule(name), inputs, None),
     ):
         hook = module.register_forward_pre_hook(
             lambda _, args, key=key: seen[key].append(args[0].flatten(0, 1).double())
         )
         for batch in batches:
-            blockwise.run_block(0, batch, block)
+            blockwise.run_block(0, batch, replacing)
         hook.remove()
-    found = stage_sums(blockwise, 0, inputs, [name], Statistic.GRAM, run).statistics([name])[name]
+    original = BlockwiseModel(other)
+    recorded = [recorded_inputs(original, 0, batch, [name])[0][name] for batch in dense]
+    found = stage_sums(blockwise, 0, inputs, [name], Statistic.GRAM, recorded).statistics([name])[name]
     x, x_dense = torch.cat(seen["now"]), torch.cat(seen["dense"])
     assert found.cross is not None
     torch.testing.assert_close(found.cross, x_dense.T @ x / len(x), rtol=1e-4, atol=1e-6)

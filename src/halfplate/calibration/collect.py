@@ -89,12 +89,25 @@ class _Seen(Exception):
     """Raised after the inputs of the head are recorded: its product is not needed."""
 
 
-@dataclass(frozen=True, eq=False)
-class DenseRun:
-    """The original layer, and its inputs in the original model, batch by batch."""
+@torch.no_grad()
+def recorded_inputs(
+    blockwise: BlockwiseModel, index: int, batch: BlockInputs, names: Sequence[str]
+) -> tuple[dict[str, Tensor], BlockInputs]:
+    """Run layer `index` once; returns the inputs of the linears `names`, fp32 in their shape, and the outputs of the layer."""
+    found: dict[str, Tensor] = {}
 
-    block: nn.Module
-    inputs: Sequence[BlockInputs]
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[name] = (args[0] if args else kwargs["input"]).float()
+
+    hooks = [
+        _module_of_block(blockwise, index, name).register_forward_pre_hook(partial(record, name), with_kwargs=True)
+        for name in names
+    ]
+    try:
+        return found, blockwise.run_block(index, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def stage_sums(
@@ -103,7 +116,7 @@ def stage_sums(
     inputs: Sequence[BlockInputs],
     names: Sequence[str],
     statistic: Statistic,
-    dense: DenseRun | None = None,
+    dense: Sequence[Tensor] | None = None,
     token_limit: float | None = None,
 ) -> "StageSums":
     """Sums over the inputs of the linears `names`, one of `input_stages`, in the current layer `index`, which runs only as far as needed.
@@ -111,20 +124,18 @@ def stage_sums(
     The sums of further batches may be added before statistics are computed.
 
     inputs: inputs of the layer, from the compressed layers before it.
-    dense: the original layer; if given, cross moments with the original inputs are collected (from Statistic.GRAM on).
+    dense: the input of these linears in the original model for each of `inputs`; if given, cross moments are collected (from
+        Statistic.GRAM on).
     token_limit: as in `collect_block`.
     """
     collector = _Collector(statistic, token_limit)
     modules = {name: _module_of_block(blockwise, index, name) for name in names}
-    prefix = f"{blockwise.prefix}.{index}."
     for number, batch in enumerate(inputs):
-        collector.next_batch()
-        if dense is not None:
-            collector.dense_inputs = {}
-            before = {name: dense.block.get_submodule(name.removeprefix(prefix)) for name in names}
-            _run_to(blockwise, index, dense.inputs[number], collector, before, dense.block)
-            collector.compare()
-        _run_to(blockwise, index, batch, collector, modules, None)
+        collector.next_batch(None if dense is None else dense[number])
+        _run_to(blockwise, index, batch, collector, modules)
+        leaders = set(collector.stage.leaders.values())
+        if len(leaders) == 1:  # the others share its input, so later batches need not run them
+            modules = {name: module for name, module in modules.items() if name in leaders}
     return collector.stage
 
 
@@ -138,7 +149,6 @@ def _run_to(
     batch: BlockInputs,
     collector: "_Collector",
     modules: dict[str, nn.Module],
-    block: nn.Module | None,
 ) -> None:
     """Run a layer on `batch` until all of `modules` have been called."""
     left = set(modules)
@@ -151,7 +161,7 @@ def _run_to(
     with torch.no_grad(), collector.watching(modules):
         hooks = [module.register_forward_pre_hook(partial(reached, name)) for name, module in modules.items()]
         try:
-            blockwise.run_block(index, batch, block)
+            blockwise.run_block(index, batch)
         except _Reached:
             pass
         finally:
@@ -261,16 +271,10 @@ class _Collector:
         self.stage = StageSums()
         # The tensor is kept with its leader, so that its id is not reused while the batch runs.
         self._seen: dict[tuple[int, int], tuple[str, Tensor]] = {}
-        # Inputs of the original model, by leader, until those of the same batch in the compressed model are added.
-        self.dense_inputs: dict[str, Tensor] | None = None
-        self._dense: dict[str, Tensor] = {}
+        self._dense: Tensor | None = None  # the same input in the original model, for this batch
 
-    def next_batch(self) -> None:
-        self._seen.clear()
-
-    def compare(self) -> None:
-        """Mark the end of the original run of a batch; the following inputs are added."""
-        self._dense, self.dense_inputs = self.dense_inputs or {}, None
+    def next_batch(self, dense: Tensor | None = None) -> None:
+        self._dense = None if dense is None else dense.reshape(-1, dense.shape[-1])
         self._seen.clear()
 
     @contextmanager
@@ -297,11 +301,8 @@ class _Collector:
             return
         self._seen[key] = (name, x)
         rows = x.reshape(-1, x.shape[-1]).float()
-        if self.dense_inputs is not None:
-            self.dense_inputs[name] = rows
-            return
         sums = self.stage.sums.setdefault(name, Sums())
-        sums.add(rows, self.statistic, self._dense.get(name), self.token_limit)
+        sums.add(rows, self.statistic, self._dense, self.token_limit)
         if sums.squares is not None and not bool(torch.isfinite(sums.squares).all()):
             broken = int((~torch.isfinite(sums.squares)).sum())
             raise HalfplateError(

@@ -12,9 +12,10 @@ from halfplate.compression.experts import AllTokens, RecordExperts, SolveExpert
 from halfplate.compression.hidden_states import Arguments, Batches, HiddenStates
 from halfplate.compression.kept_statistics import load_sums
 from halfplate.compression.open_layer import LayerView
+from halfplate.compression.recorded_inputs import RecordedInputs
 from halfplate.compression.run import Run
 from halfplate.compression.task_memory import memory_to_collect, memory_to_run
-from halfplate.compression.tasks import CollectSums, RunLayer
+from halfplate.compression.tasks import CollectSums, RecordInputs, RunLayer
 from halfplate.compression.token_arguments import TokenArguments
 from halfplate.models.experts import ExpertStage, expert_stages, experts_of
 from halfplate.models.handover import BlockArguments, differing
@@ -40,6 +41,9 @@ class Streams:
         self._reference: dict[int, Sequence[BlockArguments]] = {}
         self._own, self._embedded = TokenArguments(run.work.arguments), False
         self._at = 0  # the layer whose inputs are known
+        # The layer whose inputs in the original model are recorded, and the first linears of its stages, by layer.
+        self._recorded: int | None = None
+        self._leaders: dict[int, tuple[str, ...]] = {}
 
     def _names(self) -> tuple[str, ...]:
         if self.run.tokens is None:
@@ -72,6 +76,9 @@ class Streams:
     def forget(self, layer: int) -> None:
         for stream in self.names:
             self.hidden(stream, layer).remove()
+        if self._recorded == layer:
+            self._inputs(layer).remove()
+            self._recorded = None
 
     def _whole(self, layer: int) -> bool:
         return all(self.hidden(stream, layer).whole() for stream in self.names)
@@ -122,6 +129,8 @@ class Streams:
     def advance(self, layer: int, artifacts: Mapping[str, Path], streams: tuple[str, ...] | None = None) -> None:
         """Run the hidden states through a layer with the matrices in `artifacts`. streams: all by default."""
         streams = self.names if streams is None else streams
+        if self._recorded == layer:  # then the outputs of the original layer are known
+            streams = tuple(stream for stream in streams if stream != DENSE)
         pairs = {stream: (self.hidden(stream, layer), self.hidden(stream, layer + 1)) for stream in streams}
         view, plain = self.run.view(layer, artifacts), (None, None)
         if COMPRESSED not in self.names:
@@ -152,13 +161,34 @@ class Streams:
         names = [name for name in self.run.names[layer] if name not in inside]
         if self.recipe.inputs == "dense":
             return [*([names] if names else []), *experts.values()]
-        blockwise, _ = self.run.layers.open(self.run.view(layer, done), dense=DENSE in self.names)
+        blockwise, _ = self.run.layers.open(self.run.view(layer, done))
         found: list[list[str] | ExpertStage] = []
         for stage in input_stages(blockwise, layer, self.batches(COMPRESSED, layer)[0], [*names, *experts]):
             plain = [name for name in stage if name not in experts]
             found += [plain] if plain else []
             found += [experts[name] for name in stage if name in experts]
+        self._leaders[layer] = tuple(stage[0] for stage in found if not isinstance(stage, ExpertStage))
         return found
+
+    def _inputs(self, layer: int) -> RecordedInputs:
+        """The inputs of the linears of layer `layer` in the original model."""
+        return RecordedInputs(self.run.work.hidden("inputs", layer), self.hidden(DENSE, layer).batches)
+
+    def _record(self, layer: int) -> RecordedInputs:
+        """Run the original stream through layer `layer` once, and record the inputs of every stage."""
+        inputs = self._inputs(layer)
+        if self._recorded != layer:
+            view, memory = self.run.view(layer, {}), self._memory_to_run(layer)
+            hidden, out = self.hidden(DENSE, layer), None if layer == self.run.last else self.hidden(DENSE, layer + 1)
+            names, arguments = self._leaders[layer], self._arguments[layer]
+            tasks = [
+                RecordInputs(view, names, hidden, inputs, out, arguments, sum(chunks, ()), memory, self._own)
+                for chunks in self._shares()
+            ]
+            for _ in self.run.engine.run(tasks):
+                pass
+            self._recorded = layer
+        return inputs
 
     def _view(self, layer: int, done: Mapping[str, Path]) -> LayerView:
         """The layer whose inputs are collected: with the matrices in `done`, or the original one if its inputs are those of the original model."""
@@ -220,7 +250,7 @@ class Streams:
     def collect(self, layer: int, stage: list[str], done: Mapping[str, Path]) -> dict[str, InputStatistics]:
         """Statistics of the linears `stage` of a layer in which the matrices in `done` are compressed."""
         hidden = self.hidden(COMPRESSED if COMPRESSED in self.names else DENSE, layer)
-        dense = self.hidden(DENSE, layer) if self.corrected else None
+        dense = self._record(layer) if self.corrected else None
         specs = [self.run.plan.specs[name] for name in stage]
         memory = self._memory_to_run(layer) + memory_to_collect(specs, self.run.plan.job.statistic)
         tasks = [

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
-from halfplate.calibration import DenseRun
-from halfplate.calibration.collect import StageSums, stage_sums
+from halfplate.calibration.collect import StageSums, recorded_inputs, stage_sums
 from halfplate.compression.heap import trim
 from halfplate.compression.hidden_states import Arguments, Batches, HiddenStates
 from halfplate.compression.kept_statistics import load_statistics, save_sums
 from halfplate.compression.open_layer import LayerView, OpenLayers
+from halfplate.compression.recorded_inputs import InputsOfOne, RecordedInputs
 from halfplate.compression.task_memory import memory_to_solve
 from halfplate.compression.token_arguments import TokenArguments
 from halfplate.engines.needs import Needs
@@ -32,7 +31,7 @@ from halfplate.storage.artifact import Artifact, save_artifact
 class CollectSums:
     """Collect sums over the inputs of the linears `names` of a layer, for some chunks of batches.
 
-    dense: files of the layer's inputs in the original model, if cross moments are collected.
+    dense: what `RecordInputs` wrote for this layer, if cross moments are collected.
     chunks: the batches of each chunk; each chunk is summed separately, and then the chunks are added in order.
     out: an artifact for the sums, if the task runs in another process than the caller.
     memory: bytes.
@@ -44,7 +43,7 @@ class CollectSums:
     statistic: Statistic
     token_limit: float | None
     hidden: HiddenStates
-    dense: HiddenStates | None
+    dense: RecordedInputs | None
     arguments: Arguments
     chunks: tuple[tuple[int, ...], ...]
     out: Path | None = None
@@ -65,23 +64,62 @@ class CollectSums:
     def run(self, layers: OpenLayers) -> StageSums | Path:
         trim()
         torch.set_num_threads(self.view.threads)
-        blockwise, before = layers.open(self.view, dense=self.dense is not None)
+        blockwise, _ = layers.open(self.view)
         sums = StageSums()
         with assembled(blockwise.blocks[self.view.index]):
             for chunk in self.chunks:
-                sums.merge(self._sums(blockwise, before, chunk))
+                sums.merge(self._sums(blockwise, chunk))
         if self.out is None:
             return sums
         save_sums(self.out, sums)
         return self.out
 
-    def _sums(self, blockwise: BlockwiseModel, before: nn.Module | None, chunk: tuple[int, ...]) -> StageSums:
-        def batches(hidden: HiddenStates) -> Batches:
-            return Batches(hidden, self.arguments, self.view.index, self.view.device, chunk, self.own)
-
-        dense = None if self.dense is None or before is None else DenseRun(before, batches(self.dense))
-        inputs = batches(self.hidden)
+    def _sums(self, blockwise: BlockwiseModel, chunk: tuple[int, ...]) -> StageSums:
+        inputs = Batches(self.hidden, self.arguments, self.view.index, self.view.device, chunk, self.own)
+        dense = None if self.dense is None else InputsOfOne(self.dense, self.names[0], self.view.device, chunk)
         return stage_sums(blockwise, self.view.index, inputs, self.names, self.statistic, dense, self.token_limit)
+
+
+@dataclass(frozen=True)
+class RecordInputs:
+    """Run some batches through the original layer, and write the inputs of the linears `names` to `inputs` and the outputs to `out`.
+
+    out: none for the last layer.
+    memory: bytes.
+    own: arguments that depend on the tokens.
+    """
+
+    view: LayerView
+    names: tuple[str, ...]
+    dense: HiddenStates
+    inputs: RecordedInputs
+    out: HiddenStates | None
+    arguments: Arguments
+    numbers: tuple[int, ...]
+    memory: int = 0
+    own: TokenArguments | None = None
+
+    keeps: ClassVar[type[Any]] = OpenLayers
+
+    @property
+    def cost(self) -> float:
+        return float(len(self.numbers))
+
+    @property
+    def needs(self) -> Needs:
+        return self.view.needs(self.memory)
+
+    @torch.no_grad()
+    def run(self, layers: OpenLayers) -> None:
+        trim()
+        torch.set_num_threads(self.view.threads)
+        blockwise, _ = layers.open(self.view)
+        batches = Batches(self.dense, self.arguments, self.view.index, self.view.device, self.numbers, self.own)
+        for position, number in enumerate(self.numbers):
+            found, after = recorded_inputs(blockwise, self.view.index, batches[position], self.names)
+            self.inputs.write(number, found)
+            if self.out is not None:
+                self.out.write(number, after.hidden, after.carried)
 
 
 @dataclass(frozen=True)

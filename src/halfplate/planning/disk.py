@@ -41,11 +41,13 @@ class DiskPlan:
 
 
 def recorded_nbytes(sizes: ModelSizes, job: Job) -> int:
-    """Bytes of the recorded inputs of the experts of a layer, from which each expert reads those of its tokens; 0 without experts."""
-    if sizes.experts is None or not job.runs_text:
+    """Bytes of the recorded inputs of a layer: of its linears in the original model, and of its experts, from which each reads those of its tokens."""
+    if not job.runs_text:
         return 0
-    streams = 2 if job.corrects else 1
-    return FP32 * job.recipe.samples * job.recipe.seq_len * streams * (sizes.experts.hidden + sizes.experts.chosen)
+    values = sum(sizes.stages) if job.corrects else 0
+    if sizes.experts is not None:
+        values += (2 if job.corrects else 1) * (sizes.experts.hidden + sizes.experts.chosen)
+    return FP32 * job.recipe.samples * job.recipe.seq_len * values
 
 
 def disk_plan(

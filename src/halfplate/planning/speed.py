@@ -109,11 +109,11 @@ def solving_flops(job: Job, spec: WeightSpec) -> float:
 
 
 def statistics_flops(sizes: ModelSizes, job: Job) -> float:
-    """Operations for running the text through all layers, once per stage, and for its second moments."""
+    """Operations for running the text through all layers, once per stage and once in the original model, and for its second moments."""
     recipe, streams = job.recipe, job.streams
     tokens, blocks = recipe.samples * recipe.seq_len, len(sizes.blocks)
     # A run for the inputs of a stage ends there, halfway on average; with inputs of the original, one run collects all.
-    runs = 2.0 if recipe.inputs == "dense" else streams * (1 + len(sizes.stages) / 2)
+    runs = 2.0 if recipe.inputs == "dense" else streams + len(sizes.stages) / 2
     experts = sizes.experts
     idle = 0 if experts is None else experts.layers * (experts.experts - experts.chosen) * experts.values
     through = 2.0 * max(sum(sizes.blocks) - idle, 0) + 4.0 * recipe.seq_len * sizes.hidden * blocks
