@@ -41,13 +41,11 @@ class DiskPlan:
 
 
 def recorded_nbytes(sizes: ModelSizes, job: Job) -> int:
-    """Bytes of the recorded inputs of a layer: of its linears in the original model, and of its experts, from which each reads those of its tokens."""
-    if not job.runs_text:
+    """Bytes of the recorded inputs of the experts of a layer, from which each expert reads those of its tokens; 0 without experts."""
+    if sizes.experts is None or not job.runs_text:
         return 0
-    values = sum(sizes.stages) if job.corrects else 0
-    if sizes.experts is not None:
-        values += (2 if job.corrects else 1) * (sizes.experts.hidden + sizes.experts.chosen)
-    return FP32 * job.recipe.samples * job.recipe.seq_len * values
+    streams = 2 if job.corrects else 1
+    return FP32 * job.recipe.samples * job.recipe.seq_len * streams * (sizes.experts.hidden + sizes.experts.chosen)
 
 
 def disk_plan(
@@ -68,6 +66,8 @@ def disk_plan(
     if job.runs_text:
         # Of two neighbouring layers while one is written, and all further values per token that layers receive.
         values = 2 * job.streams * (sizes.hidden + sizes.beside) + sizes.arguments
+        if job.corrects:  # the inputs of the linears of a layer in the original model
+            values += sum(sizes.stages)
         hidden = FP32 * recipe.samples * recipe.seq_len * values + recorded_nbytes(sizes, job)
         if workers > 1 and job.statistic >= Statistic.GRAM:
             kinds = 2 if job.corrects else 1
