@@ -101,7 +101,9 @@ def test_each_matrix_has_its_cost_and_the_benchmark_can_be_left_out(tiny_folder,
 @pytest.mark.slow
 def test_disk_counts_the_result_the_parts_and_the_hidden_states(tiny_folder, tmp_path, text):
     plan = make_plan(str(tiny_folder), Recipe(**SMALL))
-    assert plan.disk.hidden == 2 * 2 * 4 * 4 * 16 * 32  # two streams at two blocks
+    # Two streams at two blocks, and the inputs of q, k, v; of o; of gate, up; of down in the original model.
+    assert plan.disk.hidden == 4 * 4 * 16 * (2 * 2 * 32 + sum(plan.sizes.stages))
+    assert plan.sizes.stages[:3] == (32, 32, 32)
     assert plan.disk.transformed == plan.disk.statistics == 0
     assert make_plan(str(tiny_folder), Recipe(**SMALL), workers=2).disk.statistics > 0
     summary = compress(str(tiny_folder), tmp_path / "out", Recipe(**SMALL))
