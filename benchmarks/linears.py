@@ -95,7 +95,7 @@ def _native_loop(packed: list[Tensor], spec: WeightSpec, activations: str) -> Gr
     addresses = [ctypes.c_void_p(one.data_ptr()) for one in packed]
 
     def for_batch(batch: int, calls: int) -> Callable[[], int]:
-        if batch >= linear.expand_from(torch.float32) and activations == "float":
+        if batch >= linear.expand_from(str(spec.pattern) != "dense") and activations == "float":
             return through_torch(batch, calls)
         # Inputs and outputs stand ready, as in the native decoder: Python's own share is in no figure of the peers either.
         x, y = torch.randn(batch, spec.d_in), torch.empty(batch, spec.d_out)

@@ -100,7 +100,8 @@ def main() -> None:
     done = [row for row in result["rows"] if row["status"] == "done"]
     texts = ", ".join(f"{name} {score['windows']} windows" for name, score in done[0]["evaluation"]["texts"].items())
     picture = f"docs/pictures/quality_sweep_{options.model}.svg"
-    shutil.copyfile(out / PICTURE_FILE, ROOT / picture)
+    if (out / PICTURE_FILE).exists():  # not for one row alone
+        shutil.copyfile(out / PICTURE_FILE, ROOT / picture)
     what = WHAT.format(file=file, model=options.model, texts=texts, machine=done[-1]["machine"].partition(", load")[0])
     table = (out / TABLE_FILE).read_text(encoding="utf-8").strip()
     write_section(f"sweep_{options.model}", f"{what}\n\n{table}\n\n![KL against bytes]({picture})")

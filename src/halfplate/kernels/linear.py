@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from threading import local
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -47,10 +48,10 @@ WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
 PATTERNS = ("2:4", "dense")
 CORES = (*STORED_DTYPES, *scaled_core_dtypes())
 ACTIVATIONS = ("float", "int8")
-# From this many tokens on, the core is expanded and multiplied by torch's matrix product. Measured (RESULTS.md): with
-# 512-bit vectors the sparse kernels are faster than its fp32 product at any size, but not than a bf16 product in hardware.
-EXPAND_FLOATS_FROM = {"avx512": 1 << 62, "avx2": 256, "baseline": 16}
-EXPAND_HALVES_FROM = 96
+# From this many tokens on, the core is expanded and multiplied by torch's matrix product: for 2:4 cores, which do half the work, and
+# for unpruned ones. Measured (RESULTS.md).
+EXPAND_FROM = {"avx512": (128, 48), "avx2": (96, 24), "baseline": (16, 16)}
+PROBE = (256, 512)  # tokens and width of the products that are timed to choose a type
 CPU = torch.device("cpu")
 LARGE = 4 * 2**20  # bytes; smaller tensors would leave large pages mostly empty
 REFUSALS = {
@@ -267,7 +268,7 @@ def multiply(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     tokens = rows.shape[0]
     if tokens == 0:
         return x.new_empty(*x.shape[:-1], d_out)
-    if not header.activations and tokens >= expand_from(x.dtype):
+    if not header.activations and tokens >= expand_from(bool(header.sparse)):
         return _multiply_expanded(rows, packed, header).view(*x.shape[:-1], d_out)
     rows = _floats(rows)
     y = torch.empty(tokens, d_out, dtype=torch.float32, device=CPU)
@@ -286,21 +287,37 @@ def multiply(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     return (y if x.dtype == torch.float32 else y.to(x.dtype)).view(*x.shape[:-1], d_out)
 
 
-def expand_from(dtype: torch.dtype) -> int:
-    """From how many tokens of `dtype` on the dense product of torch is faster."""
-    if dtype == torch.bfloat16 and _has_bf16_product():
-        return EXPAND_HALVES_FROM
-    return EXPAND_FLOATS_FROM[native.isa()]
+def expand_from(sparse: bool) -> int:
+    """From how many tokens on the dense product of torch is faster for a core, 2:4 or unpruned."""
+    return EXPAND_FROM[native.isa()][0 if sparse else 1]
 
 
 @cache
-def _has_bf16_product() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def bf16_is_faster() -> bool:
+    """Whether torch multiplies in bf16 faster than in fp32; timed once if the processor has instructions for it."""
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    if not torch.cpu._is_avx512_bf16_supported():
+        return False
+    tokens, width = PROBE
+    x = torch.ones(tokens, width, dtype=torch.float32, device=CPU)
+    weight = torch.ones(width, width, dtype=torch.float32, device=CPU)
+    return _product_seconds(x.bfloat16(), weight.bfloat16()) < _product_seconds(x, weight)
+
+
+def _product_seconds(x: Tensor, weight: Tensor) -> float:
+    """The least seconds of a few products, the first of which may prepare something."""
+    seconds = []
+    for _ in range(5):
+        start = perf_counter()
+        functional.linear(x, weight)
+        seconds.append(perf_counter() - start)
+    return min(seconds)
 
 
 def _multiply_expanded(rows: Tensor, packed: Tensor, header: Header) -> Tensor:
     """`rows` (tokens, d_in) times the core, expanded to a full matrix in a reused scratch buffer."""
-    dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 and _has_bf16_product() else torch.float32
+    dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 and bf16_is_faster() else torch.float32
     core = _scratch(header.d_out * header.d_in, dtype).view(header.d_out, header.d_in)
     status = native.library().halfplate_expand(
         packed.data_ptr(),
