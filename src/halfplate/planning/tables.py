@@ -77,5 +77,5 @@ def _planned(field: str, name: str, module: Any, dtype: str, refusal: str | None
     spec = WeightSpec(rows, columns, DENSE, AUTO_DTYPE if dtype == AUTO else dtype, group=recipe.group_size)
     reason = None if refusal is None else f"{refusal}; not compressed"
     # A search on the model's KL runs with its tables as they are.
-    free = dtype == AUTO and recipe.budget is not None and recipe.evolution is None
+    free = dtype == AUTO and recipe.sized and recipe.evolution is None
     return [MatrixPlan(name, shape, None, recipe.method, None if reason else spec, reason, free=free)]
