@@ -238,9 +238,14 @@ class Recipe:
         return self.sized or self.time_budget is not None
 
     @property
+    def asks_size(self) -> bool:
+        """Whether the whole result has a size to fit in."""
+        return self.fit is not None or self.fit_ram is not None
+
+    @property
     def sized(self) -> bool:
         """Whether a budget in bytes chooses them."""
-        return any(asked is not None for asked in (self.budget, self.fit, self.fit_ram))
+        return self.budget is not None or self.asks_size
 
     def _check_shape(self) -> None:
         method, pattern, block = self.create_method(), self.parsed_pattern, self.block_size

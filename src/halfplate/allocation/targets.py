@@ -13,6 +13,7 @@ from halfplate.errors import HalfplateError
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
 from halfplate.models.gguf_blocks import WIDTH, block_type
+from halfplate.models.gguf_families.table import family_of_model
 from halfplate.models.gguf_super_blocks import WIDTH as SUPER_WIDTH
 from halfplate.pattern import DENSE
 
@@ -39,6 +40,7 @@ class Target:
     bits: per weight of a matrix, scales included; None if it does not hold it exactly.
     tied: the names of matrices that must have one format, in groups; all names are in one.
     sparse: whether it runs N:M patterns and wrappers.
+    experts: whether its files hold experts.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Target:
     bits: Callable[[WeightSpec], float | None]
     tied: Callable[[Iterable[str]], list[list[str]]]
     sparse: bool = False
+    experts: bool = True
 
     def nbytes(self, spec: WeightSpec) -> int:
         """Bytes of a matrix in the file; 0 if another module stores it."""
@@ -75,6 +78,13 @@ class Target:
             raise HalfplateError(
                 f"target={self.name!r} cannot hold core_dtype={core_dtype!r} in groups of {group}; use one of {names}"
             )
+
+    def check_model(self, model_type: str, names: Iterable[str]) -> None:
+        """Raise HalfplateError if the file cannot hold a model with matrices of these names."""
+        if self.name == GGUF.name:
+            family_of_model(model_type)
+        if not self.experts and (name := next(filter(EXPERT.fullmatch, names), None)) is not None:
+            raise HalfplateError(f"target={self.name!r} cannot hold experts ({name}); use target gguf or halfplate")
 
     def check_table(self, field: str, dtype: str, group: int) -> None:
         """Raise HalfplateError if an embedding or an output layer of this type (`field` of a recipe) cannot be stored."""
@@ -141,11 +151,9 @@ def _stacked(names: Iterable[str]) -> list[list[str]]:
 
 
 def _fused(names: Iterable[str]) -> list[list[str]]:
-    """The matrices that vLLM joins, and all experts of a layer."""
+    """The matrices that vLLM joins."""
 
     def key(name: str) -> str:
-        if match := EXPERT.fullmatch(name):
-            return match[1]
         parent, _, leaf = name.rpartition(".")
         return next((f"{parent}/{'+'.join(joined)}" for joined in JOINED if leaf in joined), name)
 
@@ -174,6 +182,6 @@ HALFPLATE = Target(
 )
 GGUF = Target("gguf", "GGUF file", _gguf_cores, _gguf_tables, _gguf_bits, _stacked)
 _VLLM, _GPTQ = _words(("int4", "int8"), 1, False), _words(("int2", "int3", "int4", "int8"), 32, True)
-VLLM = Target("vllm", "folder of compressed-tensors", _VLLM[0], lambda spec: (), _VLLM[1], _fused)
-GPTQ = Target("gptq", "folder of GPTQ", _GPTQ[0], lambda spec: (), _GPTQ[1], _fused)
+VLLM = Target("vllm", "folder of compressed-tensors", _VLLM[0], lambda spec: (), _VLLM[1], _fused, experts=False)
+GPTQ = Target("gptq", "folder of GPTQ", _GPTQ[0], lambda spec: (), _GPTQ[1], _fused, experts=False)
 TARGETS = {target.name: target for target in (HALFPLATE, GGUF, VLLM, GPTQ)}

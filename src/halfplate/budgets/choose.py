@@ -14,7 +14,7 @@ from halfplate.budgets.search import search_levels, search_samples
 from halfplate.budgets.store import LevelStore
 from halfplate.calibration import CalibrationTokens
 from halfplate.errors import HalfplateError
-from halfplate.headroom import spoken
+from halfplate.headroom import spoken_above
 from halfplate.models.sources import LoadedModel
 from halfplate.planning import Plan
 from halfplate.telemetry.clock import Clock
@@ -76,7 +76,7 @@ def _knapsack(plan: Plan, units: list[Unit], budget: float, dense_seconds: float
         else:
             bytes_ = int(limit.total - budget + least)
             asked = limit.asked
-            named = f"{bytes_ / plan.dense_nbytes:.4f}" if plan.recipe.budget is not None else spoken(bytes_)
+            named = f"{bytes_ / plan.dense_nbytes:.4f}" if plan.recipe.budget is not None else spoken_above(bytes_)
         raise HalfplateError(
             f"{asked} cannot be met: the least is {named}; raise it, or add fields to --choose"
         ) from None

@@ -74,6 +74,8 @@ def _print(summary: dict[str, Any], wish: str) -> None:
     ]
     if summary["tokens_per_expert"]:
         rows.append(("calibration tokens of an expert", in_words(summary["tokens_per_expert"])))
+    if fit := summary["fit"]:
+        rows.append(("size", f"{megabytes(fit['spent_bytes'])} of {megabytes(fit['nbytes'])}, {fit['spoken']}"))
     if summary["levels"]:
         rows.append(("formats chosen", "; ".join(f"{count} x {level}" for level, count in summary["levels"].items())))
     if "ratios" in summary:

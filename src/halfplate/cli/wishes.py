@@ -11,7 +11,11 @@ def served(recipe: "Recipe") -> str:
     from halfplate.formats.quantizers import QUANTIZERS
 
     if recipe.budgeted:
-        return "least loss within the budget (docs/choosing.md)"
+        return (
+            "least loss within the size (docs/budget.md)"
+            if recipe.asks_size
+            else "least loss within the budget (docs/choosing.md)"
+        )
     if recipe.parsed_pattern.is_dense:
         return "size; for speed: --pattern 2:4 (docs/choosing.md)"
     if recipe.core_dtype in QUANTIZERS:

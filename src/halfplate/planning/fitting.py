@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfplate.allocation import TARGETS, Target
+from halfplate.allocation import TARGETS, Target, candidates
 from halfplate.calibration.self_text import token_nbytes
 from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
@@ -62,6 +63,11 @@ class Limit:
         """Bytes of one matrix."""
         return _loaded(spec) if self.in_memory and self.target.sparse else self.target.nbytes(spec)
 
+    @property
+    def spoken(self) -> str:
+        """What is counted, in words."""
+        return f"in the memory of {MEMORY_OF[self.target.name]}" if self.in_memory else f"as a {self.target.spoken}"
+
     def to_json(self) -> dict[str, Any]:
         """The entry in `plan --json`."""
         counted = "memory" if self.in_memory else "file"
@@ -93,8 +99,7 @@ def limit_of(recipe: Recipe, outside: Outside) -> Limit | None:
     Raises HalfplateError if its target does not know the model, or is not counted in memory.
     """
     target = TARGETS[recipe.target]
-    if target.name == "gguf":
-        family_of_model(outside.source.config.model_type)
+    target.check_model(outside.source.config.model_type, outside.specs)
     if recipe.budget is not None:
         whole = sum(spec.dense_nbytes for spec in outside.specs.values())
         return Limit(f"budget={recipe.budget:g}", int(recipe.budget * whole), target)
@@ -182,6 +187,27 @@ def _in_llama_cpp(outside: Outside, context: int) -> dict[str, int]:
 
 
 MEMORY = {"halfplate": _in_halfplate, "gguf": _in_llama_cpp}
+MEMORY_OF = {"halfplate": "Halfplate", "gguf": "llama.cpp"}
+
+
+def in_one_format(
+    limit: Limit, recipe: Recipe, layers: Iterable[WeightSpec], tables: Iterable[WeightSpec]
+) -> dict[str, int]:
+    """The bytes of everything if every matrix of the layers had the same type of core, where it can have it, by types with their groups.
+
+    tables: of the embedding and the output layer, which keep their types.
+    """
+    counts, method = Counter(layers), recipe.create_method()
+    offered = {spec: candidates(spec, method, recipe.choose, limit.target) for spec in counts}
+    names = {(level.core_dtype, level.group) for levels in offered.values() for level in levels}
+    start, found = limit.spent(tables), {}
+    for core, group in names:
+        each = {
+            spec: next((one for one in levels if (one.core_dtype, one.group) == (core, group)), levels[0])
+            for spec, levels in offered.items()
+        }
+        found[f"{core} ({group})"] = start + sum(counts[spec] * limit.cost(level) for spec, level in each.items())
+    return dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
 
 
 def _loaded(spec: WeightSpec) -> int:

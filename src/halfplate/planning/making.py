@@ -23,7 +23,7 @@ from halfplate.formats.parts import PARTS
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.sharing import share
 from halfplate.formats.spec import WeightSpec
-from halfplate.headroom import spoken
+from halfplate.headroom import spoken, spoken_above
 from halfplate.job import Job
 from halfplate.limits import check_threads, check_workers
 from halfplate.methods import METHODS, Method
@@ -211,16 +211,18 @@ def _check_limit(
     least = taken + sum(map(cost_of, specs))
     if least <= limit.matrices:
         return
-    cure = f"with choose={', '.join(recipe.choose) or 'nothing'}; raise it, or add to --choose ({', '.join(CHOICES)})"
+    more = f", or add to --choose ({', '.join(CHOICES)})" if limit.target.sparse else ""
+    cure = f"with choose={', '.join(recipe.choose) or 'nothing'}; raise it{more}"
     if recipe.budget is not None:
         whole = sum(spec.dense_nbytes for spec in [*specs, *(table.spec for table in tables if table.spec is not None)])
         of_tables = f" ({taken / whole:.4f} of them the embedding and the output layer)" if tables else ""
         raise HalfplateError(
             f"{limit.asked} cannot be met: the least is {least / whole:.4f} of the original bytes{of_tables} {cure}"
         )
-    of_tables = f"{spoken(taken)} the embedding and the output layer, " if tables else ""
+    of_tables = f"{spoken(taken)} for the embedding and the output layer, " if tables else ""
     raise HalfplateError(
-        f"{limit.asked} cannot be met: the least is {spoken(limit.outside + least)} ({of_tables}{spoken(limit.outside)} what is no matrix) {cure}"
+        f"{limit.asked} cannot be met: the least is {spoken_above(limit.outside + least)} ({of_tables}{spoken(least - taken)} for the matrices of "
+        f"the layers, {spoken(limit.outside)} for everything else) {cure}"
     )
 
 
