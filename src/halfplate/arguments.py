@@ -8,6 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from halfplate.errors import HalfplateError
 
+# Options of the command line that are not called as the fields of a recipe.
+FLAGS = {"target": "--for"}
 UNITS = {
     "B": 1,
     "KB": 10**3,

@@ -91,6 +91,7 @@ class Recipe:
     - out_block_size: that of the output wrapper, if it differs
     - share_wrappers: linears with the same input share one input wrapper
     - group_size: columns that share a scale of an integer core
+    - embedding_dtype, head_dtype: a quantizer for the embedding and the output layer, `keep` to leave them as they are, or `auto` (int8); a tied pair has one
     - inputs: statistics of the inputs from the `compressed` layers so far, or from the original layers (`dense`)
     - cross_damping: of the correction towards the original outputs with compressed inputs, `none` for no correction
     - token_limit: clip the squared norm of each token to this many times the median

@@ -15,8 +15,6 @@ EVERYDAY_CHOICE = ("core_dtype",)  # what a budget may vary in it
 # The built-in recipe whose formats a target holds, for those who choose no format.
 OF_TARGET = {"gguf": "gguf-q4", "vllm": "vllm-w4", "gptq": "vllm-w4"}
 SIZES = ("fit", "fit_ram")  # with one of them, a field that chooses a format is laid over a built-in recipe
-# Options of the command line that are not called as their fields.
-FLAGS = {"target": "--for"}
 # Fields, and options of the method, that choose a format; the rest of it then has the defaults of Recipe.
 FORMAT = {"method", "pattern", "block_size", "out_block_size", "share_wrappers", "core_dtype", "wrapper_dtype"}
 FORMAT |= {"time_budget", "choose", "search", "ratios"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from halfplate.arguments import FLAGS
 from halfplate.cli.parser import positive
 from halfplate.errors import HalfplateError
-from halfplate.recipe_values import FLAGS
 
 if TYPE_CHECKING:
     from halfplate.recipe import Recipe

@@ -4,8 +4,8 @@ import shlex
 from dataclasses import MISSING, fields
 from typing import Any
 
+from halfplate.arguments import FLAGS
 from halfplate.recipe import Recipe
-from halfplate.recipe_values import FLAGS
 
 REPEATED = ("include", "exclude", "transforms")
 
