@@ -20,7 +20,6 @@ from halfplate.kernels.linear import NATIVE, header_of
 from halfplate.kernels.native import available
 from halfplate.models.gguf_families.table import family_of_model
 from halfplate.models.sources import Source
-from halfplate.planning.memory import LIBRARIES
 from halfplate.planning.sizes import ModelSizes
 from halfplate.recipe import Recipe
 from halfplate.runtime.cache import ROOM
@@ -30,6 +29,7 @@ COMPANIONS = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".py")
 HEADER_ENTRY, CONFIG_ENTRY, REST = 120, 350, 20_000
 TOKEN_ENTRY = 8  # bytes that a token takes more in a GGUF file than in tokenizer.json
 LLAMA_BATCH = 512  # tokens that llama.cpp computes at once
+PROCESS = 600_000_000  # Python with torch and transformers, while a model runs; measured 555 MB
 FP32, FP16 = 4, 2
 
 
@@ -169,7 +169,7 @@ def _in_halfplate(outside: Outside, context: int) -> dict[str, int]:
     each, sizes = token_nbytes(outside.source.config, context), outside.sizes
     scratch = FP32 * (context * (4 * sizes.hidden + 3 * sizes.ffn) + sizes.vocabulary)
     return {
-        "Python with torch and transformers": LIBRARIES,
+        "Python with torch and transformers": PROCESS,
         "other tensors": tensors,
         f"cache: room for {positions} tokens × {each} bytes": positions * each,
         f"scratch: 4 × ({context} tokens × (4 × {sizes.hidden} + 3 × {sizes.ffn}) + {sizes.vocabulary})": scratch,
