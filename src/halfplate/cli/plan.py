@@ -69,7 +69,7 @@ def _print(plan: "Plan", refused: str | None) -> None:
 
 def _bytes(plan: "Plan") -> list[tuple[str, str]]:
     from halfplate.cli.console import megabytes, whole_checkpoint
-    from halfplate.cli.wishes import served
+    from halfplate.cli.wishes import kernels, served
 
     share = f"{plan.wrapper_share:.1%} of the original parameters"
     compressed = [
@@ -98,7 +98,7 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
             else []
         ),
         ("optimised for", served(plan.recipe)),
-        ("kernels", plan.without_kernel or "every matrix has one"),
+        ("kernels", kernels(plan.recipe.target, plan.without_kernel)),
         ("everything else", megabytes(plan.other_nbytes)),
         *(
             []

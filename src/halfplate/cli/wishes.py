@@ -6,6 +6,13 @@ if TYPE_CHECKING:
     from halfplate.recipe import Recipe
 
 
+def kernels(target: str, without: str | None) -> str:
+    """Which matrices no kernel runs. without: those of Halfplate; they do not matter if another program runs the result."""
+    if target != "halfplate":
+        return f"those of {target}, after an export"
+    return without or "every matrix has one"
+
+
 def served(recipe: "Recipe") -> str:
     """One line: what the format of `recipe` is optimised for, and which options optimise for the other."""
     from halfplate.formats.quantizers import QUANTIZERS
