@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,21 +15,20 @@ from torch import Tensor, nn
 
 from halfplate.allocation import TARGETS, Target, candidates
 from halfplate.calibration.self_text import token_nbytes
-from halfplate.errors import HalfplateError
+from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.formats.spec import WeightSpec
 from halfplate.headroom import spoken
 from halfplate.kernels.linear import NATIVE, header_of
 from halfplate.kernels.native import available
 from halfplate.models.gguf_families.table import family_of_model
-from halfplate.models.sources import Source
+from halfplate.models.gguf_tokenizer_writer import add_tokenizer
+from halfplate.models.sources import Source, load_tokenizer
 from halfplate.planning.sizes import ModelSizes
 from halfplate.recipe import Recipe
 from halfplate.runtime.cache import ROOM
 
-COMPANIONS = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".py")
 # Allowances for what describes a tensor: its entry in a header with padding, the entry of a matrix in config.json, and the rest.
 HEADER_ENTRY, CONFIG_ENTRY, REST = 120, 350, 20_000
-TOKEN_ENTRY = 8  # bytes that a token takes more in a GGUF file than in tokenizer.json
 LLAMA_BATCH = 512  # tokens that llama.cpp computes at once
 PROCESS = 600_000_000  # Python with torch and transformers, while a model runs; measured 555 MB
 FP32, FP16 = 4, 2
@@ -143,18 +144,23 @@ def _other_nbytes(target: Target, outside: Outside) -> int:
 
 
 def _tokenizer_nbytes(target: Target, outside: Outside) -> int:
-    source = outside.source
-    if source.gguf_header is not None:
-        # Its vocabulary becomes tokenizer.json, which spells it out.
-        start = min(entry.start for entry in source.gguf_header.contents.entries.values())
-        return start if target.name == "gguf" else 3 * start
-    folder = source.path if source.path.is_dir() else source.path.parent
-    files = sum(path.stat().st_size for path in folder.iterdir() if _accompanies(path))
-    return files + (TOKEN_ENTRY * outside.sizes.vocabulary if target.name == "gguf" else 0)
+    """Bytes of the tokenizer in the result, written once to find them out: its size in the source may be twice or half as large."""
+    tokenizer = load_tokenizer(outside.source)
+    with TemporaryDirectory(prefix="halfplate-") as folder:
+        if target.name == "gguf":
+            from gguf import GGUFWriter
 
-
-def _accompanies(path: Path) -> bool:
-    return path.is_file() and path.suffix in COMPANIONS and not path.name.endswith(".index.json")
+            path = Path(folder) / "tokenizer.gguf"
+            writer = GGUFWriter(str(path), "llama")
+            with warnings.catch_warnings():  # the export gives them
+                warnings.simplefilter("ignore", HalfplateWarning)
+                add_tokenizer(writer, tokenizer, outside.sizes.vocabulary)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.close()
+        else:
+            tokenizer.save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
 def _in_halfplate(outside: Outside, context: int) -> dict[str, int]:
