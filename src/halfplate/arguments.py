@@ -1,11 +1,39 @@
 """Checking arguments of users (flags, files or calls) and converting them to their declared types."""
 
 import os
+import re
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from halfplate.errors import HalfplateError
+
+# Options of the command line that are not called as the fields of a recipe.
+FLAGS = {"target": "--for"}
+UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def size_in_bytes(argument: str, value: Any) -> Any:
+    """Text such as `600MB` or `1.5 GiB` as bytes; other values as they are. Raises HalfplateError for a unit that is not known."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", value)
+    unit = None if match is None else UNITS.get(match[2].upper() or "B")
+    if match is None or unit is None:
+        raise HalfplateError(
+            f"{argument}={value!r} is not a size; expected a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 600MB"
+        )
+    return int(float(match[1]) * unit)
 
 
 def path_text(argument: str, value: Any) -> str:

@@ -74,3 +74,9 @@ def _fields(path: Path) -> dict[str, int]:
 def spoken(nbytes: int) -> str:
     """Bytes as text."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def spoken_above(nbytes: int) -> str:
+    """Bytes as text that names no less."""
+    step = 10**7 if nbytes >= 1e9 else 10**5
+    return spoken(-(-nbytes // step) * step)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_type_hints
 
 from halfplate import methods, transforms
-from halfplate.allocation import CHOICES, CHOSEN, Evolution
-from halfplate.arguments import path_text, typed
+from halfplate.allocation import CHOSEN, Evolution
+from halfplate.allocation.asked import CONTEXT, check_budget
+from halfplate.allocation.targets import HALFPLATE
+from halfplate.arguments import path_text, size_in_bytes, typed
 from halfplate.device import device_kind
 from halfplate.errors import HalfplateError
 from halfplate.formats.quantizers import QUANTIZERS
@@ -57,6 +59,10 @@ class RecipeFields(TypedDict, total=False):
     owl_lambda: float
     budget: float | None
     time_budget: float | None
+    fit: int | None
+    fit_ram: int | None
+    context: int
+    target: str
     choose: tuple[str, ...]
     search: Literal["knapsack", "evolution"]
     generations: int
@@ -85,6 +91,7 @@ class Recipe:
     - out_block_size: that of the output wrapper, if it differs
     - share_wrappers: linears with the same input share one input wrapper
     - group_size: columns that share a scale of an integer core
+    - embedding_dtype, head_dtype: a quantizer for the embedding and the output layer, `keep` to leave them as they are, or `auto` (int8); a tied pair has one
     - inputs: statistics of the inputs from the `compressed` layers so far, or from the original layers (`dense`)
     - cross_damping: of the correction towards the original outputs with compressed inputs, `none` for no correction
     - token_limit: clip the squared norm of each token to this many times the median
@@ -92,6 +99,8 @@ class Recipe:
     - tune_block: steps that train each layer towards the output of the original layer
     - ratios: `owl` keeps more in layers with more outliers, with the same average and a range of 2 · owl_lambda
     - budget, time_budget: fraction of the original bytes, or of the decode time of the original linears on this machine
+    - fit, fit_ram: bytes of the whole result in its file, or in memory with a cache of `context` tokens; text such as `600MB` is converted
+    - target: program that runs the result, a name in `halfplate.allocation.TARGETS`, whose formats are the candidates
     - choose: fields that a budget chooses for each matrix (block_size, pattern, core_dtype)
     - search: `knapsack` over measured errors, or `evolution`, which continues from there with the KL of the model
     - generations, offspring: of the evolution
@@ -104,23 +113,6 @@ class Recipe:
     - threads: None leaves torch's own choice
     - max_kl: nats per token
 
-    version: of this configuration. method: a name of `halfplate methods`; method_options: the fields of its own configuration,
-    e.g. `{"iterations": 20}`. core_dtype, wrapper_dtype: element types of kept values and wrappers. pattern: `N:M`, `dense`, or `auto` for that of the method: `dense` if it drops no weights, else `2:4`. block_size: `auto` (planning
-    chooses), 0 for no wrappers, 1 for diagonal ones; for slim the rank. out_block_size: that of the output wrapper,
-    if it differs. share_wrappers: linears of one input have one input wrapper. group_size: columns that share a scale
-    of an integer core. embedding_dtype, head_dtype: a
-    quantizer for the embedding and the output layer, `keep` to leave them as they are, or `auto` (int8); a tied pair has one. inputs: `dense` collects statistics on the inputs from the original layers, `compressed` on those from
-    the compressed layers; then cross_damping is that of the correction towards the original inputs, `none` for no
-    correction. token_limit: tokens with more energy than so many times the median count as that. precision: of the products
-    while text runs through the layers; auto takes bf16 if the processor multiplies it. tune_block: steps that tune
-    each layer towards the output of the original one. ratios: `owl` lets layers with more outliers keep more, with the same average, within
-    2 · owl_lambda from the least to the most. budget, time_budget: fraction of the original bytes, or of the decode time of the original
-    linears on this machine, within which the fields `choose` (block_size, pattern, core_dtype) are chosen for each matrix. search:
-    `knapsack` over measured errors, or `evolution` from there on the model's own KL, of so many generations with so many
-    offspring each. transforms: names of `halfplate.transforms`, applied to the model in this order before anything else; each
-    becomes `name@version`. calibration: `self`, a text file or a Hub data set, of which `samples` sequences of `seq_len` tokens are
-    used; seed: of everything random. device: `cpu` or `cuda`. include, exclude:
-    patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats per token.
     Raises HalfplateError naming the field, its value and a value that works.
     """
 
@@ -150,6 +142,10 @@ class Recipe:
     owl_lambda: float = 0.08
     budget: float | None = None
     time_budget: float | None = None
+    fit: int | None = None
+    fit_ram: int | None = None
+    context: int = CONTEXT
+    target: str = HALFPLATE.name
     choose: tuple[str, ...] = CHOSEN
     search: Literal["knapsack", "evolution"] = "knapsack"
     generations: int = 20
@@ -161,6 +157,8 @@ class Recipe:
     max_kl: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("fit", "fit_ram"):
+            object.__setattr__(self, name, size_in_bytes(name, getattr(self, name)))
         hints = get_type_hints(type(self))
         for name in (f.name for f in fields(self) if f.name != "method_options"):
             object.__setattr__(self, name, typed(name, getattr(self, name), hints[name]))
@@ -186,6 +184,7 @@ class Recipe:
             ("seq_len", 2),
             ("seed", 0),
             ("tune_block", 0),
+            ("context", 1),
             ("generations", 0),
             ("offspring", 1),
             ("threads", 1),
@@ -199,7 +198,7 @@ class Recipe:
             raise HalfplateError(
                 f"tune_block={self.tune_block} needs inputs='compressed', received {self.inputs!r}; use inputs compressed"
             )
-        self._check_budget()
+        check_budget(self)
         self._check_ratios()
         if self.cross_damping != "none" and not 0 <= self.cross_damping < float("inf"):
             raise HalfplateError(
@@ -211,24 +210,6 @@ class Recipe:
         for name in ("method", "calibration"):
             if not getattr(self, name).strip():
                 raise HalfplateError(f"{name}={getattr(self, name)!r} is empty; leave it out for the default")
-
-    def _check_budget(self) -> None:
-        if self.budget is not None and self.time_budget is not None:
-            raise HalfplateError(
-                f"budget={self.budget} and time_budget={self.time_budget} exclude each other; leave one out"
-            )
-        for name in ("budget", "time_budget"):
-            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
-                raise HalfplateError(
-                    f"{name}={value} must be a fraction of the original model, above 0 and up to 1; try 0.6"
-                )
-        if self.search == "evolution" and not self.budgeted:
-            raise HalfplateError("search='evolution' looks for the best candidates within a budget; give --budget 0.6")
-        if self.choose != CHOSEN and not self.budgeted:
-            raise HalfplateError(f"choose={','.join(self.choose)} needs a budget; give --budget 0.6, or leave it out")
-        for field_name in self.choose:
-            if field_name not in CHOICES:
-                raise HalfplateError(f"choose={field_name!r} is not one of {', '.join(CHOICES)}")
 
     def _check_ratios(self) -> None:
         if not 0 <= self.owl_lambda <= 0.5:
@@ -255,7 +236,17 @@ class Recipe:
     @property
     def budgeted(self) -> bool:
         """Whether a budget chooses the formats of the matrices."""
-        return self.budget is not None or self.time_budget is not None
+        return self.sized or self.time_budget is not None
+
+    @property
+    def asks_size(self) -> bool:
+        """Whether the whole result has a size to fit in."""
+        return self.fit is not None or self.fit_ram is not None
+
+    @property
+    def sized(self) -> bool:
+        """Whether a budget in bytes chooses them."""
+        return self.budget is not None or self.asks_size
 
     def _check_shape(self) -> None:
         method, pattern, block = self.create_method(), self.parsed_pattern, self.block_size
@@ -376,7 +367,13 @@ class Recipe:
         """`to_json` without the fields that do not affect the result."""
         values = {key: value for key, value in self.to_json().items() if key not in WITHOUT_EFFECT}
         # A recipe that leaves these out is what it was before there were any.
-        later = {"transforms": [], "embedding_dtype": KEEP, "head_dtype": KEEP}
+        later: dict[str, Any] = {
+            "transforms": [],
+            "embedding_dtype": KEEP,
+            "head_dtype": KEEP,
+            "target": HALFPLATE.name,
+        }
+        later |= {"fit": None, "fit_ram": None, "context": CONTEXT}
         return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
 

@@ -12,6 +12,9 @@ from halfplate.errors import HalfplateError
 DEFAULT_METHOD = "armor"
 EVERYDAY = "everyday"  # the built-in recipe for those who choose no format
 EVERYDAY_CHOICE = ("core_dtype",)  # what a budget may vary in it
+# The built-in recipe whose formats a target holds, for those who choose no format.
+OF_TARGET = {"gguf": "gguf-q4", "vllm": "vllm-w4", "gptq": "vllm-w4"}
+SIZES = ("fit", "fit_ram")  # with one of them, a field that chooses a format is laid over a built-in recipe
 # Fields, and options of the method, that choose a format; the rest of it then has the defaults of Recipe.
 FORMAT = {"method", "pattern", "block_size", "out_block_size", "share_wrappers", "core_dtype", "wrapper_dtype"}
 FORMAT |= {"time_budget", "choose", "search", "ratios"}
@@ -19,12 +22,17 @@ FORMAT_OPTIONS = {"solver", "objective"}
 
 
 def without_recipe(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`changes` over the built-in recipe `everyday`, or `changes` alone if one of them chooses a format."""
-    options = changes.get("method_options", {})
-    if FORMAT & changes.keys() or (isinstance(options, Mapping) and FORMAT_OPTIONS & options.keys()):
+    """`changes` over a built-in recipe, or `changes` alone if one of them chooses a format.
+
+    The recipe is that of the target, `everyday` without one. A size or a target alone leaves open what the format is.
+    """
+    options, target = changes.get("method_options", {}), changes.get("target")
+    chooses = FORMAT & changes.keys() or (isinstance(options, Mapping) and FORMAT_OPTIONS & options.keys())
+    sized = any(changes.get(name) is not None for name in SIZES)
+    if chooses and not sized and target not in OF_TARGET:
         return dict(changes)
-    chosen = {} if changes.get("budget") is None else {"choose": EVERYDAY_CHOICE}
-    return laid_over(file_values(EVERYDAY) | chosen, changes)
+    chosen = {"choose": EVERYDAY_CHOICE} if sized or changes.get("budget") is not None else {}
+    return laid_over(file_values(OF_TARGET.get(str(target), EVERYDAY)) | chosen, changes)
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,8 @@ WIDE: list[dict[str, Any]] = [
     {"pattern": DENSE, "core_dtype": "nl4k", "group": 32},
     {"pattern": DENSE, "core_dtype": "affine4", "group": 64},
     {"core_dtype": "affine2k", "group": 32},
+    {"pattern": DENSE, "core_dtype": "int6k", "group": 16},
+    {"pattern": DENSE, "core_dtype": "affine2k", "group": 16},
     {"pattern": Pattern(5, 11), "core_dtype": "int3"},
     {"pattern": DENSE, "core_dtype": "bf16", "in_block": 7},
     {"pattern": DENSE, "core_dtype": "int4", "group": 64, "permuted": True},

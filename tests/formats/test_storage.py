@@ -61,30 +61,30 @@ def test_other_numbers_cannot_be_stored() -> None:
 
 
 @pytest.mark.parametrize("name", WITH_SUPERS)
-@pytest.mark.parametrize("d_in", [576, 40, 256])
-def test_cores_with_super_scales_have_the_values_of_the_definition(name: str, d_in: int) -> None:
-    quantizer, spec = QUANTIZERS.get(name), WeightSpec(3, d_in, DENSE, name, group=32)
-    weight, groups = random_values(3, d_in, 4) * 0.1, -(-d_in // 32)
-    core = NMSparse.from_dense(weight, None, DENSE, name, 32)
+@pytest.mark.parametrize(("d_in", "group"), [(576, 32), (40, 32), (256, 32), (576, 16)])
+def test_cores_with_super_scales_have_the_values_of_the_definition(name: str, d_in: int, group: int) -> None:
+    quantizer, spec = QUANTIZERS.get(name), WeightSpec(3, d_in, DENSE, name, group=group)
+    weight, groups = random_values(3, d_in, 4) * 0.1, -(-d_in // group)
+    core = NMSparse.from_dense(weight, None, DENSE, name, group)
     tensors, bits = core.tensors(), storage_of(quantizer).bits
     assert {key: (tuple(part.shape), part.dtype) for key, part in tensors.items()} == spec.layout()
     assert spec.nbytes == core.nbytes
     check_stored(spec, tensors, "core")
-    each = [tensors["weight_super_scales"].double().repeat_interleave(8, 1)[:, :groups]]
+    each = [tensors["weight_super_scales"].double().repeat_interleave(256 // group, 1)[:, :groups]]
     each[0] *= unpack(tensors["weight_scale_codes"], groups, bits)
     if "weight_super_minima" in tensors:
-        minima = tensors["weight_super_minima"].double().repeat_interleave(8, 1)[:, :groups]
+        minima = tensors["weight_super_minima"].double().repeat_interleave(256 // group, 1)[:, :groups]
         each.append(-minima * unpack(tensors["weight_minimum_codes"], groups, bits))
-    each = [part.repeat_interleave(32, 1)[:, :d_in] for part in each]
+    each = [part.repeat_interleave(group, 1)[:, :d_in] for part in each]
     exact = quantizer.decode(core.integers(), *each)
     assert torch.equal(core.dense(torch.float64), exact.float().double())
     assert torch.equal(NMSparse.from_tensors(spec, tensors).dense(), core.dense())
-    again = NMSparse.joined([core.rows(WeightSpec(1, d_in, DENSE, name, group=32), row) for row in range(3)])
+    again = NMSparse.joined([core.rows(WeightSpec(1, d_in, DENSE, name, group=group), row) for row in range(3)])
     assert all(torch.equal(again.tensors()[key], part) for key, part in tensors.items())
     # They cost hardly more error than fp16 scales.
-    plain = round_groups(weight, QUANTIZERS.get(name.removesuffix("k")), 32)
+    plain = round_groups(weight, QUANTIZERS.get(name.removesuffix("k")), group)
     free = QUANTIZERS.get(name.removesuffix("k"))
-    values = free.decode(plain[0], *(part.float().repeat_interleave(32, 1)[:, :d_in] for part in plain[1]))
+    values = free.decode(plain[0], *(part.float().repeat_interleave(group, 1)[:, :d_in] for part in plain[1]))
     assert (core.dense() - weight).square().sum() < 1.25 * (values - weight).square().sum()
 
 

@@ -115,7 +115,11 @@ def test_the_format_of_dense_cores() -> None:
         ({"d_in": 0}, "d_in=0"),
         ({"d_in": -4}, "d_in=-4"),
         ({"d_in": 10}, "d_in=10 is not a multiple of M=4"),
-        ({"group": 48}, "group_size=48 is not one of 32, 64, 128"),
+        ({"group": 48}, "group_size=48 is not one of 16, 32, 64, 128"),
+        (
+            {"group": 16},
+            "group_size=16 is for unpruned cores, and the pattern is 2:4; use group_size 32 or pattern dense",
+        ),
         ({"core_dtype": "fp8"}, "core_dtype='fp8'"),
         ({"wrapper_dtype": "int4"}, "wrapper_dtype='int4' is not one of fp32, bf16, fp16, int8"),
     ],

@@ -233,6 +233,8 @@ def test_patterns_without_kernels_say_so():
     assert "pattern 4:8" in unsupported(WeightSpec(8, 16, Pattern(4, 8)))
     assert unsupported(WeightSpec(8, 16)) is None
     assert "permuted inputs" in unsupported(WeightSpec(8, 16, permuted=True))
+    assert "groups of 16 columns" in unsupported(WeightSpec(8, 256, DENSE, "int6k", group=16))
+    assert unsupported(WeightSpec(8, 256, DENSE, "int6k", group=32)) is None
 
 
 ISAS = ("baseline", "avx2", "avx512")

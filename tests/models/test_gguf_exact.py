@@ -18,7 +18,7 @@ from halfplate.formats import Chain, CompressedLinear, NMSparse, WeightSpec, sta
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.quantizers.table import NON_LINEAR
 from halfplate.models import gguf
-from halfplate.models.gguf_blocks import block_type, encode, obstacle
+from halfplate.models.gguf_blocks import BLOCK_TYPES, block_type, common_type, obstacle
 from halfplate.models.gguf_comparison import compare
 from halfplate.models.gguf_header import check_header
 from halfplate.models.gguf_writer import write_gguf
@@ -39,6 +39,14 @@ TYPES = {
     "int6k": "Q8_0",
     "nl3k": "Q8_0",
     "nl5k": "Q8_0",
+    "affine5": "Q5_1",
+    "affine5k": "Q5_1",
+    "affine4": "Q4_1",
+    "affine4k": "Q4_1",
+    "affine3": "Q4_1",
+    "affine3k": "Q4_1",
+    "affine2": "Q4_1",
+    "affine2k": "Q4_1",
 }
 CASES = {case.name: case for case in cases.CASES}
 
@@ -50,38 +58,67 @@ def core_of(weight: torch.Tensor, core_dtype: str, group: int) -> NMSparse:
 def naive(kind: str, row: bytes, columns: int) -> list[float]:
     """The values of a row, block by block, as ggml's specification words them."""
     values: list[float] = []
-    sizes = {"Q4_0": 18, "IQ4_NL": 18, "Q5_0": 22, "Q8_0": 34}
+    sizes = {"Q4_0": 18, "IQ4_NL": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
     for start in range(0, columns // 32 * sizes[kind], sizes[kind]):
         (d,) = struct.unpack_from("<e", row, start)
         if kind == "Q8_0":
             values += [d * q for q in struct.unpack_from("<32b", row, start + 2)]
             continue
-        fifth = struct.unpack_from("<I", row, start + 2)[0] if kind == "Q5_0" else 0
+        (m,) = struct.unpack_from("<e", row, start + 2) if kind in ("Q4_1", "Q5_1") else (0.0,)
+        places = {"Q5_0": 2, "Q5_1": 4}
+        fifth = struct.unpack_from("<I", row, start + places[kind])[0] if kind in places else 0
         nibbles = row[start + sizes[kind] - 16 : start + sizes[kind]]
         for place in range(32):
             code = nibbles[place] & 15 if place < 16 else nibbles[place - 16] >> 4
-            number = {"Q4_0": code - 8, "IQ4_NL": NON_LINEAR[code]}.get(kind, code + 16 * (fifth >> place & 1) - 16)
-            values.append(d * number)
+            code += 16 * (fifth >> place & 1)
+            number = {"Q4_0": code - 8, "Q5_0": code - 16}.get(kind, code)
+            number = NON_LINEAR[code] if kind == "IQ4_NL" else number
+            values.append(d * number + m)
     return values
+
+
+def difficult(rows: int, columns: int, seed: int) -> torch.Tensor:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    weight[2, :64] = 0  # a scale of zero
+    weight[3] *= 1e-6  # scales that fp16 holds with few bits
+    weight[4] = weight[4].abs()  # a minimum of zero
+    return weight
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("core_dtype", TYPES)
 def test_blocks_hold_the_values_of_the_core(core_dtype: str, group: int) -> None:
-    weight = torch.randn(5, 160, generator=torch.Generator().manual_seed(group))
-    weight[2, :64] = 0  # a scale of zero
-    weight[3] *= 1e-6  # scales that fp16 holds with few bits
-    core = core_of(weight, core_dtype, group)
-    kind = block_type(QUANTIZERS.get(core_dtype))
+    core = core_of(difficult(5, 160, group), core_dtype, group)
+    kind = block_type(WeightSpec(5, 160, pattern=DENSE, core_dtype=core_dtype, group=group))
     assert kind is not None
     assert kind.name == TYPES[core_dtype]
-    rows = encode(core, kind)
+    rows = kind.encode(core)
+    assert rows.shape[1] * 8 == kind.bits * 160
     assert [naive(kind.name, row.tobytes(), 160) for row in rows] == core.dense().tolist()
 
 
-def test_every_quantizer_without_minima_has_a_type() -> None:
-    assert set(TYPES) == {name for name in QUANTIZERS.own if not name.startswith("affine")}
-    assert "have core_dtype='affine4'" in str(obstacle(WeightSpec(8, 64, pattern=DENSE, core_dtype="affine4")))
+def test_the_smallest_type_comes_first() -> None:
+    bits = [kind.bits for kind in BLOCK_TYPES]
+    assert bits == sorted(bits)
+
+
+def test_every_quantizer_has_a_type() -> None:
+    assert set(TYPES) == set(QUANTIZERS.own)
+    assert "in groups of 16 and 64 columns" in str(
+        obstacle(WeightSpec(8, 64, pattern=DENSE, core_dtype="int6k", group=16))
+    )
+
+
+def test_matrices_in_one_tensor_need_a_common_type() -> None:
+    def kind_of(*cores: tuple[str, int]) -> str | None:
+        kind = common_type([WeightSpec(8, 256, pattern=DENSE, core_dtype=core, group=group) for core, group in cores])
+        return None if kind is None else kind.name
+
+    assert kind_of(("int4", 32), ("int3k", 64)) == "Q4_0"
+    assert kind_of(("int4", 32), ("int8", 128)) == "Q8_0"
+    assert kind_of(("affine4k", 32), ("affine2k", 32)) == "Q4_K"
+    assert kind_of(("affine4", 32), ("affine4k", 32)) == "Q4_1"
+    assert kind_of(("affine4", 32), ("int4", 32)) is None
 
 
 @pytest.mark.parametrize(
@@ -169,7 +206,7 @@ def test_the_file_says_its_types(tmp_path: Path) -> None:
     model = compressed(CASES["llama"])
     write_gguf(model, None, tmp_path / "model.gguf")
     contents = check_header(tmp_path / "model.gguf")
-    assert contents.metadata["general.file_type"] in (2, 7, 8, 25)
+    assert contents.metadata["general.file_type"] in (2, 3, 7, 8, 9, 25)
     assert contents.metadata["general.quantization_version"] == 2
 
 
@@ -205,5 +242,7 @@ def test_a_tensor_that_the_file_lacks_is_found(tmp_path: Path) -> None:
 
 def test_rows_that_a_type_does_not_divide(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny_model("llama", hidden_size=48, head_dim=12)
-    with pytest.raises(HalfplateError, match="embedding_type='q8_0' needs rows of a multiple of 32 values"):
-        write_gguf(model, None, tmp_path / "model.gguf", embedding_type="Q8_0")
+    for kind, multiple in (("Q8_0", 32), ("Q6_K", 256)):
+        words = f"embedding_type='{kind.lower()}' needs rows of a multiple of {multiple} values"
+        with pytest.raises(HalfplateError, match=words):
+            write_gguf(model, None, tmp_path / "model.gguf", embedding_type=kind)

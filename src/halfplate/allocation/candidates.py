@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 
+from halfplate.allocation.targets import HALFPLATE, Core, Target
 from halfplate.errors import HalfplateError
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.quantizers.rounding import GROUPS
@@ -16,26 +17,19 @@ CHOICES = ("block_size", "pattern", "core_dtype", "group_size")
 CHOSEN = CHOICES[:3]
 BLOCKS = (0, 8, 16, 32)
 PATTERNS = ("1:4", "2:4", "4:8", "3:4", "dense")
-# Without those of our own that lose more than another one of the same bytes, or that have no kernel (minima). int4 and int3 are kept
-# because every tool has them.
-OWN_CORES = ("bf16", "int8", "int6", "int6k", "nl5", "nl5k", "nl4", "nl4k", "int4", "nl3", "nl3k", "int3", "int2")
-CORES = (*OWN_CORES, *(name for name in QUANTIZERS if name not in QUANTIZERS.own))
-TABLE_CORES = ("int8", "int6", "int5", "nl5", "int4", "nl4")
 
 
-def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[WeightSpec]:
+def candidates(spec: WeightSpec, method: Method, choose: Iterable[str], target: Target = HALFPLATE) -> list[WeightSpec]:
     """The candidates for `spec` if the fields `choose` (of CHOICES) may vary: `spec` itself, and smaller formats that `method` supports.
 
     Both wrappers have the same block size; `uneven` returns the others. Cheaper candidates come first. Candidates that are not
-    smaller than the original matrix are omitted.
+    smaller than the original matrix are omitted, and those that `target` does not store exactly, unless it stores none.
     """
     choose = set(choose)
-    blocks = BLOCKS if "block_size" in choose and method.wrapped else (None,)
-    patterns = PATTERNS if "pattern" in choose else (None,)
-    cores = CORES if "core_dtype" in choose else (spec.core_dtype,)
-    groups = GROUPS if "group_size" in choose else (spec.group,)
+    blocks = BLOCKS if "block_size" in choose and method.wrapped and target.sparse else (None,)
+    patterns = PATTERNS if "pattern" in choose and target.sparse else (None,)
     found = {spec}
-    for block, pattern, core, group in product(blocks, patterns, cores, groups):
+    for block, pattern, (core, group) in product(blocks, patterns, _cores(spec, target.cores(spec), choose)):
         try:
             other = replace(
                 spec,
@@ -51,13 +45,21 @@ def candidates(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[
             continue  # not supported by this method, or for a matrix of this size
         if _is_smaller(other):
             found.add(other)
-    return _by_bytes(found)
+    return _by_bytes(filter(target.holds, found), target) or [spec]
 
 
-def table_candidates(spec: WeightSpec, choose: Iterable[str]) -> list[WeightSpec]:
+def table_candidates(spec: WeightSpec, choose: Iterable[str], target: Target = HALFPLATE) -> list[WeightSpec]:
     """What an embedding or a head of `spec` may become under a budget, the cheapest first."""
-    groups = GROUPS if "group_size" in set(choose) else (spec.group,)
-    return _by_bytes(replace(spec, core_dtype=core, group=group) for core in TABLE_CORES for group in groups)
+    cores = _cores(spec, target.tables(spec), {*choose, "core_dtype"})
+    return _by_bytes((replace(spec, core_dtype=core, group=group) for core, group in cores), target) or [spec]
+
+
+def _cores(spec: WeightSpec, offered: Iterable[Core], choose: set[str]) -> list[tuple[str, int]]:
+    """Types of a core with their groups, of those a target offers."""
+    if "core_dtype" not in choose:
+        offered = [(spec.core_dtype, None)]
+    groups = GROUPS[1:] if "group_size" in choose else (spec.group,)  # no kernel has the smallest
+    return [(core, one) for core, group in offered for one in (groups if group is None else (group,))]
 
 
 def uneven(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[WeightSpec]:
@@ -80,12 +82,12 @@ def uneven(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[Weig
             continue
         if other != spec and _is_smaller(other):
             found.add(other)
-    return _by_bytes(found)
+    return _by_bytes(found, HALFPLATE)
 
 
 def _is_smaller(spec: WeightSpec) -> bool:
     return spec.nbytes < spec.dense_nbytes and not (spec.pattern.is_dense and spec.core_dtype not in QUANTIZERS)
 
 
-def _by_bytes(specs: Iterable[WeightSpec]) -> list[WeightSpec]:
-    return sorted(specs, key=lambda level: (level.nbytes, str(level)))
+def _by_bytes(specs: Iterable[WeightSpec], target: Target) -> list[WeightSpec]:
+    return sorted(specs, key=lambda level: (target.nbytes(level), str(level)))

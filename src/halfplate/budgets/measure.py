@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from halfplate.allocation import candidates, table_candidates, uneven
+from halfplate.allocation import TARGETS, candidates, table_candidates, uneven
 from halfplate.budgets.stopwatch import Stopwatch
 from halfplate.budgets.store import LevelStore
 from halfplate.calibration import BATCH, head_gram
@@ -18,7 +18,7 @@ from halfplate.calibration.experts import collect_layer
 from halfplate.errors import HalfplateError
 from halfplate.formats import Chain, CompressedLinear, WeightSpec
 from halfplate.formats.sharing import share, sharing_groups
-from halfplate.methods.solving import relative_error, solve_group
+from halfplate.methods.solving import relative_error, solve_group, squared_errors
 from halfplate.methods.tables import solve_table, table_statistics, uses_gram
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.models.linears import replace_module
@@ -64,7 +64,7 @@ class LevelMeasurement:
 
     def __init__(self, loaded: LoadedModel, plan: Plan, ids: Tensor, store: LevelStore | None) -> None:
         self.model, self.plan, self.recipe, self.store = loaded.model, plan, plan.recipe, store
-        self.method = plan.job.method
+        self.method, self.target = plan.job.method, TARGETS[plan.recipe.target]
         self.stopwatch = Stopwatch() if plan.recipe.time_budget is not None else None
         self.dense_seconds = 0.0
         self.blockwise = BlockwiseModel(loaded.model)
@@ -79,7 +79,8 @@ class LevelMeasurement:
         specs = self.plan.layer_specs
         groups: dict[int, list[list[str]]] = defaultdict(list)
         blocks = {matrix.name: matrix.block for matrix in self.plan.matrices if matrix.block is not None}
-        for group in sharing_groups(specs):
+        # Wrappers are shared in results for Halfplate alone, which ties no other matrices.
+        for group in sharing_groups(specs) if self.target.sparse else self.target.tied(specs):
             groups[blocks[group[0]]].append(group)
         hidden = [self.blockwise.embed(batch) for batch in self.ids.split(BATCH)]
         limit = None if self.recipe.token_limit == "none" else self.recipe.token_limit
@@ -92,7 +93,7 @@ class LevelMeasurement:
             else:
                 hidden = [self.blockwise.run_block(block, batch) for batch in hidden]
             for group in groups[block]:
-                units.append(self._measured(len(units), block, group, statistics[group[0]]))
+                units.append(self._measured(len(units), block, group, [statistics[name] for name in group]))
                 report("choosing levels", sum(len(unit.names) for unit in units), len(specs))
             self.probe = self.blockwise.run_block(block, self.probe)
         free = {m.name: m.spec for m in self.plan.matrices if m.free and m.spec is not None and m.spec.same_as is None}
@@ -112,10 +113,10 @@ class LevelMeasurement:
         statistics = table_statistics(gram, bool(tied)) if by_gram else InputStatistics()
         weight, levels = module.weight.detach().float(), []
         harm = 0.0
-        for level in table_candidates(spec, self.recipe.choose):
+        for level in table_candidates(spec, self.recipe.choose, self.target):
             chain, record = solve_table(name, weight, self.method.quick(), statistics, level)
             specs = {name: level} | {other: replace(level, same_as=name) for other in tied}
-            levels.append(MeasuredLevel(specs, float(level.nbytes), record.relative_error))
+            levels.append(MeasuredLevel(specs, float(sum(map(self._nbytes, specs.values()))), record.relative_error))
             if (
                 not harm and record.relative_error > 0
             ):  # of the cheapest: the least of them is hardly more than rounding
@@ -132,7 +133,10 @@ class LevelMeasurement:
         finally:
             module.weight.data = before
 
-    def _measured(self, number: int, block: int, names: list[str], statistics: InputStatistics) -> Unit:
+    def _nbytes(self, spec: WeightSpec) -> int:
+        return spec.nbytes if self.plan.limit is None else self.plan.limit.cost(spec)
+
+    def _measured(self, number: int, block: int, names: list[str], statistics: Sequence[InputStatistics]) -> Unit:
         linears = [cast(nn.Linear, self.model.get_submodule(name)) for name in names]
         if self.stopwatch is not None:
             self.dense_seconds += sum(self.stopwatch.dense(linear) for linear in linears)
@@ -142,7 +146,9 @@ class LevelMeasurement:
 
         def measure(offered: Sequence[WeightSpec]) -> None:
             for level in offered:
-                if _key(level) not in tried and (specs := at_level(planned, level)) is not None:
+                specs = None if _key(level) in tried else at_level(planned, level)
+                # If the target holds none of them, all stay as they are.
+                if specs is not None and (level == first or all(map(self.target.holds, specs.values()))):
                     tried[_key(level)] = self._tried(linears, specs, statistics)
 
         measure([first])
@@ -151,7 +157,7 @@ class LevelMeasurement:
         if block % FULLY_MEASURED and kind in self.worthwhile:
             measure(self.worthwhile[kind])
         else:
-            measure(candidates(first, self.method, self.recipe.choose))
+            measure(candidates(first, self.method, self.recipe.choose, self.target))
             for level in _front([found for found, _ in tried.values()]):
                 measure(uneven(level.specs[names[0]], self.method, self.recipe.choose))
         front = _front([found for found, _ in tried.values()])
@@ -163,13 +169,20 @@ class LevelMeasurement:
         return Unit(tuple(names), tuple(front), harm)
 
     def _tried(
-        self, linears: list[nn.Linear], specs: dict[str, WeightSpec], statistics: InputStatistics
+        self, linears: list[nn.Linear], specs: dict[str, WeightSpec], statistics: Sequence[InputStatistics]
     ) -> tuple[MeasuredLevel, list[Chain]]:
-        weights = [linear.weight.detach().float() for linear in linears]
-        chains, _ = solve_group(weights, self.method.quick(), statistics, list(specs.values()), next(iter(specs)))
-        error, _ = relative_error(torch.cat(weights), torch.cat([chain.dense() for chain in chains]), statistics)
+        weights, each = [linear.weight.detach().float() for linear in linears], list(specs.items())
+        if len(each) == 1 or any(spec.in_shared for spec in specs.values()):
+            chains, _ = solve_group(weights, self.method.quick(), statistics[0], list(specs.values()), each[0][0])
+            error, _ = relative_error(torch.cat(weights), torch.cat([chain.dense() for chain in chains]), statistics[0])
+        else:
+            chains = [
+                solve_group([weight], self.method.quick(), own, [spec], name)[0][0]
+                for (name, spec), weight, own in zip(each, weights, statistics, strict=True)
+            ]
+            error = _error_together(weights, chains, statistics)
         if self.stopwatch is None:
-            cost = float(sum(spec.nbytes for spec in specs.values()))
+            cost = float(sum(map(self._nbytes, specs.values())))
         else:
             cost = sum(self.stopwatch.compressed(linear) for linear in compressed_linears(linears, chains))
         return MeasuredLevel(specs, cost, error), chains
@@ -184,6 +197,15 @@ class LevelMeasurement:
         finally:
             for name, linear in zip(names, linears, strict=True):
                 self.model.set_submodule(name, linear)
+
+
+def _error_together(weights: Sequence[Tensor], chains: Sequence[Chain], statistics: Sequence[InputStatistics]) -> float:
+    """The relative output error of matrices that have inputs of their own."""
+    error = whole = 0.0
+    for weight, chain, own in zip(weights, chains, statistics, strict=True):
+        lost, all_, scale, _ = squared_errors(weight, chain.dense(), own)
+        error, whole = error + lost * scale, whole + all_ * scale
+    return error / whole if whole > 0 else 0.0
 
 
 def _key(spec: WeightSpec) -> tuple[object, ...]:

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
 def _print(summary: dict[str, Any], wish: str) -> None:
     from halfplate.calibration.routed import in_words
     from halfplate.cli.console import megabytes, print_pairs, whole_checkpoint
+    from halfplate.cli.wishes import kernels
     from halfplate.evaluation.perplexity import NONSENSE_KL
 
     seconds = ", ".join(f"{phase} {spent:.1f}" for phase, spent in summary["seconds"].items() if phase != "total")
@@ -61,7 +62,7 @@ def _print(summary: dict[str, Any], wish: str) -> None:
         ("matrices, original at 2 bytes per weight", megabytes(summary["dense_nbytes"])),
         ("matrices, compressed", f"{megabytes(summary['nbytes'])} ({summary['nbytes'] / summary['dense_nbytes']:.1%})"),
         ("optimised for", wish),
-        ("kernels", summary["without_kernel"] or "every matrix has one"),
+        ("kernels", kernels(summary["recipe"]["target"], summary["without_kernel"])),
         ("everything else", megabytes(summary["other_nbytes"])),
         ("whole checkpoint", whole_checkpoint(summary["nbytes"], summary["dense_nbytes"], summary["other_nbytes"])),
         ("source weight files", megabytes(summary["source_nbytes"])),
@@ -74,6 +75,8 @@ def _print(summary: dict[str, Any], wish: str) -> None:
     ]
     if summary["tokens_per_expert"]:
         rows.append(("calibration tokens of an expert", in_words(summary["tokens_per_expert"])))
+    if fit := summary["fit"]:
+        rows.append(("size", f"{megabytes(fit['spent_bytes'])} of {megabytes(fit['nbytes'])}, {fit['spoken']}"))
     if summary["levels"]:
         rows.append(("formats chosen", "; ".join(f"{count} x {level}" for level, count in summary["levels"].items())))
     if "ratios" in summary:

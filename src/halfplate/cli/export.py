@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--embedding-type",
         metavar="TYPE",
-        help="gguf: type of an embedding and an output layer that are not compressed: f16 (default), f32, bf16, q8_0, q5_0 or q4_0",
+        help="gguf: type of an embedding and an output layer that are not compressed: f16 (default), f32, bf16, q8_0, q6_k, q5_k, q4_k or others (docs/export.md)",
     )
     parser.add_argument(
         "--verify-logits",

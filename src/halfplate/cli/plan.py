@@ -69,7 +69,7 @@ def _print(plan: "Plan", refused: str | None) -> None:
 
 def _bytes(plan: "Plan") -> list[tuple[str, str]]:
     from halfplate.cli.console import megabytes, whole_checkpoint
-    from halfplate.cli.wishes import served
+    from halfplate.cli.wishes import kernels, served
 
     share = f"{plan.wrapper_share:.1%} of the original parameters"
     compressed = [
@@ -78,16 +78,14 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
     ]
     if plan.recipe.budgeted:
         most = plan.nbytes_at_most
-        within = (
-            f"{plan.recipe.time_budget:.1%} of the decode time"
-            if most is None
-            else f"{megabytes(most)} ({plan.recipe.budget:.1%})"
-        )
+        share = "" if plan.recipe.budget is None else f" ({plan.recipe.budget:.1%})"
+        within = f"{plan.recipe.time_budget:.1%} of the decode time" if most is None else f"{megabytes(most)}{share}"
         compressed = [
+            *_limit(plan),
             (
                 "matrices, compressed",
                 f"within {within}; the run chooses the format of each matrix, the table shows the initial ones",
-            )
+            ),
         ]
     return [
         ("share of the decoder that is compressed", f"{plan.decoder_share:.1%} of its parameters"),
@@ -100,15 +98,43 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
             else []
         ),
         ("optimised for", served(plan.recipe)),
-        ("kernels", plan.without_kernel or "every matrix has one"),
+        ("kernels", kernels(plan.recipe.target, plan.without_kernel)),
         ("everything else", megabytes(plan.other_nbytes)),
         *(
             []
-            if plan.nbytes_at_most is None
+            if plan.nbytes_at_most is None or plan.recipe.asks_size
             else [("whole checkpoint", whole_checkpoint(plan.nbytes_at_most, plan.dense_nbytes, plan.other_nbytes))]
         ),
         ("source weight files", megabytes(plan.source_nbytes)),
     ]
+
+
+def _limit(plan: "Plan") -> list[tuple[str, str]]:
+    """What the formats are chosen within and among, and what decides."""
+    from halfplate.cli.console import megabytes
+    from halfplate.planning.fitting import in_one_format
+
+    limit, recipe = plan.limit, plan.recipe
+    if limit is None:
+        return []
+    rows = []
+    if recipe.asks_size:
+        rows += [(f"asked for, {limit.spoken}", megabytes(limit.total))]
+        rows += [(f"less {part}", megabytes(nbytes)) for part, nbytes in limit.parts.items()]
+    if not {"block_size", "pattern"} & set(recipe.choose):
+        each = in_one_format(limit, recipe, plan.layer_specs.values(), plan.table_specs.values())
+        spoken = "; ".join(
+            f"{name} {megabytes(nbytes)}{'' if nbytes <= limit.total else ', too large'}"
+            for name, nbytes in each.items()
+        )
+        rows.append(("if all matrices had one type (columns per scale)", spoken))
+    rows.append(
+        (
+            "decided by",
+            "the error of each candidate in each matrix, measured on the calibration text, times the KL that the matrix alone causes (docs/budget.md)",
+        )
+    )
+    return rows
 
 
 def _experts(found: dict[str, int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from halfplate.arguments import FLAGS
 from halfplate.cli.parser import positive
 from halfplate.errors import HalfplateError
 
@@ -66,6 +67,22 @@ FIELDS = (
         "FRACTION",
         "target decode time, as a fraction of the time of the original model on this machine",
     ),
+    (
+        "--fit",
+        "SIZE",
+        "target size of the whole result, e.g. 600MB, embedding and output layer included; chooses the format of each matrix",
+    ),
+    (
+        "--fit-ram",
+        "SIZE",
+        "target size in memory, e.g. 4GB, with a cache of --context tokens; chooses the format of each matrix",
+    ),
+    ("--context", "TOKENS", "tokens in the cache of --fit-ram (default 4096)"),
+    (
+        "--for",
+        "TARGET",
+        "program that runs the result: halfplate (default), gguf, vllm or gptq; only formats that it stores exactly are chosen (docs/budget.md)",
+    ),
     ("--search", "HOW", "search within a budget: knapsack (default), or evolution, which also measures the model's KL"),
     ("--generations", "N", "generations of --search evolution (default 20)"),
     ("--offspring", "N", "candidates per generation of --search evolution (default 16)"),
@@ -88,8 +105,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="a built-in recipe (`halfplate recipe show NAME`) or a YAML file; other options override it (default everyday, unless an option chooses a format)",
     )
-    for flag, metavar, text in FIELDS + METHOD_OPTIONS:
-        parser.add_argument(flag, metavar=metavar, help=text)
+    for option in FIELDS + METHOD_OPTIONS:
+        flag, metavar, text = option
+        parser.add_argument(flag, metavar=metavar, dest=_field(option), help=text)
     parser.add_argument(
         "--option",
         metavar="KEY=VALUE",
@@ -162,4 +180,6 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
 
 
 def _field(option: tuple[str, str, str]) -> str:
-    return option[0].removeprefix("--").replace("-", "_")
+    """The name of the field of an option."""
+    named = {flag: field for field, flag in FLAGS.items()}
+    return named.get(option[0], option[0].removeprefix("--").replace("-", "_"))

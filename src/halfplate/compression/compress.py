@@ -265,10 +265,18 @@ def _summary(out: Path, result: Result) -> dict[str, Any]:
         "tuned_blocks": _tuned(outcome),
         "without_kernel": plan.without_kernel,
         "levels": _levels(plan) if plan.recipe.budgeted else None,
+        "fit": _fit(plan),
         "search": None,
         "check": result.check,
         **result.told,
     }
+
+
+def _fit(plan: Plan) -> dict[str, Any] | None:
+    """The size that was asked for and the one of the chosen formats, by the same count; None if none was asked for."""
+    if plan.limit is None or not plan.recipe.asks_size:
+        return None
+    return plan.limit.to_json() | {"spent_bytes": plan.limit.spent(plan.specs.values()), "spoken": plan.limit.spoken}
 
 
 def _levels(plan: Plan) -> dict[str, int]:

@@ -20,6 +20,7 @@ from halfplate.models.gguf_tensors import StoredTensor
 
 LONGEST = 512  # tokens of the text that are compared
 BLOCK = 32  # inputs that llama.cpp rounds together before a product with codes
+SUPER_BLOCK = 256  # the same, before a product with a K type
 Logits = NDArray[np.float32]
 
 
@@ -120,6 +121,13 @@ def _rounded(x: Tensor, kind: str) -> Tensor:
         return x
     if kind in ("F16", "BF16"):
         return x.to(torch.float16 if kind == "F16" else torch.bfloat16).to(x.dtype)
+    if kind.endswith("_K"):
+        blocks = x.reshape(*x.shape[:-1], -1, SUPER_BLOCK)
+        # The value that is largest in size becomes −127, and its scale stays in fp32.
+        largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+        scales = largest / -127
+        codes = torch.where(scales != 0, blocks / scales, 0).round().clamp_max_(127)
+        return (codes * scales).reshape(x.shape)
     blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
     scales = blocks.abs().amax(-1, keepdim=True) / 127
     codes = torch.where(scales > 0, blocks / scales, 0).round()

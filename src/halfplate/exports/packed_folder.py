@@ -22,6 +22,7 @@ from halfplate.checkpoint.write import write_model, write_record
 from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.formats import CompressedLinear, NMSparse, WeightSpec
 from halfplate.formats.quantizers import quantizer_of, whole_numbers
+from halfplate.models.experts import experts_of
 from halfplate.models.sources import is_compressed
 from halfplate.storage.tensor_file import read_tensors
 
@@ -87,6 +88,10 @@ def export_packed(format: PackedFormat, source: str, out: Path, overwrite: bool)
     recorded = (folder / RECORD_FILE).is_file()
     inspect_checkpoint(folder, verify=recorded)
     model, dtype = load(folder, kernels=False), other_dtype(folder)
+    if experts_of(model):
+        raise HalfplateError(
+            f"path={source!r} has experts, which format={format.name!r} of Halfplate does not write; use --format gguf or dense"
+        )
     if dtype != torch.float32 or not format.keeps_fp32:
         dtype = torch.float16
     schemes, values, obstacles = _pack(format, model)

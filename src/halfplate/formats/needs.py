@@ -7,6 +7,7 @@ from halfplate.dtypes import STORED
 from halfplate.errors import HalfplateError
 from halfplate.formats.parts import FIRST, PARTS
 from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.formats.quantizers.rounding import GROUPS
 from halfplate.formats.spec import WeightSpec
 from halfplate.registry import Registry
 from halfplate.version import package_version
@@ -14,12 +15,15 @@ from halfplate.version import package_version
 # Part of version 1, so every reader has them.
 FIRST_QUANTIZERS = ("int8", "int4", "int3", "int2")
 LINEAR_EXPERTS = "layout linear-experts"  # experts are stored one by one, as `….experts.17.gate_proj` (docs/format.md)
-LAYOUTS = (LINEAR_EXPERTS,)
+SMALL_GROUPS = "layout groups-of-16"  # version 1 has groups of 32, 64 and 128
+LAYOUTS = (LINEAR_EXPERTS, SMALL_GROUPS)
 KINDS: dict[str, Registry[Any]] = {"part": PARTS, "quantizer": QUANTIZERS}
 
 
 def needs_of(specs: Iterable[WeightSpec], layouts: Iterable[str] = ()) -> dict[str, str]:
     """The package and version that reads each later part (`part NAME`) and quantizer (`quantizer NAME`) of `specs`, and each of `layouts`."""
+    specs = list(specs)
+    layouts = [*layouts, *([SMALL_GROUPS] if any(spec.group < GROUPS[1] for spec in specs) else [])]
     names = {
         *(("part", extra.name) for spec in specs for extra in spec.parts),
         *(("quantizer", spec.core_dtype) for spec in specs),

@@ -83,6 +83,10 @@ class WeightSpec:
                 raise HalfplateError(f"{side}={getattr(self, side)} must be 0 (no wrapper) or a positive block size")
         if self.group not in GROUPS:
             raise HalfplateError(f"group_size={self.group} is not one of {', '.join(map(str, GROUPS))}")
+        if self.group < GROUPS[1] and not self.pattern.is_dense:
+            raise HalfplateError(
+                f"group_size={self.group} is for unpruned cores, and the pattern is {self.pattern}; use group_size {GROUPS[1]} or pattern dense"
+            )
         if self.rank < 0:
             raise HalfplateError(f"rank={self.rank} must be 0 (nothing added) or positive")
         if self.in_shared is not None and not (self.in_shared and self.in_block):

@@ -44,6 +44,7 @@ from halfplate.kernels.scales import plain_scales, with_stored_scales
 KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
 TABLE = 5  # the kind of codes of 4 bits whose numbers stand in the header
 TILE = 128  # columns of a tile, as in src/runtime.h
+GROUPS = (32, 64, TILE)  # columns of a scale
 WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
 PATTERNS = ("2:4", "dense")
 CORES = (*STORED_DTYPES, *scaled_core_dtypes())
@@ -82,7 +83,7 @@ NATIVE = Capability(
         ),
         "rank": NO_RANK,
         "permuted": NO_ORDER,
-        "group": anything(),
+        "group": one_of("group", GROUPS, "no kernel for groups of {value} columns", "--group-size 32"),
         "in_shared": anything(),  # the wrapper is packed along
         "same_as": anything(),  # all tensors are packed along
         "parts": NO_PARTS,

@@ -16,7 +16,7 @@ def plain_scales(spec: WeightSpec, tensors: Mapping[str, Tensor]) -> dict[str, T
     if quantizer is None:
         return {}
     stored = tuple(tensors[name] for name in _names(quantizer))
-    (scales,) = storage_of(quantizer).parameters(quantizer.stored, stored, -(-spec.d_in // spec.group))
+    (scales,) = storage_of(quantizer, spec.group).parameters(quantizer.stored, stored, -(-spec.d_in // spec.group))
     return {SCALES: scales.contiguous()}
 
 
@@ -24,7 +24,7 @@ def with_stored_scales(spec: WeightSpec, tensors: Mapping[str, Tensor]) -> dict[
     """`tensors` with the stored form of its `weight_scales`: undoes `plain_scales`."""
     quantizer, found = quantizer_of(spec.core_dtype), dict(tensors)
     if quantizer is not None:
-        stored = storage_of(quantizer).stored(quantizer.stored, (found.pop(SCALES),))
+        stored = storage_of(quantizer, spec.group).stored(quantizer.stored, (found.pop(SCALES),))
         found |= dict(zip(_names(quantizer), stored, strict=True))
     return found
 

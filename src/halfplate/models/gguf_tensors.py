@@ -12,16 +12,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
-from halfplate.formats import Chain, CompressedMatrix
+from halfplate.formats import Chain, CompressedMatrix, NMSparse, WeightSpec
 from halfplate.formats.quantizers import quantizer_of
-from halfplate.models.gguf_blocks import block_type, encode, obstacle
+from halfplate.models.experts import experts_of
+from halfplate.models.gguf_blocks import block_type, common_type, obstacle
 from halfplate.models.gguf_families.family import Family
 from halfplate.models.gguf_families.tensors import names_in_file
+from halfplate.pattern import DENSE
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-# Types for matrices of floats that the gguf package can write; Q8_0, Q5_0 and Q4_0 round to nearest.
-FLOAT_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0")
+# Types for matrices of floats. Those of codes round to nearest, some by the gguf package, and these by a quantizer and its groups.
+ROUNDED = {
+    "Q6_K": ("int6k", 16),
+    "Q5_K": ("affine5k", 32),
+    "Q4_K": ("affine4k", 32),
+    "IQ4_NL": ("nl4", 32),
+    "Q3_K": ("int3k", 16),
+    "Q2_K": ("affine2k", 16),
+}
+FLOAT_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", *ROUNDED)
+CHUNK = 1 << 22  # values of a matrix of floats that are rounded at once
 Values = NDArray[np.float32]
+Experts = tuple[Tensor | Chain, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,9 @@ def stored_tensors(
     found: dict[str, StoredTensor] = {}
     for key, weight in _weights(model, family):
         parts = names_in_file(family, key)
-        if isinstance(weight, Chain):
+        if isinstance(weight, tuple):
+            found[key] = _of_experts(key, weight, "F16" if half else "F32")
+        elif isinstance(weight, Chain):
             found[key] = _of_matrix(key, weight)
         elif not (half or embedding_type) or weight.ndim < 2 or any("ffn_gate_inp" in part for part in parts):
             # Routers are small and sensitive.
@@ -78,8 +92,12 @@ def stored_tensors(
     return found
 
 
-def _weights(model: Any, family: Family) -> Iterator[tuple[str, Tensor | Chain]]:
-    """The tensors and the compressed matrices of a model. A shared one comes once, except for a head that llama.cpp needs as a separate tensor."""
+def _weights(model: Any, family: Family) -> Iterator[tuple[str, Tensor | Chain | Experts]]:
+    """The tensors and the compressed matrices of a model. A shared one comes once, except for a head that llama.cpp needs as a separate tensor.
+
+    The matrices of experts come as one for all experts of a layer.
+    """
+    experts = experts_of(model)
     compressed = {name: part for name, part in model.named_modules() if isinstance(part, CompressedMatrix)}
     tied = set(model.all_tied_weights_keys or {})
     if family.head == "own":
@@ -88,6 +106,14 @@ def _weights(model: Any, family: Family) -> Iterator[tuple[str, Tensor | Chain]]
     for key, tensor in model.state_dict().items():
         owner, _, leaf = key.rpartition(".")
         if key in tied or (owner in met and leaf != "bias"):
+            continue
+        layer, number, linear = [*owner.rsplit(".", 2), "", ""][:3]
+        if layer in experts and number.isdigit() and leaf != "bias":
+            members = [f"{layer}.{other}.{linear}" for other in range(experts[layer].layout.experts)]
+            met.update(members)
+            # The down projection of all experts has the name that it has in the original.
+            name = f"{layer}.{linear}" if linear == "down_proj" else f"{layer}.{linear}.weight"
+            yield name, tuple(compressed[one].matrix if one in compressed else _weight(model, one) for one in members)
             continue
         if owner in compressed and leaf != "bias":
             met.add(owner)
@@ -99,6 +125,32 @@ def _weights(model: Any, family: Family) -> Iterator[tuple[str, Tensor | Chain]]
         yield "lm_head.weight", head.matrix
 
 
+def _weight(model: Any, name: str) -> Tensor:
+    weight: Tensor = model.get_submodule(name).weight
+    return weight
+
+
+def _of_experts(key: str, experts: Experts, plain: str) -> StoredTensor:
+    """The matrices of all experts of a layer in the type that holds each of them; in floats if there is none, or if one is not compressed."""
+    shape = (len(experts), *experts[0].shape)
+    specs = {one.spec.alone for one in experts if isinstance(one, Chain)}
+    matrices = [one for one in experts if isinstance(one, Chain)]
+    hindrance = next((why for spec in specs if (why := obstacle(spec)) is not None), None)
+    kind = common_type(specs) if len(matrices) == len(experts) else None
+    if specs and kind is None and hindrance is None:
+        hindrance = "are of experts that have no type in common"
+
+    def values() -> Values:
+        return np.stack([_numbers(one) for one in experts])
+
+    if kind is None:
+        kind_name = "F16" if specs else plain
+        return StoredTensor(
+            kind_name, shape, values, lambda: _content(key, values(), kind_name), kind_name != "F32", hindrance
+        )
+    return StoredTensor(kind.name, shape, values, lambda: np.stack([kind.encode(one.core) for one in matrices]))
+
+
 def _of_matrix(key: str, matrix: Chain) -> StoredTensor:
     spec, quantizer = matrix.spec, quantizer_of(matrix.spec.core_dtype)
     hindrance = obstacle(spec)
@@ -107,9 +159,9 @@ def _of_matrix(key: str, matrix: Chain) -> StoredTensor:
     if quantizer is None:
         exact = _same(matrix.dense(), torch.float16)
         return _of_floats(key, matrix, "F16" if exact else {"bf16": "BF16"}.get(spec.core_dtype, "F32"))
-    kind = block_type(quantizer)
+    kind = block_type(spec)
     assert kind is not None, "there is an obstacle otherwise"
-    return StoredTensor(kind.name, matrix.shape, lambda: _numbers(matrix), lambda: encode(matrix.core, kind))
+    return StoredTensor(kind.name, matrix.shape, lambda: _numbers(matrix), lambda: kind.encode(matrix.core))
 
 
 def _of_floats(key: str, weight: Tensor | Chain, kind: str, hindrance: str | None = None) -> StoredTensor:
@@ -139,10 +191,22 @@ def _content(key: str, values: Values, kind: str) -> NDArray[Any]:
         if not np.isfinite(half).all():
             raise HalfplateError(f"format='gguf': {key} holds values beyond the range of F16; export it as dense")
         return half
+    if kind in ROUNDED:
+        return _rounded(values, *ROUNDED[kind])
     from gguf import GGMLQuantizationType, quantize
 
     written: NDArray[Any] = quantize(values, GGMLQuantizationType[kind])
     return written.view(np.uint8)
+
+
+def _rounded(values: Values, core_dtype: str, group: int) -> NDArray[np.uint8]:
+    """The blocks of `values` (rows, columns), rounded to nearest, a part of the rows at a time."""
+    rows, columns = values.shape
+    kind = block_type(WeightSpec(rows, columns, pattern=DENSE, core_dtype=core_dtype, group=group))
+    assert kind is not None, "_check_width refuses other rows"
+    step = max(CHUNK // columns, 1)
+    parts = (torch.from_numpy(values[start : start + step]) for start in range(0, rows, step))
+    return np.concatenate([kind.encode(NMSparse.from_dense(part, None, DENSE, core_dtype, group)) for part in parts])
 
 
 def _numbers(weight: Tensor | Chain) -> Values:

@@ -95,7 +95,7 @@ def _config_as_written(model: Any) -> Any:
 
 
 def _file_type(shapes: dict[str, tuple[int, ...]], kinds: dict[str, str]) -> Any:
-    """The type of most of the weights in matrices."""
+    """The type of most of the weights in matrices. llama.cpp's names for K types end in S if no other type is in the layers, else in M."""
     import gguf
 
     counts: Counter[str] = Counter()
@@ -103,7 +103,11 @@ def _file_type(shapes: dict[str, tuple[int, ...]], kinds: dict[str, str]) -> Any
         if len(shapes[name]) > 1:
             counts[kind] += prod(shapes[name])
     most = counts.most_common(1)[0][0]
-    return gguf.LlamaFileType.ALL_F32 if most == "F32" else gguf.LlamaFileType[f"MOSTLY_{most}"]
+    if most == "F32":
+        return gguf.LlamaFileType.ALL_F32
+    alone = {kind for name, kind in kinds.items() if name.startswith("blk.") and len(shapes[name]) > 1} <= {most, "F32"}
+    suffix = ("_S" if alone else "_M") if most in ("Q3_K", "Q4_K", "Q5_K") else ""
+    return gguf.LlamaFileType[f"MOSTLY_{most}{suffix}"]
 
 
 def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:

@@ -55,12 +55,19 @@ def disk_plan(
     job: Job,
     workers: int,
     transformed: int,
+    most: int | None = None,
 ) -> DiskPlan:
-    """The bytes that a compression writes. other_nbytes: of everything outside the matrices of the layers; transformed: of the files of its transforms."""
+    """The bytes that a compression writes.
+
+    other_nbytes: of everything outside the matrices of the layers.
+    transformed: of the files of its transforms.
+    most: bytes of the matrices that a budget chooses formats for, if that bounds them.
+    """
     recipe = job.recipe
     linears = sum(spec.nbytes for spec in specs)
     if recipe.budgeted:  # a time budget does not bound the bytes
-        linears = max(linears, int((recipe.budget or 1.0) * sum(spec.dense_nbytes for spec in specs)))
+        whole = sum(spec.dense_nbytes for spec in specs)
+        linears = max(linears, whole if most is None else min(most, whole))
     result = linears + other_nbytes + SLACK
     hidden = statistics = 0
     if job.runs_text:

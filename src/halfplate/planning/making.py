@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from halfplate.allocation.candidates import CHOICES, candidates, table_candidates
@@ -24,6 +23,7 @@ from halfplate.formats.parts import PARTS
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.sharing import share
 from halfplate.formats.spec import WeightSpec
+from halfplate.headroom import spoken, spoken_above
 from halfplate.job import Job
 from halfplate.limits import check_threads, check_workers
 from halfplate.methods import METHODS, Method
@@ -33,6 +33,7 @@ from halfplate.models.reading import reading
 from halfplate.models.sources import Source, open_source, skeleton
 from halfplate.pattern import Pattern
 from halfplate.planning.disk import disk_plan
+from halfplate.planning.fitting import Limit, Outside, limit_of, uncompressed
 from halfplate.planning.memory import memory_plan, solving_memory
 from halfplate.planning.plan import MatrixPlan, Plan, wrapper_share
 from halfplate.planning.sizes import shared_inputs, sizes_of
@@ -113,15 +114,13 @@ def plan_source(
         tables = plan_tables(dense, recipe)
     of_tables = {table.name: table.spec for table in tables if table.spec is not None}
     outside = list(of_tables.values())
-    if recipe.budget is not None:
-        least = [
-            table_candidates(table.spec, recipe.choose)[0] if table.free else table.spec
-            for table in tables
-            if table.spec is not None
-        ]
-        _check_budget(recipe.budget, specs, least, recipe, method)
-    other_nbytes = _other_nbytes(dense, [*compressed, *of_tables], source.other_dtype)
+    others = uncompressed(dense, [*compressed, *of_tables])
+    other_nbytes = _other_nbytes(others.values(), source.other_dtype)
     other_nbytes += sum(tensor.nbytes for tensor in source.further.values())
+    tied = any(spec.same_as is not None for spec in outside) or "lm_head.weight" in (dense.all_tied_weights_keys or {})
+    limit = limit_of(recipe, Outside(source, sizes, others, compressed | of_tables, other_nbytes, tied))
+    if limit is not None:
+        _check_limit(limit, specs, [table for table in tables if table.spec is not None], recipe, method)
     if measure is None:
         measure = sum(solving_flops(job, spec) for spec in specs) > WORTH_FLOPS
     speed = measure_speed(original, sizes, specs, job) if measure else None
@@ -144,12 +143,14 @@ def plan_source(
             job,
             workers,
             sum(step.disk for step in transforms),
+            None if limit is None or limit.in_memory else limit.matrices,
         ),
         speed=speed,
         seconds=None if speed is None else seconds_of(sizes, specs, source.nbytes, job, speed),
         notes=source.notes,
         untraced=untraced,
         transforms=transforms,
+        limit=limit,
     )
 
 
@@ -193,18 +194,36 @@ def _groups(dense: PreTrainedModel, names: dict[int, list[str]]) -> list[list[st
     return [sorted(group, key=order.__getitem__) for group in groups]
 
 
-def _check_budget(
-    budget: float, specs: list[WeightSpec], tables: list[WeightSpec], recipe: Recipe, method: Method
+def _check_limit(
+    limit: Limit, specs: list[WeightSpec], tables: list[MatrixPlan], recipe: Recipe, method: Method
 ) -> None:
-    taken = sum(spec.nbytes for spec in tables)
-    least = taken + sum(candidates(spec, method, recipe.choose)[0].nbytes for spec in specs)
-    whole = sum(spec.dense_nbytes for spec in [*specs, *tables])
-    if least > budget * whole:
+    """Raise HalfplateError, naming the least, if the cheapest candidates of all matrices exceed the limit."""
+
+    def cheapest(table: MatrixPlan) -> int:
+        assert table.spec is not None, "those that stay as they are have none"
+        free = table_candidates(table.spec, recipe.choose, limit.target) if table.free else [table.spec]
+        return min(map(limit.cost, free))
+
+    cost_of = cache(
+        lambda spec: min(limit.cost(level) for level in candidates(spec, method, recipe.choose, limit.target))
+    )
+    taken = sum(map(cheapest, tables))
+    least = taken + sum(map(cost_of, specs))
+    if least <= limit.matrices:
+        return
+    more = f", or add to --choose ({', '.join(CHOICES)})" if limit.target.sparse else ""
+    cure = f"with choose={', '.join(recipe.choose) or 'nothing'}; raise it{more}"
+    if recipe.budget is not None:
+        whole = sum(spec.dense_nbytes for spec in [*specs, *(table.spec for table in tables if table.spec is not None)])
         of_tables = f" ({taken / whole:.4f} of them the embedding and the output layer)" if tables else ""
         raise HalfplateError(
-            f"budget={budget:g} cannot be met: the least is {least / whole:.4f} of the original bytes{of_tables} "
-            f"with choose={', '.join(recipe.choose) or 'nothing'}; raise it, or add to --choose ({', '.join(CHOICES)})"
+            f"{limit.asked} cannot be met: the least is {least / whole:.4f} of the original bytes{of_tables} {cure}"
         )
+    of_tables = f"{spoken(taken)} for the embedding and the output layer, " if tables else ""
+    raise HalfplateError(
+        f"{limit.asked} cannot be met: the least is {spoken_above(limit.outside + least)} ({of_tables}{spoken(least - taken)} for the matrices of "
+        f"the layers, {spoken(limit.outside)} for everything else) {cure}"
+    )
 
 
 def _nothing_fits(name: str, found: list[FoundLinear], pattern: Pattern) -> str:
@@ -232,14 +251,9 @@ def _shape(model: PreTrainedModel, name: str) -> tuple[int, ...] | None:
     return tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
 
 
-def _other_nbytes(model: nn.Module, compressed: Iterable[str], dtype: torch.dtype) -> int:
-    """Bytes of everything but the compressed weights, tied tensors once, as it will be stored."""
-    state = model.state_dict(keep_vars=True)
-    replaced = {id(state[f"{name}.weight"]) for name in compressed}
-    tensors = {id(tensor): tensor for tensor in state.values() if id(tensor) not in replaced}
-    return sum(
-        tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in tensors.values()
-    )
+def _other_nbytes(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> int:
+    """Bytes of tensors that are not compressed, as they will be stored."""
+    return sum(tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in tensors)
 
 
 def _fingerprint(source: Source, recipe: Recipe) -> str:

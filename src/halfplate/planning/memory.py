@@ -183,6 +183,8 @@ def _holds(recipe: Recipe) -> tuple[str, ...]:
     """The options of a recipe that hold the whole model."""
     options = {
         "--budget": recipe.budget is not None,
+        "--fit": recipe.fit is not None,
+        "--fit-ram": recipe.fit_ram is not None,
         "--time-budget": recipe.time_budget is not None,
         "--ratios owl": recipe.ratios != "uniform",
         "--max-kl": recipe.max_kl is not None,

@@ -11,6 +11,7 @@ from typing import Any
 from halfplate.formats.spec import WeightSpec
 from halfplate.job import Job
 from halfplate.planning.disk import DiskPlan, recorded_nbytes
+from halfplate.planning.fitting import Limit
 from halfplate.planning.memory import MemoryPlan
 from halfplate.planning.sizes import ModelSizes
 from halfplate.planning.speed import Speed
@@ -77,6 +78,7 @@ class Plan:
     notes: one sentence for each entry of the source that is ignored (`Source.notes`).
     untraced: why the model could not be traced to find the weights that its code reads, or None.
     transforms: applied to the model first; everything else in the plan describes the transformed model.
+    limit: the bytes within which a budget chooses; None without a budget in bytes.
     """
 
     model: str
@@ -95,6 +97,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     untraced: str | None = None
     transforms: tuple[TransformPlan, ...] = ()
+    limit: Limit | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -139,7 +142,7 @@ class Plan:
         """The most bytes that the matrices can take: `nbytes`, unless the run chooses formats; None with a time budget."""
         if not self.recipe.budgeted:
             return self.nbytes
-        return None if self.recipe.budget is None else int(self.recipe.budget * self.dense_nbytes)
+        return None if self.limit is None else self.limit.matrices
 
     @cached_property
     def dense_nbytes(self) -> int:
@@ -201,6 +204,7 @@ class Plan:
             "matrices": [matrix.to_json() for matrix in self.matrices],
             "nbytes": self.nbytes,
             "nbytes_at_most": self.nbytes_at_most,
+            "limit": None if self.limit is None else self.limit.to_json(),
             "dense_nbytes": self.dense_nbytes,
             "other_nbytes": self.other_nbytes,
             "source_nbytes": self.source_nbytes,

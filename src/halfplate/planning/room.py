@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from halfplate.allocation.asked import CONTEXT
 from halfplate.checkpoint.output import work_place
 from halfplate.errors import HalfplateError
 from halfplate.headroom import available_memory, spoken
@@ -21,6 +22,8 @@ CURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--workers 1", {"workers": 1}),
     ("leave out --max-kl", {"max_kl": None}),
     ("leave out --budget", {"budget": None, "search": "knapsack"}),
+    ("leave out --fit", {"fit": None, "search": "knapsack"}),
+    ("leave out --fit-ram", {"fit_ram": None, "context": CONTEXT, "search": "knapsack"}),
     ("leave out --time-budget", {"time_budget": None, "search": "knapsack"}),
     ("--ratios uniform", {"ratios": "uniform"}),
     ("--tune-block 0", {"tune_block": 0}),

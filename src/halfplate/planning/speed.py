@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from halfplate.allocation.candidates import candidates
+from halfplate.allocation import TARGETS, candidates
 from halfplate.calibration.collect import BATCH
 from halfplate.calibration.experts import SAMPLED
 from halfplate.calibration.self_text import sequences_at_once
@@ -87,7 +87,7 @@ def seconds_of(
     seconds["solving"] = solving / speed.solving
     if recipe.budgeted:
         quick = method.quick()
-        tried = (level for spec in specs for level in candidates(spec, method, recipe.choose))
+        tried = (level for spec in specs for level in candidates(spec, method, recipe.choose, TARGETS[recipe.target]))
         seconds["choosing levels"] = sum(quick.flops(level) for level in tried) / speed.solving
     if recipe.tune_block:
         tokens = recipe.tune_block * 2 * recipe.seq_len

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from halfplate.errors import HalfplateError
 from halfplate.formats.embedding import embedding_scale
 from halfplate.formats.plain import is_plain_linear
+from halfplate.formats.quantizers.rounding import GROUPS
 from halfplate.formats.spec import WeightSpec
 from halfplate.models.data_reads import reader_of
 from halfplate.pattern import DENSE
@@ -74,8 +75,10 @@ def _planned(field: str, name: str, module: Any, dtype: str, refusal: str | None
     if refusal is not None and dtype != AUTO:
         raise HalfplateError(f"{field}={dtype!r}: {name} must stay as it is ({refusal}); leave {field} out")
     rows, columns = shape = tuple(module.weight.shape)
-    spec = WeightSpec(rows, columns, DENSE, AUTO_DTYPE if dtype == AUTO else dtype, group=recipe.group_size)
+    # The smallest groups are for types under super-scales.
+    group = max(recipe.group_size, GROUPS[1]) if dtype == AUTO else recipe.group_size
+    spec = WeightSpec(rows, columns, DENSE, AUTO_DTYPE if dtype == AUTO else dtype, group=group)
     reason = None if refusal is None else f"{refusal}; not compressed"
     # A search on the model's KL runs with its tables as they are.
-    free = dtype == AUTO and recipe.budget is not None and recipe.evolution is None
+    free = dtype == AUTO and recipe.sized and recipe.evolution is None
     return [MatrixPlan(name, shape, None, recipe.method, None if reason else spec, reason, free=free)]

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import MISSING, fields
 from typing import Any
 
+from halfplate.arguments import FLAGS
 from halfplate.recipe import Recipe
 
 REPEATED = ("include", "exclude", "transforms")
@@ -19,7 +20,7 @@ def compress_command(model: str, out: str, recipe: Recipe) -> str:
         value = getattr(recipe, name)
         if value == defaults[name]:
             continue
-        flag = f"--{name.replace('_', '-')}"
+        flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
         if name in REPEATED:
             # One word with `=`, because a pattern may begin with a dash.
             words += [f"{flag}={pattern}" for pattern in value]

@@ -73,7 +73,7 @@ def obs_sweep(
     step = group if quantizer else max(column_block // pattern.m, 1) * pattern.m
     parameters = []
     # Super-scales are chosen from the values of all their groups when the sweep reaches the first.
-    storage = storage_of(quantizer) if quantizer else None
+    storage = storage_of(quantizer, group) if quantizer else None
     units: tuple[Tensor, ...] = ()
     for start in range(0, d_in, step):
         end = min(start + step, d_in)

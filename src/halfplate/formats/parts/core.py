@@ -15,6 +15,7 @@ from halfplate.formats.encoding.packing import check_padding, check_positions, p
 from halfplate.formats.parts.base import Layout, Part, Trainable
 from halfplate.formats.quantizers import QUANTIZERS, Quantizer, has_scales_alone, quantizer_of, storage_of
 from halfplate.formats.quantizers.rounding import GROUP, round_groups, round_to_float
+from halfplate.formats.quantizers.storage import Storage
 from halfplate.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -39,18 +40,23 @@ class Grid:
     @classmethod
     def of(cls, parameters: tuple[Tensor, ...], quantizer: Quantizer, count: int, group: int) -> "Grid":
         """parameters: one tensor per name in `quantizer.stored`, fp16 (d_out, ceil(d_in / group)); raises HalfplateError if it cannot store them."""
-        stored = storage_of(quantizer).stored(quantizer.stored, parameters)
+        stored = storage_of(quantizer, group).stored(quantizer.stored, parameters)
         return cls(stored, quantizer, count, group, parameters[0].shape[1])
+
+    @property
+    def storage(self) -> Storage:
+        """How the parameters are stored."""
+        return storage_of(self.quantizer, self.group)
 
     @cached_property
     def parameters(self) -> tuple[Tensor, ...]:
         """One tensor per name in `quantizer.stored`, fp16 (d_out, groups)."""
-        return storage_of(self.quantizer).parameters(self.quantizer.stored, self.stored, self.groups)
+        return self.storage.parameters(self.quantizer.stored, self.stored, self.groups)
 
     @property
     def named(self) -> dict[str, Tensor]:
         """The stored tensors by their name below the module."""
-        names = storage_of(self.quantizer).layout(self.quantizer.stored, self.groups)
+        names = self.storage.layout(self.quantizer.stored, self.groups)
         return {f"weight_{name}": part for name, part in zip(names, self.stored, strict=True)}
 
     def rows(self, rows: slice | Tensor) -> "Grid":
@@ -96,7 +102,7 @@ class NMSparse(Part):
         elif tensor == VALUES and not values.is_floating_point():
             _check_codes(spec, values.reshape(spec.d_out, -1), name)
         elif values.dtype == torch.uint8:
-            storage = storage_of(QUANTIZERS.get(spec.core_dtype))
+            storage = storage_of(QUANTIZERS.get(spec.core_dtype), spec.group)
             check_padding(values, -(-spec.d_in // spec.group), storage.bits, name)
 
     @classmethod
@@ -114,7 +120,9 @@ class NMSparse(Part):
         if quantizer is None:
             return cls(round_to_float(values, core_dtype, "core_dtype"), index, pattern)
         if group % pattern.m == 0:
-            integers, parameters = round_groups(values, quantizer, group // pattern.m * pattern.n)
+            integers, parameters = round_groups(
+                values, quantizer, group // pattern.m * pattern.n, storage_of(quantizer, group)
+            )
         else:  # N:M groups straddle scale groups; zeros change neither scale nor error
             assert positions is not None, "a dense pattern straddles nothing"
             assert mask is not None, "a sparse pattern needs its mask"
@@ -262,7 +270,7 @@ class NMSparse(Part):
 
 def _scales_layout(spec: "WeightSpec", quantizer: Quantizer) -> Layout:
     """The stored tensors of the parameters of all groups."""
-    columns = storage_of(quantizer).layout(quantizer.stored, -(-spec.d_in // spec.group))
+    columns = storage_of(quantizer, spec.group).layout(quantizer.stored, -(-spec.d_in // spec.group))
     return {f"weight_{name}": ((spec.d_out, width), dtype) for name, (width, dtype) in columns.items()}
 
 
@@ -330,7 +338,7 @@ class TrainableCore(Trainable[NMSparse]):
         if self.start.grid is None:
             return replace(self.start, stored=round_to_float(self.values, self._dtype, "core_dtype"))
         grid, wanted = self.start.grid, (round_to_float(self.values.detach().abs(), "fp16", "core_dtype"),)
-        storage, names = storage_of(grid.quantizer), grid.quantizer.stored
+        storage, names = grid.storage, grid.quantizer.stored
         scales = storage.nearest(names, wanted, storage.units(names, wanted))
         return replace(self.start, grid=Grid.of(scales, grid.quantizer, grid.count, grid.group))
 

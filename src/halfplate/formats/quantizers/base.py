@@ -1,14 +1,16 @@
 """The interface of quantizers, and the search for a scale that all of them can use."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from halfplate.formats.quantizers.storage import HALVES, Storage
+from halfplate.formats.quantizers.storage import HALVES, Storage, SuperScales
 
 TRIES = 16  # number of scales that are compared
+SUPER_COLUMNS = 256  # that share a super-scale at the least
 
 
 class Quantizer(Protocol):
@@ -55,9 +57,14 @@ class Quantizer(Protocol):
         """
 
 
-def storage_of(quantizer: Quantizer) -> Storage:
-    """How the parameters of the quantizer are stored: as its `storage` says, or each as an fp16 number if it has none."""
+def storage_of(quantizer: Quantizer, group: int = SUPER_COLUMNS) -> Storage:
+    """How the parameters of groups of `group` columns are stored: as the quantizer's `storage` says, or as fp16 numbers if it has none.
+
+    Under super-scales, smaller groups share one across at least as many columns as a block of ggml's K types has.
+    """
     storage: Storage = getattr(quantizer, "storage", HALVES)
+    if isinstance(storage, SuperScales) and storage.span * group < SUPER_COLUMNS:
+        return replace(storage, span=SUPER_COLUMNS // group)
     return storage
 
 

@@ -10,10 +10,11 @@ from torch.nn import functional
 from halfplate.dtypes import stored_dtype
 from halfplate.errors import HalfplateError
 from halfplate.formats.quantizers import Quantizer, storage_of
+from halfplate.formats.quantizers.storage import Storage
 from halfplate.formats.quantizers.uniform import INT8
 
 GROUP = 128  # default number of columns that share a scale
-GROUPS = (32, 64, 128)
+GROUPS = (16, 32, 64, 128)  # those of 16 are for unpruned cores, and have no kernel
 ROW_HALVES = 10  # the smallest scale of a wrapper row is the one without clipping, halved this often
 CHUNK = 1 << 17  # values rounded at once, so that they stay in the cache
 
@@ -26,15 +27,18 @@ def round_to_float(values: Tensor, name: str, argument: str) -> Tensor:
     return rounded
 
 
-def round_groups(values: Tensor, quantizer: Quantizer, width: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+def round_groups(
+    values: Tensor, quantizer: Quantizer, width: int, storage: Storage | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Round to nearest, with separate parameters for every `width` consecutive values of a row that the quantizer can store.
 
     values: (rows, count).
+    storage: of the groups; None for that of groups of 32 columns or more.
     Returns q, int8 (rows, count), and for each of `quantizer.stored` a tensor, fp16 (rows, ceil(count / width)).
     Raises HalfplateError naming the core_dtype if fp16 cannot hold a parameter.
     """
     numbers, fitted = fit_groups(values, quantizer, width)
-    storage = storage_of(quantizer)
+    storage = storage or storage_of(quantizer)
     if storage.span == 1:
         return numbers, fitted
     parameters = storage.nearest(quantizer.stored, fitted, storage.units(quantizer.stored, fitted))

@@ -25,6 +25,9 @@ EXPERTS: Names = {
     "mlp.gate": "ffn_gate_inp",
     "mlp.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
     "mlp.experts.down_proj": ("ffn_down_exps.weight",),
+    # The stacked matrices of experts that are linears (halfplate.models.experts).
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
 }
 LLAMA: Names = {**ATTENTION, "post_attention_layernorm": "ffn_norm", **MLP}
 # Two norms around each half of a layer, as in Gemma 2 and GLM 4.

@@ -66,7 +66,9 @@ def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSch
         return finish(objective, factors, normalised, scale, spec), losses
     levels = Levels(quantizer, spec.group)
     objective = GramObjective(problem, levels)
-    _, (steps,) = round_groups(factors.core, quantizer, spec.group)  # initial scales for the values of the core
+    _, (steps,) = round_groups(
+        factors.core, quantizer, spec.group, storage_of(quantizer, spec.group)
+    )  # initial scales for the values of the core
     if restarts(spec):
         unrounded = measured(problem, factors, steps.float())
         at, grid_losses = descend_from_restarts(objective, unrounded, schedule.grid)
@@ -79,7 +81,7 @@ def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSch
 
 def _storable(problem: GramProblem, at: Point, levels: Levels) -> Point:
     """The scales moved to the nearest that can be stored, and every group swept once more with them; `at` if any scale can be."""
-    quantizer, storage = levels.quantizer, storage_of(levels.quantizer)
+    quantizer, storage = levels.quantizer, storage_of(levels.quantizer, levels.group)
     if storage.span == 1:
         return at
     scales = _alone(at.steps)

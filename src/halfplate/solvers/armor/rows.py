@@ -147,12 +147,12 @@ class RowsProblem:
         assert units is not None, "what can be stored depends on the units"
         quantizer = self.levels.quantizer
         columns = tuple(wished.float().unbind(1))
-        found = storage_of(quantizer).nearest(quantizer.stored, columns, tuple(units.unbind(1)))
+        found = storage_of(quantizer, self.levels.group).nearest(quantizer.stored, columns, tuple(units.unbind(1)))
         return found[p].double()
 
     def _start(self, order: Order, wished: tuple[Tensor, ...]) -> Rounded:
         quantizer = self.levels.quantizer
-        storage, names = storage_of(quantizer), quantizer.stored
+        storage, names = storage_of(quantizer, self.levels.group), quantizer.stored
         units = storage.units(names, wished)
         parameters = tuple(part.float() for part in storage.nearest(names, wished, units))
         values = round_in_order(self.wanted, order, parameters, self.levels)
