@@ -194,6 +194,11 @@ class NativeDecoder:
             raise HalfplateError(
                 f"token={int(tokens[outside][0])} is outside the vocabulary of {self._embed.num_embeddings}"
             )
+        if cache.sequences != count:
+            raise HalfplateError(
+                f"tokens has {count} sequences, but the cache holds {cache.sequences or 'no'} sequences of equal length in fp32; "
+                "pass one token for each sequence of the cache"
+            )
         embeddings = self._embed(tokens).detach().to(torch.float32).contiguous()
         logits = torch.empty(count, self._struct.vocabulary, dtype=torch.float32, device=CPU)
         with self._lock:
