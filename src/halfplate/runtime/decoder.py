@@ -29,6 +29,7 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 # Rotary types whose tables depend on the sequence length.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 1}  # halfplate::Kind in kernels/src/runtime.h
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
@@ -252,10 +253,12 @@ class NativeDecoder:
                 f"the cache has {len(layers)} layers of shapes {sorted(shapes)}, expected {struct.blocks} of fp32 {expected}; "
                 f"pass one that this model filled with {'one sequence' if sequences == 1 else f'{sequences} sequences'}"
             )
+        dtype = layers[0].key_buffer.dtype
         for block, layer in zip(self._blocks, layers, strict=True):
             for place, (name, buffer) in enumerate((("keys", layer.key_buffer), ("values", layer.value_buffer))):
-                setattr(block, name, native.address(buffer, torch.float32, f"the cache of {name}"))
+                setattr(block, name, native.address(buffer, dtype, f"the cache of {name}"))
                 block.cache_bytes[place] = buffer.nbytes
+        struct.cache_kind = CACHE_KINDS[dtype]
         if self._sized == (capacity, threads, sequences):
             return
         like = torch.empty(1, dtype=torch.float32, device=CPU)

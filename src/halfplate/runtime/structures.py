@@ -28,7 +28,7 @@ class DecoderStruct(ctypes.Structure):
         ("table_bytes", ctypes.c_int64 * 2),
         *[(name, ctypes.c_int64) for name in ("final_norm_bytes", "head_bytes", "block_bytes", "scratch_bytes")],
         *[(name, ctypes.c_int64) for name in ("sized_threads", "sized_capacity", "sized_sequences", "sized_floats")],
-        ("sequences", ctypes.c_int64),
+        *[(name, ctypes.c_int64) for name in ("sequences", "cache_kind")],
     ]
 
 

@@ -125,14 +125,14 @@ static inline int32_t check_decoder(const Decoder &d, bool whole) {
 static inline int32_t check_state(const Decoder &d, int64_t slot, int64_t sequences, int64_t threads) {
     const int64_t table = 4 * d.capacity * d.head_dim;
     if (!within(slot, 0, d.capacity - 1) || d.sized_threads != threads || d.sized_capacity != d.capacity ||
-        d.sequences != sequences || d.sized_sequences != sequences)
+        d.sequences != sequences || (d.cache_kind != FP32 && (d.cache_kind != BF16 || d.head_dim % 16)) || d.sized_sequences != sequences)
         return BAD_NUMBER;
     if (!holds(d.cosines, d.table_bytes[0], table) || !holds(d.sines, d.table_bytes[1], table) || d.scratch == nullptr ||
         reinterpret_cast<uintptr_t>(d.scratch) % 64 || d.scratch_bytes < 4 * d.sized_floats)
         return BAD_SIZE;
     for (int64_t i = 0; i < d.blocks; ++i)
         for (int side = 0; side < 2; ++side)
-            if (!holds(side ? d.block[i].values : d.block[i].keys, d.block[i].cache_bytes[side], sequences * d.kv_heads * table))
+            if (!holds(side ? d.block[i].values : d.block[i].keys, d.block[i].cache_bytes[side], sequences * d.kv_heads * table / (d.cache_kind == BF16 ? 2 : 1)))
                 return BAD_SIZE;
     return DONE;
 }
@@ -141,7 +141,7 @@ static inline int32_t check_state(const Decoder &d, int64_t slot, int64_t sequen
 static inline int32_t check_step(const Decoder &d, const float *embedding, int64_t embedding_bytes, int64_t position,
                                  const float *logits, int64_t logits_bytes, int64_t threads) {
     if (!holds(embedding, embedding_bytes, 4 * d.hidden) || !holds(logits, logits_bytes, 4 * d.vocabulary)) return BAD_SIZE;
-    return check_state(d, position, 1, threads);
+    return d.cache_kind == FP32 ? check_state(d, position, 1, threads) : BAD_NUMBER;
 }
 
 // The same for a step of several sequences.

@@ -51,7 +51,7 @@ struct Job {
 struct DecoderBlock {
     const float *input_norm, *post_norm;   // (hidden)
     const Packed *q, *k, *v, *o, *gate, *up, *down;
-    float *keys, *values;                  // (sequences, kv_heads, capacity, head_dim), the cache
+    void *keys, *values;                   // (sequences, kv_heads, capacity, head_dim), the cache
     const float *query_norm, *key_norm;    // (head_dim), or null: norms of each head before its rotation
     int64_t norm_bytes[4], linear_bytes[7], cache_bytes[2];  // of the norms, the linears, and keys and values, in this order
 };
@@ -67,6 +67,7 @@ struct Decoder {
     int64_t table_bytes[2], final_norm_bytes, head_bytes, block_bytes, scratch_bytes;  // of what these point to
     int64_t sized_threads, sized_capacity, sized_sequences, sized_floats;  // written by halfplate_decoder_scratch: the arguments and the result of its last call
     int64_t sequences;
+    int64_t cache_kind;                    // FP32; or BF16, only for several sequences and a head_dim that is a multiple of 16
 };
 
 // The input of a step of several sequences. All have the same length, padding included.

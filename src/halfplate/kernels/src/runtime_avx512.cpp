@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 
 #include "layout.h"
@@ -22,6 +23,7 @@ namespace {
 #include "wrappers.inc"
 #include "expand.inc"
 #include "panel.inc"
+#include "byte_panel.inc"
 #include "apply.inc"
 #include "decoder.inc"
 #include "batch.inc"

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 
 #include "layout.h"
@@ -24,6 +25,7 @@ namespace {
 #include "wrappers.inc"
 #include "expand.inc"
 #include "panel.inc"
+#include "byte_panel.inc"
 #include "apply.inc"
 #include "decoder.inc"
 #include "batch.inc"
