@@ -96,9 +96,7 @@ def calibration_tokens(
         ids = sample_text(
             model, start, samples, seq_len, seed, progress=progress, cache_nbytes=cache_nbytes, decoding=decoding
         )
-        return CalibrationTokens(
-            ids, source, seed, TEMPERATURE, start.kind, start.token, {"decoded_by": decoding.path}
-        )
+        return CalibrationTokens(ids, source, seed, TEMPERATURE, start.kind, start.token, {"decoded_by": decoding.path})
     text = Text(source)
     stream, facts = _stream(text, tokenizer, samples * seq_len)
     ids = _draw_windows(stream, text, samples, seq_len, seed)

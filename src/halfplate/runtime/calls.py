@@ -59,7 +59,9 @@ def new_tokens(model: Any, kwargs: dict[str, Any], cache_name: str) -> NewTokens
             return None
     positions, first = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if positions is not None:
-        if tuple(positions.shape) not in ((count, 1), (1, 1)) or not bool(((positions >= 0) & (positions <= length)).all()):
+        if tuple(positions.shape) not in ((count, 1), (1, 1)) or not bool(
+            ((positions >= 0) & (positions <= length)).all()
+        ):
             return None
         positions = None if bool((positions == length).all()) else positions.expand(count, 1)[:, 0].long().contiguous()
     if first is not None:

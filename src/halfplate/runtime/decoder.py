@@ -113,7 +113,9 @@ class NativeDecoder:
                 address, block.norm_bytes[place] = self._norm(norm)
                 setattr(block, name, address)
             for place, name in enumerate(LINEARS + MLP):
-                address, block.linear_bytes[place] = self._place(pack(layer.get_submodule(name)).packed, torch.uint8, name)
+                address, block.linear_bytes[place] = self._place(
+                    pack(layer.get_submodule(name)).packed, torch.uint8, name
+                )
                 setattr(block, name.rpartition(".")[2].removesuffix("_proj"), address)
         attention = inner.layers[0].self_attn
         self._blocks = blocks
