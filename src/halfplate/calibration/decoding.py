@@ -23,9 +23,11 @@ Step = Callable[[Tensor], Tensor]
 
 
 class Decoding(Protocol):
-    """A way to decode; path: its name for the record."""
+    """A way to decode."""
 
-    path: str
+    @property
+    def path(self) -> str:
+        """Its name for the record."""
 
     def start(self, sequences: int) -> Step:
         """Begin `sequences` sequences; the step may be called once for each token of them."""
