@@ -186,17 +186,15 @@ class NativeDecoder:
     ) -> Tensor:
         """Logits (sequences, vocabulary), fp32, after `tokens` int64 (sequences,), whose keys and values are added to `cache`.
 
-        positions: int64 (sequences,), positions for the rotary embedding, below the length of the cache after this step; None
-            means that length - 1.
+        positions: int64 (sequences,), for the rotary embedding, up to the length of the cache before this step; None means that.
         first: int64 (sequences,), the number of padding positions before each sequence, which are not read; None means 0.
         Raises HalfplateError for a cache of another number of sequences or another shape, and for a token outside the vocabulary.
         """
         layers: Any = cache.layers
         count, outside = len(tokens), (tokens < 0) | (tokens >= self._embed.num_embeddings)
         if bool(outside.any()):
-            raise HalfplateError(
-                f"token={int(tokens[outside][0])} is outside the vocabulary of {self._embed.num_embeddings}"
-            )
+            token = int(tokens[outside][0])
+            raise HalfplateError(f"token={token} is outside the vocabulary of {self._embed.num_embeddings}")
         if cache.sequences != count:
             raise HalfplateError(
                 f"tokens has {count} sequences, but the cache holds {cache.sequences or 'no'} sequences of equal length in fp32; "
