@@ -173,7 +173,10 @@ def test_compile_and_export_trace_through(activations):
     exported = torch.export.export(
         packed, (x,), dynamic_shapes=({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
     )
-    assert torch.equal(exported.module()(torch.cat([x, x])), torch.cat([expected, expected]))
+    # Compared at the same number of tokens: from 16 on, sums have another order.
+    twice = torch.cat([x, x])
+    assert torch.equal(exported.module()(twice), packed(twice))
+    torch.testing.assert_close(packed(twice), torch.cat([expected, expected]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,7 +4,6 @@ Calibration on self-generated text: Williams, Chrysostomou and Aletras, "Self-ca
 and Pruning", 2024; for training: LLM-QAT, 2023.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from halfplate.calibration.decoding import Decoding, OwnDecoding
 from halfplate.errors import HalfplateError
-from halfplate.models.arguments import CACHE_NAMES
+from halfplate.kernels import native
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,8 +24,11 @@ TEMPERATURE = 1.0
 # Limit for keys and values, and thereby for the number of parallel sequences, if the whole model is in memory anyway.
 CACHE_BYTES = 3 * 2**29
 MAX_BATCH = 64
-PROBED = 4  # tokens to test the model's own cache with
-WORST_DIFFERENCE = 0.2  # relative difference of logits with and without the cache
+LEAST_NATIVE = 1e-30  # its reciprocal is a number
+NOT_FINITE = (
+    "calibration=self: the model gives logits that are not finite, so it cannot sample text; "
+    "check that its plain generation works, or pass a text file"
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def sample_text(
     temperature: float = TEMPERATURE,
     progress: Callable[[int, int], None] | None = None,
     cache_nbytes: int = CACHE_BYTES,
+    decoding: Decoding | None = None,
 ) -> Tensor:
     """Sequences drawn from the model's own distribution, int64 (samples, seq_len) on the CPU.
 
@@ -78,6 +82,7 @@ def sample_text(
     only through rounding. The model runs as a whole, one token at a time.
 
     progress: called with the tokens generated so far and all tokens.
+    decoding: how the model runs (see `decoding.decoding_of`); None means its own forward.
     Raises HalfplateError if logits are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -86,15 +91,14 @@ def sample_text(
     at_once = sequences_at_once(token_nbytes(model.config, seq_len), seq_len, cache_nbytes)
     batches = -(-samples // at_once)
     done = 0
-    new_cache = _cache_maker(model, seq_len)
+    decoding = decoding or OwnDecoding(model, seq_len)
     # Batches of nearly equal size, because a small last one would take almost as long as a full one.
     for rows, uniform in zip(ids.tensor_split(batches), chances.tensor_split(batches), strict=True):
-        cache = new_cache()
+        step = decoding.start(len(rows))
         rows[:, 0] = _first_tokens(model, start, uniform[:, 0])
         for position in range(1, seq_len):
-            current = rows[:, position - 1 : position]
-            logits, cache = _next_logits(model, current, cache)
-            rows[:, position] = _draw(logits / temperature, uniform[:, position])
+            logits = step(rows[:, position - 1])
+            rows[:, position] = draw(logits, temperature, uniform[:, position])
             if progress is not None:
                 progress(done + len(rows) * (position + 1), samples * seq_len)
         done += rows.numel()
@@ -113,78 +117,41 @@ def _vocabulary(model: "PreTrainedModel") -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def _cache_maker(model: "PreTrainedModel", seq_len: int) -> Callable[[], Any]:
-    """A function that creates the cache of a batch: a preallocated one, or None for models that create their own.
+def draw(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """One token per row of `logits` (sequences, vocabulary), int64 (sequences,), at `uniform` fp64 (sequences,) in [0, 1).
 
-    Raises HalfplateError if the model fails, or if its logits with the cache differ from those without.
+    Raises HalfplateError if logits are not finite.
     """
-    from transformers import DynamicCache
-
-    from halfplate.calibration.cache import preallocated_cache
-
-    def with_room() -> DynamicCache:
-        return preallocated_cache(model.config, seq_len)
-
-    # Two texts, because some models mix up the sequences of a batch.
-    ids = torch.arange(2 * PROBED, dtype=torch.int64, device=model.device).reshape(2, PROBED) % _vocabulary(model)
-    try:
-        _, own = _next_logits(model, ids[:, :1], None)
-        if type(own) is DynamicCache:
-            return with_room
-        # Some models accept a cache and do not return it.
-        new_cache: Callable[[], Any] = with_room if own is None else lambda: None
-        cache = new_cache()
-        for position in range(PROBED):
-            logits, cache = _next_logits(model, ids[:, position : position + 1], cache)
-        whole = model(input_ids=ids, use_cache=False).logits[:, -1]
-    # Model code can raise any exception.
-    except Exception as error:
-        if isinstance(error, HalfplateError):
-            raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise HalfplateError(
-            f"calibration=self: {type(model).__name__} cannot sample text ({reason}); pass a text file with --calibration"
-        ) from error
-    difference = float((logits - whole).norm() / whole.norm())
-    # Kernels round differently for one token and for several; a broken cache causes far larger differences.
-    if not difference < WORST_DIFFERENCE:
-        raise HalfplateError(
-            f"calibration=self: {type(model).__name__} computes different logits token by token than for a whole text (relative difference "
-            f"{difference:.2g}), so it cannot sample text; pass a text file with --calibration"
-        )
-    return new_cache
+    if not native.available() or not logits.is_cpu or temperature < LEAST_NATIVE:
+        return draw_by_torch(logits, temperature, uniform)
+    logits, uniform = logits.to(torch.float32).contiguous(), uniform.contiguous()
+    drawn = torch.empty(len(logits), dtype=torch.int64, device="cpu")
+    status = native.library().halfplate_draw(
+        native.address(logits, torch.float32, "logits"),
+        logits.nbytes,
+        *logits.shape,
+        temperature,
+        native.address(uniform, torch.float64, "uniform"),
+        uniform.nbytes,
+        drawn.data_ptr(),
+        drawn.nbytes,
+        torch.get_num_threads(),
+    )
+    native.check(status, "draw of tokens")
+    if bool((drawn < 0).any()):
+        raise HalfplateError(NOT_FINITE)
+    return drawn
 
 
-def _next_logits(model: "PreTrainedModel", current: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Logits (sequences, vocabulary) of the token after `current` int64 (sequences, 1), and the updated cache.
-
-    cache: None if the model creates one; the returned cache is that of the output, if it has one.
-    """
-    taken = inspect.signature(model.forward).parameters
-    name = next((name for name in CACHE_NAMES if name in taken), None)
-    output = model(input_ids=current, use_cache=True, **({} if name is None or cache is None else {name: cache}))
-    logits: Tensor = output.logits
-    if logits.shape[1] != current.shape[1]:
-        raise HalfplateError(
-            f"calibration=self: {type(model).__name__} gives {logits.shape[1]} rows of logits for {current.shape[1]} tokens, so it cannot sample text; "
-            "pass a text file with --calibration"
-        )
-    given = None if name is None else getattr(output, name, None)
-    return logits[:, -1], cache if given is None else given
-
-
-def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One token per row, int64 (sequences,), by inverting the cumulative distribution at `uniform` fp64 in [0, 1).
+def draw_by_torch(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """The reference of `draw`: one token per row, by inverting the cumulative distribution at `uniform` fp64 in [0, 1).
 
     With one random number per row, this takes a tenth of the time of `torch.multinomial`, which draws one per token of the vocabulary.
     """
-    cumulative = logits.float().softmax(-1).double().cumsum(-1)
+    cumulative = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
     total = cumulative[:, -1:]
     if not bool(torch.isfinite(total).all()):
-        raise HalfplateError(
-            "calibration=self: the model gives logits that are not finite, so it cannot sample text; "
-            "check that its plain generation works, or pass a text file"
-        )
+        raise HalfplateError(NOT_FINITE)
     # right=True, so that a token with probability zero is never drawn.
     drawn = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)[:, 0]
     return drawn.clamp_max(logits.shape[-1] - 1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from halfplate.calibration.decoding import Maker, decoding_of
 from halfplate.calibration.documents import Text, read_text, token_stream
 from halfplate.calibration.self_text import CACHE_BYTES, TEMPERATURE, find_start, sample_text
 from halfplate.calibration.stream import first_characters, tokens_of
@@ -31,7 +32,8 @@ class CalibrationTokens:
     """Calibration text as tokens, ids int64 (samples, seq_len), with the protocol to reproduce it.
 
     temperature, start, start_token: only for source `self` (see `self_text.Start`).
-    facts: more about a text: `skipped_rows`, `messages` (see `documents.Text`), and `drawn_from` if only its beginning was used.
+    facts: more about a text: `skipped_rows`, `messages` (see `documents.Text`), and `drawn_from` if only its beginning was used; for
+        source `self`, `decoded_by` (the path of `decoding.Decoding`).
     """
 
     ids: Tensor
@@ -68,6 +70,7 @@ def calibration_tokens(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     cache_nbytes: int = CACHE_BYTES,
+    maker: Maker | None = None,
 ) -> CalibrationTokens:
     """`samples` windows of `seq_len` tokens from `source`, the same for the same seed.
 
@@ -78,6 +81,7 @@ def calibration_tokens(
     source: `self` (the model generates its own text, see `self_text.sample_text`) or a source of `read_text`.
     progress: called with the tokens generated so far and all tokens; only for `self`.
     cache_nbytes: of keys and values; only for `self`.
+    maker: of a faster decoding than the model's own forward; only for `self` (see `decoding.decoding_of`).
     Raises HalfplateError for invalid numbers or too little memory, for a text with fewer windows than samples, and for tokens
     outside the vocabulary.
     """
@@ -87,8 +91,12 @@ def calibration_tokens(
     check_tokens_fit("samples", samples, seq_len)
     if source == "self":
         start = find_start(model, tokenizer)
-        ids = sample_text(model, start, samples, seq_len, seed, progress=progress, cache_nbytes=cache_nbytes)
-        return CalibrationTokens(ids, source, seed, TEMPERATURE, start.kind, start.token)
+        with torch.no_grad():
+            decoding = decoding_of(model, seq_len, maker)
+        ids = sample_text(
+            model, start, samples, seq_len, seed, progress=progress, cache_nbytes=cache_nbytes, decoding=decoding
+        )
+        return CalibrationTokens(ids, source, seed, TEMPERATURE, start.kind, start.token, {"decoded_by": decoding.path})
     text = Text(source)
     stream, facts = _stream(text, tokenizer, samples * seq_len)
     ids = _draw_windows(stream, text, samples, seq_len, seed)

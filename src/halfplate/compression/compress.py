@@ -51,6 +51,7 @@ from halfplate.planning.room import check_room
 from halfplate.precision import resolved
 from halfplate.recipe import Recipe, RecipeFields
 from halfplate.report import write_report
+from halfplate.runtime.sampling import native_sampling
 from halfplate.statistics import Statistic
 from halfplate.telemetry.clock import Clock
 from halfplate.telemetry.log import run_log
@@ -296,7 +297,9 @@ def _check_kl(name: str, recipe: Recipe, out: Path, report: Report) -> dict[str,
     dense = load_dense(name, recipe.device)
     compressed = load(out, device=recipe.device, kernels=False)
     seq_len = min(MAX_KL_SEQ_LEN, recipe.seq_len)
-    held_out = held_out_tokens(dense.model, dense.tokenizer, recipe.seed, MAX_KL_WINDOWS, seq_len, report)
+    held_out = held_out_tokens(
+        dense.model, dense.tokenizer, recipe.seed, MAX_KL_WINDOWS, seq_len, report, native_sampling
+    )
     measures: dict[str, Any] = evaluate(
         compressed, held_out.ids, dense.model, lambda done, total: report("evaluating", done, total)
     )

@@ -20,6 +20,7 @@ from halfplate.planning import Plan
 from halfplate.planning.memory import sampling_room
 from halfplate.recipe import Recipe
 from halfplate.runtime.prepare import bf16_kernels
+from halfplate.runtime.sampling import native_sampling
 from halfplate.storage.artifact import load_artifact, read_json, save_artifact, write_json
 from halfplate.storage.tensor_file import read_tensor
 from halfplate.telemetry.clock import Clock
@@ -82,7 +83,8 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
     kept = load_artifact(work.tokens)
     if kept is not None and kept.damaged() is None and recipe.calibration == "self":
         facts = {name: kept.facts[name] for name in ("source", "seed", "temperature", "start", "start_token")}
-        return CalibrationTokens(read_tensor(kept.tensors["ids"]), **facts)
+        told = {"decoded_by": kept.facts["decoded_by"]} if "decoded_by" in kept.facts else {}
+        return CalibrationTokens(read_tensor(kept.tensors["ids"]), **facts, facts=told)
     tokenizer = load_tokenizer(streamed.source)
     resident, cache = sampling_room(plan.sizes, recipe.device)
 
@@ -96,6 +98,7 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
             recipe.seed,
             lambda done, total: report("calibration text", done, total),
             cache,
+            native_sampling if resident > 0 else None,
         )
 
     if recipe.calibration == "self":

@@ -19,6 +19,7 @@ from halfplate.evaluation import perplexity
 from halfplate.evaluation.perplexity import check_logits_fit, token_windows
 from halfplate.limits import use_threads
 from halfplate.models.sources import is_compressed
+from halfplate.runtime.sampling import native_sampling
 from halfplate.telemetry.progress import Report, silent
 
 SEQ_LEN = 1024
@@ -101,6 +102,7 @@ def evaluate(
             windows or SELF_WINDOWS,
             length,
             report,
+            native_sampling,
         )
         return scored(held_out.ids, "evaluating") | {"protocol": held_out.protocol()} | scores
     cuts = {name: token_windows(tokenizer, text, length, windows) for name, text in documents.items()}

@@ -105,6 +105,12 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         ("expand", flag, [pointer, integer, pointer, integer, flag, integer]),
         ("decoder_scratch", integer, [pointer, integer]),
         ("step", flag, [pointer, pointer, integer, integer, pointer, integer, integer]),
+        ("step_batch", flag, [pointer, pointer, integer]),
+        (
+            "draw",
+            flag,
+            [pointer, integer, integer, integer, ctypes.c_float, pointer, integer, pointer, integer, integer],
+        ),
         ("read", ctypes.c_float, [pointer, integer, integer]),
     ):
         function = getattr(library, f"halfplate_{name}")

@@ -34,6 +34,7 @@ from halfplate.models.sources import load_tokenizer as load_dense_tokenizer
 from halfplate.recovery.distillation import Progress, check_trainable, in_training, train
 from halfplate.recovery.settings import HELD_OUT, Recovery
 from halfplate.recovery.state import State, load_state, save_state
+from halfplate.runtime.sampling import native_sampling
 from halfplate.telemetry.clock import Clock
 from halfplate.telemetry.log import run_log
 from halfplate.telemetry.progress import Report, silent
@@ -323,6 +324,7 @@ def _sampled(
                 settings.seq_len,
                 settings.seed,
                 lambda done, total: report("sampling text", done, total),
+                maker=native_sampling,
             )
             kept = State({"ids": sampled.ids}, {"identity": identity})
             save_state(work, kept, file)

@@ -15,6 +15,7 @@ from halfplate.evaluation.bench import bench
 from halfplate.evaluation.perplexity import evaluate, token_windows
 from halfplate.models.sources import load_dense
 from halfplate.report.settings import Measuring
+from halfplate.runtime.sampling import native_sampling
 from halfplate.telemetry.progress import Report
 
 
@@ -35,7 +36,9 @@ def measure(folder: Path, settings: Measuring, report: Report) -> dict[str, Any]
     source: dict[str, Any]
     if settings.text is None:
         seed = calibration_seed(str(folder))
-        held_out = held_out_tokens(dense.model, dense.tokenizer, seed, settings.windows, seq_len, report)
+        held_out = held_out_tokens(
+            dense.model, dense.tokenizer, seed, settings.windows, seq_len, report, native_sampling
+        )
         windows, source = held_out.ids, {"protocol": held_out.protocol()}
     else:
         text = Text(settings.text, "text")

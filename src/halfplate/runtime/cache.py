@@ -82,6 +82,25 @@ class GrowingLayer(DynamicLayer):
         self.length = end
         return self.key_buffer[:, :, :end].to(self.dtype), self.value_buffer[:, :, :end].to(self.dtype)
 
+    def make_room(self, sequences: int, heads: int, length: int, width: int, dtype: torch.dtype) -> None:
+        """Empty buffers for `length` positions on the CPU; they do not grow in a type narrower than fp32."""
+        like = torch.empty(sequences, heads, length, width, dtype=dtype, device="cpu")
+        self.lazy_initialization(like, like)
+        self.key_buffer, self.value_buffer = like, torch.empty_like(like)
+        self.moves += 1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes what sequence `beam_idx[i]` was; beams often keep their places."""
+        if self.key_buffer is None or self.value_buffer is None:
+            return
+        order = beam_idx.to(self.key_buffer.device)
+        if torch.equal(order, torch.arange(self.key_buffer.shape[0], dtype=order.dtype, device=order.device)):
+            return
+        self.key_buffer, self.value_buffer = (
+            self._with_room(buffer[:, :, : self.length].index_select(0, order), self.capacity)
+            for buffer in (self.key_buffer, self.value_buffer)
+        )
+
     def get_seq_length(self) -> int:
         return self.length
 
@@ -101,15 +120,35 @@ class GrowingCache(Cache):
     def __init__(self, blocks: int) -> None:
         super().__init__(layers=[GrowingLayer() for _ in range(blocks)])
 
+    @classmethod
+    def with_room(
+        cls, blocks: int, sequences: int, heads: int, length: int, width: int, dtype: torch.dtype = torch.float32
+    ) -> "GrowingCache":
+        """An empty cache whose buffers (sequences, heads, length, width) already exist."""
+        cache = cls(blocks)
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            layer.make_room(sequences, heads, length, width, dtype)
+        return cache
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences every layer holds in fp32 or bf16 on the CPU, all of equal length; 0 if the layers differ or hold something else."""
+        layers: list[Any] = self.layers
+        first = layers[0].key_buffer
+        same = first is not None and all(
+            layer.length == layers[0].length
+            and layer.key_buffer is not None
+            and layer.key_buffer.shape[0] == first.shape[0]
+            and layer.key_buffer.dtype == first.dtype
+            and layer.key_buffer.dtype in (torch.float32, torch.bfloat16)
+            and layer.key_buffer.device.type == "cpu"
+            for layer in layers
+        )
+        return int(first.shape[0]) if same else 0
+
     @property
     def fits_one_sequence_in_floats(self) -> bool:
         """Whether every layer holds one sequence in fp32 on the CPU, all of equal length."""
         layers: list[Any] = self.layers
-        return all(
-            layer.length == layers[0].length
-            and layer.key_buffer is not None
-            and layer.key_buffer.shape[0] == 1
-            and layer.key_buffer.dtype == torch.float32
-            and layer.key_buffer.device.type == "cpu"
-            for layer in layers
-        )
+        return self.sequences == 1 and layers[0].key_buffer.dtype == torch.float32

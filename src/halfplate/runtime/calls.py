@@ -1,12 +1,15 @@
-"""Which calls of a model the native step handles: one new token of one sequence with a supported cache."""
+"""Which calls of a model the native step handles: one new token of each sequence with a supported cache."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from halfplate.models.arguments import OLD_CACHE_ARGUMENT
 from halfplate.runtime.cache import GrowingCache
 
+MOST_SEQUENCES = 64  # of a batch; larger ones run through transformers
 # Supported types of the model; the native step computes in fp32 and rounds its logits.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Other arguments of a call with one new token, and the values that the native step supports.
@@ -22,34 +25,68 @@ def cache_of(kwargs: dict[str, Any], cache_name: str) -> Any:
     return kwargs.get(cache_name, kwargs.get(OLD_CACHE_ARGUMENT))
 
 
-def single_token(model: Any, kwargs: dict[str, Any], cache_name: str) -> int | None:
-    """The new token of a call that the native step handles, else None."""
+@dataclass(frozen=True)
+class NewTokens:
+    """The new tokens of a call, int64 (sequences,), with the positions and the padding of each sequence (`NativeDecoder.step_batch`)."""
+
+    tokens: Tensor
+    positions: Tensor | None
+    first: Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether they are those of one sequence without padding."""
+        return len(self.tokens) == 1 and self.positions is None and self.first is None
+
+
+def new_tokens(model: Any, kwargs: dict[str, Any], cache_name: str) -> NewTokens | None:
+    """The new tokens of a call that the native step handles, else None."""
     cache, ids = cache_of(kwargs, cache_name), kwargs.get("input_ids")
-    if not isinstance(cache, GrowingCache) or ids is None or tuple(ids.shape) != (1, 1):
+    if not isinstance(cache, GrowingCache) or ids is None or ids.ndim != 2 or ids.shape[1] != 1:
         return None
-    length = cache.get_seq_length()
-    if torch.is_grad_enabled() or model.training or not length or not cache.fits_one_sequence_in_floats:
-        return None
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and (tuple(mask.shape) != (1, length + 1) or not bool(mask.all())):
-        return None
-    if positions is not None and positions.tolist() != [[length]]:
+    length, count = cache.get_seq_length(), ids.shape[0]
+    if torch.is_grad_enabled() or model.training or not length or not 1 <= count <= MOST_SEQUENCES:
         return None
     config = model.config
     if config.output_attentions or config.output_hidden_states or not (kwargs.get("return_dict") or config.return_dict):
         return None
-    if not isinstance(kwargs.get("logits_to_keep", 0), int):
+    if not isinstance(kwargs.get("logits_to_keep", 0), int) or cache.sequences != count or not ids.is_cpu:
         return None
     known = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "cache_position"}
     known |= {cache_name, OLD_CACHE_ARGUMENT}
     for name, value in kwargs.items():
         if name not in known and (name not in HARMLESS or value not in HARMLESS[name]):
             return None
-    return int(ids[0, 0])
+    positions, first = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if positions is not None:
+        if tuple(positions.shape) not in ((count, 1), (1, 1)) or not bool(
+            ((positions >= 0) & (positions <= length)).all()
+        ):
+            return None
+        positions = None if bool((positions == length).all()) else positions.expand(count, 1)[:, 0].long().contiguous()
+    if first is not None:
+        if tuple(first.shape) != (count, length + 1):
+            return None
+        first = _padding(first != 0)
+        if first is None:
+            return None
+        first = first if bool(first.any()) else None
+    return NewTokens(ids[:, 0].long().contiguous(), positions, first)
+
+
+def _padding(mask: Tensor) -> Tensor | None:
+    """How many positions are masked before each sequence, int64 (sequences,); None if others are masked, too.
+
+    mask: bool (sequences, length), true where a position is read.
+    """
+    masked = mask.shape[1] - mask.sum(1)
+    starts = mask.long().argmax(1)
+    # Everything from the first position on that is read must be read.
+    return masked if bool(mask[:, -1].all()) and torch.equal(starts, masked) else None
 
 
 def wants_growing_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of `generate` decodes one sequence and does not choose a cache."""
+    """Whether a call of `generate` decodes as many sequences as the native step takes, and does not choose a cache."""
     config = args[1] if len(args) > 1 else kwargs.get("generation_config")
     config = config or model.generation_config
 
@@ -57,13 +94,12 @@ def wants_growing_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         return kwargs[name] if name in kwargs else getattr(config, name, None)
 
     inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    ways = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
     return (
         inputs is not None
-        and inputs.shape[0] == 1
+        and inputs.shape[0] * ways <= MOST_SEQUENCES
         and model.dtype in DTYPES
         and setting("use_cache") is not False
-        and (setting("num_beams") or 1) == 1
-        and (setting("num_return_sequences") or 1) == 1
         and all(
             setting(name) is None
             for name in (

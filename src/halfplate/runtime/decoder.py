@@ -1,4 +1,4 @@
-"""Decoding one token of one sequence in one native call, for Llama-like models, also inside transformers' `generate`."""
+"""Decoding one token of each sequence in one native call, for Llama-like models, also inside transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from halfplate.kernels.linear import CPU
 from halfplate.models.arguments import cache_argument
 from halfplate.runtime.backends.cpu import PackedLinear
 from halfplate.runtime.cache import GrowingCache
-from halfplate.runtime.calls import DTYPES, cache_of, single_token, wants_growing_cache
-from halfplate.runtime.structures import BlockStruct, DecoderStruct
+from halfplate.runtime.calls import DTYPES, cache_of, new_tokens, wants_growing_cache
+from halfplate.runtime.structures import BatchStruct, BlockStruct, DecoderStruct
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Rotary types whose tables depend on the sequence length.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 1}  # halfplate::Kind in kernels/src/runtime.h
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def install(model: Any) -> str:
-    """Let `model` decode natively, one token of one sequence at a time; returns `native`, or the reason why it cannot.
+    """Let `model` decode natively, one token of each sequence at a time; returns `native`, or the reason why it cannot.
 
     The class of the model becomes a subclass; all other calls run as before.
     """
@@ -50,8 +51,11 @@ def uninstall(model: Any) -> None:
         model.__class__ = _class_before(model)
 
 
-def why_not(model: Any) -> str | None:
-    """Why the native step cannot decode `model`; None if it can."""
+def why_not(model: Any, usable: Callable[[Any], bool] = lambda linear: isinstance(linear, PackedLinear)) -> str | None:
+    """Why the native step cannot decode `model`; None if it can.
+
+    usable: whether a linear is in kernel layout, or can be brought into it.
+    """
     if not native.available():
         return native.reason()
     if type(model).__name__ not in ARCHITECTURES or not type(model).__module__.startswith("transformers."):
@@ -66,9 +70,9 @@ def why_not(model: Any) -> str | None:
     if model.model.rotary_emb.rope_type in LENGTH_DEPENDENT_ROPE:
         return f"rotary embeddings of type {model.model.rotary_emb.rope_type!r} have no native step"
     for name in (f"model.layers.{i}.{part}" for i in range(len(model.model.layers)) for part in LINEARS + MLP):
-        if not isinstance(model.get_submodule(name), PackedLinear):
+        if not usable(model.get_submodule(name)):
             return f"{name} is not in kernel layout"
-    if not isinstance(model.lm_head, PackedLinear):
+    if not usable(model.lm_head):
         return "lm_head is not in kernel layout"
     if model.dtype not in DTYPES:
         return f"activations in {model.dtype} have no native step"
@@ -90,9 +94,11 @@ class NativeDecoder:
     """The weights of a model for the native step, and the cache of the last call.
 
     It holds addresses of the model's tensors and keeps them alive; later changes of the weights are not seen.
+
+    pack: returns the linear in kernel layout for one of the model, for models whose linears are not.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, pack: Callable[[Any], PackedLinear] = lambda linear: linear) -> None:
         config, inner = model.config, model.model
         self._embed, self._rotary = inner.embed_tokens, inner.rotary_emb
         # A row of a table of numbers is read without a call of the module.
@@ -107,12 +113,14 @@ class NativeDecoder:
                 address, block.norm_bytes[place] = self._norm(norm)
                 setattr(block, name, address)
             for place, name in enumerate(LINEARS + MLP):
-                address, block.linear_bytes[place] = self._place(layer.get_submodule(name).packed, torch.uint8, name)
+                address, block.linear_bytes[place] = self._place(
+                    pack(layer.get_submodule(name)).packed, torch.uint8, name
+                )
                 setattr(block, name.rpartition(".")[2].removesuffix("_proj"), address)
         attention = inner.layers[0].self_attn
         self._blocks = blocks
         final_norm, final_norm_bytes = self._norm(inner.norm)
-        head, head_bytes = self._place(model.lm_head.packed, torch.uint8, "lm_head")
+        head, head_bytes = self._place(pack(model.lm_head).packed, torch.uint8, "lm_head")
         self._struct = DecoderStruct(
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -130,11 +138,12 @@ class NativeDecoder:
             head_bytes=head_bytes,
             block=blocks,
             block_bytes=ctypes.sizeof(blocks),
+            sequences=1,
         )
         self._lock = Lock()
         self._cache: Callable[[], GrowingCache | None] = lambda: None
-        self._bound = self._sized = (0, 0)
-        self._step = native.library().halfplate_step
+        self._bound = self._sized = (0, 0, 0)
+        self._step, self._step_batch = native.library().halfplate_step, native.library().halfplate_step_batch
 
     def _norm(self, module: Any) -> tuple[int, int]:
         return self._place(module.weight.detach().to(torch.float32).contiguous(), torch.float32, "the weight of a norm")
@@ -155,14 +164,7 @@ class NativeDecoder:
         embedding = self._embedding(token)
         logits = torch.empty(self._struct.vocabulary, dtype=torch.float32, device=CPU)
         with self._lock:
-            position, threads = layers[0].length, torch.get_num_threads()
-            for layer in layers:
-                layer.reserve(position + 1)
-            # Cache layers count their reallocations, so an equal sum means that no buffer has moved.
-            bound = (sum(layer.moves for layer in layers), threads)
-            if bound != self._bound or self._cache() is not cache:
-                self._bind(cache, threads)
-                self._bound, self._cache = bound, ref(cache)
+            position, threads = self._prepare(cache, 1)
             status = self._step(
                 ctypes.byref(self._struct),
                 embedding.data_ptr(),
@@ -178,6 +180,57 @@ class NativeDecoder:
                 layer.length = position + 1
         return logits
 
+    @torch.no_grad()
+    def step_batch(
+        self, tokens: Tensor, cache: GrowingCache, positions: Tensor | None = None, first: Tensor | None = None
+    ) -> Tensor:
+        """Logits (sequences, vocabulary), fp32, after `tokens` int64 (sequences,), whose keys and values are added to `cache`.
+
+        positions: int64 (sequences,), for the rotary embedding, up to the length of the cache before this step; None means that.
+        first: int64 (sequences,), the number of padding positions before each sequence, which are not read; None means 0.
+        Raises HalfplateError for a cache of another number of sequences or another shape, and for a token outside the vocabulary.
+        """
+        layers: Any = cache.layers
+        count, outside = len(tokens), (tokens < 0) | (tokens >= self._embed.num_embeddings)
+        if bool(outside.any()):
+            token = int(tokens[outside][0])
+            raise HalfplateError(f"token={token} is outside the vocabulary of {self._embed.num_embeddings}")
+        if cache.sequences != count:
+            raise HalfplateError(
+                f"tokens has {count} sequences, but the cache holds {cache.sequences or 'no'} sequences of equal length in fp32; "
+                "pass one token for each sequence of the cache"
+            )
+        embeddings = self._embed(tokens).detach().to(torch.float32).contiguous()
+        logits = torch.empty(count, self._struct.vocabulary, dtype=torch.float32, device=CPU)
+        with self._lock:
+            slot, threads = self._prepare(cache, count)
+            if positions is None:
+                positions = torch.full((count,), slot, dtype=torch.int64, device=CPU)
+            if first is None:
+                first = torch.zeros(count, dtype=torch.int64, device=CPU)
+            held = {"embeddings": embeddings, "positions": positions, "first": first, "logits": logits}
+            batch = BatchStruct(slot=slot)
+            for place, (name, tensor) in enumerate(held.items()):
+                setattr(batch, name, native.address(tensor, tensor.dtype, name))
+                batch.bytes[place] = tensor.nbytes
+            native.check(self._step_batch(ctypes.byref(self._struct), ctypes.byref(batch), threads), "batch step")
+            for layer in layers:
+                layer.length = slot + 1
+        return logits
+
+    def _prepare(self, cache: GrowingCache, sequences: int) -> tuple[int, int]:
+        """Make room for one more position of `sequences` sequences; returns the position and the number of threads."""
+        layers: Any = cache.layers
+        position, threads = layers[0].length, torch.get_num_threads()
+        for layer in layers:
+            layer.reserve(position + 1)
+        # Cache layers count their reallocations, so an equal sum means that no buffer has moved.
+        bound = (sum(layer.moves for layer in layers), threads, sequences)
+        if bound != self._bound or self._cache() is not cache:
+            self._bind(cache, threads, sequences)
+            self._bound, self._cache = bound, ref(cache)
+        return position, threads
+
     def _embedding(self, token: int) -> Tensor:
         if not 0 <= token < self._embed.num_embeddings:
             raise HalfplateError(f"token={token} is outside the vocabulary of {self._embed.num_embeddings}")
@@ -189,21 +242,24 @@ class NativeDecoder:
         native.address(row, torch.float32, "the embedding")
         return row
 
-    def _bind(self, cache: GrowingCache, threads: int) -> None:
+    def _bind(self, cache: GrowingCache, threads: int, sequences: int) -> None:
         layers: Any = cache.layers
         struct, capacity = self._struct, layers[0].capacity
-        expected = (1, struct.kv_heads, capacity, struct.head_dim)
+        expected = (sequences, struct.kv_heads, capacity, struct.head_dim)
         shapes = {tuple(buffer.shape) for layer in layers for buffer in (layer.key_buffer, layer.value_buffer)}
-        if not cache.fits_one_sequence_in_floats or shapes != {expected} or len(layers) != struct.blocks:
+        held = cache.sequences
+        if held != sequences or shapes != {expected} or len(layers) != struct.blocks:
             raise HalfplateError(
                 f"the cache has {len(layers)} layers of shapes {sorted(shapes)}, expected {struct.blocks} of fp32 {expected}; "
-                "pass one that this model filled with one sequence"
+                f"pass one that this model filled with {'one sequence' if sequences == 1 else f'{sequences} sequences'}"
             )
+        dtype = layers[0].key_buffer.dtype
         for block, layer in zip(self._blocks, layers, strict=True):
             for place, (name, buffer) in enumerate((("keys", layer.key_buffer), ("values", layer.value_buffer))):
-                setattr(block, name, native.address(buffer, torch.float32, f"the cache of {name}"))
+                setattr(block, name, native.address(buffer, dtype, f"the cache of {name}"))
                 block.cache_bytes[place] = buffer.nbytes
-        if self._sized == (capacity, threads):
+        struct.cache_kind = CACHE_KINDS[dtype]
+        if self._sized == (capacity, threads, sequences):
             return
         like = torch.empty(1, dtype=torch.float32, device=CPU)
         tables = self._rotary(like, torch.arange(capacity, dtype=torch.int64, device=CPU)[None])
@@ -212,14 +268,14 @@ class NativeDecoder:
             native.address(table, torch.float32, "the rotary embedding") for table in self._tables
         )
         struct.table_bytes[:] = [table.nbytes for table in self._tables]
-        struct.capacity = capacity
+        struct.capacity, struct.sequences = capacity, sequences
         floats = native.library().halfplate_decoder_scratch(ctypes.byref(struct), threads)
         native.check(floats, "decoder step")
         scratch = torch.empty(floats + 16, dtype=torch.float32, device=CPU)
         start = -scratch.data_ptr() % 64
         self._scratch, struct.scratch = scratch, scratch.data_ptr() + start
         struct.scratch_bytes = scratch.nbytes - start
-        self._sized = (capacity, threads)
+        self._sized = (capacity, threads, sequences)
 
 
 class NativeDecoding:
@@ -261,13 +317,16 @@ def _native_class(dense: type) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return dense.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-        token = None if args else single_token(self, kwargs, cache_name)
-        if token is None or (self._native_decoder is None and why_not(self) is not None):
+        new = None if args else new_tokens(self, kwargs, cache_name)
+        if new is None or (self._native_decoder is None and why_not(self) is not None):
             self._native_decoder = None  # weights may have changed since the last prompt
             return dense.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         cache = cache_of(kwargs, cache_name)
-        logits = self.native_decoder.step(token, cache)[None, None].to(self.dtype)
-        return CausalLMOutputWithPast(logits=logits, **{cache_name: cache})
+        if new.plain:
+            logits = self.native_decoder.step(int(new.tokens[0]), cache)[None]
+        else:
+            logits = self.native_decoder.step_batch(new.tokens, cache, new.positions, new.first)
+        return CausalLMOutputWithPast(logits=logits[:, None].to(self.dtype), **{cache_name: cache})
 
     @wraps(dense.generate)  # type: ignore[attr-defined]
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -27,5 +27,17 @@ class DecoderStruct(ctypes.Structure):
         ("scratch", ctypes.c_void_p),
         ("table_bytes", ctypes.c_int64 * 2),
         *[(name, ctypes.c_int64) for name in ("final_norm_bytes", "head_bytes", "block_bytes", "scratch_bytes")],
-        *[(name, ctypes.c_int64) for name in ("sized_threads", "sized_capacity", "sized_floats")],
+        *[(name, ctypes.c_int64) for name in ("sized_threads", "sized_capacity", "sized_sequences", "sized_floats")],
+        *[(name, ctypes.c_int64) for name in ("sequences", "cache_kind")],
+    ]
+
+
+class BatchStruct(ctypes.Structure):
+    """Mirror of `halfplate::Batch` in kernels/src/runtime.h."""
+
+    _fields_ = [
+        ("embeddings", ctypes.c_void_p),
+        ("slot", ctypes.c_int64),
+        *[(name, ctypes.c_void_p) for name in ("positions", "first", "logits")],
+        ("bytes", ctypes.c_int64 * 4),
     ]

@@ -23,6 +23,8 @@ int32_t halfplate_linear(const halfplate::Packed *, int64_t, const float *, int6
 int32_t halfplate_wrap(const halfplate::Packed *, int64_t, int32_t, const float *, int64_t, int64_t, float *, int64_t, int64_t, int64_t);
 int32_t halfplate_expand(const halfplate::Packed *, int64_t, void *, int64_t, int32_t, int64_t);
 int64_t halfplate_decoder_scratch(halfplate::Decoder *, int64_t);
+int32_t halfplate_step_batch(const halfplate::Decoder *, const halfplate::Batch *, int64_t);
+int32_t halfplate_draw(const float *, int64_t, int64_t, int64_t, float, const double *, int64_t, int64_t *, int64_t, int64_t);
 int32_t halfplate_step(const halfplate::Decoder *, const float *, int64_t, int64_t, float *, int64_t, int64_t);
 int32_t halfplate_sweep(const halfplate::Problem *, double *, int64_t);
 int32_t halfplate_gram_sweep(const halfplate::GramSweep *);
@@ -353,6 +355,8 @@ Linear &dense_linear(std::vector<Linear> &all, int64_t d_out, int64_t d_in) {
     return m;
 }
 
+void check_batch(halfplate::Decoder d, halfplate::DecoderBlock block);
+
 // A decoder of one block: steps inside the capacity run, anything else is refused before it writes.
 void check_decoder() {
     constexpr int64_t HIDDEN = 24, HEADS = 4, KV = 2, HEAD = 6, WIDE = 40, VOCABULARY = 50, CAPACITY = 5;
@@ -377,7 +381,7 @@ void check_decoder() {
     block.cache_bytes[0] = block.cache_bytes[1] = int64_t(4 * keys.size());
     halfplate::Decoder d{};
     d.hidden = HIDDEN, d.heads = HEADS, d.kv_heads = KV, d.head_dim = HEAD, d.intermediate = WIDE, d.vocabulary = VOCABULARY;
-    d.blocks = 1, d.capacity = CAPACITY, d.epsilon = 1e-5f, d.embedding_scale = 1, d.attention_scale = 0.4f;
+    d.sequences = 1, d.blocks = 1, d.capacity = CAPACITY, d.epsilon = 1e-5f, d.embedding_scale = 1, d.attention_scale = 0.4f;
     d.final_norm = norm.data(), d.final_norm_bytes = 4 * HIDDEN;
     d.head = &head.packed(), d.head_bytes = head.head.nbytes;
     d.block = &block, d.block_bytes = sizeof block;
@@ -418,6 +422,58 @@ void check_decoder() {
     refused([](auto &, auto &b) { b.linear_bytes[3] += 64; }, "a matrix of another size");
     refused([](auto &, auto &b) { std::swap(b.q, b.down), std::swap(b.linear_bytes[0], b.linear_bytes[6]); }, "matrices of other shapes");
     refused([](auto &, auto &b) { b.o = nullptr; }, "no matrix");
+    refused([](auto &w, auto &) { w.sequences = 2; }, "a cache for one sequence of two");
+    refused([](auto &w, auto &) { w.cache_kind = halfplate::BF16; }, "a cache in halves");
+    check_batch(d, block);
+}
+
+// Steps of 19 sequences, which take panels, inside the capacity; anything else is refused before it writes.
+void check_batch(halfplate::Decoder d, halfplate::DecoderBlock block) {
+    constexpr int64_t N = 19;
+    d.block = &block, d.sequences = N;
+    std::vector<float> keys(size_t(N * d.kv_heads * d.capacity * d.head_dim)), values(keys.size());
+    std::vector<float> embeddings(size_t(N * d.hidden), 0.5f), logits(size_t(N * d.vocabulary));
+    std::vector<int64_t> positions(N), first(N);
+    block.keys = keys.data(), block.values = values.data();
+    block.cache_bytes[0] = block.cache_bytes[1] = int64_t(4 * keys.size());
+    const int64_t floats = halfplate_decoder_scratch(&d, 2);
+    if (floats < 0) fail(*d.head, "batch refused", double(floats));
+    std::vector<float> room(size_t(floats + 16));
+    d.scratch = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) % 64 / 4;
+    d.scratch_bytes = 4 * floats;
+    const halfplate::Batch right{embeddings.data(), 0, positions.data(), first.data(), logits.data(),
+                                 {int64_t(4 * embeddings.size()), 8 * N, 8 * N, int64_t(4 * logits.size())}};
+    auto expect = [&](auto change, bool runs, const char *what) {
+        halfplate::Batch batch = right;
+        change(batch);
+        if ((halfplate_step_batch(&d, &batch, 2) == 0) != runs) fail(*d.head, what, 0);
+    };
+    for (int64_t slot = 0; slot < d.capacity; ++slot) {
+        for (int64_t k = 0; k < N; ++k) first[size_t(k)] = k % (slot + 1), positions[size_t(k)] = slot - first[size_t(k)];
+        expect([&](auto &b) { b.slot = slot; }, true, "a step of a batch");
+    }
+    for (float logit : logits)
+        if (!(logit - logit == 0)) fail(*d.head, "logits of a batch", double(logit));
+    first[3] = 1;
+    expect([](auto &) {}, false, "padding up to the new token");
+    first[3] = 0, positions[4] = d.capacity;
+    expect([](auto &b) { b.slot = 4; }, false, "a position behind the tables");
+    positions[4] = 0;
+    expect([&](auto &b) { b.slot = d.capacity; }, false, "a slot behind the cache");
+    for (int i = 0; i < 4; ++i) expect([&](auto &b) { b.slot = 4, b.bytes[i] -= 4; }, false, "a short buffer of a batch");
+}
+
+// Draws from one logit, from several blocks, and from logits that are not finite.
+void check_draw() {
+    for (int64_t count : {1, 5, 511, 600, 40000}) {
+        std::vector<float> logits(size_t(2 * count), -1.0f);
+        const double chances[2] = {0.0, 0.999999999};
+        int64_t tokens[2] = {-7, -7};
+        auto draw = [&] { return halfplate_draw(logits.data(), 8 * count, 2, count, 1.0f, chances, 16, tokens, 16, 2); };
+        if (draw() || tokens[0] != 0 || tokens[1] < 0 || tokens[1] >= count) fail(Packed{}, "a draw", double(count));
+        logits[0] = __builtin_nanf("");
+        if (draw() || tokens[0] != -1 || tokens[1] < 0) fail(Packed{}, "a draw from NaN", double(count));
+    }
 }
 
 // The solver's sweeps on small problems, and with each buffer one number short.
@@ -527,6 +583,7 @@ int main(int count, char **arguments) {
         check_refusals(m, 1 + random_below(3));
     }
     check_decoder();
+    check_draw();
     check_solver();
     std::printf("%d cases on %s\n", cases, halfplate_isa());
     return 0;

@@ -19,6 +19,7 @@ enum Status : int32_t { DONE = 0, NO_MEMORY = -1, BAD_HEADER = -2, BAD_SIZE = -3
 
 // Larger sizes could overflow in products; no matrix or batch that fits into memory reaches them.
 constexpr int64_t LARGEST_SIDE = int64_t(1) << 26, LARGEST_BATCH = int64_t(1) << 30;
+constexpr int64_t LARGEST_SEQUENCES = 4096;
 constexpr int64_t LARGEST_GROUP = 256, LARGEST_KEPT = 16;  // M, and the largest N that the solver supports
 constexpr int64_t LARGEST_ROUNDS = int64_t(1) << 20;      // descents of a row, and sweeps of a descent
 constexpr int64_t THREADS_PER_CORE = 8;
@@ -95,6 +96,7 @@ static inline int32_t check_decoder(const Decoder &d, bool whole) {
     if (whole) {
         for (int64_t size : {d.hidden, d.heads, d.kv_heads, d.head_dim, d.intermediate, d.vocabulary, d.blocks, d.capacity})
             if (!within(size, 1, LARGEST_SIDE)) return BAD_NUMBER;
+        if (!within(d.sequences, 1, LARGEST_SEQUENCES)) return BAD_NUMBER;
         if (d.heads % d.kv_heads || d.head_dim % 2 || !within(queries, 1, LARGEST_SIDE)) return BAD_NUMBER;
         if (!holds(d.block, d.block_bytes, d.blocks * int64_t(sizeof(DecoderBlock)))) return BAD_SIZE;
         if (!holds(d.final_norm, d.final_norm_bytes, 4 * d.hidden)) return BAD_SIZE;
@@ -120,18 +122,39 @@ static inline int32_t check_decoder(const Decoder &d, bool whole) {
     return DONE;
 }
 
-// Whether one step of a team of `threads` stays inside the cache, the tables and the scratch.
-static inline int32_t check_step(const Decoder &d, const float *embedding, int64_t embedding_bytes, int64_t position,
-                                 const float *logits, int64_t logits_bytes, int64_t threads) {
+// Whether the cache, the tables and the scratch are those that a step of a team of `threads` at position `slot` needs.
+static inline int32_t check_state(const Decoder &d, int64_t slot, int64_t sequences, int64_t threads) {
     const int64_t table = 4 * d.capacity * d.head_dim;
-    if (!within(position, 0, d.capacity - 1) || d.sized_threads != threads || d.sized_capacity != d.capacity) return BAD_NUMBER;
-    if (!holds(embedding, embedding_bytes, 4 * d.hidden) || !holds(logits, logits_bytes, 4 * d.vocabulary) ||
-        !holds(d.cosines, d.table_bytes[0], table) || !holds(d.sines, d.table_bytes[1], table) || d.scratch == nullptr ||
+    if (!within(slot, 0, d.capacity - 1) || d.sized_threads != threads || d.sized_capacity != d.capacity ||
+        d.sequences != sequences || (d.cache_kind != FP32 && (d.cache_kind != BF16 || d.head_dim % 16)) || d.sized_sequences != sequences)
+        return BAD_NUMBER;
+    if (!holds(d.cosines, d.table_bytes[0], table) || !holds(d.sines, d.table_bytes[1], table) || d.scratch == nullptr ||
         reinterpret_cast<uintptr_t>(d.scratch) % 64 || d.scratch_bytes < 4 * d.sized_floats)
         return BAD_SIZE;
     for (int64_t i = 0; i < d.blocks; ++i)
         for (int side = 0; side < 2; ++side)
-            if (!holds(side ? d.block[i].values : d.block[i].keys, d.block[i].cache_bytes[side], d.kv_heads * table)) return BAD_SIZE;
+            if (!holds(side ? d.block[i].values : d.block[i].keys, d.block[i].cache_bytes[side], sequences * d.kv_heads * table / (d.cache_kind == BF16 ? 2 : 1)))
+                return BAD_SIZE;
+    return DONE;
+}
+
+// Whether one step of a team of `threads` stays inside the cache, the tables and the scratch.
+static inline int32_t check_step(const Decoder &d, const float *embedding, int64_t embedding_bytes, int64_t position,
+                                 const float *logits, int64_t logits_bytes, int64_t threads) {
+    if (!holds(embedding, embedding_bytes, 4 * d.hidden) || !holds(logits, logits_bytes, 4 * d.vocabulary)) return BAD_SIZE;
+    return d.cache_kind == FP32 ? check_state(d, position, 1, threads) : BAD_NUMBER;
+}
+
+// The same for a step of several sequences.
+static inline int32_t check_batch(const Decoder &d, const Batch &b, int64_t threads) {
+    const int64_t n = d.sequences;
+    if (!within(n, 1, LARGEST_SEQUENCES)) return BAD_NUMBER;
+    if (!holds(b.embeddings, b.bytes[0], 4 * n * d.hidden) || !holds(b.positions, b.bytes[1], 8 * n) ||
+        !holds(b.first, b.bytes[2], 8 * n) || !holds(b.logits, b.bytes[3], 4 * n * d.vocabulary))
+        return BAD_SIZE;
+    if (const int32_t bad = check_state(d, b.slot, n, threads)) return bad;
+    for (int64_t k = 0; k < n; ++k)
+        if (!within(b.positions[k], 0, d.capacity - 1) || !within(b.first[k], 0, b.slot)) return BAD_NUMBER;
     return DONE;
 }
 

@@ -205,7 +205,10 @@ EXPORT int64_t halfplate_decoder_scratch(halfplate::Decoder *decoder, int64_t th
     if (const int32_t bad = halfplate::check_decoder(*decoder, true)) return bad;
     decoder->sized_threads = halfplate::team(threads);
     decoder->sized_capacity = decoder->capacity;
-    decoder->sized_floats = halfplate::runtime().decoder_scratch(*decoder, decoder->sized_threads);
+    decoder->sized_sequences = decoder->sequences;
+    const halfplate::Runtime &run = halfplate::runtime();
+    const int64_t one = run.decoder_scratch(*decoder, decoder->sized_threads), many = run.batch_scratch(*decoder, decoder->sized_threads);
+    decoder->sized_floats = one > many ? one : many;
     return decoder->sized_floats;
 }
 
@@ -219,6 +222,30 @@ EXPORT int32_t halfplate_step(const halfplate::Decoder *decoder, const float *em
         return bad;
 #pragma omp parallel num_threads(threads)
     halfplate::runtime().step(*decoder, embedding, position, logits, omp_get_thread_num(), omp_get_num_threads());
+    return halfplate::DONE;
+}
+
+// One token of each of `decoder->sequences` sequences.
+EXPORT int32_t halfplate_step_batch(const halfplate::Decoder *decoder, const halfplate::Batch *batch, int64_t threads) {
+    if (decoder == nullptr || batch == nullptr || threads < 1) return halfplate::BAD_NUMBER;
+    if (const int32_t bad = halfplate::check_decoder(*decoder, false)) return bad;
+    threads = halfplate::team(threads);
+    if (const int32_t bad = halfplate::check_batch(*decoder, *batch, threads)) return bad;
+#pragma omp parallel num_threads(threads)
+    halfplate::runtime().step_batch(*decoder, *batch, omp_get_thread_num(), omp_get_num_threads());
+    return halfplate::DONE;
+}
+
+// One token for each row of logits (rows, vocabulary) at its chance in [0, 1); -1 if a logit of the row is NaN or inf, or all are -inf.
+EXPORT int32_t halfplate_draw(const float *logits, int64_t logits_bytes, int64_t rows, int64_t vocabulary, float temperature,
+                              const double *chances, int64_t chances_bytes, int64_t *tokens, int64_t tokens_bytes, int64_t threads) {
+    if (threads < 1 || !halfplate::within(vocabulary, 1, halfplate::LARGEST_SIDE) || !(temperature > 0)) return halfplate::BAD_NUMBER;
+    if (!halfplate::holds_rows(logits, logits_bytes, rows, vocabulary, vocabulary) || !halfplate::holds(chances, chances_bytes, 8 * rows) ||
+        !halfplate::holds(tokens, tokens_bytes, 8 * rows))
+        return halfplate::BAD_SIZE;
+#pragma omp parallel for num_threads(halfplate::team(threads)) schedule(static, 1)
+    for (int64_t row = 0; row < rows; ++row)
+        tokens[row] = halfplate::runtime().draw(logits + row * vocabulary, vocabulary, temperature, chances[row]);
     return halfplate::DONE;
 }
 

@@ -47,11 +47,11 @@ struct Job {
     float *scratch;                        // scratch_floats(matrix, tokens, threads) floats, 64-byte aligned, shared by all threads
 };
 
-// The weights of a Llama-shaped decoder and the state of one sequence; see decoder.inc.
+// The weights of a Llama-shaped decoder and the state of one sequence or several; see decoder.inc and batch.inc.
 struct DecoderBlock {
     const float *input_norm, *post_norm;   // (hidden)
     const Packed *q, *k, *v, *o, *gate, *up, *down;
-    float *keys, *values;                  // (kv_heads, capacity, head_dim), the cache
+    void *keys, *values;                   // (sequences, kv_heads, capacity, head_dim), the cache
     const float *query_norm, *key_norm;    // (head_dim), or null: norms of each head before its rotation
     int64_t norm_bytes[4], linear_bytes[7], cache_bytes[2];  // of the norms, the linears, and keys and values, in this order
 };
@@ -65,7 +65,19 @@ struct Decoder {
     const DecoderBlock *block;
     float *scratch;                        // halfplate_decoder_scratch floats, from a multiple of 64 bytes
     int64_t table_bytes[2], final_norm_bytes, head_bytes, block_bytes, scratch_bytes;  // of what these point to
-    int64_t sized_threads, sized_capacity, sized_floats;  // written by halfplate_decoder_scratch: the arguments and the result of its last call
+    int64_t sized_threads, sized_capacity, sized_sequences, sized_floats;  // written by halfplate_decoder_scratch: the arguments and the result of its last call
+    int64_t sequences;
+    int64_t cache_kind;                    // FP32; or BF16, only for several sequences and a head_dim that is a multiple of 16
+};
+
+// The input of a step of several sequences. All have the same length, padding included.
+struct Batch {
+    const float *embeddings;               // (sequences, hidden)
+    int64_t slot;                          // position in the cache of the new tokens
+    const int64_t *positions;              // (sequences), rows of the tables
+    const int64_t *first;                  // (sequences), first position in the cache that each sequence reads
+    float *logits;                         // (sequences, vocabulary)
+    int64_t bytes[4];                      // of each of these buffers, in this order
 };
 
 struct Runtime {
@@ -82,6 +94,11 @@ struct Runtime {
     void (*step)(const Decoder &decoder, const float *embedding, int64_t position, float *logits, int64_t thread,
                  int64_t threads);
     int64_t (*decoder_scratch)(const Decoder &decoder, int64_t threads);
+    // One token of each of several sequences; called by every thread.
+    void (*step_batch)(const Decoder &decoder, const Batch &batch, int64_t thread, int64_t threads);
+    int64_t (*batch_scratch)(const Decoder &decoder, int64_t threads);
+    // The token at `chance` of the cumulative distribution of softmax(logits / temperature), or -1 if a logit is NaN or inf, or all are -inf.
+    int64_t (*draw)(const float *logits, int64_t count, float temperature, double chance);
     // Sum of the bytes of a buffer as fast as it can be read, for measuring bandwidth.
     float (*read)(const float *data, int64_t count);
 };

@@ -6,6 +6,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
+#include <type_traits>
+#include <utility>
 
 #include "layout.h"
 #include "runtime.h"
@@ -20,9 +23,13 @@ namespace {
 #include "core_float.inc"
 #include "core_bytes.inc"
 #include "wrappers.inc"
-#include "apply.inc"
 #include "expand.inc"
+#include "panel.inc"
+#include "byte_panel.inc"
+#include "apply.inc"
 #include "decoder.inc"
+#include "batch.inc"
+#include "draw.inc"
 }  // namespace
-const Runtime runtime_baseline{"baseline", apply, scratch_floats, expand, wrap, step, decoder_scratch, read_all};
+const Runtime runtime_baseline{"baseline", apply, scratch_floats, expand, wrap, step, decoder_scratch, step_batch, batch_scratch, draw, read_all};
 }  // namespace halfplate
