@@ -85,6 +85,7 @@ class Recipe:
     - out_block_size: that of the output wrapper, if it differs
     - share_wrappers: linears with the same input share one input wrapper
     - group_size: columns that share a scale of an integer core
+    - embedding_dtype, head_dtype: a quantizer, `keep` for the type of the model, or `auto` (int8); a tied pair has one
     - inputs: statistics of the inputs from the `compressed` layers so far, or from the original layers (`dense`)
     - cross_damping: of the correction towards the original outputs with compressed inputs, `none` for no correction
     - token_limit: clip the squared norm of each token to this many times the median
@@ -104,23 +105,6 @@ class Recipe:
     - threads: None leaves torch's own choice
     - max_kl: nats per token
 
-    version: of this configuration. method: a name of `halfplate methods`; method_options: the fields of its own configuration,
-    e.g. `{"iterations": 20}`. core_dtype, wrapper_dtype: element types of kept values and wrappers. pattern: `N:M`, `dense`, or `auto` for that of the method: `dense` if it drops no weights, else `2:4`. block_size: `auto` (planning
-    chooses), 0 for no wrappers, 1 for diagonal ones; for slim the rank. out_block_size: that of the output wrapper,
-    if it differs. share_wrappers: linears of one input have one input wrapper. group_size: columns that share a scale
-    of an integer core. embedding_dtype, head_dtype: a
-    quantizer for the embedding and the output layer, `keep` to leave them as they are, or `auto` (int8); a tied pair has one. inputs: `dense` collects statistics on the inputs from the original layers, `compressed` on those from
-    the compressed layers; then cross_damping is that of the correction towards the original inputs, `none` for no
-    correction. token_limit: tokens with more energy than so many times the median count as that. precision: of the products
-    while text runs through the layers; auto takes bf16 if the processor multiplies it. tune_block: steps that tune
-    each layer towards the output of the original one. ratios: `owl` lets layers with more outliers keep more, with the same average, within
-    2 · owl_lambda from the least to the most. budget, time_budget: fraction of the original bytes, or of the decode time of the original
-    linears on this machine, within which the fields `choose` (block_size, pattern, core_dtype) are chosen for each matrix. search:
-    `knapsack` over measured errors, or `evolution` from there on the model's own KL, of so many generations with so many
-    offspring each. transforms: names of `halfplate.transforms`, applied to the model in this order before anything else; each
-    becomes `name@version`. calibration: `self`, a text file or a Hub data set, of which `samples` sequences of `seq_len` tokens are
-    used; seed: of everything random. device: `cpu` or `cuda`. include, exclude:
-    patterns on full module names, as a shell writes them. threads: None leaves torch's own choice. max_kl: nats per token.
     Raises HalfplateError naming the field, its value and a value that works.
     """
 
@@ -351,6 +335,14 @@ class Recipe:
             if key not in known:
                 raise HalfplateError(f"{source}: key {key!r} is unknown; {available(str(key), known)}")
         return cls(**values)
+
+    @classmethod
+    def from_record(cls, values: Any) -> Recipe | None:
+        """The recipe in the record of a checkpoint, which is untrusted; None if it is not one that this installation knows."""
+        try:
+            return cls.from_mapping(values) if isinstance(values, dict) and values else None
+        except (HalfplateError, TypeError):
+            return None
 
     @classmethod
     def from_yaml(cls, path: str | Path, **changes: Any) -> Recipe:

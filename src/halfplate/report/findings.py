@@ -19,7 +19,6 @@ from typing import Any
 from halfplate.calibration.routed import tokens_per_expert
 from halfplate.checkpoint.config import RECORD_FILE, read_record
 from halfplate.checkpoint.read import inspect_checkpoint, read_checked_headers
-from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
 from halfplate.recipe import Recipe
 from halfplate.report.command import compress_command
@@ -152,7 +151,7 @@ def gather(folder: Path) -> Findings:
     log = read_log(folder / LOG_FILE)
     plan, end, start = (_last(log, event) for event in ("plan", "end", "start"))
     measures = _last(log, "measures")
-    recipe = _recipe(plan.get("recipe")) or _recipe(record.get("recipe"))
+    recipe = Recipe.from_record(plan.get("recipe")) or Recipe.from_record(record.get("recipe"))
     model = text(plan.get("model")) or text(record.get("model"))
     out = text(plan.get("out")) or str(folder)
     kept = mapping(record.get("matrices"))
@@ -245,13 +244,6 @@ def _whole(value: Any) -> int | None:
 
 def _last(log: list[dict[str, Any]], event: str) -> dict[str, Any]:
     return next((line for line in reversed(log) if line.get("event") == event), {})
-
-
-def _recipe(values: Any) -> Recipe | None:
-    try:
-        return Recipe.from_mapping(mapping(values)) if mapping(values) else None
-    except (HalfplateError, TypeError):
-        return None
 
 
 def _matrix(entry: dict[str, Any], kept: dict[str, Any], seconds: dict[str, float | None]) -> Matrix:

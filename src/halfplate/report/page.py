@@ -17,7 +17,7 @@ from halfplate.calibration.routed import in_words
 from halfplate.checkpoint.folder import replace_file
 from halfplate.plain_text import visible
 from halfplate.report.findings import Findings, gather, number, text
-from halfplate.report.headline import headline, measuring_command, tiles
+from halfplate.report.headline import headline, measuring_command, tiles, verdict
 from halfplate.report.pictures import bars, byte_bars, heat_map, loss_panels, share_bars
 from halfplate.report.settings import Measuring
 from halfplate.report.words import count, percent, short
@@ -64,6 +64,7 @@ def render(found: Findings) -> str:
         title=_title(found),
         lead=_lead(found),
         tiles=tiles(found),
+        verdict=verdict(found),
         headline=[(group, list(members)) for group, members in groupby(rows, key=lambda row: row.group)],
         missing=not all(row.measured for row in rows),
         heat_map=heat_map(found.matrices, found.kinds),
