@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack, get_type_hints
 from halfplate import methods, transforms
 from halfplate.allocation import CHOICES, CHOSEN, Evolution
 from halfplate.arguments import path_text, typed
+from halfplate.calibration.mixture import parts_of, sampled_samples, samples_of
 from halfplate.device import device_kind
 from halfplate.errors import HalfplateError
 from halfplate.formats.quantizers import QUANTIZERS
@@ -44,7 +45,7 @@ class RecipeFields(TypedDict, total=False):
     embedding_dtype: str
     head_dtype: str
     transforms: tuple[str, ...]
-    calibration: str
+    calibration: str | tuple[str, ...]
     samples: int
     seq_len: int
     seed: int
@@ -97,7 +98,7 @@ class Recipe:
     - search: `knapsack` over measured errors, or `evolution`, which continues from there with the KL of the model
     - generations, offspring: of the evolution
     - transforms: names of `halfplate.transforms`, applied to the model first, in order; each becomes `name@version`
-    - calibration: `self`, a text file or a Hub data set
+    - calibration: `self`, a text file or a Hub data set; or several as `SOURCE:SHARE`, shares of the sequences
     - samples, seq_len: number and length of the calibration sequences
     - seed: of all random numbers
     - device: `cpu` or `cuda`
@@ -121,7 +122,7 @@ class Recipe:
     embedding_dtype: str = KEEP
     head_dtype: str = KEEP
     transforms: tuple[str, ...] = ()
-    calibration: str = "self"
+    calibration: str | tuple[str, ...] = "self"
     samples: int = 64
     seq_len: int = 512
     seed: int = 0
@@ -192,8 +193,11 @@ class Recipe:
         if self.max_kl is not None and not self.max_kl > 0:
             raise HalfplateError(f"max_kl={self.max_kl} must be above 0 nats per token; try 1.0")
         device_kind(self.device)
+        if isinstance(self.calibration, tuple) and len(self.calibration) == 1:
+            object.__setattr__(self, "calibration", self.calibration[0])
+        samples_of(parts_of(self.calibration), self.samples)
         for name in ("method", "calibration"):
-            if not getattr(self, name).strip():
+            if not "".join(getattr(self, name)).strip():
                 raise HalfplateError(f"{name}={getattr(self, name)!r} is empty; leave it out for the default")
 
     def _check_budget(self) -> None:
@@ -235,6 +239,11 @@ class Recipe:
     def evolution(self) -> Evolution | None:
         """The evolutionary search after the knapsack, if any."""
         return Evolution(self.generations, self.offspring, self.seed) if self.search == "evolution" else None
+
+    @cached_property
+    def sampled(self) -> int:
+        """How many of the calibration sequences the model generates itself."""
+        return sampled_samples(self.calibration, self.samples)
 
     @property
     def budgeted(self) -> bool:
@@ -358,6 +367,7 @@ class Recipe:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return values | {
             "method_options": dict(self.method_options),
+            "calibration": list(self.calibration) if isinstance(self.calibration, tuple) else self.calibration,
             "transforms": list(self.transforms),
             "choose": list(self.choose),
             "include": list(self.include),

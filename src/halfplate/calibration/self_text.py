@@ -5,7 +5,7 @@ and Pruning", 2024; for training: LLM-QAT, 2023.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,7 @@ def sample_text(
     temperature: float = TEMPERATURE,
     progress: Callable[[int, int], None] | None = None,
     cache_nbytes: int = CACHE_BYTES,
+    prefixes: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """Sequences drawn from the model's own distribution, int64 (samples, seq_len) on the CPU.
 
@@ -78,6 +79,7 @@ def sample_text(
     only through rounding. The model runs as a whole, one token at a time.
 
     progress: called with the tokens generated so far and all tokens.
+    prefixes: the first tokens of each sequence, instead of the start token; empty for those that begin with it.
     Raises HalfplateError if logits are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -85,20 +87,33 @@ def sample_text(
     ids = torch.empty(samples, seq_len, dtype=torch.int64, device=model.device)
     at_once = sequences_at_once(token_nbytes(model.config, seq_len), seq_len, cache_nbytes)
     batches = -(-samples // at_once)
+    given = given_tokens(prefixes, samples, seq_len).to(model.device)
     done = 0
     new_cache = _cache_maker(model, seq_len)
     # Batches of nearly equal size, because a small last one would take almost as long as a full one.
-    for rows, uniform in zip(ids.tensor_split(batches), chances.tensor_split(batches), strict=True):
+    split = (tensor.tensor_split(batches) for tensor in (ids, chances, given))
+    for rows, uniform, begun in zip(*split, strict=True):
         cache = new_cache()
         rows[:, 0] = _first_tokens(model, start, uniform[:, 0])
+        rows[:, 0] = torch.where(begun[:, 0] < 0, rows[:, 0], begun[:, 0])
         for position in range(1, seq_len):
             current = rows[:, position - 1 : position]
             logits, cache = _next_logits(model, current, cache)
-            rows[:, position] = _draw(logits / temperature, uniform[:, position])
+            drawn = _draw(logits / temperature, uniform[:, position])
+            rows[:, position] = torch.where(begun[:, position] < 0, drawn, begun[:, position])
             if progress is not None:
                 progress(done + len(rows) * (position + 1), samples * seq_len)
         done += rows.numel()
     return ids.cpu()
+
+
+def given_tokens(prefixes: Sequence[Sequence[int]], samples: int, seq_len: int) -> Tensor:
+    """The tokens of `prefixes` by sequence and position, int64 (samples, seq_len); -1 where a token is to be drawn."""
+    given = torch.full((samples, seq_len), -1, dtype=torch.int64, device="cpu")
+    for row, prefix in zip(given, prefixes, strict=False):
+        begun = torch.tensor(list(prefix)[:seq_len], dtype=torch.int64, device="cpu")
+        row[: len(begun)] = begun
+    return given
 
 
 def _first_tokens(model: "PreTrainedModel", start: Start, uniform: Tensor) -> Tensor:

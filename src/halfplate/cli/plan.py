@@ -99,6 +99,7 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
             if plan.recipe.ratios != "uniform"
             else []
         ),
+        *([("calibration text", _text(plan))] if plan.job.runs_text else []),
         ("optimised for", served(plan.recipe)),
         ("kernels", plan.without_kernel or "every matrix has one"),
         ("everything else", megabytes(plan.other_nbytes)),
@@ -121,6 +122,16 @@ def _experts(found: dict[str, int]) -> str:
         f"{text}; one is solved at a time from its own tokens: {found['passes']} passes over the {megabytes(found['recorded_bytes'])} that the "
         f"experts of a layer receive, {megabytes(found['gram_bytes'])} of Gram matrices held for each"
     )
+
+
+def _text(plan: "Plan") -> str:
+    from halfplate.calibration.mixture import parts_of, samples_of
+
+    recipe = plan.recipe
+    parts = parts_of(recipe.calibration)
+    counts = zip(parts, samples_of(parts, recipe.samples), strict=True)
+    given = ", ".join(f"{count} from {part.source}{' (generated)' * part.sampled}" for part, count in counts)
+    return f"{recipe.samples} sequences of {recipe.seq_len} tokens: {given}"
 
 
 def _needs(plan: "Plan") -> list[tuple[str, str]]:
