@@ -20,11 +20,16 @@ FORMAT_OPTIONS = {"solver", "objective"}
 
 def without_recipe(changes: Mapping[str, Any]) -> dict[str, Any]:
     """`changes` over the built-in recipe `everyday`, or `changes` alone if one of them chooses a format."""
-    options = changes.get("method_options", {})
-    if FORMAT & changes.keys() or (isinstance(options, Mapping) and FORMAT_OPTIONS & options.keys()):
+    if chooses_format(changes):
         return dict(changes)
     chosen = {} if changes.get("budget") is None else {"choose": EVERYDAY_CHOICE}
     return laid_over(file_values(EVERYDAY) | chosen, changes)
+
+
+def chooses_format(changes: Mapping[str, Any]) -> bool:
+    """Whether one of `changes` chooses a format, so that the others have the defaults of Recipe."""
+    options = changes.get("method_options", {})
+    return bool(FORMAT & changes.keys() or (isinstance(options, Mapping) and FORMAT_OPTIONS & options.keys()))
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

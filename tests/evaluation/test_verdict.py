@@ -57,7 +57,15 @@ def test_a_damaged_model_is_told_what_does_better(recipe: Recipe | None, ending:
     assert "\n" not in sentence
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(core_dtype="int4"), Recipe(pattern="dense", core_dtype="int2")])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(core_dtype="int4"),
+        Recipe(pattern="dense", core_dtype="int2"),
+        Recipe(pattern="dense", core_dtype="nl4"),
+    ],
+)
 def test_every_command_is_one_that_halfplate_reads(recipe: Recipe) -> None:
     for _, command in verdict(0.9, recipe).advice:
         build_parser().parse_args(shlex.split(command)[1:])

@@ -1,11 +1,12 @@
 """Compress a model and write a checkpoint."""
 
 import argparse
+import sys
 from shlex import quote
 from typing import Any
 
 from halfplate.cli.parser import add_output_arguments
-from halfplate.cli.recipe_options import add_recipe_arguments, recipe_from
+from halfplate.cli.recipe_options import add_recipe_arguments, choice_from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,13 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    recipe = recipe_from(args)
+    choice, recipe = choice_from(args)
     from halfplate import compress
     from halfplate.cli.console import print_json, progress, silence_libraries
     from halfplate.cli.verdicts import verdict_on
     from halfplate.cli.wishes import served
 
     silence_libraries()
+    if choice.fallback is not None:
+        print(f"halfplate: {choice.what}: {choice.fallback}", file=sys.stderr)
     with progress(args) as report:
         summary = compress(
             args.model,

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfplate.cli.parser import add_output_arguments
-from halfplate.cli.recipe_options import add_recipe_arguments, recipe_from
+from halfplate.cli.preferences import rows_of
+from halfplate.cli.recipe_options import add_recipe_arguments, choice_from
 
 if TYPE_CHECKING:
     from halfplate.planning import Plan
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    recipe = recipe_from(args)
+    choice, recipe = choice_from(args)
     import halfplate
     from halfplate.checkpoint.output import check_place
     from halfplate.cli.console import print_json, silence_libraries
@@ -31,13 +32,13 @@ def run(args: argparse.Namespace) -> int:
     plan = halfplate.plan(args.model, recipe, args.benchmark, args.workers or 1)
     refused = refusal(plan, args.out, args.workers or 1)
     if args.json:
-        print_json(plan.to_json() | {"refusal": refused})
+        print_json(plan.to_json() | {"refusal": refused, "choice": dict(choice.rows)})
     else:
-        _print(plan, refused)
+        _print(plan, rows_of(choice, plan, None if args.out is None else str(args.out)), refused)
     return 0
 
 
-def _print(plan: "Plan", refused: str | None) -> None:
+def _print(plan: "Plan", choice: list[tuple[str, str]], refused: str | None) -> None:
     from halfplate.cli.console import print_pairs, print_table
 
     entries = [matrix.to_json() for matrix in plan.matrices]
@@ -63,7 +64,7 @@ def _print(plan: "Plan", refused: str | None) -> None:
     warnings = [("warning", warning) for warning in plan.warnings]
     print_pairs(
         "total",
-        [*_bytes(plan), *_needs(plan), ("fits", f"no: {refused}" if refused else "yes"), *warnings],
+        [*choice, *_bytes(plan), *_needs(plan), ("fits", f"no: {refused}" if refused else "yes"), *warnings],
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from halfplate.cli.parser import positive
+from halfplate.cli.preferences import PREFERENCES, Choice, chosen, fitted
 from halfplate.errors import HalfplateError
 
 if TYPE_CHECKING:
@@ -83,6 +84,11 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="a built-in recipe (`halfplate recipe show NAME`) or a YAML file; other options override it (default everyday, unless an option chooses a format)",
     )
+    parser.add_argument(
+        "--prefer",
+        choices=tuple(PREFERENCES),
+        help="one word instead of a format: quality (half the bytes, least loss), size (default, a third), speed (2:4, to be recovered); other options override it",
+    )
     for flag, metavar, text in FIELDS + METHOD_OPTIONS:
         parser.add_argument(flag, metavar=metavar, help=text)
     parser.add_argument(
@@ -150,9 +156,18 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
-    """The recipe of --recipe (or the defaults), overridden by the given flags."""
-    from halfplate.recipe import Recipe
+    """The recipe of --recipe, --prefer or the defaults, overridden by the given flags."""
+    return chosen(args, _changes(args))[1]
 
+
+def choice_from(args: argparse.Namespace) -> tuple[Choice, Recipe]:
+    """What chose the format for the model of `args`, and the recipe."""
+    changes = _changes(args)
+    return fitted(args, *chosen(args, changes), changes)
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of Recipe that are given as flags."""
     names = [*map(_field, FIELDS), "calibration", "include", "exclude", "choose", "share_wrappers", "transforms"]
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = {name: getattr(args, name) for name in map(_field, METHOD_OPTIONS) if getattr(args, name) is not None}
@@ -161,7 +176,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         if not (key and equals):
             raise HalfplateError(f"--option {text!r} is not of the form KEY=VALUE; try iterations=20")
         options[key.replace("-", "_")] = value
-    return Recipe.of(args.recipe, **changes, method_options=options)
+    return changes | {"method_options": options}
 
 
 def _field(option: tuple[str, str, str]) -> str:

@@ -106,13 +106,17 @@ def _figures(measures: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def recovery_command(model: str, folder: str) -> str:
+    """The command that trains the checkpoint `folder` towards the original `model`."""
+    words = ["halfplate", "recover", folder, "--teacher", model, "-o", f"{folder}-recovered"]
+    return shlex.join([*words, "--minutes", str(RECOVERY_MINUTES)])
+
+
 def _better(recipe: Recipe | None, model: str, folder: str | None) -> tuple[tuple[str, str], ...]:
     """What loses less than a result of `recipe`: recovery, which keeps size and speed, and another format of no more bytes."""
     if folder is None:
         return (("choose the default, a third of the original", f"halfplate compress {shlex.quote(model)} -o OUT"),)
-    minutes = str(RECOVERY_MINUTES)
-    recovery = ["halfplate", "recover", folder, "--teacher", model, "-o", f"{folder}-recovered", "--minutes", minutes]
-    found = [("recover it at the same size and speed", shlex.join(recovery))]
+    found = [("recover it at the same size and speed", recovery_command(model, folder))]
     compress = ["halfplate", "compress", model, "-o"]
     if recipe is None:
         return (*found, ("choose the default", shlex.join([*compress, f"{folder}-default"])))
