@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halfplate.formats.quantizers import QUANTIZERS
-from halfplate.recipe import Recipe
+from halfplate.recipe import KEEP, Recipe
 
 RECOVERY_MINUTES = 30
-# A 2:4 core of so few bits is smaller than the default recipe; an unpruned core of three bits has its size.
-FEW_BITS = 5
+WIDTH = 4096  # of the matrix whose bytes are compared
+ENOUGH = 1.01  # bytes that count as equal
+# The least bytes at which an unpruned core still gives sensible text.
+UNPRUNED: dict[str, Any] = {"pattern": "dense", "core_dtype": "nl3", "block_size": 0, "group_size": 128}
+KEPT = ("calibration", "samples", "seq_len", "include", "exclude", "transforms", "device")
 
 
 @dataclass(frozen=True)
@@ -113,21 +115,50 @@ def recovery_command(model: str, folder: str) -> str:
 
 
 def _better(recipe: Recipe | None, model: str, folder: str | None) -> tuple[tuple[str, str], ...]:
-    """What loses less than a result of `recipe`: recovery, which keeps size and speed, and another format of no more bytes."""
+    """What loses less than a result of `recipe`: recovery, which keeps size and speed, and another format, of no more bytes if there is one."""
     if folder is None:
         return (("choose the default, a third of the original", f"halfplate compress {shlex.quote(model)} -o OUT"),)
     found = [("recover it at the same size and speed", recovery_command(model, folder))]
-    compress = ["halfplate", "compress", model, "-o"]
-    if recipe is None:
-        return (*found, ("choose the default", shlex.join([*compress, f"{folder}-default"])))
-    quantizer = QUANTIZERS.get(recipe.core_dtype) if recipe.core_dtype in QUANTIZERS else None
-    bits = None if quantizer is None else quantizer.bits
-    if recipe.parsed_pattern.is_dense and bits is not None and bits >= 4:
-        options = ["--prefer", "quality"]
-        return (*found, ("choose more bits", shlex.join([*compress, f"{folder}-quality", *options])))
-    if not recipe.parsed_pattern.is_dense and bits is not None and bits < FEW_BITS:
-        options = ["--pattern", "dense", "--core-dtype", "nl3", "--block-size", "0", "--group-size", "64"]
-        what = "choose an unpruned core of no more bytes"
-        return (*found, (what, shlex.join([*compress, f"{folder}-unpruned", *options])))
-    what = "choose the default, which is " + ("larger" if recipe.parsed_pattern.is_dense else "smaller")
-    return (*found, (what, shlex.join([*compress, f"{folder}-default"])))
+
+    def choose(what: str, name: str, *options: str) -> tuple[tuple[str, str], ...]:
+        words = ["halfplate", "compress", model, "-o", f"{folder}-{name}", *options, *_kept(recipe)]
+        return (*found, (f"choose {what}", shlex.join(words)))
+
+    if recipe is None or recipe.budgeted:
+        return choose("the default", "default")
+    own, default = _nbytes(recipe), _nbytes(Recipe.of())
+    if recipe.parsed_pattern.is_dense and own * ENOUGH >= default:
+        return choose("more bits", "quality", "--prefer", "quality")
+    if own * ENOUGH >= default:
+        return choose("the default, of no more bytes", "default")
+    tables = [
+        word
+        for flag, dtype in (("--embedding-dtype", recipe.embedding_dtype), ("--head-dtype", recipe.head_dtype))
+        for word in (flag, dtype)
+        if dtype != KEEP
+    ]
+    if own * ENOUGH >= _nbytes(Recipe(**UNPRUNED)) and not recipe.core_dtype.startswith(UNPRUNED["core_dtype"]):
+        options = [word for name, value in UNPRUNED.items() for word in (_flag(name), str(value))]
+        return choose("an unpruned core of no more bytes", "unpruned", *options, *tables)
+    return choose("the default, which is larger", "default")
+
+
+def _nbytes(recipe: Recipe) -> int:
+    """Bytes of a matrix of usual size, with the smallest wrappers if planning chooses them."""
+    block = 1 if recipe.block_size == "auto" and recipe.create_method().wrapped else recipe.block_size
+    return recipe.spec(WIDTH, WIDTH, block if isinstance(block, int) else 0).nbytes
+
+
+def _kept(recipe: Recipe | None) -> list[str]:
+    """The options of `recipe` that choose no format, where they are not the defaults."""
+    words = list[str]()
+    for name in KEPT if recipe is not None else ():
+        value, default = getattr(recipe, name), Recipe.__dataclass_fields__[name].default
+        if value != default:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"{_flag(name)}={one}" for one in values]
+    return words
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
