@@ -99,6 +99,13 @@ def test_a_message_longer_than_the_context_is_refused_and_changes_nothing(folder
     assert talk.turns == turns
 
 
+def test_a_template_that_fails_is_one_line(folder: str) -> None:
+    talk = talk_with(folder, template="{{ raise_exception('no such role') }}")
+    with pytest.raises(HalfplateError, match=r"the chat template of .* fails .*no such role"):
+        talk.answer("Tom", ignored)
+    assert talk.turns == []
+
+
 def test_an_uncompressed_model_answers(tiny_folder: Path) -> None:
     talk = talk_with(str(tiny_folder), 4)
     for message in ("Tom", "Mia"):

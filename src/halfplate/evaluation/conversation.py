@@ -157,7 +157,14 @@ class Conversation:
         for said, answered in turns:
             messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
         messages.append({"role": "user", "content": message})
-        encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        try:
+            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        # A template is a program of its author, and can raise any exception.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise HalfplateError(
+                f"the chat template of {self.name!r} fails ({reason}); use halfplate generate"
+            ) from error
         return list(encoded["input_ids"])
 
     def _stop_ids(self) -> set[int]:
