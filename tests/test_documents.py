@@ -60,7 +60,7 @@ def quick(words):
     if words[0] not in ("plan", "compress"):
         return [*words, *LESS.get(words[0], [])]
     fewer = [] if "--method" in words or "quality" in words else FEW
-    return [*words, *QUICK, *fewer, *(["--tune-block", "2"] if "speed" in words else [])]
+    return [*words, *QUICK, *fewer, *(["--tune-block", "2", "--recover", "0.02"] if "speed" in words else [])]
 
 
 def python(page, read=lambda codes: "\n".join(codes)):

@@ -1,14 +1,15 @@
 """`--prefer`: the recipe of each word, options over it, contradictions, and models that do not fit."""
 
-import shlex
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from halfplate.cli import build_parser, main
+from halfplate.cli import build_parser
 from halfplate.cli.preferences import PREFERENCES
 from halfplate.cli.recipe_options import choice_from, recipe_from
+from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.recipe import Recipe
 
 QUICK = ("--samples", "4", "--seq-len", "32", "--no-benchmark")
@@ -91,26 +92,84 @@ def test_the_size_of_quality_and_of_the_default(
         assert whole <= most * (plan["dense_nbytes"] + plan["other_nbytes"])
 
 
-def test_speed_names_the_recovery_and_its_command_works(
+SPEED = ("--prefer", "speed", "--iterations", "2", "--tune-block", "2")
+
+
+def test_speed_recovers_for_a_time_that_the_plan_names(
     halfplate: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    plan = " ".join(halfplate("plan", tiny_folder, *QUICK, "--prefer", "speed", "-o", "out").out.split())
-    command = f"halfplate recover out --teacher {tiny_folder} -o out-recovered --minutes 30"
-    assert f"afterwards 30 min of recovery, not part of this run: {command}" in plan
-    quick = ("--iterations", "2", "--tune-block", "2")
-    monkeypatch.setattr("halfplate.evaluation.verdict.grade_of", lambda kl: halfplate_grade("noticeable loss"))
-    done = halfplate("compress", tiny_folder, "-o", "out", *QUICK, "--prefer", "speed", *quick)
-    assert done.out.splitlines()[-1].endswith(f"Recover it at the same size and speed: {command}")
-    words = [word if word != "--minutes" else "--tokens" for word in shlex.split(command)[1:-1]]
-    assert main([*words, "512", "--samples", "8", "--seq-len", "32", "--quiet"]) in (0, 1)
-    assert (tmp_path / "out-recovered" / "halfplate.json").is_file()
+    plan = " ".join(halfplate("plan", tiny_folder, *QUICK, "--prefer", "speed").out.split())
+    assert "recovery 30 min of training towards the original at the end" in plan
+    assert (
+        "recovery"
+        not in halfplate("plan", tiny_folder, *QUICK, "--prefer", "speed", "--recover", "0", "--json").json()["choice"]
+    )
+    out = tmp_path / "out"
+    command = ("compress", tiny_folder, "-o", out, *QUICK, *SPEED, "--recover", "0.02")
+    done = halfplate(*command, "--json")
+    recovery = done.json()["recovery"]
+    assert done.status == 0
+    assert recovery["after"]["kl"] < recovery["before"]["kl"]
+    assert done.json()["verdict"]["figures"].startswith(f"KL {recovery['after']['kl']:.4g} ")
+    record = json.loads((out / "halfplate.json").read_text())
+    assert len(record["recoveries"]) == 1
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+    page = (out / "report.html").read_text()
+    assert "Verdict: " in page
+    assert "then recovered 1" in page
+    halfplate(*command, "--resume").refused("exists; choose another name")
+    assert json.loads((out / "halfplate.json").read_text()) == record
 
 
-def halfplate_grade(name: str) -> Any:
-    from halfplate.evaluation.verdict import GRADES
+def test_a_recovery_that_is_interrupted_goes_on(
+    halfplate: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
 
-    return next(grade for grade in GRADES if grade.name == name)
+    out = tmp_path / "out"
+    command = ("compress", tiny_folder, "-o", out, *QUICK, "--method", "magnitude", "--recover", "0.02")
+    with monkeypatch.context() as patch:
+        patch.setattr("halfplate.recover", interrupted)
+        assert halfplate(*command).status == 1
+    assert (out / "halfplate.json").is_file()
+    done = halfplate(*command, "--resume")
+    assert done.status == 0, done.err
+    assert "recoveries" in json.loads((out / "halfplate.json").read_text())
+
+
+@pytest.mark.parametrize("reason", ["ruined", "refused"])
+def test_a_recovery_that_does_not_help_leaves_the_result(
+    halfplate: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    def recover(model: Path, teacher: str, out: Path, **options: Any) -> None:
+        if reason == "refused":
+            raise HalfplateError("batch=2 does not fit into the memory")
+        out.mkdir()
+        raise RuinedResult("the KL did not fall; the result is kept at OUT")
+
+    monkeypatch.setattr("halfplate.recover", recover)
+    out = tmp_path / "out"
+    done = halfplate("compress", tiny_folder, "-o", out, *QUICK, *SPEED, "--recover", "1")
+    assert done.status == 0
+    why = {"ruined": "the KL did not fall", "refused": "batch=2 does not fit into the memory"}[reason]
+    assert f"recovery: without success; OUT is as compressed: {why}" in done.out.splitlines()
+    assert done.out.splitlines()[-1].startswith("verdict: ")
+    assert "recoveries" not in json.loads((out / "halfplate.json").read_text())
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+def test_the_kl_limit_is_for_the_recovered_model(halfplate: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    options = (*QUICK, "--method", "magnitude", "--recover", "0.01", "--max-kl", "1e-9")
+    done = halfplate("compress", tiny_folder, "-o", tmp_path / "out", *options)
+    assert done.status == 1
+    assert "exceeds it after the recovery" in done.err
+    assert (tmp_path / "out" / "halfplate.json").is_file()
+
+
+def test_minutes_that_are_none_are_refused(halfplate: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    halfplate("plan", tiny_folder, "--recover", "-1").refused("--recover -1 must be minutes")
+    halfplate("plan", tiny_folder, "--recover", "nan").refused("--recover nan must be minutes")
 
 
 def test_a_model_that_2_of_4_does_not_fit_gets_the_next_best(halfplate: Any, odd_folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from halfplate.cli.parser import add_output_arguments
 from halfplate.cli.recipe_options import add_recipe_arguments, choice_from
+from halfplate.cli.recovering import before_recovery, check_limit, minutes_of, recovered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,11 +35,12 @@ def run(args: argparse.Namespace) -> int:
     silence_libraries()
     if choice.fallback is not None:
         print(f"halfplate: {choice.what}: {choice.fallback}", file=sys.stderr)
+    minutes = minutes_of(args, choice)
     with progress(args) as report:
         summary = compress(
             args.model,
             args.out,
-            recipe,
+            before_recovery(recipe) if minutes else recipe,
             overwrite=args.overwrite,
             report=report,
             resume=args.resume,
@@ -48,12 +50,18 @@ def run(args: argparse.Namespace) -> int:
             benchmark=args.benchmark,
             check=args.check,
         )
-    verdict = verdict_on(summary.get("held_out") or summary["check"] or {}, args.model, args.out, recipe)
+        if minutes:
+            summary["recovery"] = recovered(args, recipe, minutes, report)
+    recovery = summary.get("recovery", {})
+    judged = recovery.get("after") or summary.get("held_out") or summary["check"] or {}
+    verdict = verdict_on(judged, args.model, args.out, recipe)
     if args.json:
         print_json(summary | {"verdict": verdict})
     else:
         _print(summary, served(recipe))
         _print_verdict(summary, verdict)
+    if minutes:
+        check_limit(recipe, args.out, judged)
     return 0
 
 
@@ -108,9 +116,16 @@ def _print(summary: dict[str, Any], wish: str) -> None:
 def _print_verdict(summary: dict[str, Any], verdict: dict[str, Any] | None) -> None:
     from halfplate.cli.verdicts import print_verdict
 
+    recovery = summary.get("recovery", {})
+    if "left_out" in recovery:
+        print(f"recovery: without success; OUT is as compressed: {recovery['left_out']}")
+    if "after" in recovery:
+        print(
+            f"recovery: KL {recovery['before']['kl']:.4g} before, {recovery['after']['kl']:.4g} after, on held-out text"
+        )
     if verdict is None:
         # With --no-check.
         print(f"quality: not measured; halfplate eval {quote(summary['out'])} --against {quote(summary['model'])}")
         return
     text = f"{summary['check']['tokens']} tokens of built-in text" if summary["check"] else ""
-    print_verdict(verdict, "held-out text" if "held_out" in summary else text)
+    print_verdict(verdict, "held-out text" if "held_out" in summary or "after" in recovery else text)

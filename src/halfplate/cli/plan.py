@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from halfplate.cli.parser import add_output_arguments
 from halfplate.cli.preferences import rows_of
 from halfplate.cli.recipe_options import add_recipe_arguments, choice_from
+from halfplate.cli.recovering import minutes_of
 
 if TYPE_CHECKING:
     from halfplate.planning import Plan
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     choice, recipe = choice_from(args)
+    minutes = minutes_of(args, choice)
     import halfplate
     from halfplate.checkpoint.output import check_place
     from halfplate.cli.console import print_json, silence_libraries
@@ -32,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     plan = halfplate.plan(args.model, recipe, args.benchmark, args.workers or 1)
     refused = refusal(plan, args.out, args.workers or 1)
     if args.json:
-        print_json(plan.to_json() | {"refusal": refused, "choice": dict(choice.rows)})
+        print_json(plan.to_json() | {"refusal": refused, "choice": dict(rows_of(choice, minutes))})
     else:
-        _print(plan, rows_of(choice, plan, None if args.out is None else str(args.out)), refused)
+        _print(plan, rows_of(choice, minutes), refused)
     return 0
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from halfplate.errors import HalfplateError
 
 if TYPE_CHECKING:
-    from halfplate.planning import Plan
     from halfplate.recipe import Recipe
 
 SIZE, SPEED = "size", "speed"
@@ -28,7 +27,7 @@ class Preference:
 PREFERENCES = {
     "quality": Preference("near-original", "int8 everywhere: hardly an answer changes, at about 0.53 of bf16"),
     SIZE: Preference("everyday", "every weight in four bits loses least at a third of bf16, embedding included"),
-    SPEED: Preference("fast", "2:4 cores in four bits are read and multiplied fastest; the loss needs recovery"),
+    SPEED: Preference("fast", "2:4 cores in four bits are read and multiplied fastest; recovery makes up for a part of the loss"),
 }
 
 
@@ -108,12 +107,11 @@ def fitted(
     return Choice(SIZE, what, reason), _preferred(SIZE, changes)
 
 
-def rows_of(choice: Choice, plan: Plan, out: str | None) -> list[tuple[str, str]]:
-    """The rows of `plan` about the choice, with the recovery that follows `speed`."""
-    from halfplate.evaluation.verdict import RECOVERY_MINUTES, recovery_command
-
-    rows = choice.rows
-    if choice.word == SPEED:
-        command = recovery_command(plan.model, out or "OUT")
-        rows.append(("afterwards", f"{RECOVERY_MINUTES} min of recovery, not part of this run: {command}"))
-    return rows
+def rows_of(choice: Choice, minutes: float) -> list[tuple[str, str]]:
+    """The rows of `plan` about the choice, and about the recovery at the end."""
+    if not minutes:
+        return choice.rows
+    what = (
+        f"{minutes:g} min of training towards the original at the end, with both models in memory (--recover 0: none)"
+    )
+    return [*choice.rows, ("recovery", what)]

@@ -100,6 +100,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "several with their shares, e.g. wiki.txt:0.5 self:0.5",
     )
     parser.add_argument(
+        "--recover",
+        metavar="MIN",
+        type=float,
+        help="minutes that train the result towards the original at the end (default 30 with --prefer speed, else 0)",
+    )
+    parser.add_argument(
         "--option",
         metavar="KEY=VALUE",
         action="append",
