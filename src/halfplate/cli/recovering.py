@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from halfplate.cli.preferences import SPEED, Choice
 from halfplate.errors import HalfplateError, RuinedResult
-from halfplate.telemetry.log import LOG_FILE
 
 if TYPE_CHECKING:
     from halfplate.recipe import Recipe
@@ -81,6 +80,8 @@ def recovered(args: argparse.Namespace, recipe: Recipe, minutes: float, report: 
 
 def _keep_log(out: Path, trained: Path) -> None:
     """Put the log of the compression before that of the recovery, without its start and end, which the report reads."""
+    from halfplate.telemetry.log import LOG_FILE
+
     logs = [folder / LOG_FILE for folder in (out, trained)]
     before, added = (log.read_text(encoding="utf-8") if log.is_file() else "" for log in logs)
     lines = [line for line in added.splitlines(keepends=True) if json.loads(line).get("event") not in ("start", "end")]
