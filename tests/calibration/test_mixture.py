@@ -14,6 +14,7 @@ from halfplate.calibration.documents import check_source
 from halfplate.calibration.mixture import Part, parts_of, sampled_samples, samples_of
 from halfplate.calibration.starts import CHAT, ORDER, varied_starts
 from halfplate.calibration.text import recorded_hashes, text_hashes
+from halfplate.cli import build_parser
 from halfplate.compression.compress import compress
 from halfplate.errors import HalfplateError
 from halfplate.recipe import Recipe
@@ -203,3 +204,23 @@ def test_given_tokens_stop_at_the_end_of_the_sequence() -> None:
     from halfplate.calibration.self_text import given_tokens
 
     assert torch.equal(given_tokens([[1, 2, 3], []], 3, 2), torch.tensor([[1, 2], [-1, -1], [-1, -1]]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "plan M --calibration a.txt:0.5 my:b.txt:.25 self:2.5e-1 --samples 8",
+        "plan --calibration a.txt:0.5 my:b.txt:.25 self:2.5e-1 M --samples 8",
+        "plan --calibration=a.txt:0.5 my:b.txt:.25 self:2.5e-1 M --samples 8",
+        "plan --calibration a.txt:0.5 --samples 8 --calibration my:b.txt:.25 --calibration=self:2.5e-1 M",
+    ],
+)
+def test_options_may_stand_before_the_model(words: str) -> None:
+    args = build_parser().parse_args(words.split())
+    assert (args.model, args.samples) == ("M", "8")
+    assert args.calibration == ["a.txt:0.5", "my:b.txt:.25", "self:2.5e-1"]
+
+
+def test_a_source_without_a_share_is_one_word() -> None:
+    args = build_parser().parse_args(["plan", "--calibration", "org/name:config", "M"])
+    assert (args.model, args.calibration) == ("M", ["org/name:config"])
