@@ -59,7 +59,8 @@ def quick(words):
     """A command on few tokens and with few iterations."""
     if words[0] not in ("plan", "compress"):
         return [*words, *LESS.get(words[0], [])]
-    return [*words, *QUICK, *([] if "--method" in words else FEW)]
+    fewer = [] if "--method" in words or "quality" in words else FEW
+    return [*words, *QUICK, *fewer, *(["--tune-block", "2", "--recover", "0.02"] if "speed" in words else [])]
 
 
 def python(page, read=lambda codes: "\n".join(codes)):
@@ -80,7 +81,7 @@ def test_every_command_of_the_readme_and_of_the_examples_runs(workplace, capsys,
         assert capsys.readouterr().out.strip() or words[0] == "export", line
 
 
-@pytest.mark.parametrize(("page", "commands"), [("methods.md", 5), ("choosing.md", 6)])
+@pytest.mark.parametrize(("page", "commands"), [("methods.md", 5), ("choosing.md", 8)])
 def test_every_command_of_a_page_runs(workplace, capsys, page, commands):
     lines = re.findall(r"^\$ halfplate (.*)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
     assert len(lines) == commands
@@ -174,7 +175,7 @@ def test_the_page_on_texts_is_true(workplace, capsys):
             content * 100 if name == "pairs.jsonl" else ("Tom came home.\r\n" * 100).encode("utf-16")
         )
     lines = re.findall(r"^\$ halfplate (.*)$", page, re.MULTILINE)
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         assert main([*shlex.split(line), *(QUICK if line.startswith("compress") else [])]) == 0, capsys.readouterr().err
     assert json.loads(Path("SmolLM2-pairs/halfplate.json").read_text())["calibration"]["skipped_rows"] == 100

@@ -14,6 +14,7 @@ QUICK = ["--samples", "4", "--seq-len", "32", "--threads", "1", "--quiet"]
 # What would take long on any model.
 SHORTER = {
     "armor-paper": ["--iterations", "5"],
+    "fast": ["--iterations", "2", "--tune-block", "2"],
     "smallest-loss": ["--iterations", "2", "--tune-block", "2"],
     "smallest-file": ["--iterations", "2", "--tune-block", "2"],
 }
@@ -32,7 +33,7 @@ def test_it_runs_by_its_name(name: str, tiny_folder: Path, tmp_path: Path, capsy
 def test_a_name_that_is_none_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", "validate", "smalest-loss"]) == 2
     assert "smallest-loss" in capsys.readouterr().err
-    assert len(recipes.names()) == 12
+    assert len(recipes.names()) == 14
 
 
 def test_every_line_of_a_recipe_is_in_the_help() -> None:

@@ -14,6 +14,7 @@ from halfplate.allocation import CHOSEN, Evolution
 from halfplate.allocation.asked import CONTEXT, check_budget
 from halfplate.allocation.targets import HALFPLATE
 from halfplate.arguments import path_text, size_in_bytes, typed
+from halfplate.calibration.mixture import parts_of, sampled_samples, samples_of
 from halfplate.device import device_kind
 from halfplate.errors import HalfplateError
 from halfplate.formats.quantizers import QUANTIZERS
@@ -46,7 +47,7 @@ class RecipeFields(TypedDict, total=False):
     embedding_dtype: str
     head_dtype: str
     transforms: tuple[str, ...]
-    calibration: str
+    calibration: str | tuple[str, ...]
     samples: int
     seq_len: int
     seed: int
@@ -91,7 +92,7 @@ class Recipe:
     - out_block_size: that of the output wrapper, if it differs
     - share_wrappers: linears with the same input share one input wrapper
     - group_size: columns that share a scale of an integer core
-    - embedding_dtype, head_dtype: a quantizer for the embedding and the output layer, `keep` to leave them as they are, or `auto` (int8); a tied pair has one
+    - embedding_dtype, head_dtype: a quantizer, `keep` for the type of the model, or `auto` (int8); a tied pair has one
     - inputs: statistics of the inputs from the `compressed` layers so far, or from the original layers (`dense`)
     - cross_damping: of the correction towards the original outputs with compressed inputs, `none` for no correction
     - token_limit: clip the squared norm of each token to this many times the median
@@ -105,7 +106,7 @@ class Recipe:
     - search: `knapsack` over measured errors, or `evolution`, which continues from there with the KL of the model
     - generations, offspring: of the evolution
     - transforms: names of `halfplate.transforms`, applied to the model first, in order; each becomes `name@version`
-    - calibration: `self`, a text file or a Hub data set
+    - calibration: `self`, a text file or a Hub data set; or several as `SOURCE:SHARE`, shares of the sequences
     - samples, seq_len: number and length of the calibration sequences
     - seed: of all random numbers
     - device: `cpu` or `cuda`
@@ -129,7 +130,7 @@ class Recipe:
     embedding_dtype: str = KEEP
     head_dtype: str = KEEP
     transforms: tuple[str, ...] = ()
-    calibration: str = "self"
+    calibration: str | tuple[str, ...] = "self"
     samples: int = 64
     seq_len: int = 512
     seed: int = 0
@@ -207,8 +208,11 @@ class Recipe:
         if self.max_kl is not None and not self.max_kl > 0:
             raise HalfplateError(f"max_kl={self.max_kl} must be above 0 nats per token; try 1.0")
         device_kind(self.device)
+        if isinstance(self.calibration, tuple) and len(self.calibration) == 1:
+            object.__setattr__(self, "calibration", self.calibration[0])
+        samples_of(parts_of(self.calibration), self.samples)
         for name in ("method", "calibration"):
-            if not getattr(self, name).strip():
+            if not "".join(getattr(self, name)).strip():
                 raise HalfplateError(f"{name}={getattr(self, name)!r} is empty; leave it out for the default")
 
     def _check_ratios(self) -> None:
@@ -232,6 +236,11 @@ class Recipe:
     def evolution(self) -> Evolution | None:
         """The evolutionary search after the knapsack, if any."""
         return Evolution(self.generations, self.offspring, self.seed) if self.search == "evolution" else None
+
+    @cached_property
+    def sampled(self) -> int:
+        """How many of the calibration sequences the model generates itself."""
+        return sampled_samples(self.calibration, self.samples)
 
     @property
     def budgeted(self) -> bool:
@@ -344,6 +353,14 @@ class Recipe:
         return cls(**values)
 
     @classmethod
+    def from_record(cls, values: Any) -> Recipe | None:
+        """The recipe in the record of a checkpoint, which is untrusted; None if it is not one that this installation knows."""
+        try:
+            return cls.from_mapping(values) if isinstance(values, dict) and values else None
+        except (HalfplateError, TypeError):
+            return None
+
+    @classmethod
     def from_yaml(cls, path: str | Path, **changes: Any) -> Recipe:
         """Read a recipe file, or a built-in recipe by its name, overridden by `changes`.
 
@@ -357,6 +374,7 @@ class Recipe:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return values | {
             "method_options": dict(self.method_options),
+            "calibration": list(self.calibration) if isinstance(self.calibration, tuple) else self.calibration,
             "transforms": list(self.transforms),
             "choose": list(self.choose),
             "include": list(self.include),

@@ -26,13 +26,18 @@ def without_recipe(changes: Mapping[str, Any]) -> dict[str, Any]:
 
     The recipe is that of the target, `everyday` without one. A size or a target alone leaves open what the format is.
     """
-    options, target = changes.get("method_options", {}), changes.get("target")
-    chooses = FORMAT & changes.keys() or (isinstance(options, Mapping) and FORMAT_OPTIONS & options.keys())
+    target = changes.get("target")
     sized = any(changes.get(name) is not None for name in SIZES)
-    if chooses and not sized and target not in OF_TARGET:
+    if chooses_format(changes) and not sized and target not in OF_TARGET:
         return dict(changes)
     chosen = {"choose": EVERYDAY_CHOICE} if sized or changes.get("budget") is not None else {}
     return laid_over(file_values(OF_TARGET.get(str(target), EVERYDAY)) | chosen, changes)
+
+
+def chooses_format(changes: Mapping[str, Any]) -> bool:
+    """Whether one of `changes` chooses a format, so that the others have the defaults of Recipe."""
+    options = changes.get("method_options", {})
+    return bool(FORMAT & changes.keys() or (isinstance(options, Mapping) and FORMAT_OPTIONS & options.keys()))
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

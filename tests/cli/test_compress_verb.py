@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from halfplate.evaluation.verdict import DAMAGED
 from halfplate.methods.wanda import Wanda
 
 WANDA = ("--method", "wanda", "--samples", "4", "--seq-len", "32", "--threads", "1")
@@ -44,13 +46,20 @@ def test_quiet_table(halfplate, tiny_folder, tmp_path):
 @pytest.mark.slow
 def test_the_self_check_is_said_or_left_out(halfplate, tiny_folder, tmp_path, monkeypatch):
     command = ("compress", tiny_folder, "--method", "magnitude", "--quiet", "-o")
-    assert "self-check, KL to the original" in halfplate(*command, tmp_path / "one").out
-    monkeypatch.setattr("halfplate.compression.self_check.NONSENSE_KL", -1.0)
-    assert "the model is damaged: KL" in halfplate(*command, tmp_path / "two").out
+    *_, figures, verdict = halfplate(*command, tmp_path / "one").out.splitlines()
+    assert re.fullmatch(
+        r"quality, 127 tokens of built-in text: KL [\d.e+-]+ nats per token, top-1 agreement [\d.]+%, perplexity .* \(original .*\)",
+        figures,
+    )
+    assert verdict.startswith("verdict: ")
+    monkeypatch.setattr("halfplate.evaluation.verdict.grade_of", lambda kl: DAMAGED)
+    *_, verdict = halfplate(*command, tmp_path / "two").out.splitlines()
+    assert verdict.startswith("verdict: damaged. ")
+    assert f"halfplate recover {tmp_path / 'two'} --teacher {tiny_folder}" in verdict
     monkeypatch.setattr("halfplate.compression.compress.self_check", None)
     outcome = halfplate(*command, tmp_path / "three", "--no-check")
     assert outcome.status == 0
-    assert "self-check" not in outcome.out
+    assert outcome.out.splitlines()[-1].startswith("quality: not measured; halfplate eval ")
 
 
 @pytest.mark.parametrize(

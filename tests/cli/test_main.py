@@ -11,6 +11,7 @@ VERBS = [
     "bench",
     "sweep",
     "generate",
+    "chat",
     "inspect",
     "export",
     "recipe",

@@ -107,6 +107,16 @@ def test_eval_of_a_text(halfplate, checkpoint, tiny_folder, text_file):
     assert dense["perplexity"] == pytest.approx(result["dense_perplexity"], rel=1e-5)
 
 
+def test_eval_ends_in_a_verdict(halfplate, checkpoint, tiny_folder, text_file):
+    options = ("--text", text_file, "--seq-len", "32", "--windows", "2")
+    found = halfplate("eval", checkpoint, "--against", tiny_folder, *options, "--json").json()["verdict"]
+    *_, figures, verdict = halfplate("eval", checkpoint, "--against", tiny_folder, *options).out.splitlines()
+    assert (figures, verdict) == (f"quality, 62 tokens: {found['figures']}", f"verdict: {found['sentence']}")
+    same = halfplate("eval", checkpoint, "--against", checkpoint, *options, "--json").json()["verdict"]
+    assert (same["grade"], same["advice"]) == ("nearly indistinguishable", [])
+    assert "verdict:" not in halfplate("eval", checkpoint, *options).out
+
+
 def test_eval_of_a_model_against_itself(halfplate, checkpoint, text_file):
     options = ("--text", text_file, "--seq-len", "32", "--windows", "2", "--json")
     result = halfplate("eval", checkpoint, "--against", checkpoint, *options).json()

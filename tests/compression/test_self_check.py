@@ -52,6 +52,8 @@ def test_the_kl_is_that_of_evaluate(tiny_folder: Path, tmp_path: Path) -> None:
     expected = evaluate(local.load(tmp_path / "out", kernels=False), ids, dense.model)
     assert summary["check"]["tokens"] == expected["tokens"]
     assert summary["check"]["kl"] == pytest.approx(expected["kl"], rel=1e-3)
+    assert summary["check"]["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-3)
+    assert summary["check"]["dense_perplexity"] == pytest.approx(expected["dense_perplexity"], rel=1e-3)
     assert summary["check"]["top1_agreement"] == pytest.approx(expected["top1_agreement"], abs=0.02)
 
 
@@ -190,9 +192,9 @@ def test_numbers_that_are_not_finite_are_refused(
 
 
 def test_nonsense_is_said_so() -> None:
-    assert self_check.SelfCheck(2.0, 0.1, 0.0, 127, "whole").nonsense
-    assert self_check.SelfCheck(float("nan"), 0.1, 0.0, 127, "whole").to_json()["nonsense"]
-    assert not self_check.SelfCheck(0.5, 0.8, 0.0, 127, "whole").nonsense
+    assert self_check.SelfCheck(2.0, 0.1, 9.0, 5.0, 0.0, 127, "whole").nonsense
+    assert self_check.SelfCheck(float("nan"), 0.1, 9.0, 5.0, 0.0, 127, "whole").to_json()["nonsense"]
+    assert not self_check.SelfCheck(0.5, 0.8, 9.0, 5.0, 0.0, 127, "whole").nonsense
 
 
 class Tokenizer:

@@ -38,7 +38,7 @@ PATTERNS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"
         exclude=PATTERNS,
         threads=st.one_of(st.none(), st.integers(1, 64)),
         max_kl=st.one_of(st.none(), st.floats(1e-9, 1e9)),
-        calibration=st.sampled_from(["self", "my text.txt", "org/name:config"]),
+        calibration=st.sampled_from(["self", "my text.txt", "org/name:config", ("my a:b.txt:0.5", "self:0.5")]),
     ),
 )
 def test_the_command_gives_the_recipe_back(model, recipe):

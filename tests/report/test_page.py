@@ -57,6 +57,36 @@ def test_the_page_says_what_the_checkpoint_says(compressed):
     assert f"--against {found.model}" in page
 
 
+def test_the_page_has_a_verdict(compressed):
+    assert "<strong>Verdict: " in (compressed / "report.html").read_text()
+    record = json.loads((compressed / "halfplate.json").read_text())
+    record["check"]["kl"] = 2.0
+    (compressed / "halfplate.json").write_text(json.dumps(record))
+    page = write_report(compressed).read_text()
+    assert "<strong>Verdict: damaged.</strong>" in page
+    assert f"<code>halfplate recover {compressed} --teacher" in page
+    # After a recovery, the self-check tells of another model.
+    (compressed / "halfplate.json").write_text(json.dumps(record | {"recoveries": [{}]}))
+    assert "Verdict" not in write_report(compressed).read_text()
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [
+        ([1.0, 0.5, 0.4], False),
+        ([1.0, 0.5, 1.4, 1.2, 1.1], False),  # rounded after the second step
+        ([1.0, 0.9, 1.1, 1.3], True),
+        ([1.0, -0.1], True),
+        ([], False),
+    ],
+)
+def test_a_solver_that_diverged_is_an_alarm(compressed, losses, diverged):
+    name, record = "model.layers.1.mlp.down_proj", json.loads((compressed / "halfplate.json").read_text())
+    record["matrices"][name]["losses"] = losses
+    (compressed / "halfplate.json").write_text(json.dumps(record))
+    assert (name in dict(gather(compressed).alarms)) == diverged
+
+
 def test_without_a_log_the_page_says_so(compressed):
     (compressed / "log.jsonl").unlink()
     page = write_report(compressed).read_text()

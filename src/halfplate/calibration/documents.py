@@ -13,6 +13,7 @@ from torch import Tensor
 
 from halfplate.arguments import check_name
 from halfplate.calibration.characters import characters, unix_lines
+from halfplate.calibration.mixture import SAMPLED
 from halfplate.calibration.rows import check_unicode, has_template, is_messages, json_lines, json_values, row_text
 from halfplate.calibration.stream import tokens_of
 from halfplate.errors import HalfplateError
@@ -48,11 +49,13 @@ def check_source(source: str, argument: str = "calibration") -> None:
     file, _ = split_fields(source)
     check_name(argument, file)
     path = Path(file).expanduser()
+    if source in SAMPLED and argument == "calibration":
+        return
     if file.lower().endswith(SUFFIXES):
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise HalfplateError(f"{argument}={source!r} {what}, expected a text file; check the path")
-    elif path.exists() and source != "self":
+    elif path.exists():
         raise HalfplateError(
             f"{argument}={source!r} is not a text file that Halfplate reads; expected a name ending in {', '.join(SUFFIXES)}"
         )

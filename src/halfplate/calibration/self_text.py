@@ -4,7 +4,7 @@ Calibration on self-generated text: Williams, Chrysostomou and Aletras, "Self-ca
 and Pruning", 2024; for training: LLM-QAT, 2023.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,7 @@ def sample_text(
     progress: Callable[[int, int], None] | None = None,
     cache_nbytes: int = CACHE_BYTES,
     decoding: Decoding | None = None,
+    prefixes: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """Sequences drawn from the model's own distribution, int64 (samples, seq_len) on the CPU.
 
@@ -83,6 +84,7 @@ def sample_text(
 
     progress: called with the tokens generated so far and all tokens.
     decoding: how the model runs (see `decoding.decoding_of`); None means its own forward.
+    prefixes: the first tokens of each sequence, instead of the start token; empty for those that begin with it.
     Raises HalfplateError if logits are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -90,19 +92,31 @@ def sample_text(
     ids = torch.empty(samples, seq_len, dtype=torch.int64, device=model.device)
     at_once = sequences_at_once(token_nbytes(model.config, seq_len), seq_len, cache_nbytes)
     batches = -(-samples // at_once)
+    given = given_tokens(prefixes, samples, seq_len).to(model.device)
     done = 0
     decoding = decoding or OwnDecoding(model, seq_len)
     # Batches of nearly equal size, because a small last one would take almost as long as a full one.
-    for rows, uniform in zip(ids.tensor_split(batches), chances.tensor_split(batches), strict=True):
+    split = (tensor.tensor_split(batches) for tensor in (ids, chances, given))
+    for rows, uniform, begun in zip(*split, strict=True):
         step = decoding.start(len(rows))
         rows[:, 0] = _first_tokens(model, start, uniform[:, 0])
+        rows[:, 0] = torch.where(begun[:, 0] < 0, rows[:, 0], begun[:, 0])
         for position in range(1, seq_len):
-            logits = step(rows[:, position - 1])
-            rows[:, position] = draw(logits, temperature, uniform[:, position])
+            drawn = draw(step(rows[:, position - 1]), temperature, uniform[:, position])
+            rows[:, position] = torch.where(begun[:, position] < 0, drawn, begun[:, position])
             if progress is not None:
                 progress(done + len(rows) * (position + 1), samples * seq_len)
         done += rows.numel()
     return ids.cpu()
+
+
+def given_tokens(prefixes: Sequence[Sequence[int]], samples: int, seq_len: int) -> Tensor:
+    """The tokens of `prefixes` by sequence and position, int64 (samples, seq_len); -1 where a token is to be drawn."""
+    given = torch.full((samples, seq_len), -1, dtype=torch.int64, device="cpu")
+    for row, prefix in zip(given, prefixes, strict=False):
+        begun = torch.tensor(list(prefix)[:seq_len], dtype=torch.int64, device="cpu")
+        row[: len(begun)] = begun
+    return given
 
 
 def _first_tokens(model: "PreTrainedModel", start: Start, uniform: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def _what(record: Mapping[str, Any], base: str, specs: Mapping[str, WeightSpec])
     rows = [
         ("base model", f"`{Path(base).name}`"),
         ("method", f"`{_words(recipe.get('method')) or 'not recorded'}`"),
-        ("calibration", _pairs(record.get("calibration")) or "none"),
+        ("calibration", _calibration(record.get("calibration")) or "none"),
         *(
             (
                 f"{count} matrices",
@@ -176,6 +176,15 @@ def _licence(record: Mapping[str, Any]) -> str:
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _calibration(protocol: Any) -> str:
+    """The protocol of the calibration; of several sources the sequences of each."""
+    if not isinstance(protocol, Mapping) or not isinstance(protocol.get("sources"), list):
+        return _pairs(protocol)
+    texts = [text for text in protocol["sources"] if isinstance(text, Mapping)]
+    shares = ", ".join(f"{_words(text.get('samples'))} of {_words(text.get('source'))}" for text in texts)
+    return f"{_pairs({key: value for key, value in protocol.items() if key != 'sources'})} (sequences: {shares})"
 
 
 def _pairs(values: Any) -> str:

@@ -65,7 +65,7 @@ def new_folder(out: Path, overwrite: bool, partial: Path | None = None) -> Itera
         partial.mkdir(parents=True)
         yield partial
         _flush(partial)
-        _replace(partial, target)
+        replace_folder(partial, target)
     except Exception as error:
         # tokenizers reports errors of the system as a bare Exception.
         if isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error):
@@ -95,7 +95,7 @@ def _flush(folder: Path) -> None:
     sync(folder)
 
 
-def _replace(partial: Path, target: Path) -> None:
+def replace_folder(partial: Path, target: Path) -> None:
     """Rename `partial` to `target`; the old content is only removed after that."""
     if not target.exists() or not any(target.iterdir()):
         partial.rename(target)

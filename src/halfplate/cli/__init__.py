@@ -12,6 +12,7 @@ from typing import Any
 
 from halfplate.cli import (
     bench,
+    chat,
     completion,
     compress,
     doctor,
@@ -42,6 +43,7 @@ VERBS: dict[str, Any] = {
     "bench": bench,
     "sweep": sweep,
     "generate": generate,
+    "chat": chat,
     "inspect": inspect,
     "export": export,
     "report": report,

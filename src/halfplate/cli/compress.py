@@ -1,10 +1,13 @@
 """Compress a model and write a checkpoint."""
 
 import argparse
+import sys
+from shlex import quote
 from typing import Any
 
 from halfplate.cli.parser import add_output_arguments
-from halfplate.cli.recipe_options import add_recipe_arguments, recipe_from
+from halfplate.cli.recipe_options import add_recipe_arguments, choice_from
+from halfplate.cli.recovering import before_recovery, check_limit, minutes_of, recovered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,17 +26,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    recipe = recipe_from(args)
+    choice, recipe = choice_from(args)
     from halfplate import compress
     from halfplate.cli.console import print_json, progress, silence_libraries
+    from halfplate.cli.verdicts import verdict_on
     from halfplate.cli.wishes import served
 
     silence_libraries()
+    if choice.fallback is not None:
+        print(f"halfplate: {choice.what}: {choice.fallback}", file=sys.stderr)
+    minutes = minutes_of(args, choice)
     with progress(args) as report:
         summary = compress(
             args.model,
             args.out,
-            recipe,
+            before_recovery(recipe) if minutes else recipe,
             overwrite=args.overwrite,
             report=report,
             resume=args.resume,
@@ -43,10 +50,18 @@ def run(args: argparse.Namespace) -> int:
             benchmark=args.benchmark,
             check=args.check,
         )
+        if minutes:
+            summary["recovery"] = recovered(args, recipe, minutes, report)
+    recovery = summary.get("recovery", {})
+    judged = recovery.get("after") or summary.get("held_out") or summary["check"] or {}
+    verdict = verdict_on(judged, args.model, args.out, recipe)
     if args.json:
-        print_json(summary)
+        print_json(summary | {"verdict": verdict})
     else:
         _print(summary, served(recipe))
+        _print_verdict(summary, verdict)
+    if minutes:
+        check_limit(recipe, args.out, judged)
     return 0
 
 
@@ -54,7 +69,6 @@ def _print(summary: dict[str, Any], wish: str) -> None:
     from halfplate.calibration.routed import in_words
     from halfplate.cli.console import megabytes, print_pairs, whole_checkpoint
     from halfplate.cli.wishes import kernels
-    from halfplate.evaluation.perplexity import NONSENSE_KL
 
     seconds = ", ".join(f"{phase} {spent:.1f}" for phase, spent in summary["seconds"].items() if phase != "total")
     rows: list[tuple[str, Any]] = [
@@ -95,22 +109,26 @@ def _print(summary: dict[str, Any], wish: str) -> None:
     if summary["search"]:
         first, last = (summary["search"]["trajectory"][end]["kl"] for end in (0, -1))
         rows.append(("KL before and after the search", f"{first:.4f}, {last:.4f}"))
-    if "held_out" in summary:
-        rows.append(("KL on held-out text, nats per token", summary["held_out"]["kl"]))
-    if check := summary["check"]:
-        rows.append(
-            (
-                "self-check, KL to the original",
-                f"{check['kl']:.4g} nats per token, {check['tokens']} tokens of built-in text",
-            )
-        )
     rows += [("note", note) for note in summary["notes"]]
     if summary["skipped"]:
         rows.append(("matrices not compressed", f"{len(summary['skipped'])}, e.g. {summary['skipped'][0]['reason']}"))
     print_pairs(f"{summary['out']}: {summary['model']} by {summary['method']}", rows)
     print(f"report: {summary['report'] or 'could not be written: ' + summary['report_error']}")
-    if check and check["nonsense"]:
+
+
+def _print_verdict(summary: dict[str, Any], verdict: dict[str, Any] | None) -> None:
+    from halfplate.cli.verdicts import print_verdict
+
+    recovery = summary.get("recovery", {})
+    if "left_out" in recovery:
+        print(f"recovery: without success; OUT is as compressed: {recovery['left_out']}")
+    if "after" in recovery:
         print(
-            f"warning: the model is damaged: KL {check['kl']:.3g} to the original, above {NONSENSE_KL}; it will generate nonsense. "
-            "Keep more of it (--pattern dense --core-dtype int4), calibrate on more text, or train it with halfplate recover"
+            f"recovery: KL {recovery['before']['kl']:.4g} before, {recovery['after']['kl']:.4g} after, on held-out text"
         )
+    if verdict is None:
+        # With --no-check.
+        print(f"quality: not measured; halfplate eval {quote(summary['out'])} --against {quote(summary['model'])}")
+        return
+    text = f"{summary['check']['tokens']} tokens of built-in text" if summary["check"] else ""
+    print_verdict(verdict, "held-out text" if "held_out" in summary or "after" in recovery else text)

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         raise HalfplateError(f"--seq-len {args.seq_len} leaves no token to score; expected at least 2")
     from halfplate import evaluate
     from halfplate.cli.console import print_json, progress, silence_libraries
+    from halfplate.cli.verdicts import print_verdict, verdict_on
 
     silence_libraries()
     options = ("against", "seq_len", "windows", "tasks_folder", "limit", "threads", "activations")
@@ -58,10 +59,13 @@ def run(args: argparse.Namespace) -> int:
         result = evaluate(
             args.model, args.text, tasks, **{name: getattr(args, name) for name in options}, report=report
         )
+    verdict = verdict_on(result, args.against, args.model) if args.against else None
     if args.json:
-        print_json(result)
-    else:
-        _print(args, result)
+        print_json(result if verdict is None else result | {"verdict": verdict})
+        return 0
+    _print(args, result)
+    if verdict is not None:
+        print_verdict(verdict, f"{result['tokens']:,} tokens")
     return 0
 
 

@@ -2,11 +2,14 @@
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from halfplate.errors import HalfplateError
 
+CALIBRATION = "--calibration"
+SHARE = re.compile(r"[^-].*:[\d.+-][\d.e+-]*", re.IGNORECASE | re.DOTALL)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -16,8 +19,25 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(args if args is None else spread_shares(args), namespace)
+
     def error(self, message: str) -> NoReturn:
         raise HalfplateError(f"{message}; see {self.prog} --help")
+
+
+def spread_shares(words: Sequence[str]) -> list[str]:
+    """`--calibration A:0.5 B:0.5` as two options, so that an argument without a share, such as MODEL, may follow."""
+    spread, shared = list[str](), False
+    for place, word in enumerate(words):
+        if shared and SHARE.fullmatch(word):
+            spread.append(f"{CALIBRATION}={word}")
+            continue
+        source = word.removeprefix(f"{CALIBRATION}=")
+        given = source != word or (place > 0 and words[place - 1] == CALIBRATION)
+        shared = given and SHARE.fullmatch(source) is not None
+        spread.append(word)
+    return spread
 
 
 class Version(argparse.Action):

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfplate.cli.parser import add_output_arguments
-from halfplate.cli.recipe_options import add_recipe_arguments, recipe_from
+from halfplate.cli.preferences import rows_of
+from halfplate.cli.recipe_options import add_recipe_arguments, choice_from
+from halfplate.cli.recovering import minutes_of
 
 if TYPE_CHECKING:
     from halfplate.planning import Plan
@@ -19,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    recipe = recipe_from(args)
+    choice, recipe = choice_from(args)
+    minutes = minutes_of(args, choice)
     import halfplate
     from halfplate.checkpoint.output import check_place
     from halfplate.cli.console import print_json, silence_libraries
@@ -31,13 +34,13 @@ def run(args: argparse.Namespace) -> int:
     plan = halfplate.plan(args.model, recipe, args.benchmark, args.workers or 1)
     refused = refusal(plan, args.out, args.workers or 1)
     if args.json:
-        print_json(plan.to_json() | {"refusal": refused})
+        print_json(plan.to_json() | {"refusal": refused, "choice": dict(rows_of(choice, minutes))})
     else:
-        _print(plan, refused)
+        _print(plan, rows_of(choice, minutes), refused)
     return 0
 
 
-def _print(plan: "Plan", refused: str | None) -> None:
+def _print(plan: "Plan", choice: list[tuple[str, str]], refused: str | None) -> None:
     from halfplate.cli.console import print_pairs, print_table
 
     entries = [matrix.to_json() for matrix in plan.matrices]
@@ -63,7 +66,7 @@ def _print(plan: "Plan", refused: str | None) -> None:
     warnings = [("warning", warning) for warning in plan.warnings]
     print_pairs(
         "total",
-        [*_bytes(plan), *_needs(plan), ("fits", f"no: {refused}" if refused else "yes"), *warnings],
+        [*choice, *_bytes(plan), *_needs(plan), ("fits", f"no: {refused}" if refused else "yes"), *warnings],
     )
 
 
@@ -97,6 +100,7 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
             if plan.recipe.ratios != "uniform"
             else []
         ),
+        *([("calibration text", _text(plan))] if plan.job.runs_text else []),
         ("optimised for", served(plan.recipe)),
         ("kernels", kernels(plan.recipe.target, plan.without_kernel)),
         ("everything else", megabytes(plan.other_nbytes)),
@@ -147,6 +151,16 @@ def _experts(found: dict[str, int]) -> str:
         f"{text}; one is solved at a time from its own tokens: {found['passes']} passes over the {megabytes(found['recorded_bytes'])} that the "
         f"experts of a layer receive, {megabytes(found['gram_bytes'])} of Gram matrices held for each"
     )
+
+
+def _text(plan: "Plan") -> str:
+    from halfplate.calibration.mixture import parts_of, samples_of
+
+    recipe = plan.recipe
+    parts = parts_of(recipe.calibration)
+    counts = zip(parts, samples_of(parts, recipe.samples), strict=True)
+    given = ", ".join(f"{count} from {part.source}{' (generated)' * part.sampled}" for part, count in counts)
+    return f"{recipe.samples} sequences of {recipe.seq_len} tokens: {given}"
 
 
 def _needs(plan: "Plan") -> list[tuple[str, str]]:

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     from halfplate import recover
     from halfplate.cli.console import print_json, progress, silence_libraries
+    from halfplate.cli.verdicts import print_verdict, verdict_on
     from halfplate.recovery.settings import Recovery
 
     silence_libraries()
@@ -79,10 +80,13 @@ def run(args: argparse.Namespace) -> int:
         return 1
     if summary is None:  # the main process of `accelerate launch` prints the result
         return 0
+    verdict = verdict_on(summary.get("after", {}), args.teacher, args.out)
     if args.json:
-        print_json(summary)
-    else:
-        _print(summary)
+        print_json(summary if verdict is None else summary | {"verdict": verdict})
+        return 0
+    _print(summary)
+    if verdict is not None:
+        print_verdict(verdict, "held-out text")
     return 0
 
 

@@ -9,6 +9,8 @@ import torch
 from halfplate.budgets.choose import allocate_plan
 from halfplate.budgets.ratios import ratio_plan
 from halfplate.calibration import CalibrationTokens, calibration_tokens
+from halfplate.calibration.mixture import spoken
+from halfplate.calibration.text import recorded_hashes, text_hashes
 from halfplate.compression.work_folder import WorkFolder
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
@@ -21,7 +23,7 @@ from halfplate.planning.memory import sampling_room
 from halfplate.recipe import Recipe
 from halfplate.runtime.prepare import bf16_kernels
 from halfplate.runtime.sampling import native_sampling
-from halfplate.storage.artifact import load_artifact, read_json, save_artifact, write_json
+from halfplate.storage.artifact import Artifact, load_artifact, read_json, save_artifact, write_json
 from halfplate.storage.tensor_file import read_tensor
 from halfplate.telemetry.clock import Clock
 from halfplate.telemetry.progress import Report
@@ -81,11 +83,16 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
     """The calibration tokens, kept in the work folder. Tokens from a text are read again on resume and must be equal."""
     recipe = plan.recipe
     kept = load_artifact(work.tokens)
-    if kept is not None and kept.damaged() is None and recipe.calibration == "self":
-        facts = {name: kept.facts[name] for name in ("source", "seed", "temperature", "start", "start_token")}
-        told = {"decoded_by": kept.facts["decoded_by"]} if "decoded_by" in kept.facts else {}
-        return CalibrationTokens(read_tensor(kept.tensors["ids"]), **facts, facts=told)
     tokenizer = load_tokenizer(streamed.source)
+    if (
+        kept is not None
+        and kept.damaged() is None
+        and recipe.sampled
+        and _same_texts(streamed, recipe, tokenizer, kept)
+    ):
+        facts = {name: kept.facts[name] for name in ("source", "seed", "temperature", "start", "start_token")}
+        told: dict[str, Any] = {name: kept.facts[name] for name in ("decoded_by", "sources") if name in kept.facts}
+        return CalibrationTokens(read_tensor(kept.tensors["ids"]), **facts, facts=told)
     resident, cache = sampling_room(plan.sizes, recipe.device)
 
     def tokens_of(model: Any) -> CalibrationTokens:
@@ -101,7 +108,7 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
             native_sampling if resident > 0 else None,
         )
 
-    if recipe.calibration == "self":
+    if recipe.sampled:
         # Sampling takes long, so a few tokens are tried first to find errors.
         few = torch.randint(
             plan.sizes.vocabulary,
@@ -118,12 +125,18 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
     protocol = tokens.protocol()
     if kept is not None and kept.facts["sha256"] != protocol["sha256"]:
         raise HalfplateError(
-            f"--resume: calibration={recipe.calibration!r} had tokens with SHA-256 {kept.facts['sha256'][:16]} when the compression in "
+            f"--resume: calibration={spoken(recipe.calibration)!r} had tokens with SHA-256 {kept.facts['sha256'][:16]} when the compression in "
             f"{str(work.path)!r} began and has {protocol['sha256'][:16]} now; give the same text again, or pass --overwrite instead of --resume to start over"
         )
     start = {name: getattr(tokens, name) for name in ("temperature", "start", "start_token")}
     save_artifact(work.tokens, {"ids": tokens.ids.contiguous()}, start | protocol)
     return tokens
+
+
+def _same_texts(streamed: StreamedModel, recipe: Recipe, tokenizer: Any, kept: Artifact) -> bool:
+    """Whether the texts beside the generated one give the tokens that were kept."""
+    numbers = recipe.samples, recipe.seq_len, recipe.seed
+    return text_hashes(recipe.calibration, streamed.model, tokenizer, *numbers) == recorded_hashes(kept.facts)
 
 
 def chosen_levels(

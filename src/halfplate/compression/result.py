@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from halfplate.budgets.ratios import BlockRatio
-from halfplate.calibration import calibration_tokens
+from halfplate.calibration.text import recorded_hashes, text_hashes
 from halfplate.checkpoint.assemble import Finished, assemble
 from halfplate.checkpoint.config import RECORD_FILE, read_record
 from halfplate.checkpoint.read import read_checked_headers
@@ -118,12 +118,16 @@ def _recorded(
 
 def _check_text(source: Source, plan: Plan, protocol: dict[str, Any] | None) -> None:
     recipe = plan.recipe
-    if protocol is None or recipe.calibration == "self":
+    # Text that the model generates is the same for the same model and recipe.
+    if protocol is None or recipe.sampled == recipe.samples:
         return
-    tokens = calibration_tokens(
-        recipe.calibration, skeleton(source), load_tokenizer(source), recipe.samples, recipe.seq_len, recipe.seed
+    numbers = recipe.samples, recipe.seq_len, recipe.seed
+    found = text_hashes(recipe.calibration, skeleton(source), load_tokenizer(source), *numbers)
+    before, now = (
+        {"tokens" if len(found) == 1 else f"tokens of {name}": sha256 for name, sha256 in texts.items()}
+        for texts in (recorded_hashes(protocol), found)
     )
-    check_same({"tokens": protocol["sha256"]}, {"tokens": tokens.protocol()["sha256"]}, "the result was made")
+    check_same(before, now, "the result was made")
 
 
 def assemble_weights(

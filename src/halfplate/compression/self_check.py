@@ -54,6 +54,7 @@ class SelfCheck:
 
     kl: KL(original ‖ checkpoint), mean nats per token.
     top1_agreement: share of tokens with the same most likely next token.
+    perplexity, dense_perplexity: of the checkpoint and of the original.
     logit_error: Frobenius norm of the difference between the logits of the checkpoint and of the solved weights, relative to the
         norm of the latter.
     tokens: number of scored tokens.
@@ -62,6 +63,8 @@ class SelfCheck:
 
     kl: float
     top1_agreement: float
+    perplexity: float
+    dense_perplexity: float
     logit_error: float
     tokens: int
     loaded: str
@@ -108,6 +111,8 @@ def self_check(streamed: StreamedModel, run: Run, folder: Path, original: Source
     return SelfCheck(
         kl=_short(measures["kl"]),
         top1_agreement=_short(measures["top1_agreement"]),
+        perplexity=_short(measures["perplexity"]),
+        dense_perplexity=_short(measures["dense_perplexity"]),
         logit_error=_short(error),
         tokens=ids.shape[1] - 1,
         loaded="whole" if whole else "by layer",

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from halfplate.allocation.candidates import CHOICES, candidates, table_candidates
 from halfplate.calibration.documents import SOURCES, check_source
+from halfplate.calibration.mixture import parts_of
 from halfplate.calibration.text import check_seq_len, check_tokens_fit
 from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
@@ -74,7 +75,8 @@ def plan_source(
     dense, job = skeleton(source), Job(recipe, statistic)
     method = job.method
     if job.runs_text:
-        check_source(recipe.calibration)
+        for part in parts_of(recipe.calibration):
+            check_source(part.source)
     with _reading_modules(source):
         if job.runs_text:
             check_seq_len(dense, recipe.seq_len, least=2)
@@ -271,10 +273,11 @@ def foreign_packages(recipe: Recipe) -> dict[str, dict[str, str]]:
     """Under `plugins`, the other packages that the method and all other names in the recipe come from, with their versions."""
     used = [
         ("method", METHODS.package(recipe.method)),
-        ("calibration", SOURCES.package(recipe.calibration.partition(":")[0])),
         ("core_dtype", QUANTIZERS.package(recipe.core_dtype)),
     ]
     names = [label.partition("@")[0] for label in recipe.transforms]
+    sources = [part.source.partition(":")[0] for part in parts_of(recipe.calibration)]
+    used += [("calibration" if len(sources) == 1 else f"calibration {name}", SOURCES.package(name)) for name in sources]
     used += [(f"transform {name}", TRANSFORMS.package(name)) for name in names]
     used += [(f"part {part.name}", PARTS.package(part.name)) for part in recipe.create_method().parts]
     found = {field: package for field, package in used if package is not None}

@@ -98,7 +98,7 @@ def memory_plan(
         phases["embedding"] = (
             base + tokens + FP32 * (sizes.outer - sizes.head) + block + reading + hidden + batch * sizes.arguments
         )
-        if recipe.calibration == "self":
+        if recipe.sampled:
             held, _ = sampling_room(sizes, recipe.device)
             sampling = _sampling(sizes, recipe)
             # Layers that stay are read before the first token, the others at every token.
@@ -174,7 +174,7 @@ def _expert_task(experts: ExpertSizes, job: Job) -> int:
 
 def _sampling(sizes: ModelSizes, recipe: Recipe, room: int | None = None) -> int:
     resident, cache = sampling_room(sizes, recipe.device) if room is None else (0, room)
-    sequences = min(recipe.samples, sequences_at_once(sizes.cache_nbytes, recipe.seq_len, cache))
+    sequences = min(recipe.sampled or recipe.samples, sequences_at_once(sizes.cache_nbytes, recipe.seq_len, cache))
     # Logits, their softmax, and its cumulative sums in fp64.
     return resident + sequences * (sizes.cache_nbytes * recipe.seq_len + (2 * FP32 + 2 * FP64) * sizes.vocabulary)
 

@@ -77,7 +77,7 @@ def _cure(plan: Plan, workers: int, available: int) -> str:
 
     def changing(changes: dict[str, Any]) -> bool:
         return any(value != now(name) for name, value in changes.items()) and not (
-            "calibration" in changes and plan.recipe.calibration != "self"
+            "calibration" in changes and not plan.recipe.sampled
         )
 
     def allowed(changes: dict[str, Any]) -> bool:

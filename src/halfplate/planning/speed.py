@@ -81,7 +81,7 @@ def seconds_of(
     seconds = {"reading": source_nbytes / speed.reading}
     solving = sum(solving_flops(job, spec) for spec in specs)
     if job.runs_text:
-        if recipe.calibration == "self":
+        if recipe.sampled:
             seconds["calibration text"] = _sampling_seconds(sizes, source_nbytes, recipe, speed)
         seconds["statistics"] = statistics_flops(sizes, job) / speed.products
     seconds["solving"] = solving / speed.solving
@@ -135,7 +135,7 @@ def _expert_flops(sizes: ModelSizes, job: Job) -> float:
 
 def _sampling_seconds(sizes: ModelSizes, source_nbytes: int, recipe: Recipe, speed: Speed) -> float:
     resident, cache = sampling_room(sizes, recipe.device)
-    batches = -(-recipe.samples // sequences_at_once(sizes.cache_nbytes, recipe.seq_len, cache))
+    batches = -(-recipe.sampled // sequences_at_once(sizes.cache_nbytes, recipe.seq_len, cache))
     step = (sizes.parameters / speed.sampling) + len(sizes.blocks) * speed.call
     if not resident:
         step += source_nbytes * sum(sizes.blocks) / sizes.parameters / speed.reading

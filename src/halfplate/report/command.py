@@ -21,7 +21,7 @@ def compress_command(model: str, out: str, recipe: Recipe) -> str:
         if value == defaults[name]:
             continue
         flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
-        if name in REPEATED:
+        if name in REPEATED or (name == "calibration" and isinstance(value, tuple)):
             # One word with `=`, because a pattern may begin with a dash.
             words += [f"{flag}={pattern}" for pattern in value]
         elif value is True:

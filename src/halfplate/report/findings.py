@@ -19,7 +19,6 @@ from typing import Any
 from halfplate.calibration.routed import tokens_per_expert
 from halfplate.checkpoint.config import RECORD_FILE, read_record
 from halfplate.checkpoint.read import inspect_checkpoint, read_checked_headers
-from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
 from halfplate.recipe import Recipe
 from halfplate.report.command import compress_command
@@ -58,7 +57,10 @@ class Matrix:
         """The fault of the matrix, if it has one."""
         if self.relative_error is not None and self.relative_error >= 1:
             return "its output error is larger than that of a zero matrix"
-        if self.losses and (self.losses[-1] > self.losses[0] or min(self.losses) < 0):
+        # Rounding to few bits in between may lift the loss above its beginning; from there it falls again.
+        if self.losses and self.losses[-1] > self.losses[0] and self.losses[-1] == max(self.losses):
+            return "its solver diverged"
+        if self.losses and min(self.losses) < 0:
             return "its solver diverged"
         return None
 
@@ -152,7 +154,7 @@ def gather(folder: Path) -> Findings:
     log = read_log(folder / LOG_FILE)
     plan, end, start = (_last(log, event) for event in ("plan", "end", "start"))
     measures = _last(log, "measures")
-    recipe = _recipe(plan.get("recipe")) or _recipe(record.get("recipe"))
+    recipe = Recipe.from_record(plan.get("recipe")) or Recipe.from_record(record.get("recipe"))
     model = text(plan.get("model")) or text(record.get("model"))
     out = text(plan.get("out")) or str(folder)
     kept = mapping(record.get("matrices"))
@@ -245,13 +247,6 @@ def _whole(value: Any) -> int | None:
 
 def _last(log: list[dict[str, Any]], event: str) -> dict[str, Any]:
     return next((line for line in reversed(log) if line.get("event") == event), {})
-
-
-def _recipe(values: Any) -> Recipe | None:
-    try:
-        return Recipe.from_mapping(mapping(values)) if mapping(values) else None
-    except (HalfplateError, TypeError):
-        return None
 
 
 def _matrix(entry: dict[str, Any], kept: dict[str, Any], seconds: dict[str, float | None]) -> Matrix:

@@ -6,9 +6,11 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
+from halfplate.evaluation.verdict import Verdict, verdict_of
 from halfplate.report.findings import Findings, mapping, number, text
 from halfplate.report.words import NOT_MEASURED, count, percent, short
 
+MEASURES = ("kl", "top1_agreement", "perplexity", "dense_perplexity")
 KINDS = {
     "gram": "squared output error on the calibration text (from the Gram matrix), relative to a zero matrix",
     "diagonal": "squared error, weighted by the mean square of each input, relative to a zero matrix",
@@ -49,6 +51,15 @@ def tiles(found: Findings) -> list[tuple[str, str]]:
     if total := found.seconds.get("total"):
         chosen.append((count(total, "seconds"), "to compress"))
     return [*chosen, (f"{len(found.matrices)}", "matrices compressed")]
+
+
+def verdict(found: Findings) -> Verdict | None:
+    """The verdict on the latest measurement; None if there is none, or only the self-check from before a recovery."""
+    measures = found.quality if number(found.quality.get("kl")) is not None else found.check
+    if found.recoveries and measures is found.check:
+        return None
+    known = {key: value for key in MEASURES if (value := number(measures.get(key))) is not None}
+    return verdict_of(known, found.recipe, found.model, found.folder)
 
 
 def measuring_command(found: Findings) -> str:

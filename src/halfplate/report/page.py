@@ -16,8 +16,8 @@ from markupsafe import Markup
 from halfplate.calibration.routed import in_words
 from halfplate.checkpoint.folder import replace_file
 from halfplate.plain_text import visible
-from halfplate.report.findings import Findings, gather, number, text
-from halfplate.report.headline import headline, measuring_command, tiles
+from halfplate.report.findings import Findings, gather, mapping, number, text
+from halfplate.report.headline import headline, measuring_command, tiles, verdict
 from halfplate.report.pictures import bars, byte_bars, heat_map, loss_panels, share_bars
 from halfplate.report.settings import Measuring
 from halfplate.report.words import count, percent, short
@@ -64,6 +64,7 @@ def render(found: Findings) -> str:
         title=_title(found),
         lead=_lead(found),
         tiles=tiles(found),
+        verdict=verdict(found),
         headline=[(group, list(members)) for group, members in groupby(rows, key=lambda row: row.group)],
         missing=not all(row.measured for row in rows),
         heat_map=heat_map(found.matrices, found.kinds),
@@ -159,6 +160,19 @@ def _charts(found: Findings) -> list[tuple[str, Markup | None, str]]:
     ]
 
 
+def _source(name: str) -> str:
+    generated = {"self": "", "self:varied": ", from varied starts"}
+    return f"text that the model generated itself{generated[name]}" if name in generated else name
+
+
+def _shares(sources: Any) -> str:
+    """How many sequences each of several sources gave."""
+    if not isinstance(sources, list):
+        return ""
+    texts = [mapping(entry) for entry in sources]
+    return " (" + ", ".join(f"{entry.get('samples')} sequences of {entry.get('source')}" for entry in texts) + ")"
+
+
 def _facts(found: Findings) -> list[tuple[str, str]]:
     """Environment and protocol, as far as they are recorded."""
     calibration = found.calibration
@@ -172,7 +186,7 @@ def _facts(found: Findings) -> list[tuple[str, str]]:
         (
             "Calibration",
             source
-            and f"{'text that the model generated itself' if source == 'self' else source}, {calibration.get('samples')} sequences of "
+            and f"{_source(source)}{_shares(calibration.get('sources'))}, {calibration.get('samples')} sequences of "
             f"{calibration.get('seq_len')} tokens ({tokens or 0:,.0f}), seed {calibration.get('seed')}",
         ),
         ("Calibration tokens of an expert", in_words(found.routed) if found.routed else None),

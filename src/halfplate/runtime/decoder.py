@@ -361,12 +361,14 @@ def greedy(
     new_tokens: int,
     stop_ids: Collection[int] = (),
     on_token: Callable[[int], None] | None = None,
+    cache: GrowingCache | None = None,
 ) -> Tensor:
     """Continue `ids`, int64 (1, L), greedily: (1, at most L + new_tokens), fewer if one of `stop_ids` occurs.
 
     It runs natively if the model is installed, otherwise by transformers' `generate`.
 
     on_token: called with each new token immediately.
+    cache: of the first tokens of `ids`, fewer than L; afterwards of all tokens but the last. Only the native path uses it.
     Raises HalfplateError for a batch.
     """
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
@@ -385,9 +387,10 @@ def greedy(
             settings["streamer"] = _Told(on_token)
         continued: Tensor = model.generate(ids, max_new_tokens=new_tokens, **settings)
         return continued
-    cache = GrowingCache(model.config.num_hidden_layers)  # type: ignore[attr-defined]
+    if cache is None:
+        cache = GrowingCache(model.config.num_hidden_layers)  # type: ignore[attr-defined]
     settings = {cache_argument(model.forward): cache, "use_cache": True, "logits_to_keep": 1}  # type: ignore[attr-defined]
-    logits = model(input_ids=ids, **settings).logits[0, -1]  # type: ignore[operator]
+    logits = model(input_ids=ids[:, cache.get_seq_length() :], **settings).logits[0, -1]  # type: ignore[operator]
     decoder = model.native_decoder
     tokens: list[int] = []
     while True:

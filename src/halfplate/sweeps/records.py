@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halfplate.calibration.documents import split_fields
+from halfplate.calibration.mixture import parts_of
 from halfplate.checkpoint.folder import replace_file
 from halfplate.json_numbers import finite
 from halfplate.planning import foreign_packages
@@ -45,7 +46,11 @@ def made_of(sweep: Sweep, row: Row, model: str) -> dict[str, Any]:
     if row.recipe is not None:
         made["recipe"] = row.recipe.fingerprint_json()
         made["activations"] = row.activations
-        made["calibration"] = {"sha256": _content(row.recipe.calibration)}
+        sources = [part.source for part in parts_of(row.recipe.calibration)]
+        # One text has its hash here, as in the records of earlier versions.
+        made["calibration"] = (
+            {"sha256": _content(sources[0])} if len(sources) == 1 else {name: _content(name) for name in sources}
+        )
         made |= foreign_packages(row.recipe)
     plain: dict[str, Any] = json.loads(json.dumps(made))
     return plain
