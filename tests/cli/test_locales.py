@@ -25,7 +25,9 @@ def places(tiny_folder: Path, tmp_path: Path) -> dict[str, str]:
     tiny_folder.rename(folder)
     text = tmp_path / "récit中.txt"
     text.write_text("Café 中 🙂 near the house, and Tom saw a bird. " * 30, encoding="utf-8")
-    made = {name: str(tmp_path / f"{name}→中") for name in ("OUT", "DENSE", "RECOVERED", "SWEPT")}
+    made = {name: str(tmp_path / f"{name}→中") for name in ("OUT", "DENSE", "RECOVERED", "SWEPT")} | {
+        "SAMPLED": str(tmp_path / "中→.jsonl")
+    }
     sweep = tmp_path / "suite→中.yaml"
     sweep.write_text(
         f"model: {folder}\neval: {{text: {text}, windows: 1, seq_len: 16}}\n"
@@ -59,6 +61,7 @@ COMMANDS = [
         "--new-tokens",
         "2",
     ],
+    ["sample", "MODEL", "-o", "SAMPLED", "--samples", "2", "--seq-len", "16"],
     ["export", "OUT", "-o", "DENSE"],
     ["recover", "OUT", "--teacher", "MODEL", "-o", "RECOVERED", "--tokens", "16", "--text", "TEXT", "--seq-len", "16"],
     ["recipe", "show", "default"],
@@ -71,8 +74,9 @@ COMMANDS = [
     ["compress", "MODEL", "-o", "OUT"],
     ["eval", "OUT", "--text", "中→.txt"],
     ["generate", "OUT", PROMPT * 100],
+    ["chat", "OUT"],
 ]
-REFUSED = 5  # of these, the last
+REFUSED = 6  # of these, the last
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from halfplate.cli import (
     recipe,
     recover,
     report,
+    sample,
     serve,
     sweep,
 )
@@ -42,6 +43,7 @@ VERBS: dict[str, Any] = {
     "eval": evaluate,
     "bench": bench,
     "sweep": sweep,
+    "sample": sample,
     "generate": generate,
     "chat": chat,
     "inspect": inspect,

@@ -1,15 +1,17 @@
-"""Generate text from a prompt by greedy decoding."""
+"""Generate text from prompts by greedy decoding."""
 
 import argparse
 
-from halfplate.cli.parser import positive, typed_text
+from halfplate.cli.parser import add_output_arguments, positive, typed_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a Halfplate checkpoint, a Hugging Face folder, a Hub id or a .gguf file"
     )
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
+    parser.add_argument(
+        "prompts", metavar="PROMPT", nargs="+", help="the text to continue; several are answered one by one"
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=positive,
@@ -27,13 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float",
         help="int8 quantises activations for int8 and int4 cores (default float)",
     )
+    add_output_arguments(parser, progress=False)
 
 
 def run(args: argparse.Namespace) -> int:
-    from halfplate import generate
-    from halfplate.cli.console import silence_libraries
+    from halfplate.cli.console import print_json, silence_libraries
+    from halfplate.evaluation.generate import answers
 
     silence_libraries()
-    prompt = typed_text(args.prompt)
-    print(generate(args.model, prompt, args.max_new_tokens, args.chat, args.threads, args.activations))
+    prompts = [typed_text(prompt) for prompt in args.prompts]
+    found = answers(args.model, prompts, args.max_new_tokens, args.chat, args.threads, args.activations)
+    if args.json:
+        print_json([{"prompt": prompt, "text": text} for prompt, text in zip(prompts, found, strict=True)])
+    else:
+        print("\n\n".join(found))
     return 0

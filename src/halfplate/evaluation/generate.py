@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,25 @@ def generate(
 
     Raises HalfplateError on bad input, and if prompt and answer exceed the positions of the model.
     """
+    return answers(model, [prompt], max_new_tokens, chat, threads, activations)[0]
+
+
+def answers(
+    model: str | Path,
+    prompts: Sequence[str],
+    max_new_tokens: int = 64,
+    chat: bool = False,
+    threads: int | None = None,
+    activations: str = "float",
+) -> list[str]:
+    """`generate` for each of `prompts`; the model is loaded once."""
     name = path_text("model", model)
     use_threads(threads)
     loaded, tokenizer = load_any(name, activations=activations)
+    return [_answer(name, loaded, tokenizer, prompt, max_new_tokens, chat) for prompt in prompts]
+
+
+def _answer(name: str, loaded: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat: bool) -> str:
     ids = _token_ids(name, prompt, chat, tokenizer)
     length = ids.shape[1]
     limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
