@@ -179,7 +179,9 @@ class Streams:
         inputs = self._inputs(layer)
         if self._recorded != layer:
             view, memory = self.run.view(layer, {}), self._memory_to_run(layer)
-            hidden, out = self.hidden(DENSE, layer), None if layer == self.run.last else self.hidden(DENSE, layer + 1)
+            # Nothing reads the outputs of the last layer, except tuning.
+            last = layer == self.run.last and not self.recipe.tune_block
+            hidden, out = self.hidden(DENSE, layer), None if last else self.hidden(DENSE, layer + 1)
             names, arguments = self._leaders[layer], self._arguments[layer]
             tasks = [
                 RecordInputs(view, names, hidden, inputs, out, arguments, sum(chunks, ()), memory, self._own)
