@@ -6,6 +6,7 @@ A · (y₁ + y₂) = A · y₁ + A · y₂.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Literal
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
 from halfplate.formats.parts.core import NMSparse
+from halfplate.formats.quantizers import core_dtypes
 from halfplate.formats.quantizers.rounding import GROUPS
 from halfplate.formats.spec import WeightSpec
 
@@ -61,11 +63,12 @@ def shard(spec: WeightSpec, tensors: Mapping[str, Tensor], axis: Axis, start: in
     whole = spec.alone
     matrix = Chain.from_tensors(whole, tensors)
     if axis == "rows":
-        # Blocks larger than the shard can only be those of a whole matrix.
         part = replace(whole, d_out=size)
         return Chain(part, matrix.core.rows(part, start), tuple(outer.rows(part, start) for outer in matrix.outer))
     part = replace(whole, d_in=size)
-    return Chain(part, matrix.core.cut_columns(part, start), tuple(outer.cut_columns(part, start) for outer in matrix.outer))
+    return Chain(
+        part, matrix.core.cut_columns(part, start), tuple(outer.cut_columns(part, start) for outer in matrix.outer)
+    )
 
 
 def _together(spec: WeightSpec, axis: Axis) -> Iterator[tuple[str, int | None]]:
@@ -76,17 +79,27 @@ def _together(spec: WeightSpec, axis: Axis) -> Iterator[tuple[str, int | None]]:
 
 
 def _cure(spec: WeightSpec, axis: Axis, size: int) -> str:
-    """The largest block size, or else group size, with which shards of `size` would do."""
+    """The largest block size, or else group size or core type, with which shards of `size` would do."""
     largest = spec.out_block if axis == "rows" else spec.in_block
-    blocks = {"out_block" if axis == "rows" else "in_block": spec.out_block if axis == "rows" else spec.in_block}
-    for group in sorted({spec.group} | {one for one in GROUPS if one < spec.group}, reverse=True):
-        for block in range(largest, -1, -1) if largest == 0 else range(largest, 0, -1):
-            try:
-                found = replace(spec.alone, group=group, **dict.fromkeys(blocks, block))
-            except HalfplateError:  # a block that the pattern does not allow
-                continue
-            if all(together is not None and size % together == 0 for _, together in _together(found, axis)):
-                options = [f"--block-size {block}"] if block != largest else []
-                options += [f"--group-size {group}"] if group != spec.group else []
-                return f"compress with {' '.join(options)}, or use tensor_parallel_size=1"
+    plain = spec.core_dtype.removesuffix("k")  # the same values without super-scales, if there is such a type
+    types = [spec.core_dtype] + [plain] * (plain != spec.core_dtype and plain in core_dtypes())
+    groups = sorted({spec.group, *(group for group in GROUPS if group < spec.group)}, reverse=True)
+    blocks = range(largest, 0, -1) if largest else (0,)
+    for core, group, block in product(types, groups, blocks):
+        try:
+            found = replace(_with_block(spec.alone, axis, block), core_dtype=core, group=group)
+        except HalfplateError:  # a block that the pattern does not allow
+            continue
+        if all(together is not None and size % together == 0 for _, together in _together(found, axis)):
+            chosen = (
+                ("block-size", block, largest),
+                ("group-size", group, spec.group),
+                ("core-dtype", core, spec.core_dtype),
+            )
+            options = [f"--{option} {value}" for option, value, usual in chosen if value != usual]
+            return f"compress with {' '.join(options)}, or use tensor_parallel_size=1"
     return "use tensor_parallel_size=1"
+
+
+def _with_block(spec: WeightSpec, axis: Axis, block: int) -> WeightSpec:
+    return replace(spec, out_block=block) if axis == "rows" else replace(spec, in_block=block)

@@ -47,7 +47,7 @@ def linear(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
 def linears(x: Tensor, packed: Sequence[Tensor], d_outs: Sequence[int], width: int) -> Tensor:
     """The products of x (..., d_in) with several packed matrices side by side, then zeros: (..., width) in the dtype of `x`.
 
-    One operator, which multiplies the matrices one after the other. d_outs: the outputs of each matrix, at most `width` in sum.
+    One operator, which multiplies the matrices one after the other. d_outs: outputs of each matrix, at most `width` in sum.
     """
     products: Tensor = torch.ops.halfplate.linears(x, packed, d_outs, width)
     return products

@@ -97,7 +97,7 @@ class HalfplateVllmConfig(QuantizationConfig):
             specs = {name: self._supported(name) for name in self._members(prefix)}
             if not any(specs.values()):
                 return UnquantizedLinearMethod()
-            return HalfplateLinearMethod(prefix, specs)
+            return HalfplateLinearMethod(specs)
         if isinstance(layer, VocabParallelEmbedding):
             return self._table_method(layer, prefix)
         inside = next((name for name in self.specs if prefix and name.startswith(f"{prefix}.")), None)

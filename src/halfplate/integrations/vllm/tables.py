@@ -6,13 +6,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from halfplate.errors import HalfplateError
 from halfplate.formats import NMSparse, WeightSpec
 from halfplate.formats.sharding import shard
-from halfplate.integrations.vllm.linears import hold, multiplied
+from halfplate.integrations.vllm.group import hold, multiplied
 from halfplate.integrations.vllm.members import Stored, add_parameters
 from halfplate.kernels.linear import pack
 
@@ -49,7 +49,7 @@ class _TableMethod(QuantizeMethodBase):
     def __init__(self, name: str, spec: WeightSpec, stored: Stored) -> None:
         self.name, self.spec, self.stored = name, spec, stored
 
-    def create_weights(self, layer: nn.Module, *weight_args: Any, **extra_weight_attrs: Any) -> None:
+    def create_weights(self, layer: Any, *weight_args: Any, **extra_weight_attrs: Any) -> None:
         """Give `layer` one empty parameter for each stored tensor."""
         vocabulary, hidden = layer.org_vocab_size, layer.embedding_dim
         if (vocabulary, hidden) != (self.spec.d_out, self.spec.d_in) or layer.num_added_embeddings:
@@ -73,11 +73,13 @@ class _TableMethod(QuantizeMethodBase):
 class HalfplateEmbeddingMethod(_TableMethod):
     """An embedding that stays in codes; rows are decoded when they are looked up."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Keep the rows of this rank; raises HalfplateError if the checkpoint lacks a tensor."""
         found = self._rows_here(layer)
         if found is None:
-            raise HalfplateError(f"{self.name}: a rank has no row of the vocabulary; use a smaller tensor_parallel_size")
+            raise HalfplateError(
+                f"{self.name}: a rank has no row of the vocabulary; use a smaller tensor_parallel_size"
+            )
         spec, tensors = found
         layer.halfplate_spec, layer.halfplate_count = json.dumps(spec.to_json()), len(tensors)
         for place, name in enumerate(spec.layout()):
@@ -89,7 +91,7 @@ class HalfplateEmbeddingMethod(_TableMethod):
         rows: Tensor = torch.ops.halfplate.rows(input_, stored, layer.halfplate_spec, layer.params_dtype)
         return rows
 
-    def apply(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def apply(self, layer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Not called: vLLM's heads have a method of their own."""
         raise NotImplementedError(f"{self.name} is an embedding")
 
@@ -109,6 +111,6 @@ class HalfplateHeadMethod(_TableMethod):
             self.stored.tensors = {}
         hold(layer, packed, [] if found is None else [found[0].d_out], layer.num_embeddings_per_partition)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., hidden) to logits (..., rows of this rank), those of padding 0."""
         return multiplied(layer, x, bias)
