@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -130,38 +131,30 @@ def test_a_damaged_checkpoint_is_refused_by_name(checkpoint, environment, tmp_pa
     assert "model.layers.1.mlp.down_proj.weight_index is missing" in run.stdout + run.stderr
 
 
-def test_the_openai_client_completes_plain_and_streamed(checkpoint, environment, tmp_path):
+def test_the_page_on_vllm_is_true(checkpoint, environment, tmp_path, capsys):
+    """Its command serves, and its Python code streams what a request without streaming gets."""
     openai = pytest.importorskip("openai", reason="openai is not installed")
-    port = 8000 + os.getpid() % 20000
-    options = [
-        "--port",
-        str(port),
-        "--enforce-eager",
-        "--max-model-len",
-        "128",
-        "--dtype",
-        "float32",
-        "--served-model-name",
-        "tiny",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(checkpoint("wrapped")),
-        *options,
-    ]
+    page = (ROOT / "docs" / "vllm.md").read_text()
+    port, (code,) = str(8001 + os.getpid() % 20000), re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    words = shlex.split(re.search(r"^vllm-env/bin/python (-m vllm.*)$", page, re.MULTILINE)[1])
+    words[words.index("OUT")], words[words.index("8000")] = str(checkpoint("wrapped")), port
+    few = ["--enforce-eager", "--max-model-len", "128", "--dtype", "float32", "--served-model-name", "OUT"]
     log = (tmp_path / "log").open("w")
-    server = subprocess.Popen(command, env=environment | ONE_PROCESS, stdout=log, stderr=log, start_new_session=True)
+    server = subprocess.Popen(
+        [sys.executable, *words, *few], env=environment | ONE_PROCESS, stdout=log, stderr=log, start_new_session=True
+    )
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
+        exec(
+            compile(
+                code.replace("8000", port).replace("max_tokens=32", "max_tokens=8, temperature=0"), "vllm.md", "exec"
+            ),
+            {},
+        )
+        streamed = capsys.readouterr().out
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        asked = {"model": "tiny", "prompt": "One day a small bird", "max_tokens": 8, "temperature": 0}
-        whole = client.completions.create(**asked).choices[0].text
-        parts = [part.choices[0].text for part in client.completions.create(**asked, stream=True)]
-        assert whole
-        assert "".join(parts) == whole
+        whole = client.completions.create(model="OUT", prompt="One day", max_tokens=8, temperature=0)
+        assert whole.choices[0].text == streamed != ""
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)

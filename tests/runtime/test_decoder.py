@@ -3,6 +3,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -167,11 +168,8 @@ def test_a_cache_is_cropped_and_reset_like_transformers_own(tiny_model):
     with torch.no_grad():
         expected = model(IDS).logits[:, -1]
         model(input_ids=torch.cat([IDS, IDS], 1), **cached(model, cache), use_cache=True)
-        try:
+        with suppress(ValueError):  # later versions of transformers refuse a positive number
             cache.crop(12)
-        except ValueError as refused:  # of later versions of transformers
-            assert "positive" in str(refused)
-        else:
             assert cache.get_seq_length() == 12
         cache.crop(6 - cache.get_seq_length())
         assert cache.get_seq_length() == 6
