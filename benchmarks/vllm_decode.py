@@ -64,12 +64,19 @@ def compare(folder: str, args: argparse.Namespace) -> None:
         ids = torch.tensor([prompt], dtype=torch.int64, device="cpu")
         wanted = {"max_new_tokens": args.new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         expected.append(model.generate(ids, attention_mask=torch.ones_like(ids), **wanted)[0, len(prompt) :].tolist())
-    del model
     served = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=len(prompts))
     greedy = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True, detokenize=False)
     answers = served.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
     found = [list(answer.outputs[0].token_ids) for answer in answers]
     same = sum(one == other for one, other in zip(found, expected, strict=True))
+    for prompt, one, other in zip(prompts, found, expected, strict=True):
+        if one != other:
+            first = next(place for place, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
+            ids = torch.tensor([[*prompt, *other[:first]]], dtype=torch.int64, device="cpu")
+            with torch.inference_mode():
+                logits = model(ids).logits[0, -1]
+            gap = float(logits[other[first]] - logits[one[first]])
+            print(f"GAP {folder}: token {first} differs, where the two logits differ by {gap:.2g}", flush=True)
     print(f"TEXT {folder}: {same} of {len(prompts)} prompts have the same {args.new_tokens} tokens", flush=True)
 
 

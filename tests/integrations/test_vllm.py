@@ -34,6 +34,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
+FULL = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}  # attention, of Qwen2, which has biases
 RECIPES = {
     "wrapped": {"pattern": "2:4", "core_dtype": "int4", "block_size": 16, "wrapper_dtype": "int8", "share_wrappers": True},
     "tables": {"method": "rtn", "pattern": "dense", "core_dtype": "nl4", "block_size": 0, "embedding_dtype": "int8", "head_dtype": "int8"},
@@ -73,7 +74,8 @@ def checkpoint(tiny_model, tiny_tokenizer, tmp_path_factory):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             tied = name == "tables"
-            model = tiny_model("llama", vocab_size=len(tiny_tokenizer), tie_word_embeddings=tied, **SIZES)
+            kind, sizes = ("qwen2", SIZES | FULL) if name == "mixed" else ("llama", SIZES)
+            model = tiny_model(kind, vocab_size=len(tiny_tokenizer), tie_word_embeddings=tied, **sizes)
             model.save_pretrained(folder / "model")
             tiny_tokenizer.save_pretrained(folder / "model")
             (folder / "text.txt").write_text("One day a small bird sat in a big tree and saw a red ball. " * 100)
