@@ -34,7 +34,11 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
-FULL = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}  # attention, of Qwen2, which has biases
+FULL = {
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "layer_types": None,
+}  # attention, of Qwen2, which has biases
 RECIPES = {
     "wrapped": {"pattern": "2:4", "core_dtype": "int4", "block_size": 16, "wrapper_dtype": "int8", "share_wrappers": True},
     "tables": {"method": "rtn", "pattern": "dense", "core_dtype": "nl4", "block_size": 0, "embedding_dtype": "int8", "head_dtype": "int8"},
