@@ -178,7 +178,7 @@ def build_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerBase:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """The factory `tiny_model(architecture="llama", seed=0, **config_overrides)`."""
     return build_model

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -165,9 +166,10 @@ def test_a_cache_is_cropped_and_reset_like_transformers_own(tiny_model):
     with torch.no_grad():
         expected = model(IDS).logits[:, -1]
         model(input_ids=torch.cat([IDS, IDS], 1), **cached(model, cache), use_cache=True)
-        with pytest.raises(ValueError, match="positive"):
-            cache.crop(8)
-        cache.crop(-8)
+        with suppress(ValueError):  # later versions of transformers refuse a positive number
+            cache.crop(12)
+            assert cache.get_seq_length() == 12
+        cache.crop(6 - cache.get_seq_length())
         assert cache.get_seq_length() == 6
         torch.testing.assert_close(model(input_ids=IDS[:, 6:], **cached(model, cache)).logits[:, -1], expected)
         cache.reset()

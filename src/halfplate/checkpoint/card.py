@@ -34,6 +34,8 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
 Run `pip install halfplate` first. Without `import halfplate`, transformers does not load this folder and says why.
+
+vLLM serves it on CPUs if Halfplate is installed beside it. Otherwise vLLM ends with `Unknown quantization method: halfplate`; `pip install halfplate` cures that.
 """
 LOADING_DENSE = """\
 ```python

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-OLDEST_TRANSFORMERS = (5, 23)
+OLDEST_TRANSFORMERS = (5, 19)
 
 
 class HalfplateQuantizer(HfQuantizer):
@@ -60,7 +60,7 @@ class HalfplateQuantizer(HfQuantizer):
         installed = tuple(int(part) for part in transformers.__version__.split(".")[:2])
         if installed < OLDEST_TRANSFORMERS:
             raise HalfplateError(
-                f"transformers={transformers.__version__} is too old, expected at least 5.23; run `pip install -U transformers`"
+                f"transformers={transformers.__version__} is too old, expected at least 5.19; run `pip install -U transformers`"
             )
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:

@@ -105,9 +105,15 @@ class GrowingLayer(DynamicLayer):
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last positions; the number is negative, as in `DynamicLayer.crop`, which refuses positive numbers."""
-        super().crop(max(tokens_to_remove, 0))
-        self.length -= min(self.length, -tokens_to_remove)
+        """Remove the last positions; the number is negative, as in `DynamicLayer.crop`.
+
+        For a positive number, old versions of transformers keep that many positions, and later ones raise ValueError.
+        """
+        if tokens_to_remove > 0:
+            super().crop(tokens_to_remove)
+            self.length = min(self.length, tokens_to_remove)
+        else:
+            self.length -= min(self.length, -tokens_to_remove)
 
     def reset(self) -> None:
         self.length = 0

@@ -78,6 +78,15 @@ class Part(ABC):
     def rows(self, spec: "WeightSpec", start: int) -> Self:
         """The part for the `spec.d_out` rows from `start` on, a multiple of `rows_together`."""
 
+    @classmethod
+    def columns_together(cls, spec: "WeightSpec") -> int | None:
+        """Number of columns that cannot be separated, counted from the first column; None if the part mixes all of them."""
+        return None
+
+    def cut_columns(self, spec: "WeightSpec", start: int) -> Self:
+        """The part for the `spec.d_in` columns from `start` on, a multiple of `columns_together`, of a product that is summed."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be cut into columns")
+
     @abstractmethod
     def trainable(self, spec: "WeightSpec", values_too: bool) -> "Trainable[Part]":
         """A module with the values of the part as fp32 parameters. values_too: whether the values of the core have gradients."""

@@ -75,11 +75,16 @@ class BlockDiagonal:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def cut(self, start: int, size: int, block: int) -> Self:
-        """The matrix of the `size` rows and columns from `start` on, which begin at a block; all blocks before the last are full."""
-        blocks = cast(Tensor, self.blocks)
+        """The matrix of the `size` rows and columns from `start` on, which begin at a block.
+
+        They end at a block, at the end of the matrix, or before rows and columns of a block that the caller knows to be zeros.
+        """
         first, (full, rest) = start // block, divmod(size, block)
-        whole = blocks[first : first + full].contiguous() if full else None
-        tail = blocks[first + full, :rest, :rest].contiguous() if rest else None
+        whole = cast(Tensor, self.blocks)[first : first + full].contiguous() if full else None
+        tail = None
+        if rest:
+            at_the_end = self.tail is not None and start + size == self.size
+            tail = self.tail if at_the_end else cast(Tensor, self.blocks)[first + full, :rest, :rest].contiguous()
         scales = None if self.scales is None else self.scales[start : start + size].contiguous()
         return type(self)(whole, tail, scales)
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import gcd, lcm
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -58,6 +59,17 @@ class Grid:
         """The stored tensors by their name below the module."""
         names = self.storage.layout(self.quantizer.stored, self.groups)
         return {f"weight_{name}": part for name, part in zip(names, self.stored, strict=True)}
+
+    def cut_columns(self, spec: "WeightSpec", start: int) -> "Grid":
+        """The same for the `spec.d_in` columns from `start` on, which begin at a super-scale."""
+        storage, groups = storage_of(self.quantizer), -(-spec.d_in // self.group)
+        before = storage.layout(self.quantizer.stored, start // self.group).values()
+        widths = storage.layout(self.quantizer.stored, groups).values()
+        stored = tuple(
+            part[:, first : first + width].contiguous()
+            for part, (first, _), (width, _) in zip(self.stored, before, widths, strict=True)
+        )
+        return replace(self, stored=stored, count=spec.pattern.kept(spec.d_in), groups=groups)
 
     def rows(self, rows: slice | Tensor) -> "Grid":
         """The same for some of the rows: a slice, or their numbers, int64 (n,)."""
@@ -259,6 +271,28 @@ class NMSparse(Part):
         grid = None if self.grid is None else self.grid.rows(rows)
         index = None if self.index is None else self.index[rows].contiguous()
         return replace(self, stored=self.stored[rows].contiguous(), index=index, grid=grid)
+
+    @classmethod
+    def columns_together(cls, spec: "WeightSpec") -> int | None:
+        pattern, quantizer, together = spec.pattern, quantizer_of(spec.core_dtype), spec.pattern.m
+        streams = [] if pattern.is_dense else [pattern.index_bits]
+        if quantizer is not None:
+            together = lcm(together, spec.group * storage_of(quantizer).span)
+            streams.append(quantizer.bits)
+        # Streams of bits are cut at whole bytes.
+        return lcm(together, *(pattern.m * (8 // gcd(8, pattern.n * bits)) for bits in streams))
+
+    def cut_columns(self, spec: "WeightSpec", start: int) -> Self:
+        pattern, first, kept = self.pattern, spec.pattern.kept(start), spec.pattern.kept(spec.d_in)
+
+        def cut(tensor: Tensor, bits: int) -> Tensor:
+            return tensor[:, first * bits // 8 :][:, : packed_nbytes(kept, bits)].contiguous()
+
+        index = None if self.index is None else cut(self.index, pattern.index_bits)
+        if self.grid is None:
+            return replace(self, stored=self.stored[:, first : first + kept].contiguous(), index=index)
+        stored = cut(self.stored, self.grid.quantizer.bits)
+        return replace(self, stored=stored, index=index, grid=self.grid.cut_columns(spec, start))
 
     def trainable(self, spec: "WeightSpec", values_too: bool) -> "TrainableCore":
         return TrainableCore(self, spec, values_too)

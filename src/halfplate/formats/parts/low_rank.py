@@ -69,3 +69,10 @@ class LowRank(Outer):
 
     def rows(self, spec: "WeightSpec", start: int) -> Self:
         return type(self)(self.left[start : start + spec.d_out].contiguous(), self.right)
+
+    @classmethod
+    def columns_together(cls, spec: "WeightSpec") -> int | None:
+        return 1
+
+    def cut_columns(self, spec: "WeightSpec", start: int) -> Self:
+        return type(self)(self.left, self.right[:, start : start + spec.d_in].contiguous())

@@ -81,6 +81,13 @@ class OutWrapper(Wrapper):
     def rows(self, spec: "WeightSpec", start: int) -> Self:
         return self.cut(start, spec.d_out, spec.out_block)
 
+    @classmethod
+    def columns_together(cls, spec: "WeightSpec") -> int | None:
+        return 1
+
+    def cut_columns(self, spec: "WeightSpec", start: int) -> Self:
+        return self  # A is linear: A · Σ y = Σ A · y
+
 
 class InWrapper(Wrapper):
     """B of A · S · B: before the core, on the inputs. Of several matrices with the same input, the first one may store it for all."""
@@ -110,6 +117,13 @@ class InWrapper(Wrapper):
 
     def rows(self, spec: "WeightSpec", start: int) -> Self:
         return self
+
+    @classmethod
+    def columns_together(cls, spec: "WeightSpec") -> int | None:
+        return spec.in_block
+
+    def cut_columns(self, spec: "WeightSpec", start: int) -> Self:
+        return self.cut(start, spec.d_in, spec.in_block)
 
 
 class TrainableWrapper(TrainableOuter[Wrapper]):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 BIAS = "_bias"
 JOINED = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
-FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class LinearExperts(nn.Module):
         expert = self.expert(number)
         up = expert.up_proj(x)
         output: Tensor = expert.down_proj(self.activated(expert.gate_proj(x) if self.layout.gated else None, up))
-        if self.has_post_expert_norm:
+        if getattr(self, "has_post_expert_norm", False):  # not in transformers before 5.23
             output = self.post_expert_norm(output)  # type: ignore[operator]
         return output
 
