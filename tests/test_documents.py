@@ -175,7 +175,7 @@ def test_the_page_on_texts_is_true(workplace, capsys):
             content * 100 if name == "pairs.jsonl" else ("Tom came home.\r\n" * 100).encode("utf-16")
         )
     lines = re.findall(r"^\$ halfplate (.*)$", page, re.MULTILINE)
-    assert len(lines) == 3
+    assert len(lines) == 5
     for line in lines:
         assert main([*shlex.split(line), *(QUICK if line.startswith("compress") else [])]) == 0, capsys.readouterr().err
     assert json.loads(Path("SmolLM2-pairs/halfplate.json").read_text())["calibration"]["skipped_rows"] == 100
