@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from halfplate.models.experts.group import Group, kernel_matrices, runs_in_group
 from halfplate.models.experts.layout import Layout
 
 
@@ -27,7 +29,7 @@ class LinearExperts(nn.Module):
     """The experts of a layer, each with its own linears, in the place of an experts module of transformers.
 
     The children `0`, `1`, … are the experts. Each runs on the tokens that are routed to it, so a hook on one of its linears sees only these
-    tokens. Attributes and other submodules are those of the original.
+    tokens. Experts with few tokens whose linears are in kernel layout run together. Attributes and other submodules are those of the original.
 
     original: the module that is replaced; its 3-D tensors are not kept, except as the views that the linears use.
     experts: the linears of each expert.
@@ -64,22 +66,53 @@ class LinearExperts(nn.Module):
         both (tokens, experts per token). A number beyond the experts stands for none.
         """
         hidden, chosen, weights = routing(self, args, kwargs)
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        flat, width = hidden.reshape(-1, hidden.shape[-1]), chosen.shape[-1]
         result = torch.zeros_like(flat)
-        for number, tokens, places in hits(chosen, self.layout.experts):
-            output = self.run(number, flat[tokens])
-            weighted = output * weights[tokens, places, None]
-            result.index_add_(0, tokens, weighted.to(result.dtype))
+        for slots, output in self._outputs(flat, hits(chosen, self.layout.experts), width):
+            weighted = output * weights.reshape(-1)[slots, None]
+            result.index_add_(0, slots // width, weighted.to(result.dtype))
         return result.reshape(hidden.shape)
+
+    def _outputs(self, x: Tensor, found: Hits, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The outputs (slots, hidden) of all experts that tokens are routed to, some experts at a time, with their slots."""
+        group = Group()
+        for number, slots in found.each():
+            matrices = kernel_matrices(self._linears(number)) if runs_in_group(x, len(slots)) else None
+            if matrices is None:
+                yield slots, self.run(number, x[slots // width])
+            else:
+                group.add(slots, matrices)
+        if group.counts:
+            slots = group.slots()
+            # The only row is read by all experts.
+            alone = len(x) == 1 and len(slots) == len(group.counts)
+            yield slots, self._run_group(x if alone else x[slots // width], group)
+
+    def _run_group(self, x: Tensor, group: Group) -> Tensor:
+        """`run` for several experts in two native calls, which read only their matrices."""
+        first = group.products(x, slice(0, -1))
+        gate, up = first.chunk(2, -1) if self.layout.gated else (None, first)
+        return self._normed(group.products(self.activated(gate, up), slice(-1, None)))
+
+    def _linears(self, number: int) -> list[nn.Module]:
+        """The linears of an expert, in the order in which they run."""
+        expert = self._modules[str(number)]._modules  # type: ignore[union-attr]
+        return [expert[leaf] for leaf in self.layout.linears]  # type: ignore[misc]
+
+    def in_group(self) -> list[bool]:
+        """Whether each expert runs together with others, if few tokens are routed to it."""
+        return [kernel_matrices(self._linears(number)) is not None for number in range(self.layout.experts)]
 
     def run(self, number: int, x: Tensor) -> Tensor:
         """The output (tokens, hidden) of one expert for `x`, without its routing weight."""
         expert = self.expert(number)
         up = expert.up_proj(x)
-        output: Tensor = expert.down_proj(self.activated(expert.gate_proj(x) if self.layout.gated else None, up))
-        if self.has_post_expert_norm:
-            output = self.post_expert_norm(output)  # type: ignore[operator]
-        return output
+        gate = expert.gate_proj(x) if self.layout.gated else None
+        return self._normed(expert.down_proj(self.activated(gate, up)))
+
+    def _normed(self, output: Tensor) -> Tensor:
+        normed: Tensor = self.post_expert_norm(output) if self.has_post_expert_norm else output  # type: ignore[operator]
+        return normed
 
     def activated(self, gate: Tensor | None, up: Tensor) -> Tensor:
         """The input of the down projection from the outputs of the other two linears."""
@@ -101,25 +134,36 @@ def routing(experts: LinearExperts, args: tuple[Any, ...], kwargs: dict[str, Any
     return hidden, chosen.reshape(-1, chosen.shape[-1]), weights.reshape(-1, weights.shape[-1])
 
 
-def hits(chosen: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Every expert that tokens are routed to, in order: its number, its tokens in order, and their places among `chosen` (tokens, k).
+@dataclass(frozen=True)
+class Hits:
+    """The experts that tokens are routed to, in order.
+
+    numbers, counts: of each expert, its number and the slots that name it.
+    slots: int64 places in the experts of all tokens, (tokens, k) in a row; those of the first expert first, each in the order of tokens.
+    """
+
+    numbers: list[int]
+    counts: list[int]
+    slots: Tensor
+
+    def each(self) -> Iterator[tuple[int, Tensor]]:
+        """Every expert with its slots."""
+        return zip(self.numbers, self.slots.split(self.counts), strict=True)
+
+
+def hits(chosen: Tensor, count: int) -> Hits:
+    """The experts that tokens are routed to among `count`, from those of each token: `chosen` (tokens, k).
 
     Without values, each expert gets the first token.
     """
     if chosen.is_meta or isinstance(chosen, FakeTensor):
-        first = torch.zeros(1, dtype=torch.int64, device=chosen.device)
-        for number in range(count):
-            yield number, first, first
-        return
-    width = chosen.shape[-1]
-    numbers, order = chosen.reshape(-1).sort(stable=True)
-    found, counts = numbers.unique_consecutive(return_counts=True)
-    start = 0
-    for number, length in zip(found.tolist(), counts.tolist(), strict=True):
-        slots = order[start : start + length]
-        start += length
-        if 0 <= number < count:
-            yield number, slots // width, slots % width
+        return Hits(list(range(count)), [1] * count, torch.zeros(count, dtype=torch.int64, device=chosen.device))
+    ordered, order = chosen.reshape(-1).sort(stable=True)
+    found, counts = (each.tolist() for each in ordered.unique_consecutive(return_counts=True))
+    known = [(number, length) for number, length in zip(found, counts, strict=True) if 0 <= number < count]
+    start = sum(length for number, length in zip(found, counts, strict=True) if number < 0)
+    numbers, lengths = [number for number, _ in known], [length for _, length in known]
+    return Hits(numbers, lengths, order[start : start + sum(lengths)])
 
 
 def experts_of(model: nn.Module) -> dict[str, LinearExperts]:
