@@ -64,7 +64,8 @@ def test_linears_give_the_results_of_the_original_and_can_be_joined_again(archit
 def test_the_tokens_of_every_expert(shape):
     chosen = torch.randint(0, 6, shape, generator=torch.Generator().manual_seed(0))
     found = {
-        number: [(slot // shape[1], slot % shape[1]) for slot in slots.tolist()] for number, slots in hits(chosen, 5).each()
+        number: [(slot // shape[1], slot % shape[1]) for slot in slots.tolist()]
+        for number, slots in hits(chosen, 5).each()
     }
     # 5 stands for no expert.
     expected = {n: [(t, k) for t in range(shape[0]) for k in range(shape[1]) if chosen[t, k] == n] for n in range(5)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from halfplate.kernels import native
 from halfplate.kernels.group import multiply_group
 from halfplate.kernels.linear import expand_from, read_header
 
@@ -42,14 +43,14 @@ class Group:
         return multiply_group(x, packed, self.counts, [read_header(matrix).d_out for matrix in packed[0]])
 
 
-def runs_in_group(x: Tensor, count: int) -> bool:
-    """Whether an expert that `count` rows of `x` are routed to may run together with others; many rows are faster alone.
+def rows_in_group(x: Tensor) -> int:
+    """Experts that fewer rows of `x` than this are routed to may run together; with more, each is faster alone.
 
     Gradients and tracing need every linear by itself.
     """
     traced = torch.compiler.is_compiling() or isinstance(x, FakeTensor) or not x.is_cpu
     differentiated = torch.is_grad_enabled() and x.requires_grad
-    return not (traced or differentiated) and count < expand_from(sparse=False)
+    return 0 if traced or differentiated or not native.available() else expand_from(sparse=False)
 
 
 def kernel_matrices(linears: Sequence[nn.Module]) -> list[Tensor] | None:

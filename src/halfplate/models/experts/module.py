@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from halfplate.models.experts.group import Group, kernel_matrices, runs_in_group
+from halfplate.models.experts.group import Group, kernel_matrices, rows_in_group
 from halfplate.models.experts.layout import Layout
 
 
@@ -75,9 +75,9 @@ class LinearExperts(nn.Module):
 
     def _outputs(self, x: Tensor, found: Hits, width: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The outputs (slots, hidden) of all experts that tokens are routed to, some experts at a time, with their slots."""
-        group = Group()
+        group, few = Group(), rows_in_group(x)
         for number, slots in found.each():
-            matrices = kernel_matrices(self._linears(number)) if runs_in_group(x, len(slots)) else None
+            matrices = kernel_matrices(self._linears(number)) if len(slots) < few else None
             if matrices is None:
                 yield slots, self.run(number, x[slots // width])
             else:
