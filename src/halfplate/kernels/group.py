@@ -55,7 +55,7 @@ def multiply_group(
             members.append((address, matrix.numel(), 0 if shared else row, row, count, column, d_out))
             column += d_out
         row += count
-    table = (Member * len(members))(*members)
+    table = (Member * len(members))(*members)  # type: ignore[misc]  # ctypes takes tuples
     y = torch.empty(rows, width, dtype=torch.float32, device=CPU)
     extent, apart = _extent(given)
     status = native.library().halfplate_group(
