@@ -17,7 +17,8 @@ from unittest import mock
 
 import torch
 from common import machine, table
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import halfplate
 from halfplate.compression.compress import compress
@@ -77,6 +78,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             source, out = Path(folder) / "dense", Path(folder) / "out"
             dense.save_pretrained(source)
+            # Not used, but a compressed model is never written without one.
+            words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a"))
+            PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(source)
             recipe = Recipe(method="rtn", pattern="dense", core_dtype="int4", group_size=32, threads=1)
             compress(str(source), out, recipe, benchmark=False, check=False)
             size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
