@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from halfplate.models.experts.group import Group, kernel_matrices, rows_in_group
+from halfplate.models.experts.group import kernel_matrices, products, rows_in_group
 from halfplate.models.experts.layout import Layout
 
 
@@ -69,30 +70,43 @@ class LinearExperts(nn.Module):
         flat, width = hidden.reshape(-1, hidden.shape[-1]), chosen.shape[-1]
         result = torch.zeros_like(flat)
         for slots, output in self._outputs(flat, hits(chosen, self.layout.experts), width):
-            weighted = output * weights.reshape(-1)[slots, None]
+            weighted = output * weights.reshape(-1).index_select(0, slots).unsqueeze(1)
             result.index_add_(0, slots // width, weighted.to(result.dtype))
         return result.reshape(hidden.shape)
 
     def _outputs(self, x: Tensor, found: Hits, width: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The outputs (slots, hidden) of all experts that tokens are routed to, some experts at a time, with their slots."""
-        group, few = Group(), rows_in_group(x)
-        for number, slots in found.each():
-            matrices = kernel_matrices(self._linears(number)) if len(slots) < few else None
-            if matrices is None:
-                yield slots, self.run(number, x[slots // width])
-            else:
-                group.add(slots, matrices)
-        if group.counts:
-            slots = group.slots()
-            # The only row is read by all experts.
-            alone = len(x) == 1 and len(slots) == len(group.counts)
-            yield slots, self._run_group(x if alone else x[slots // width], group)
+        few = rows_in_group(x)
+        packed = [
+            kernel_matrices(self._linears(number)) if count < few else None
+            for number, count in zip(found.numbers, found.counts, strict=True)
+        ]
+        together = [matrices for matrices in packed if matrices is not None]
+        slots, counts = found.slots, found.counts
+        if len(together) < len(packed):
+            grouped = []
+            for number, own, matrices in zip(found.numbers, slots.split(counts), packed, strict=True):
+                if matrices is None:
+                    yield own, self.run(number, x[own // width])
+                else:
+                    grouped.append(own)
+            slots, counts = torch.cat([slots[:0], *grouped]), list(map(len, grouped))
+        if together:
+            # All experts of a single token read the same row.
+            alone = x.shape[0] == 1 and len(counts) == slots.shape[0]
+            yield slots, self._run_group(x if alone else x[slots // width], together, counts)
 
-    def _run_group(self, x: Tensor, group: Group) -> Tensor:
-        """`run` for several experts in two native calls, which read only their matrices."""
-        first = group.products(x, slice(0, -1))
-        gate, up = first.chunk(2, -1) if self.layout.gated else (None, first)
-        return self._normed(group.products(self.activated(gate, up), slice(-1, None)))
+    def _run_group(self, x: Tensor, packed: list[list[Tensor]], counts: list[int]) -> Tensor:
+        """`run` for several experts in two native calls, which read only their matrices.
+
+        x: the rows of all experts, in order. packed, counts: the matrices of each expert in the order in which they run, and its rows.
+        """
+        first = products(x, [matrices[:-1] for matrices in packed], counts)
+        if self.layout.gated and self.layout.interleaved:
+            inner = self.activated(*first.chunk(2, -1))
+        else:
+            inner = self._activated(first)
+        return self._normed(products(inner, [matrices[-1:] for matrices in packed], counts))
 
     def _linears(self, number: int) -> list[nn.Module]:
         """The linears of an expert, in the order in which they run."""
@@ -116,14 +130,15 @@ class LinearExperts(nn.Module):
 
     def activated(self, gate: Tensor | None, up: Tensor) -> Tensor:
         """The input of the down projection from the outputs of the other two linears."""
-        # The code of the original, which may clamp and scale, sees this module as itself.
-        original = self.kind
         if gate is None:
-            activated: Tensor = self.act_fn(up)  # type: ignore[operator]
-        elif self.layout.interleaved:
-            activated = original._apply_gate(self, torch.stack((gate, up), -1).flatten(-2))
-        else:
-            activated = original._apply_gate(self, torch.cat((gate, up), -1))
+            return self._activated(up)
+        return self._activated(
+            torch.stack((gate, up), -1).flatten(-2) if self.layout.interleaved else torch.cat((gate, up), -1)
+        )
+
+    def _activated(self, outputs: Tensor) -> Tensor:
+        # The code of the original, which may clamp and scale, sees this module as itself.
+        activated: Tensor = self.kind._apply_gate(self, outputs) if self.layout.gated else self.act_fn(outputs)  # type: ignore[operator]
         return activated
 
 
@@ -146,10 +161,6 @@ class Hits:
     counts: list[int]
     slots: Tensor
 
-    def each(self) -> Iterator[tuple[int, Tensor]]:
-        """Every expert with its slots."""
-        return zip(self.numbers, self.slots.split(self.counts), strict=True)
-
 
 def hits(chosen: Tensor, count: int) -> Hits:
     """The experts that tokens are routed to among `count`, from those of each token: `chosen` (tokens, k).
@@ -159,11 +170,11 @@ def hits(chosen: Tensor, count: int) -> Hits:
     if chosen.is_meta or isinstance(chosen, FakeTensor):
         return Hits(list(range(count)), [1] * count, torch.zeros(count, dtype=torch.int64, device=chosen.device))
     ordered, order = chosen.reshape(-1).sort(stable=True)
-    found, counts = (each.tolist() for each in ordered.unique_consecutive(return_counts=True))
-    known = [(number, length) for number, length in zip(found, counts, strict=True) if 0 <= number < count]
-    start = sum(length for number, length in zip(found, counts, strict=True) if number < 0)
-    numbers, lengths = [number for number, _ in known], [length for _, length in known]
-    return Hits(numbers, lengths, order[start : start + sum(lengths)])
+    found = Counter(ordered.tolist())
+    known = {number: length for number, length in found.items() if 0 <= number < count}
+    start = sum(length for number, length in found.items() if number < 0)
+    numbers, counts = list(known), list(known.values())
+    return Hits(numbers, counts, order[start : start + sum(counts)])
 
 
 def experts_of(model: nn.Module) -> dict[str, LinearExperts]:
