@@ -1,6 +1,6 @@
 """Decoding mixtures of experts: experts together in one native call, one by one, and dense in transformers.
 
-    python benchmarks/experts.py [qwen3|mixtral]    about three minutes on one core; 2 GB of disk in a temporary folder, 5 GB of memory
+    python benchmarks/experts.py [qwen3|mixtral]    about two minutes on one core; 2 GB of disk in a temporary folder, 5 GB of memory
 
 A model with random weights is compressed by rounding to int4 with groups of 32. All contenders decode the same random tokens, taking turns;
 each round starts with another. Figures are CPU times of one thread, which a busy machine disturbs least, and medians over the rounds.
@@ -84,20 +84,22 @@ def main() -> None:
             recipe = Recipe(method="rtn", pattern="dense", core_dtype="int4", group_size=32, threads=1)
             compress(str(source), out, recipe, benchmark=False, check=False)
             size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-            loaded = halfplate.load(out)
+            loaded, rounded = halfplate.load(out), halfplate.load(out, activations="int8")
         print(halfplate.runtime.explain(loaded))
         exact = AutoModelForCausalLM.from_config(dense.config, dtype=torch.float32).eval()
         exact.load_state_dict(dense.state_dict())
         contenders = {
             "int4, experts in one call": lambda ids: seconds_a_token(loaded, ids),  # noqa: B023
             "int4, experts one by one": one_by_one(loaded),
+            "int4, int8 activations, experts in one call": lambda ids: seconds_a_token(rounded, ids),  # noqa: B023
+            "int4, int8 activations, experts one by one": one_by_one(rounded),
             "transformers, bf16": lambda ids: seconds_a_token(dense, ids),  # noqa: B023
             "transformers, fp32": lambda ids: seconds_a_token(exact, ids),  # noqa: B023
         }
         ids = torch.randint(0, dense.config.vocab_size, (ROUNDS + 1, PROMPT + TOKENS))
         found: dict[str, list[float]] = {contender: [] for contender in contenders}
         for turn in range(ROUNDS + 1):
-            order = list(contenders)[turn % 4 :] + list(contenders)[: turn % 4]
+            order = list(contenders)[turn % len(contenders) :] + list(contenders)[: turn % len(contenders)]
             for contender in order:
                 seconds = contenders[contender](ids[turn : turn + 1])
                 if turn:  # the first round warms up
