@@ -63,8 +63,10 @@ def test_linears_give_the_results_of_the_original_and_can_be_joined_again(archit
 @pytest.mark.parametrize("shape", [(5, 2), (1, 1), (64, 3)])
 def test_the_tokens_of_every_expert(shape):
     chosen = torch.randint(0, 6, shape, generator=torch.Generator().manual_seed(0))
+    hit = hits(chosen, 5)
     found = {
-        number: list(zip(tokens.tolist(), places.tolist(), strict=True)) for number, tokens, places in hits(chosen, 5)
+        number: [(slot // shape[1], slot % shape[1]) for slot in slots.tolist()]
+        for number, slots in zip(hit.numbers, hit.slots.split(hit.counts), strict=True)
     }
     # 5 stands for no expert.
     expected = {n: [(t, k) for t in range(shape[0]) for k in range(shape[1]) if chosen[t, k] == n] for n in range(5)}

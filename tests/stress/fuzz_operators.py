@@ -29,6 +29,7 @@ from stored_linears import factors, random_linear
 from halfplate.formats import WeightSpec
 from halfplate.formats.quantizers.uniform import INT4
 from halfplate.kernels import linear
+from halfplate.kernels.group import multiply_group
 from halfplate.pattern import DENSE, Pattern
 from halfplate.runtime import accelerate
 from halfplate.runtime.cache import GrowingCache
@@ -83,7 +84,8 @@ def a_linear(chance: random.Random) -> Operator:
 
     def run() -> Results:
         packed = linear.pack(spec, tensors, activations, bias)
-        results = [linear.multiply(x, packed, spec.d_out), *linear.unpack(spec, packed).values()]
+        grouped = multiply_group(x, [[packed, packed]], [len(x)], [spec.d_out] * 2)
+        results = [linear.multiply(x, packed, spec.d_out), grouped, *linear.unpack(spec, packed).values()]
         header = linear.read_header(packed)
         return results, [] if header.activations else [linear._multiply_expanded(x, packed, header)]
 

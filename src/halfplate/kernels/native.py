@@ -101,6 +101,11 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         ("pack", flag, [pointer, integer, pointer, integer]),
         ("unpack", flag, [pointer, integer, pointer, integer]),
         ("linear", flag, [pointer, integer, pointer, integer, integer, pointer, integer, integer, integer]),
+        (
+            "group",
+            flag,
+            [pointer, *[integer] * 2, pointer, *[integer] * 4, pointer, *[integer] * 4],
+        ),
         ("wrap", flag, [pointer, integer, flag, pointer, integer, integer, pointer, integer, integer, integer]),
         ("expand", flag, [pointer, integer, pointer, integer, flag, integer]),
         ("decoder_scratch", integer, [pointer, integer]),

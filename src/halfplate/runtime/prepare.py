@@ -16,6 +16,7 @@ from halfplate.formats import CompressedLinear, check_stored, connect
 from halfplate.formats.plain import is_plain_linear
 from halfplate.kernels.linear import ACTIVATIONS
 from halfplate.models.data_reads import stated_reads
+from halfplate.models.experts import experts_of
 from halfplate.runtime import decoder
 from halfplate.runtime.backends import Backend, Options, Packed, pack, pack_dense, refusal, refusal_of_dense
 from halfplate.runtime.backends import backends as named_backends
@@ -35,17 +36,25 @@ class LinearPath:
 
 @dataclass(frozen=True)
 class Acceleration:
-    """The result of `accelerate`: the path of each linear, and how the model decodes (`native`, or why not)."""
+    """The result of `accelerate`.
+
+    linears: the path of each linear.
+    decoder: how the model decodes, `native`, or why not.
+    experts: the path of each module of experts.
+    """
 
     linears: tuple[LinearPath, ...]
     decoder: str
+    experts: tuple[LinearPath, ...] = ()
 
     def __str__(self) -> str:
-        counts = Counter((linear.path, linear.reason) for linear in self.linears)
-        lines = [
-            f"{count} linears: {path}" + (f" ({reason})" if reason else "") for (path, reason), count in counts.items()
-        ]
+        lines = [*_counted("linears", self.linears), *_counted("modules of experts", self.experts)]
         return "\n".join([*lines, f"decoding: {self.decoder}"])
+
+
+def _counted(what: str, paths: Sequence[LinearPath]) -> list[str]:
+    counts = Counter((each.path, each.reason) for each in paths)
+    return [f"{count} {what}: {path}" + (f" ({reason})" if reason else "") for (path, reason), count in counts.items()]
 
 
 def check_options(activations: str, head_dtype: str | None) -> None:
@@ -95,7 +104,7 @@ def accelerate(
         elif isinstance(module, CompressedLinear | nn.Linear):
             kept = _kept(name, module, read)
             paths.append(LinearPath(name, "torch", kept) if kept else _replace(model, name, module, options, among))
-    return Acceleration(tuple(paths), decoder.install(model))
+    return Acceleration(tuple(paths), decoder.install(model), _experts(model))
 
 
 @torch.no_grad()
@@ -116,7 +125,19 @@ def explain(model: Any) -> Acceleration:
             paths.append(LinearPath(name, module.path))
         elif isinstance(module, CompressedLinear | nn.Linear):
             paths.append(LinearPath(name, "torch", _kept(name, module, read) or _why(module, among)))
-    return Acceleration(tuple(paths), decoder.why_not(model) or "native")
+    return Acceleration(tuple(paths), decoder.why_not(model) or "native", _experts(model))
+
+
+def _experts(model: nn.Module) -> tuple[LinearPath, ...]:
+    """How the experts of each module run."""
+    paths = []
+    for name, module in experts_of(model).items():
+        grouped = module.in_group()
+        alone = grouped.count(False)
+        path = "one by one" if alone == len(grouped) else "in one call"
+        reason = f"{alone} of {len(grouped)} experts have linears that are not in kernel layout, and run one by one"
+        paths.append(LinearPath(name, path, reason if alone else None))
+    return tuple(paths)
 
 
 @plain_defaults()

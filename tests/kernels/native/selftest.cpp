@@ -3,6 +3,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -20,6 +21,7 @@ int32_t halfplate_place(halfplate::Packed *, int32_t);
 int32_t halfplate_pack(halfplate::Packed *, int64_t, const halfplate::Stored *, int64_t);
 int32_t halfplate_unpack(const halfplate::Packed *, int64_t, const halfplate::Stored *, int64_t);
 int32_t halfplate_linear(const halfplate::Packed *, int64_t, const float *, int64_t, int64_t, float *, int64_t, int64_t, int64_t);
+int32_t halfplate_group(const halfplate::Member *, int64_t, int64_t, const float *, int64_t, int64_t, int64_t, int64_t, float *, int64_t, int64_t, int64_t, int64_t);
 int32_t halfplate_wrap(const halfplate::Packed *, int64_t, int32_t, const float *, int64_t, int64_t, float *, int64_t, int64_t, int64_t);
 int32_t halfplate_expand(const halfplate::Packed *, int64_t, void *, int64_t, int32_t, int64_t);
 int64_t halfplate_decoder_scratch(halfplate::Decoder *, int64_t);
@@ -344,6 +346,47 @@ void check_refusals(Linear &m, int64_t tokens) {
     }
 }
 
+// Members with different numbers of rows, side by side and below each other, against single calls; and members that do not fit.
+void check_group(Linear &m, int64_t first, int64_t second) {
+    const Packed &p = m.head, *packed = &m.packed();
+    const int64_t rows = first + second, width = 2 * p.d_out, ldx = p.d_in + 3;
+    std::vector<float> x(size_t(rows * ldx - 3)), y(size_t(rows * width), 7), one(size_t(rows * p.d_out));
+    for (float &v : x) v = random_float();
+    const int64_t x_bytes = int64_t(4 * x.size()), y_bytes = int64_t(4 * y.size());
+    const halfplate::Member members[3] = {{packed, p.nbytes, 0, 0, first, 0, p.d_out},
+                                          {packed, p.nbytes, first, first, second, p.d_out, p.d_out},
+                                          {packed, p.nbytes, 0, 0, second < first ? second : first, p.d_out, p.d_out}};
+    auto group = [&](const halfplate::Member *all, int64_t count, int64_t off, int64_t threads) {
+        return halfplate_group(all, count * int64_t(sizeof *all), count, x.data(), x_bytes, rows, p.d_in, ldx, y.data(), y_bytes + off, rows, width, threads);
+    };
+    for (int64_t threads = 1; threads <= 4; threads += 3) {
+        std::fill(y.begin(), y.end(), 7.0f);
+        if (const int32_t status = group(members, 3, 0, threads)) fail(p, "no group", status);
+        for (const halfplate::Member &own : members) {
+            const float *from = x.data() + own.from * ldx;
+            halfplate_linear(packed, p.nbytes, from, 4 * ((own.tokens - 1) * ldx + p.d_in), ldx, one.data(), 4 * own.tokens * p.d_out, own.tokens, 1);
+            for (int64_t k = 0; k < own.tokens; ++k)
+                if (std::memcmp(&y[size_t((own.to + k) * width + own.column)], &one[size_t(k * p.d_out)], size_t(4 * p.d_out))) fail(p, "group", double(k));
+        }
+        for (int64_t k = first; k < rows; ++k)
+            if (y[size_t(k * width)] != 7) fail(p, "group wrote beyond its members", double(k));
+    }
+    for (int64_t halfplate::Member::*field : {&halfplate::Member::bytes, &halfplate::Member::from, &halfplate::Member::to, &halfplate::Member::tokens,
+                                              &halfplate::Member::column, &halfplate::Member::d_out})
+        for (int64_t wrong : {int64_t(-1), rows + 1, width + 1, int64_t(1) << 62, INT64_MIN, INT64_MAX}) {
+            halfplate::Member bad = members[1];
+            bad.*field = wrong;
+            // Another number may fit by chance.
+            if (bad.from + 0.0 + bad.tokens <= rows && bad.to + 0.0 + bad.tokens <= rows && bad.column + 0.0 + p.d_out <= width && bad.d_out == p.d_out &&
+                bad.bytes == p.nbytes && bad.from >= 0 && bad.to >= 0 && bad.column >= 0 && bad.tokens > 0) continue;
+            if (group(&bad, 1, 0, 2) >= 0) fail(p, "member not refused", double(wrong));
+        }
+    for (int64_t off : {-4, 4})
+        if (group(members, 3, off, 1) >= 0) fail(p, "output of a group not refused", double(off));
+    for (int64_t count : {int64_t(0), int64_t(-1), INT64_MIN, INT64_MAX})
+        if (halfplate_group(members, sizeof members, count, x.data(), x_bytes, rows, p.d_in, ldx, y.data(), y_bytes, rows, width, 1) >= 0) fail(p, "count of a group", double(count));
+}
+
 Linear &dense_linear(std::vector<Linear> &all, int64_t d_out, int64_t d_in) {
     all.emplace_back();
     Linear &m = all.back();
@@ -581,6 +624,7 @@ int main(int count, char **arguments) {
         check_round_trip(m);
         check_product(m, 1 + random_below(7));
         check_refusals(m, 1 + random_below(3));
+        check_group(m, 1 + random_below(18), 1 + random_below(5));
     }
     check_decoder();
     check_draw();

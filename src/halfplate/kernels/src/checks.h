@@ -20,6 +20,7 @@ enum Status : int32_t { DONE = 0, NO_MEMORY = -1, BAD_HEADER = -2, BAD_SIZE = -3
 // Larger sizes could overflow in products; no matrix or batch that fits into memory reaches them.
 constexpr int64_t LARGEST_SIDE = int64_t(1) << 26, LARGEST_BATCH = int64_t(1) << 30;
 constexpr int64_t LARGEST_SEQUENCES = 4096;
+constexpr int64_t LARGEST_GROUP_CALL = 1 << 20;           // matrices of a grouped call
 constexpr int64_t LARGEST_GROUP = 256, LARGEST_KEPT = 16;  // M, and the largest N that the solver supports
 constexpr int64_t LARGEST_ROUNDS = int64_t(1) << 20;      // descents of a row, and sweeps of a descent
 constexpr int64_t THREADS_PER_CORE = 8;
@@ -69,6 +70,15 @@ static inline bool sound(const Packed *p, int64_t bytes) {
 static inline bool holds_rows(const float *data, int64_t bytes, int64_t rows, int64_t columns, int64_t apart) {
     return within(rows, 1, LARGEST_BATCH) && within(apart, rows == 1 ? 0 : columns, LARGEST_BATCH) &&
            holds(data, bytes, 4 * ((rows - 1) * apart + columns));
+}
+
+// Whether a member of a grouped call is a matrix of these inputs, and its rows and columns are inside input and output.
+static inline int32_t check_member(const Member &m, int64_t x_rows, int64_t d_in, int64_t y_rows, int64_t width) {
+    if (!sound(m.matrix, m.bytes)) return BAD_HEADER;
+    if (m.matrix->d_in != d_in || m.matrix->d_out != m.d_out) return BAD_SIZE;
+    const bool inside = within(m.tokens, 1, y_rows) && within(m.from, 0, x_rows - m.tokens) && within(m.to, 0, y_rows - m.tokens) &&
+                        within(m.column, 0, width - m.d_out);
+    return inside ? DONE : BAD_NUMBER;
 }
 
 // Whether the stored tensors are exactly those of the matrix, with the right sizes.

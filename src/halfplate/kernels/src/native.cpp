@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <vector>
 
 #include "armor.h"
 #include "checks.h"
@@ -67,6 +68,31 @@ int32_t guarded(Work work) {
         work();
     } catch (const std::bad_alloc &) {
         return NO_MEMORY;
+    }
+    return DONE;
+}
+
+// Applies jobs in one parallel region, with the scratch that they need.
+int32_t applied(Job *jobs, int64_t count, int64_t threads) {
+    const Runtime &run = runtime();
+    int64_t inputs = 0, apart = 0;
+    for (int64_t j = 0; j < count; ++j) {
+        inputs += run.input_floats(*jobs[j].matrix, jobs[j].tokens);
+        const int64_t share = run.share_floats(*jobs[j].matrix, jobs[j].tokens);
+        apart = share > apart ? share : apart;
+    }
+    float *next = nullptr;
+    const int32_t failed = guarded([&] { next = scratch(inputs + threads * apart); });
+    if (failed) return failed;
+    for (int64_t j = 0; j < count; ++j) {
+        jobs[j].scratch = next;
+        next += run.input_floats(*jobs[j].matrix, jobs[j].tokens);
+    }
+    for (int64_t j = 0; j < count; ++j) jobs[j].shared = next, jobs[j].apart = apart;
+    if (threads == 1) run.apply(jobs, count, 0, 1);
+    else {
+#pragma omp parallel num_threads(threads)
+        run.apply(jobs, count, omp_get_thread_num(), omp_get_num_threads());
     }
     return DONE;
 }
@@ -162,17 +188,30 @@ EXPORT int32_t halfplate_linear(const halfplate::Packed *packed, int64_t packed_
     if (!halfplate::holds_rows(x, x_bytes, tokens, packed->d_in, ldx) ||
         !halfplate::holds_rows(y, y_bytes, tokens, packed->d_out, packed->d_out))
         return halfplate::BAD_SIZE;
-    threads = halfplate::team(threads);
-    const halfplate::Runtime &run = halfplate::runtime();
-    halfplate::Job job{packed, x, ldx, y, packed->d_out, nullptr};
-    const int32_t failed = halfplate::guarded([&] { job.scratch = halfplate::scratch(run.scratch_floats(*packed, tokens, threads)); });
+    halfplate::Job job{packed, x, ldx, y, packed->d_out, tokens, nullptr, nullptr, 0};
+    return halfplate::applied(&job, 1, halfplate::team(threads));
+}
+
+// Linears that each multiply their own rows of x (x_rows, d_in), rows ldx apart, into their own rows and columns of y (y_rows, width), which
+// is contiguous and whose other values stay as they are. Members may share rows of x, and no values of y.
+EXPORT int32_t halfplate_group(const halfplate::Member *members, int64_t members_bytes, int64_t count, const float *x, int64_t x_bytes,
+                               int64_t x_rows, int64_t d_in, int64_t ldx, float *y, int64_t y_bytes, int64_t y_rows, int64_t width,
+                               int64_t threads) {
+    if (threads < 1 || !halfplate::within(count, 1, halfplate::LARGEST_GROUP_CALL)) return halfplate::BAD_NUMBER;
+    if (!halfplate::within(d_in, 1, halfplate::LARGEST_SIDE) || !halfplate::within(width, 1, halfplate::LARGEST_SIDE)) return halfplate::BAD_NUMBER;
+    if (!halfplate::holds(members, members_bytes, count * int64_t(sizeof(halfplate::Member))) ||
+        !halfplate::holds_rows(x, x_bytes, x_rows, d_in, ldx) || !halfplate::holds_rows(y, y_bytes, y_rows, width, width))
+        return halfplate::BAD_SIZE;
+    for (int64_t m = 0; m < count; ++m)
+        if (const int32_t bad = halfplate::check_member(members[m], x_rows, d_in, y_rows, width)) return bad;
+    std::vector<halfplate::Job> jobs;
+    const int32_t failed = halfplate::guarded([&] { jobs.resize(size_t(count)); });
     if (failed) return failed;
-    if (threads == 1) run.apply(&job, 1, tokens, 0, 1);
-    else {
-#pragma omp parallel num_threads(threads)
-        run.apply(&job, 1, tokens, omp_get_thread_num(), omp_get_num_threads());
+    for (int64_t m = 0; m < count; ++m) {
+        const halfplate::Member &own = members[m];
+        jobs[size_t(m)] = {own.matrix, x + own.from * ldx, ldx, y + own.to * width + own.column, width, own.tokens, nullptr, nullptr, 0};
     }
-    return halfplate::DONE;
+    return halfplate::applied(jobs.data(), count, halfplate::team(threads));
 }
 
 // One wrapper, A if out_side, else B: y contiguous, rows of x ldx apart.

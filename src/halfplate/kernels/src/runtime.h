@@ -37,14 +37,25 @@ struct Stored {
     int64_t bytes[10];                     // of each of these, in this order
 };
 
-// Linears that read the same input, applied in one call: y_i (tokens, d_out_i) = x_i (A S B)^T + bias.
+// One of the linears that are applied in one call: y (tokens, d_out) = x (A S B)^T + bias.
 struct Job {
     const Packed *matrix;
     const float *x;                        // (tokens, d_in), rows ldx apart
     int64_t ldx;
     float *y;                              // (tokens, d_out), rows ldy apart
     int64_t ldy;
-    float *scratch;                        // scratch_floats(matrix, tokens, threads) floats, 64-byte aligned, shared by all threads
+    int64_t tokens;
+    float *scratch;                        // 64-byte aligned: input_floats floats, or scratch_floats without `shared`
+    float *shared;                         // of all jobs of a call: room of each thread for one share, share_floats floats
+    int64_t apart;                         // floats between the room of two threads
+};
+
+// One matrix of a grouped call, with its own rows of the input and its own rows and columns of the output.
+struct Member {
+    const Packed *matrix;
+    int64_t bytes;                         // of the packed matrix
+    int64_t from, to, tokens;              // first row of the input and of the output, and number of rows
+    int64_t column, d_out;                 // first column of the output, and number of columns
 };
 
 // The weights of a Llama-shaped decoder and the state of one sequence or several; see decoder.inc and batch.inc.
@@ -83,8 +94,9 @@ struct Batch {
 struct Runtime {
     const char *isa;
     // Called by every thread of a parallel region; has barriers inside and one at its end.
-    void (*apply)(const Job *jobs, int64_t count, int64_t tokens, int64_t thread, int64_t threads);
-    int64_t (*scratch_floats)(const Packed &matrix, int64_t tokens, int64_t threads);
+    void (*apply)(const Job *jobs, int64_t count, int64_t thread, int64_t threads);
+    int64_t (*input_floats)(const Packed &matrix, int64_t tokens);
+    int64_t (*share_floats)(const Packed &matrix, int64_t tokens);
     // The core with its zeros, row-major (d_out, d_in), as fp32 or (bf16 = true) bf16; called by every thread.
     void (*expand)(const Packed &matrix, void *out, bool bf16, int64_t thread, int64_t threads);
     // One wrapper, A if out_side, else B: y = x M^T for all tokens; called by every thread.

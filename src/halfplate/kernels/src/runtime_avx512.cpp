@@ -29,5 +29,5 @@ namespace {
 #include "batch.inc"
 #include "draw.inc"
 }  // namespace
-const Runtime runtime_avx512{"avx512", apply, scratch_floats, expand, wrap, step, decoder_scratch, step_batch, batch_scratch, draw, read_all};
+const Runtime runtime_avx512{"avx512", apply, input_floats, share_floats, expand, wrap, step, decoder_scratch, step_batch, batch_scratch, draw, read_all};
 }  // namespace halfplate

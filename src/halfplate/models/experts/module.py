@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from halfplate.models.experts.group import kernel_matrices, products, rows_in_group
 from halfplate.models.experts.layout import Layout
 
 
@@ -27,7 +30,7 @@ class LinearExperts(nn.Module):
     """The experts of a layer, each with its own linears, in the place of an experts module of transformers.
 
     The children `0`, `1`, … are the experts. Each runs on the tokens that are routed to it, so a hook on one of its linears sees only these
-    tokens. Attributes and other submodules are those of the original.
+    tokens. Experts with few tokens whose linears are in kernel layout run together. Attributes and other submodules are those of the original.
 
     original: the module that is replaced; its 3-D tensors are not kept, except as the views that the linears use.
     experts: the linears of each expert.
@@ -64,33 +67,79 @@ class LinearExperts(nn.Module):
         both (tokens, experts per token). A number beyond the experts stands for none.
         """
         hidden, chosen, weights = routing(self, args, kwargs)
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        flat, width = hidden.reshape(-1, hidden.shape[-1]), chosen.shape[-1]
         result = torch.zeros_like(flat)
-        for number, tokens, places in hits(chosen, self.layout.experts):
-            output = self.run(number, flat[tokens])
-            weighted = output * weights[tokens, places, None]
-            result.index_add_(0, tokens, weighted.to(result.dtype))
+        for slots, output in self._outputs(flat, hits(chosen, self.layout.experts), width):
+            weighted = output * weights.reshape(-1).index_select(0, slots).unsqueeze(1)
+            result.index_add_(0, slots // width, weighted.to(result.dtype))
         return result.reshape(hidden.shape)
+
+    def _outputs(self, x: Tensor, found: Hits, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The outputs (slots, hidden) of all experts that tokens are routed to, some experts at a time, with their slots."""
+        few = rows_in_group(x)
+        packed = [
+            kernel_matrices(self._linears(number)) if count < few else None
+            for number, count in zip(found.numbers, found.counts, strict=True)
+        ]
+        together = [matrices for matrices in packed if matrices is not None]
+        slots, counts = found.slots, found.counts
+        if len(together) < len(packed):
+            grouped = []
+            for number, own, matrices in zip(found.numbers, slots.split(counts), packed, strict=True):
+                if matrices is None:
+                    yield own, self.run(number, x[own // width])
+                else:
+                    grouped.append(own)
+            slots, counts = torch.cat([slots[:0], *grouped]), list(map(len, grouped))
+        if together:
+            # All experts of a single token read the same row.
+            alone = x.shape[0] == 1 and len(counts) == slots.shape[0]
+            yield slots, self._run_group(x if alone else x[slots // width], together, counts)
+
+    def _run_group(self, x: Tensor, packed: list[list[Tensor]], counts: list[int]) -> Tensor:
+        """`run` for several experts in two native calls, which read only their matrices.
+
+        x: the rows of all experts, in order. packed, counts: the matrices of each expert in the order in which they run, and its rows.
+        """
+        first = products(x, [matrices[:-1] for matrices in packed], counts)
+        if self.layout.gated and self.layout.interleaved:
+            inner = self.activated(*first.chunk(2, -1))
+        else:
+            inner = self._activated(first)
+        return self._normed(products(inner, [matrices[-1:] for matrices in packed], counts))
+
+    def _linears(self, number: int) -> list[nn.Module]:
+        """The linears of an expert, in the order in which they run."""
+        expert = self._modules[str(number)]._modules  # type: ignore[union-attr]
+        return [expert[leaf] for leaf in self.layout.linears]  # type: ignore[misc]
+
+    def in_group(self) -> list[bool]:
+        """Whether each expert runs together with others, if few tokens are routed to it."""
+        return [kernel_matrices(self._linears(number)) is not None for number in range(self.layout.experts)]
 
     def run(self, number: int, x: Tensor) -> Tensor:
         """The output (tokens, hidden) of one expert for `x`, without its routing weight."""
         expert = self.expert(number)
         up = expert.up_proj(x)
-        output: Tensor = expert.down_proj(self.activated(expert.gate_proj(x) if self.layout.gated else None, up))
+        gate = expert.gate_proj(x) if self.layout.gated else None
+        return self._normed(expert.down_proj(self.activated(gate, up)))
+
+    def _normed(self, output: Tensor) -> Tensor:
         if getattr(self, "has_post_expert_norm", False):  # not in transformers before 5.23
             output = self.post_expert_norm(output)  # type: ignore[operator]
         return output
 
     def activated(self, gate: Tensor | None, up: Tensor) -> Tensor:
         """The input of the down projection from the outputs of the other two linears."""
-        # The code of the original, which may clamp and scale, sees this module as itself.
-        original = self.kind
         if gate is None:
-            activated: Tensor = self.act_fn(up)  # type: ignore[operator]
-        elif self.layout.interleaved:
-            activated = original._apply_gate(self, torch.stack((gate, up), -1).flatten(-2))
-        else:
-            activated = original._apply_gate(self, torch.cat((gate, up), -1))
+            return self._activated(up)
+        return self._activated(
+            torch.stack((gate, up), -1).flatten(-2) if self.layout.interleaved else torch.cat((gate, up), -1)
+        )
+
+    def _activated(self, outputs: Tensor) -> Tensor:
+        # The code of the original, which may clamp and scale, sees this module as itself.
+        activated: Tensor = self.kind._apply_gate(self, outputs) if self.layout.gated else self.act_fn(outputs)  # type: ignore[operator]
         return activated
 
 
@@ -101,25 +150,32 @@ def routing(experts: LinearExperts, args: tuple[Any, ...], kwargs: dict[str, Any
     return hidden, chosen.reshape(-1, chosen.shape[-1]), weights.reshape(-1, weights.shape[-1])
 
 
-def hits(chosen: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Every expert that tokens are routed to, in order: its number, its tokens in order, and their places among `chosen` (tokens, k).
+@dataclass(frozen=True)
+class Hits:
+    """The experts that tokens are routed to, in order.
+
+    numbers, counts: of each expert, its number and the slots that name it.
+    slots: int64 places in the experts of all tokens, (tokens, k) in a row; those of the first expert first, each in the order of tokens.
+    """
+
+    numbers: list[int]
+    counts: list[int]
+    slots: Tensor
+
+
+def hits(chosen: Tensor, count: int) -> Hits:
+    """The experts that tokens are routed to among `count`, from those of each token: `chosen` (tokens, k).
 
     Without values, each expert gets the first token.
     """
     if chosen.is_meta or isinstance(chosen, FakeTensor):
-        first = torch.zeros(1, dtype=torch.int64, device=chosen.device)
-        for number in range(count):
-            yield number, first, first
-        return
-    width = chosen.shape[-1]
-    numbers, order = chosen.reshape(-1).sort(stable=True)
-    found, counts = numbers.unique_consecutive(return_counts=True)
-    start = 0
-    for number, length in zip(found.tolist(), counts.tolist(), strict=True):
-        slots = order[start : start + length]
-        start += length
-        if 0 <= number < count:
-            yield number, slots // width, slots % width
+        return Hits(list(range(count)), [1] * count, torch.zeros(count, dtype=torch.int64, device=chosen.device))
+    ordered, order = chosen.reshape(-1).sort(stable=True)
+    found = Counter(ordered.tolist())
+    known = {number: length for number, length in found.items() if 0 <= number < count}
+    start = sum(length for number, length in found.items() if number < 0)
+    numbers, counts = list(known), list(known.values())
+    return Hits(numbers, counts, order[start : start + sum(counts)])
 
 
 def experts_of(model: nn.Module) -> dict[str, LinearExperts]:

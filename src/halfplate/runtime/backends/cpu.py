@@ -1,5 +1,7 @@
 """The native CPU kernels, for compressed and uncompressed linears."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,6 +22,8 @@ class PackedLinear(Packed):
     """
 
     packed: Tensor
+    # `packed` may be multiplied without calling `forward`, together with other matrices (models/experts/group.py).
+    in_kernel_layout: ClassVar[bool] = True
 
     def __init__(
         self,
