@@ -65,6 +65,14 @@ class Terminal:
         os.write(self._end, text.encode())
         return self.read_until(until)
 
+    def interrupt(self) -> str:
+        """What is printed after Ctrl-C was typed at the prompt; typed again if it came before readline waits for keys."""
+        for _ in range(SECONDS):
+            os.write(self._end, b"\x03")
+            if select.select([self._end], [], [], 1)[0]:
+                break
+        return self.read_until(PROMPT)
+
     def close(self) -> int:
         """Send Ctrl-D; returns the exit status."""
         os.write(self._end, b"\x04")
@@ -102,7 +110,7 @@ def test_a_conversation_in_a_terminal(terminal: Callable[..., Terminal], checkpo
     assert "/exit" in talk.type("/help\n")
     assert "(/halt is not a command" in talk.type("/halt\n")
     assert "(message has " in talk.type("Tom saw the bird. " * 60 + "\n")
-    assert "(Ctrl-D or /exit ends)" in talk.type("\x03")
+    assert "(Ctrl-D or /exit ends)" in talk.interrupt()
     assert talk.close() == 0
 
 
