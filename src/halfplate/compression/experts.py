@@ -21,12 +21,11 @@ from halfplate.calibration.experts import (
     sums_of,
 )
 from halfplate.compression.heap import trim
-from halfplate.compression.hidden_states import Arguments, Batches, HiddenStates
+from halfplate.compression.hidden_states import HiddenStates
 from halfplate.compression.kept_statistics import load_statistics, save_statistics
 from halfplate.compression.open_layer import LayerView, OpenLayers
 from halfplate.compression.task_memory import memory_to_solve
-from halfplate.compression.tasks import facts_of
-from halfplate.compression.token_arguments import TokenArguments
+from halfplate.compression.tasks import OverBatches, facts_of
 from halfplate.engines.needs import Needs
 from halfplate.formats import Chain, WeightSpec
 from halfplate.formats.linear import assembled
@@ -38,32 +37,17 @@ from halfplate.statistics import InputStatistics, Statistic
 from halfplate.storage.artifact import save_artifact
 
 
-@dataclass(frozen=True)
-class RecordExperts:
+@dataclass(frozen=True, kw_only=True)
+class RecordExperts(OverBatches):
     """Run some batches through a layer up to its experts, and write what these receive.
 
     hidden, dense: inputs of the layer, and those in the original model if cross moments are collected.
     """
 
-    view: LayerView
     module: str
     hidden: HiddenStates
     dense: HiddenStates | None
-    arguments: Arguments
-    numbers: tuple[int, ...]
     inputs: ExpertInputs
-    memory: int = 0
-    own: TokenArguments | None = None
-
-    keeps: ClassVar[type[Any]] = OpenLayers
-
-    @property
-    def cost(self) -> float:
-        return float(len(self.numbers))
-
-    @property
-    def needs(self) -> Needs:
-        return self.view.needs(self.memory)
 
     @torch.no_grad()
     def run(self, layers: OpenLayers) -> None:
@@ -74,7 +58,7 @@ class RecordExperts:
         for stream, states, block in ((OWN, self.hidden, None), (ORIGINAL, self.dense, before)):
             if states is None:
                 continue
-            batches = Batches(states, self.arguments, index, self.view.device, self.numbers, self.own)
+            batches = self.batches(states)
             with assembled(blockwise.blocks[index] if block is None else block):
                 for position, number in enumerate(self.numbers):
                     found = experts_call(blockwise, index, batches[position], self.module, block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from halfplate.calibration import BATCH, input_stages
 from halfplate.calibration.collect import StageSums
@@ -137,9 +138,8 @@ class Streams:
             # The only stream is that of the original model, so no second copy of the layer is needed.
             view, pairs = self.run.view(layer, {}), {COMPRESSED: pairs[DENSE]}
         (hidden, out), (dense, dense_out) = (pairs.get(stream, plain) for stream in (COMPRESSED, DENSE))
-        arguments, memory = self._arguments[layer], self._memory_to_run(layer)
         tasks = [
-            RunLayer(view, hidden, out, dense, dense_out, arguments, sum(chunks, ()), memory, self._own)
+            RunLayer(hidden=hidden, out=out, dense=dense, dense_out=dense_out, **self._shared(view, layer, chunks))
             for chunks in self._shares()
         ]
         for _ in self.run.engine.run(tasks):
@@ -149,6 +149,16 @@ class Streams:
         """The chunks of batches of each task: one task with all chunks for one process, one task per chunk for several."""
         chunks = self.hidden(DENSE, 0).chunks
         return [(chunk,) for chunk in chunks] if self.run.engine.elsewhere else [chunks]
+
+    def _shared(self, view: LayerView, layer: int, chunks: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
+        """The fields of `OverBatches` for a task that runs `chunks` through a layer."""
+        return {
+            "view": view,
+            "arguments": self._arguments[layer],
+            "numbers": sum(chunks, ()),
+            "memory": self._memory_to_run(layer),
+            "own": self._own,
+        }
 
     def _memory_to_run(self, layer: int) -> int:
         _, length, width = self._shape
@@ -178,13 +188,12 @@ class Streams:
         """Run the original stream through layer `layer` once, and record the inputs of every stage."""
         inputs = self._inputs(layer)
         if self._recorded != layer:
-            view, memory = self.run.view(layer, {}), self._memory_to_run(layer)
+            view, names = self.run.view(layer, {}), self._leaders[layer]
             # Nothing reads the outputs of the last layer, except tuning.
             last = layer == self.run.last and not self.recipe.tune_block
             hidden, out = self.hidden(DENSE, layer), None if last else self.hidden(DENSE, layer + 1)
-            names, arguments = self._leaders[layer], self._arguments[layer]
             tasks = [
-                RecordInputs(view, names, hidden, inputs, out, arguments, sum(chunks, ()), memory, self._own)
+                RecordInputs(names=names, dense=hidden, inputs=inputs, out=out, **self._shared(view, layer, chunks))
                 for chunks in self._shares()
             ]
             for _ in self.run.engine.run(tasks):
@@ -215,15 +224,7 @@ class Streams:
         for _ in engine.run(
             [
                 RecordExperts(
-                    view,
-                    stage.module,
-                    hidden,
-                    dense,
-                    self._arguments[layer],
-                    sum(chunks, ()),
-                    inputs,
-                    memory,
-                    self._own,
+                    module=stage.module, hidden=hidden, dense=dense, inputs=inputs, **self._shared(view, layer, chunks)
                 )
                 for chunks in self._shares()
             ]

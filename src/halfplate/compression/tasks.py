@@ -80,20 +80,17 @@ class CollectSums:
         return stage_sums(blockwise, self.view.index, inputs, self.names, self.statistic, dense, self.token_limit)
 
 
-@dataclass(frozen=True)
-class RecordInputs:
-    """Run some batches through the original layer, and write the inputs of the linears `names` to `inputs` and the outputs to `out`.
+@dataclass(frozen=True, kw_only=True)
+class OverBatches:
+    """What tasks share that run some batches through a layer.
 
-    out: none for the last layer.
+    arguments: of the layer, by the number of samples in a batch.
+    numbers: of the batches.
     memory: bytes.
     own: arguments that depend on the tokens.
     """
 
     view: LayerView
-    names: tuple[str, ...]
-    dense: HiddenStates
-    inputs: RecordedInputs
-    out: HiddenStates | None
     arguments: Arguments
     numbers: tuple[int, ...]
     memory: int = 0
@@ -109,12 +106,29 @@ class RecordInputs:
     def needs(self) -> Needs:
         return self.view.needs(self.memory)
 
+    def batches(self, hidden: HiddenStates) -> Batches:
+        """These batches of `hidden`, as inputs of the layer."""
+        return Batches(hidden, self.arguments, self.view.index, self.view.device, self.numbers, self.own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordInputs(OverBatches):
+    """Run some batches through the original layer, and write the inputs of the linears `names` to `inputs` and the outputs to `out`.
+
+    out: none for the last layer.
+    """
+
+    names: tuple[str, ...]
+    dense: HiddenStates
+    inputs: RecordedInputs
+    out: HiddenStates | None
+
     @torch.no_grad()
     def run(self, layers: OpenLayers) -> None:
         trim()
         torch.set_num_threads(self.view.threads)
         blockwise, _ = layers.open(self.view)
-        batches = Batches(self.dense, self.arguments, self.view.index, self.view.device, self.numbers, self.own)
+        batches = self.batches(self.dense)
         for position, number in enumerate(self.numbers):
             found, after = recorded_inputs(blockwise, self.view.index, batches[position], self.names)
             self.inputs.write(number, found)
@@ -166,33 +180,14 @@ class SolveMatrices:
         return records
 
 
-@dataclass(frozen=True)
-class RunLayer:
-    """Run some batches through a layer: from `hidden` to `out`, and through the original layer from `dense` to `dense_out`.
+@dataclass(frozen=True, kw_only=True)
+class RunLayer(OverBatches):
+    """Run some batches through a layer: from `hidden` to `out`, and through the original layer from `dense` to `dense_out`."""
 
-    memory: bytes.
-    own: arguments that depend on the tokens.
-    """
-
-    view: LayerView
     hidden: HiddenStates | None
     out: HiddenStates | None
     dense: HiddenStates | None
     dense_out: HiddenStates | None
-    arguments: Arguments
-    numbers: tuple[int, ...]
-    memory: int = 0
-    own: TokenArguments | None = None
-
-    keeps: ClassVar[type[Any]] = OpenLayers
-
-    @property
-    def cost(self) -> float:
-        return float(len(self.numbers))
-
-    @property
-    def needs(self) -> Needs:
-        return self.view.needs(self.memory)
 
     @torch.no_grad()
     def run(self, layers: OpenLayers) -> None:
@@ -202,7 +197,7 @@ class RunLayer:
         for source, target, module in ((self.hidden, self.out, None), (self.dense, self.dense_out, before)):
             if source is None or target is None:
                 continue
-            batches = Batches(source, self.arguments, self.view.index, self.view.device, self.numbers, self.own)
+            batches = self.batches(source)
             with assembled(blockwise.blocks[self.view.index] if module is None else module):
                 for position, number in enumerate(self.numbers):
                     after = blockwise.run_block(self.view.index, batches[position], module)
