@@ -11,10 +11,11 @@ import gguf_cases as cases
 import numpy as np
 import pytest
 import torch
+from gguf_cores import core_of, difficult
 from torch import nn
 
 from halfplate.errors import HalfplateError
-from halfplate.formats import Chain, CompressedLinear, NMSparse, WeightSpec, stand_in
+from halfplate.formats import Chain, CompressedLinear, WeightSpec, stand_in
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.quantizers.table import NON_LINEAR
 from halfplate.models import gguf
@@ -51,10 +52,6 @@ TYPES = {
 CASES = {case.name: case for case in cases.CASES}
 
 
-def core_of(weight: torch.Tensor, core_dtype: str, group: int) -> NMSparse:
-    return NMSparse.from_dense(weight, None, DENSE, core_dtype, group)
-
-
 def naive(kind: str, row: bytes, columns: int) -> list[float]:
     """The values of a row, block by block, as ggml's specification words them."""
     values: list[float] = []
@@ -75,14 +72,6 @@ def naive(kind: str, row: bytes, columns: int) -> list[float]:
             number = NON_LINEAR[code] if kind == "IQ4_NL" else number
             values.append(d * number + m)
     return values
-
-
-def difficult(rows: int, columns: int, seed: int) -> torch.Tensor:
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    weight[2, :64] = 0  # a scale of zero
-    weight[3] *= 1e-6  # scales that fp16 holds with few bits
-    weight[4] = weight[4].abs()  # a minimum of zero
-    return weight
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, dequantize
+from gguf_cores import core_of, difficult
 from torch import nn
 
-from halfplate.formats import Chain, CompressedLinear, NMSparse, WeightSpec
+from halfplate.formats import Chain, CompressedLinear, WeightSpec
 from halfplate.models import gguf
 from halfplate.models.experts import linear_experts
 from halfplate.models.gguf_blocks import block_type
@@ -31,10 +32,6 @@ SUPER_TYPES = {
     "int3k": "Q3_K",
     "affine2k": "Q2_K",
 }
-
-
-def core_of(weight: torch.Tensor, core_dtype: str, group: int) -> NMSparse:
-    return NMSparse.from_dense(weight, None, DENSE, core_dtype, group)
 
 
 def naive_super(kind: str, row: bytes, columns: int) -> list[float]:
@@ -75,14 +72,6 @@ def naive_super(kind: str, row: bytes, columns: int) -> list[float]:
                 (scale,) = struct.unpack_from("<b", block, 192 + k // 16)
                 values.append(d * scale * (code - 32))
     return values
-
-
-def difficult(rows: int, columns: int, seed: int) -> torch.Tensor:
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    weight[2, :64] = 0  # a scale of zero
-    weight[3] *= 1e-6  # scales that fp16 holds with few bits
-    weight[4] = weight[4].abs()  # a minimum of zero
-    return weight
 
 
 @pytest.mark.parametrize("group", [16, 32, 128])
