@@ -28,7 +28,11 @@ FIELDS = (
     ("--embedding-dtype", "TYPE", "type of the embedding: keep, auto (int8), or int8 to int2"),
     ("--head-dtype", "TYPE", "type of the output layer: keep, auto (int8), or int8 to int2"),
     ("--wrapper-dtype", "TYPE", "type of the wrappers: bf16 (default), fp16, fp32 or int8"),
-    ("--effort", "WORD", "work to spend: quick, normal (default) or best; sets samples and iterations that no option sets"),
+    (
+        "--effort",
+        "WORD",
+        "work to spend: quick, normal (default) or best; sets samples and iterations that no option sets",
+    ),
     ("--samples", "N", "number of calibration sequences (default 64; 32 with --effort quick, 128 with best)"),
     ("--seq-len", "L", "tokens per calibration sequence (default 512)"),
     (
