@@ -26,7 +26,7 @@ def test_free_blocks_and_patterns():
 
 def test_a_grid_may_keep_every_value():
     found = candidates(SPEC, ARMOR, ("pattern", "core_dtype"))
-    assert any(spec.pattern.is_dense and spec.core_dtype == "int3" for spec in found)
+    assert any(spec.pattern.is_dense and spec.core_dtype == "nl3" for spec in found)
     assert not any(spec.pattern.is_dense and spec.core_dtype == "bf16" for spec in found)
 
 
