@@ -189,3 +189,18 @@ def test_an_effort_sets_what_the_recipe_leaves_open():
 def test_an_effort_that_is_not_known_names_the_others():
     with pytest.raises(HalfplateError, match=r"effort='some' is not one of quick, normal, best"):
         Recipe(effort="some")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (["core_dtype=nl4+nl7"], "choose=core_dtype='nl7'"),
+        (["group_size=32+33"], "choose=group_size='33'"),
+        (["block_size=some"], "choose=block_size='some' is not a block size; try choose=block_size=0\\+16"),
+        (["pattern=2:4+x"], "x"),
+        (["core=nl4"], "choose='core' is not one of"),
+    ],
+)
+def test_values_that_a_field_cannot_have_are_refused(choose, message):
+    with pytest.raises(HalfplateError, match=message):
+        Recipe(pattern="dense", core_dtype="nl4", budget=0.5, choose=choose)
