@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stored_linears import factors, random_linear
 
 from halfplate.errors import HalfplateError
-from halfplate.formats import WeightSpec
+from halfplate.formats import NMSparse, WeightSpec
 from halfplate.kernels import linear, native
 from halfplate.pattern import DENSE, Pattern
 
@@ -179,6 +179,17 @@ def test_nan_and_inf_reach_every_output_whose_kept_weights_touch_them(bad, core_
     assert expanded[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("core_dtype", ["nl4", "int5", "nl5"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_reach_every_output_of_an_unpruned_core(bad, core_dtype):
+    spec = WeightSpec(9, 300, DENSE, core_dtype, group=32)
+    packed, x = linear.pack(spec, random_linear(spec)), torch.randn(3, 300)
+    x[1, 299] = bad
+    # A weight of 0 makes inf a NaN.
+    assert not linear.multiply(x, packed, 9)[1].isfinite().any()
+    assert linear.multiply(x, packed, 9)[[0, 2]].isfinite().all()
+
+
 def positions_of(tensors):
     index = tensors["weight_index"]
     return torch.stack([index >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(1)[:, :150].long()
@@ -215,6 +226,45 @@ def test_what_no_writer_leaves_is_refused(part, byte, words):
     tensors[part].view(torch.uint8).flatten()[:2] = byte
     with pytest.raises(HalfplateError, match=words):
         linear.pack(spec, tensors)
+
+
+@pytest.mark.parametrize("core_dtype", ["int5", "nl5", "int4", "nl4"])
+def test_bits_after_the_last_code_of_a_row_are_refused(core_dtype):
+    spec = WeightSpec(3, 13, DENSE, core_dtype, group=32)
+    tensors = random_linear(spec)
+    tensors["weight"][..., 2, -1] |= 0x80
+    with pytest.raises(HalfplateError, match="codes outside"):
+        linear.pack(spec, tensors)
+
+
+@pytest.mark.parametrize(
+    ("core_dtype", "pattern", "activations", "bits"),
+    [
+        ("nl5", DENSE, "float", 5.5),
+        ("nl5k", DENSE, "float", 5.5),
+        ("int5", DENSE, "float", 5.5),
+        ("nl5", DENSE, "int8", 8.5),
+        ("nl5", SPARSE, "float", 5.5),
+        ("nl4", DENSE, "float", 4.5),
+        ("int6", DENSE, "float", 8.5),
+    ],
+)
+def test_bits_of_a_weight_in_memory(core_dtype, pattern, activations, bits):
+    """Codes of five bits stay so in unpruned cores; in others they take eight."""
+    spec = WeightSpec(512, 1024, pattern, core_dtype, group=32)
+    header = linear.header_of(spec, activations, False)
+    assert (8 * header.nbytes / (512 * 1024)) == pytest.approx(bits, rel=0.01)
+
+
+def test_scales_under_super_scales_come_back():
+    weight = torch.randn(5, 300)
+    tensors = NMSparse.from_dense(weight, None, DENSE, "nl5k", group=32).tensors()
+    spec = WeightSpec(5, 300, DENSE, "nl5k", group=32)
+    packed = linear.pack(spec, tensors)
+    back = linear.unpack(spec, packed)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    y = linear.multiply(torch.eye(300), packed, 5).T
+    assert (y - weight).norm() < 0.05 * weight.norm()
 
 
 def test_a_wrong_shape_is_refused():

@@ -63,6 +63,8 @@ float from_half(uint16_t h) {
 // A half whose exponent is moderate, so that sums stay in range.
 uint16_t random_half() { return uint16_t(random_below(2) << 15 | (8 + random_below(8)) << 10 | random_below(1024)); }
 
+// Bits of a code of a kind from INT4 on.
+int64_t code_bits(int32_t kind) { return kind == halfplate::FIVE ? 5 : 4; }
 int64_t width(int32_t kind) { return kind == halfplate::FP32 ? 4 : kind == halfplate::INT8 ? 1 : 2; }
 
 void random_value(int32_t kind, uint8_t *to) {
@@ -125,23 +127,29 @@ void random_wrapper(int32_t kind, int64_t size, int64_t block, Bytes &blocks, By
     }
 }
 
+// Bytes of a stored row of the core.
+int64_t weight_row(const Packed &p) {
+    const int64_t kept = p.sparse ? p.d_in / 2 : p.d_in;
+    return p.kind >= halfplate::INT4 ? (kept * code_bits(p.kind) + 7) / 8 : kept * width(p.kind);
+}
+
 void random_kind(Packed &p) {
-    p.kind = random_below(6);
+    p.kind = random_below(p.sparse ? 6 : 7);
     p.group = p.kind >= halfplate::INT8 ? 32 << random_below(3) : halfplate::TILE;
-    if (p.kind == halfplate::TABLE)
-        for (int8_t &number : p.table) number = int8_t(random_below(255) - 127);
+    const int numbers = p.kind == halfplate::TABLE ? 16 : p.kind == halfplate::FIVE ? 32 : 0;
+    for (int code = 0; code < numbers; ++code) p.table[code] = int8_t(random_below(255) - 127);
 }
 
 void random_linear(Linear &m, bool random_bytes) {
     Packed &p = m.head;
     const int64_t kept = p.sparse ? p.d_in / 2 : p.d_in;
-    const int64_t row = p.kind >= halfplate::INT4 ? (kept + 1) / 2 : kept * width(p.kind);
+    const int64_t row = weight_row(p);
     m.weight.resize(size_t(p.d_out * row));
     for (int64_t r = 0; r < p.d_out; ++r) {
         uint8_t *to = m.weight.data() + r * row;
         if (p.kind >= halfplate::INT4) {
             for (int64_t i = 0; i < row; ++i) to[i] = uint8_t(random_below(256));
-            if (kept % 2) to[row - 1] &= 15;
+            if (const int64_t used = kept * code_bits(p.kind) % 8) to[row - 1] &= uint8_t((1 << used) - 1);
         } else
             for (int64_t i = 0; i < kept; ++i) random_value(p.kind, to + i * width(p.kind));
     }
@@ -196,14 +204,15 @@ Matrix wrapper_matrix(int32_t kind, int64_t size, int64_t block, const Bytes &bl
 Matrix core_matrix(const Linear &m) {
     const Packed &p = m.head;
     const int64_t kept = p.sparse ? p.d_in / 2 : p.d_in;
-    const int64_t row = p.kind >= halfplate::INT4 ? (kept + 1) / 2 : kept * width(p.kind), index_row = (p.d_in / 4 + 1) / 2;
+    const int64_t row = weight_row(p), index_row = (p.d_in / 4 + 1) / 2, wide = code_bits(p.kind);
     Matrix dense(size_t(p.d_out * p.d_in));
     for (int64_t r = 0; r < p.d_out; ++r)
         for (int64_t i = 0; i < kept; ++i) {
             const uint8_t *w = m.weight.data() + r * row;
-            const int code = w[p.kind >= halfplate::INT4 ? i / 2 : 0] >> 4 * (i & 1) & 15;  // of 4 bits, with an offset of 8
-            double v = p.kind == halfplate::INT4    ? double(code - 8)
-                       : p.kind == halfplate::TABLE ? double(p.table[(code - 8) & 15])
+            int code = -(1 << (wide - 1));  // of a stream of bits, with an offset
+            for (int64_t b = 0; p.kind >= halfplate::INT4 && b < wide; ++b) code += (w[(i * wide + b) / 8] >> (i * wide + b) % 8 & 1) << b;
+            double v = p.kind == halfplate::INT4    ? double(code)
+                       : p.kind >= halfplate::TABLE ? double(p.table[code & ((1 << wide) - 1)])
                                                     : value_of(p.kind, w + i * width(p.kind));
             const int64_t group = i / 2;
             const int64_t c = p.sparse ? 4 * group + (m.index[size_t(r * index_row + group / 2)] >> (4 * (group & 1) + 2 * (i & 1)) & 3) : i;
@@ -604,7 +613,7 @@ int main(int count, char **arguments) {
         p.d_in = p.sparse ? 4 * (1 + random_below(80)) : 1 + random_below(300);
         random_kind(p);
         p.wrapper_kind = random_below(4);
-        p.activations = p.kind >= halfplate::INT8 ? random_below(2) : 0;
+        p.activations = p.kind >= halfplate::INT8 && p.kind != halfplate::FIVE ? random_below(2) : 0;
         p.out_block = blocks[random_below(11)];
         p.in_block = blocks[random_below(11)];
         if (random_below(2)) {

@@ -38,17 +38,19 @@ static inline bool holds(const void *data, int64_t bytes, int64_t wanted) {
     return bytes == wanted && (wanted == 0 || data != nullptr);
 }
 
-// Whether there are numbers exactly if the kind needs them.
+// Whether there are numbers only for the codes of the kind.
 static inline bool sensible_table(const Packed &p) {
-    for (const int8_t number : p.table)
-        if (p.kind == TABLE ? number == -128 : number != 0) return false;
+    const int64_t numbers = p.kind == FIVE ? 32 : p.kind == TABLE ? 16 : 0;
+    for (int64_t code = 0; code < 32; ++code)
+        if (code < numbers ? p.table[code] == -128 : p.table[code] != 0) return false;
     return true;
 }
 
 // Whether the sizes in a header can be those of a matrix.
 static inline bool sensible(const Packed &p) {
-    return within(p.d_out, 1, LARGEST_SIDE) && within(p.d_in, 1, LARGEST_SIDE) && within(p.kind, FP32, TABLE) && (p.group == 32 || p.group == 64 || p.group == TILE) &&
-           within(p.sparse, 0, 1) && within(p.activations, FLOAT, p.kind >= INT8 ? BYTES : FLOAT) &&
+    return within(p.d_out, 1, LARGEST_SIDE) && within(p.d_in, 1, LARGEST_SIDE) && within(p.kind, FP32, FIVE) && (p.group == 32 || p.group == 64 || p.group == TILE) &&
+           within(p.sparse, 0, 1) && within(p.activations, FLOAT, p.kind >= INT8 && p.kind != FIVE ? BYTES : FLOAT) &&
+           !(p.kind == FIVE && p.sparse) &&
            within(p.wrapper_kind, FP32, INT8) && within(p.out_block, 0, LARGEST_SIDE) &&
            within(p.in_block, 0, LARGEST_SIDE) && (!p.sparse || p.d_in % 4 == 0) && sensible_table(p);
 }
@@ -84,7 +86,7 @@ static inline int32_t check_member(const Member &m, int64_t x_rows, int64_t d_in
 // Whether the stored tensors are exactly those of the matrix, with the right sizes.
 static inline bool holds_stored(const Packed &p, const Stored &s) {
     const int64_t kept = p.sparse ? p.d_in / 2 : p.d_in;
-    const int64_t row = p.kind == FP32 ? 4 * kept : p.kind == INT8 ? kept : p.kind >= INT4 ? ceil_div(kept, 2) : 2 * kept;
+    const int64_t bits = p.kind == FP32 ? 32 : p.kind == INT8 ? 8 : p.kind == FIVE ? 5 : p.kind >= INT4 ? 4 : 16, row = ceil_div(bits * kept, 8);
     const int64_t width = p.wrapper_kind == FP32 ? 4 : p.wrapper_kind == INT8 ? 1 : 2;
     auto wrapper = [&](int64_t size, int64_t block, void *blocks, void *tail, void *scales, const int64_t *bytes) {
         const int64_t count = block ? size / block : 0, rest = block ? size % block : 0;

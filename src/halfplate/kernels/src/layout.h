@@ -5,6 +5,8 @@
 // of the upper row and two of the lower; a step of a dense unit holds as many columns of its one row.
 //   floats: element e of a step belongs to group e / 4; its positions for 8 steps fill one 16-bit word, 2 bits a step.
 //           Two steps of bf16 share 32-bit words (even step low), eight steps of int4 (two's complement) likewise.
+//           FIVE: the low 4 bits of a code are where int4 has them. The fifth bits of all units of a tile follow their values: the one
+//           of step s, element e and unit u is bit 2 u + s mod 2 of byte 4 e + s / 2, so that it is in the byte that has the low ones.
 //   bytes:  lane l (16 bytes) of a tile covers columns 16 l to 16 l + 15: 8 values of the upper row, 8 of the lower;
 //           their positions are bits 2 (l / 2) of byte 16 (l mod 2) + j. Two steps of int4 share bytes (even step low).
 #pragma once
@@ -45,9 +47,12 @@ static inline int64_t value_bytes(int32_t kind, int32_t activations, int64_t ste
     }
 }
 
+// Of the fifth bits of a tile.
+constexpr int64_t FIFTH_BITS = 64;
+
 static inline int64_t meta_bytes(const Packed &p) { return p.sparse ? META : 0; }
 static inline int64_t tile_bytes(const Packed &p, int64_t steps) {
-    return UNITS * (meta_bytes(p) + value_bytes(p.kind, p.activations, steps));
+    return UNITS * (meta_bytes(p) + value_bytes(p.kind, p.activations, steps)) + (p.kind == FIVE ? FIFTH_BITS : 0);
 }
 static inline int64_t band_bytes(const Packed &p) {
     return (tiles(p) - 1) * tile_bytes(p, TILE / step_columns(p)) + tile_bytes(p, last_steps(p));

@@ -59,6 +59,12 @@ inline uint32_t stored_value(const uint8_t *row, int64_t i) {
         return bits;
     }
     if (KIND == INT8) return uint8_t(row[i] ^ 0x80);
+    if (KIND == FIVE) {
+        const int64_t byte = 5 * i / 8, bit = 5 * i % 8;
+        uint32_t code = uint32_t(row[byte] >> bit);
+        if (bit > 3) code |= uint32_t(row[byte + 1]) << (8 - bit);
+        return (code & 31) ^ 16;
+    }
     return (row[i / 2] >> 4 * (i & 1) & 15) ^ 8;
 }
 
@@ -71,14 +77,20 @@ inline void store_value(uint8_t *row, int64_t i, uint32_t bits) {
     }
     if (KIND == INT8) row[i] = uint8_t(bits ^ 0x80);
     if (KIND == INT4) row[i / 2] = uint8_t((row[i / 2] & (15 << 4 * (1 - (i & 1)))) | (bits ^ 8) << 4 * (i & 1));
+    if (KIND == FIVE) {
+        const int64_t byte = 5 * i / 8, bit = 5 * i % 8;
+        const uint32_t code = (bits ^ 16) << bit, clear = ~(31u << bit);
+        row[byte] = uint8_t((row[byte] & clear) | code);
+        if (bit > 3) row[byte + 1] = uint8_t((row[byte + 1] & clear >> 8) | code >> 8);
+    }
 }
 
 template <int32_t KIND>
 int64_t stored_row_bytes(int64_t count) {
-    return KIND == FP32 ? 4 * count : KIND == INT8 ? count : KIND == INT4 ? ceil_div(count, 2) : 2 * count;
+    return KIND == FP32 ? 4 * count : KIND == INT8 ? count : KIND == INT4 ? ceil_div(count, 2) : KIND == FIVE ? ceil_div(5 * count, 8) : 2 * count;
 }
 
-// Position of element e of a step inside the values of a unit and tile: byte and bit.
+// Position of element e of a step inside the values of a unit and tile: byte and bit. Of a code of 5 bits, that of its low 4 bits.
 struct Slot {
     int64_t byte;
     int bit;
@@ -105,7 +117,7 @@ inline void put(uint8_t *values, int64_t step, int64_t e, uint32_t bits) {
         std::memcpy(values + s.byte, &half, 2);
     }
     if (KIND == INT8) values[s.byte] = uint8_t(bits);
-    if (KIND == INT4) values[s.byte] = uint8_t(values[s.byte] | (bits & 15) << s.bit);
+    if (KIND == INT4 || KIND == FIVE) values[s.byte] = uint8_t(values[s.byte] | (bits & 15) << s.bit);
 }
 
 template <int32_t KIND, bool AS_BYTES>
@@ -115,8 +127,18 @@ inline uint32_t get(const uint8_t *values, int64_t step, int64_t e) {
     if (KIND == FP32) std::memcpy(&bits, values + s.byte, 4);
     if (KIND == BF16 || KIND == FP16) std::memcpy(&bits, values + s.byte, 2);
     if (KIND == INT8) bits = values[s.byte];
-    if (KIND == INT4) bits = values[s.byte] >> s.bit & 15;
+    if (KIND == INT4 || KIND == FIVE) bits = values[s.byte] >> s.bit & 15;
     return bits;
+}
+
+// The fifth bit of a code; fifths: those of a tile.
+inline void put_fifth(uint8_t *fifths, int64_t unit, int64_t step, int64_t e, uint32_t bits) {
+    uint8_t &byte = fifths[slot<FIVE, false>(step, e).byte];
+    byte = uint8_t(byte | (bits >> 4 & 1) << (2 * unit + (step & 1)));
+}
+
+inline uint32_t get_fifth(const uint8_t *fifths, int64_t unit, int64_t step, int64_t e) {
+    return (fifths[slot<FIVE, false>(step, e).byte] >> (2 * unit + (step & 1)) & 1u) << 4;
 }
 
 // Step, element of the first of its values, and row of a group of 4 columns in a tile.
@@ -248,22 +270,25 @@ int32_t band_dense(const Packed &p, const Stored &stored, uint8_t *band, int64_t
         auto *weight = static_cast<uint8_t *>(stored.weight) + (first_row + unit) * weight_row;
         for (int64_t tile = 0; tile < tiles(p); ++tile) {
             const bool whole = tile + 1 < tiles(p);
-            uint8_t *values = band + tile * full +
-                              unit * value_bytes(KIND, AS_BYTES, whole ? TILE / columns : last_steps(p));
+            const int64_t size = value_bytes(KIND, AS_BYTES, whole ? TILE / columns : last_steps(p));
+            uint8_t *values = band + tile * full + unit * size, *fifths = band + tile * full + UNITS * size;
             const int64_t last = p.d_in < (tile + 1) * TILE ? p.d_in : (tile + 1) * TILE;
             for (int64_t c = tile * TILE; c < last; ++c) {
                 const int64_t step = c % TILE / columns, e = c % columns;
                 if (UNPACK) {
-                    store_value<KIND>(weight, c, get<KIND, AS_BYTES>(values, step, e));
+                    const uint32_t bits = get<KIND, AS_BYTES>(values, step, e);
+                    store_value<KIND>(weight, c, KIND == FIVE ? bits | get_fifth(fifths, unit, step, e) : bits);
                     continue;
                 }
                 const uint32_t value = stored_value<KIND>(weight, c);
                 if (!finite(KIND, value)) refusal = NOT_FINITE;
                 if (KIND == INT8 && value == 0x80) refusal = CODES;
                 put<KIND, AS_BYTES>(values, step, e, value);
+                if (KIND == FIVE) put_fifth(fifths, unit, step, e, value);
             }
         }
-        if (!UNPACK && KIND == INT4 && p.d_in % 2 && weight[weight_row - 1] >> 4) refusal = CODES;
+        const int64_t used = KIND == INT4 ? 4 * p.d_in % 8 : KIND == FIVE ? 5 * p.d_in % 8 : 0;  // bits of the last byte, or 0 if all are
+        if (!UNPACK && used && weight[weight_row - 1] >> used) refusal = CODES;
     }
     return refusal;
 }
@@ -283,6 +308,7 @@ int32_t band_any(const Packed &p, const Stored &stored, uint8_t *band, int64_t f
     CASE_BYTES(INT8);
     CASE_BYTES(INT4);
     switch (kind) {
+        case FIVE: return band_dense<FIVE, false, UNPACK>(p, stored, band, first_row);
         CASE(FP32);
         CASE(BF16);
         CASE(FP16);

@@ -6,8 +6,9 @@
 
 namespace halfplate {
 
-// From INT8 on, values have scales. A value of TABLE is a code of 4 bits whose number stands in a table.
-enum Kind : int32_t { FP32 = 0, BF16 = 1, FP16 = 2, INT8 = 3, INT4 = 4, TABLE = 5 };
+// From INT8 on, values have scales. A value of TABLE is a code of 4 bits whose number stands in a table, and one of FIVE a code of 5 bits.
+// FIVE is only for dense cores and activations in floats.
+enum Kind : int32_t { FP32 = 0, BF16 = 1, FP16 = 2, INT8 = 3, INT4 = 4, TABLE = 5, FIVE = 6 };
 enum Activations : int32_t { FLOAT = 0, BYTES = 1 };
 
 // A core is cut into bands of 4 units; a unit is a pair of rows if the core is 2:4 sparse and one row if it is dense.
@@ -23,7 +24,7 @@ struct Packed {
     int32_t kind, sparse, activations, wrapper_kind;
     int64_t out_block, in_block;           // 0 if there is no wrapper
     int64_t group;                         // columns of a scale: 32, 64 or TILE; TILE without scales
-    int8_t table[16];                      // the number of each code (two's complement) of a TABLE, each above -128; else 0
+    int8_t table[32];                      // the number of each code (two's complement), each above -128: 16 of a TABLE, 32 of FIVE; else 0
     int64_t core, scales, in_blocks, in_scales, out_blocks, out_scales, bias;  // byte offsets from the header, 0: absent
     int64_t nbytes;                        // total bytes, including this header
 };
