@@ -217,7 +217,7 @@ def in_one_format(
 
 
 def _loaded(spec: WeightSpec) -> int:
-    """Bytes of a matrix in the memory of Halfplate, where codes have four or eight bits. A head has its own copy of a tied table."""
+    """Bytes of a matrix in the memory of Halfplate, where codes have four, five or eight bits. A head has its own copy of a tied table."""
     own = spec.alone
     if not available() or NATIVE.refusal(own) is not None:
         return own.nbytes
