@@ -15,8 +15,12 @@ import time
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--instructions", choices=("baseline", "avx2", "avx512"), help="default: the best of this machine")
-    parser.add_argument("--cores", nargs="+", default=["int8", "nl5", "nl4"], help="the first is what the others are relative to")
+    parser.add_argument(
+        "--instructions", choices=("baseline", "avx2", "avx512"), help="default: the best of this machine"
+    )
+    parser.add_argument(
+        "--cores", nargs="+", default=["int8", "nl5", "nl4"], help="the first is what the others are relative to"
+    )
     parser.add_argument("--group", type=int, default=32, help="columns of a scale")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
@@ -26,9 +30,13 @@ def main() -> None:
         for place, nbytes in (("memory", 128 * 2**20), ("cache", 0)):
             times = measured(options, d_out, d_in, nbytes)
             first = times[options.cores[0]]
-            shares = {core: statistics.median(a / b for a, b in zip(own, first, strict=True)) for core, own in times.items()}
+            shares = {
+                core: statistics.median(a / b for a, b in zip(own, first, strict=True)) for core, own in times.items()
+            }
             best = {core: f"{min(own) * 1e6:.0f} us, {shares[core]:.2f}" for core, own in times.items()}
-            print(f"{d_in} x {d_out} in {place}:", "; ".join(f"{core} {text}" for core, text in best.items()), flush=True)
+            print(
+                f"{d_in} x {d_out} in {place}:", "; ".join(f"{core} {text}" for core, text in best.items()), flush=True
+            )
 
 
 def measured(options: argparse.Namespace, d_out: int, d_in: int, nbytes: int) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ from stored_linears import factors, random_linear
 from halfplate.errors import HalfplateError
 from halfplate.formats import NMSparse, WeightSpec
 from halfplate.kernels import linear, native
+from halfplate.kernels.kinds import FIVE_ON
 from halfplate.pattern import DENSE, Pattern
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
@@ -233,7 +234,7 @@ def test_bits_after_the_last_code_of_a_row_are_refused(core_dtype):
     spec = WeightSpec(3, 13, DENSE, core_dtype, group=32)
     tensors = random_linear(spec)
     tensors["weight"][..., 2, -1] |= 0x80
-    with pytest.raises(HalfplateError, match="codes outside"):
+    with pytest.raises(HalfplateError, match="codes outside|padding bits"):
         linear.pack(spec, tensors)
 
 
@@ -250,7 +251,9 @@ def test_bits_after_the_last_code_of_a_row_are_refused(core_dtype):
     ],
 )
 def test_bits_of_a_weight_in_memory(core_dtype, pattern, activations, bits):
-    """Codes of five bits stay so in unpruned cores; in others they take eight."""
+    """Codes of five bits stay so in unpruned cores, if vectors are long enough; in others they take eight."""
+    if bits == 5.5 and pattern is DENSE and native.isa() not in FIVE_ON:
+        bits = 8.5
     spec = WeightSpec(512, 1024, pattern, core_dtype, group=32)
     header = linear.header_of(spec, activations, False)
     assert (8 * header.nbytes / (512 * 1024)) == pytest.approx(bits, rel=0.01)

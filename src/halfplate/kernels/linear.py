@@ -8,7 +8,6 @@ import ctypes
 import mmap
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from threading import local
 
 import torch
@@ -17,11 +16,7 @@ from torch.nn import functional
 
 from halfplate.dtypes import STORED as STORED_DTYPES
 from halfplate.errors import HalfplateError
-from halfplate.formats.encoding.packing import check_padding
-from halfplate.formats.encoding.packing import pack as pack_codes
-from halfplate.formats.encoding.packing import unpack as unpack_codes
-from halfplate.formats.quantizers import QUANTIZERS, quantizer_of, scaled_core_dtypes, whole_numbers
-from halfplate.formats.quantizers.table import Table
+from halfplate.formats.quantizers import QUANTIZERS, scaled_core_dtypes
 from halfplate.formats.spec import WeightSpec
 from halfplate.kernels import native
 from halfplate.kernels.capability import (
@@ -37,11 +32,10 @@ from halfplate.kernels.capability import (
     one_of,
     pattern_of,
 )
+from halfplate.kernels.kinds import kernel_spec, kind_of, numbers_of, recoded
 from halfplate.kernels.scales import plain_scales, with_stored_scales
 from halfplate.precision import multiplies_bf16
 
-KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
-TABLE, FIVE = 5, 6  # the kinds of codes of 4 and of 5 bits whose numbers stand in the header
 TILE = 128  # columns of a tile, as in src/runtime.h
 GROUPS = (32, 64, TILE)  # columns of a scale
 WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
@@ -58,6 +52,7 @@ REFUSALS = {
     2: "NaN or inf, expected finite values",
     3: "codes outside the range of their type or scales below 0",
 }
+
 
 NATIVE = Capability(
     {
@@ -131,7 +126,7 @@ def kernels_for() -> str:
 def header_of(spec: WeightSpec, activations: str, bias: bool) -> Header:
     """The header of a matrix of `spec`, with offsets; int8 activations are only for quantised cores."""
     as_bytes = activations == "int8" and spec.core_dtype in QUANTIZERS
-    kind = _kind(spec, as_bytes)
+    kind = kind_of(spec, as_bytes)
     header = Header(
         d_out=spec.d_out,
         d_in=spec.d_in,
@@ -143,7 +138,7 @@ def header_of(spec: WeightSpec, activations: str, bias: bool) -> Header:
         in_block=spec.in_block,
         group=TILE if spec.core_dtype in STORED_DTYPES else spec.group,
     )
-    for number, value in _table(spec, kind).items():
+    for number, value in numbers_of(spec, kind).items():
         header.table[number] = value
     native.check(native.library().halfplate_place(ctypes.byref(header), int(bias)), "layout")
     return header
@@ -154,7 +149,7 @@ def pack(
 ) -> Tensor:
     """Pack the stored `tensors` of a matrix, named as in `spec.layout()`, into one uint8 tensor.
 
-    activations: `float`, or `int8` for cores on a grid. Codes take the bits of the next wider kind: 4, 8, or 5 (`_kind`). bias: (d_out,) of any floating type. Raises HalfplateError
+    activations: `float`, or `int8` for cores on a grid. Codes take the bits of the next wider kind: 4, 8, or 5 (`kind_of`). bias: (d_out,) of any floating type. Raises HalfplateError
     for tensors of other shapes or types than `spec` says, and for values that no writer leaves: NaN, inf, positions that do
     not rise within a group, codes out of range.
     """
@@ -173,7 +168,7 @@ def pack(
     packed = _aligned(header.nbytes)
     ctypes.memmove(packed.data_ptr(), ctypes.byref(header), ctypes.sizeof(header))
     held = {name: tensors[name].detach().contiguous() for name in spec.layout()}
-    held["weight"] = _recoded(held["weight"], spec, spec.core_dtype, _kernel_spec(spec, header.kind).core_dtype)
+    held["weight"] = recoded(held["weight"], spec, spec.core_dtype, kernel_spec(spec, header.kind).core_dtype)
     held |= plain_scales(spec, held)
     if bias is not None:
         held["bias"] = bias.detach().to(torch.float32).contiguous()
@@ -191,8 +186,8 @@ def pack(
 def unpack(spec: WeightSpec, packed: Tensor) -> dict[str, Tensor]:
     """The stored tensors that were packed, bit for bit if super-scales are those that Halfplate writes; a bias is returned as fp32."""
     header = read_header(packed)
-    kernel_spec = _kernel_spec(spec, header.kind)
-    layout = kernel_spec.layout()
+    held_spec = kernel_spec(spec, header.kind)
+    layout = held_spec.layout()
     tensors = {name: torch.zeros(shape, dtype=dtype, device=CPU) for name, (shape, dtype) in layout.items()}
     if header.bias:
         tensors["bias"] = torch.empty(spec.d_out, dtype=torch.float32, device=CPU)
@@ -200,53 +195,8 @@ def unpack(spec: WeightSpec, packed: Tensor) -> dict[str, Tensor]:
         packed.data_ptr(), packed.numel(), ctypes.byref(_stored(tensors)), torch.get_num_threads()
     )
     native.check(status, "unpacking")
-    tensors["weight"] = _recoded(tensors["weight"], spec, kernel_spec.core_dtype, spec.core_dtype)
+    tensors["weight"] = recoded(tensors["weight"], spec, held_spec.core_dtype, spec.core_dtype)
     return with_stored_scales(spec, tensors)
-
-
-def _kind(spec: WeightSpec, as_bytes: bool) -> int:
-    """The kind that the kernels hold a core in. Codes of 5 bits have one only if the core is unpruned and activations are floats."""
-    quantizer = quantizer_of(spec.core_dtype)
-    if quantizer is None or spec.core_dtype in KINDS:
-        return KINDS[spec.core_dtype]
-    if quantizer.bits == 5 and spec.pattern.is_dense and not as_bytes:
-        return FIVE
-    return KINDS["int8"] if quantizer.bits > 4 else TABLE if isinstance(quantizer, Table) else KINDS["int4"]
-
-
-def _kernel_spec(spec: WeightSpec, kind: int) -> WeightSpec:
-    """The matrix as kernels of `kind` read it: codes as int8, int5 or int4, with fp16 scales."""
-    if spec.core_dtype in KINDS:
-        return spec
-    return replace(spec, core_dtype={KINDS["int8"]: "int8", FIVE: "int5"}.get(kind, "int4"))
-
-
-def _table(spec: WeightSpec, kind: int) -> dict[int, int]:
-    """The numbers of the codes of a core of kind TABLE or FIVE, by their two's complement; empty for other kinds."""
-    if kind not in (TABLE, FIVE):
-        return {}
-    quantizer = QUANTIZERS.get(spec.core_dtype)
-    numbers = enumerate(whole_numbers(quantizer) or (), quantizer.range[0])
-    return {code % (32 if kind == FIVE else 16): number for code, number in numbers}
-
-
-def _recoded(weight: Tensor, spec: WeightSpec, held: str, wanted: str) -> Tensor:
-    """The stored core of a matrix of `spec`, its codes of type `held` rewritten as those of type `wanted`.
-
-    Between int8 and a table, the values stay the same, whose numbers are codes of int8; otherwise the codes do, without their offset.
-    """
-    if held == wanted:
-        return weight
-    before, after = QUANTIZERS.get(held), QUANTIZERS.get(wanted)
-    if before.bits == after.bits:
-        return weight
-    kept, rows = spec.pattern.kept(spec.d_in), weight.reshape(spec.d_out, -1)
-    check_padding(rows, kept, before.bits, "weight")
-    codes = unpack_codes(rows, kept, before.bits).to(torch.int16) - (1 << before.bits - 1)
-    if "int8" in (held, wanted) and (isinstance(before, Table) or isinstance(after, Table)):
-        one = torch.ones(1, dtype=torch.float32, device=CPU)
-        codes = after.nearest(before.decode(codes, one), one).to(torch.int16)
-    return pack_codes(codes + (1 << after.bits - 1), after.bits).reshape(*weight.shape[:-1], -1)
 
 
 def read_header(packed: Tensor) -> Header:
