@@ -234,7 +234,7 @@ def test_bits_after_the_last_code_of_a_row_are_refused(core_dtype):
     spec = WeightSpec(3, 13, DENSE, core_dtype, group=32)
     tensors = random_linear(spec)
     tensors["weight"][..., 2, -1] |= 0x80
-    with pytest.raises(HalfplateError, match="codes outside|padding bits"):
+    with pytest.raises(HalfplateError, match=r"codes outside|padding bits"):
         linear.pack(spec, tensors)
 
 
