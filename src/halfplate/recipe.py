@@ -23,7 +23,7 @@ from halfplate.formats.quantizers.rounding import GROUP
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern
-from halfplate.recipe_values import DEFAULT_METHOD, file_values, laid_over, without_recipe
+from halfplate.recipe_values import DEFAULT_METHOD, file_values, laid_over, typed_by, types_in, without_recipe
 from halfplate.registry import available, unknown
 
 VERSION = 1
@@ -44,6 +44,7 @@ class RecipeFields(TypedDict, total=False):
     share_wrappers: bool
     core_dtype: str
     wrapper_dtype: str
+    types: tuple[str, ...]
     group_size: int
     embedding_dtype: str
     head_dtype: str
@@ -90,6 +91,7 @@ class Recipe:
     - method, method_options: a name of `halfplate methods`, and its options, e.g. `{"iterations": 20}`
     - pattern: `N:M`, `dense`, or `auto` (`dense` if the method does not prune, else `2:4`)
     - core_dtype, wrapper_dtype: data types of kept values and wrappers
+    - types: `PATTERN=TYPE`, the core_dtype of matrices whose full name matches a shell pattern; the first that matches counts
     - block_size: `auto` (chosen by the plan), 0 for no wrappers, 1 for diagonal wrappers; for slim the rank
     - out_block_size: that of the output wrapper, if it differs
     - share_wrappers: linears with the same input share one input wrapper
@@ -128,6 +130,7 @@ class Recipe:
     out_block_size: int | None = None
     share_wrappers: bool = False
     core_dtype: str = "bf16"
+    types: tuple[str, ...] = ()
     wrapper_dtype: str = "bf16"
     group_size: int = GROUP
     embedding_dtype: str = KEEP
@@ -284,9 +287,14 @@ class Recipe:
             raise HalfplateError(
                 f"out_block_size={self.out_block_size} is negative; expected 0 (no wrapper), 1 (diagonal) or a block size"
             )
+        if self.share_wrappers and self.types:
+            raise HalfplateError(
+                f"share_wrappers=True with types={', '.join(self.types)}: matrices that share a wrapper have one type; leave one of them out"
+            )
         if self.share_wrappers and self.block_size == 0:
             raise HalfplateError("share_wrappers=True with block_size=0 has no wrapper to share; try --block-size 16")
-        method.check_spec(self.spec(1, pattern.m, block))
+        for name in (None, *types_in(self.types)):
+            method.check_spec(self.spec(1, pattern.m, block, name))
         scaled = self.core_dtype in QUANTIZERS or self.budgeted or {self.embedding_dtype, self.head_dtype} != {KEEP}
         if self.group_size != GROUP and not scaled:
             raise HalfplateError(
@@ -298,7 +306,11 @@ class Recipe:
                 f"core_dtype={self.core_dtype!r} makes pattern dense no smaller than the model; use {' or '.join(QUANTIZERS)}"
             )
 
-    def spec(self, d_out: int, d_in: int, block: int) -> WeightSpec:
+    def core_dtype_of(self, name: str) -> str:
+        """The type of the core of the matrix with the full name `name`."""
+        return typed_by(self.types, name) or self.core_dtype
+
+    def spec(self, d_out: int, d_in: int, block: int, core_dtype: str | None = None) -> WeightSpec:
         """The specification of a matrix: with wrappers of block size `block`, or a low-rank part of equal size, depending on the method."""
         method = self.create_method()
         wrapper, rank = (0, block) if method.low_rank else (block, 0)
@@ -307,7 +319,7 @@ class Recipe:
             d_out,
             d_in,
             self.parsed_pattern,
-            self.core_dtype,
+            core_dtype or self.core_dtype,
             out_wrapper,
             wrapper,
             self.wrapper_dtype,
@@ -384,6 +396,7 @@ class Recipe:
             "calibration": list(self.calibration) if isinstance(self.calibration, tuple) else self.calibration,
             "transforms": list(self.transforms),
             "choose": list(self.choose),
+            "types": list(self.types),
             "include": list(self.include),
             "exclude": list(self.exclude),
         }
@@ -398,6 +411,7 @@ class Recipe:
             "head_dtype": KEEP,
             "target": HALFPLATE.name,
             "effort": "normal",
+            "types": [],
         }
         later |= {"fit": None, "fit_ram": None, "context": CONTEXT}
         return {key: value for key, value in values.items() if key not in later or value != later[key]}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,12 @@ def chooses_format(changes: Mapping[str, Any]) -> bool:
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Override the values of `below` by those of `above`. Options of the method are added to those below, unless the method changes."""
+    """Override the values of `below` by those of `above`. Options of the method are added to those below, unless the method changes.
+
+    A `core_dtype` above replaces all types below.
+    """
+    if "core_dtype" in above and "types" not in above:
+        below = {name: value for name, value in below.items() if name != "types"}  # one type is asked for
     method = below.get("method", DEFAULT_METHOD)
     kept = below.get("method_options", {}) if above.get("method", method) == method else {}
     added = above.get("method_options", {})
@@ -70,3 +76,20 @@ def file_values(path: str | Path) -> dict[str, Any]:
             f"recipe={str(path)!r} holds a {type(values).__name__}, expected a mapping; write one `name: value` per line"
         )
     return values
+
+
+def types_in(entries: Sequence[str]) -> list[str]:
+    """The core_dtype of each entry `PATTERN=TYPE`; raises HalfplateError for an entry of another form."""
+    found = []
+    for entry in entries:
+        pattern, equals, core_dtype = entry.partition("=")
+        if not (pattern and equals and core_dtype):
+            raise HalfplateError(f"types={entry!r} is not of the form PATTERN=TYPE; try '*.down_proj=nl5'")
+        found.append(core_dtype)
+    return found
+
+
+def typed_by(entries: Sequence[str], name: str) -> str | None:
+    """The core_dtype of the first entry whose pattern matches `name`; None if there is none."""
+    pairs = (entry.partition("=") for entry in entries)
+    return next((core_dtype for pattern, _, core_dtype in pairs if fnmatchcase(name, pattern)), None)

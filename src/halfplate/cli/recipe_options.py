@@ -153,6 +153,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         help="share one input wrapper between linears that read the same input (q, k and v; gate and up)",
     )
     parser.add_argument(
+        "--types",
+        metavar="PATTERN=TYPE",
+        action="append",
+        help="type of the core in matrices whose name matches, e.g. '*.down_proj=nl5'; may be repeated",
+    )
+    parser.add_argument(
         "--choose",
         metavar="FIELDS",
         type=_fields,
@@ -202,7 +208,16 @@ def choice_from(args: argparse.Namespace) -> tuple[Choice, Recipe]:
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of Recipe that are given as flags."""
-    names = [*map(_field, FIELDS), "calibration", "include", "exclude", "choose", "share_wrappers", "transforms"]
+    names = [
+        *map(_field, FIELDS),
+        "calibration",
+        "include",
+        "exclude",
+        "choose",
+        "share_wrappers",
+        "transforms",
+        "types",
+    ]
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = {name: getattr(args, name) for name in map(_field, METHOD_OPTIONS) if getattr(args, name) is not None}
     for text in args.option:

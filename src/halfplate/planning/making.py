@@ -90,8 +90,8 @@ def plan_source(
     block = _block_size(recipe, fitting) if method.wrapped or method.low_rank else 0
 
     @cache
-    def spec_of(d_out: int, d_in: int) -> WeightSpec:
-        spec = recipe.spec(d_out, d_in, block)
+    def spec_of(d_out: int, d_in: int, core_dtype: str) -> WeightSpec:
+        spec = recipe.spec(d_out, d_in, block, core_dtype)
         method.check_spec(spec)
         return spec
 
@@ -101,7 +101,7 @@ def plan_source(
         if linear.d_in % pattern.m:
             reason = f"d_in={linear.d_in} is not a multiple of M={pattern.m} (pattern {pattern})"
         else:
-            spec = spec_of(linear.d_out, linear.d_in)
+            spec = spec_of(linear.d_out, linear.d_in, recipe.core_dtype_of(linear.name))
         matrices.append(MatrixPlan(linear.name, (linear.d_out, linear.d_in), linear.block, recipe.method, spec, reason))
     matrices += [
         MatrixPlan(skip.name, _shape(dense, skip.name), None, recipe.method, None, skip.reason) for skip in passed_over

@@ -7,7 +7,7 @@ from typing import Any
 from halfplate.arguments import FLAGS
 from halfplate.recipe import Recipe
 
-REPEATED = ("include", "exclude", "transforms")
+REPEATED = ("include", "exclude", "transforms", "types")
 
 
 def compress_command(model: str, out: str, recipe: Recipe) -> str:
