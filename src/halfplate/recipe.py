@@ -47,6 +47,7 @@ class RecipeFields(TypedDict, total=False):
     embedding_dtype: str
     head_dtype: str
     transforms: tuple[str, ...]
+    keep: float | None
     calibration: str | tuple[str, ...]
     samples: int
     seq_len: int
@@ -106,6 +107,7 @@ class Recipe:
     - search: `knapsack` over measured errors, or `evolution`, which continues from there with the KL of the model
     - generations, offspring: of the evolution
     - transforms: names of `halfplate.transforms`, applied to the model first, in order; each becomes `name@version`
+    - keep: fraction of the model's parameters that stay after the transform that makes it smaller
     - calibration: `self`, a text file or a Hub data set; or several as `SOURCE:SHARE`, shares of the sequences
     - samples, seq_len: number and length of the calibration sequences
     - seed: of all random numbers
@@ -130,6 +132,7 @@ class Recipe:
     embedding_dtype: str = KEEP
     head_dtype: str = KEEP
     transforms: tuple[str, ...] = ()
+    keep: float | None = None
     calibration: str | tuple[str, ...] = "self"
     samples: int = 64
     seq_len: int = 512
@@ -174,6 +177,7 @@ class Recipe:
         options = _typed_options(methods.METHODS.get(self.method), self.method_options)
         object.__setattr__(self, "method_options", options)
         object.__setattr__(self, "transforms", tuple(transforms.find(entry).label for entry in self.transforms))
+        self._check_keep()
         if self.pattern == "auto":
             object.__setattr__(self, "pattern", pattern_of(self.method))
         self._check_shape()
@@ -214,6 +218,20 @@ class Recipe:
         for name in ("method", "calibration"):
             if not "".join(getattr(self, name)).strip():
                 raise HalfplateError(f"{name}={getattr(self, name)!r} is empty; leave it out for the default")
+
+    def _check_keep(self) -> None:
+        shrinking = [entry for entry in self.transforms if transforms.find(entry).shrinks]
+        if self.keep is None and shrinking:
+            raise HalfplateError(
+                f"transforms={shrinking[0]!r} needs keep, the fraction of the model's parameters that stay; try keep 0.75"
+            )
+        if self.keep is None:
+            return
+        if not 0 < self.keep <= 1:
+            raise HalfplateError(f"keep={self.keep} must be a fraction of the parameters, above 0 and at most 1; try 0.75")
+        if len(shrinking) != 1:
+            named = f"{len(shrinking)} do ({', '.join(shrinking)}): prune in several steps" if shrinking else "none does: try flap"
+            raise HalfplateError(f"keep={self.keep} is for one transform that makes the model smaller, and {named}")
 
     def _check_ratios(self) -> None:
         if not 0 <= self.owl_lambda <= 0.5:
@@ -387,6 +405,7 @@ class Recipe:
         # A recipe that leaves these out is what it was before there were any.
         later: dict[str, Any] = {
             "transforms": [],
+            "keep": None,
             "embedding_dtype": KEEP,
             "head_dtype": KEEP,
             "target": HALFPLATE.name,

@@ -103,7 +103,8 @@ def saved(tokenizer, folder, architecture="llama", **options):
 
 
 def result_of(source, place, *names):
-    return transformed(source, plan_source(source, Recipe(transforms=names, **INT8)), WorkFolder(place), silent)[1]
+    recipe = Recipe(transforms=names, **INT8)
+    return transformed(source, plan_source(source, recipe).transforms, recipe, WorkFolder(place), silent)[1]
 
 
 def logits(source):
@@ -230,7 +231,7 @@ def test_transforms_are_applied_in_order_and_after_the_conversion(examples, narr
         ("fold_norms@1", False),
         ("narrow@1", False),
     ]
-    original, result = transformed(source, plan, WorkFolder(tmp_path / "out"), silent)
+    original, result = transformed(source, plan.transforms, plan.recipe, WorkFolder(tmp_path / "out"), silent)
     torch.testing.assert_close(logits(original), model(IDS).logits, rtol=0, atol=0)
     found, state = StreamedModel(result), model.state_dict()
     up, norm = "model.layers.0.mlp.up_proj.weight", "model.layers.0.post_attention_layernorm.weight"

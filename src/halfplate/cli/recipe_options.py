@@ -28,6 +28,11 @@ FIELDS = (
     ("--embedding-dtype", "TYPE", "type of the embedding: keep, auto (int8), or int8 to int2"),
     ("--head-dtype", "TYPE", "type of the output layer: keep, auto (int8), or int8 to int2"),
     ("--wrapper-dtype", "TYPE", "type of the wrappers: bf16 (default), fp16, fp32 or int8"),
+    (
+        "--keep",
+        "FRACTION",
+        "share of the parameters that stay after a transform that makes the model smaller (docs/pruning.md)",
+    ),
     ("--samples", "N", "number of calibration sequences (default 64)"),
     ("--seq-len", "L", "tokens per calibration sequence (default 512)"),
     (

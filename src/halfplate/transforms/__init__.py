@@ -8,9 +8,33 @@ from typing import Any
 
 from halfplate.errors import HalfplateError
 from halfplate.registry import Registry
-from halfplate.transforms.base import Maker, Piece, Transform, outline, pieces_of
+from halfplate.transforms.base import (
+    Maker,
+    MeasuredTransform,
+    Piece,
+    Probe,
+    Settled,
+    Statistics,
+    Transform,
+    outline,
+    pieces_of,
+)
 
-__all__ = ["CONVERSION", "TRANSFORMS", "Maker", "Piece", "Transform", "find", "outline", "pieces_of"]
+__all__ = [
+    "CONVERSION",
+    "TRANSFORMS",
+    "Maker",
+    "MeasuredTransform",
+    "Piece",
+    "Probe",
+    "Settled",
+    "Statistics",
+    "Transform",
+    "chosen",
+    "find",
+    "outline",
+    "pieces_of",
+]
 
 CONVERSION = "conversion"  # the transform that is applied automatically
 
@@ -30,6 +54,12 @@ TRANSFORMS: Registry[Transform] = Registry(
     {
         CONVERSION: "halfplate.transforms.conversion:CONVERSION",
         "rotate": "halfplate.transforms.rotate:ROTATE",
+        "depth": "halfplate.transforms.structure.depth:DEPTH",
+        "magnitude-structured": "halfplate.transforms.structure.magnitude:MAGNITUDE",
+        "wanda-structured": "halfplate.transforms.structure.wanda:WANDA",
+        "flap": "halfplate.transforms.structure.flap:FLAP",
+        "slicegpt": "halfplate.transforms.structure.slicegpt:SLICEGPT",
+        "modegpt": "halfplate.transforms.structure.modegpt:MODEGPT",
     },
     _fault,
 )
@@ -47,3 +77,9 @@ def find(entry: str) -> Transform:
             f"transforms={entry!r}: the installed {name} is version {found.version}; write {found.label!r}, or install the package that has the other version"
         )
     return found
+
+
+def chosen(entry: str, keep: float | None) -> Transform:
+    """The transform `NAME` or `NAME@VERSION`, for a result with `keep` times the parameters if it shrinks a model."""
+    found = find(entry)
+    return found.keeping(keep) if found.shrinks and keep is not None else found
