@@ -97,6 +97,14 @@ def read_specs(folder: Path) -> dict[str, WeightSpec]:
     return parse_modules(quantization.get("version"), quantization.get("modules"), quantization.get("needs"))
 
 
+def is_pruned(folder: Path) -> bool:
+    """Whether `halfplate prune` wrote the ordinary model in `folder`."""
+    try:
+        return isinstance(read_record(folder).get("pruned"), dict)
+    except HalfplateError:
+        return False
+
+
 def other_dtype(folder: Path) -> torch.dtype:
     """The element type of the uncompressed tensors of a checkpoint; raises HalfplateError if it is not given."""
     named = read_json(folder / CONFIG_FILE).get("dtype")
