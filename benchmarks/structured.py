@@ -50,7 +50,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [COLUMNS, ("---",) * len(COLUMNS)]
     for row in sorted(rows, key=lambda row: (-row["keep"], -row["kl"])):
-        figures = f"{row['kl']:.3f}", f"{row['top1_agreement']:.1%}", f"{row['perplexity']:.1f}", f"{row['seconds']:.0f}"
+        figures = (
+            f"{row['kl']:.3f}",
+            f"{row['top1_agreement']:.1%}",
+            f"{row['perplexity']:.1f}",
+            f"{row['seconds']:.0f}",
+        )
         lines.append(
             (f"{row['keep']:g}", row["transform"], f"{row['parameters'] / 1e6:.1f} M", f"{row['share']:.1%}", *figures)
         )

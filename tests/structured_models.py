@@ -54,7 +54,9 @@ def tokens(source, samples=10, length=12):
 
 def pruned(source, place, name, keep, report=silent):
     """The result of a transform."""
-    recipe = Recipe(transforms=[name], keep=keep, method="rtn", core_dtype="int8", pattern="dense", threads=1, precision="fp32")
+    recipe = Recipe(
+        transforms=[name], keep=keep, method="rtn", core_dtype="int8", pattern="dense", threads=1, precision="fp32"
+    )
     _, steps = plan_transforms(source, recipe)
     return transformed(source, steps, recipe, WorkFolder(place), report, lambda streamed: tokens(source))[1]
 

@@ -228,9 +228,15 @@ class Recipe:
         if self.keep is None:
             return
         if not 0 < self.keep <= 1:
-            raise HalfplateError(f"keep={self.keep} must be a fraction of the parameters, above 0 and at most 1; try 0.75")
+            raise HalfplateError(
+                f"keep={self.keep} must be a fraction of the parameters, above 0 and at most 1; try 0.75"
+            )
         if len(shrinking) != 1:
-            named = f"{len(shrinking)} do ({', '.join(shrinking)}): prune in several steps" if shrinking else "none does: try flap"
+            named = (
+                f"{len(shrinking)} do ({', '.join(shrinking)}): prune in several steps"
+                if shrinking
+                else "none does: try flap"
+            )
             raise HalfplateError(f"keep={self.keep} is for one transform that makes the model smaller, and {named}")
 
     def _check_ratios(self) -> None:

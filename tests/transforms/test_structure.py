@@ -91,7 +91,11 @@ def test_scores_and_cuts_by_hand(tiny_tokenizer, tmp_path, name):
     source = saved(tiny_tokenizer, tmp_path / "model", attention_bias=True, mlp_bias=True)
     result = pruned(source, tmp_path / "out", name, 0.6)
     sizes = find(name).keeping(0.6).target(source).sizes
-    assert (sizes[HEADS], sizes[CHANNELS]) == (2, 64) == (result.config.num_key_value_heads, result.config.intermediate_size)
+    assert (
+        (sizes[HEADS], sizes[CHANNELS])
+        == (2, 64)
+        == (result.config.num_key_value_heads, result.config.intermediate_size)
+    )
     assert (result.config.num_attention_heads, result.config.head_dim) == (4, 16)
     found, (model, inputs) = StreamedModel(result), hidden_states(source)
     for layer in range(4):
@@ -119,14 +123,20 @@ def test_scores_and_cuts_by_hand(tiny_tokenizer, tmp_path, name):
         if name == "flap":
             means = inputs[f"model.layers.{layer}.mlp.down_proj"][0][:, removed].mean(0)
             bias = bias + block.mlp.down_proj.weight.double()[:, removed] @ means
-        torch.testing.assert_close(found.read(f"model.layers.{layer}.mlp.down_proj.bias").double(), bias, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            found.read(f"model.layers.{layer}.mlp.down_proj.bias").double(), bias, rtol=0, atol=1e-5
+        )
 
 
 def owned_by_hand(block):
     """The squared norms of all weights of each channel and of each head of k and v."""
     mlp, attention = block.mlp, block.self_attn
     channels = [
-        float((mlp.gate_proj.weight[at] ** 2).sum() + (mlp.up_proj.weight[at] ** 2).sum() + (mlp.down_proj.weight[:, at] ** 2).sum())
+        float(
+            (mlp.gate_proj.weight[at] ** 2).sum()
+            + (mlp.up_proj.weight[at] ** 2).sum()
+            + (mlp.down_proj.weight[:, at] ** 2).sum()
+        )
         for at in range(128)
     ]
     heads = []

@@ -97,12 +97,13 @@ def read_specs(folder: Path) -> dict[str, WeightSpec]:
     return parse_modules(quantization.get("version"), quantization.get("modules"), quantization.get("needs"))
 
 
-def is_pruned(folder: Path) -> bool:
-    """Whether `halfplate prune` wrote the ordinary model in `folder`."""
+def pruning_of(folder: Path) -> dict[str, Any] | None:
+    """What `halfplate prune` recorded in `folder`, or in the model that the checkpoint there was made from; None without it."""
     try:
-        return isinstance(read_record(folder).get("pruned"), dict)
+        found = read_record(folder).get("pruned")
     except HalfplateError:
-        return False
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def other_dtype(folder: Path) -> torch.dtype:

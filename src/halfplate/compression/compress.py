@@ -15,6 +15,7 @@ from halfplate.arguments import path_text
 from halfplate.calibration.held_out import held_out_tokens
 from halfplate.calibration.routed import tokens_per_expert
 from halfplate.checkpoint.companions import copy_companions
+from halfplate.checkpoint.config import pruning_of
 from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.output import check_place, check_result_folder
 from halfplate.checkpoint.quantization import HalfplateConfig
@@ -211,6 +212,8 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
                     result = replace(result, check=self_check(streamed, run, folder, original).to_json())
                 report("checking the result", 1, 1)
             record = origin(order.source) | _checkpoint_record(result) | {"identity": identity, "tensors": checksums}
+            if (pruned := pruning_of(source.path)) is not None:
+                record["pruned"] = pruned
             write_record(folder, record)
     with suppress(OSError):
         work.clear()

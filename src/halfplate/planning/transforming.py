@@ -97,4 +97,6 @@ def _measuring(transform: MeasuredTransform, source: Source, recipe: Recipe) -> 
 
 def _widest(pieces: list[Piece]) -> int:
     """The most outputs of a linear in the layers."""
-    return max(max(shape) for piece in pieces if piece.index is not None for _, shape in piece.entries.values() if shape)
+    return max(
+        max(shape) for piece in pieces if piece.index is not None for _, shape in piece.entries.values() if shape
+    )

@@ -20,7 +20,7 @@ from halfplate.calibration import calibration_tokens
 from halfplate.calibration.documents import Text
 from halfplate.calibration.text import check_seq_len, check_tokens_fit
 from halfplate.calibration.vocabulary import check_tokens, vocabulary_of
-from halfplate.checkpoint.config import RECORD_FILE, is_pruned, other_dtype, read_record, read_specs
+from halfplate.checkpoint.config import RECORD_FILE, other_dtype, pruning_of, read_record, read_specs
 from halfplate.checkpoint.output import LOCK_FILE, check_place, check_result_folder, sole_user
 from halfplate.checkpoint.read import load, load_tokenizer
 from halfplate.checkpoint.write import write_checkpoint
@@ -72,7 +72,7 @@ def recover(
         )
     check_device(device)
     check_place(out)
-    if not (is_compressed(base) or is_pruned(base)):
+    if not is_compressed(base) and pruning_of(base) is None:
         raise HalfplateError(
             f"model={str(model)!r} is not a Halfplate checkpoint; give the OUT of halfplate compress, or of halfplate prune"
         )
@@ -215,7 +215,7 @@ def _specs(base: Path) -> dict[str, WeightSpec]:
 def _made_smaller(base: Path) -> bool:
     """Whether a transform has made the model smaller than its teacher."""
     recipe = read_record(base).get("recipe")
-    return is_pruned(base) or (isinstance(recipe, dict) and recipe.get("keep") is not None)
+    return pruning_of(base) is not None or (isinstance(recipe, dict) and recipe.get("keep") is not None)
 
 
 def _identity(base: Path, source: Source, settings: Recovery, given: Tensor | None) -> dict[str, Any]:

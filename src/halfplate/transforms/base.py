@@ -132,7 +132,9 @@ class MeasuredTransform(Transform):
         """Bytes of what a probe returns, at most."""
 
     def open(self, source: Source) -> Maker:
-        raise HalfplateError(f"transforms={self.label!r} needs statistics of the model: call `settled` instead of `open`")
+        raise HalfplateError(
+            f"transforms={self.label!r} needs statistics of the model: call `settled` instead of `open`"
+        )
 
 
 def outline(transform: Transform, source: Source) -> Source:
