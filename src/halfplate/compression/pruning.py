@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from halfplate.models.licence import origin
 from halfplate.models.sources import Source, load_tokenizer, open_source, skeleton
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning.transforming import TransformPlan, plan_transforms
-from halfplate.recipe import Recipe, RecipeFields
+from halfplate.recipe import Recipe
 from halfplate.registry import unknown
 from halfplate.storage.shards import MAX_SHARD_NBYTES, write_shards
 from halfplate.storage.tensor_file import TensorFileWriter
@@ -48,8 +48,19 @@ from halfplate.telemetry.progress import Report, silent
 from halfplate.version import package_version
 
 METHOD = "modegpt"
-# Fields of Recipe that matter without a compression.
-FIELDS = ("transforms", "keep", "calibration", "samples", "seq_len", "seed", "device", "precision", "threads")
+
+
+class PruneFields(TypedDict, total=False):
+    """The fields of Recipe that matter without a compression, as keyword arguments."""
+
+    transforms: Sequence[str]
+    calibration: str | Sequence[str]
+    samples: int
+    seq_len: int
+    seed: int
+    device: str
+    precision: Literal["auto", "bf16", "fp32"]
+    threads: int | None
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ def prune(
     resume: bool = False,
     report: Report = silent,
     check: bool = True,
-    **options: Unpack[RecipeFields],
+    **options: Unpack[PruneFields],
 ) -> dict[str, Any]:
     """Write a smaller model with at most `keep` times the parameters of `model` to the folder `out`, and return its figures.
 
@@ -89,15 +100,16 @@ def prune(
 
     ```pycon
     >>> summary = halfplate.prune("tiny", "tiny-narrow", keep=0.9, transforms=["magnitude-structured"])
-    >>> summary["parameters"] < 0.9 * summary["dense_parameters"]
+    >>> summary["parameters"] <= 0.9 * summary["dense_parameters"]
     True
 
     ```
     """
     for name in options:
-        if name not in FIELDS:
-            raise unknown("option", name, list(FIELDS))
-    recipe = Recipe.of(**({"transforms": (METHOD,)} | options | {"keep": keep}))  # type: ignore[arg-type]
+        if name not in PruneFields.__annotations__:
+            raise unknown("option", name, list(PruneFields.__annotations__))
+    fields: Any = {"transforms": (METHOD,)} | options | {"keep": keep}
+    recipe = Recipe.of(**fields)
     model, out = path_text("model", model), Path(path_text("out", out))
     check_threads(recipe.threads)
     source = open_source(model)
@@ -115,7 +127,9 @@ def prune(
 
 def _identity(order: _Order, threads: int) -> dict[str, Any]:
     """Everything that determines the bytes of the result except the text."""
-    recipe = {key: value for key, value in order.recipe.to_json().items() if key in FIELDS}
+    recipe = {
+        key: value for key, value in order.recipe.to_json().items() if key in {"keep", *PruneFields.__annotations__}
+    }
     plain: dict[str, Any] = json.loads(json.dumps(recipe))
     return plain | {"model": order.source.sha256(), "threads": threads, "halfplate": package_version()}
 

@@ -134,7 +134,8 @@ def principal(gram: Tensor, size: int) -> Tensor:
     """The eigenvectors of the largest eigenvalues of a symmetric matrix, fp64 (d, size), largest first, with a fixed sign."""
     vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :size]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * largest.sign()
+    signed: Tensor = vectors * largest.sign()
+    return signed
 
 
 SLICEGPT = SliceGPT()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import gcd
 
 from halfplate.errors import HalfplateError
 from halfplate.transforms.structure.graph import CHANNELS, HEADS, HIDDEN, LAYERS, PAIRS, WORDS, StructureGraph
@@ -13,7 +14,7 @@ HEAD_STEP = 8  # of the values in a head
 
 
 def options(graph: StructureGraph, kind: str) -> list[int]:
-    """The sizes that dimensions of this kind may have, ascending: such that every width is a multiple of STEP, or as it is."""
+    """The sizes that dimensions of this kind may have, ascending: every width is a multiple of STEP, or at least of what it shared with STEP before."""
     size = graph.size(kind)
     return [units for units in range(1, size) if _useful(graph, kind, units)] + [size]
 
@@ -22,11 +23,12 @@ def _useful(graph: StructureGraph, kind: str, units: int) -> bool:
     if kind == LAYERS:
         return True
     if kind in (CHANNELS, HIDDEN):
-        return units % STEP == 0
+        return units % gcd(STEP, graph.size(kind)) == 0
     head = 2 * units if kind == PAIRS else graph.head_dim
     heads = units if kind == HEADS else graph.heads
-    # That of k and v; that of q is a multiple of it.
-    return heads * head % STEP == 0 and (kind == HEADS or head % HEAD_STEP == 0)
+    # The width of k and v; that of q is a multiple of it.
+    wide = heads * head % gcd(STEP, graph.heads * graph.head_dim) == 0
+    return wide and head % gcd(HEAD_STEP, graph.head_dim) == 0
 
 
 def one_size(graph: StructureGraph, kind: str, budget: int, keep: float) -> dict[str, int]:
