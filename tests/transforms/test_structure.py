@@ -47,6 +47,22 @@ def test_the_result_has_at_most_that_many_parameters(tiny_tokenizer, tmp_path, n
     assert all(width % 32 == 0 for width in widths)
 
 
+@pytest.mark.parametrize("name", ["wanda-structured", "flap", "slicegpt"])
+def test_a_llama_whose_heads_do_not_divide_its_width_becomes_a_mistral(tiny_tokenizer, tmp_path, name):
+    """transformers refuses such a Llama when it loads one; biases, which a Mistral has not, leave fewer sizes."""
+    keep = 0.85 if name == "slicegpt" else 0.62
+    options = {"num_attention_heads": 10, "num_key_value_heads": 10, "hidden_size": 160}
+    source = saved(tiny_tokenizer, tmp_path / "model", **options)
+    result = pruned(source, tmp_path / "out", name, keep)
+    config = result.config
+    divided = config.hidden_size % config.num_attention_heads == 0
+    assert config.model_type == ("llama" if divided else "mistral")
+    assert divided == (name == "flap")
+    loaded = type(config).from_dict(config.to_dict())
+    assert loaded.head_dim == 16
+    assert bool(logits(result).isfinite().all())
+
+
 def hidden_states(source):
     """The inputs of every linear and norm of the whole model on the calibration text, (tokens, d) by module name."""
     model, found = load_dense(source).model, {}

@@ -285,7 +285,8 @@ def _check_tokenizer(base: Path, teacher: str, tokenizer: Any) -> None:
 
 
 def _check_teacher(source: Source, student: Any, settings: Recovery, smaller: bool) -> None:
-    """Raise HalfplateError if the teacher is not the original. smaller: the student may have fewer layers, and be narrower."""
+    """Raise HalfplateError if the teacher is not the original. smaller: the student may have fewer layers, be narrower, and be a Mistral
+    if the teacher is a Llama."""
     wanted, found = student.config.get_text_config(), source.config.get_text_config()
     sizes = (("num_hidden_layers", "number of layers"), ("hidden_size", "width"))
     if smaller and settings.square_head and any(getattr(wanted, key) != getattr(found, key) for key, _ in sizes):
@@ -293,7 +294,12 @@ def _check_teacher(source: Source, student: Any, settings: Recovery, smaller: bo
             f"square_head={settings.square_head:g} compares the outputs of every layer, and the pruned model has other layers than {source.name!r}; "
             "leave it out"
         )
-    for key, what in (("model_type", "model type"), ("vocab_size", "vocabulary"), *(() if smaller else sizes)):
+    same = (
+        (("vocab_size", "vocabulary"),)
+        if smaller
+        else (("model_type", "model type"), ("vocab_size", "vocabulary"), *sizes)
+    )
+    for key, what in same:
         if getattr(wanted, key) != getattr(found, key):
             raise HalfplateError(
                 f"teacher={source.name!r} has a different {what} ({getattr(found, key)}) than the compressed model ({getattr(wanted, key)}); "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halfplate.models.sources import Source
 from halfplate.transforms.base import MeasuredTransform, Settled, Statistics
-from halfplate.transforms.structure.graph import CHANNELS, HEADS, PREFIX, StructureGraph
+from halfplate.transforms.structure.graph import CHANNELS, HEADS, PREFIX
 from halfplate.transforms.structure.probes import Moments
 from halfplate.transforms.structure.scored import DOWN, OUTPUT, Cutter, Layer, Scoring, layer_of
 from halfplate.transforms.structure.shrinking import making
@@ -36,8 +36,11 @@ class Flap(Scoring, MeasuredTransform):
     def added(self, source: Source) -> dict[str, Any]:
         if source.config.model_type != "llama":
             return {}
-        graph = StructureGraph.of(source)  # without biases, which are too few to change which halves are cut
-        sizes = self.sizes(graph, int(self.keep * graph.parameters()))
+        plain = self.graph(source, {})
+        if plain.parameters() <= self.budget(source):
+            return {}  # everything stays
+        graph = self.graph(source, {flag: True for flag, _ in FLAGS.values()})
+        sizes = self.sizes(graph, self.budget(source))
         return {FLAGS[kind][0]: True for kind, units in sizes.items() if units < graph.size(kind)}
 
     def probe(self, source: Source, layer: int) -> Moments:

@@ -221,4 +221,24 @@ class StructureGraph:
             config.num_hidden_layers = sizes[LAYERS]
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[: sizes[LAYERS]]
-        return config
+        return config if self.divided(sizes) else _as_mistral(config)
+
+    def divided(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the heads of q divide the width of the model, which transformers asks of a Llama and of no other family."""
+        heads, hidden = sizes.get(HEADS, self.heads) * self.queries, sizes.get(HIDDEN, self.size(HIDDEN))
+        return self.config.model_type != "llama" or hidden % heads == 0
+
+    def allowed(self, sizes: Mapping[str, int]) -> bool:
+        """Whether a configuration can say these sizes: that of the family, or for a Llama without biases that of a Mistral."""
+        biased = self.config.model_type == "llama" and (self.config.attention_bias or self.config.mlp_bias)
+        return not biased or self.divided(sizes)
+
+
+def _as_mistral(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of a Llama without biases as that of a Mistral, which computes the same."""
+    from transformers import MistralConfig
+
+    own = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp")
+    entries = {name: value for name, value in config.to_dict().items() if name not in own}
+    found: PretrainedConfig = MistralConfig.from_dict(entries | {"sliding_window": None})
+    return found

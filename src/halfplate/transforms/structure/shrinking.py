@@ -65,12 +65,19 @@ class Shrinking(Transform):
 
     def target(self, source: Source) -> Target:
         """What the model becomes; raises HalfplateError if `keep` is too small for it."""
-        whole = StructureGraph.of(source)
+        graph = self.graph(source, self.added(source))
+        return Target(graph, self.sizes(graph, self.budget(source)))
+
+    def budget(self, source: Source) -> int:
+        """The parameters that the result has at most."""
+        return int(self.keep * StructureGraph.of(source).parameters())
+
+    def graph(self, source: Source, entries: Mapping[str, Any]) -> StructureGraph:
+        """The graph of the source with these entries of its configuration."""
         config = deepcopy(source.config)
-        for name, value in self.added(source).items():
+        for name, value in entries.items():
             setattr(config, name, value)
-        graph = StructureGraph.of(replace(source, config=config, tensors={}, in_model_form=True))
-        return Target(graph, self.sizes(graph, int(self.keep * whole.parameters())))
+        return StructureGraph.of(replace(source, config=config, tensors={}, in_model_form=True))
 
     def keeping(self, keep: float) -> Transform:
         return replace(self, keep=keep)
@@ -88,7 +95,12 @@ class Shrinking(Transform):
 
     def described(self, source: Source) -> str:
         target, whole = self.target(source), StructureGraph.of(source).parameters()
-        return f"keeps {target.parameters / whole:.1%} of {whole / 1e6:.1f} million parameters: {target.spoken}"
+        other = (
+            ""
+            if target.graph.divided(target.sizes)
+            else "; written as a Mistral, whose heads need not divide its width"
+        )
+        return f"keeps {target.parameters / whole:.1%} of {whole / 1e6:.1f} million parameters: {target.spoken}{other}"
 
     def configuration(self, source: Source) -> PretrainedConfig:
         return self.target(source).configuration

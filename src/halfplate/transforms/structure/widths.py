@@ -20,6 +20,8 @@ def options(graph: StructureGraph, kind: str) -> list[int]:
 
 
 def _useful(graph: StructureGraph, kind: str, units: int) -> bool:
+    if not graph.allowed({kind: units}):
+        return False
     if kind == LAYERS:
         return True
     if kind in (CHANNELS, HIDDEN):
