@@ -152,6 +152,13 @@ def test_the_same_bytes_after_a_break_anywhere(tiny_tokenizer, tmp_path, phase, 
     halfplate.prune(source.name, out, 0.6, report=seen, resume=True, **options)
     assert digests(out) == digests(tmp_path / "whole")
     assert not WorkFolder(out).path.exists()
+    # A finished result is recognised, and another one is not taken for it.
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = halfplate.prune(source.name, out, 0.6, resume=True, **options)
+    assert again["check"]["kl"] > 0
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
+    with pytest.raises(HalfplateError, match=r"keep was 0\.6 when .* was made and is 0\.7 now"):
+        halfplate.prune(source.name, out, 0.7, resume=True, **options)
 
 
 def test_lost_hidden_states_are_made_again(tiny_tokenizer, tmp_path):

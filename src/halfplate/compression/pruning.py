@@ -18,15 +18,16 @@ from halfplate.calibration.documents import check_source
 from halfplate.calibration.mixture import parts_of
 from halfplate.calibration.text import check_seq_len, check_tokens_fit
 from halfplate.checkpoint.companions import copy_companions
+from halfplate.checkpoint.config import read_record
 from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.output import check_place, check_result_folder
-from halfplate.checkpoint.weights import read_back
+from halfplate.checkpoint.weights import read_back, read_headers
 from halfplate.checkpoint.write import write_configuration, write_record
 from halfplate.compression.preparation import check_weights, fixed_threads, prepared_tokens
-from halfplate.compression.result import plain_entries, plain_tensors
+from halfplate.compression.result import check_text, plain_entries, plain_tensors
 from halfplate.compression.self_check import check_tokens, original_logits
 from halfplate.compression.transforming import transformed
-from halfplate.compression.work_folder import WorkFolder
+from halfplate.compression.work_folder import WorkFolder, check_same
 from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
 from halfplate.errors import HalfplateError
@@ -71,6 +72,7 @@ class _Order:
     recipe: Recipe
     steps: tuple[TransformPlan, ...]
     out: Path
+    identity: dict[str, Any]
     work: WorkFolder
     overwrite: bool
     check: bool
@@ -114,24 +116,55 @@ def prune(
     check_threads(recipe.threads)
     source = open_source(model)
     check_device(recipe.device)
-    check_result_folder(out, overwrite or resume, source.path)
+    identity = _identity(source, recipe)
+    finished = _finished(out, source, recipe, identity, overwrite) if resume else None
+    if finished is not None:
+        return finished | {"seconds": {"total": 0.0}}
+    check_result_folder(out, overwrite, source.path)
     _, steps = plan_transforms(source, recipe)
     _check_text(source, recipe)
     _check_room(source, steps, out)
-    order = _Order(source, recipe, steps, out, WorkFolder(check_place(out)), overwrite or resume, check)
+    order = _Order(source, recipe, steps, out, identity, WorkFolder(check_place(out)), overwrite, check)
     threads = fixed_threads(recipe, order.work, resume)
     torch.set_num_threads(threads)
-    with order.work.opened(_identity(order, threads), resume, overwrite), run_log(out, report, resume) as told:
+    with order.work.opened(identity | {"threads": threads}, resume, overwrite), run_log(out, report, resume) as told:
         return _carry_out(order, told)
 
 
-def _identity(order: _Order, threads: int) -> dict[str, Any]:
-    """Everything that determines the bytes of the result except the text."""
-    recipe = {
-        key: value for key, value in order.recipe.to_json().items() if key in {"keep", *PruneFields.__annotations__}
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(recipe))
-    return plain | {"model": order.source.sha256(), "threads": threads, "halfplate": package_version()}
+def _finished(
+    out: Path, source: Source, recipe: Recipe, identity: dict[str, Any], overwrite: bool
+) -> dict[str, Any] | None:
+    """The summary of the complete result in `out`; None if there is none.
+
+    Raises HalfplateError if the result was made differently, unless it may be overwritten.
+    """
+    try:
+        record = read_record(out)
+        begun, found = record["identity"], _summary(out, source, record)
+    except (HalfplateError, KeyError):
+        return None
+    try:
+        check_same(begun, identity, f"{str(out)!r} was made")
+        check_text(source, recipe, record["calibration"])
+    except HalfplateError:
+        if overwrite:
+            return None
+        raise
+    return found
+
+
+def _summary(out: Path, source: Source, record: Mapping[str, Any]) -> dict[str, Any]:
+    nbytes = sum(tensor.nbytes for tensor in read_headers(out).values())
+    sizes = {name: record["pruned"][name] for name in ("parameters", "dense_parameters")}
+    told = {name: record[name] for name in ("model", "pruned", "calibration", "check") if name in record}
+    return {"out": str(out), "nbytes": nbytes, "source_nbytes": source.nbytes, **sizes, **told}
+
+
+def _identity(source: Source, recipe: Recipe) -> dict[str, Any]:
+    """Everything that determines the bytes of the result except the text and the number of threads."""
+    names = {"keep", *PruneFields.__annotations__} - {"threads"}
+    fields = {name: value for name, value in recipe.to_json().items() if name in names}
+    return json.loads(json.dumps(fields)) | {"model": source.sha256(), "halfplate": package_version()}
 
 
 def _check_text(source: Source, recipe: Recipe) -> None:
@@ -184,6 +217,7 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
             "model": source.name,
             "pruned": {"transforms": list(recipe.transforms), "keep": recipe.keep, "told": told, **sizes},
             "calibration": tokens[0].protocol() if tokens else None,
+            "identity": order.identity,
             **origin(source),
         }
         if order.check:
@@ -192,10 +226,8 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
                 record["check"] = _checked(original, folder, recipe.device)
             report("checking the result", 1, 1)
         write_record(folder, record)
-    nbytes = sum(tensor.nbytes for tensor in open_source(str(order.out)).tensors.values())
-    summary = {"out": str(order.out), "nbytes": nbytes, "source_nbytes": source.nbytes, **record, **sizes}
-    report("finishing", 1, 1, facts={"event": "end", **clock.seconds})
-    return summary | {"seconds": clock.seconds}
+    report("finishing", 1, 1, facts={"event": "end", "seconds": clock.seconds})
+    return _summary(order.out, source, record) | {"seconds": clock.seconds}
 
 
 def _write(streamed: StreamedModel, source: Source, folder: Path) -> dict[str, str]:

@@ -43,6 +43,14 @@ class Flap(Scoring, MeasuredTransform):
         sizes = self.sizes(graph, self.budget(source))
         return {FLAGS[kind][0]: True for kind, units in sizes.items() if units < graph.size(kind)}
 
+    def described(self, source: Source) -> str:
+        told = super().described(source)
+        return (
+            told
+            if source.config.model_type == "llama"
+            else f"{told}; without the biases that keep the mean of the others"
+        )
+
     def probe(self, source: Source, layer: int) -> Moments:
         return Moments((OUTPUT, DOWN))
 

@@ -192,18 +192,15 @@ class _Modules:
 
 def leverage(gram: Tensor) -> Tensor:
     """The ridge leverage score of each channel from their second moments (n, n)."""
-    ridge = RIDGE * float(gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
-    inverse = _inverse(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    factor, ridge = _factor(gram, RIDGE)
     # The diagonal of C (C + λ)⁻¹ is 1 minus λ times that of the inverse.
-    return 1 - ridge * inverse.diagonal()
+    return 1 - ridge * torch.cholesky_inverse(factor).diagonal()
 
 
 def refitted(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     """W C[:, S] (C[S, S])⁻¹: the weights of the inputs `kept` with which the outputs are nearest to those of all inputs."""
-    inside = gram[kept][:, kept]
-    damped = inside + DAMPING * inside.diagonal().mean() * torch.eye(len(kept), dtype=gram.dtype, device=gram.device)
-    solved: Tensor = torch.cholesky_solve((weight @ gram[:, kept]).T, torch.linalg.cholesky(damped))
-    return solved.T
+    factor, _ = _factor(gram[kept][:, kept], DAMPING)
+    return torch.cholesky_solve((weight @ gram[:, kept]).T, factor).T
 
 
 def directions(moments: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -223,8 +220,19 @@ def directions(moments: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Ten
     return main.mT @ inverse, root @ main
 
 
-def _inverse(matrix: Tensor) -> Tensor:
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+def _factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The Cholesky factor of `gram` with `damping` times the mean of its diagonal added to the diagonal, and what was added.
+
+    The damping grows tenfold until there is one, because the statistics are rounded to fp32.
+    """
+    added = damping * float(gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+    damped = gram.clone()
+    while True:
+        damped.diagonal().copy_(gram.diagonal()).add_(added)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return factor, added
+        added *= 10
 
 
 def _chosen_pairs(target: Target, statistics: Statistics) -> Tensor:

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -65,8 +66,7 @@ class Shrinking(Transform):
 
     def target(self, source: Source) -> Target:
         """What the model becomes; raises HalfplateError if `keep` is too small for it."""
-        graph = self.graph(source, self.added(source))
-        return Target(graph, self.sizes(graph, self.budget(source)))
+        return _target(self, _Identity(source))
 
     def budget(self, source: Source) -> int:
         """The parameters that the result has at most."""
@@ -104,6 +104,26 @@ class Shrinking(Transform):
 
     def configuration(self, source: Source) -> PretrainedConfig:
         return self.target(source).configuration
+
+
+class _Identity:
+    """A source as a key, which equals no other object: planning asks for the same target many times."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.source is self.source
+
+    def __hash__(self) -> int:
+        return id(self.source)
+
+
+@lru_cache(maxsize=4)
+def _target(transform: Shrinking, key: _Identity) -> Target:
+    source = key.source
+    graph = transform.graph(source, transform.added(source))
+    return Target(graph, transform.sizes(graph, transform.budget(source)))
 
 
 def making(tensor: Callable[[str], Tensor]) -> Maker:
