@@ -2,8 +2,8 @@
 
     python benchmarks/structured.py MODEL -o RESULTS --calibration TEXT --text TEXT [--keep 0.9 0.75] [--methods flap ...]
 
-RESULTS is a folder with one line of JSON for each finished row, so a second call continues. TEXT is a file of `halfplate eval --text`. The
-smaller models are removed after they are measured.
+RESULTS is a folder with one line of JSON for each finished row, so a second call continues. The calibration and the evaluation text are files
+as `halfplate eval --text` reads them. The smaller models are removed after they are measured; the table goes into RESULTS.md.
 """
 
 import argparse
@@ -12,10 +12,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from common import machine, table, write_section
+
 import halfplate
 
 METHODS = ("magnitude-structured", "wanda-structured", "flap", "depth", "slicegpt", "modegpt")
-COLUMNS = ("keep", "transform", "parameters", "share", "KL", "top-1", "perplexity", "seconds")
+HEADER = ["transform", "keep", "parameters", "share", "KL", "top-1", "perplexity", "seconds"]
 
 
 def measured(model: str, name: str, keep: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -46,20 +48,23 @@ def measured(model: str, name: str, keep: float, options: argparse.Namespace) ->
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS)]
-    for row in sorted(rows, key=lambda row: (-row["keep"], -row["kl"])):
-        figures = (
+def rendered(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, the best of each size last."""
+    lines = [
+        [
+            f"`{row['transform']}`",
+            f"{row['keep']:g}",
+            f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['share']:.1%}",
             f"{row['kl']:.3f}",
             f"{row['top1_agreement']:.1%}",
-            f"{row['perplexity']:.1f}",
+            f"{row['perplexity']:,.1f}",
             f"{row['seconds']:.0f}",
-        )
-        lines.append(
-            (f"{row['keep']:g}", row["transform"], f"{row['parameters'] / 1e6:.1f} M", f"{row['share']:.1%}", *figures)
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        ]
+        for row in sorted(rows, key=lambda row: (-row["keep"], -row["kl"]))
+    ]
+    dense = rows[0]["dense_perplexity"]
+    return f"{machine()}. Perplexity of the original: {dense:.1f}.\n\n{table(HEADER, lines)}"
 
 
 def main() -> None:
@@ -83,7 +88,7 @@ def main() -> None:
                 rows.append(measured(options.model, name, keep, options))
                 with file.open("a") as lines:
                     lines.write(json.dumps(rows[-1]) + "\n")
-    print(table(rows))
+    write_section("structured", rendered(rows))
 
 
 if __name__ == "__main__":

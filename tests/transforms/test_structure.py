@@ -9,7 +9,7 @@ from halfplate.models.sources import load_dense, open_source
 from halfplate.models.streamed import StreamedModel
 from halfplate.transforms import find
 from halfplate.transforms.structure.graph import CHANNELS, HEADS, PAIRS, StructureGraph
-from halfplate.transforms.structure.modegpt import directions, leverage, refitted
+from halfplate.transforms.structure.modegpt import RIDGE, directions, leverage, refitted
 from structured_models import IDS, KINDS, logits, pruned, saved, tokens
 
 METHODS = ("depth", "magnitude-structured", "wanda-structured", "flap", "slicegpt", "modegpt")
@@ -229,7 +229,7 @@ def test_nystroem_keeps_leverage_and_refits_by_least_squares():
     x = torch.randn(200, 24, dtype=torch.float64, generator=generator) @ mixing
     weight = torch.randn(5, 24, dtype=torch.float64, generator=generator)
     gram = x.T @ x / len(x)
-    ridge = 1e-2 * gram.diagonal().mean()
+    ridge = RIDGE * gram.diagonal().mean()
     expected = (gram @ torch.linalg.inv(gram + ridge * torch.eye(24, dtype=torch.float64))).diagonal()
     torch.testing.assert_close(leverage(gram), expected)
     kept = torch.tensor([1, 4, 5, 9, 12, 20])

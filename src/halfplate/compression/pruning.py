@@ -164,7 +164,8 @@ def _identity(source: Source, recipe: Recipe) -> dict[str, Any]:
     """Everything that determines the bytes of the result except the text and the number of threads."""
     names = {"keep", *PruneFields.__annotations__} - {"threads"}
     fields = {name: value for name, value in recipe.to_json().items() if name in names}
-    return json.loads(json.dumps(fields)) | {"model": source.sha256(), "halfplate": package_version()}
+    plain: dict[str, Any] = json.loads(json.dumps(fields))
+    return plain | {"model": source.sha256(), "halfplate": package_version()}
 
 
 def _check_text(source: Source, recipe: Recipe) -> None:

@@ -24,7 +24,9 @@ from halfplate.transforms.structure.widths import one_size, two_sizes
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-RIDGE = 1e-2  # of the leverage scores, relative to the mean of the diagonal
+# Of the leverage scores, relative to the mean of the diagonal. Between 0.001 and 10, the KL of SmolLM2-135M at keep 0.75 is least at 1: 1.28
+# against 1.32 at 0.01.
+RIDGE = 1.0
 DAMPING = 1e-6  # of matrices that are inverted, likewise
 SCALINGS = ("default", "linear", "llama3")  # of RoPE, whose frequencies do not depend on the length of the text
 QUERY, KEY, VALUE, OUTPUT = (f"self_attn.{name}_proj" for name in "qkvo")
