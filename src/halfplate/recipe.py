@@ -177,7 +177,7 @@ class Recipe:
         options = _typed_options(methods.METHODS.get(self.method), self.method_options)
         object.__setattr__(self, "method_options", options)
         object.__setattr__(self, "transforms", tuple(transforms.find(entry).label for entry in self.transforms))
-        self._check_keep()
+        transforms.check_keep(self.transforms, self.keep)
         if self.pattern == "auto":
             object.__setattr__(self, "pattern", pattern_of(self.method))
         self._check_shape()
@@ -218,26 +218,6 @@ class Recipe:
         for name in ("method", "calibration"):
             if not "".join(getattr(self, name)).strip():
                 raise HalfplateError(f"{name}={getattr(self, name)!r} is empty; leave it out for the default")
-
-    def _check_keep(self) -> None:
-        shrinking = [entry for entry in self.transforms if transforms.find(entry).shrinks]
-        if self.keep is None and shrinking:
-            raise HalfplateError(
-                f"transforms={shrinking[0]!r} needs keep, the fraction of the model's parameters that stay; try keep 0.75"
-            )
-        if self.keep is None:
-            return
-        if not 0 < self.keep <= 1:
-            raise HalfplateError(
-                f"keep={self.keep} must be a fraction of the parameters, above 0 and at most 1; try 0.75"
-            )
-        if len(shrinking) != 1:
-            named = (
-                f"{len(shrinking)} do ({', '.join(shrinking)}): prune in several steps"
-                if shrinking
-                else "none does: try flap"
-            )
-            raise HalfplateError(f"keep={self.keep} is for one transform that makes the model smaller, and {named}")
 
     def _check_ratios(self) -> None:
         if not 0 <= self.owl_lambda <= 0.5:

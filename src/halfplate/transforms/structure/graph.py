@@ -169,12 +169,12 @@ class StructureGraph:
                 found.append(Member(name, 0))
         return found
 
-    def parameters(self, sizes: Mapping[str, int] | None = None, added: int = 0) -> int:
-        """Parameters of the model whose dimensions of each kind in `sizes` have that many units in every layer. added: to each layer."""
+    def parameters(self, sizes: Mapping[str, int] | None = None) -> int:
+        """Parameters of the model whose dimensions of each kind in `sizes` have that many units in every layer."""
         sizes = sizes or {}
         layers = sizes.get(LAYERS, self.layers)
         outer, inside = self._parameters(sizes)
-        return outer + layers * (inside + added)
+        return outer + layers * inside
 
     def _parameters(self, sizes: Mapping[str, int]) -> tuple[int, int]:
         """Parameters outside the layers, and of one layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from halfplate.models.gguf_families.rope import spectrum
 from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
 from halfplate.transforms.base import MeasuredTransform, Probe, Settled, Statistics
-from halfplate.transforms.structure.graph import CHANNELS, PAIRS, StructureGraph
+from halfplate.transforms.structure.graph import CHANNELS, PAIRS, PREFIX, StructureGraph
 from halfplate.transforms.structure.probes import Gram, rows, stored
 from halfplate.transforms.structure.scored import DOWN, Cutter, Layer, best, layer_of
 from halfplate.transforms.structure.shrinking import Shrinking, Target, making
@@ -158,22 +159,21 @@ class _Modules:
     def tensor(self, name: str) -> Tensor:
         """The tensor `name` of the result, fp32."""
         index = layer_of(name)
-        inner = "" if index is None else name.split(".", 3)[3]
         if index is None:
             return self.cutter.tensor(name)
-        if inner == f"{DOWN}.weight" and CHANNELS in self.cutter.kept(index):
+        module, _, leaf = name.removeprefix(f"{PREFIX}.{index}.").rpartition(".")
+        if (module, leaf) == (DOWN, "weight") and CHANNELS in self.cutter.kept(index):
             layer = self.cutter.layer(index)
             gram = layer.statistics["channels"].double()
-            return refitted(layer.weight(DOWN).cpu(), gram, self.cutter.kept(index)[CHANNELS]).float()
-        module = inner.rpartition(".")[0]
-        if self.pairs is None or not module.startswith("self_attn.") or module.endswith("_norm"):
-            return self.cutter.tensor(name)
-        if module in (VALUE, OUTPUT) and not (module == OUTPUT and inner.endswith("bias")):
+            return refitted(layer.weight(DOWN), gram, self.cutter.kept(index)[CHANNELS]).float()
+        # A bias of o belongs to the residual stream.
+        if self.pairs is not None and (module == VALUE or (module, leaf) == (OUTPUT, "weight")):
             return self._turned(index, name, module).float()
-        narrow, wide = 2 * self.target.sizes[PAIRS], self.graph.head_dim
-        # Attention divides by the root of the size of a head, which is smaller now.
-        scale = (narrow / wide) ** 0.5 if module == QUERY else 1.0
-        return self.cutter.tensor(name) * scale
+        cut = self.cutter.tensor(name)
+        if self.pairs is not None and module == QUERY:
+            # Attention divides by the root of the size of a head, which is smaller now.
+            cut *= math.sqrt(2 * self.target.sizes[PAIRS] / self.graph.head_dim)
+        return cut
 
     def _turned(self, index: int, name: str, module: str) -> Tensor:
         """v or o with the best directions of each head; a bias of v turns like its rows."""
@@ -181,11 +181,11 @@ class _Modules:
             layer = self.cutter.layer(index)
             count = 2 * self.target.sizes[PAIRS]
             moments = layer.statistics["values"].double()
-            self._current = index, directions(moments, layer.weight(OUTPUT).cpu(), count)
+            self._current = index, directions(moments, layer.weight(OUTPUT), count)
         assert self._current[1] is not None
         down, up = self._current[1]
         heads, _, wide = down.shape
-        whole = self.cutter.model.read(name).double().cpu()
+        whole = self.cutter.model.read(name).double()
         if module == VALUE:
             return (down @ whole.reshape(heads, wide, -1)).reshape(-1, *whole.shape[1:])
         by_head = whole.reshape(len(whole), heads, self.graph.queries, wide)
