@@ -119,7 +119,7 @@ class Flows(Probe):
         return found
 
     def _add_channels(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self.grams["channels"].add(rows(args[0]))
+        self.grams["channels"].add(args[0])
 
     def _add_squares(self, name: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         outputs = rows(output)
@@ -127,7 +127,7 @@ class Flows(Probe):
         self._squares[name] = count + len(outputs), total + outputs.square().sum(0)
 
     def _add_values(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        for gram, values in zip(self._heads, rows(output).chunk(len(self._heads), dim=1), strict=True):
+        for gram, values in zip(self._heads, output.chunk(len(self._heads), dim=-1), strict=True):
             gram.add(values)
 
     def statistics(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from halfplate.models.streamed import StreamedModel
 from halfplate.transforms.base import MeasuredTransform, Probe, Settled, Statistics
 from halfplate.transforms.rotate import EMBEDDING, HEAD, INPUT_NORM, MLP_NORM, NORM, READERS, WRITERS
 from halfplate.transforms.structure.graph import HIDDEN, PREFIX, StructureGraph
-from halfplate.transforms.structure.probes import Gram, rows, stored
+from halfplate.transforms.structure.probes import Gram, stored
 from halfplate.transforms.structure.scored import has_head_size, layer_of
 from halfplate.transforms.structure.shrinking import Shrinking, making
 from halfplate.transforms.structure.widths import one_size
@@ -85,8 +85,8 @@ class Normalised(Probe):
         return found
 
     def _add(self, name: str, hidden: Any) -> None:
-        inputs = rows(hidden[0] if isinstance(hidden, tuple) else hidden)
-        self.grams[name].add(inputs / inputs.square().mean(1, keepdim=True).sqrt())
+        inputs = (hidden[0] if isinstance(hidden, tuple) else hidden).float()
+        self.grams[name].add(inputs / inputs.square().mean(-1, keepdim=True).sqrt())
 
     def statistics(self) -> dict[str, Tensor]:
         return {name: stored(gram.mean) for name, gram in self.grams.items()}
