@@ -38,6 +38,7 @@ from halfplate.limits import check_threads
 from halfplate.models.licence import origin
 from halfplate.models.sources import Source, load_tokenizer, open_source, skeleton
 from halfplate.models.streamed import StreamedModel
+from halfplate.planning import foreign_packages
 from halfplate.planning.transforming import TransformPlan, plan_transforms
 from halfplate.recipe import Recipe
 from halfplate.registry import unknown
@@ -165,7 +166,7 @@ def _identity(source: Source, recipe: Recipe) -> dict[str, Any]:
     names = {"keep", *PruneFields.__annotations__} - {"threads"}
     fields = {name: value for name, value in recipe.to_json().items() if name in names}
     plain: dict[str, Any] = json.loads(json.dumps(fields))
-    return plain | {"model": source.sha256(), "halfplate": package_version()}
+    return plain | {"model": source.sha256(), "halfplate": package_version(), **foreign_packages(recipe)}
 
 
 def _check_text(source: Source, recipe: Recipe) -> None:

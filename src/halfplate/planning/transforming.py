@@ -90,8 +90,8 @@ def _measuring(transform: MeasuredTransform, source: Source, recipe: Recipe) -> 
     wide = FP32 * min(BATCH, recipe.samples) * recipe.seq_len * _widest(pieces)
     outer = sum(piece.nbytes for piece in pieces if piece.index is None)
     layer = max(piece.nbytes for piece in pieces if piece.index is not None)
-    # Inputs of a linear and the sums over them are fp64; a sum and what is added to it are held at the same time.
-    memory = max(outer + layer, layer + 2 * wide + 4 * kept) + 6 * hidden + 3 * wide
+    # A sum is fp64, and held at the same time as what is added to it.
+    memory = max(outer + layer, layer + wide + 6 * kept) + 6 * hidden + 3 * wide
     return memory, kept * config.num_hidden_layers + 2 * FP32 * tokens * config.hidden_size
 
 

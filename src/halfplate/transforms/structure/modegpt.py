@@ -122,9 +122,9 @@ class Flows(Probe):
         self.grams["channels"].add(args[0])
 
     def _add_squares(self, name: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        outputs = rows(output)
-        count, total = self._squares.get(name, (0, torch.zeros_like(outputs[0])))
-        self._squares[name] = count + len(outputs), total + outputs.square().sum(0)
+        squares = rows(output).square()
+        count, total = self._squares.get(name, (0, torch.zeros_like(squares[0], dtype=torch.float64)))
+        self._squares[name] = count + len(squares), total + squares.sum(0, dtype=torch.float64)
 
     def _add_values(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         for gram, values in zip(self._heads, output.chunk(len(self._heads), dim=-1), strict=True):

@@ -26,8 +26,9 @@ class Moments(Probe):
 
     def _add(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
         inputs = rows(args[0])
-        count, first, second = self._sums.get(name, (0, *torch.zeros_like(inputs[:2])))
-        self._sums[name] = count + len(inputs), first + inputs.sum(0), second + inputs.square().sum(0)
+        first, second = (values.sum(0, dtype=torch.float64) for values in (inputs, inputs.square()))
+        count, *before = self._sums.get(name, (0, torch.zeros_like(first), torch.zeros_like(first)))
+        self._sums[name] = count + len(inputs), before[0] + first, before[1] + second
 
     def statistics(self) -> dict[str, Tensor]:
         found = {}
@@ -48,7 +49,7 @@ class Angle(Probe):
         return [layer.register_forward_hook(self._add)]
 
     def _add(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        first, last = rows(args[0]), rows(output[0] if isinstance(output, tuple) else output)
+        first, last = rows(args[0]).double(), rows(output[0] if isinstance(output, tuple) else output).double()
         cosine = torch.nn.functional.cosine_similarity(first, last, dim=1).clamp(-1, 1)
         self._sum += float(cosine.arccos().sum()) / math.pi
         self._count += len(first)
@@ -66,7 +67,7 @@ class Gram:
 
     def add(self, inputs: Tensor) -> None:
         """Add the rows of `inputs` (..., d)."""
-        inputs = inputs.reshape(-1, inputs.shape[-1]).float()
+        inputs = rows(inputs)
         product = (inputs.T @ inputs).double()
         self._sum = product if self._sum is None else self._sum.add_(product)
         self._count += len(inputs)
@@ -78,8 +79,8 @@ class Gram:
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """A tensor (..., d) as fp64 (rows, d)."""
-    return tensor.reshape(-1, tensor.shape[-1]).double()
+    """A tensor (..., d) as fp32 (rows, d)."""
+    return tensor.reshape(-1, tensor.shape[-1]).float()
 
 
 def stored(tensor: Tensor) -> Tensor:
