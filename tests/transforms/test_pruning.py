@@ -62,6 +62,27 @@ def test_the_command_writes_a_model_that_transformers_loads_alone(tiny_tokenizer
     assert "KL" not in shown
 
 
+def test_a_llama_that_becomes_a_mistral_is_one_everywhere(tiny_tokenizer, tmp_path):
+    """In transformers alone, with the same tokens, in GGUF, and under its teacher."""
+    options = {"num_attention_heads": 10, "num_key_value_heads": 10, "hidden_size": 160}
+    source, out = saved(tiny_tokenizer, tmp_path / "model", **options), tmp_path / "out"
+    halfplate.prune(source.name, out, 0.85, transforms=["slicegpt"], check=False, **TEXT)
+    model = load_dense(str(out))
+    assert (model.model.config.model_type, model.model.config.hidden_size) == ("mistral", 128)
+    assert model.tokenizer.get_vocab() == tiny_tokenizer.get_vocab()
+    subprocess.run([sys.executable, "-c", PLAIN, str(out), str(tmp_path / "logits.pt")], check=True, timeout=120)
+    expected = model.model(IDS).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=0, atol=1e-5)
+    halfplate.export(out, tmp_path / "model.gguf", format="gguf", embedding_type="f32")
+    again = load_dense(str(tmp_path / "model.gguf")).model(IDS).logits
+    assert float((again - expected).norm() / expected.norm()) < 5e-3
+    text = tmp_path / "text.txt"
+    text.write_text("The bird saw a red ball near the house, and it wanted to play. " * 60)
+    options = {"tokens": 64, "seq_len": 16, "text": str(text), "batch": 2}
+    found = halfplate.recover(out, source.name, tmp_path / "recovered", **options)
+    assert found["after"]["kl"] < found["before"]["kl"]
+
+
 @pytest.mark.parametrize("name", ["flap", "modegpt", "slicegpt", "depth"])
 def test_gguf_holds_the_smaller_model(tiny_tokenizer, tmp_path, name):
     """Biases, narrow heads with frequencies of their own, a head of its own, fewer layers."""
@@ -176,6 +197,23 @@ def test_lost_hidden_states_are_made_again(tiny_tokenizer, tmp_path):
     for path in hidden:
         path.write_bytes(b"damaged")
     assert torch.equal(logits(pruned(source, tmp_path / "out", "slicegpt", 0.7)), whole)
+
+
+def test_the_plan_tells_the_sizes_and_counts_what_is_measured(tiny_tokenizer, tmp_path, capsys):
+    source = saved(tiny_tokenizer, tmp_path / "model")
+    options = ["--keep", "0.6", "--method", "rtn", "--core-dtype", "int8", "--no-benchmark", "--samples", "4"]
+    words = ["plan", source.name, *options, "--seq-len", "16", "--json", "--transforms"]
+    found = {}
+    for name in ("magnitude-structured", "modegpt"):
+        assert main([*words, name]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+    (plain,), (measured,) = (plan["transforms"] for plan in found.values())
+    assert re.match(r"keeps \d\d\.\d% of 0\.\d million parameters: 2 of 4 heads of k and v, \d+ of 128", plain["told"])
+    assert "4 of 8 pairs of values in each head" in measured["told"]
+    # Second moments of the channels, in every layer, and the hidden states.
+    assert measured["disk_bytes"] - plain["disk_bytes"] > 4 * 4 * 128**2 + 2 * 4 * 64 * 64
+    assert measured["memory_bytes"] > plain["memory_bytes"]
+    assert found["modegpt"]["parameters"] <= 0.6 * source.nbytes / 4
 
 
 def refused(capsys, *words):
