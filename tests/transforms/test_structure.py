@@ -10,6 +10,7 @@ from halfplate.models.streamed import StreamedModel
 from halfplate.transforms import find
 from halfplate.transforms.structure.graph import CHANNELS, HEADS, PAIRS, StructureGraph
 from halfplate.transforms.structure.modegpt import RIDGE, directions, leverage, refitted
+from halfplate.transforms.structure.widths import step_of
 from structured_models import IDS, KINDS, logits, pruned, saved, tokens
 
 METHODS = ("depth", "magnitude-structured", "wanda-structured", "flap", "slicegpt", "modegpt")
@@ -61,6 +62,25 @@ def test_a_llama_whose_heads_do_not_divide_its_width_becomes_a_mistral(tiny_toke
     loaded = type(config).from_dict(config.to_dict())
     assert loaded.head_dim == 16
     assert bool(logits(result).isfinite().all())
+
+
+def test_steps_of_widths():
+    """Divisors for groups and for GGUF types stay where they cost at most a 32nd of the width."""
+    widths = {
+        48: 16,
+        128: 32,
+        1536: 32,
+        2048: 64,
+        4096: 128,
+        8192: 256,
+        11008: 256,
+        14336: 256,
+        28672: 256,
+        18944: 256,
+        8960: 256,
+        100: 4,
+    }
+    assert {width: step_of(width) for width in widths} == widths
 
 
 def hidden_states(source):

@@ -176,14 +176,17 @@ class StructureGraph:
         outer, inside = self._parameters(sizes)
         return outer + layers * inside
 
+    @cached_property
+    def _counted(self) -> dict[str, bool]:
+        """The tensors of the first layer (True), for which the others stand, and those outside the layers (False)."""
+        inside = {name: name.startswith(f"{PREFIX}.") for name in self.shapes}
+        return {name: within for name, within in inside.items() if not within or name.startswith(f"{PREFIX}.0.")}
+
     def _parameters(self, sizes: Mapping[str, int]) -> tuple[int, int]:
         """Parameters outside the layers, and of one layer."""
         found = {True: 0, False: 0}
-        for name, shape in self.shapes.items():
-            inside = name.startswith(f"{PREFIX}.")
-            if inside and not name.startswith(f"{PREFIX}.0."):
-                continue
-            axes = list(shape)
+        for name, inside in self._counted.items():
+            axes = list(self.shapes[name])
             for dimension, member in self._axes[name]:
                 units = sizes.get(dimension.kind, dimension.size)
                 axes[member.axis] = axes[member.axis] // dimension.size * units

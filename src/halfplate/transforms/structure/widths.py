@@ -8,13 +8,15 @@ from math import gcd
 from halfplate.errors import HalfplateError
 from halfplate.transforms.structure.graph import CHANNELS, HEADS, HIDDEN, LAYERS, PAIRS, WORDS, StructureGraph
 
-# Groups of a quantised core, blocks of GGUF types and kernels divide such widths.
+# Groups of a quantised core, blocks of GGUF types and kernels divide such widths; larger ones are for groups of 128 and the K types of GGUF.
 STEP = 32
+STEPS = (256, 128, 64)
+FINE = 32  # steps at least in a width for which a larger step is taken
 HEAD_STEP = 8  # of the values in a head
 
 
 def options(graph: StructureGraph, kind: str) -> list[int]:
-    """The sizes that dimensions of this kind may have, ascending: every width is a multiple of STEP, or at least of what it shared with STEP before."""
+    """The sizes that dimensions of this kind may have, ascending: every width is a multiple of `step_of` what it was."""
     size = graph.size(kind)
     return [units for units in range(1, size) if _useful(graph, kind, units)] + [size]
 
@@ -25,12 +27,18 @@ def _useful(graph: StructureGraph, kind: str, units: int) -> bool:
     if kind == LAYERS:
         return True
     if kind in (CHANNELS, HIDDEN):
-        return units % gcd(STEP, graph.size(kind)) == 0
+        return units % step_of(graph.size(kind)) == 0
     head = 2 * units if kind == PAIRS else graph.head_dim
     heads = units if kind == HEADS else graph.heads
     # The width of k and v; that of q is a multiple of it.
     wide = heads * head % gcd(STEP, graph.heads * graph.head_dim) == 0
     return wide and head % gcd(HEAD_STEP, graph.head_dim) == 0
+
+
+def step_of(width: int) -> int:
+    """What a smaller width is a multiple of: the largest of STEPS that divides `width` into enough parts, or what it shares with STEP."""
+    fitting = (step for step in STEPS if width % step == 0 and width >= FINE * step)
+    return next(fitting, gcd(STEP, width))
 
 
 def one_size(graph: StructureGraph, kind: str, budget: int, keep: float) -> dict[str, int]:
