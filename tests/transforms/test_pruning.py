@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import halfplate
 from halfplate.checkpoint.read import load
@@ -117,7 +118,7 @@ def test_the_result_is_compressed_and_recovered_further(tiny_tokenizer, tmp_path
     assert trained["after"]["kl"] > 0
 
 
-@pytest.mark.parametrize("name", ["modegpt", "magnitude-structured"])
+@pytest.mark.parametrize("name", ["flap", "modegpt", "magnitude-structured", "slicegpt", "depth"])
 def test_compress_prunes_first(tiny_tokenizer, tmp_path, name):
     """The checkpoint is that of the pruned model, and the KL is to the original."""
     source = saved(tiny_tokenizer, tmp_path / "model")
@@ -126,13 +127,16 @@ def test_compress_prunes_first(tiny_tokenizer, tmp_path, name):
     halfplate.prune(source.name, tmp_path / "pruned", 0.6, transforms=[name], **TEXT)
     model = load(tmp_path / "out", kernels=False)
     smaller = load_dense(str(tmp_path / "pruned")).model
-    assert model.config.intermediate_size == smaller.config.intermediate_size < 128
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    found, wanted, before = ([getattr(one.config, name) for name in sizes] for one in (model, smaller, source))
+    assert found == wanted != before
     expected = smaller(IDS).logits
     assert float((model(IDS).logits - expected).norm() / expected.norm()) < 0.05
     original = load_dense(source).model
     assert float((expected - original(IDS).logits).norm() / expected.norm()) > 0.1
     record = json.loads((tmp_path / "out" / "halfplate.json").read_text())
     assert record["recipe"]["keep"] == 0.6
+    # Also of magnitude slicing, because GPTQ reads it.
     assert record["calibration"]["tokens"] == 64
     assert summary["check"]["kl"] > 1e-3
 
@@ -256,6 +260,9 @@ def test_bad_input_is_one_line_before_any_work(tiny_tokenizer, tmp_path, capsys)
     ).name
     error = refused(capsys, "prune", mixed, "-o", out, "--keep", "0.7", "--transforms", "depth")
     assert "its layers are of several kinds (full_attention, sliding_attention)" in error
+    config = halfplate.HalfplateConfig(recipe=halfplate.Recipe(transforms=["flap"], keep=0.5))
+    with pytest.raises(HalfplateError, match=r"keep=0\.5 makes the model smaller than the one that is being loaded"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     with pytest.raises(HalfplateError, match="option='pattern' is unknown"):
         halfplate.prune(folder, out, 0.7, pattern="2:4")
     assert not out.exists()
