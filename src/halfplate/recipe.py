@@ -49,6 +49,7 @@ class RecipeFields(TypedDict, total=False):
     embedding_dtype: str
     head_dtype: str
     transforms: tuple[str, ...]
+    keep: float | None
     calibration: str | tuple[str, ...]
     effort: Effort
     samples: int
@@ -110,6 +111,7 @@ class Recipe:
     - search: `knapsack` over measured errors, or `evolution`, which continues from there with the KL of the model
     - generations, offspring: of the evolution
     - transforms: names of `halfplate.transforms`, applied to the model first, in order; each becomes `name@version`
+    - keep: fraction of the model's parameters that stay after the transform that makes it smaller
     - calibration: `self`, a text file or a Hub data set; or several as `SOURCE:SHARE`, shares of the sequences
     - effort: `quick`, `normal` or `best`: number of samples, and iterations of the method, where the recipe leaves them open
     - samples, seq_len: number and length of the calibration sequences
@@ -136,6 +138,7 @@ class Recipe:
     embedding_dtype: str = KEEP
     head_dtype: str = KEEP
     transforms: tuple[str, ...] = ()
+    keep: float | None = None
     calibration: str | tuple[str, ...] = "self"
     effort: Effort = "normal"
     samples: int = None  # type: ignore[assignment]  # that of the effort
@@ -183,6 +186,7 @@ class Recipe:
         options = _typed_options(methods.METHODS.get(self.method), self.method_options)
         object.__setattr__(self, "method_options", options)
         object.__setattr__(self, "transforms", tuple(transforms.find(entry).label for entry in self.transforms))
+        transforms.check_keep(self.transforms, self.keep)
         if self.pattern == "auto":
             object.__setattr__(self, "pattern", pattern_of(self.method))
         self._check_shape()
@@ -407,6 +411,7 @@ class Recipe:
         # A recipe that leaves these out is what it was before there were any.
         later: dict[str, Any] = {
             "transforms": [],
+            "keep": None,
             "embedding_dtype": KEEP,
             "head_dtype": KEEP,
             "target": HALFPLATE.name,

@@ -29,6 +29,11 @@ FIELDS = (
     ("--head-dtype", "TYPE", "type of the output layer: keep, auto (int8), or int8 to int2"),
     ("--wrapper-dtype", "TYPE", "type of the wrappers: bf16 (default), fp16, fp32 or int8"),
     (
+        "--keep",
+        "FRACTION",
+        "share of the parameters that stay after a transform that makes the model smaller (docs/pruning.md)",
+    ),
+    (
         "--effort",
         "WORD",
         "work to spend: quick, normal (default) or best; sets samples and iterations that no option sets",

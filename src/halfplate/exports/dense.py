@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -10,14 +9,14 @@ from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, other_dtype, r
 from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.output import check_result_folder
 from halfplate.checkpoint.read import inspect_checkpoint, load, load_tokenizer
-from halfplate.checkpoint.weights import read_headers
+from halfplate.checkpoint.weights import read_back
 from halfplate.checkpoint.write import write_model, write_record
 from halfplate.errors import HalfplateError
 from halfplate.models.licence import origin
 from halfplate.models.quantised_folders import QuantisedFolder, open_quantised
 from halfplate.models.sources import is_compressed, load_dense
 from halfplate.storage.shards import MAX_SHARD_NBYTES, Entry, write_shards
-from halfplate.storage.tensor_file import TensorFileWriter, sha256_of
+from halfplate.storage.tensor_file import TensorFileWriter
 
 QUANTISED_ENTRIES = ("quantization_config", "compression_config")
 # The files of a model beside its weights that a copy needs.
@@ -55,7 +54,7 @@ def _multiplied_out(source: str, out: Path, overwrite: bool) -> None:
     model = load(folder, dtype, kernels=False).dequantize(dtype=dtype)
     with new_folder(out, overwrite) as target:
         checksums = write_model(model, load_tokenizer(folder), target, dtype, quantization=None, beside=folder)
-        _read_back(target, checksums)
+        read_back(target, checksums)
         write_record(target, known | {"exported": "dense"})
 
 
@@ -70,7 +69,7 @@ def _converted(source: str, out: Path, overwrite: bool) -> None:
             quantization=None,
             beside=loaded.source.path,
         )
-        _read_back(target, checksums)
+        read_back(target, checksums)
         write_record(target, {"exported": "dense", "model": source} | origin(loaded.source))
 
 
@@ -91,7 +90,7 @@ def _dequantised(quantised: QuantisedFolder, source: str, out: Path, overwrite: 
         return file.write(name, values)
 
     with new_folder(out, overwrite) as target:
-        _read_back(target, write_shards(dict(sorted(entries.items())), target, MAX_SHARD_NBYTES, write))
+        read_back(target, write_shards(dict(sorted(entries.items())), target, MAX_SHARD_NBYTES, write))
         kept = {key: value for key, value in quantised.entries.items() if key not in QUANTISED_ENTRIES}
         (target / CONFIG_FILE).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for file in sorted(folder.iterdir()):
@@ -100,13 +99,3 @@ def _dequantised(quantised: QuantisedFolder, source: str, out: Path, overwrite: 
         write_record(target, {"exported": "dense", "model": source})
     named = str(dtype).removeprefix("torch.")
     return f"{out}: {source} in floats, {len(quantised.matrices)} matrices of {quantised.method} dequantised and rounded to {named}; what quantising lost stays lost"
-
-
-def _read_back(target: Path, checksums: Mapping[str, str]) -> None:
-    """Raise HalfplateError unless the files hold the tensors with these checksums."""
-    found = read_headers(target)
-    for name, checksum in checksums.items():
-        if name not in found or sha256_of(found[name]) != checksum:
-            raise HalfplateError(
-                f"out={str(target)!r}: read back, {name} differs from the model; the disk or memory may be faulty, write it again or report this"
-            )

@@ -71,14 +71,14 @@ def plan_source(
 ) -> Plan:
     """`make_plan` for an open source. statistic: collect at least this one."""
     # From here on, `source` is the transformed model, as far as it is known without its tensors.
-    original, (source, transforms) = source, plan_transforms(source, recipe.transforms)
+    original, (source, transforms) = source, plan_transforms(source, recipe)
     dense, job = skeleton(source), Job(recipe, statistic)
     method = job.method
-    if job.runs_text:
+    if job.reads_text:
         for part in parts_of(recipe.calibration):
             check_source(part.source)
     with _reading_modules(source):
-        if job.runs_text:
+        if job.reads_text:
             check_seq_len(dense, recipe.seq_len, least=2)
             check_tokens_fit("samples", recipe.samples, recipe.seq_len)
         reads, untraced = data_reads(dense, find_blocks(dense)[0])
