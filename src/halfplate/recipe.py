@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_type_hints
+from typing import Any, Literal, Unpack, get_type_hints
 
 from halfplate import methods, transforms
 from halfplate.allocation import CHOSEN, Evolution
@@ -23,7 +23,15 @@ from halfplate.formats.quantizers.rounding import GROUP
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern
-from halfplate.recipe_values import DEFAULT_METHOD, file_values, laid_over, typed_by, types_in, without_recipe
+from halfplate.recipe_values import (
+    DEFAULT_METHOD,
+    RecipeFields,
+    file_values,
+    laid_over,
+    typed_by,
+    types_in,
+    without_recipe,
+)
 from halfplate.registry import available, unknown
 
 VERSION = 1
@@ -31,52 +39,6 @@ VERSION = 1
 KEEP, AUTO = "keep", "auto"
 # Neither changes the result: they are no part of what makes two runs the same.
 WITHOUT_EFFECT = ("threads", "max_kl")
-
-
-class RecipeFields(TypedDict, total=False):
-    """The fields of Recipe as keyword arguments of a function."""
-
-    method: str
-    method_options: Mapping[str, Any]
-    pattern: str
-    block_size: int | Literal["auto"]
-    out_block_size: int | None
-    share_wrappers: bool
-    core_dtype: str
-    wrapper_dtype: str
-    types: tuple[str, ...]
-    group_size: int
-    embedding_dtype: str
-    head_dtype: str
-    transforms: tuple[str, ...]
-    keep: float | None
-    calibration: str | tuple[str, ...]
-    effort: Effort
-    samples: int
-    seq_len: int
-    seed: int
-    inputs: Literal["dense", "compressed"]
-    cross_damping: float | Literal["none"]
-    token_limit: float | Literal["none"]
-    precision: Literal["auto", "bf16", "fp32"]
-    tune_block: int
-    ratios: Literal["uniform", "owl"]
-    owl_lambda: float
-    budget: float | None
-    time_budget: float | None
-    fit: int | None
-    fit_ram: int | None
-    context: int
-    target: str
-    choose: tuple[str, ...]
-    search: Literal["knapsack", "evolution"]
-    generations: int
-    offspring: int
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    device: str
-    threads: int | None
-    max_kl: float | None
 
 
 def pattern_of(method: str) -> str:
@@ -297,8 +259,8 @@ class Recipe:
             )
         if self.share_wrappers and self.block_size == 0:
             raise HalfplateError("share_wrappers=True with block_size=0 has no wrapper to share; try --block-size 16")
-        for name in (None, *types_in(self.types)):
-            method.check_spec(self.spec(1, pattern.m, block, name))
+        for core_dtype in (self.core_dtype, *types_in(self.types)):
+            method.check_spec(self.spec(1, pattern.m, block, core_dtype))
         scaled = self.core_dtype in QUANTIZERS or self.budgeted or {self.embedding_dtype, self.head_dtype} != {KEEP}
         if self.group_size != GROUP and not scaled:
             raise HalfplateError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from halfplate import plain_yaml, recipes
+from halfplate.effort import Effort
 from halfplate.errors import HalfplateError
 
 DEFAULT_METHOD = "armor"
@@ -20,6 +21,52 @@ SIZES = ("fit", "fit_ram")  # with one of them, a field that chooses a format is
 FORMAT = {"method", "pattern", "block_size", "out_block_size", "share_wrappers", "core_dtype", "wrapper_dtype"}
 FORMAT |= {"time_budget", "choose", "search", "ratios"}
 FORMAT_OPTIONS = {"solver", "objective"}
+
+
+class RecipeFields(TypedDict, total=False):
+    """The fields of Recipe as keyword arguments of a function."""
+
+    method: str
+    method_options: Mapping[str, Any]
+    pattern: str
+    block_size: int | Literal["auto"]
+    out_block_size: int | None
+    share_wrappers: bool
+    core_dtype: str
+    wrapper_dtype: str
+    types: tuple[str, ...]
+    group_size: int
+    embedding_dtype: str
+    head_dtype: str
+    transforms: tuple[str, ...]
+    keep: float | None
+    calibration: str | tuple[str, ...]
+    effort: Effort
+    samples: int
+    seq_len: int
+    seed: int
+    inputs: Literal["dense", "compressed"]
+    cross_damping: float | Literal["none"]
+    token_limit: float | Literal["none"]
+    precision: Literal["auto", "bf16", "fp32"]
+    tune_block: int
+    ratios: Literal["uniform", "owl"]
+    owl_lambda: float
+    budget: float | None
+    time_budget: float | None
+    fit: int | None
+    fit_ram: int | None
+    context: int
+    target: str
+    choose: tuple[str, ...]
+    search: Literal["knapsack", "evolution"]
+    generations: int
+    offspring: int
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    device: str
+    threads: int | None
+    max_kl: float | None
 
 
 def without_recipe(changes: Mapping[str, Any]) -> dict[str, Any]:

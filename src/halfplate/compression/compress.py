@@ -50,7 +50,8 @@ from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan, plan_source
 from halfplate.planning.room import check_room
 from halfplate.precision import resolved
-from halfplate.recipe import Recipe, RecipeFields
+from halfplate.recipe import Recipe
+from halfplate.recipe_values import RecipeFields
 from halfplate.report import write_report
 from halfplate.runtime.sampling import native_sampling
 from halfplate.statistics import Statistic

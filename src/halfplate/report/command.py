@@ -5,6 +5,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from halfplate.arguments import FLAGS
+from halfplate.effort import WORK
 from halfplate.recipe import Recipe
 
 REPEATED = ("include", "exclude", "transforms", "types")
@@ -16,6 +17,7 @@ def compress_command(model: str, out: str, recipe: Recipe) -> str:
     words = ["halfplate", "compress", model, "-o", out, f"--pattern={recipe.pattern}"]
     # Not `Recipe(method=...)`, which some methods refuse because they need an integer core.
     defaults = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
+    defaults["samples"] = WORK[recipe.effort].samples
     for name in (field.name for field in fields(Recipe) if field.name not in ("version", "pattern", "method_options")):
         value = getattr(recipe, name)
         if value == defaults[name]:
