@@ -25,8 +25,9 @@ class NativeSampling:
 
     def __init__(self, model: Any, seq_len: int, pack: Callable[[Any], PackedLinear]) -> None:
         self._decoder = NativeDecoder(model, pack)
-        self._blocks, self._heads = model.config.num_hidden_layers, model.config.num_key_value_heads
-        self._seq_len, self.width = seq_len, model.model.layers[0].self_attn.head_dim
+        traits = self._decoder.traits
+        self._blocks, self._heads = len(traits.layers), traits.kv_heads
+        self._seq_len, self.width = seq_len, traits.head_dim
         self.cache_dtype = torch.float32
 
     @property

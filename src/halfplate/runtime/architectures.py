@@ -1,0 +1,186 @@
+"""The architectures that the native step decodes: for each, how it differs from Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+NormKind = Literal["rms", "rms+1", "mean", "mean+1"]
+Rotation = Literal["halves", "pairs", "doubled pairs"]
+Windows = Literal["none", "all", "by layer"]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How the tokens of a mixture find their experts: a softmax of the router's outputs.
+
+    module: name in a layer of the module with the `experts`; a layer whose module has none runs an ordinary MLP.
+    router: name in that module of the router, which has a `weight` (experts, hidden) and `top_k`.
+    normalised: whether the weights of a token's experts are divided by their sum; or the attribute of the router that says so.
+    """
+
+    module: str = "mlp"
+    router: str = "gate"
+    normalised: bool | str = True
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of the modules of an architecture, and the traits that its configuration does not state. The defaults are Llama's.
+
+    norms: names in a layer of the norms before attention, of its output, before the MLP and of its output; None for none.
+    norm: the root of the mean square or mean and variance (LayerNorm); `+1`: weights are added to 1. Weights and biases may be missing.
+    final_norm: name in the inner model.
+    head_norms: names in a layer of the norms of queries and keys, if it has them.
+    whole_norms: they are of all heads together, not of each.
+    late_norms: they follow the rotation.
+    qkv: names of the linears whose outputs, one below the other, are queries, keys and values.
+    out: name of the linear after attention.
+    mlp: names of the linears before the activation, and of the one after it.
+    gated: the MLP has a gate, alone or above the up projection in one linear.
+    activation: entry of the configuration.
+    parallel: the MLP reads what attention reads.
+    windows: layers whose attention reads the last positions alone: none, all if the configuration has a window, or those of its `layer_types`.
+    rotation: which numbers of a head are rotated together: (i, i + half), or (2 i, 2 i + 1); `doubled`: tables have each angle twice in a row.
+    rotated: whether an attention module rotates queries and keys.
+    embedding_scale, residual_scale, logit_scale, logit_divisor, attention_cap, logit_cap: entries of the configuration.
+    mixture: the experts of its layers.
+    refused: entries of the configuration that have no native step if they are set.
+    """
+
+    norms: tuple[str | None, str | None, str | None, str | None] = (
+        "input_layernorm",
+        None,
+        "post_attention_layernorm",
+        None,
+    )
+    norm: NormKind = "rms"
+    final_norm: str = "norm"
+    head_norms: tuple[str, str] | None = None
+    whole_norms: bool = False
+    late_norms: bool = False
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    out: str = "self_attn.o_proj"
+    mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    gated: bool = True
+    activation: str = "hidden_act"
+    parallel: bool = False
+    windows: Windows = "none"
+    rotation: Rotation = "halves"
+    rotated: Callable[[Any], bool] = lambda attention: True
+    embedding_scale: str | None = None
+    residual_scale: str | None = None
+    logit_scale: str | None = None
+    logit_divisor: str | None = None
+    attention_cap: str | None = None
+    logit_cap: str | None = None
+    mixture: Routing | None = None
+    refused: tuple[str, ...] = ()
+
+
+EACH_HEAD = ("self_attn.q_norm", "self_attn.k_norm")
+# Norms on both sides of attention and of the MLP, and behind them only.
+AROUND = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+BEHIND = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+FUSED_MLP = ("mlp.gate_up_proj", "mlp.down_proj")
+
+LLAMA = Architecture()
+QWEN2 = Architecture(windows="by layer")
+QWEN3 = replace(QWEN2, head_norms=EACH_HEAD)
+GEMMA = Architecture(norm="rms+1", refused=("use_bidirectional_attention",))
+GEMMA2 = replace(
+    GEMMA,
+    norms=AROUND,
+    activation="hidden_activation",
+    windows="by layer",
+    attention_cap="attn_logit_softcapping",
+    logit_cap="final_logit_softcapping",
+)
+OLMO2 = Architecture(norms=BEHIND, head_norms=EACH_HEAD, whole_norms=True)
+GRANITE = Architecture(
+    embedding_scale="embedding_multiplier", residual_scale="residual_multiplier", logit_divisor="logits_scaling"
+)
+COHERE = Architecture(
+    norms=("input_layernorm", None, None, None),
+    norm="mean",
+    parallel=True,
+    rotation="doubled pairs",
+    logit_scale="logit_scale",
+    refused=("use_qk_norm",),
+)
+GLM = Architecture(rotation="pairs", mlp=FUSED_MLP)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "ArceeForCausalLM": Architecture(mlp=("mlp.up_proj", "mlp.down_proj"), gated=False),
+    "CohereForCausalLM": COHERE,
+    "Cohere2ForCausalLM": replace(
+        COHERE, windows="by layer", rotated=lambda attention: attention.sliding_window is not None, refused=()
+    ),
+    "CwmForCausalLM": QWEN2,
+    "Ernie4_5ForCausalLM": Architecture(rotation="pairs"),
+    "Exaone4ForCausalLM": Architecture(
+        norms=BEHIND,
+        head_norms=EACH_HEAD,
+        windows="by layer",
+        rotated=lambda attention: attention.sliding_window is None or attention.is_sliding,
+    ),
+    "FlexOlmoForCausalLM": replace(OLMO2, mixture=Routing(normalised="norm_topk_prob")),
+    "GemmaForCausalLM": GEMMA,
+    "Gemma2ForCausalLM": GEMMA2,
+    "Gemma3ForCausalLM": replace(GEMMA2, head_norms=EACH_HEAD, attention_cap=None),
+    "GlmForCausalLM": GLM,
+    "Glm4ForCausalLM": replace(
+        GLM,
+        norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    ),
+    "GraniteForCausalLM": GRANITE,
+    "GraniteMoeForCausalLM": replace(GRANITE, mixture=Routing(module="block_sparse_moe", router="router")),
+    "HeliumForCausalLM": Architecture(rotation="pairs"),
+    "HunYuanDenseV1ForCausalLM": Architecture(
+        head_norms=("self_attn.query_layernorm", "self_attn.key_layernorm"), late_norms=True
+    ),
+    "LlamaForCausalLM": LLAMA,
+    "MinistralForCausalLM": QWEN2,
+    "MistralForCausalLM": Architecture(windows="all"),
+    "MixtralForCausalLM": Architecture(windows="all", mixture=Routing()),
+    "NemotronForCausalLM": Architecture(norm="mean+1", mlp=("mlp.up_proj", "mlp.down_proj"), gated=False),
+    "OlmoForCausalLM": Architecture(norm="mean", refused=("clip_qkv",)),
+    "Olmo2ForCausalLM": OLMO2,
+    "Olmo3ForCausalLM": replace(OLMO2, windows="by layer"),
+    "OlmoeForCausalLM": Architecture(
+        head_norms=EACH_HEAD, whole_norms=True, mixture=Routing(normalised="norm_topk_prob"), refused=("clip_qkv",)
+    ),
+    "PhiForCausalLM": Architecture(
+        norms=("input_layernorm", None, None, None),
+        norm="mean",
+        final_norm="final_layernorm",
+        out="self_attn.dense",
+        mlp=("mlp.fc1", "mlp.fc2"),
+        gated=False,
+        parallel=True,
+        refused=("qk_layernorm",),
+    ),
+    "Phi3ForCausalLM": Architecture(qkv=("self_attn.qkv_proj",), mlp=FUSED_MLP, windows="all"),
+    "Qwen2ForCausalLM": QWEN2,
+    "Qwen3ForCausalLM": QWEN3,
+    "Qwen3MoeForCausalLM": replace(QWEN3, windows="all", mixture=Routing(normalised="norm_topk_prob")),
+    "SeedOssForCausalLM": LLAMA,
+    "SmolLM3ForCausalLM": replace(QWEN2, rotated=lambda attention: bool(attention.use_rope)),
+    "StableLmForCausalLM": Architecture(norm="mean", refused=("use_parallel_residual", "qk_layernorm")),
+    "Starcoder2ForCausalLM": Architecture(norm="mean", mlp=("mlp.c_fc", "mlp.c_proj"), gated=False, windows="all"),
+}
+
+
+def architecture_of(model: Any) -> Architecture | str:
+    """The architecture of a transformers model, or why it has no native step."""
+    kind = type(model)
+    if not kind.__module__.startswith("transformers."):
+        return f"{kind.__name__} is not a class of transformers, and has no native step"
+    found = ARCHITECTURES.get(kind.__name__)
+    return found if found is not None else f"{kind.__name__} has no native step"
