@@ -19,7 +19,7 @@ from halfplate.runtime.backends.cpu import PackedLinear
 from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.embedding import StoredEmbedding
 from halfplate.runtime.structures import BatchStruct, BlockStruct, DecoderStruct, ExpertStruct, MixtureStruct
-from halfplate.runtime.traits import LayerTraits, Traits, norm_weights, rotary_tables, traits_of
+from halfplate.runtime.traits import LayerTraits, Traits, norm_weights, rotary_tables, short_length, traits_of
 
 CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 1}  # halfplate::Kind in kernels/src/runtime.h
 NORMS = {"rms": 0, "rms+1": 0, "mean": 1, "mean+1": 1}  # halfplate::Norm
@@ -151,6 +151,7 @@ class NativeDecoder:
         self.traits = traits
         self._doubled = architecture.rotation == "doubled pairs"
         self._embed, self._rotary = model.model.embed_tokens, model.model.rotary_emb
+        self._short, self._uses_short = short_length(self._rotary), True
         # A row of a table of numbers is read without a call of the module, unless that scales it.
         self._rows = self._embed.weight if type(self._embed) in (nn.Embedding, StoredEmbedding) else None
         self._weights = _Weights(model, architecture, traits, pack)
@@ -173,6 +174,7 @@ class NativeDecoder:
         logits = torch.empty(self._struct.vocabulary, dtype=torch.float32, device=CPU)
         with self._lock:
             position, threads = self._prepare(cache, 1)
+            self._choose_tables(position)
             status = self._step(
                 ctypes.byref(self._struct),
                 embedding.data_ptr(),
@@ -212,6 +214,7 @@ class NativeDecoder:
         logits = torch.empty(count, self._struct.vocabulary, dtype=torch.float32, device=CPU)
         with self._lock:
             slot, threads = self._prepare(cache, count)
+            self._choose_tables(slot if positions is None else int(positions.max()))
             if positions is None:
                 positions = torch.full((count,), slot, dtype=torch.int64, device=CPU)
             if first is None:
@@ -280,13 +283,28 @@ class NativeDecoder:
         self._sized = (capacity, threads, sequences)
 
     def _bind_tables(self, capacity: int) -> None:
-        struct, tables = self._struct, []
-        for place, layer_type in enumerate(self.traits.tables):
-            for side, table in enumerate(rotary_tables(self._rotary, layer_type, capacity)):
-                if self._doubled:
-                    table = torch.cat((table[:, ::2], table[:, ::2]), 1)
-                address = native.address(table, torch.float32, "the rotary embedding")
-                (struct.cosines, struct.sines)[side][place] = address
+        self._tables = {
+            short: self._rotary_tables(capacity, short) for short in (True, False)[: 1 if self._short is None else 2]
+        }
+        self._use_tables(True)
+
+    def _rotary_tables(self, capacity: int, short: bool) -> list[tuple[Tensor, ...]]:
+        """Cosines and sines of each layer type."""
+        found = []
+        for layer_type in self.traits.tables:
+            pair = rotary_tables(self._rotary, layer_type, capacity, short)
+            found.append(tuple(torch.cat((t[:, ::2], t[:, ::2]), 1) for t in pair) if self._doubled else pair)
+        return found
+
+    def _use_tables(self, short: bool) -> None:
+        struct, self._uses_short = self._struct, short
+        for place, pair in enumerate(self._tables[short]):
+            for side, table in enumerate(pair):
+                addresses = struct.sines if side else struct.cosines
+                addresses[place] = native.address(table, torch.float32, "the rotary embedding")
                 struct.table_bytes[2 * side + place] = table.nbytes
-                tables.append(table)
-        self._tables = tables
+
+    def _choose_tables(self, last: int) -> None:
+        """Use the tables of a text that ends at position `last`."""
+        if self._short is not None and (last < self._short) != self._uses_short:
+            self._use_tables(last < self._short)

@@ -127,24 +127,31 @@ def norm_weights(module: Any, kind: NormKind, count: int) -> Tensor:
     return weight.contiguous()
 
 
-def rotary_tables(rotary: Any, layer_type: str | None, count: int) -> tuple[Tensor, Tensor]:
+def short_length(rotary: Any) -> int | None:
+    """The length up to which texts have the first angles of `longrope`; longer ones have others at every position. None for other types."""
+    if rotary.rope_type != "longrope":
+        return None
+    return int(rotary.config.rope_parameters["original_max_position_embeddings"])
+
+
+def rotary_tables(rotary: Any, layer_type: str | None, count: int, short: bool) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the first `count` positions by the module `rotary`, both fp32 (count, rotary_dim).
 
-    With `longrope`, short texts have other angles than long ones, so positions up to the length at which they change are computed by themselves.
+    short: whether the text ends within `short_length`; beyond it, rows are those of a longer text.
     """
-    parameters = rotary.config.rope_parameters
-    parameters = parameters if layer_type is None else parameters[layer_type]
-    first = count
-    if parameters.get("rope_type") == "longrope":
-        first = min(count, parameters["original_max_position_embeddings"])
+    length = short_length(rotary)
+    parts = [(0, count)]
+    if length is not None:
+        # The module chooses by the last position of a call.
+        parts = [(0, min(count, length)), (0, max(count, length + 1))] if short else [(0, max(count, length + 1))]
     arguments = () if layer_type is None else (layer_type,)
     like = torch.empty(1, dtype=torch.float32, device="cpu")
-    parts = [
-        rotary(like, torch.arange(start, end, dtype=torch.int64, device="cpu")[None], *arguments)
-        for start, end in ((0, first), (first, count))
-        if end > start
-    ]
-    cosines, sines = (torch.cat([table[0].detach().float() for table in tables]) for tables in zip(*parts, strict=True))
+    tables: list[Tensor] = []
+    for start, end in parts:
+        pair = rotary(like, torch.arange(start, end, dtype=torch.int64, device="cpu")[None], *arguments)
+        own = [table[0].detach().float() for table in pair]
+        tables = [torch.cat((old, new[len(old) :])) for old, new in zip(tables, own, strict=True)] if tables else own
+    cosines, sines = (table[:count].contiguous() for table in tables)
     return cosines, sines
 
 
@@ -156,9 +163,9 @@ def _refusal(model: Any, architecture: Architecture) -> str | None:
     activation = getattr(config, architecture.activation)
     if activation not in ACTIVATIONS:
         return f"the activation {activation!r} has no native step"
-    types = rotary.rope_type.values() if isinstance(rotary.rope_type, dict) else [rotary.rope_type]
-    if GROWING_ROPE in types:
-        return f"rotary embeddings of type {GROWING_ROPE!r} have no native step"
+    types = sorted(set(rotary.rope_type.values())) if isinstance(rotary.rope_type, dict) else [rotary.rope_type]
+    if GROWING_ROPE in types or (len(types) > 1 and "longrope" in types):
+        return f"rotary embeddings of type {' and '.join(types)} have no native step"
     epsilons = {_epsilon(norm) for norm in norms_of(model, architecture)}
     if len(epsilons) > 1:
         return f"norms with different epsilons ({', '.join(map(str, sorted(epsilons)))}) have no native step"
@@ -190,7 +197,7 @@ def _read(model: Any, architecture: Architecture) -> Traits:
         kv_heads=config.num_key_value_heads,
         head_norms=architecture.head_norms is not None,
         tables=tables,
-        rotary_dim=rotary_tables(inner.rotary_emb, tables[0], 1)[0].shape[-1],
+        rotary_dim=rotary_tables(inner.rotary_emb, tables[0], 1, True)[0].shape[-1],
         activation=ACTIVATIONS[getattr(config, architecture.activation)],
         embedding_scale=entry(architecture.embedding_scale, 1.0),
         attention_scale=attention.scaling,
