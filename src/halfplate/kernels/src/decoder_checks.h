@@ -88,7 +88,7 @@ static inline int32_t check_decoder(const Decoder &d, bool whole) {
 // Whether the cache, the tables and the scratch are those that a step of a team of `threads` at position `slot` needs.
 static inline int32_t check_state(const Decoder &d, int64_t slot, int64_t sequences, int64_t threads) {
     const int64_t table = 4 * d.capacity * d.rotary_dim, cached = sequences * d.kv_heads * d.capacity * d.head_dim * (d.cache_kind == BF16 ? 2 : 4);
-    if (!within(slot, 0, d.capacity - 1) || d.sized_threads != threads || d.sized_capacity != d.capacity ||
+    if (!within(slot, 0, d.capacity - 1) || !within(d.tables, 0, 2) || d.sized_threads != threads || d.sized_capacity != d.capacity ||
         d.sequences != sequences || (d.cache_kind != FP32 && (d.cache_kind != BF16 || d.head_dim % 16)) || d.sized_sequences != sequences)
         return BAD_NUMBER;
     for (int64_t t = 0; t < d.tables; ++t)
