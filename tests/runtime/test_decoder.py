@@ -184,11 +184,11 @@ def test_a_cache_is_cropped_and_reset_like_transformers_own(tiny_model):
 @pytest.mark.parametrize(
     ("architecture", "options", "reason"),
     [
-        ("gemma2", {}, "Gemma2ForCausalLM has no native step"),
-        ("mistral", {}, "sliding window"),
-        ("qwen2", {}, "sliding window"),
-        ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "type 'dynamic'"),
+        ("opt", {}, "OPTForCausalLM has no native step"),
+        ("llama", {"hidden_act": "relu"}, "the activation 'relu' has no native step"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "type dynamic"),
+        ("olmo", {"clip_qkv": 0.5}, "clip_qkv=0.5 has no native step"),
+        ("mixtral", {"num_local_experts": 4}, "the experts of layer 0 are not separate linears"),
     ],
 )
 def test_models_of_another_kind_say_why(tiny_model, architecture, options, reason):
