@@ -66,7 +66,8 @@ def compressed(dense: Any) -> Any:
         # Not used, but a compressed model is never written without one.
         words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a"))
         PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(source)
-        recipe = Recipe(method="rtn", pattern="dense", core_dtype="int4", group_size=32, threads=1)
+        tables = {"embedding_dtype": "int8", "head_dtype": "int8"}
+        recipe = Recipe(method="rtn", pattern="dense", core_dtype="int4", group_size=32, threads=1, **tables)
         compress(str(source), out, recipe, benchmark=False, check=False)
         return halfplate.load(out)
 

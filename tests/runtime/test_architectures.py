@@ -1,12 +1,13 @@
 """The native step of every architecture against transformers' own forward: the logits of a prompt and of the tokens after it."""
 
 import copy
+import re
 
 import pytest
 import torch
 
 from causal_models import MOE
-from conftest import build_model
+from conftest import ROOT, build_model
 from halfplate.kernels import native
 from halfplate.models.arguments import cache_argument
 from halfplate.models.experts import linear_experts
@@ -53,8 +54,11 @@ CASES = {
     ),
     "glm": ("glm", HEAD | PARTIAL | {"attention_bias": True}),
     "glm4": ("glm4", HEAD | PARTIAL),
+    "gpt_oss": ("gpt_oss", MOE | MIXED | {"swiglu_limit": 0.4}),
     "granite": ("granite", SCALES | {"mlp_bias": True}),
     "granitemoe": ("granitemoe", MOE | SCALES),
+    "granitemoeshared": ("granitemoeshared", MOE | SCALES | {"shared_intermediate_size": 24}),
+    "granitemoeshared without a shared expert": ("granitemoeshared", MOE | SCALES | {"shared_intermediate_size": 0}),
     "helium": ("helium", HEAD),
     "hunyuan": ("hunyuan_v1_dense", HEAD),
     "llama with exact gelu": ("llama", HEAD | {"hidden_act": "gelu"}),
@@ -69,6 +73,7 @@ CASES = {
     "phi": ("phi", PARTIAL | {"num_key_value_heads": 4}),
     "phi3": ("phi3", PARTIAL | {"sliding_window": 5}),
     "qwen2": ("qwen2", {}),
+    "qwen2_moe": ("qwen2_moe", MOE | {"shared_expert_intermediate_size": 40, "norm_topk_prob": False}),
     "qwen3": ("qwen3", MIXED | {"use_sliding_window": True}),
     "qwen3_moe": ("qwen3_moe", MOE | HEAD | {"norm_topk_prob": True, "num_experts_per_tok": 3}),
     "qwen3_moe, not normalised": ("qwen3_moe", MOE | WINDOW | {"use_sliding_window": True, "norm_topk_prob": False}),
@@ -133,6 +138,11 @@ def test_every_architecture_has_a_case():
 
     assert all(kind in CONFIG_MAPPING for kind, _ in CASES.values())
     assert {NAMES[kind] for kind, _ in CASES.values()} == set(ARCHITECTURES)
+
+
+def test_the_document_names_every_class():
+    text = (ROOT / "docs" / "decoding.md").read_text()
+    assert set(re.findall(r"`(\w+ForCausalLM)`", text)) == set(ARCHITECTURES)
 
 
 @torch.no_grad()

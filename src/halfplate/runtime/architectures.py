@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 NormKind = Literal["rms", "rms+1", "mean", "mean+1"]
-Rotation = Literal["halves", "pairs", "doubled pairs"]
+Rotation = Literal["halves", "pairs"]
+Angles = Literal["twice", "in pairs", "once"]
 Windows = Literal["none", "all", "by layer"]
 
 
@@ -18,11 +19,15 @@ class Routing:
     module: name in a layer of the module with the `experts`; a layer whose module has none runs an ordinary MLP.
     router: name in that module of the router, which has a `weight` (experts, hidden) and `top_k`.
     normalised: whether the weights of a token's experts are divided by their sum; or the attribute of the router that says so.
+    shared: names in a layer of the linears of an expert that all tokens use, as in `Architecture.mlp`.
+    shared_gate: name in a layer of the linear whose logistic function weighs its output; None for a weight of 1.
     """
 
     module: str = "mlp"
     router: str = "gate"
     normalised: bool | str = True
+    shared: tuple[str, ...] = ()
+    shared_gate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,13 @@ class Architecture:
     mlp: names of the linears before the activation, and of the one after it.
     gated: the MLP has a gate, alone or above the up projection in one linear.
     activation: entry of the configuration.
+    clamped: gate and up are bounded as in gpt-oss, whatever the entry says; its experts have the bounds.
     parallel: the MLP reads what attention reads.
     windows: layers whose attention reads the last positions alone: none, all if the configuration has a window, or those of its `layer_types`.
-    rotation: which numbers of a head are rotated together: (i, i + half), or (2 i, 2 i + 1); `doubled`: tables have each angle twice in a row.
+    rotation: which numbers of a head are rotated together: (i, i + half), or (2 i, 2 i + 1).
+    angles: how rotary tables list the angles of these pairs: all of them twice, each twice in a row, or once.
     rotated: whether an attention module rotates queries and keys.
+    sinks: name in a layer of a parameter (heads,), scores that attention counts and that belong to no position.
     embedding_scale, residual_scale, logit_scale, logit_divisor, attention_cap, logit_cap: entries of the configuration.
     mixture: the experts of its layers.
     refused: entries of the configuration that have no native step if they are set.
@@ -65,10 +73,13 @@ class Architecture:
     mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     gated: bool = True
     activation: str = "hidden_act"
+    clamped: bool = False
     parallel: bool = False
     windows: Windows = "none"
     rotation: Rotation = "halves"
+    angles: Angles = "twice"
     rotated: Callable[[Any], bool] = lambda attention: True
+    sinks: str | None = None
     embedding_scale: str | None = None
     residual_scale: str | None = None
     logit_scale: str | None = None
@@ -110,10 +121,17 @@ COHERE = Architecture(
     norms=("input_layernorm", None, None, None),
     norm="mean",
     parallel=True,
-    rotation="doubled pairs",
+    rotation="pairs",
+    angles="in pairs",
     logit_scale="logit_scale",
     refused=("use_qk_norm",),
 )
+QWEN2_MOE = Routing(
+    normalised="norm_topk_prob",
+    shared=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"),
+    shared_gate="mlp.shared_expert_gate",
+)
+GRANITE_MOE = Routing(module="block_sparse_moe", router="router")
 GLM = Architecture(rotation="pairs", mlp=FUSED_MLP)
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -139,8 +157,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         GLM,
         norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
     ),
+    "GptOssForCausalLM": Architecture(
+        windows="by layer", angles="once", clamped=True, sinks="self_attn.sinks", mixture=Routing(router="router")
+    ),
     "GraniteForCausalLM": GRANITE,
-    "GraniteMoeForCausalLM": replace(GRANITE, mixture=Routing(module="block_sparse_moe", router="router")),
+    "GraniteMoeForCausalLM": replace(GRANITE, mixture=GRANITE_MOE),
+    "GraniteMoeSharedForCausalLM": replace(
+        GRANITE, mixture=replace(GRANITE_MOE, shared=("shared_mlp.input_linear", "shared_mlp.output_linear"))
+    ),
     "HeliumForCausalLM": Architecture(rotation="pairs"),
     "HunYuanDenseV1ForCausalLM": Architecture(
         head_norms=("self_attn.query_layernorm", "self_attn.key_layernorm"), late_norms=True
@@ -168,6 +192,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Phi3ForCausalLM": Architecture(qkv=("self_attn.qkv_proj",), mlp=FUSED_MLP, windows="all"),
     "Qwen2ForCausalLM": QWEN2,
+    "Qwen2MoeForCausalLM": replace(QWEN2, mixture=QWEN2_MOE),
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": replace(QWEN3, windows="all", mixture=Routing(normalised="norm_topk_prob")),
     "SeedOssForCausalLM": LLAMA,

@@ -61,22 +61,25 @@ class _Weights:
         if own.mixture is None:
             block.mlp, block.intermediate = self._expert([layer.get_submodule(name) for name in architecture.mlp])
         else:
-            assert architecture.mixture is not None
-            module = layer.get_submodule(architecture.mixture.module)
-            block.mixture, block.intermediate = self._mixture(module, architecture.mixture.router, own)
+            block.mixture, block.intermediate = self._mixture(layer, own)
+        if architecture.sinks is not None:
+            path, _, name = architecture.sinks.rpartition(".")
+            sinks = getattr(layer.get_submodule(path), name).detach().float().contiguous()
+            block.sinks, block.sink_bytes = self._place(sinks, torch.float32, "the sinks")
         block.window, block.rotary = own.window, -1 if own.table is None else own.table
 
-    def _mixture(self, module: Any, router_name: str, own: LayerTraits) -> tuple[MixtureStruct, int]:
+    def _mixture(self, layer: Any, own: LayerTraits) -> tuple[MixtureStruct, int]:
+        """The experts of a layer, and the number of intermediates of each."""
+        routing = self._architecture.mixture
         assert own.mixture is not None
+        assert routing is not None
+        module = layer.get_submodule(routing.module)
         experts = (ExpertStruct * own.mixture.experts)()
         for number, expert in enumerate(module.experts.experts):
             linears = [getattr(expert, leaf) for leaf in module.experts.layout.linears]
             experts[number], intermediate = self._expert(linears)
         self._held.append(experts)
-        weight = getattr(module, router_name).weight.detach()
-        router = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
-        router.weight = nn.Parameter(weight, requires_grad=False)
-        address, size = self._place(PackedLinear.of_dense(router).packed, torch.uint8, "the router")
+        address, size = self._router(getattr(module, routing.router))
         struct = MixtureStruct(
             router=address,
             expert=experts,
@@ -86,7 +89,23 @@ class _Weights:
             router_bytes=size,
             expert_bytes=ctypes.sizeof(experts),
         )
+        if own.mixture.shared:
+            shared = [layer.get_submodule(name) for name in routing.shared]
+            struct.shared, struct.shared_intermediate = self._expert(shared)
+            if routing.shared_gate is not None:
+                struct.shared_gate, struct.shared_gate_bytes = self._router(layer.get_submodule(routing.shared_gate))
         return struct, intermediate
+
+    def _router(self, module: Any) -> tuple[int, int]:
+        """A small linear that may not be in kernel layout, because it is not compressed and its module has other outputs."""
+        if isinstance(module, PackedLinear):
+            return self._linear(module)
+        weight, bias = module.weight.detach(), getattr(module, "bias", None)
+        router = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
+        router.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            router.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return self._place(PackedLinear.of_dense(router).packed, torch.uint8, "the router")
 
     def _expert(self, linears: list[Any]) -> tuple[ExpertStruct, int]:
         """The linears of an MLP, those before the activation first, and the number of its intermediates."""
@@ -112,7 +131,15 @@ class _Weights:
 def _structure(weights: _Weights, architecture: Architecture, traits: Traits) -> DecoderStruct:
     """The structure of one sequence; that of the cache, the tables and the scratch is filled in later."""
     numbers = ("heads", "kv_heads", "head_dim", "rotary_dim", "activation", "epsilon", "embedding_scale")
-    numbers += ("attention_scale", "residual_scale", "logit_scale", "attention_cap", "logit_cap")
+    numbers += (
+        "gate_alpha",
+        "gate_limit",
+        "attention_scale",
+        "residual_scale",
+        "logit_scale",
+        "attention_cap",
+        "logit_cap",
+    )
     return DecoderStruct(
         **{name: getattr(traits, name) for name in numbers},
         hidden=weights.hidden,
@@ -149,7 +176,7 @@ class NativeDecoder:
         if isinstance(architecture, str) or isinstance(traits, str):
             raise HalfplateError(f"the model cannot decode natively: {traits}")
         self.traits = traits
-        self._doubled = architecture.rotation == "doubled pairs"
+        self._angles = architecture.angles
         self._embed, self._rotary = model.model.embed_tokens, model.model.rotary_emb
         self._short, self._uses_short = short_length(self._rotary), True
         # A row of a table of numbers is read without a call of the module, unless that scales it.
@@ -290,11 +317,7 @@ class NativeDecoder:
 
     def _rotary_tables(self, capacity: int, short: bool) -> list[tuple[Tensor, ...]]:
         """Cosines and sines of each layer type."""
-        found = []
-        for layer_type in self.traits.tables:
-            pair = rotary_tables(self._rotary, layer_type, capacity, short)
-            found.append(tuple(torch.cat((t[:, ::2], t[:, ::2]), 1) for t in pair) if self._doubled else pair)
-        return found
+        return [rotary_tables(self._rotary, kind, capacity, short, self._angles) for kind in self.traits.tables]
 
     def _use_tables(self, short: bool) -> None:
         struct, self._uses_short = self._struct, short

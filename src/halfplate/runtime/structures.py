@@ -18,6 +18,9 @@ class MixtureStruct(ctypes.Structure):
         ("router", Pointer),
         ("expert", ctypes.POINTER(ExpertStruct)),
         *[(name, Integer) for name in ("experts", "chosen", "normalised", "router_bytes", "expert_bytes")],
+        ("shared", ExpertStruct),
+        ("shared_gate", Pointer),
+        *[(name, Integer) for name in ("shared_intermediate", "shared_gate_bytes")],
     ]
 
 
@@ -26,7 +29,7 @@ class BlockStruct(ctypes.Structure):
 
     _fields_ = [
         ("norms", Pointer * 4),
-        *[(name, Pointer) for name in ("query_norm", "key_norm", "q", "k", "v", "o")],
+        *[(name, Pointer) for name in ("query_norm", "key_norm", "q", "k", "v", "o", "sinks")],
         ("mlp", ExpertStruct),
         ("mixture", MixtureStruct),
         *[(name, Pointer) for name in ("keys", "values")],
@@ -34,6 +37,7 @@ class BlockStruct(ctypes.Structure):
         ("norm_bytes", Integer * 6),
         ("linear_bytes", Integer * 4),
         ("cache_bytes", Integer * 2),
+        ("sink_bytes", Integer),
     ]
 
 
@@ -45,7 +49,7 @@ class DecoderStruct(ctypes.Structure):
         *[(name, Integer) for name in ("rotary_dim", "rotary_pairs", "tables", "norm", "activation")],
         *[(name, Integer) for name in ("gated", "parallel", "whole_norms", "late_norms")],
         *[(name, Float) for name in ("epsilon", "embedding_scale", "attention_scale", "residual_scale")],
-        *[(name, Float) for name in ("logit_scale", "attention_cap", "logit_cap")],
+        *[(name, Float) for name in ("logit_scale", "gate_alpha", "gate_limit", "attention_cap", "logit_cap")],
         *[(name, Pointer * 2) for name in ("cosines", "sines")],
         *[(name, Pointer) for name in ("final_norm", "head")],
         ("block", ctypes.POINTER(BlockStruct)),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halfplate.models.experts import LinearExperts
-from halfplate.runtime.architectures import Architecture, NormKind
+from halfplate.runtime.architectures import Angles, Architecture, NormKind
 
 # Names of activations in configurations, as numbers of halfplate::Activation in kernels/src/runtime.h.
 ACTIVATIONS = {
@@ -22,6 +22,7 @@ ACTIVATIONS = {
     "gelu": 2,
     "relu2": 3,
 }
+CLAMPED = 4
 # The rotary type whose tables change while a text grows.
 GROWING_ROPE = "dynamic"
 # The epsilon of norms that have no attribute for it (OlmoLayerNorm).
@@ -30,11 +31,17 @@ UNNAMED_EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class MixtureTraits:
-    """The experts of a layer: their number, how many each token uses, and whether the weights of those are divided by their sum."""
+    """The experts of a layer.
+
+    experts, chosen: their number, and how many each token uses.
+    normalised: whether the weights of those are divided by their sum.
+    shared: whether there is one that all tokens use.
+    """
 
     experts: int
     chosen: int
     normalised: bool
+    shared: bool
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Traits:
     tables: the layer types with rotary tables of their own; `(None,)` if all layers share one.
     rotary_dim: numbers of a head that are rotated.
     activation: number of halfplate::Activation.
+    gate_alpha, gate_limit: of an activation with bounds, else 0.
     attention_cap, logit_cap: y = cap tanh(x / cap); 0 means none.
     """
 
@@ -72,6 +80,8 @@ class Traits:
     tables: tuple[str | None, ...]
     rotary_dim: int
     activation: int
+    gate_alpha: float
+    gate_limit: float
     embedding_scale: float
     attention_scale: float
     residual_scale: float
@@ -110,9 +120,16 @@ def linears_of(model: Any, architecture: Architecture) -> Iterator[tuple[str, An
             names += [
                 f"{of_experts}.{expert}.{leaf}" for expert in range(module.experts.layout.experts) for leaf in leaves
             ]
+            names += architecture.mixture.shared if has_shared(layer, architecture) else ()
         for name in names:
             yield f"model.layers.{number}.{name}", layer.get_submodule(name)
     yield "lm_head", model.lm_head
+
+
+def has_shared(layer: Any, architecture: Architecture) -> bool:
+    """Whether a layer with experts has one that all tokens use."""
+    shared = () if architecture.mixture is None else architecture.mixture.shared
+    return bool(shared) and getattr(layer, shared[0].split(".")[0]) is not None
 
 
 def norm_weights(module: Any, kind: NormKind, count: int) -> Tensor:
@@ -134,8 +151,10 @@ def short_length(rotary: Any) -> int | None:
     return int(rotary.config.rope_parameters["original_max_position_embeddings"])
 
 
-def rotary_tables(rotary: Any, layer_type: str | None, count: int, short: bool) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the first `count` positions by the module `rotary`, both fp32 (count, rotary_dim).
+def rotary_tables(
+    rotary: Any, layer_type: str | None, count: int, short: bool, angles: Angles
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the first `count` positions by the module `rotary`, both fp32 (count, rotary_dim), all angles twice.
 
     short: whether the text ends within `short_length`; beyond it, rows are those of a longer text.
     """
@@ -151,8 +170,15 @@ def rotary_tables(rotary: Any, layer_type: str | None, count: int, short: bool) 
         pair = rotary(like, torch.arange(start, end, dtype=torch.int64, device="cpu")[None], *arguments)
         own = [table[0].detach().float() for table in pair]
         tables = [torch.cat((old, new[len(old) :])) for old, new in zip(tables, own, strict=True)] if tables else own
-    cosines, sines = (table[:count].contiguous() for table in tables)
+    cosines, sines = (_angles_twice(table[:count], angles) for table in tables)
     return cosines, sines
+
+
+def _angles_twice(table: Tensor, angles: Angles) -> Tensor:
+    if angles == "twice":
+        return table.contiguous()
+    once = table[:, ::2] if angles == "in pairs" else table
+    return torch.cat((once, once), 1)
 
 
 def _refusal(model: Any, architecture: Architecture) -> str | None:
@@ -197,8 +223,10 @@ def _read(model: Any, architecture: Architecture) -> Traits:
         kv_heads=config.num_key_value_heads,
         head_norms=architecture.head_norms is not None,
         tables=tables,
-        rotary_dim=rotary_tables(inner.rotary_emb, tables[0], 1, True)[0].shape[-1],
-        activation=ACTIVATIONS[getattr(config, architecture.activation)],
+        rotary_dim=rotary_tables(inner.rotary_emb, tables[0], 1, True, architecture.angles)[0].shape[-1],
+        activation=CLAMPED if architecture.clamped else ACTIVATIONS[getattr(config, architecture.activation)],
+        gate_alpha=float(inner.layers[0].mlp.experts.alpha) if architecture.clamped else 0.0,
+        gate_limit=float(inner.layers[0].mlp.experts.limit) if architecture.clamped else 0.0,
         embedding_scale=entry(architecture.embedding_scale, 1.0),
         attention_scale=attention.scaling,
         residual_scale=entry(architecture.residual_scale, 1.0),
@@ -227,6 +255,7 @@ def _layer(
             module.experts.layout.experts,
             router.top_k,
             bool(getattr(router, normalised)) if isinstance(normalised, str) else normalised,
+            has_shared(layer, architecture),
         )
     return LayerTraits((config.sliding_window or 0) if sliding else 0, table, mixture)
 

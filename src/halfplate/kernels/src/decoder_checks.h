@@ -31,7 +31,8 @@ static inline bool fits_mlp(const Decoder &d, const DecoderBlock &b, Fits fits) 
     if (!holds(m.expert, m.expert_bytes, m.experts * int64_t(sizeof(Expert)))) return false;
     for (int64_t e = 0; e < m.experts; ++e)
         if (!fits_expert(d, m.expert[e], b.intermediate, fits)) return false;
-    return true;
+    if (m.shared_intermediate == 0) return !m.shared_gate;
+    return fits_expert(d, m.shared, m.shared_intermediate, fits) && (!m.shared_gate || fits(m.shared_gate, m.shared_gate_bytes, d.hidden, 1));
 }
 
 static inline bool fits_attention(const Decoder &d, const DecoderBlock &b, Fits fits) {
@@ -45,7 +46,7 @@ static inline bool fits_attention(const Decoder &d, const DecoderBlock &b, Fits 
 static inline bool sensible_traits(const Decoder &d) {
     for (int64_t flag : {d.rotary_pairs, d.gated, d.parallel, d.whole_norms, d.late_norms})
         if (!within(flag, 0, 1)) return false;
-    return within(d.norm, RMS, MEAN) && within(d.activation, SILU, RELU2) && within(d.tables, 0, 2) && within(d.rotary_dim, 2, d.head_dim) &&
+    return within(d.norm, RMS, MEAN) && within(d.activation, SILU, d.gated ? CLAMPED : RELU2) && within(d.tables, 0, 2) && within(d.rotary_dim, 2, d.head_dim) &&
            d.rotary_dim % 2 == 0 && d.attention_cap >= 0 && d.logit_cap >= 0 && !(d.whole_norms && (d.late_norms || d.norm != RMS));
 }
 
@@ -53,7 +54,8 @@ static inline int32_t check_block(const Decoder &d, const DecoderBlock &b) {
     const Mixture &m = b.mixture;
     const int64_t numbers = d.norm == MEAN ? 8 : 4;  // bytes
     if (!within(b.intermediate, 1, LARGEST_SIDE) || !within(b.window, 0, LARGEST_SIDE) || !within(b.rotary, -1, d.tables - 1) ||
-        !within(m.experts, 0, LARGEST_MIXTURE) || !within(m.chosen, m.experts ? 1 : 0, m.experts) || !within(m.normalised, 0, 1))
+        !within(m.experts, 0, LARGEST_MIXTURE) || !within(m.chosen, m.experts ? 1 : 0, m.experts) || !within(m.normalised, 0, 1) ||
+        !within(m.shared_intermediate, 0, LARGEST_SIDE))
         return BAD_NUMBER;
     if (d.parallel && (!b.norms[0] || b.norms[1] || b.norms[2])) return BAD_NUMBER;
     for (int i = 0; i < 4; ++i)
@@ -62,7 +64,7 @@ static inline int32_t check_block(const Decoder &d, const DecoderBlock &b) {
     if (!b.query_norm != !b.key_norm || !holds(b.query_norm, b.norm_bytes[4], b.query_norm ? queries : 0) ||
         !holds(b.key_norm, b.norm_bytes[5], b.key_norm ? keys : 0))
         return BAD_SIZE;
-    return DONE;
+    return holds(b.sinks, b.sink_bytes, b.sinks ? 4 * d.heads : 0) ? DONE : BAD_SIZE;
 }
 
 // Whether the sizes and matrices of a decoder match. whole: also check everything in detail, before the first step.

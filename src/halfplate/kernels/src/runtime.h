@@ -62,8 +62,9 @@ struct Member {
 
 // How a decoder normalises: by the root of the mean square, or by mean and variance (LayerNorm).
 enum Norm : int64_t { RMS = 0, MEAN = 1 };
-// Activations of an MLP. GELU_TANH approximates GELU with a hyperbolic tangent; RELU2 is the square of what is positive.
-enum Activation : int64_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU2 = 3 };
+// Activations of an MLP. GELU_TANH approximates GELU with a hyperbolic tangent; RELU2 is the square of what is positive; CLAMPED is that of
+// gpt-oss: g logistic(alpha g) (1 + u), where g = min(gate(x), limit) and u = up(x) within -limit and limit.
+enum Activation : int64_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU2 = 3, CLAMPED = 4 };
 
 // The linears of an MLP: down(activation(gate(x)) * up(x)). Without `up`, `gate` has the outputs of both, those of the gate first; or, in a
 // decoder without gates, the only ones.
@@ -79,6 +80,9 @@ struct Mixture {
     int64_t experts, chosen;               // both 0: the block has one MLP
     int64_t normalised;                    // 1: the weights of a token's experts are divided by their sum
     int64_t router_bytes, expert_bytes;    // of what these point to
+    Expert shared;                         // of every token, unless its number of intermediates is 0
+    const Packed *shared_gate;             // (1, hidden): the weight of the shared expert is logistic(this(x)); null: 1
+    int64_t shared_intermediate, shared_gate_bytes;
 };
 
 // A block: x += residual_scale * norms[1](attention(norms[0](x))), then x += residual_scale * norms[3](MLP(norms[2](x))). A norm that is null
@@ -87,13 +91,14 @@ struct DecoderBlock {
     const float *norms[4];                 // of hidden numbers
     const float *query_norm, *key_norm;    // of head_dim numbers for each head, or of those of all heads; or null
     const Packed *q, *k, *v, *o;           // k and v null: q has the outputs of all three
+    const float *sinks;                    // (heads), or null: a score that attention counts and that belongs to no position
     Expert mlp;                            // unless there is a mixture
     Mixture mixture;
     void *keys, *values;                   // (sequences, kv_heads, capacity, head_dim), the cache
     int64_t intermediate;                  // between gate and down, of every expert
     int64_t window;                        // the number of positions that are read, the new one included; 0: all
     int64_t rotary;                        // which tables rotate heads; -1: none
-    int64_t norm_bytes[6], linear_bytes[4], cache_bytes[2];  // of the norms, the linears, and keys and values, in this order
+    int64_t norm_bytes[6], linear_bytes[4], cache_bytes[2], sink_bytes;  // of the norms, the linears, keys and values, in this order, and sinks
 };
 
 struct Decoder {
@@ -107,6 +112,7 @@ struct Decoder {
     int64_t whole_norms;                   // 1: query_norm and key_norm are of all heads together
     int64_t late_norms;                    // 1: they follow the rotation
     float epsilon, embedding_scale, attention_scale, residual_scale, logit_scale;
+    float gate_alpha, gate_limit;          // of CLAMPED
     float attention_cap, logit_cap;        // y = cap tanh(x / cap) of scores and of logits; 0: none
     const float *cosines[2], *sines[2];    // (capacity, rotary_dim), tables of the rotary embedding
     const float *final_norm;
