@@ -103,7 +103,7 @@ def close(found, expected):
 
 
 @torch.no_grad()
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(models(), some.integers(1, 20))
 def test_steps_of_any_traits_give_the_logits_of_plain_torch(model, count):
     torch.set_num_threads(1)

@@ -213,6 +213,10 @@ def _read(model: Any, architecture: Architecture) -> Traits:
         value = None if name is None else getattr(config, name)
         return otherwise if value is None else float(value)
 
+    bounds = (0.0, 0.0)
+    if architecture.clamped:
+        modules = (_mixture_module(layer, architecture) for layer in inner.layers)
+        bounds = next((float(one.experts.alpha), float(one.experts.limit)) for one in modules if one is not None)
     types = inner.rotary_emb.rope_type
     tables: tuple[str | None, ...] = tuple(sorted(types)) if isinstance(types, dict) else (None,)
     return Traits(
@@ -225,8 +229,8 @@ def _read(model: Any, architecture: Architecture) -> Traits:
         tables=tables,
         rotary_dim=rotary_tables(inner.rotary_emb, tables[0], 1, True, architecture.angles)[0].shape[-1],
         activation=CLAMPED if architecture.clamped else ACTIVATIONS[getattr(config, architecture.activation)],
-        gate_alpha=float(inner.layers[0].mlp.experts.alpha) if architecture.clamped else 0.0,
-        gate_limit=float(inner.layers[0].mlp.experts.limit) if architecture.clamped else 0.0,
+        gate_alpha=bounds[0],
+        gate_limit=bounds[1],
         embedding_scale=entry(architecture.embedding_scale, 1.0),
         attention_scale=attention.scaling,
         residual_scale=entry(architecture.residual_scale, 1.0),
