@@ -181,7 +181,9 @@ class TraitModel(nn.Module):
         windows = architecture.windows
         if windows == "all" or (windows == "by layer" and size.layer_types[number] == "sliding_attention"):
             read = read & (at[None, None] > at[None, :, None] - size.window)
-        read = read | torch.eye(x.shape[1], dtype=torch.bool)  # padding reads itself, because no score at all would be NaN
+        read = read | torch.eye(
+            x.shape[1], dtype=torch.bool
+        )  # padding reads itself, because no score at all would be NaN
         scores = scores.masked_fill(~read[:, None], -torch.inf)
         if architecture.sinks is not None:
             sinks = attention.sinks[None, :, None, None].expand(*scores.shape[:3], 1)

@@ -14,7 +14,8 @@ from halfplate.kernels import native
 from halfplate.models.arguments import OLD_CACHE_ARGUMENT, cache_argument
 from halfplate.runtime import accelerate, greedy, restore
 from halfplate.runtime.cache import ROOM, GrowingCache
-from halfplate.runtime.decoder import NativeDecoder, NativeDecoding
+from halfplate.runtime.decoder import NativeDecoding
+from halfplate.runtime.native_step import NativeDecoder
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from trait_model import FUNCTIONS, TraitModel
 
 from halfplate.kernels import native
 from halfplate.runtime.architectures import AROUND, BEHIND, EACH_HEAD, Architecture, Routing
 from halfplate.runtime.backends.cpu import PackedLinear
 from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.native_step import NativeDecoder
+from trait_model import FUNCTIONS, TraitModel
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 

@@ -20,7 +20,7 @@ from halfplate.runtime.backends.cpu import PackedLinear
 from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.calls import DTYPES, cache_of, new_tokens, wants_growing_cache
 from halfplate.runtime.native_step import NativeDecoder
-from halfplate.runtime.traits import linears_of, short_length, traits_of
+from halfplate.runtime.traits import linears_of, traits_of
 
 
 def install(model: Any) -> str:
@@ -207,7 +207,7 @@ def greedy(
             on_token(tokens[-1])
         if len(tokens) == new_tokens or tokens[-1] in stop_ids:
             break
-        if cache.get_seq_length() == short_length(model.model.rotary_emb):
+        if cache.get_seq_length() == decoder.short_length:
             # From here on, all keys have other angles: they are computed again, as in `generate`.
             cache.crop(-cache.get_seq_length())
             text = torch.cat([ids, torch.tensor([tokens], dtype=ids.dtype, device=ids.device)], dim=1)

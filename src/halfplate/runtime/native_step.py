@@ -130,16 +130,9 @@ class _Weights:
 
 def _structure(weights: _Weights, architecture: Architecture, traits: Traits) -> DecoderStruct:
     """The structure of one sequence; that of the cache, the tables and the scratch is filled in later."""
-    numbers = ("heads", "kv_heads", "head_dim", "rotary_dim", "activation", "epsilon", "embedding_scale")
-    numbers += (
-        "gate_alpha",
-        "gate_limit",
-        "attention_scale",
-        "residual_scale",
-        "logit_scale",
-        "attention_cap",
-        "logit_cap",
-    )
+    numbers = [*("heads", "kv_heads", "head_dim", "rotary_dim", "activation", "epsilon", "embedding_scale")]
+    numbers += ["gate_alpha", "gate_limit", "attention_scale", "residual_scale", "logit_scale"]
+    numbers += ["attention_cap", "logit_cap"]
     return DecoderStruct(
         **{name: getattr(traits, name) for name in numbers},
         hidden=weights.hidden,
@@ -178,7 +171,7 @@ class NativeDecoder:
         self.traits = traits
         self._angles = architecture.angles
         self._embed, self._rotary = model.model.embed_tokens, model.model.rotary_emb
-        self._short, self._uses_short = short_length(self._rotary), True
+        self.short_length, self._uses_short = short_length(self._rotary), True
         # A row of a table of numbers is read without a call of the module, unless that scales it.
         self._rows = self._embed.weight if type(self._embed) in (nn.Embedding, StoredEmbedding) else None
         self._weights = _Weights(model, architecture, traits, pack)
@@ -311,7 +304,8 @@ class NativeDecoder:
 
     def _bind_tables(self, capacity: int) -> None:
         self._tables = {
-            short: self._rotary_tables(capacity, short) for short in (True, False)[: 1 if self._short is None else 2]
+            short: self._rotary_tables(capacity, short)
+            for short in (True, False)[: 1 if self.short_length is None else 2]
         }
         self._use_tables(True)
 
@@ -329,5 +323,5 @@ class NativeDecoder:
 
     def _choose_tables(self, last: int) -> None:
         """Use the tables of a text that ends at position `last`."""
-        if self._short is not None and (last < self._short) != self._uses_short:
-            self._use_tables(last < self._short)
+        if self.short_length is not None and (last < self.short_length) != self._uses_short:
+            self._use_tables(last < self.short_length)

@@ -11,7 +11,8 @@ from halfplate.headroom import available_memory, memory
 from halfplate.kernels import native
 from halfplate.runtime.backends.cpu import PackedLinear
 from halfplate.runtime.cache import GrowingCache
-from halfplate.runtime.decoder import NativeDecoder, why_not
+from halfplate.runtime.decoder import why_not
+from halfplate.runtime.native_step import NativeDecoder
 
 # Copies of the weights in kernel layout may take this share of the free memory.
 MOST_OF_MEMORY = 0.25

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfplate.models.experts import LinearExperts
 from halfplate.runtime.architectures import Angles, Architecture, NormKind
+from halfplate.runtime.backends.cpu import PackedLinear
 
 # Names of activations in configurations, as numbers of halfplate::Activation in kernels/src/runtime.h.
 ACTIVATIONS = {
@@ -202,6 +203,9 @@ def _refusal(model: Any, architecture: Architecture) -> str | None:
         module = _mixture_module(layer, architecture)
         if module is not None and not isinstance(module.experts, LinearExperts):
             return f"the experts of layer {number} are not separate linears, so they have no native step"
+        gate = architecture.mixture.shared_gate if architecture.mixture and module is not None else None
+        if gate is not None and not isinstance(layer.get_submodule(gate), nn.Linear | PackedLinear):
+            return f"{gate} of layer {number} is compressed and not in kernel layout"
     return None
 
 
@@ -244,7 +248,7 @@ def _read(model: Any, architecture: Architecture) -> Traits:
 def _layer(
     config: Any, architecture: Architecture, layer: Any, number: int, tables: tuple[str | None, ...]
 ) -> LayerTraits:
-    kinds = getattr(config, "layer_types", None)
+    kinds = getattr(config, "layer_types", None) or ()
     sliding = architecture.windows == "all" or (
         architecture.windows == "by layer" and kinds[number] == "sliding_attention"
     )
