@@ -224,3 +224,17 @@ def test_the_longest_text_of_a_batch_chooses_the_angles_of_longrope(long_models,
         arguments |= {"attention_mask": mask, "position_ids": positions[:, -1:]}
         found.append(model(input_ids=ids[:, -1:], **arguments).logits)
     close(*found)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+@torch.no_grad()
+def test_nan_stays_in_its_sequence_of_a_mixture(kind):
+    fast = linear_experts(build_model(kind, **MOE | HEAD))
+    accelerate(fast)
+    clean = batch_logits(fast, 4)
+    fast.model.embed_tokens.weight[padded(4)[0][2, -1]] = torch.nan
+    fast._native_decoder = None
+    found = batch_logits(fast, 4)
+    assert found[2, -1].isnan().all()
+    others = torch.arange(4) != 2
+    assert torch.equal(found[others, -1], clean[others, -1])

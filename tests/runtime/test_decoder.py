@@ -102,6 +102,7 @@ def counted(model, monkeypatch):
     [
         ({"do_sample": True, "temperature": 0.9, "top_k": 20}, True),
         ({"do_sample": False, "repetition_penalty": 1.3}, True),
+        ({"do_sample": False, "cache_implementation": "hybrid"}, True),
         ({"do_sample": False, "use_cache": False}, False),
         ({"do_sample": False, "cache_implementation": "static"}, False),
         ({"do_sample": False, "prompt_lookup_num_tokens": 2}, False),
@@ -287,10 +288,13 @@ def test_copies_and_pickles_decode_natively_on_their_own(fast, monkeypatch, dupl
     assert len(steps) == 29
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("llama", torch.bfloat16), ("llama", torch.float16), ("gemma3_text", torch.bfloat16), ("gemma2", torch.float16)],
+)
 @torch.no_grad()
-def test_a_model_in_halves_decodes_natively(tiny_model, monkeypatch, dtype):
-    plain = tiny_model().to(dtype)
+def test_a_model_in_halves_decodes_natively(tiny_model, monkeypatch, architecture, dtype):
+    plain = tiny_model(architecture).to(dtype)
     fast = copy.deepcopy(plain)
     assert accelerate(fast).decoder == "native"
     steps = counted(fast, monkeypatch)

@@ -102,12 +102,13 @@ def wants_growing_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         and inputs.shape[0] * ways <= MOST_SEQUENCES
         and model.dtype in DTYPES
         and setting("use_cache") is not False
+        # Gemma's files say `hybrid`, which `generate` itself takes for no choice.
+        and setting("cache_implementation") in (None, "hybrid")
         and all(
             setting(name) is None
             for name in (
                 "cache",
                 OLD_CACHE_ARGUMENT,
-                "cache_implementation",
                 "assistant_model",
                 "custom_generate",
                 "prompt_lookup_num_tokens",
