@@ -2,10 +2,12 @@
 
 import copy
 import re
+from unittest import mock
 
 import pytest
 import torch
 
+import tiny_models
 from causal_models import MOE
 from conftest import ROOT, build_model
 from halfplate.kernels import native
@@ -14,6 +16,7 @@ from halfplate.models.experts import linear_experts
 from halfplate.runtime import accelerate, greedy
 from halfplate.runtime.architectures import ARCHITECTURES
 from halfplate.runtime.cache import GrowingCache
+from halfplate.runtime.native_step import NativeDecoder
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 
@@ -83,6 +86,8 @@ CASES = {
     "stablelm": ("stablelm", PARTIAL | {"use_qkv_bias": True}),
     "starcoder2": ("starcoder2", WINDOW | {"use_bias": True}),
 }
+# Models that also read images, with their model types.
+WRAPPERS = {"Gemma3ForConditionalGeneration": "gemma3", "Mistral3ForConditionalGeneration": "mistral3"}
 TEXT = torch.randint(3, 128, (1, 24), generator=torch.Generator().manual_seed(0))
 PROMPT = 9
 EXACTLY = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
@@ -137,12 +142,12 @@ def test_every_architecture_has_a_case():
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
     assert all(kind in CONFIG_MAPPING for kind, _ in CASES.values())
-    assert {NAMES[kind] for kind, _ in CASES.values()} == set(ARCHITECTURES)
+    assert {NAMES[kind] for kind, _ in CASES.values()} | WRAPPERS.keys() == set(ARCHITECTURES)
 
 
 def test_the_document_names_every_class():
     text = (ROOT / "docs" / "decoding.md").read_text()
-    assert set(re.findall(r"`(\w+ForCausalLM)`", text)) == set(ARCHITECTURES)
+    assert set(re.findall(r"`(\w+For(?:CausalLM|ConditionalGeneration))`", text)) == set(ARCHITECTURES)
 
 
 @torch.no_grad()
@@ -238,3 +243,42 @@ def test_nan_stays_in_its_sequence_of_a_mixture(kind):
     assert found[2, -1].isnan().all()
     others = torch.arange(4) != 2
     assert torch.equal(found[others, -1], clean[others, -1])
+
+
+@pytest.fixture(params=WRAPPERS.items(), ids=WRAPPERS.keys())
+def wrappers(request):
+    """The same for a model that also reads images."""
+    name, kind = request.param
+    plain = tiny_models.build_model(kind, wrapper=True)
+    assert type(plain).__name__ == name
+    plain.generation_config.eos_token_id = None
+    fast = copy.deepcopy(plain)
+    assert accelerate(fast).decoder == "native"
+    return plain, fast
+
+
+def test_models_that_read_images_decode_text_natively(wrappers):
+    plain, fast = wrappers
+    prompt = TEXT[:, :PROMPT]
+    expected = plain.generate(prompt, **EXACTLY)
+    assert torch.equal(greedy(fast, prompt, 12), expected)
+    ids, mask = (part[:, -PROMPT:] for part in padded(4))
+    expected = plain.generate(ids, attention_mask=mask, **EXACTLY)
+    with mock.patch.object(NativeDecoder, "step_batch", autospec=True, side_effect=NativeDecoder.step_batch) as step:
+        assert torch.equal(fast.generate(ids, attention_mask=mask, **EXACTLY), expected)
+    assert step.call_count == 11
+
+
+@torch.no_grad()
+def test_a_prompt_with_an_image_decodes_natively_afterwards():
+    plain = tiny_models.build_model("gemma3", wrapper=True)
+    fast = copy.deepcopy(plain)
+    assert accelerate(fast).decoder == "native"
+    image = plain.config.image_token_id
+    ids = torch.tensor([[5, 9, *[image] * plain.config.mm_tokens_per_image, 7, 8]])
+    size = plain.config.vision_config.image_size
+    inputs = {"input_ids": ids, "token_type_ids": (ids == image).long(), "pixel_values": torch.randn(1, 3, size, size)}
+    expected = plain.generate(**inputs, **EXACTLY)
+    with mock.patch.object(NativeDecoder, "step", autospec=True, side_effect=NativeDecoder.step) as step:
+        assert torch.equal(fast.generate(**inputs, **EXACTLY), expected)
+    assert step.call_count == 11

@@ -55,6 +55,7 @@ class Architecture:
     embedding_scale, residual_scale, logit_scale, logit_divisor, attention_cap, logit_cap: entries of the configuration.
     mixture: the experts of its layers.
     refused: entries of the configuration that have no native step if they are set.
+    language_model: class of the language model in a model that also reads images; the rest of it only sees the prompt.
     """
 
     norms: tuple[str | None, str | None, str | None, str | None] = (
@@ -88,6 +89,7 @@ class Architecture:
     logit_cap: str | None = None
     mixture: Routing | None = None
     refused: tuple[str, ...] = ()
+    language_model: str | None = None
 
 
 EACH_HEAD = ("self_attn.q_norm", "self_attn.k_norm")
@@ -113,6 +115,7 @@ GEMMA2 = replace(
     attention_cap="attn_logit_softcapping",
     logit_cap="final_logit_softcapping",
 )
+GEMMA3 = replace(GEMMA2, head_norms=EACH_HEAD, attention_cap=None)
 OLMO2 = Architecture(norms=BEHIND, head_norms=EACH_HEAD, whole_norms=True)
 GRANITE = Architecture(
     embedding_scale="embedding_multiplier", residual_scale="residual_multiplier", logit_divisor="logits_scaling"
@@ -151,7 +154,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "FlexOlmoForCausalLM": replace(OLMO2, mixture=Routing(normalised="norm_topk_prob")),
     "GemmaForCausalLM": GEMMA,
     "Gemma2ForCausalLM": GEMMA2,
-    "Gemma3ForCausalLM": replace(GEMMA2, head_norms=EACH_HEAD, attention_cap=None),
+    "Gemma3ForCausalLM": GEMMA3,
+    "Gemma3ForConditionalGeneration": replace(GEMMA3, logit_cap=None, language_model="Gemma3TextModel"),
     "GlmForCausalLM": GLM,
     "Glm4ForCausalLM": replace(
         GLM,
@@ -172,6 +176,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": LLAMA,
     "MinistralForCausalLM": QWEN2,
     "MistralForCausalLM": Architecture(windows="all"),
+    "Mistral3ForConditionalGeneration": Architecture(windows="all", language_model="MistralModel"),
     "MixtralForCausalLM": Architecture(windows="all", mixture=Routing()),
     "NemotronForCausalLM": Architecture(norm="mean+1", mlp=("mlp.up_proj", "mlp.down_proj"), gated=False),
     "OlmoForCausalLM": Architecture(norm="mean", refused=("clip_qkv",)),
@@ -208,4 +213,19 @@ def architecture_of(model: Any) -> Architecture | str:
     if not kind.__module__.startswith("transformers."):
         return f"{kind.__name__} is not a class of transformers, and has no native step"
     found = ARCHITECTURES.get(kind.__name__)
-    return found if found is not None else f"{kind.__name__} has no native step"
+    if found is None:
+        return f"{kind.__name__} has no native step"
+    inner = type(inner_of(model)).__name__
+    if found.language_model not in (None, inner):
+        return f"{kind.__name__} with {inner} has no native step, only with {found.language_model}"
+    return found
+
+
+def inner_of(model: Any) -> Any:
+    """The module with the embedding, the layers and the last norm of a model."""
+    return getattr(model.model, "language_model", model.model)
+
+
+def config_of(model: Any) -> Any:
+    """The configuration of the language model of a model."""
+    return getattr(model.config, "text_config", model.config)

@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Other arguments of a call with one new token, and the values that the native step supports.
 HARMLESS = {
     **dict.fromkeys(("output_attentions", "output_hidden_states", "output_router_logits"), (None, False)),
-    **dict.fromkeys(("labels", "inputs_embeds"), (None,)),
+    **dict.fromkeys(("labels", "inputs_embeds", "pixel_values", "token_type_ids"), (None,)),
     **dict.fromkeys(("return_dict", "use_cache"), (None, True)),
 }
 

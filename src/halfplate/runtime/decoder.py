@@ -15,7 +15,7 @@ from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.kernels import native
 from halfplate.models.arguments import cache_argument
-from halfplate.runtime.architectures import ARCHITECTURES, Architecture, architecture_of
+from halfplate.runtime.architectures import ARCHITECTURES, Architecture, architecture_of, config_of
 from halfplate.runtime.backends.cpu import PackedLinear
 from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.calls import DTYPES, cache_of, new_tokens, wants_growing_cache
@@ -139,7 +139,7 @@ def _native_class(dense: type) -> type:
     @wraps(dense.generate)  # type: ignore[attr-defined]
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if wants_growing_cache(self, args, kwargs):
-            kwargs[cache_name] = GrowingCache(self.config.num_hidden_layers)
+            kwargs[cache_name] = GrowingCache(config_of(self).num_hidden_layers)
         return dense.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     body = {"forward": forward, "generate": generate, "__module__": dense.__module__, "__doc__": dense.__doc__}
@@ -196,7 +196,7 @@ def greedy(
         continued: Tensor = model.generate(ids, max_new_tokens=new_tokens, **settings)
         return continued
     if cache is None:
-        cache = GrowingCache(model.config.num_hidden_layers)  # type: ignore[attr-defined]
+        cache = GrowingCache(config_of(model).num_hidden_layers)
     settings = {cache_argument(model.forward): cache, "use_cache": True, "logits_to_keep": 1}  # type: ignore[attr-defined]
     logits = model(input_ids=ids[:, cache.get_seq_length() :], **settings).logits[0, -1]  # type: ignore[operator]
     decoder = model.native_decoder

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from halfplate.errors import HalfplateError
 from halfplate.kernels import native
 from halfplate.kernels.linear import CPU
-from halfplate.runtime.architectures import Architecture, architecture_of
+from halfplate.runtime.architectures import Architecture, architecture_of, config_of, inner_of
 from halfplate.runtime.backends.cpu import PackedLinear
 from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.embedding import StoredEmbedding
@@ -35,8 +35,8 @@ class _Weights:
     def __init__(self, model: Any, architecture: Architecture, traits: Traits, pack: Pack) -> None:
         self._architecture, self._traits, self._pack = architecture, traits, pack
         self._held: list[Any] = []
-        inner = model.model
-        hidden = self.hidden = model.config.hidden_size
+        inner = inner_of(model)
+        hidden = self.hidden = config_of(model).hidden_size
         self.blocks = (BlockStruct * len(inner.layers))()
         for block, layer, own in zip(self.blocks, inner.layers, traits.layers, strict=True):
             self._fill(block, layer, own)
@@ -170,7 +170,8 @@ class NativeDecoder:
             raise HalfplateError(f"the model cannot decode natively: {traits}")
         self.traits = traits
         self._angles = architecture.angles
-        self._embed, self._rotary = model.model.embed_tokens, model.model.rotary_emb
+        inner = inner_of(model)
+        self._embed, self._rotary = inner.embed_tokens, inner.rotary_emb
         self.short_length, self._uses_short = short_length(self._rotary), True
         # A row of a table of numbers is read without a call of the module, unless that scales it.
         self._rows = self._embed.weight if type(self._embed) in (nn.Embedding, StoredEmbedding) else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from halfplate.models.experts import LinearExperts
-from halfplate.runtime.architectures import Angles, Architecture, NormKind
+from halfplate.runtime.architectures import Angles, Architecture, NormKind, config_of, inner_of
 from halfplate.runtime.backends.cpu import PackedLinear
 
 # Names of activations in configurations, as numbers of halfplate::Activation in kernels/src/runtime.h.
@@ -104,13 +104,13 @@ def traits_of(model: Any, architecture: Architecture) -> Traits | str:
 def norms_of(model: Any, architecture: Architecture) -> list[Any]:
     """All modules of a model that are norms: of every layer, and the last one."""
     names = [name for name in (*architecture.norms, *(architecture.head_norms or ())) if name]
-    found = [layer.get_submodule(name) for layer in model.model.layers for name in names]
-    return [*found, model.model.get_submodule(architecture.final_norm)]
+    found = [layer.get_submodule(name) for layer in inner_of(model).layers for name in names]
+    return [*found, inner_of(model).get_submodule(architecture.final_norm)]
 
 
 def linears_of(model: Any, architecture: Architecture) -> Iterator[tuple[str, Any]]:
     """The names and modules of all linears that the native step multiplies by, except routers."""
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in enumerate(inner_of(model).layers):
         names, module = [*architecture.qkv, architecture.out], _mixture_module(layer, architecture)
         if module is None:
             names += architecture.mlp
@@ -123,7 +123,7 @@ def linears_of(model: Any, architecture: Architecture) -> Iterator[tuple[str, An
             ]
             names += architecture.mixture.shared if has_shared(layer, architecture) else ()
         for name in names:
-            yield f"model.layers.{number}.{name}", layer.get_submodule(name)
+            yield f"layers.{number}.{name}", layer.get_submodule(name)
     yield "lm_head", model.lm_head
 
 
@@ -183,7 +183,7 @@ def _angles_twice(table: Tensor, angles: Angles) -> Tensor:
 
 
 def _refusal(model: Any, architecture: Architecture) -> str | None:
-    config, rotary = model.config, model.model.rotary_emb
+    config, rotary = config_of(model), inner_of(model).rotary_emb
     for entry in architecture.refused:
         if getattr(config, entry, None):
             return f"{entry}={getattr(config, entry)!r} has no native step"
@@ -199,7 +199,7 @@ def _refusal(model: Any, architecture: Architecture) -> str | None:
     for kind in getattr(config, "layer_types", None) or () if architecture.windows == "by layer" else ():
         if kind not in ("full_attention", "sliding_attention"):
             return f"layers of type {kind!r} have no native step"
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in enumerate(inner_of(model).layers):
         module = _mixture_module(layer, architecture)
         if module is not None and not isinstance(module.experts, LinearExperts):
             return f"the experts of layer {number} are not separate linears, so they have no native step"
@@ -210,7 +210,7 @@ def _refusal(model: Any, architecture: Architecture) -> str | None:
 
 
 def _read(model: Any, architecture: Architecture) -> Traits:
-    config, inner = model.config, model.model
+    config, inner = config_of(model), inner_of(model)
     attention = inner.layers[0].self_attn
 
     def entry(name: str | None, otherwise: float) -> float:
