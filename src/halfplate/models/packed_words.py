@@ -1,4 +1,4 @@
-"""Matrices of codes in int32 words, as GPTQ, AWQ and compressed-tensors store them, in both directions."""
+"""Matrices of codes in words of 32 bits, as GPTQ, AWQ, compressed-tensors and MLX store them, in both directions."""
 
 from __future__ import annotations
 
@@ -95,6 +95,23 @@ def read_awq(tensors: Mapping[str, Tensor], bits: int = 4) -> Tensor:
     for part in rows_at_once(rows, columns):
         codes = ordered(tensors["qweight"][:, part.start // each : part.stop // each])
         values[part] = (codes - zeros[part][:, group]) * scales[part][:, group]
+    return values
+
+
+def read_mlx(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
+    """The matrix of a module in MLX's affine mode: fp32 (d_out, d_in).
+
+    tensors: `weight` uint32 (d_out, d_in · bits / 32), a bit stream per row; `scales` and `biases` (d_out, groups).
+    """
+    scales, biases = tensors["scales"].float(), tensors["biases"].float()
+    rows, groups = scales.shape
+    columns = tensors["weight"].shape[1] * WORD // bits
+    group = _group_of(columns, groups)
+    words = tensors["weight"].view(torch.int32)
+    values = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
+    for part in rows_at_once(rows, columns):
+        codes = unpack_words(words[part], columns, bits).float()
+        values[part] = codes * scales[part][:, group] + biases[part][:, group]
     return values
 
 

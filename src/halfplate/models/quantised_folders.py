@@ -152,7 +152,8 @@ def _compressed_tensors(folder: _Folder, full: str) -> None:
     module = full.removesuffix("weight_packed")
     beside = ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
     parts = _below(folder, module, "weight_packed", *beside)
-    _need(parts["weight_packed"].kind == "I32", "its codes are small floats (FP4), which are not read")
+    kind = parts["weight_packed"].kind
+    _need(kind == "I32", f"weight_packed is {kind}, expected I32; codes of FP4 are not read in this format")
     _need(prod(parts["weight_shape"].shape) == 2, "weight_shape does not hold two numbers")
     rows, columns = (int(side) for side in read_tensor(parts["weight_shape"]))
     height, words = parts["weight_packed"].shape
