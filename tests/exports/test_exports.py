@@ -226,10 +226,10 @@ def test_a_folder_that_differs_is_refused(
 ) -> None:
     from halfplate.exports import packed_folder
 
-    def turned(*args: Any) -> tuple[Tensor, Tensor]:
-        codes, scales = plain(*args)
-        codes[3, 5] ^= 1
-        return codes, scales
+    def turned(*args: Any) -> packed_folder.Codes:
+        found = plain(*args)
+        found.codes[3, 5] ^= 1
+        return found
 
     plain = packed_folder._codes
     monkeypatch.setattr(packed_folder, "_codes", turned)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,35 @@ from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.exports.packed_folder import Codes, PackedFormat, Scheme, export_packed
 from halfplate.models.packed_words import pack_words, read_mlx
 
-# Tiny models of these types gave mlx-lm 0.32 the logits of the checkpoint.
-CHECKED = ("llama", "mistral", "qwen2", "qwen3")
+SLIDING = "sliding_attention"
+# Tiny models of these types gave mlx-lm 0.32.2 the logits of the checkpoint, and those of WINDOWED also beyond their windows.
+CHECKED = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi",
+    "phi3",
+    "granite",
+    "olmo2",
+    "olmo3",
+    "cohere",
+    "cohere2",
+    "starcoder2",
+    "smollm3",
+    "ernie4_5",
+    "glm4",
+    "stablelm",
+    "seed_oss",
+    "exaone4",
+    "helium",
+    "nemotron",
+    "hunyuan_v1_dense",
+]
+WINDOWED = ("gemma3_text", "olmo3", "cohere2", "exaone4")
 
 
 def export_mlx(source: str, out: Path, overwrite: bool) -> str:
@@ -25,14 +52,44 @@ def export_mlx(source: str, out: Path, overwrite: bool) -> str:
     fp16, because bf16 does not hold fp16 scales; one in fp32 stays so. Codes of tables are held in 8 bits.
     """
     told = export_packed(FORMAT, source, out, overwrite)
-    kind = read_json(out / CONFIG_FILE).get("model_type")
-    if kind not in CHECKED:
-        warnings.warn(
-            f"format='mlx': mlx-lm was not tried with a {kind} model of Halfplate, and may want other names; tried are {', '.join(CHECKED)}",
-            HalfplateWarning,
-            stacklevel=2,
-        )
+    config = read_json(out / CONFIG_FILE)
+    for doubt in _doubts(config):
+        warnings.warn(f"format='mlx': {doubt}", HalfplateWarning, stacklevel=2)
     return told
+
+
+def _doubts(config: Mapping[str, Any]) -> Iterator[str]:
+    """What mlx-lm may compute otherwise."""
+    kind = config.get("model_type")
+    if kind not in CHECKED:
+        yield f"mlx-lm was not tried with a {kind} model of Halfplate, and may want other names; tried are {', '.join(CHECKED)}"
+    window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
+    used = config.get("use_sliding_window") is not False and SLIDING in (config.get("layer_types") or (SLIDING,))
+    if used and isinstance(window, int) and isinstance(longest, int) and window < longest and kind not in WINDOWED:
+        yield f"mlx-lm computes {kind} models without their window of {window} tokens, so its results differ for longer texts"
+
+
+def _older_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of config.json that transformers wrote before its version 5, which mlx-lm reads."""
+    found: dict[str, Any] = {}
+    rope = config.get("rope_parameters") or {}
+    local = rope.get(SLIDING)
+    if isinstance(local, Mapping):
+        found["rope_local_base_freq"] = local.get("rope_theta")
+    rope = rope.get("full_attention", rope)
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    scaled = rope.get("rope_type", "default") != "default"
+    found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"} if scaled else None
+    kinds = config.get("layer_types") or ()
+    if SLIDING in kinds and "full_attention" in kinds:
+        period = kinds.index("full_attention") + 1
+        if all((kind == SLIDING) == ((number + 1) % period != 0) for number, kind in enumerate(kinds)):
+            letters = config.get("model_type") == "exaone4"
+            found["sliding_window_pattern"] = "L" * (period - 1) + "G" if letters else period
+    return found
 
 
 def _pack(matrix: Codes, scheme: Scheme) -> dict[str, Tensor]:
@@ -70,4 +127,5 @@ FORMAT = PackedFormat(
     minima=True,
     tables=True,
     entry="quantization",
+    further=_older_entries,
 )

@@ -71,6 +71,7 @@ class PackedFormat:
     minima: whether groups may have a minimum.
     tables: whether embeddings and output layers may be codes.
     entry: of config.json that holds the configuration.
+    further: other entries that the reader wants, made of the content of config.json.
     """
 
     name: str
@@ -84,6 +85,7 @@ class PackedFormat:
     minima: bool = False
     tables: bool = False
     entry: str = "quantization_config"
+    further: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
 
 
 class _Holder(nn.Module):
@@ -114,6 +116,11 @@ def export_packed(format: PackedFormat, source: str, out: Path, overwrite: bool)
         raise HalfplateError(
             f"path={source!r} has experts, which format={format.name!r} of Halfplate does not write; use --format gguf or dense"
         )
+    if model.hf_quantizer.conv1d:  # type: ignore[attr-defined]
+        raise HalfplateError(
+            f"path={source!r} is a {model.config.model_type} model, whose weights are transposed in files of this family, which format={format.name!r} of Halfplate "
+            "does not write; use --format dense"
+        )
     if dtype != torch.float32 or not format.keeps_fp32:
         dtype = torch.float16
     schemes, values, obstacles = _pack(format, model)
@@ -127,7 +134,7 @@ def export_packed(format: PackedFormat, source: str, out: Path, overwrite: bool)
     known = {key: read_record(folder).get(key) for key in ("model", "base_model", "license")} if recorded else {}
     with new_folder(out, overwrite) as target:
         write_model(model, load_tokenizer(folder), target, dtype, quantization=None)
-        _add_configuration(target, {format.entry: format.configuration(schemes, names)})
+        _add_configuration(target, format, format.configuration(schemes, names))
         write_record(target, known | {"exported": format.name})
         rounded = _read_back(format, target, schemes, values, model, dtype)
     _warn(format, obstacles)
@@ -216,9 +223,10 @@ def _codes(core: NMSparse, scheme: Scheme) -> Codes:
     return Codes(table[counted.long()].to(torch.uint8), scales)
 
 
-def _add_configuration(target: Path, entries: dict[str, Any]) -> None:
+def _add_configuration(target: Path, format: PackedFormat, quantization: dict[str, Any]) -> None:
     path = target / CONFIG_FILE
-    content = json.loads(path.read_text(encoding="utf-8")) | entries
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content |= format.further(content) | {format.entry: quantization}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -28,6 +28,7 @@ QUANTISED_PARTS = re.compile(
 )
 # compressed-tensors wrote the second one before transformers chose one name.
 QUANTISED_ENTRIES = ("quantization_config", "compression_config")
+MLX_ENTRY = "quantization"
 ROTARY_NUMBERS = ("rope_theta", "rope_local_base_freq", "factor", "low_freq_factor", "high_freq_factor")
 PLAIN_ATTENTION = (None, "eager", "sdpa")
 PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
@@ -54,6 +55,8 @@ def read_entries(name: str, path: Path) -> dict[str, Any]:
 def quantisation_of(entries: dict[str, Any]) -> str | None:
     """The quantisation method that `config.json` names, or None."""
     stated = next((entries[key] for key in QUANTISED_ENTRIES if entries.get(key)), None)
+    if isinstance(entries.get(MLX_ENTRY), dict) and (not stated or "quant_method" not in stated):
+        return "mlx"
     if not stated:
         return None
     return str(stated.get("quant_method", "unknown")) if isinstance(stated, dict) else "unknown"
@@ -69,7 +72,7 @@ def check_plain(name: str, entries: dict[str, Any], tensors: Iterable[str]) -> N
 def _already_quantised(name: str, method: str | None, reason: str) -> HalfplateError:
     return HalfplateError(
         f"model={name!r} is already quantised (quant_method {method or 'unknown'!r}, {reason}); Halfplate reads plain weights and those of GPTQ, AWQ, "
-        "compressed-tensors, FP8 and MXFP4: pass the fp32, bf16 or fp16 model it was made from"
+        "compressed-tensors, FP8, MXFP4 and MLX: pass the fp32, bf16 or fp16 model it was made from"
     )
 
 
@@ -201,7 +204,7 @@ def _freed(config: PretrainedConfig, entries: dict[str, Any]) -> list[str]:
         if stated is not None and bool(stated) is not plain:
             setattr(config, key, plain)
             notes.append(f"config.json: {key}={stated!r} is left out, because it only sets what a call returns")
-    for key in QUANTISED_ENTRIES:
+    for key in (*QUANTISED_ENTRIES, MLX_ENTRY):
         if key in vars(config):
             delattr(config, key)
     vocabulary, padding = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)

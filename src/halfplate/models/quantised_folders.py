@@ -1,4 +1,4 @@
-"""Folders of models that other tools quantised (GPTQ, AWQ, compressed-tensors, FP8, MXFP4): their matrices are decoded when they are read."""
+"""Folders of models that other tools quantised (GPTQ, AWQ, compressed-tensors, FP8, MXFP4, MLX): their matrices are decoded when they are read."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from halfplate.errors import HalfplateError
-from halfplate.models.configuration import QUANTISED_PARTS, quantisation_of
+from halfplate.models.configuration import MLX_ENTRY, QUANTISED_ENTRIES, QUANTISED_PARTS, quantisation_of
 from halfplate.models.float_codes import MX_BLOCK, read_mxfp4, read_scaled
-from halfplate.models.packed_words import AWQ_ORDER, WORD, read_awq, read_compressed_tensors, read_gptq
+from halfplate.models.packed_words import AWQ_ORDER, WORD, read_awq, read_compressed_tensors, read_gptq, read_mlx
 from halfplate.storage.tensor_file import CODES, KINDS, Encoded, StoredTensor, read_tensor
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 VALUES = "F32"  # decoded values are not rounded further
-READ = "GPTQ, AWQ, compressed-tensors, FP8 and MXFP4"
 CURE = "pass the fp32, bf16 or fp16 model it was made from"
 # Scales of activations, which some tools round while a model runs. Weights do not need them.
 OF_ACTIVATIONS = re.compile(r"\.(input_scale|input_zero_point|activation_scale|[kv]_scale)$")
@@ -83,7 +82,8 @@ def decoded_tensors(
     method = quantisation_of(dict(entries))
     if method not in READERS:
         return None
-    folder = _Folder(entries.get("quantization_config") or entries["compression_config"], dict(stored))
+    keys = (MLX_ENTRY,) if method == "mlx" else QUANTISED_ENTRIES
+    folder = _Folder(next(entries[key] for key in keys if entries.get(key)), dict(stored))
     mark = MARKS[method]
     for full in stored:
         if full in folder.left and mark(full, stored[full]):
@@ -236,6 +236,23 @@ def _mxfp4(folder: _Folder, full: str) -> None:
     folder.add(name, (experts, groups * MX_BLOCK, rows), parts, partial(read_mxfp4, transposed=True))
 
 
+def _mlx(folder: _Folder, full: str) -> None:
+    module = full.removesuffix("weight")
+    entry = folder.settings.get(module[:-1], folder.settings)
+    mode = entry.get("mode", folder.settings.get("mode", "affine"))
+    _need(mode == "affine", f"its mode is {mode!r}, expected affine")
+    parts = _below(folder, module, "weight", "scales", "biases")
+    rows, words = parts["weight"].shape
+    columns = parts["scales"].shape[1] * int(entry["group_size"])
+    bits = words * WORD // columns
+    _need(bits in (2, 3, 4, 5, 6, 8) and bits * columns == words * WORD, f"{words} words do not hold {columns} columns")
+    _need(
+        parts["scales"].shape[0] == rows and parts["biases"].shape == parts["scales"].shape,
+        f"scales have the shape {parts['scales'].shape}, biases {parts['biases'].shape}",
+    )
+    folder.add(full, (rows, columns), parts, partial(read_mlx, bits=bits))
+
+
 def _below(folder: _Folder, module: str, *leaves: str) -> dict[str, StoredTensor]:
     """The tensors of a module by their last names."""
     return {name.removeprefix(module): one for name, one in folder.take(*(module + leaf for leaf in leaves)).items()}
@@ -261,6 +278,7 @@ READERS: dict[str, Callable[[_Folder, str], None]] = {
     "fp8": _scaled,
     "fbgemm_fp8": _scaled,
     "mxfp4": _mxfp4,
+    "mlx": _mlx,
 }
 # Whether a stored tensor holds codes of a matrix.
 Mark = Callable[[str, StoredTensor], bool]
@@ -273,4 +291,5 @@ MARKS: dict[str, Mark] = {
     "fp8": lambda _, one: one.kind in FP8,
     "fbgemm_fp8": lambda _, one: one.kind in FP8,
     "mxfp4": lambda name, _: name.endswith("_blocks"),
+    "mlx": lambda name, one: name.endswith(".weight") and one.kind == "U32",
 }

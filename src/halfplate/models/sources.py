@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,7 +244,10 @@ def _open_folder(name: str, kind: str, path: Path) -> Source:
     tensors = weights.tensors if quantised is None else quantised.tensors
     check_plain(name, entries, tensors)
     with reading(name, "config.json cannot be used", "correct it or download it again", entries):
-        check_counts(name, config, *count_tensors(weights.paths))
+        counts = count_tensors(weights.paths)
+        if quantised is not None:
+            counts = len(tensors), sum(prod(stored.shape) for stored in tensors.values())
+        check_counts(name, config, *counts)
     method, dtype = quantisation_of(entries), usual_dtype(name, tensors)
     if quantised is not None:
         notes = (*notes, quantised.note)
