@@ -13,7 +13,7 @@ from halfplate.formats.encoding.packing import pack, unpack
 WORD = 32  # bits
 # AWQ stores value AWQ_ORDER[k] of each eight at place k of a word (Lin et al., arXiv 2306.00978, the layout of its kernels).
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-AT_ONCE = 1 << 22  # values that are decoded at once
+AT_ONCE = 1 << 20  # values that are decoded at once
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
