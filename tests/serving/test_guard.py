@@ -141,6 +141,18 @@ def test_the_number_of_tokens_is_always_limited() -> None:
     asyncio.run(run())
 
 
+def test_errors_of_the_server_have_the_form_of_the_api() -> None:
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 422, "headers": [(b"content-length", b"17")]})
+        await send({"type": "http.response.body", "body": b'{"detail":', "more_body": True})
+        await send({"type": "http.response.body", "body": b'"wrong"}'})
+
+    status, headers, body = asyncio.run(ask(Guard(failing, ServeSettings("m"), Metrics())))
+    assert status == 422
+    assert json.loads(body)["error"]["message"] == "wrong"
+    assert headers["content-length"] == str(len(body))
+
+
 def test_paths_that_load_models_are_closed() -> None:
     async def run() -> None:
         app, guard, _ = guarded()

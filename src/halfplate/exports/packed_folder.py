@@ -116,7 +116,8 @@ def export_packed(format: PackedFormat, source: str, out: Path, overwrite: bool)
         raise HalfplateError(
             f"path={source!r} has experts, which format={format.name!r} of Halfplate does not write; use --format gguf or dense"
         )
-    if model.hf_quantizer.conv1d:  # type: ignore[attr-defined]
+    quantizer: Any = model.hf_quantizer
+    if quantizer.conv1d:
         raise HalfplateError(
             f"path={source!r} is a {model.config.model_type} model, whose weights are transposed in files of this family, which format={format.name!r} of Halfplate "
             "does not write; use --format dense"

@@ -36,7 +36,7 @@ class _Request:
     settings: Any
     most: int
     said: Callable[[int], None]
-    done: Callable[[list[int] | BaseException], None]
+    done: Callable[[list[int] | BaseException], object]
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
 
@@ -113,7 +113,7 @@ class BatchManager(GenerateManager):  # type: ignore[misc]
         inputs: Any,
         settings: Any,
         said: Callable[[int], None],
-        done: Callable[[list[int] | BaseException], None],
+        done: Callable[[list[int] | BaseException], object],
     ) -> None:
         request = _Request(inputs["input_ids"][0], settings, settings.max_new_tokens, said, done)
         with self._changed:

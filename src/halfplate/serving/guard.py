@@ -135,7 +135,7 @@ class Guard:
 
     async def _passed_on(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, path: str) -> None:
         """Let `app` answer, and measure it."""
-        start, first, status, tail = perf_counter(), list[float](), 500, bytearray()
+        start, first, status, tail = perf_counter(), list[float](), 0, bytearray()
 
         async def seen(message: Message) -> None:
             nonlocal status
@@ -146,7 +146,11 @@ class Guard:
                 del first[1:]
                 tail.extend(body)
                 del tail[:-TAIL]
-            await send(message)
+            if status < 400:
+                await send(message)
+            elif message["type"] != "http.response.start" and not message.get("more_body", False):
+                refused = Refused(status, _detail(bytes(tail)))
+                await _answer(send, status, _error(refused), {"content-type": "application/json"})
 
         try:
             await self._app(scope, receive, seen)
@@ -154,7 +158,7 @@ class Guard:
             text = path in GENERATE and status == 200
             seconds = perf_counter() - start if text else None
             counts = (_last(PROMPT, tail), _last(COMPLETION, tail)) if text else (0, 0)
-            self._metrics.answered(path, status, seconds, first[0] if text and first else None, *counts)
+            self._metrics.answered(path, status or 500, seconds, first[0] if text and first else None, *counts)
 
 
 def _checked(body: bytes, path: str, most: int) -> bytes:
@@ -223,6 +227,15 @@ def _error(refused: Refused) -> bytes:
     """The form of errors of the OpenAI API."""
     error = {"message": str(refused), "type": "invalid_request_error", "param": None, "code": refused.status}
     return json.dumps({"error": error}).encode()
+
+
+def _detail(body: bytes) -> str:
+    """The message of an error of the server, which has a form of its own."""
+    try:
+        detail = json.loads(body)["detail"]
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")
+    return detail if isinstance(detail, str) else json.dumps(detail)
 
 
 def _last(pattern: re.Pattern[bytes], tail: bytearray) -> int:
