@@ -154,6 +154,18 @@ BAD: dict[str, tuple[str, dict[str, Any], dict[str, Tensor | None], str]] = {
     "unknown": ("gptq", {}, {f"{Q}.SCB": torch.ones(1)}, r"q_proj.SCB \(F32\) has no known meaning in gptq"),
     "marlin": ("gptq", {"checkpoint_format": "marlin"}, {}, "checkpoint_format is 'marlin', expected gptq or gptq_v2"),
     "zeros": ("gptq", {}, {f"{Q}.qzeros": torch.ones(1, 1, dtype=torch.int32)}, r"qzeros have the shape \(1, 1\)"),
+    "floats for words": (
+        "gptq",
+        {},
+        {f"{Q}.qzeros": torch.ones(2, 8)},
+        "qzeros is F32, expected I32",
+    ),
+    "integers for scales": (
+        "fp8 in blocks",
+        {},
+        {f"{Q}.weight_scale_inv": torch.ones(4, 1, dtype=torch.uint8)},
+        "scales is U8, expected",
+    ),
     "no scales": ("gptq", {}, {f"{Q}.scales": None}, "it lacks 'scales'"),
     "gemv": ("awq", {"version": "gemv"}, {}, "version is 'gemv' of 4 bits, expected gemm of 4"),
     "order": (

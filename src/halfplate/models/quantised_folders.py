@@ -18,6 +18,8 @@ from halfplate.models.packed_words import AWQ_ORDER, WORD, read_awq, read_compre
 from halfplate.storage.tensor_file import CODES, KINDS, Encoded, StoredTensor, read_tensor
 
 FP8 = ("F8_E4M3", "F8_E5M2")
+FLOATS = ("F16", "BF16", "F32")
+WORDS = ("I32",)
 VALUES = "F32"  # decoded values are not rounded further
 CURE = "pass the fp32, bf16 or fp16 model it was made from"
 # Scales of activations, which some tools round while a model runs. Weights do not need them.
@@ -113,11 +115,19 @@ def _need(condition: bool, reason: str) -> None:
         raise ValueError(reason)
 
 
+def _check_kinds(parts: Mapping[str, StoredTensor], kinds: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise ValueError unless each part has one of its element types; parts that are not named hold floats."""
+    for name, part in parts.items():
+        expected = kinds.get(name, FLOATS)
+        _need(part.kind in expected, f"{name} is {part.kind}, expected {' or '.join(expected)}")
+
+
 def _gptq(folder: _Folder, full: str) -> None:
     version = folder.settings.get("checkpoint_format", "gptq")
     _need(version in ("gptq", "gptq_v2"), f"checkpoint_format is {version!r}, expected gptq or gptq_v2")
     module = full.removesuffix("qweight")
     parts = _below(folder, module, "qweight", "qzeros", "scales", "g_idx")
+    _check_kinds(parts, {"qweight": WORDS, "qzeros": WORDS, "g_idx": ("I32", "I64")})
     words, rows = parts["qweight"].shape
     groups = parts["scales"].shape[0]
     # Modules may differ in bits; the order of the inputs has an entry for each of them.
@@ -137,6 +147,7 @@ def _awq(folder: _Folder, full: str) -> None:
     _need(version == "gemm" and bits == 4, f"version is {version!r} of {bits} bits, expected gemm of 4")
     module = full.removesuffix("qweight")
     parts = _below(folder, module, "qweight", "qzeros", "scales")
+    _check_kinds(parts, {"qweight": WORDS, "qzeros": WORDS})
     columns, words = parts["qweight"].shape
     groups, each = parts["scales"].shape[0], len(AWQ_ORDER)
     _need(parts["scales"].shape == (groups, words * each), f"scales have the shape {parts['scales'].shape}")
@@ -152,8 +163,11 @@ def _compressed_tensors(folder: _Folder, full: str) -> None:
     module = full.removesuffix("weight_packed")
     beside = ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
     parts = _below(folder, module, "weight_packed", *beside)
-    kind = parts["weight_packed"].kind
-    _need(kind == "I32", f"weight_packed is {kind}, expected I32; codes of FP4 are not read in this format")
+    whole = ("I32", "I64")
+    # Codes of FP4 are bytes.
+    _check_kinds(
+        parts, {"weight_packed": WORDS, "weight_zero_point": WORDS, "weight_shape": whole, "weight_g_idx": whole}
+    )
     _need(prod(parts["weight_shape"].shape) == 2, "weight_shape does not hold two numbers")
     rows, columns = (int(side) for side in read_tensor(parts["weight_shape"]))
     height, words = parts["weight_packed"].shape
@@ -174,6 +188,7 @@ def _scaled(folder: _Folder, full: str) -> None:
     _need(scale is not None, f"there is no {full}_scale_inv and no {full}_scale")
     assert scale is not None
     parts = {"codes": folder.left.pop(full), "scales": folder.left.pop(scale)}
+    _check_kinds(parts, {"codes": (*FP8, "I8"), "scales": (*FLOATS, "F8_E8M0")})
     if zeros := folder.take(f"{full}_zero_point"):
         (parts["zeros"],) = zeros.values()
         _need(
@@ -242,6 +257,7 @@ def _mlx(folder: _Folder, full: str) -> None:
     mode = entry.get("mode", folder.settings.get("mode", "affine"))
     _need(mode == "affine", f"its mode is {mode!r}, expected affine")
     parts = _below(folder, module, "weight", "scales", "biases")
+    _check_kinds(parts, {"weight": ("U32",)})
     rows, words = parts["weight"].shape
     columns = parts["scales"].shape[1] * int(entry["group_size"])
     bits = words * WORD // columns
