@@ -137,7 +137,7 @@ def test_candidates_are_what_a_target_holds() -> None:
     assert table_candidates(odd, (), TARGETS["vllm"]) == [odd]
 
 
-@pytest.mark.parametrize("core_dtype", ["int8", "int6k", "affine5k", "affine4k", "nl4", "int3k", "affine2k"])
+@pytest.mark.parametrize("core_dtype", ["int8", "int6k", "affine5k", "affine4k", "nl4", "nl4s", "int3k", "affine2k"])
 def test_bytes_of_a_gguf_file_are_those_of_its_blocks(core_dtype: str) -> None:
     spec = WeightSpec(3, 512, DENSE, core_dtype, group=32)
     import torch

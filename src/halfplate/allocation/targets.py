@@ -102,7 +102,7 @@ class Target:
 def _gguf_cores(spec: WeightSpec) -> Sequence[Core]:
     """Types of llama.cpp by their quantizers; K types hold the same bits with less error, where blocks of 256 fit."""
     if spec.d_in % SUPER_WIDTH == 0:
-        supers = (("int6k", 16), ("affine5k", 32), ("affine4k", 32), ("int3k", 16), ("affine2k", 16))
+        supers = (("int6k", 16), ("affine5k", 32), ("affine4k", 32), ("nl4s", 32), ("int3k", 16), ("affine2k", 16))
         return (("int8", 32), ("nl4", 32), ("int4", 32), *supers)
     if spec.d_in % WIDTH == 0:
         return tuple((core, 32) for core in ("int8", "affine5", "int5", "affine4", "nl4", "int4"))
