@@ -26,7 +26,7 @@ QUESTIONS = ("What is the capital of France?", "What do bees make?", "Write one 
 # What `compress` takes by itself, what it takes for speed (with a short recovery), and two rivals for 2:4.
 MODELS = {
     "default": [],
-    "speed": ["--prefer", "speed", "--tune-block", "0"],
+    "speed": ["--prefer", "speed", "--tune-block", "0", "--effort", "quick"],
     "sparsegpt": ["--method", "sparsegpt", "--pattern", "2:4"],
     "armor-paper": ["--recipe", "armor-paper", "--solver", "exact", "--block-size", "16"],
 }

@@ -174,3 +174,33 @@ def test_a_budget_alone_varies_the_bits_of_the_everyday_recipe():
 
 def test_a_recipe_of_its_own_is_not_laid_over_the_everyday_one():
     assert Recipe.of(Recipe(samples=3), seq_len=5) == Recipe(samples=3, seq_len=5)
+
+
+def test_an_effort_sets_what_the_recipe_leaves_open():
+    assert [Recipe(effort=word).samples for word in ("quick", "normal", "best")] == [32, 64, 128]
+    assert Recipe(effort="quick", samples=8).samples == 8
+    assert Recipe.from_mapping({"effort": "best"}).samples == 128
+    quick, own = Recipe(effort="quick").create_method(), Recipe(effort="quick", method_options={"iterations": 3})
+    assert (quick.iterations, quick.grid_iterations) == (8, 8)  # type: ignore[attr-defined]
+    assert own.create_method().iterations == 3  # type: ignore[attr-defined]
+    assert Recipe(effort="quick", method="wanda").create_method() == Recipe(method="wanda").create_method()
+
+
+def test_an_effort_that_is_not_known_names_the_others():
+    with pytest.raises(HalfplateError, match=r"effort='some' is not one of quick, normal, best"):
+        Recipe(effort="some")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (["core_dtype=nl4+nl7"], "choose=core_dtype='nl7'"),
+        (["group_size=32+33"], "choose=group_size='33'"),
+        (["block_size=some"], "choose=block_size='some' is not a block size; try choose=block_size=0\\+16"),
+        (["pattern=2:4+x"], "x"),
+        (["core=nl4"], "choose='core' is not one of"),
+    ],
+)
+def test_values_that_a_field_cannot_have_are_refused(choose, message):
+    with pytest.raises(HalfplateError, match=message):
+        Recipe(pattern="dense", core_dtype="nl4", budget=0.5, choose=choose)

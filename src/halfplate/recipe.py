@@ -16,6 +16,7 @@ from halfplate.allocation.targets import HALFPLATE
 from halfplate.arguments import path_text, size_in_bytes, typed
 from halfplate.calibration.mixture import parts_of, sampled_samples, samples_of
 from halfplate.device import device_kind
+from halfplate.effort import WORK, Effort
 from halfplate.errors import HalfplateError
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.quantizers.rounding import GROUP
@@ -48,6 +49,7 @@ class RecipeFields(TypedDict, total=False):
     head_dtype: str
     transforms: tuple[str, ...]
     calibration: str | tuple[str, ...]
+    effort: Effort
     samples: int
     seq_len: int
     seed: int
@@ -107,6 +109,7 @@ class Recipe:
     - generations, offspring: of the evolution
     - transforms: names of `halfplate.transforms`, applied to the model first, in order; each becomes `name@version`
     - calibration: `self`, a text file or a Hub data set; or several as `SOURCE:SHARE`, shares of the sequences
+    - effort: `quick`, `normal` or `best`: number of samples, and iterations of the method, where the recipe leaves them open
     - samples, seq_len: number and length of the calibration sequences
     - seed: of all random numbers
     - device: `cpu` or `cuda`
@@ -131,7 +134,8 @@ class Recipe:
     head_dtype: str = KEEP
     transforms: tuple[str, ...] = ()
     calibration: str | tuple[str, ...] = "self"
-    samples: int = 64
+    effort: Effort = "normal"
+    samples: int = None  # type: ignore[assignment]  # that of the effort
     seq_len: int = 512
     seed: int = 0
     inputs: Literal["dense", "compressed"] = "compressed"
@@ -160,6 +164,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("fit", "fit_ram"):
             object.__setattr__(self, name, size_in_bytes(name, getattr(self, name)))
+        if self.samples is None:
+            object.__setattr__(self, "samples", WORK[typed("effort", self.effort, Effort)].samples)
         hints = get_type_hints(type(self))
         for name in (f.name for f in fields(self) if f.name != "method_options"):
             object.__setattr__(self, name, typed(name, getattr(self, name), hints[name]))
@@ -323,7 +329,8 @@ class Recipe:
     @cached_property
     def _method(self) -> Method:
         seeded = any(f.name == "seed" for f in fields(methods.METHODS.get(self.method)))
-        return methods.create(self.method, **{**({"seed": self.seed} if seeded else {}), **self.method_options})
+        method = methods.create(self.method, **{**({"seed": self.seed} if seeded else {}), **self.method_options})
+        return method.at_effort(self.effort)
 
     @classmethod
     def of(cls, recipe: Recipe | str | Path | None = None, **changes: Unpack[RecipeFields]) -> Recipe:
@@ -390,6 +397,7 @@ class Recipe:
             "embedding_dtype": KEEP,
             "head_dtype": KEEP,
             "target": HALFPLATE.name,
+            "effort": "normal",
         }
         later |= {"fit": None, "fit_ram": None, "context": CONTEXT}
         return {key: value for key, value in values.items() if key not in later or value != later[key]}

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from halfplate import methods
-from halfplate.allocation import candidates, uneven
+from halfplate.allocation import candidates, table_candidates, uneven
 from halfplate.formats import WeightSpec
 from halfplate.pattern import Pattern
 
@@ -26,7 +26,7 @@ def test_free_blocks_and_patterns():
 
 def test_a_grid_may_keep_every_value():
     found = candidates(SPEC, ARMOR, ("pattern", "core_dtype"))
-    assert any(spec.pattern.is_dense and spec.core_dtype == "int3" for spec in found)
+    assert any(spec.pattern.is_dense and spec.core_dtype == "nl3" for spec in found)
     assert not any(spec.pattern.is_dense and spec.core_dtype == "bf16" for spec in found)
 
 
@@ -54,3 +54,18 @@ def test_uneven_blocks_change_one_side():
 def test_four_of_eight_where_groups_of_eight_fit():
     assert "4:8" in {str(spec.pattern) for spec in candidates(SPEC, ARMOR, ("pattern",))}
     assert "4:8" not in {str(spec.pattern) for spec in candidates(WeightSpec(64, 12), ARMOR, ("pattern",))}
+
+
+def test_a_field_may_be_limited_to_some_values():
+    dense = replace(SPEC, pattern=Pattern.parse("dense"), core_dtype="nl4", out_block=0, in_block=0)
+    found = candidates(dense, ARMOR, ["core_dtype=nl4+nl5"])
+    assert [spec.core_dtype for spec in found] == ["nl4", "nl5"]
+    named = candidates(dense, ARMOR, ["core_dtype=nl4k+int6", "group_size=32+64"])  # the first is none that is offered by itself
+    assert {(spec.core_dtype, spec.group) for spec in named} >= {("nl4k", 32), ("nl4k", 64), ("int6", 32), ("int6", 64)}
+    blocks = candidates(SPEC, ARMOR, ["block_size=0+8"])
+    assert {spec.in_block for spec in blocks} <= {0, 8, SPEC.in_block}
+
+
+def test_every_value_of_an_embedding_is_offered_whatever_the_matrices_may_be():
+    table = replace(SPEC, pattern=Pattern.parse("dense"), core_dtype="int8", out_block=0, in_block=0)
+    assert "int8" in {spec.core_dtype for spec in table_candidates(table, ["core_dtype=nl4+nl5"])}

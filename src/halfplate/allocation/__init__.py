@@ -1,6 +1,6 @@
 """Distributing one budget over many matrices."""
 
-from halfplate.allocation.candidates import CHOICES, CHOSEN, candidates, table_candidates, uneven
+from halfplate.allocation.candidates import CHOICES, CHOSEN, candidates, fields_of, table_candidates, uneven
 from halfplate.allocation.evolution import Evolution, Found, evolve
 from halfplate.allocation.knapsack import Level, allocate
 from halfplate.allocation.targets import TARGETS, Target
@@ -16,6 +16,7 @@ __all__ = [
     "allocate",
     "candidates",
     "evolve",
+    "fields_of",
     "table_candidates",
     "uneven",
 ]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from halfplate.allocation.candidates import CHOICES, CHOSEN
+from halfplate.allocation.candidates import CHOICES, CHOSEN, fields_of
 from halfplate.allocation.targets import TARGETS
 from halfplate.errors import HalfplateError
+from halfplate.formats.quantizers import core_dtypes
+from halfplate.formats.quantizers.rounding import GROUPS
+from halfplate.pattern import Pattern
 from halfplate.registry import unknown
 
 CONTEXT = 4096  # default tokens of a cache
@@ -62,10 +65,24 @@ def check_budget(asked: Asked) -> None:
         raise HalfplateError("search='evolution' looks for the best candidates within a budget; give --budget 0.6")
     if asked.choose != CHOSEN and not asked.budgeted:
         raise HalfplateError(f"choose={','.join(asked.choose)} needs a budget; give --budget 0.6, or leave it out")
-    for field in asked.choose:
+    for field, values in fields_of(asked.choose).items():
         if field not in CHOICES:
             raise HalfplateError(f"choose={field!r} is not one of {', '.join(CHOICES)}")
+        for value in values:
+            _check_value(field, value)
     _check_target(asked, "time_budget" in given)
+
+
+def _check_value(field: str, value: str) -> None:
+    """Raise HalfplateError if `value` is none that `field` can have."""
+    if field == "pattern":
+        Pattern.parse(value)
+    elif field == "core_dtype" and value not in core_dtypes():
+        raise unknown("choose=core_dtype", value, list(core_dtypes()))
+    elif field == "group_size" and value not in map(str, GROUPS):
+        raise unknown("choose=group_size", value, list(map(str, GROUPS)))
+    elif field == "block_size" and not value.isdecimal():
+        raise HalfplateError(f"choose=block_size={value!r} is not a block size; try choose=block_size=0+16")
 
 
 def _check_target(asked: Asked, timed: bool) -> None:

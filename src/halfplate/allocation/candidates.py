@@ -1,6 +1,6 @@
 """The candidate formats of a matrix, among which a budget chooses."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import product
 
@@ -19,17 +19,28 @@ BLOCKS = (0, 8, 16, 32)
 PATTERNS = ("1:4", "2:4", "4:8", "3:4", "dense")
 
 
-def candidates(spec: WeightSpec, method: Method, choose: Iterable[str], target: Target = HALFPLATE) -> list[WeightSpec]:
-    """The candidates for `spec` if the fields `choose` (of CHOICES) may vary: `spec` itself, and smaller formats that `method` supports.
+def fields_of(choose: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The fields that may vary, each with the values that it may have; no values stand for all that the target offers."""
+    parts = (entry.partition("=") for entry in choose)
+    return {field: tuple(values.split("+")) if equals else () for field, equals, values in parts}
 
+
+def candidates(spec: WeightSpec, method: Method, choose: Iterable[str], target: Target = HALFPLATE) -> list[WeightSpec]:
+    """The candidates for `spec` if the fields `choose` may vary: `spec` itself, and smaller formats that `method` supports.
+
+    choose: of CHOICES, each alone or with its values, as in `core_dtype=nl4+nl5`.
     Both wrappers have the same block size; `uneven` returns the others. Cheaper candidates come first. Candidates that are not
     smaller than the original matrix are omitted, and those that `target` does not store exactly, unless it stores none.
     """
-    choose = set(choose)
-    blocks = BLOCKS if "block_size" in choose and method.wrapped and target.sparse else (None,)
-    patterns = PATTERNS if "pattern" in choose and target.sparse else (None,)
+    fields = fields_of(choose)
+    blocks: Iterable[int | None] = (
+        _blocks(fields) if "block_size" in fields and method.wrapped and target.sparse else (None,)
+    )
+    patterns = fields["pattern"] or PATTERNS if "pattern" in fields and target.sparse else (None,)
     found = {spec}
-    for block, pattern, (core, group) in product(blocks, patterns, _cores(spec, target.cores(spec), choose)):
+    for block, pattern, (core, group) in product(
+        blocks, patterns, _cores(spec, _offered(spec, target, fields), fields)
+    ):
         try:
             other = replace(
                 spec,
@@ -50,16 +61,34 @@ def candidates(spec: WeightSpec, method: Method, choose: Iterable[str], target: 
 
 def table_candidates(spec: WeightSpec, choose: Iterable[str], target: Target = HALFPLATE) -> list[WeightSpec]:
     """What an embedding or a head of `spec` may become under a budget, the cheapest first."""
-    cores = _cores(spec, target.tables(spec), {*choose, "core_dtype"})
+    cores = _cores(spec, target.tables(spec), fields_of(choose) | {"core_dtype": ()})
     return _by_bytes((replace(spec, core_dtype=core, group=group) for core, group in cores), target) or [spec]
 
 
-def _cores(spec: WeightSpec, offered: Iterable[Core], choose: set[str]) -> list[tuple[str, int]]:
-    """Types of a core with their groups, of those a target offers."""
-    if "core_dtype" not in choose:
+def _offered(spec: WeightSpec, target: Target, fields: Mapping[str, tuple[str, ...]]) -> list[Core]:
+    """The types of a core that the target offers, or those that are named: of these it may hold more."""
+    offered = list(target.cores(spec))
+    named = fields.get("core_dtype", ())
+    return (
+        [core for core in offered if core[0] in named]
+        + [(name, None) for name in named if name not in {core for core, _ in offered}]
+        if named
+        else offered
+    )
+
+
+def _cores(spec: WeightSpec, offered: Iterable[Core], fields: Mapping[str, tuple[str, ...]]) -> list[tuple[str, int]]:
+    """Types of a core with their groups, of those offered."""
+    if "core_dtype" not in fields:
         offered = [(spec.core_dtype, None)]
-    groups = GROUPS[1:] if "group_size" in choose else (spec.group,)  # no kernel has the smallest
+    groups: Iterable[int] = (spec.group,)
+    if "group_size" in fields:
+        groups = tuple(map(int, fields["group_size"])) or GROUPS[1:]  # no kernel has the smallest
     return [(core, one) for core, group in offered for one in (groups if group is None else (group,))]
+
+
+def _blocks(fields: Mapping[str, tuple[str, ...]]) -> tuple[int, ...]:
+    return tuple(map(int, fields["block_size"])) or BLOCKS
 
 
 def uneven(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[WeightSpec]:
@@ -67,11 +96,12 @@ def uneven(spec: WeightSpec, method: Method, choose: Iterable[str]) -> list[Weig
 
     All pairs would be sixteen per pattern and type, so a search only tries these next to the even candidates on its front.
     """
-    if "block_size" not in set(choose) or not method.wrapped:
+    fields = fields_of(choose)
+    if "block_size" not in fields or not method.wrapped:
         return []
-    found = set()
-    for out_block, in_block in [(block, spec.in_block) for block in BLOCKS] + [
-        (spec.out_block, block) for block in BLOCKS
+    found, blocks = set(), _blocks(fields)
+    for out_block, in_block in [(block, spec.in_block) for block in blocks] + [
+        (spec.out_block, block) for block in blocks
     ]:
         try:
             other = replace(

@@ -19,9 +19,9 @@ from halfplate.pattern import DENSE
 
 # A core_dtype and its columns per scale; None for those of the recipe.
 Core = tuple[str, int | None]
-# Without those of our own that lose more than another one of the same bytes, or that have no kernel (minima). int4 and int3 are kept
-# because every tool has them.
-OWN_CORES = ("bf16", "int8", "int6", "int6k", "nl5", "nl5k", "nl4", "nl4k", "int4", "nl3", "nl3k", "int3", "int2")
+# Without those that lose more than another one of the same bytes, that have no kernel (minima), or that take several times as long to
+# solve for at most 6 % of the bytes (super-scales).
+OWN_CORES = ("bf16", "int8", "int6", "nl5", "nl4", "nl3", "int2")
 TABLE_CORES = ("int8", "int6", "int5", "nl5", "int4", "nl4")
 FLOAT_BITS = 16  # of a weight that is multiplied out
 EXPERT = re.compile(r"(.*\.experts)\.\d+\.(.+)")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ from halfplate.telemetry.progress import Report
 # All candidates are measured in every tenth layer, and only those on its Pareto front in the layers between.
 FULLY_MEASURED = 10
 WORTH = 0.95  # a more expensive candidate is kept if its error is below this share of the previous one's
+HARM_EVERY = 5  # the harm is measured in every fifth layer and in the last one, and interpolated between
 PROBE_SAMPLES = 2  # calibration sequences on which the harm of each matrix alone is measured
 
 
@@ -84,6 +87,7 @@ class LevelMeasurement:
             groups[blocks[group[0]]].append(group)
         hidden = [self.blockwise.embed(batch) for batch in self.ids.split(BATCH)]
         limit = None if self.recipe.token_limit == "none" else self.recipe.token_limit
+        self.last = max(groups)
         units: list[Unit] = []
         report("choosing levels", 0, len(specs))
         for block in range(max(groups) + 1):
@@ -96,6 +100,7 @@ class LevelMeasurement:
                 units.append(self._measured(len(units), block, group, [statistics[name] for name in group]))
                 report("choosing levels", sum(len(unit.names) for unit in units), len(specs))
             self.probe = self.blockwise.run_block(block, self.probe)
+        units = _interpolated(units, blocks)
         free = {m.name: m.spec for m in self.plan.matrices if m.free and m.spec is not None and m.spec.same_as is None}
         if free:
             for block in range(max(groups) + 1, len(self.blockwise.blocks)):
@@ -141,7 +146,7 @@ class LevelMeasurement:
         if self.stopwatch is not None:
             self.dense_seconds += sum(self.stopwatch.dense(linear) for linear in linears)
         planned = {name: self.plan.specs[name] for name in names}
-        first, kind = planned[names[0]], tuple(name.rpartition(".")[2] for name in names)
+        first, kind = planned[names[0]], _kind(names)
         tried: dict[tuple[object, ...], tuple[MeasuredLevel, list[Chain]]] = {}
 
         def measure(offered: Sequence[WeightSpec]) -> None:
@@ -153,7 +158,10 @@ class LevelMeasurement:
 
         measure([first])
         level, chains = tried[_key(first)]
-        harm = self._harm(block, names, linears, chains) / level.error if level.error > 0 else 0.0
+        harm = 0.0
+        if level.error > 0:
+            asked = block % HARM_EVERY == 0 or block == self.last or kind not in self.worthwhile
+            harm = self._harm(block, names, linears, chains) / level.error if asked else math.nan
         if block % FULLY_MEASURED and kind in self.worthwhile:
             measure(self.worthwhile[kind])
         else:
@@ -197,6 +205,28 @@ class LevelMeasurement:
         finally:
             for name, linear in zip(names, linears, strict=True):
                 self.model.set_submodule(name, linear)
+
+
+def _interpolated(units: list[Unit], blocks: Mapping[str, int]) -> list[Unit]:
+    """The units with the harm of those that were not measured (NaN): between the nearest layers with the same matrices, in logarithms."""
+    known: dict[tuple[str, ...], list[tuple[int, float]]] = defaultdict(list)
+    for unit in units:
+        if unit.harm > 0:
+            known[_kind(unit.names)].append((blocks[unit.names[0]], math.log(unit.harm)))
+    found = []
+    for unit in units:
+        if math.isnan(unit.harm):
+            at, logarithms = (
+                zip(*known[_kind(unit.names)], strict=True) if _kind(unit.names) in known else ((0,), (-math.inf,))
+            )
+            unit = replace(unit, harm=math.exp(np.interp(blocks[unit.names[0]], at, logarithms)))
+        found.append(unit)
+    return found
+
+
+def _kind(names: Sequence[str]) -> tuple[str, ...]:
+    """What the same matrices of other layers have in common."""
+    return tuple(name.rpartition(".")[2] for name in names)
 
 
 def _error_together(weights: Sequence[Tensor], chains: Sequence[Chain], statistics: Sequence[InputStatistics]) -> float:

@@ -115,6 +115,7 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
 
 def _limit(plan: "Plan") -> list[tuple[str, str]]:
     """What the formats are chosen within and among, and what decides."""
+    from halfplate.allocation import fields_of
     from halfplate.cli.console import megabytes
     from halfplate.planning.fitting import in_one_format
 
@@ -125,7 +126,7 @@ def _limit(plan: "Plan") -> list[tuple[str, str]]:
     if recipe.asks_size:
         rows += [(f"asked for, {limit.spoken}", megabytes(limit.total))]
         rows += [(f"less {part}", megabytes(nbytes)) for part, nbytes in limit.parts.items()]
-    if not {"block_size", "pattern"} & set(recipe.choose):
+    if not {"block_size", "pattern"} & fields_of(recipe.choose).keys():
         each = in_one_format(limit, recipe, plan.layer_specs.values(), plan.table_specs.values())
         spoken = "; ".join(
             f"{name} {megabytes(nbytes)}{'' if nbytes <= limit.total else ', too large'}"

@@ -28,7 +28,12 @@ FIELDS = (
     ("--embedding-dtype", "TYPE", "type of the embedding: keep, auto (int8), or int8 to int2"),
     ("--head-dtype", "TYPE", "type of the output layer: keep, auto (int8), or int8 to int2"),
     ("--wrapper-dtype", "TYPE", "type of the wrappers: bf16 (default), fp16, fp32 or int8"),
-    ("--samples", "N", "number of calibration sequences (default 64)"),
+    (
+        "--effort",
+        "WORD",
+        "work to spend: quick, normal (default) or best; sets samples and iterations that no option sets",
+    ),
+    ("--samples", "N", "number of calibration sequences (default 64; 32 with --effort quick, 128 with best)"),
     ("--seq-len", "L", "tokens per calibration sequence (default 512)"),
     (
         "--inputs",
@@ -150,8 +155,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--choose",
         metavar="FIELDS",
-        type=lambda text: [field.replace("-", "_") for field in text.split(",")],
-        help="fields that a budget may vary, separated by commas (default block-size,pattern,core-dtype)",
+        type=_fields,
+        help="fields that a budget may vary, separated by commas (default block-size,pattern,core-dtype); with their values: core-dtype=nl4+nl5",
     )
     parser.add_argument(
         "--engine",
@@ -176,6 +181,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         dest="benchmark",
         help="skip the time estimate, which takes a few seconds to measure this machine",
     )
+
+
+def _fields(text: str) -> list[str]:
+    """The fields in a value of --choose, as a recipe names them."""
+    parts = (entry.partition("=") for entry in text.split(","))
+    return [field.replace("-", "_") + equals + values for field, equals, values in parts]
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:

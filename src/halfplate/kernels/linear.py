@@ -9,9 +9,7 @@ import mmap
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
 from threading import local
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -40,6 +38,7 @@ from halfplate.kernels.capability import (
     pattern_of,
 )
 from halfplate.kernels.scales import plain_scales, with_stored_scales
+from halfplate.precision import multiplies_bf16
 
 KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
 TABLE = 5  # the kind of codes of 4 bits whose numbers stand in the header
@@ -52,7 +51,6 @@ ACTIVATIONS = ("float", "int8")
 # From this many tokens on, the core is expanded and multiplied by torch's matrix product: for 2:4 cores, which do half the work, and
 # for unpruned ones. Measured (RESULTS.md).
 EXPAND_FROM = {"avx512": (128, 48), "avx2": (96, 24), "baseline": (16, 16)}
-PROBE = (256, 512)  # tokens and width of the products that are timed to choose a type
 CPU = torch.device("cpu")
 LARGE = 4 * 2**20  # bytes; smaller tensors would leave large pages mostly empty
 REFUSALS = {
@@ -293,32 +291,9 @@ def expand_from(sparse: bool) -> int:
     return EXPAND_FROM[native.isa()][0 if sparse else 1]
 
 
-@cache
-def bf16_is_faster() -> bool:
-    """Whether torch multiplies in bf16 faster than in fp32; timed once if the processor has instructions for it."""
-    if torch.cpu._is_amx_tile_supported():
-        return True
-    if not torch.cpu._is_avx512_bf16_supported():
-        return False
-    tokens, width = PROBE
-    x = torch.ones(tokens, width, dtype=torch.float32, device=CPU)
-    weight = torch.ones(width, width, dtype=torch.float32, device=CPU)
-    return _product_seconds(x.bfloat16(), weight.bfloat16()) < _product_seconds(x, weight)
-
-
-def _product_seconds(x: Tensor, weight: Tensor) -> float:
-    """The least seconds of a few products, the first of which may prepare something."""
-    seconds = []
-    for _ in range(5):
-        start = perf_counter()
-        functional.linear(x, weight)
-        seconds.append(perf_counter() - start)
-    return min(seconds)
-
-
 def _multiply_expanded(rows: Tensor, packed: Tensor, header: Header) -> Tensor:
     """`rows` (tokens, d_in) times the core, expanded to a full matrix in a reused scratch buffer."""
-    dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 and bf16_is_faster() else torch.float32
+    dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 and multiplies_bf16("cpu") else torch.float32
     core = _scratch(header.d_out * header.d_in, dtype).view(header.d_out, header.d_in)
     status = native.library().halfplate_expand(
         packed.data_ptr(),

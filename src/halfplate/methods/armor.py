@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from halfplate.effort import WORK, Effort
 from halfplate.errors import HalfplateError
 from halfplate.formats.quantizers import QUANTIZERS
 from halfplate.formats.spec import WeightSpec
@@ -31,8 +32,8 @@ class Armor(Method):
     objective: `gram` minimises the true output error; `diag`, as in the paper, weights the error of each input by its second moment.
         None is diag for solver `paper`, else gram.
     solver: `exact` minimises over A, B and every group of S in turn; `paper` is the published Adam with sampled groups, for `diag`.
-    iterations: None is 20 for gram (after 20 of diag), 60 for diag, and the published 20,000 for paper.
-    grid_iterations: further iterations of gram with a quantised core.
+    iterations: None is 20 for gram (after as many of diag, up to 20), 60 for diag, and the published 20,000 for paper.
+    grid_iterations: further iterations of gram with a quantised core; None is 16.
     damping: added to the Gram matrix, as a fraction of the second moment of each input.
     learning_rate, patience, seed: only for `paper`.
 
@@ -47,7 +48,7 @@ class Armor(Method):
     objective: str | None = None
     solver: str = "exact"
     iterations: int | None = None
-    grid_iterations: int = GramSchedule.grid
+    grid_iterations: int | None = None
     damping: float = GramSchedule.damping
     learning_rate: float = 1e-4
     patience: int = 100
@@ -112,6 +113,14 @@ class Armor(Method):
             return self
         return replace(self, iterations=QUICK_ITERATIONS, grid_iterations=QUICK_ITERATIONS)
 
+    def at_effort(self, effort: Effort) -> "Armor":
+        work = WORK[effort]
+        if self.solver != "exact":
+            return self
+        iterations = work.iterations if self.iterations is None else self.iterations
+        grid_iterations = work.grid_iterations if self.grid_iterations is None else self.grid_iterations
+        return replace(self, iterations=iterations, grid_iterations=grid_iterations)
+
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
         if self.objective == "gram":
@@ -139,7 +148,8 @@ class Armor(Method):
 
     def _gram_schedule(self) -> GramSchedule:
         gram = GramSchedule.gram if self.iterations is None else self.iterations
-        return GramSchedule(gram=gram, grid=self.grid_iterations, damping=self.damping)
+        grid = GramSchedule.grid if self.grid_iterations is None else self.grid_iterations
+        return GramSchedule(min(GramSchedule.diagonal, gram), gram, grid, self.damping)
 
     def _schedule(self) -> PaperSchedule:
         iterations = PaperSchedule.iterations if self.iterations is None else self.iterations

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from halfplate.effort import Effort
 from halfplate.errors import HalfplateError
 from halfplate.formats.chain import Chain
 from halfplate.formats.parts.core import NMSparse
@@ -95,6 +96,10 @@ class Method(ABC):
 
     def quick(self) -> "Method":
         """This method with a fraction of the work, for comparing specifications."""
+        return self
+
+    def at_effort(self, effort: Effort) -> "Method":
+        """This method with the work of an effort, where its options leave it open."""
         return self
 
     @abstractmethod

@@ -14,7 +14,9 @@
 namespace halfplate {
 namespace {
 #include "vector.inc"
+#include "numbers.inc"
 #include "tile_algebra.inc"
+#include "lane_products.inc"
 // The order matters: stages use the group update, which uses the shared forms.
 #include "armor_shared.inc"
 #include "group_update.inc"

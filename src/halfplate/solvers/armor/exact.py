@@ -68,17 +68,23 @@ def _momentum(exact: Factors, last: Factors, factor: float, moves_core: bool) ->
 
 
 def descend(
-    objective: Objective[At], start: At, iterations: int, total: float, moves_core: bool = True
+    objective: Objective[At],
+    start: At,
+    iterations: int,
+    total: float,
+    tolerance: float = 0.0,
+    moves_core: bool = True,
 ) -> tuple[At, list[float]]:
     """Alternate exact updates of A, of B and of every group of S.
 
     Returns the final point, and the loss at the start and after each iteration, relative to `total`, the loss of the zero
-    matrix. The loss never rises. The run ends early if an iteration cannot lower it.
+    matrix. The loss never rises. The run ends early after two iterations in a row that gain less than `tolerance` of the loss.
 
     moves_core: whether momentum may change the values of the core; not for integer cores.
     """
     at, losses = start, [start.loss / total if total else 0.0]
     last: Factors | None = None
+    slow = 0  # iterations in a row
     for iteration in range(iterations if start.loss > 0 else 0):
         exact = objective.updated(at)
         after: At | None = None
@@ -91,8 +97,11 @@ def descend(
             after = objective.swept(exact, at)
         if not after.loss < at.loss:
             break
-        at = after
+        gain, at = at.loss - after.loss, after
         losses.append(at.loss / total)
+        slow = slow + 1 if gain < tolerance * at.loss else 0
+        if slow == 2:
+            break
     return at, losses
 
 

@@ -24,12 +24,18 @@ LEAST_DAMPING = 1e-5  # directions that no input constrains must not diverge und
 
 @dataclass(frozen=True)
 class GramSchedule:
-    """Number of iterations with the diagonal of H, with H, and with H and an integer core; damping: added to the unit diagonal of H."""
+    """Iterations of each phase.
+
+    diagonal, gram, grid: with the diagonal of H, with H, and with H and an integer core.
+    damping: added to the unit diagonal of H.
+    tolerance: a phase ends after an iteration that gains less than this share of the loss.
+    """
 
     diagonal: int = 20
     gram: int = 20
     grid: int = 16
     damping: float = 0.0
+    tolerance: float = 1e-3
 
 
 def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSchedule) -> tuple[Chain, list[float]]:
@@ -50,7 +56,7 @@ def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSch
         factors, losses = tiles.start(), list[float]()
     else:
         factors, _ = solve_exact(tiles, schedule.diagonal, stages_for(weight.device))
-        at, losses = descend(objective, measured(problem, factors), schedule.gram, problem.total)
+        at, losses = descend(objective, measured(problem, factors), schedule.gram, problem.total, schedule.tolerance)
         factors = at.factors
         del at  # frees two matrices of the size of the weight
     factors = balanced(tiles, factors, normalised)
@@ -70,12 +76,11 @@ def solve_gram(weight: Tensor, gram: Tensor, spec: WeightSpec, schedule: GramSch
         factors.core, quantizer, spec.group, storage_of(quantizer, spec.group)
     )  # initial scales for the values of the core
     if restarts(spec):
-        unrounded = measured(problem, factors, steps.float())
-        at, grid_losses = descend_from_restarts(objective, unrounded, schedule.grid)
-    else:
-        start = swept(problem, factors, steps.float(), levels, off_grid=True)
-        at, grid_losses = descend(objective, start, schedule.grid, problem.total, moves_core=False)
-        at = _storable(problem, at, levels)
+        factors, steps, grid_losses = descend_from_restarts(objective, factors, steps.float(), schedule.grid)
+        return finish(objective, factors, normalised, scale, spec, (steps,)), losses + grid_losses
+    start = swept(problem, factors, steps.float(), levels, off_grid=True)
+    at, grid_losses = descend(objective, start, schedule.grid, problem.total, schedule.tolerance, moves_core=False)
+    at = _storable(problem, at, levels)
     return finish(objective, at.factors, normalised, scale, spec, _alone(at.steps)), losses + grid_losses
 
 

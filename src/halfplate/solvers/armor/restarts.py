@@ -14,6 +14,7 @@ from halfplate.kernels import native
 from halfplate.solvers.armor.exact import descend
 from halfplate.solvers.armor.gram import GramObjective, Point, gram_inside, measured
 from halfplate.solvers.armor.native_rows import has_native_values, solve_rows
+from halfplate.solvers.armor.problem import Factors
 from halfplate.solvers.armor.sweep import Levels
 from halfplate.solvers.obs import inverse_factor
 
@@ -27,42 +28,42 @@ def restarts(spec: WeightSpec) -> bool:
     return spec.pattern.is_dense and not (spec.out_block or spec.in_block)
 
 
-def descend_from_restarts(objective: GramObjective, wanted: Point, iterations: int) -> tuple[Point, list[float]]:
+def descend_from_restarts(
+    objective: GramObjective, wanted: Factors, steps: Tensor, iterations: int
+) -> tuple[Factors, Tensor, list[float]]:
     """Descend from `ROUNDS` starts, each rounded with the scales of the best point before it; every row keeps its best.
 
-    wanted: the core before it is quantised, and the first scales; its wrappers are identities, so the rows are independent.
+    wanted: with the core before it is quantised; its wrappers are diagonal, so the rows are independent.
+    steps: the first scales, fp32 (rows, ceil(cols / group)).
     iterations: of all descents together.
-    Returns the best point, and the losses from the first start on, relative to the zero matrix.
+    Returns the best factors, their scales, and the losses from the first start on, relative to the zero matrix.
     """
     assert objective.levels is not None, "a quantised core has codes"
-    assert wanted.steps is not None, "a quantised core has scales"
-    if (
-        wanted.factors.core.device.type == "cpu"
-        and native.available()
-        and has_native_values(objective.levels.quantizer)
-    ):
-        return _native(objective, objective.levels, wanted, wanted.steps, iterations)
-    return descend_in_torch(objective, wanted, iterations)
+    if wanted.core.device.type == "cpu" and native.available() and has_native_values(objective.levels.quantizer):
+        return _native(objective, objective.levels, wanted, steps, iterations)
+    return descend_in_torch(objective, wanted, steps, iterations)
 
 
 def _native(
-    objective: GramObjective, levels: Levels, wanted: Point, steps: Tensor, iterations: int
-) -> tuple[Point, list[float]]:
-    problem, core = objective.problem, wanted.factors.core
-    gram = gram_inside(problem, wanted.factors.in_blocks)
+    objective: GramObjective, levels: Levels, wanted: Factors, steps: Tensor, iterations: int
+) -> tuple[Factors, Tensor, list[float]]:
+    problem = objective.problem
+    gram = gram_inside(problem, wanted.in_blocks)
     order = Order.of(gram)
     rounds = max(1, min(ROUNDS, iterations))
     values, steps, absolute = solve_rows(
-        core, gram, order.columns, order.spread, steps, levels, rounds, iterations // rounds
+        wanted.core, gram, order.columns, order.spread, steps, levels, rounds, iterations // rounds
     )
-    best = measured(problem, replace(wanted.factors, core=values), steps)
-    return best, [loss / problem.total if problem.total else 0.0 for loss in absolute]
+    losses = [loss / problem.total if problem.total else 0.0 for loss in absolute]
+    return replace(wanted, core=values), steps, losses
 
 
-def descend_in_torch(objective: GramObjective, wanted: Point, iterations: int) -> tuple[Point, list[float]]:
+def descend_in_torch(
+    objective: GramObjective, wanted: Factors, steps: Tensor, iterations: int
+) -> tuple[Factors, Tensor, list[float]]:
     """`descend_from_restarts` sweep by sweep, on any device and for any quantizer; the reference of the native form."""
-    problem, core = objective.problem, wanted.factors.core
-    gram = gram_inside(problem, wanted.factors.in_blocks)
+    problem, core = objective.problem, wanted.core
+    gram = gram_inside(problem, wanted.in_blocks)
     order = Order.of(gram)
     rounds = max(1, min(ROUNDS, iterations))
 
@@ -70,7 +71,7 @@ def descend_in_torch(objective: GramObjective, wanted: Point, iterations: int) -
         assert scales is not None, "a quantised core has scales"
         assert objective.levels is not None, "a quantised core has codes"
         rounded = round_in_order(core, order, (scales,), objective.levels)
-        start = measured(problem, replace(wanted.factors, core=rounded), scales)
+        start = measured(problem, replace(wanted, core=rounded), scales)
         return descend(objective, start, iterations // rounds, problem.total, moves_core=False)
 
     def remaining(at: Point) -> Tensor:
@@ -78,7 +79,7 @@ def descend_in_torch(objective: GramObjective, wanted: Point, iterations: int) -
         missing = core - at.factors.core
         return ((missing @ gram) * missing).sum(1, keepdim=True)
 
-    best, losses = descended(wanted.steps)
+    best, losses = descended(steps)
     least = remaining(best)
     for _ in range(rounds - 1):
         at, _ = descended(best.steps)
@@ -91,9 +92,10 @@ def descend_in_torch(objective: GramObjective, wanted: Point, iterations: int) -
         kept = torch.where(better, at.factors.core, best.factors.core)
         scales = torch.where(better, at.steps, best.steps)
         least = torch.where(better, found, least)
-        best = measured(problem, replace(wanted.factors, core=kept), scales)
+        best = measured(problem, replace(wanted, core=kept), scales)
         losses.append(best.loss / problem.total if problem.total else 0.0)
-    return best, losses
+    assert best.steps is not None, "a quantised core has scales"
+    return best.factors, best.steps, losses
 
 
 @dataclass(frozen=True, eq=False)
