@@ -52,8 +52,12 @@ def read_mxfp4(tensors: Mapping[str, Tensor], transposed: bool = False) -> Tenso
     """
     blocks, scales = tensors["blocks"], tensors["scales"]
     if blocks.ndim == 4:
-        matrices = zip(blocks, scales, strict=True)
-        return torch.stack([read_mxfp4({"blocks": one, "scales": own}, transposed) for one, own in matrices])
+        count, rows, groups, pairs = blocks.shape
+        sides = (2 * pairs * groups, rows) if transposed else (rows, 2 * pairs * groups)
+        every = torch.empty(count, *sides, dtype=torch.float32, device="cpu")
+        for number, (one, own) in enumerate(zip(blocks, scales, strict=True)):
+            every[number] = read_mxfp4({"blocks": one, "scales": own}, transposed)
+        return every
     rows, groups, pairs = blocks.shape
     values = torch.empty(rows, groups, 2 * pairs, dtype=torch.float32, device="cpu")
     table = torch.tensor((*FP4_VALUES, *(-value for value in FP4_VALUES)), dtype=torch.float32, device="cpu")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from halfplate.errors import HalfplateError
 from halfplate.serving.guard import Guard
 from halfplate.serving.metrics import Metrics
 from halfplate.serving.settings import ServeSettings
@@ -59,7 +60,10 @@ def _batching(settings: ServeSettings, metrics: Metrics) -> Callable[[Any], None
 @contextmanager
 def _guarded(wrap: Callable[[Any], Any], install: Callable[[Any], None]) -> Iterator[None]:
     """Context manager in which transformers' server is built behind `wrap`, with `install` carried out on its state."""
-    from transformers.cli.serving import server
+    try:
+        from transformers.cli.serving import server
+    except ImportError:
+        raise HalfplateError("serve needs the server of transformers 5.24; run `pip install -U transformers`") from None
 
     plain = server.build_server
 
