@@ -126,6 +126,16 @@ def test_a_client_that_leaves_does_not_stop_the_others(client: Any, server: tupl
         assert other.result() == alone
 
 
+def test_the_other_endpoints(client: Any, server: tuple[str, Path]) -> None:
+    folder = str(server[1])
+    alone = client.completions.create(model=folder, prompt="A small bird", max_tokens=5, temperature=0)
+    assert alone.usage.completion_tokens == 5
+    answer = client.responses.create(
+        model=folder, input="A small bird", max_output_tokens=4, temperature=0, stream=False
+    )
+    assert answer.usage.output_tokens == 4
+
+
 def test_wrong_requests(client: Any, server: tuple[str, Path]) -> None:
     address, folder = server
     with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
