@@ -15,7 +15,7 @@ DEFAULT_METHOD = "armor"
 EVERYDAY = "everyday"  # the built-in recipe for those who choose no format
 EVERYDAY_CHOICE = ("core_dtype",)  # what a budget may vary in it
 # The built-in recipe whose formats a target holds, for those who choose no format.
-OF_TARGET = {"gguf": "gguf-q4", "vllm": "vllm-w4", "gptq": "vllm-w4"}
+OF_TARGET = {"gguf": "gguf-q4", "vllm": "vllm-w4", "gptq": "vllm-w4", "mlx": "mlx-w4"}
 SIZES = ("fit", "fit_ram")  # with one of them, a field that chooses a format is laid over a built-in recipe
 # Fields, and options of the method, that choose a format; the rest of it then has the defaults of Recipe.
 FORMAT = {"method", "pattern", "block_size", "out_block_size", "share_wrappers", "core_dtype", "wrapper_dtype"}

@@ -126,6 +126,8 @@ def _what(record: Mapping[str, Any], base: str, specs: Mapping[str, WeightSpec])
     transforms = recipe.get("transforms")
     if isinstance(transforms, list) and transforms:
         rows.insert(1, ("transforms before compression", ", ".join(f"`{_words(name)}`" for name in transforms)))
+    notes = record.get("notes")
+    rows += [("note", _words(note)) for note in notes] if isinstance(notes, list) else []
     skipped = record.get("skipped")
     if isinstance(skipped, Mapping) and skipped:
         rows.append((f"{len(skipped)} matrices", "not compressed; the reasons are in `halfplate.json`"))

@@ -87,7 +87,7 @@ FIELDS = (
     (
         "--for",
         "TARGET",
-        "program that runs the result: halfplate (default), gguf, vllm or gptq; only formats that it stores exactly are chosen (docs/budget.md)",
+        "program that runs the result: halfplate (default), gguf, vllm, gptq or mlx; only formats that it stores exactly are chosen (docs/budget.md)",
     ),
     ("--search", "HOW", "search within a budget: knapsack (default), or evolution, which also measures the model's KL"),
     ("--generations", "N", "generations of --search evolution (default 20)"),

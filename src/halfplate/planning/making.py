@@ -118,7 +118,7 @@ def plan_source(
     outside = list(of_tables.values())
     others = uncompressed(dense, [*compressed, *of_tables])
     other_nbytes = _other_nbytes(others.values(), source.other_dtype)
-    other_nbytes += sum(tensor.nbytes for tensor in source.further.values())
+    other_nbytes += sum(tensor.values_nbytes for tensor in source.further.values())
     tied = any(spec.same_as is not None for spec in outside) or "lm_head.weight" in (dense.all_tied_weights_keys or {})
     limit = limit_of(recipe, Outside(source, sizes, others, compressed | of_tables, other_nbytes, tied))
     if limit is not None:
