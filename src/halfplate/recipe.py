@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_type_hints
@@ -382,6 +382,12 @@ class Recipe:
         }
         later |= {"fit": None, "fit_ram": None, "context": CONTEXT}
         return {key: value for key, value in values.items() if key not in later or value != later[key]}
+
+
+def defaults_of(recipe: Recipe) -> dict[str, Any]:
+    """The value that every field has unless one is given; that of `samples` depends on the effort."""
+    found = {each.name: each.default for each in fields(Recipe) if each.default is not MISSING}
+    return found | {"samples": WORK[recipe.effort].samples}
 
 
 def _typed_options(method: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:

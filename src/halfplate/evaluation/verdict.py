@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halfplate.recipe import KEEP, Recipe
+from halfplate.recipe import KEEP, Recipe, defaults_of
 
 RECOVERY_MINUTES = 30
 WIDTH = 4096  # of the matrix whose bytes are compared
@@ -153,8 +153,8 @@ def _kept(recipe: Recipe | None) -> list[str]:
     """The options of `recipe` that choose no format, where they are not the defaults."""
     words = list[str]()
     for name in KEPT if recipe is not None else ():
-        value, default = getattr(recipe, name), Recipe.__dataclass_fields__[name].default
-        if value != default:
+        value = getattr(recipe, name)
+        if value != defaults_of(recipe)[name]:
             values = value if isinstance(value, tuple) else (value,)
             words += [f"{_flag(name)}={one}" for one in values]
     return words
