@@ -151,10 +151,12 @@ def _nbytes(recipe: Recipe) -> int:
 
 def _kept(recipe: Recipe | None) -> list[str]:
     """The options of `recipe` that choose no format, where they are not the defaults."""
-    words = list[str]()
-    for name in KEPT if recipe is not None else ():
+    if recipe is None:
+        return []
+    words, defaults = list[str](), defaults_of(recipe)
+    for name in KEPT:
         value = getattr(recipe, name)
-        if value != defaults_of(recipe)[name]:
+        if value != defaults[name]:
             values = value if isinstance(value, tuple) else (value,)
             words += [f"{_flag(name)}={one}" for one in values]
     return words
