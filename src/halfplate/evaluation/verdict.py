@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfplate.recipe import KEEP, Recipe, defaults_of
+from halfplate.recipe_values import types_in
 
 RECOVERY_MINUTES = 30
 WIDTH = 4096  # of the matrix whose bytes are compared
@@ -144,9 +145,10 @@ def _better(recipe: Recipe | None, model: str, folder: str | None) -> tuple[tupl
 
 
 def _nbytes(recipe: Recipe) -> int:
-    """Bytes of a matrix of usual size, with the smallest wrappers if planning chooses them."""
+    """Bytes of a matrix of usual size in the middle of its types, with the smallest wrappers if planning chooses them."""
     block = 1 if recipe.block_size == "auto" and recipe.create_method().wrapped else recipe.block_size
-    return recipe.spec(WIDTH, WIDTH, block if isinstance(block, int) else 0).nbytes
+    size, types = block if isinstance(block, int) else 0, {recipe.core_dtype, *types_in(recipe.types)}
+    return sum(recipe.spec(WIDTH, WIDTH, size, core_dtype).nbytes for core_dtype in types) // len(types)
 
 
 def _kept(recipe: Recipe | None) -> list[str]:
