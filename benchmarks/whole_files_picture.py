@@ -1,6 +1,6 @@
 """Draw KL against the bytes of whole files, ours and llama.cpp's, from the tables of RESULTS.md: docs/pictures/whole_files.svg.
 
-    python benchmarks/whole_files_picture.py
+python benchmarks/whole_files_picture.py
 """
 
 from typing import Any

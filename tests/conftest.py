@@ -107,6 +107,7 @@ SAMPLED = (
     "models/",
     "recovery/",
     "report/test_every_method.py",
+    "runtime/test_architectures.py",
     "runtime/test_decoder.py",
     "solvers/test_armor_gram.py",
     "solvers/test_armor_sweep.py",

@@ -24,6 +24,7 @@ QUICK = ["--samples", "4", "--seq-len", "32"]
 FEW = ["--option", "iterations=2"]  # of ARMOR
 # What makes other commands quick.
 LESS = {
+    "prune": QUICK,
     "recover": ["--tokens", "4096", "--samples", "64", "--seq-len", "32"],
     "eval": ["--windows", "2", "--seq-len", "32"],
     "bench": ["--prompt", "4", "--new-tokens", "2", "--rounds", "1"],
@@ -97,7 +98,7 @@ def test_the_first_page_of_the_site_has_the_commands_of_the_readme(compressed):
     python("index.md")
 
 
-@pytest.mark.parametrize("page", ["budget.md", "export.md", "troubleshooting.md"])
+@pytest.mark.parametrize("page", ["budget.md", "export.md", "pruning.md", "troubleshooting.md"])
 def test_every_command_of_a_page_of_the_site_runs(compressed, capsys, page):
     lines = re.findall(r"^\$ halfplate (.*)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
     assert lines

@@ -31,7 +31,7 @@ LAYERS = (
     "recovery report",
     "budgets",
     "compression",
-    "integrations sweeps verbs",
+    "integrations serving sweeps verbs",
     "halfplate",  # the public names
     "cli",
     "__main__",

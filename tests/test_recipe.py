@@ -204,3 +204,30 @@ def test_an_effort_that_is_not_known_names_the_others():
 def test_values_that_a_field_cannot_have_are_refused(choose, message):
     with pytest.raises(HalfplateError, match=message):
         Recipe(pattern="dense", core_dtype="nl4", budget=0.5, choose=choose)
+
+
+def test_types_of_matrices_by_their_names():
+    recipe = Recipe(pattern="dense", core_dtype="nl4", types=["*.down_proj=nl5", "*.0.*=int8", "*.0.up_proj=nl3"])  # type: ignore[arg-type]
+    found = [recipe.core_dtype_of(f"layers.{name}") for name in ("1.up_proj", "0.down_proj", "0.up_proj")]
+    assert found == ["nl4", "nl5", "int8"]  # the first that matches counts
+    assert Recipe.from_mapping(recipe.to_json()) == recipe
+
+
+def test_one_type_replaces_those_of_a_recipe():
+    assert Recipe.from_yaml("everyday").types
+    assert Recipe.from_yaml("everyday", core_dtype="int4").types == ()
+    assert Recipe.from_yaml("everyday", core_dtype="int4", types=("*.q_proj=int8",)).types == ("*.q_proj=int8",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"types": ["nl5"]}, "types='nl5' is not of the form PATTERN=TYPE; try"),
+        ({"types": ["*.down_proj=nl7"]}, "nl7"),
+        ({"types": ["*.down_proj=bf16"]}, "bf16"),
+        ({"types": ["*=nl5"], "share_wrappers": True, "block_size": 16}, "matrices that share a wrapper have one type"),
+    ],
+)
+def test_types_that_no_core_can_have_are_refused(changes, message):
+    with pytest.raises(HalfplateError, match=message):
+        Recipe(**({"pattern": "dense", "core_dtype": "nl4"} | changes))

@@ -33,7 +33,7 @@ def test_it_runs_by_its_name(name: str, tiny_folder: Path, tmp_path: Path, capsy
 def test_a_name_that_is_none_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", "validate", "smalest-loss"]) == 2
     assert "smallest-loss" in capsys.readouterr().err
-    assert len(recipes.names()) == 14
+    assert len(recipes.names()) == 16
 
 
 def test_every_line_of_a_recipe_is_in_the_help() -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from halfplate.checkpoint.read import inspect_checkpoint as inspect
     from halfplate.checkpoint.read import load
     from halfplate.compression.compress import compress
+    from halfplate.compression.pruning import prune
     from halfplate.evaluation.bench import bench
     from halfplate.evaluation.generate import generate
     from halfplate.evaluation.judge import evaluate
@@ -40,6 +41,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "prune",
     "recover",
     "sweep",
     "write_report",
@@ -57,6 +59,7 @@ _FOUND_IN = {
     "inspect": ("halfplate.checkpoint.read", "inspect_checkpoint"),
     "load": ("halfplate.checkpoint.read", "load"),
     "plan": ("halfplate.verbs", "plan"),
+    "prune": ("halfplate.compression.pruning", "prune"),
     "recover": ("halfplate.verbs", "recover"),
     "sweep": ("halfplate.sweeps", "sweep"),
     "write_report": ("halfplate.verbs", "write_report"),

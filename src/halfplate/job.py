@@ -6,6 +6,7 @@ from functools import cached_property
 from halfplate.methods import Method
 from halfplate.recipe import Recipe
 from halfplate.statistics import Statistic
+from halfplate.transforms import MeasuredTransform, find
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,16 @@ class Job:
         recipe = self.recipe
         chooses = recipe.tune_block > 0 or recipe.budgeted or recipe.ratios != "uniform"
         return self.statistic > Statistic.NONE or chooses
+
+    @cached_property
+    def measures(self) -> bool:
+        """Whether a transform collects statistics of the original model on the calibration text."""
+        return any(isinstance(find(label), MeasuredTransform) for label in self.recipe.transforms)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is a calibration text at all."""
+        return self.runs_text or self.measures
 
     @cached_property
     def corrects(self) -> bool:

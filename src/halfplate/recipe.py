@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_type_hints
+from typing import Any, Literal, Unpack, get_type_hints
 
 from halfplate import methods, transforms
 from halfplate.allocation import CHOSEN, Evolution
@@ -23,7 +23,15 @@ from halfplate.formats.quantizers.rounding import GROUP
 from halfplate.formats.spec import WeightSpec
 from halfplate.methods.base import Method
 from halfplate.pattern import Pattern
-from halfplate.recipe_values import DEFAULT_METHOD, file_values, laid_over, without_recipe
+from halfplate.recipe_values import (
+    DEFAULT_METHOD,
+    RecipeFields,
+    file_values,
+    laid_over,
+    typed_by,
+    types_in,
+    without_recipe,
+)
 from halfplate.registry import available, unknown
 
 VERSION = 1
@@ -31,50 +39,6 @@ VERSION = 1
 KEEP, AUTO = "keep", "auto"
 # Neither changes the result: they are no part of what makes two runs the same.
 WITHOUT_EFFECT = ("threads", "max_kl")
-
-
-class RecipeFields(TypedDict, total=False):
-    """The fields of Recipe as keyword arguments of a function."""
-
-    method: str
-    method_options: Mapping[str, Any]
-    pattern: str
-    block_size: int | Literal["auto"]
-    out_block_size: int | None
-    share_wrappers: bool
-    core_dtype: str
-    wrapper_dtype: str
-    group_size: int
-    embedding_dtype: str
-    head_dtype: str
-    transforms: tuple[str, ...]
-    calibration: str | tuple[str, ...]
-    effort: Effort
-    samples: int
-    seq_len: int
-    seed: int
-    inputs: Literal["dense", "compressed"]
-    cross_damping: float | Literal["none"]
-    token_limit: float | Literal["none"]
-    precision: Literal["auto", "bf16", "fp32"]
-    tune_block: int
-    ratios: Literal["uniform", "owl"]
-    owl_lambda: float
-    budget: float | None
-    time_budget: float | None
-    fit: int | None
-    fit_ram: int | None
-    context: int
-    target: str
-    choose: tuple[str, ...]
-    search: Literal["knapsack", "evolution"]
-    generations: int
-    offspring: int
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    device: str
-    threads: int | None
-    max_kl: float | None
 
 
 def pattern_of(method: str) -> str:
@@ -90,6 +54,7 @@ class Recipe:
     - method, method_options: a name of `halfplate methods`, and its options, e.g. `{"iterations": 20}`
     - pattern: `N:M`, `dense`, or `auto` (`dense` if the method does not prune, else `2:4`)
     - core_dtype, wrapper_dtype: data types of kept values and wrappers
+    - types: `PATTERN=TYPE`, the core_dtype of matrices whose full name matches a shell pattern; the first that matches counts
     - block_size: `auto` (chosen by the plan), 0 for no wrappers, 1 for diagonal wrappers; for slim the rank
     - out_block_size: that of the output wrapper, if it differs
     - share_wrappers: linears with the same input share one input wrapper
@@ -108,6 +73,7 @@ class Recipe:
     - search: `knapsack` over measured errors, or `evolution`, which continues from there with the KL of the model
     - generations, offspring: of the evolution
     - transforms: names of `halfplate.transforms`, applied to the model first, in order; each becomes `name@version`
+    - keep: fraction of the model's parameters that stay after the transform that makes it smaller
     - calibration: `self`, a text file or a Hub data set; or several as `SOURCE:SHARE`, shares of the sequences
     - effort: `quick`, `normal` or `best`: number of samples, and iterations of the method, where the recipe leaves them open
     - samples, seq_len: number and length of the calibration sequences
@@ -128,11 +94,13 @@ class Recipe:
     out_block_size: int | None = None
     share_wrappers: bool = False
     core_dtype: str = "bf16"
+    types: tuple[str, ...] = ()
     wrapper_dtype: str = "bf16"
     group_size: int = GROUP
     embedding_dtype: str = KEEP
     head_dtype: str = KEEP
     transforms: tuple[str, ...] = ()
+    keep: float | None = None
     calibration: str | tuple[str, ...] = "self"
     effort: Effort = "normal"
     samples: int = None  # type: ignore[assignment]  # that of the effort
@@ -180,6 +148,7 @@ class Recipe:
         options = _typed_options(methods.METHODS.get(self.method), self.method_options)
         object.__setattr__(self, "method_options", options)
         object.__setattr__(self, "transforms", tuple(transforms.find(entry).label for entry in self.transforms))
+        transforms.check_keep(self.transforms, self.keep)
         if self.pattern == "auto":
             object.__setattr__(self, "pattern", pattern_of(self.method))
         self._check_shape()
@@ -284,9 +253,14 @@ class Recipe:
             raise HalfplateError(
                 f"out_block_size={self.out_block_size} is negative; expected 0 (no wrapper), 1 (diagonal) or a block size"
             )
+        if self.share_wrappers and self.types:
+            raise HalfplateError(
+                f"share_wrappers=True with types={', '.join(self.types)}: matrices that share a wrapper have one type; leave one of them out"
+            )
         if self.share_wrappers and self.block_size == 0:
             raise HalfplateError("share_wrappers=True with block_size=0 has no wrapper to share; try --block-size 16")
-        method.check_spec(self.spec(1, pattern.m, block))
+        for core_dtype in (self.core_dtype, *types_in(self.types)):
+            method.check_spec(self.spec(1, pattern.m, block, core_dtype))
         scaled = self.core_dtype in QUANTIZERS or self.budgeted or {self.embedding_dtype, self.head_dtype} != {KEEP}
         if self.group_size != GROUP and not scaled:
             raise HalfplateError(
@@ -298,7 +272,11 @@ class Recipe:
                 f"core_dtype={self.core_dtype!r} makes pattern dense no smaller than the model; use {' or '.join(QUANTIZERS)}"
             )
 
-    def spec(self, d_out: int, d_in: int, block: int) -> WeightSpec:
+    def core_dtype_of(self, name: str) -> str:
+        """The type of the core of the matrix with the full name `name`."""
+        return typed_by(self.types, name) or self.core_dtype
+
+    def spec(self, d_out: int, d_in: int, block: int, core_dtype: str | None = None) -> WeightSpec:
         """The specification of a matrix: with wrappers of block size `block`, or a low-rank part of equal size, depending on the method."""
         method = self.create_method()
         wrapper, rank = (0, block) if method.low_rank else (block, 0)
@@ -307,7 +285,7 @@ class Recipe:
             d_out,
             d_in,
             self.parsed_pattern,
-            self.core_dtype,
+            core_dtype or self.core_dtype,
             out_wrapper,
             wrapper,
             self.wrapper_dtype,
@@ -384,6 +362,7 @@ class Recipe:
             "calibration": list(self.calibration) if isinstance(self.calibration, tuple) else self.calibration,
             "transforms": list(self.transforms),
             "choose": list(self.choose),
+            "types": list(self.types),
             "include": list(self.include),
             "exclude": list(self.exclude),
         }
@@ -394,13 +373,21 @@ class Recipe:
         # A recipe that leaves these out is what it was before there were any.
         later: dict[str, Any] = {
             "transforms": [],
+            "keep": None,
             "embedding_dtype": KEEP,
             "head_dtype": KEEP,
             "target": HALFPLATE.name,
             "effort": "normal",
+            "types": [],
         }
         later |= {"fit": None, "fit_ram": None, "context": CONTEXT}
         return {key: value for key, value in values.items() if key not in later or value != later[key]}
+
+
+def defaults_of(recipe: Recipe) -> dict[str, Any]:
+    """The value that every field has unless one is given; that of `samples` depends on the effort."""
+    found = {each.name: each.default for each in fields(Recipe) if each.default is not MISSING}
+    return found | {"samples": WORK[recipe.effort].samples}
 
 
 def _typed_options(method: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,23 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from halfplate import plain_yaml, recipes
+from halfplate.effort import Effort
 from halfplate.errors import HalfplateError
 
 DEFAULT_METHOD = "armor"
 EVERYDAY = "everyday"  # the built-in recipe for those who choose no format
 EVERYDAY_CHOICE = ("core_dtype",)  # what a budget may vary in it
 # The built-in recipe whose formats a target holds, for those who choose no format.
-OF_TARGET = {"gguf": "gguf-q4", "vllm": "vllm-w4", "gptq": "vllm-w4"}
+OF_TARGET = {"gguf": "gguf-q4", "vllm": "vllm-w4", "gptq": "vllm-w4", "mlx": "mlx-w4"}
 SIZES = ("fit", "fit_ram")  # with one of them, a field that chooses a format is laid over a built-in recipe
 # Fields, and options of the method, that choose a format; the rest of it then has the defaults of Recipe.
 FORMAT = {"method", "pattern", "block_size", "out_block_size", "share_wrappers", "core_dtype", "wrapper_dtype"}
 FORMAT |= {"time_budget", "choose", "search", "ratios"}
 FORMAT_OPTIONS = {"solver", "objective"}
+
+
+class RecipeFields(TypedDict, total=False):
+    """The fields of Recipe as keyword arguments of a function."""
+
+    method: str
+    method_options: Mapping[str, Any]
+    pattern: str
+    block_size: int | Literal["auto"]
+    out_block_size: int | None
+    share_wrappers: bool
+    core_dtype: str
+    wrapper_dtype: str
+    types: tuple[str, ...]
+    group_size: int
+    embedding_dtype: str
+    head_dtype: str
+    transforms: tuple[str, ...]
+    keep: float | None
+    calibration: str | tuple[str, ...]
+    effort: Effort
+    samples: int
+    seq_len: int
+    seed: int
+    inputs: Literal["dense", "compressed"]
+    cross_damping: float | Literal["none"]
+    token_limit: float | Literal["none"]
+    precision: Literal["auto", "bf16", "fp32"]
+    tune_block: int
+    ratios: Literal["uniform", "owl"]
+    owl_lambda: float
+    budget: float | None
+    time_budget: float | None
+    fit: int | None
+    fit_ram: int | None
+    context: int
+    target: str
+    choose: tuple[str, ...]
+    search: Literal["knapsack", "evolution"]
+    generations: int
+    offspring: int
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    device: str
+    threads: int | None
+    max_kl: float | None
 
 
 def without_recipe(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,7 +89,12 @@ def chooses_format(changes: Mapping[str, Any]) -> bool:
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Override the values of `below` by those of `above`. Options of the method are added to those below, unless the method changes."""
+    """Override the values of `below` by those of `above`. Options of the method are added to those below, unless the method changes.
+
+    A `core_dtype` above replaces all types below.
+    """
+    if "core_dtype" in above and "types" not in above:
+        below = {name: value for name, value in below.items() if name != "types"}  # one type is asked for
     method = below.get("method", DEFAULT_METHOD)
     kept = below.get("method_options", {}) if above.get("method", method) == method else {}
     added = above.get("method_options", {})
@@ -70,3 +123,20 @@ def file_values(path: str | Path) -> dict[str, Any]:
             f"recipe={str(path)!r} holds a {type(values).__name__}, expected a mapping; write one `name: value` per line"
         )
     return values
+
+
+def types_in(entries: Sequence[str]) -> list[str]:
+    """The core_dtype of each entry `PATTERN=TYPE`; raises HalfplateError for an entry of another form."""
+    found = []
+    for entry in entries:
+        pattern, equals, core_dtype = entry.partition("=")
+        if not (pattern and equals and core_dtype):
+            raise HalfplateError(f"types={entry!r} is not of the form PATTERN=TYPE; try '*.down_proj=nl5'")
+        found.append(core_dtype)
+    return found
+
+
+def typed_by(entries: Sequence[str], name: str) -> str | None:
+    """The core_dtype of the first entry whose pattern matches `name`; None if there is none."""
+    pairs = (entry.partition("=") for entry in entries)
+    return next((core_dtype for pattern, _, core_dtype in pairs if fnmatchcase(name, pattern)), None)

@@ -8,7 +8,8 @@ from typing import Any, Unpack
 from halfplate.arguments import path_text
 from halfplate.errors import HalfplateError
 from halfplate.planning import Plan, make_plan
-from halfplate.recipe import Recipe, RecipeFields
+from halfplate.recipe import Recipe
+from halfplate.recipe_values import RecipeFields
 from halfplate.recovery import job as recovery
 from halfplate.recovery.settings import Recovery
 from halfplate.registry import unknown

@@ -60,7 +60,9 @@ def test_a_field_may_be_limited_to_some_values():
     dense = replace(SPEC, pattern=Pattern.parse("dense"), core_dtype="nl4", out_block=0, in_block=0)
     found = candidates(dense, ARMOR, ["core_dtype=nl4+nl5"])
     assert [spec.core_dtype for spec in found] == ["nl4", "nl5"]
-    named = candidates(dense, ARMOR, ["core_dtype=nl4k+int6", "group_size=32+64"])  # the first is none that is offered by itself
+    named = candidates(
+        dense, ARMOR, ["core_dtype=nl4k+int6", "group_size=32+64"]
+    )  # the first is none that is offered by itself
     assert {(spec.core_dtype, spec.group) for spec in named} >= {("nl4k", 32), ("nl4k", 64), ("int6", 32), ("int6", 64)}
     blocks = candidates(SPEC, ARMOR, ["block_size=0+8"])
     assert {spec.in_block for spec in blocks} <= {0, 8, SPEC.in_block}

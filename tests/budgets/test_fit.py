@@ -119,7 +119,7 @@ def test_targets_refuse_models_that_they_cannot_hold(
 
 
 def test_candidates_are_what_a_target_holds() -> None:
-    for d_in, target in ((256, "gguf"), (96, "gguf"), (256, "vllm"), (96, "gptq")):
+    for d_in, target in ((256, "gguf"), (96, "gguf"), (256, "vllm"), (96, "gptq"), (96, "mlx")):
         spec = WeightSpec(64, d_in, DENSE, "int4", group=32)
         found = candidates(spec, RTN, ("core_dtype",), TARGETS[target])
         assert len(found) > 1
@@ -137,7 +137,7 @@ def test_candidates_are_what_a_target_holds() -> None:
     assert table_candidates(odd, (), TARGETS["vllm"]) == [odd]
 
 
-@pytest.mark.parametrize("core_dtype", ["int8", "int6k", "affine5k", "affine4k", "nl4", "int3k", "affine2k"])
+@pytest.mark.parametrize("core_dtype", ["int8", "int6k", "affine5k", "affine4k", "nl4", "nl4s", "int3k", "affine2k"])
 def test_bytes_of_a_gguf_file_are_those_of_its_blocks(core_dtype: str) -> None:
     spec = WeightSpec(3, 512, DENSE, core_dtype, group=32)
     import torch
@@ -199,10 +199,10 @@ def _written(out: Path, target: str, folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "target", ["gguf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("halfplate", "vllm", "gptq"))]
+    "target", ["gguf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("halfplate", "vllm", "gptq", "mlx"))]
 )
 def test_a_size_is_kept_and_used(target: str, wide: Path, tmp_path: Path) -> None:
-    asked = {"gguf": 600_000, "halfplate": 600_000, "gptq": 800_000, "vllm": 1_250_000}[target]
+    asked = {"gguf": 600_000, "halfplate": 600_000, "gptq": 800_000, "vllm": 1_250_000, "mlx": 900_000}[target]
     recipe = Recipe.of(fit=asked, target=target, **QUICK)
     summary = compress(str(wide), tmp_path / "out", recipe, check=False)
     # Of a model this small, the allowance for headers is a large part.

@@ -120,5 +120,5 @@ def test_the_verbs_are_attributes() -> None:
     assert callable(halfplate.export)
     assert {"plan", "compress", "load", "evaluate", "export", "HalfplateError"} <= set(dir(halfplate))
     assert isinstance(halfplate.__version__, str)
-    with pytest.raises(AttributeError, match="no attribute 'prune'"):
-        halfplate.prune  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'squeeze'"):
+        halfplate.squeeze  # noqa: B018

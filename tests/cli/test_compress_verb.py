@@ -131,8 +131,8 @@ def test_recipe_file_and_flags(halfplate, tiny_folder, tmp_path, text_file):
     assert summary["recipe"]["method_options"] == {"damping": 0.1, "column_block": 8}
     assert (summary["calibration"]["samples"], summary["calibration"]["seq_len"]) == (3, 16)
     # Equal results have equal records, also of recipes that leave out what there was not before.
-    without_effect = {"threads", "max_kl", "transforms", "embedding_dtype", "head_dtype"}
-    without_effect |= {"fit", "fit_ram", "context", "target"}
+    without_effect = {"threads", "max_kl", "transforms", "keep", "embedding_dtype", "head_dtype"}
+    without_effect |= {"fit", "fit_ram", "context", "target", "effort", "types"}
     stored = {key: value for key, value in summary["recipe"].items() if key not in without_effect}
     assert json.loads((out / "halfplate.json").read_text())["recipe"] == stored
 

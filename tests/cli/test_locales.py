@@ -25,7 +25,7 @@ def places(tiny_folder: Path, tmp_path: Path) -> dict[str, str]:
     tiny_folder.rename(folder)
     text = tmp_path / "récit中.txt"
     text.write_text("Café 中 🙂 near the house, and Tom saw a bird. " * 30, encoding="utf-8")
-    made = {name: str(tmp_path / f"{name}→中") for name in ("OUT", "DENSE", "RECOVERED", "SWEPT")} | {
+    made = {name: str(tmp_path / f"{name}→中") for name in ("OUT", "DENSE", "PRUNED", "RECOVERED", "SWEPT")} | {
         "SAMPLED": str(tmp_path / "中→.jsonl")
     }
     sweep = tmp_path / "suite→中.yaml"
@@ -62,6 +62,7 @@ COMMANDS = [
         "2",
     ],
     ["sample", "MODEL", "-o", "SAMPLED", "--samples", "2", "--seq-len", "16"],
+    ["prune", "MODEL", "-o", "PRUNED", "--keep", "0.9", *QUICK, "--calibration", "TEXT"],
     ["export", "OUT", "-o", "DENSE"],
     ["recover", "OUT", "--teacher", "MODEL", "-o", "RECOVERED", "--tokens", "16", "--text", "TEXT", "--seq-len", "16"],
     ["recipe", "show", "default"],

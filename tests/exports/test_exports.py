@@ -195,6 +195,33 @@ def test_transformers_computes_with_compressed_tensors(
         assert torch.equal(theirs(IDS).logits, halfplate.load(out, kernels=False)(IDS).logits)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"core_dtype": "int3"},
+        {"core_dtype": "int8"},
+        {"core_dtype": "int4", "budget": 0.4, "target": "gptq", "choose": ["core_dtype"]},
+    ],
+)
+def test_gptqmodel_computes_with_the_folder(
+    fields: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Modules of one format, and of several, which `dynamic` names. Its kernel for CPUs multiplies in fp16."""
+    theirs = pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+    out = checkpoint(**{"group_size": 64} | fields)
+    export(out, tmp_path / "folder", "gptq")
+    loaded = theirs.GPTQModel.load(
+        str(tmp_path / "folder"), backend=theirs.BACKEND.TORCH, device="cpu", dtype=torch.float16
+    ).model
+    model = halfplate.load(out, kernels=False)
+    for name, linear in loaded.named_modules():
+        if name.endswith("_proj"):
+            matrix = model.get_submodule(name).matrix.dense()  # type: ignore[operator, union-attr]
+            assert torch.equal(linear.dequantize_weight().T.half(), matrix.half()), name
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits.float(), model(IDS).logits, rtol=0.02, atol=0.05)
+
+
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
 def test_what_a_folder_cannot_hold(
     format: str, checkpoint: Callable[..., Path], tiny_folder: Path, tmp_path: Path
@@ -226,10 +253,10 @@ def test_a_folder_that_differs_is_refused(
 ) -> None:
     from halfplate.exports import packed_folder
 
-    def turned(*args: Any) -> tuple[Tensor, Tensor]:
-        codes, scales = plain(*args)
-        codes[3, 5] ^= 1
-        return codes, scales
+    def turned(*args: Any) -> packed_folder.Codes:
+        found = plain(*args)
+        found.codes[3, 5] ^= 1
+        return found
 
     plain = packed_folder._codes
     monkeypatch.setattr(packed_folder, "_codes", turned)

@@ -63,10 +63,12 @@ def exported(folder: Path, tmp_path: Path, **fields: Any) -> str:
         ("rtn", "affine5k", 32, "Q5_K"),
         ("rtn", "int6k", 16, "Q6_K"),
         ("rtn", "affine2k", 16, "Q2_K"),
+        ("rtn", "nl4s", 32, "IQ4_XS"),
         pytest.param("armor", "int3k", 16, "Q3_K", marks=pytest.mark.slow),
         pytest.param("armor", "int6k", 16, "Q6_K", marks=pytest.mark.slow),
         pytest.param("armor", "affine2k", 16, "Q2_K", marks=pytest.mark.slow),
         pytest.param("armor", "affine4k", 32, "Q4_K", marks=pytest.mark.slow),
+        pytest.param("armor", "nl4s", 32, "IQ4_XS", marks=pytest.mark.slow),
     ],
 )
 def test_no_tensor_differs(

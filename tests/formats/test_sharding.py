@@ -38,7 +38,7 @@ def matrix_of(spec, seed=0):
 
 def core_of(weight, mask, spec):
     quantizer = QUANTIZERS.get(spec.core_dtype) if spec.core_dtype in QUANTIZERS else None
-    if quantizer is None or not spec.core_dtype.endswith("k"):
+    if quantizer is None or not spec.core_dtype.endswith(("k", "s")):
         return NMSparse.from_dense(weight, mask, spec.pattern, spec.core_dtype, spec.group)
     # Scales under super-scales cannot be chosen freely: small multiples of 2^-8 are storable.
     generator = torch.Generator().manual_seed(7)

@@ -82,8 +82,8 @@ def test_cores_with_super_scales_have_the_values_of_the_definition(name: str, d_
     again = NMSparse.joined([core.rows(WeightSpec(1, d_in, DENSE, name, group=group), row) for row in range(3)])
     assert all(torch.equal(again.tensors()[key], part) for key, part in tensors.items())
     # They cost hardly more error than fp16 scales.
-    plain = round_groups(weight, QUANTIZERS.get(name.removesuffix("k")), group)
-    free = QUANTIZERS.get(name.removesuffix("k"))
+    plain = round_groups(weight, QUANTIZERS.get(name.rstrip("ks")), group)
+    free = QUANTIZERS.get(name.rstrip("ks"))
     values = free.decode(plain[0], *(part.float().repeat_interleave(group, 1)[:, :d_in] for part in plain[1]))
     assert (core.dense() - weight).square().sum() < 1.25 * (values - weight).square().sum()
 

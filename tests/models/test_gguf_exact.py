@@ -37,6 +37,7 @@ TYPES = {
     "nl5": "Q8_0",
     "int3k": "Q4_0",
     "nl4k": "IQ4_NL",
+    "nl4s": "IQ4_NL",
     "int6k": "Q8_0",
     "nl3k": "Q8_0",
     "nl5k": "Q8_0",

@@ -15,6 +15,7 @@ from gguf_cores import core_of, difficult
 from torch import nn
 
 from halfplate.formats import Chain, CompressedLinear, WeightSpec
+from halfplate.formats.quantizers.table import NON_LINEAR
 from halfplate.models import gguf
 from halfplate.models.experts import linear_experts
 from halfplate.models.gguf_blocks import block_type
@@ -31,13 +32,14 @@ SUPER_TYPES = {
     "affine3k": "Q4_K",
     "int3k": "Q3_K",
     "affine2k": "Q2_K",
+    "nl4s": "IQ4_XS",
 }
 
 
 def naive_super(kind: str, row: bytes, columns: int) -> list[float]:
     """The values of a row of a K type, value by value, as the comments of ggml's structures word them."""
     values: list[float] = []
-    size = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}[kind]
+    size = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "IQ4_XS": 136}[kind]
     for start in range(0, columns // 256 * size, size):
         block = row[start : start + size]
         for k in range(256):
@@ -53,6 +55,13 @@ def naive_super(kind: str, row: bytes, columns: int) -> list[float]:
                 if kind == "Q5_K":
                     code |= (block[16 + k % 32] >> g & 1) << 4
                 values.append(d * scale * code - dmin * minimum)
+                continue
+            if kind == "IQ4_XS":
+                d, high = struct.unpack_from("<eH", block)
+                g = k // 32
+                scale = block[4 + g // 2] >> (4 if g % 2 else 0) & 15 | (high >> 2 * g & 3) << 4
+                code = block[8 + 16 * g + k % 16] >> (4 if k % 32 >= 16 else 0) & 15
+                values.append(d * (scale - 32) * NON_LINEAR[code])
                 continue
             pair = k // 128 * 32 + k % 32, k % 128 // 32 * 2  # byte and shift of two bits
             if kind == "Q2_K":
@@ -78,7 +87,7 @@ def naive_super(kind: str, row: bytes, columns: int) -> list[float]:
 @pytest.mark.parametrize("core_dtype", SUPER_TYPES)
 def test_super_blocks_hold_the_values_of_the_core(core_dtype: str, group: int) -> None:
     kind = block_type(WeightSpec(5, 768, pattern=DENSE, core_dtype=core_dtype, group=group))
-    if group == 16 and SUPER_TYPES[core_dtype] in ("Q4_K", "Q5_K"):  # whose groups have 32 values
+    if group == 16 and SUPER_TYPES[core_dtype] in ("Q4_K", "Q5_K", "IQ4_XS"):  # whose groups have 32 values
         assert kind is None
         return
     assert kind is not None
@@ -127,7 +136,7 @@ def read_equals(model: Any, path: Path, embedding_type: str | None, half: bool =
     return tensors, check_header(path)
 
 
-@pytest.mark.parametrize("embedding", ["Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_NL", "Q4_1", "Q5_1"])
+@pytest.mark.parametrize("embedding", ["Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS", "Q4_1", "Q5_1"])
 def test_a_file_of_k_types(embedding: str, tmp_path: Path) -> None:
     turns = [("affine4k", 32), ("int6k", 16), ("affine5k", 32), ("int3k", 16), ("affine2k", 16), ("int8", 32)]
     model = replaced(cases.build(WIDE), turns)
@@ -138,7 +147,9 @@ def test_a_file_of_k_types(embedding: str, tmp_path: Path) -> None:
     assert contents.metadata["general.file_type"] in (10, 12, 15, 17, 18, 7)
 
 
-@pytest.mark.parametrize(("core_dtype", "number"), [("affine4k", 14), ("affine5k", 16), ("int3k", 11), ("int6k", 18)])
+@pytest.mark.parametrize(
+    ("core_dtype", "number"), [("affine4k", 14), ("affine5k", 16), ("int3k", 11), ("int6k", 18), ("nl4s", 30)]
+)
 def test_the_file_type_of_one_k_type(core_dtype: str, number: int, tmp_path: Path) -> None:
     model = replaced(cases.build(WIDE), [(core_dtype, 32)])
     _, contents = read_equals(model, tmp_path / "model.gguf", None)

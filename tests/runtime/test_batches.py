@@ -10,7 +10,7 @@ from halfplate.kernels import native
 from halfplate.models.arguments import cache_argument
 from halfplate.runtime import accelerate
 from halfplate.runtime.cache import GrowingCache
-from halfplate.runtime.decoder import NativeDecoder
+from halfplate.runtime.native_step import NativeDecoder
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 

@@ -14,7 +14,8 @@ from halfplate.kernels import native
 from halfplate.models.arguments import OLD_CACHE_ARGUMENT, cache_argument
 from halfplate.runtime import accelerate, greedy, restore
 from halfplate.runtime.cache import ROOM, GrowingCache
-from halfplate.runtime.decoder import NativeDecoder, NativeDecoding
+from halfplate.runtime.decoder import NativeDecoding
+from halfplate.runtime.native_step import NativeDecoder
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 
@@ -101,6 +102,7 @@ def counted(model, monkeypatch):
     [
         ({"do_sample": True, "temperature": 0.9, "top_k": 20}, True),
         ({"do_sample": False, "repetition_penalty": 1.3}, True),
+        ({"do_sample": False, "cache_implementation": "hybrid"}, True),
         ({"do_sample": False, "use_cache": False}, False),
         ({"do_sample": False, "cache_implementation": "static"}, False),
         ({"do_sample": False, "prompt_lookup_num_tokens": 2}, False),
@@ -184,11 +186,11 @@ def test_a_cache_is_cropped_and_reset_like_transformers_own(tiny_model):
 @pytest.mark.parametrize(
     ("architecture", "options", "reason"),
     [
-        ("gemma2", {}, "Gemma2ForCausalLM has no native step"),
-        ("mistral", {}, "sliding window"),
-        ("qwen2", {}, "sliding window"),
-        ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "type 'dynamic'"),
+        ("opt", {}, "OPTForCausalLM has no native step"),
+        ("llama", {"hidden_act": "relu"}, "the activation 'relu' has no native step"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "type dynamic"),
+        ("olmo", {"clip_qkv": 0.5}, "clip_qkv=0.5 has no native step"),
+        ("mixtral", {"num_local_experts": 4}, "the experts of layer 0 are not separate linears"),
     ],
 )
 def test_models_of_another_kind_say_why(tiny_model, architecture, options, reason):
@@ -286,10 +288,13 @@ def test_copies_and_pickles_decode_natively_on_their_own(fast, monkeypatch, dupl
     assert len(steps) == 29
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("llama", torch.bfloat16), ("llama", torch.float16), ("gemma3_text", torch.bfloat16), ("gemma2", torch.float16)],
+)
 @torch.no_grad()
-def test_a_model_in_halves_decodes_natively(tiny_model, monkeypatch, dtype):
-    plain = tiny_model().to(dtype)
+def test_a_model_in_halves_decodes_natively(tiny_model, monkeypatch, architecture, dtype):
+    plain = tiny_model(architecture).to(dtype)
     fast = copy.deepcopy(plain)
     assert accelerate(fast).decoder == "native"
     steps = counted(fast, monkeypatch)

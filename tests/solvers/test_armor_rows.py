@@ -113,5 +113,5 @@ def test_scales_under_super_scales_work_between_wrappers(pattern):
 
 def test_which_quantizers_are_solved_by_rows():
     assert [name for name in QUANTIZERS if needs_rows(QUANTIZERS.get(name))] == [
-        name for name in QUANTIZERS if name.startswith("affine") or name.endswith("k")
+        name for name in QUANTIZERS if name.startswith("affine") or name.endswith(("k", "s"))
     ]

@@ -105,7 +105,7 @@ def a_decoder(chance: random.Random) -> Operator:
     from conftest import build_model
 
     architecture, options = chance.choice(
-        (("llama", {}), ("qwen3", {"use_sliding_window": False, "layer_types": None}), ("llama", {"head_dim": 20}))
+        (("llama", {}), ("qwen3", {"head_dim": 20}), ("gemma2", {}), ("gemma3_text", {}), ("phi3", {}), ("olmo2", {}))
     )
     plain = build_model(architecture, seed=chance.randrange(100), **options)
     ids = torch.tensor([[chance.randrange(3, 128) for _ in range(8)]])

@@ -76,7 +76,7 @@ def saved(form, tokenizer, folder, **more):
 
 def converted(source, place, report=silent):
     work = WorkFolder(place)
-    return transformed(source, plan_source(source, RECIPE), work, report)[1], work
+    return transformed(source, plan_source(source, RECIPE).transforms, RECIPE, work, report)[1], work
 
 
 def digests(folder):

@@ -58,7 +58,7 @@ def test_the_matrix_is_orthogonal_and_spreads_every_axis(size):
 def test_it_is_the_same_model(tiny_tokenizer, tmp_path, architecture, options):
     source = saved(tiny_tokenizer, tmp_path / "model", architecture, **options)
     plan = plan_source(source, Recipe(transforms=["rotate"], **INT8))
-    result = transformed(source, plan, WorkFolder(tmp_path / "out"), silent)[1]
+    result = transformed(source, plan.transforms, plan.recipe, WorkFolder(tmp_path / "out"), silent)[1]
     with StreamedModel(result).running(held=True) as model, torch.no_grad():
         found = model(IDS, use_cache=False).logits
     torch.testing.assert_close(found, load_dense(source).model(IDS).logits, rtol=0, atol=1e-4)

@@ -102,7 +102,7 @@ class Target:
 def _gguf_cores(spec: WeightSpec) -> Sequence[Core]:
     """Types of llama.cpp by their quantizers; K types hold the same bits with less error, where blocks of 256 fit."""
     if spec.d_in % SUPER_WIDTH == 0:
-        supers = (("int6k", 16), ("affine5k", 32), ("affine4k", 32), ("int3k", 16), ("affine2k", 16))
+        supers = (("int6k", 16), ("affine5k", 32), ("affine4k", 32), ("nl4s", 32), ("int3k", 16), ("affine2k", 16))
         return (("int8", 32), ("nl4", 32), ("int4", 32), *supers)
     if spec.d_in % WIDTH == 0:
         return tuple((core, 32) for core in ("int8", "affine5", "int5", "affine4", "nl4", "int4"))
@@ -139,6 +139,27 @@ def _words(
         return tuple((core, group) for core in cores for group in fitting)
 
     return offered, bits
+
+
+def _mlx_cores(spec: WeightSpec) -> Sequence[Core]:
+    """MLX stores a minimum for every group, so those of values around 0 save nothing."""
+    fitting = [
+        group for group in GROUPS[:2] if spec.d_in % group == 0
+    ]  # 128 saves a quarter of a bit, for half as many measurements more
+    cores = ("affine2", "affine3", "affine4", "affine5", "int6", "int8")
+    return tuple((core, group) for core in cores for group in fitting)
+
+
+def _mlx_tables(spec: WeightSpec) -> Sequence[Core]:
+    return tuple((core, group) for core, group in _mlx_cores(spec) if core in ("affine4", "int6", "int8"))
+
+
+def _mlx_bits(spec: WeightSpec) -> float | None:
+    own = spec.core_dtype in QUANTIZERS.own and spec.core_dtype.startswith(("affine", "int", "nl"))
+    if not own or spec.group not in GROUPS or spec.d_in % spec.group:
+        return None
+    code = 8 if spec.core_dtype.startswith("nl") else QUANTIZERS.get(spec.core_dtype).bits
+    return code + 2 * FLOAT_BITS / spec.group
 
 
 def _alone(names: Iterable[str]) -> list[list[str]]:
@@ -184,4 +205,5 @@ GGUF = Target("gguf", "GGUF file", _gguf_cores, _gguf_tables, _gguf_bits, _stack
 _VLLM, _GPTQ = _words(("int4", "int8"), 1, False), _words(("int2", "int3", "int4", "int8"), 32, True)
 VLLM = Target("vllm", "folder of compressed-tensors", _VLLM[0], lambda spec: (), _VLLM[1], _fused, experts=False)
 GPTQ = Target("gptq", "folder of GPTQ", _GPTQ[0], lambda spec: (), _GPTQ[1], _fused, experts=False)
-TARGETS = {target.name: target for target in (HALFPLATE, GGUF, VLLM, GPTQ)}
+MLX = Target("mlx", "folder of MLX", _mlx_cores, _mlx_tables, _mlx_bits, _alone, experts=False)
+TARGETS = {target.name: target for target in (HALFPLATE, GGUF, VLLM, GPTQ, MLX)}

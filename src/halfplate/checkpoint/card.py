@@ -45,8 +45,10 @@ model = AUTO.from_pretrained(FOLDER)  # this folder, or where it was uploaded to
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
-This is an ordinary model of full size. It does not need Halfplate, and has the speed of the original.
+KIND It does not need Halfplate.
 """
+FULL_SIZE = "This is an ordinary model of full size, and has the speed of the original."
+SMALLER = "This is an ordinary model with fewer parameters than the original."
 
 
 def write_card(folder: Path, record: Mapping[str, Any]) -> None:
@@ -60,22 +62,37 @@ def model_card(folder: Path, record: Mapping[str, Any]) -> str:
     compressed = isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
     specs = read_specs(folder) if compressed else {}
     base = _words(record.get("model")) or "a model"
-    title = f"# {Path(base).name}, compressed by Halfplate" if specs else f"# {Path(base).name}, an uncompressed copy"
-    parts = [_front_matter(record, bool(specs)), title]
-    if specs:
+    pruned = record.get("pruned")
+    kind = "compressed by Halfplate" if specs else "pruned by Halfplate" if pruned else "an uncompressed copy"
+    parts = [_front_matter(record, bool(specs)), f"# {Path(base).name}, {kind}"]
+    if isinstance(pruned, Mapping) and not specs:
+        parts += [_table(("", ""), _pruned(record, base, pruned)), "## Quality", _quality(record)]
+    elif specs:
         parts += [_what(record, base, specs), "## Bytes", _bytes(folder, specs), "## Quality", _quality(record)]
     else:
         parts.append(f"Written by Halfplate from `{Path(base).name}`.")
-    parts += ["## Loading", _loading(folder, bool(specs)), "## Licence", _licence(record)]
+    parts += ["## Loading", _loading(folder, bool(specs), bool(pruned)), "## Licence", _licence(record)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _loading(folder: Path, compressed: bool) -> str:
+def _pruned(record: Mapping[str, Any], base: str, pruned: Mapping[str, Any]) -> list[tuple[str, str]]:
+    names = pruned.get("transforms")
+    return [
+        ("base model", f"`{Path(base).name}`"),
+        ("transforms", ", ".join(f"`{_words(name)}`" for name in names) if isinstance(names, list) else "not recorded"),
+        ("what stays", _words(pruned.get("told"))),
+        ("parameters", f"{_words(pruned.get('parameters'))} of {_words(pruned.get('dense_parameters'))}"),
+        ("calibration", _calibration(record.get("calibration")) or "none"),
+    ]
+
+
+def _loading(folder: Path, compressed: bool, pruned: bool) -> str:
     """How to load the model, with the class that loads all its parts."""
     entries = read_json(folder / CONFIG_FILE)
     parts = any(isinstance(entries.get(key), dict) for key in ("vision_config", "audio_config", "text_config"))
     auto = "AutoModelForMultimodalLM" if parts else "AutoModelForCausalLM"
-    return (LOADING if compressed else LOADING_DENSE).replace("AUTO", auto)
+    text = LOADING if compressed else LOADING_DENSE.replace("KIND", SMALLER if pruned else FULL_SIZE)
+    return text.replace("AUTO", auto)
 
 
 def _front_matter(record: Mapping[str, Any], compressed: bool) -> str:
@@ -109,6 +126,8 @@ def _what(record: Mapping[str, Any], base: str, specs: Mapping[str, WeightSpec])
     transforms = recipe.get("transforms")
     if isinstance(transforms, list) and transforms:
         rows.insert(1, ("transforms before compression", ", ".join(f"`{_words(name)}`" for name in transforms)))
+    notes = record.get("notes")
+    rows += [("note", _words(note)) for note in notes] if isinstance(notes, list) else []
     skipped = record.get("skipped")
     if isinstance(skipped, Mapping) and skipped:
         rows.append((f"{len(skipped)} matrices", "not compressed; the reasons are in `halfplate.json`"))

@@ -97,6 +97,15 @@ def read_specs(folder: Path) -> dict[str, WeightSpec]:
     return parse_modules(quantization.get("version"), quantization.get("modules"), quantization.get("needs"))
 
 
+def pruning_of(folder: Path) -> dict[str, Any] | None:
+    """What `halfplate prune` recorded in `folder`, or in the model that the checkpoint there was made from; None without it."""
+    try:
+        found = read_record(folder).get("pruned")
+    except HalfplateError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def other_dtype(folder: Path) -> torch.dtype:
     """The element type of the uncompressed tensors of a checkpoint; raises HalfplateError if it is not given."""
     named = read_json(folder / CONFIG_FILE).get("dtype")

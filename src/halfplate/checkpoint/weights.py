@@ -11,7 +11,7 @@ from halfplate.errors import HalfplateError
 from halfplate.formats.parts.core import INDEX as POSITIONS
 from halfplate.formats.spec import WeightSpec
 from halfplate.storage.shards import INDEX, SINGLE, weight_map_of, write_shards
-from halfplate.storage.tensor_file import KINDS, DamagedFile, StoredTensor, TensorFileWriter, read_header
+from halfplate.storage.tensor_file import KINDS, DamagedFile, StoredTensor, TensorFileWriter, read_header, sha256_of
 
 CURE = "copy or write the checkpoint again"
 
@@ -101,6 +101,16 @@ def check_layout(found: Mapping[str, StoredTensor], specs: Mapping[str, WeightSp
 
 def _words(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} {shape}"
+
+
+def read_back(folder: Path, checksums: Mapping[str, str]) -> None:
+    """Raise HalfplateError unless the files in `folder` hold the tensors with these checksums."""
+    found = read_headers(folder)
+    for name, checksum in checksums.items():
+        if name not in found or sha256_of(found[name]) != checksum:
+            raise HalfplateError(
+                f"out={str(folder)!r}: read back, {name} differs from the model; the disk or memory may be faulty, write it again or report this"
+            )
 
 
 def write_tensors(

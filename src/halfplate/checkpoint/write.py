@@ -44,6 +44,7 @@ def write_checkpoint(
 ) -> None:
     """Write `model`, with a compressed module under each name in `specs`, to the folder `out`, whole or not at all.
 
+    specs: none for an ordinary model, which needs no Halfplate.
     record: content of `halfplate.json`; versions and the checksum of each tensor are added.
     other_dtype: element type of all floating-point tensors outside compressed matrices; the model is rounded to it in place
         (`round_others`), so that it computes the same as the checkpoint.
@@ -55,7 +56,7 @@ def write_checkpoint(
     check_shared(specs)
     with new_folder(Path(out), overwrite, partial) as folder:
         round_others(model, other_dtype)
-        quantization = HalfplateConfig.from_specs(specs, bool(experts_of(model)))
+        quantization = HalfplateConfig.from_specs(specs, bool(experts_of(model))) if specs else None
         checksums = write_model(model, tokenizer, folder, other_dtype, quantization, max_shard_nbytes, beside)
         write_record(folder, record | {"tensors": checksums})
 

@@ -22,6 +22,7 @@ from halfplate.cli import (
     inspect,
     methods,
     plan,
+    prune,
     recipe,
     recover,
     report,
@@ -39,6 +40,7 @@ LONGEST = 2000  # most characters of an error message
 VERBS: dict[str, Any] = {
     "plan": plan,
     "compress": compress,
+    "prune": prune,
     "recover": recover,
     "eval": evaluate,
     "bench": bench,

@@ -1,4 +1,4 @@
-"""Write a checkpoint or an original model in the format of another tool: a Hugging Face folder, a GGUF file, compressed-tensors or GPTQ."""
+"""Write a checkpoint or an original model in the format of another tool: a Hugging Face folder, a GGUF file, compressed-tensors, GPTQ or MLX."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         default="dense",
         help="dense (default): an ordinary Hugging Face folder of full size; gguf: one file for llama.cpp, which holds the codes of unpruned matrices as they are; "
-        "compressed-tensors, gptq: a folder for vLLM and others, which holds them, too",
+        "compressed-tensors, gptq: a folder for vLLM and others, which holds them, too; mlx: a folder for Apple's machines",
     )
     parser.add_argument("-o", "--out", metavar="PATH", required=True, help="folder, or .gguf file, to write")
     parser.add_argument("--overwrite", action="store_true", help="replace PATH if it already holds a model")

@@ -181,7 +181,8 @@ def _needs(plan: "Plan") -> list[tuple[str, str]]:
     rows += [
         (
             f"transform {step.label}",
-            f"holds {megabytes(step.memory)}, writes {megabytes(step.disk)} to the work folder{', automatic' if step.automatic else ''}",
+            f"{step.told + '; ' if step.told else ''}holds {megabytes(step.memory)}, writes {megabytes(step.disk)} to the work folder"
+            f"{', automatic' if step.automatic else ''}",
         )
         for step in plan.transforms
     ]

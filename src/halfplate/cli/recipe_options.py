@@ -29,6 +29,11 @@ FIELDS = (
     ("--head-dtype", "TYPE", "type of the output layer: keep, auto (int8), or int8 to int2"),
     ("--wrapper-dtype", "TYPE", "type of the wrappers: bf16 (default), fp16, fp32 or int8"),
     (
+        "--keep",
+        "FRACTION",
+        "share of the parameters that stay after a transform that makes the model smaller (docs/pruning.md)",
+    ),
+    (
         "--effort",
         "WORD",
         "work to spend: quick, normal (default) or best; sets samples and iterations that no option sets",
@@ -82,7 +87,7 @@ FIELDS = (
     (
         "--for",
         "TARGET",
-        "program that runs the result: halfplate (default), gguf, vllm or gptq; only formats that it stores exactly are chosen (docs/budget.md)",
+        "program that runs the result: halfplate (default), gguf, vllm, gptq or mlx; only formats that it stores exactly are chosen (docs/budget.md)",
     ),
     ("--search", "HOW", "search within a budget: knapsack (default), or evolution, which also measures the model's KL"),
     ("--generations", "N", "generations of --search evolution (default 20)"),
@@ -153,6 +158,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         help="share one input wrapper between linears that read the same input (q, k and v; gate and up)",
     )
     parser.add_argument(
+        "--types",
+        metavar="PATTERN=TYPE",
+        action="append",
+        help="type of the core in matrices whose name matches, e.g. '*.down_proj=nl5'; may be repeated",
+    )
+    parser.add_argument(
         "--choose",
         metavar="FIELDS",
         type=_fields,
@@ -202,7 +213,16 @@ def choice_from(args: argparse.Namespace) -> tuple[Choice, Recipe]:
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of Recipe that are given as flags."""
-    names = [*map(_field, FIELDS), "calibration", "include", "exclude", "choose", "share_wrappers", "transforms"]
+    names = [
+        *map(_field, FIELDS),
+        "calibration",
+        "include",
+        "exclude",
+        "choose",
+        "share_wrappers",
+        "transforms",
+        "types",
+    ]
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = {name: getattr(args, name) for name in map(_field, METHOD_OPTIONS) if getattr(args, name) is not None}
     for text in args.option:

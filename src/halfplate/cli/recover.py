@@ -21,7 +21,7 @@ NUMBERS: tuple[tuple[str, Any, str, str], ...] = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a Halfplate checkpoint")
+    parser.add_argument("model", metavar="MODEL", help="a Halfplate checkpoint, or the OUT of halfplate prune")
     parser.add_argument(
         "--teacher", metavar="ORIGINAL", required=True, help="original model that MODEL was compressed from"
     )

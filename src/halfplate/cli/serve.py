@@ -1,4 +1,4 @@
-"""Serve a model over an OpenAI-compatible API: transformers' own server with Halfplate registered."""
+"""Serve a model over an OpenAI-compatible API: transformers' own server with Halfplate registered, behind a key and limits."""
 
 import argparse
 import sys
@@ -20,31 +20,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="data type of the activations (default auto: that of the checkpoint)",
     )
+    parser.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="file with the key that clients must send (default: the environment variable HALFPLATE_API_KEY, or no key)",
+    )
+    for option, default, what in (
+        ("--max-tokens", 4096, "most tokens of an answer"),
+        ("--max-requests", 64, "requests that may run or wait; more are answered with status 429"),
+        ("--max-batch", 8, "requests that run together; 1 runs them one after another"),
+    ):
+        parser.add_argument(option, type=positive, metavar="N", default=default, help=f"{what} (default {default})")
+    parser.add_argument("--max-body", metavar="SIZE", default="1MB", help="largest request (default 1MB)")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.port > 65535:
-        raise HalfplateError(f"--port {args.port} is not a port; expected 1 to 65535")
-    # Errors in the model appear now and not at the first request.
-    from pathlib import Path
+    from halfplate.arguments import size_in_bytes
+    from halfplate.serving.settings import KEY_VARIABLE, ServeSettings, found_key
 
-    from halfplate.checkpoint.read import read_checked_headers
-    from halfplate.models.sources import is_compressed, open_source
-
-    if is_compressed(args.model):
-        read_checked_headers(Path(args.model))
-    else:
-        open_source(args.model)
+    settings = ServeSettings(
+        model=args.model,
+        host=args.host,
+        port=args.port,
+        device=args.device,
+        dtype=args.dtype,
+        key=found_key(args.api_key_file),
+        max_tokens=args.max_tokens,
+        max_body=size_in_bytes("--max-body", args.max_body),
+        max_requests=args.max_requests,
+        max_batch=args.max_batch,
+    )
+    _check_model(args.model)
     _warn_of_tokens(args.model)
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
         raise HalfplateError("serve needs the server of transformers; run `pip install 'halfplate[serve]'`")
-    from transformers.cli.serve import Serve
+    from halfplate.serving.server import serve
 
+    if settings.open_to_others:
+        said = f"everyone who reaches {args.host} can use this server; set {KEY_VARIABLE} or --api-key-file to ask for a key"
+        print(f"halfplate: warning: {said}", file=sys.stderr)
     print(f"{args.model}: http://{args.host}:{args.port}/v1, until Ctrl-C", file=sys.stderr)
-    Serve(force_model=args.model, host=args.host, port=args.port, device=args.device, dtype=args.dtype)
+    serve(settings)
     return 0
+
+
+def _check_model(model: str) -> None:
+    """Raise HalfplateError now, and not at the first request, for a model that the server cannot load."""
+    from pathlib import Path
+
+    from halfplate.checkpoint.read import read_checked_headers
+    from halfplate.models.sources import is_compressed, open_source
+
+    if is_compressed(model):
+        read_checked_headers(Path(model))
+        return
+    source = open_source(model)
+    kind = "a GGUF file" if source.gguf_header is not None else source.quantised
+    if kind is not None:
+        raise HalfplateError(
+            f"model={model!r} is {'' if source.quantised is None else 'quantised by '}{kind}, which the server does not read; compress it, or write it in floats with "
+            f"`halfplate export {model} -o FLOATS` and serve that"
+        )
 
 
 def _warn_of_tokens(model: str) -> None:

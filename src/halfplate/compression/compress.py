@@ -15,6 +15,7 @@ from halfplate.arguments import path_text
 from halfplate.calibration.held_out import held_out_tokens
 from halfplate.calibration.routed import tokens_per_expert
 from halfplate.checkpoint.companions import copy_companions
+from halfplate.checkpoint.config import pruning_of
 from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.output import check_place, check_result_folder
 from halfplate.checkpoint.quantization import HalfplateConfig
@@ -49,7 +50,8 @@ from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan, plan_source
 from halfplate.planning.room import check_room
 from halfplate.precision import resolved
-from halfplate.recipe import Recipe, RecipeFields
+from halfplate.recipe import Recipe
+from halfplate.recipe_values import RecipeFields
 from halfplate.report import write_report
 from halfplate.runtime.sampling import native_sampling
 from halfplate.statistics import Statistic
@@ -174,14 +176,23 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
     recipe, work, source = plan.recipe, order.work, order.source
     with ExitStack() as stack:
         with clock("reading"):
-            original, readable = transformed(source, plan, work, report)
+            original, readable = transformed(
+                source,
+                plan.transforms,
+                recipe,
+                work,
+                report,
+                lambda untouched: prepared_tokens(untouched, recipe, work, report),
+            )
         streamed = StreamedModel(readable, recipe.device, recipe.precision)
         layers = OpenLayers(streamed, str(work.path))
         threads = order.identity["threads"]
         engine = stack.enter_context(open_engine(order.engine, layers, threads, work.path))
         check_weights(streamed, work, clock, report)
         with clock("calibration text"):
-            tokens = prepared_tokens(streamed, plan, work, report) if plan.job.runs_text else None
+            # A measured transform has already read it, with the original model.
+            text = prepared_tokens(streamed, recipe, work, report, plan.sizes) if plan.job.reads_text else None
+        tokens = text if plan.job.runs_text else None
         if tokens is not None:
             check_layers(streamed, plan, tokens, work, clock, report)
         plan, told = chosen_levels(readable, plan, tokens, work, report, clock)
@@ -189,7 +200,7 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
         run = Run(streamed.source, plan, threads, tokens, work, engine, layers, report, clock, tables)
         outcome = compress_layers(run)
         layers.close()
-        result = Result(plan, outcome, None if tokens is None else tokens.protocol(), told)
+        result = Result(plan, outcome, None if text is None else text.protocol(), told)
         with clock("writing"), new_folder(order.out, order.overwrite, work.result) as folder:
             checksums = assemble_weights(streamed, plan, work, folder, lambda at, total: report("writing", at, total))
             quantization = HalfplateConfig.from_specs(plan.specs, bool(experts_of(streamed.model)))
@@ -202,6 +213,8 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
                     result = replace(result, check=self_check(streamed, run, folder, original).to_json())
                 report("checking the result", 1, 1)
             record = origin(order.source) | _checkpoint_record(result) | {"identity": identity, "tensors": checksums}
+            if (pruned := pruning_of(source.path)) is not None:
+                record["pruned"] = pruned
             write_record(folder, record)
     with suppress(OSError):
         work.clear()

@@ -16,10 +16,12 @@ from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
 from halfplate.limits import check_resumed_threads, cores
 from halfplate.models.chain_check import SAMPLES, check_chain
+from halfplate.models.linears import find_linears
 from halfplate.models.sources import LoadedModel, Source, load_tokenizer
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan
 from halfplate.planning.memory import sampling_room
+from halfplate.planning.sizes import ModelSizes, sizes_of
 from halfplate.recipe import Recipe
 from halfplate.runtime.prepare import bf16_kernels
 from halfplate.runtime.sampling import native_sampling
@@ -79,9 +81,13 @@ def _splits(recipe: Recipe) -> str | None:
     return f"search={recipe.search!r}" if recipe.budgeted and recipe.evolution is not None else None
 
 
-def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, report: Report) -> CalibrationTokens:
-    """The calibration tokens, kept in the work folder. Tokens from a text are read again on resume and must be equal."""
-    recipe = plan.recipe
+def prepared_tokens(
+    streamed: StreamedModel, recipe: Recipe, work: WorkFolder, report: Report, sizes: ModelSizes | None = None
+) -> CalibrationTokens:
+    """The calibration tokens, kept in the work folder. Tokens from a text are read again on resume and must be equal.
+
+    sizes: of the model, for the memory in which it generates text; None to find them.
+    """
     kept = load_artifact(work.tokens)
     tokenizer = load_tokenizer(streamed.source)
     if (
@@ -93,7 +99,9 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
         facts = {name: kept.facts[name] for name in ("source", "seed", "temperature", "start", "start_token")}
         told: dict[str, Any] = {name: kept.facts[name] for name in ("decoded_by", "sources") if name in kept.facts}
         return CalibrationTokens(read_tensor(kept.tensors["ids"]), **facts, facts=told)
-    resident, cache = sampling_room(plan.sizes, recipe.device)
+    if sizes is None:
+        sizes = sizes_of(streamed.model, find_linears(streamed.model)[0], recipe.seq_len)
+    resident, cache = sampling_room(sizes, recipe.device)
 
     def tokens_of(model: Any) -> CalibrationTokens:
         return calibration_tokens(
@@ -111,7 +119,7 @@ def prepared_tokens(streamed: StreamedModel, plan: Plan, work: WorkFolder, repor
     if recipe.sampled:
         # Sampling takes long, so a few tokens are tried first to find errors.
         few = torch.randint(
-            plan.sizes.vocabulary,
+            sizes.vocabulary,
             (SAMPLES, min(recipe.seq_len, FEW)),
             generator=torch.Generator().manual_seed(0),
             dtype=torch.int64,

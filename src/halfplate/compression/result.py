@@ -24,6 +24,7 @@ from halfplate.methods.solving import MatrixRecord
 from halfplate.models.sources import Source, load_tokenizer, skeleton
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan, foreign_packages
+from halfplate.recipe import Recipe
 from halfplate.recovery.block import TunedBlock
 from halfplate.storage.artifact import load_artifact, save_artifact_of
 from halfplate.storage.tensor_file import KINDS, sha256_of
@@ -96,7 +97,7 @@ def _recorded(
     protocol = record["calibration"]
     try:
         check_same(begun, {key: value for key, value in identity.items() if key != "threads"}, f"{str(out)!r} was made")
-        _check_text(source, plan, protocol)
+        check_text(source, plan.recipe, protocol)
     except HalfplateError:
         if overwrite:
             return None
@@ -116,8 +117,8 @@ def _recorded(
     )
 
 
-def _check_text(source: Source, plan: Plan, protocol: dict[str, Any] | None) -> None:
-    recipe = plan.recipe
+def check_text(source: Source, recipe: Recipe, protocol: dict[str, Any] | None) -> None:
+    """Raise HalfplateError if the calibration text of a finished result, with this protocol, has changed since."""
     # Text that the model generates is the same for the same model and recipe.
     if protocol is None or recipe.sampled == recipe.samples:
         return

@@ -101,7 +101,7 @@ def self_check(streamed: StreamedModel, run: Run, folder: Path, original: Source
     if original is streamed.source and not streamed.decoded:
         expected, solved, *rest = _logits(streamed, ids, [_unchanged, *variants])
     else:
-        (expected,) = _logits(StreamedModel(original, run.plan.recipe.device), ids, [_unchanged])
+        expected = original_logits(StreamedModel(original, run.plan.recipe.device), ids)
         solved, *rest = _logits(streamed, ids, variants)
     stored = rest[0] if rest else _loaded_logits(folder, ids, run.plan.recipe.device)
     if not whole:
@@ -160,6 +160,12 @@ def check_tokens(tokenizer: Any, model: Any) -> Tensor:
     if len(ids) < min(LEAST_TOKENS, length):
         ids = [number * (config.vocab_size - 1) // (length - 1) for number in range(length)]
     return torch.tensor([ids], dtype=torch.int64, device="cpu")
+
+
+def original_logits(streamed: StreamedModel, ids: Tensor) -> Tensor:
+    """Logits fp32 (1, L, vocabulary) of a model as it is, with one layer in memory; ids int64 (1, L)."""
+    (found,) = _logits(streamed, ids, [_unchanged])
+    return found
 
 
 def _unchanged(index: int) -> None:

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cache
 
 from torch import Tensor
 
+from halfplate.calibration import CalibrationTokens
+from halfplate.compression.measuring import measured
 from halfplate.compression.work_folder import WorkFolder
 from halfplate.errors import HalfplateError
 from halfplate.models.reading import in_words
 from halfplate.models.sources import Source, skeleton
 from halfplate.models.streamed import StreamedModel
-from halfplate.planning import Plan
+from halfplate.planning.transforming import TransformPlan
+from halfplate.recipe import Recipe
 from halfplate.storage.artifact import Artifact, load_artifact, save_artifact_of
 from halfplate.storage.tensor_file import StoredTensor
 from halfplate.telemetry.progress import Report
-from halfplate.transforms import Maker, Piece, find, outline, pieces_of
+from halfplate.transforms import MeasuredTransform, Piece, Settled, chosen, outline, pieces_of
+
+# The calibration text of a model whose tensors can be read one by one.
+Tokens = Callable[[StreamedModel], CalibrationTokens]
 
 
-def transformed(source: Source, plan: Plan, work: WorkFolder, report: Report) -> tuple[Source, Source]:
-    """The original and the transformed model; the tensors of both can be read one by one."""
-    original = source
-    for number, step in enumerate(plan.transforms):
-        source = _Transforming(source, step.label, step.automatic, work, number).run(report)
+def transformed(
+    source: Source,
+    steps: Sequence[TransformPlan],
+    recipe: Recipe,
+    work: WorkFolder,
+    report: Report,
+    tokens_of: Tokens | None = None,
+) -> tuple[Source, Source]:
+    """The original and the transformed model; the tensors of both can be read one by one.
+
+    steps: the transforms of the plan of `recipe`. tokens_of: called with the original model if a transform is measured on text.
+    """
+    original, tokens = source, None
+    for number, step in enumerate(steps):
+        making = _Transforming(source, step, recipe, work, number)
+        if isinstance(making.transform, MeasuredTransform) and tokens is None:
+            assert tokens_of is not None
+            tokens = tokens_of(StreamedModel(original, recipe.device, recipe.precision))
+        source = making.run(report, tokens)
         if step.automatic:
             original = source
     return original, source
@@ -33,14 +54,18 @@ def transformed(source: Source, plan: Plan, work: WorkFolder, report: Report) ->
 class _Transforming:
     """One transform of one model."""
 
-    def __init__(self, source: Source, label: str, automatic: bool, work: WorkFolder, number: int) -> None:
-        self.source, self.label, self.automatic = source, label, automatic
-        self.work, self.number = work, number
-        self.transform = find(label)
+    def __init__(self, source: Source, step: TransformPlan, recipe: Recipe, work: WorkFolder, number: int) -> None:
+        self.source, self.label, self.automatic = source, step.label, step.automatic
+        self.recipe, self.work, self.number = recipe, work, number
+        self.transform = chosen(step.label, None if step.automatic else recipe.keep)
 
-    def run(self, report: Report) -> Source:
-        """Make the missing pieces, and return the result."""
+    def run(self, report: Report, tokens: CalibrationTokens | None) -> Source:
+        """Make the missing pieces, and return the result. tokens: not None if the transform is measured."""
+        settle = self._settling(report, tokens)
         result = outline(self.transform, self.source)
+        if isinstance(self.transform, MeasuredTransform):
+            with self._foreign():
+                result = replace(result, config=settle().config)
         pieces = self._pieces(result)
         found: dict[str, StoredTensor] = {}
         total = sum(len(piece.entries) for piece in pieces)
@@ -49,7 +74,7 @@ class _Transforming:
             path = self.work.transformed(self.number, index)
             artifact = load_artifact(path)
             if artifact is None or not _whole(artifact, piece):
-                save_artifact_of(path, piece.entries, self._checked(piece), {})
+                save_artifact_of(path, piece.entries, self._checked(settle, piece), {})
                 artifact = load_artifact(path)
             assert artifact is not None
             found |= artifact.tensors
@@ -65,14 +90,25 @@ class _Transforming:
         lacking = streamed.model.state_dict().keys() - streamed.stored.keys() - streamed.tied.keys()
         return [_without(piece, lacking) for piece in pieces]
 
-    @cached_property
-    def _make(self) -> Maker:
-        return self.transform.open(self.source)
+    def _settling(self, report: Report, tokens: CalibrationTokens | None) -> Callable[[], Settled]:
+        """A function that decides what the result is, once; finished pieces need no decision unless the transform is measured."""
 
-    def _checked(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
+        @cache
+        def settle() -> Settled:
+            transform, source = self.transform, self.source
+            if not isinstance(transform, MeasuredTransform):
+                return Settled(transform.configuration(source), transform.open(source))
+            assert tokens is not None
+            streamed = StreamedModel(source, self.recipe.device, self.recipe.precision)
+            statistics = measured(transform, streamed, tokens, self.work, self.number, report)
+            return transform.settled(source, statistics)
+
+        return settle
+
+    def _checked(self, settle: Callable[[], Settled], piece: Piece) -> Iterator[tuple[str, Tensor]]:
         """Pass on the tensors of a piece while they are written; raises HalfplateError unless they match its entries."""
         left = dict(piece.entries)
-        for name, tensor in self._made(piece):
+        for name, tensor in self._made(settle, piece):
             dtype, shape = left.pop(name, (None, ()))
             if dtype is None:
                 raise HalfplateError(
@@ -89,9 +125,15 @@ class _Transforming:
                 f"{self._where} lacks {len(left)} tensors of its configuration ({min(left)}, ...), which would be random; {self._cure}"
             )
 
-    def _made(self, piece: Piece) -> Iterator[tuple[str, Tensor]]:
+    def _made(self, settle: Callable[[], Settled], piece: Piece) -> Iterator[tuple[str, Tensor]]:
+        with self._foreign():
+            yield from settle().make(piece)
+
+    @contextmanager
+    def _foreign(self) -> Iterator[None]:
+        """Context manager around the code of a transform, which may be that of another package."""
         try:
-            yield from self._make(piece)
+            yield
         except (HalfplateError, OSError):
             raise
         # The code of another package can raise any exception.

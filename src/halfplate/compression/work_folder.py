@@ -64,6 +64,14 @@ class WorkFolder:
         """The file of one piece of the transform with this number."""
         return self.path / "transforms" / str(transform) / f"{piece:05d}.safetensors"
 
+    def measured(self, transform: int, layer: int) -> Path:
+        """The statistics of a layer that the transform with this number depends on."""
+        return self.path / "transforms" / f"{transform}-statistics" / f"{layer:05d}.safetensors"
+
+    def measuring(self, transform: int, layer: int) -> Path:
+        """The hidden states before a layer, while the transform with this number is measured."""
+        return self.path / "transforms" / f"{transform}-hidden" / f"{layer:05d}"
+
     @property
     def result(self) -> Path:
         return self.path / "result.partial"

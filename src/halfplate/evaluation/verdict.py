@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halfplate.recipe import KEEP, Recipe
+from halfplate.recipe import KEEP, Recipe, defaults_of
+from halfplate.recipe_values import types_in
 
 RECOVERY_MINUTES = 30
 WIDTH = 4096  # of the matrix whose bytes are compared
@@ -144,17 +145,20 @@ def _better(recipe: Recipe | None, model: str, folder: str | None) -> tuple[tupl
 
 
 def _nbytes(recipe: Recipe) -> int:
-    """Bytes of a matrix of usual size, with the smallest wrappers if planning chooses them."""
+    """Bytes of a matrix of usual size in the middle of its types, with the smallest wrappers if planning chooses them."""
     block = 1 if recipe.block_size == "auto" and recipe.create_method().wrapped else recipe.block_size
-    return recipe.spec(WIDTH, WIDTH, block if isinstance(block, int) else 0).nbytes
+    size, types = block if isinstance(block, int) else 0, {recipe.core_dtype, *types_in(recipe.types)}
+    return sum(recipe.spec(WIDTH, WIDTH, size, core_dtype).nbytes for core_dtype in types) // len(types)
 
 
 def _kept(recipe: Recipe | None) -> list[str]:
     """The options of `recipe` that choose no format, where they are not the defaults."""
-    words = list[str]()
-    for name in KEPT if recipe is not None else ():
-        value, default = getattr(recipe, name), Recipe.__dataclass_fields__[name].default
-        if value != default:
+    if recipe is None:
+        return []
+    words, defaults = list[str](), defaults_of(recipe)
+    for name in KEPT:
+        value = getattr(recipe, name)
+        if value != defaults[name]:
             values = value if isinstance(value, tuple) else (value,)
             words += [f"{_flag(name)}={one}" for one in values]
     return words

@@ -40,6 +40,7 @@ EXPORTS: Registry[Exporter] = Registry(
         "gguf": "halfplate.exports.gguf:export_gguf",
         "compressed-tensors": "halfplate.exports.compressed_tensors:export_compressed_tensors",
         "gptq": "halfplate.exports.gptq:export_gptq",
+        "mlx": "halfplate.exports.mlx:export_mlx",
     },
     _fault,
 )
@@ -52,7 +53,7 @@ def export(
     """Write the checkpoint or original model `path` to `out` in the format of another tool, and return a sentence that describes it.
 
     - format: `dense` (a Hugging Face folder of full size), `gguf` (one file for llama.cpp), `compressed-tensors` or `gptq` (folders of codes
-      for vLLM and others), or a format of another package
+      for vLLM and others), `mlx` (a folder of codes for Apple's machines), or a format of another package
     - overwrite: replace existing content of `out`
     - options: those of the format, as in `halfplate export --help`; None stands for the default
 

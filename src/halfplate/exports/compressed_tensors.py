@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfplate.exports.packed_folder import PackedFormat, Scheme, export_packed
+from halfplate.exports.packed_folder import Codes, PackedFormat, Scheme, export_packed
 from halfplate.models.packed_words import pack_words, read_compressed_tensors
 
 
@@ -21,7 +21,8 @@ def export_compressed_tensors(source: str, out: Path, overwrite: bool) -> str:
     return export_packed(FORMAT, source, out, overwrite)
 
 
-def _pack(codes: Tensor, scales: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+def _pack(matrix: Codes, scheme: Scheme) -> dict[str, Tensor]:
+    codes, scales = matrix.codes, matrix.scales
     return {
         "weight_packed": pack_words(codes, scheme.bits),
         "weight_scale": scales,
@@ -60,6 +61,7 @@ def _configuration(schemes: Mapping[str, Scheme], others: list[str]) -> dict[str
 
 FORMAT = PackedFormat(
     name="compressed-tensors",
+    recipe="vllm-w4",
     bits=(4, 8),
     keeps_fp32=True,
     pack=_pack,

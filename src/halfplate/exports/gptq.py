@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfplate.exports.packed_folder import PackedFormat, Scheme, export_packed
+from halfplate.exports.packed_folder import Codes, PackedFormat, Scheme, export_packed
 from halfplate.models.packed_words import WORD, pack_words, read_gptq
 from halfplate.version import package_version
 
@@ -23,7 +23,8 @@ def export_gptq(source: str, out: Path, overwrite: bool) -> str:
     return export_packed(FORMAT, source, out, overwrite)
 
 
-def _pack(codes: Tensor, scales: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+def _pack(matrix: Codes, scheme: Scheme) -> dict[str, Tensor]:
+    codes, scales = matrix.codes, matrix.scales
     columns = codes.shape[1]
     zeros = torch.full((scales.shape[1], len(codes)), 1 << scheme.bits - 1, dtype=torch.uint8, device="cpu")
     return {
@@ -58,6 +59,7 @@ def _configuration(schemes: Mapping[str, Scheme], others: list[str]) -> dict[str
 
 FORMAT = PackedFormat(
     name="gptq",
+    recipe="vllm-w4",
     bits=(2, 3, 4, 8),
     keeps_fp32=False,
     pack=_pack,

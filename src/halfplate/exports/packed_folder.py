@@ -20,13 +20,14 @@ from halfplate.checkpoint.read import inspect_checkpoint, load, load_tokenizer
 from halfplate.checkpoint.weights import read_headers
 from halfplate.checkpoint.write import write_model, write_record
 from halfplate.errors import HalfplateError, HalfplateWarning
-from halfplate.formats import CompressedLinear, NMSparse, WeightSpec
-from halfplate.formats.quantizers import quantizer_of, whole_numbers
+from halfplate.formats import CompressedMatrix, NMSparse, WeightSpec
+from halfplate.formats.embedding import CompressedEmbedding
+from halfplate.formats.quantizers import Quantizer, quantizer_of, whole_numbers
+from halfplate.formats.quantizers.affine import Affine
 from halfplate.models.experts import experts_of
 from halfplate.models.sources import is_compressed
 from halfplate.storage.tensor_file import read_tensors
 
-RECIPE = "vllm-w4"  # makes checkpoints that these formats hold exactly
 GROUPS = (128, 64, 32)
 
 
@@ -43,25 +44,48 @@ class Scheme:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """A matrix of codes c and its value c · scale + minimum.
+
+    codes: uint8 (d_out, d_in), below 2^bits.
+    scales: fp16 (d_out, groups), and minima in the same shape; if there are none, c − 2^(bits − 1) stands in the place of c.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    minima: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class PackedFormat:
     """A layout of codes.
 
     name: of the format, and its `quant_method`.
+    recipe: makes checkpoints that it holds exactly.
     bits: the sizes of codes, smallest first.
-    dtype: of the other tensors if the model is in bf16, whose scales bf16 does not hold; fp32 models keep fp32 if `keeps_fp32`.
-    pack: the tensors of a module, from codes q + 2^(bits − 1) (d_out, d_in), fp16 scales (d_out, groups) and the scheme.
+    keeps_fp32: write fp32 models in fp32; all others become fp16, because bf16 does not hold fp16 scales.
+    pack: the tensors of a module, from its codes and the scheme.
     read: the values that such tensors hold, fp32 (d_out, d_in).
     configuration: the `quantization_config` of a model, from the scheme of each packed linear and the names of the other ones.
     rows: number that must divide d_out.
+    minima: whether groups may have a minimum.
+    tables: whether embeddings and output layers may be codes.
+    entry: of config.json that holds the configuration.
+    further: other entries that the reader wants, made of the content of config.json.
     """
 
     name: str
+    recipe: str
     bits: tuple[int, ...]
     keeps_fp32: bool
-    pack: Callable[[Tensor, Tensor, Scheme], dict[str, Tensor]]
+    pack: Callable[[Codes, Scheme], dict[str, Tensor]]
     read: Callable[[Mapping[str, Tensor], Scheme], Tensor]
     configuration: Callable[[Mapping[str, Scheme], list[str]], dict[str, Any]]
     rows: int = 1
+    minima: bool = False
+    tables: bool = False
+    entry: str = "quantization_config"
+    further: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
 
 
 class _Holder(nn.Module):
@@ -82,7 +106,7 @@ def export_packed(format: PackedFormat, source: str, out: Path, overwrite: bool)
     if not is_compressed(source):
         raise HalfplateError(
             f"path={source!r} is not a Halfplate checkpoint, and format={format.name!r} holds only codes; run "
-            f"`halfplate compress {source} -o OUT --recipe {RECIPE}` and export OUT"
+            f"`halfplate compress {source} -o OUT --recipe {format.recipe}` and export OUT"
         )
     folder = Path(source)
     recorded = (folder / RECORD_FILE).is_file()
@@ -92,20 +116,26 @@ def export_packed(format: PackedFormat, source: str, out: Path, overwrite: bool)
         raise HalfplateError(
             f"path={source!r} has experts, which format={format.name!r} of Halfplate does not write; use --format gguf or dense"
         )
+    quantizer: Any = model.hf_quantizer
+    if quantizer.conv1d:
+        raise HalfplateError(
+            f"path={source!r} is a {model.config.model_type} model, whose weights are transposed in files of this family, which format={format.name!r} of Halfplate "
+            "does not write; use --format dense"
+        )
     if dtype != torch.float32 or not format.keeps_fp32:
         dtype = torch.float16
     schemes, values, obstacles = _pack(format, model)
     if not schemes:
         found = ", ".join(obstacles) or "it has no matrices"
         raise HalfplateError(
-            f"path={source!r} has no matrix that format={format.name!r} holds: they {found}; compress the model with --recipe {RECIPE}"
+            f"path={source!r} has no matrix that format={format.name!r} holds: they {found}; compress the model with --recipe {format.recipe}"
         )
     model = model.dequantize()
     names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
     known = {key: read_record(folder).get(key) for key in ("model", "base_model", "license")} if recorded else {}
     with new_folder(out, overwrite) as target:
         write_model(model, load_tokenizer(folder), target, dtype, quantization=None)
-        _add_configuration(target, format.configuration(schemes, names))
+        _add_configuration(target, format, format.configuration(schemes, names))
         write_record(target, known | {"exported": format.name})
         rounded = _read_back(format, target, schemes, values, model, dtype)
     _warn(format, obstacles)
@@ -122,53 +152,82 @@ def scheme_of(format: PackedFormat, spec: WeightSpec) -> Scheme | str:
         return "have wrappers or other parts beside the core"
     if not spec.pattern.is_dense:
         return f"are {spec.pattern} sparse"
-    numbers = None if quantizer is None else whole_numbers(quantizer)
-    bits = [b for b in format.bits if numbers and -(1 << b - 1) <= min(numbers) and max(numbers) < 1 << b - 1]
+    numbers = None if quantizer is None else _numbers(format, quantizer)
+    bits = [b for b in format.bits if numbers and max(numbers) - min(numbers) < 1 << b and _fits(numbers, b)]
     if not bits:
         return f"have core_dtype={spec.core_dtype!r}"
     groups = [group for group in GROUPS if spec.group % group == 0 and spec.d_in % group == 0]
+    if spec.group % GROUPS[-1]:
+        return f"have groups of {spec.group} columns"
     if not groups or spec.d_out % format.rows:
         side, number = ("columns", spec.d_in) if not groups else ("rows", spec.d_out)
         return f"have {number} {side}, which is not a multiple of {GROUPS[-1]}"
     return Scheme(bits[0], groups[0], spec.core_dtype)
 
 
+def _numbers(format: PackedFormat, quantizer: Quantizer) -> tuple[int, ...] | None:
+    """The number that each code multiplies its scale by, smallest code first; None if the format does not hold such a quantizer."""
+    if not isinstance(quantizer, Affine):
+        return whole_numbers(quantizer)
+    return tuple(range(1 << quantizer.bits)) if format.minima else None
+
+
+def _fits(numbers: tuple[int, ...], bits: int) -> bool:
+    """Whether codes of so many bits count all `numbers`, from 0 on or around 0."""
+    half = 1 << bits - 1
+    return min(numbers) == 0 or (-half <= min(numbers) and max(numbers) < half)
+
+
 def _pack(
     format: PackedFormat, model: nn.Module
 ) -> tuple[dict[str, Scheme], dict[str, Callable[[], Tensor]], dict[str, list[str]]]:
-    """Replace the linears that `format` holds, in place. Returns their schemes and values, and the names of the others by obstacle."""
+    """Replace the matrices that `format` holds, in place. Returns their schemes and values, and the names of the others by obstacle."""
     schemes: dict[str, Scheme] = {}
     values: dict[str, Callable[[], Tensor]] = {}
     obstacles: dict[str, list[str]] = defaultdict(list)
-    for name, linear in list(model.named_modules()):
-        # vLLM and transformers take embeddings and output layers as floats.
-        if not isinstance(linear, CompressedLinear) or linear is model.get_output_embeddings():  # type: ignore[operator]
+    output: Any = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in list(model.named_modules()):
+        table = isinstance(module, CompressedEmbedding) or module is output
+        if not isinstance(module, CompressedMatrix) or (table and not format.tables):
             continue
-        scheme = scheme_of(format, linear.spec)
+        lender = module.spec.same_as
+        if lender in schemes:
+            # The reader ties the output layer to the embedding.
+            model.set_submodule(name, nn.Module())
+            model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+            continue
+        if lender is not None:
+            continue
+        scheme = scheme_of(format, module.spec)
         if isinstance(scheme, str):
             obstacles[scheme].append(name)
             continue
-        schemes[name], core = scheme, linear.matrix.core
+        schemes[name], core = scheme, module.matrix.core
         values[name] = core.dense
-        model.set_submodule(name, _Holder(format.pack(*_codes(core, scheme), scheme), linear.bias))
+        bias = getattr(module, "bias", None)
+        model.set_submodule(name, _Holder(format.pack(_codes(core, scheme), scheme), bias))
     return schemes, values, dict(obstacles)
 
 
-def _codes(core: NMSparse, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Codes counted from −2^(bits − 1), uint8 (d_out, d_in), and fp16 scales (d_out, d_in / group)."""
+def _codes(core: NMSparse, scheme: Scheme) -> Codes:
+    """The codes of a matrix in groups of the scheme."""
     grid = core.grid
     assert grid is not None, "floats have no scheme"
+    groups = torch.arange(core.shape[1] // scheme.group, dtype=torch.int64, device="cpu") * scheme.group // grid.group
+    scales, *minima = (part.detach()[:, groups].contiguous() for part in grid.parameters)
+    counted = core.integers() - grid.quantizer.range[0]
+    if minima:
+        return Codes(counted.to(torch.uint8), scales, minima[0])
     numbers = whole_numbers(grid.quantizer)
     assert numbers is not None, "others have no scheme"
     table = torch.tensor(numbers, dtype=torch.int16, device="cpu") + (1 << scheme.bits - 1)
-    codes = table[(core.integers() - grid.quantizer.range[0]).long()]
-    groups = torch.arange(core.shape[1] // scheme.group, dtype=torch.int64, device="cpu") * scheme.group // grid.group
-    return codes.to(torch.uint8), grid.parameters[0].detach()[:, groups].contiguous()
+    return Codes(table[counted.long()].to(torch.uint8), scales)
 
 
-def _add_configuration(target: Path, quantization: dict[str, Any]) -> None:
+def _add_configuration(target: Path, format: PackedFormat, quantization: dict[str, Any]) -> None:
     path = target / CONFIG_FILE
-    content = json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": quantization}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content |= format.further(content) | {format.entry: quantization}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -207,7 +266,9 @@ def _differs(target: Path, name: str) -> HalfplateError:
 def _warn(format: PackedFormat, obstacles: Mapping[str, list[str]]) -> None:
     for obstacle, names in obstacles.items():
         sized = obstacle.endswith(f"multiple of {GROUPS[-1]}")
-        cure = "" if sized else f"; `halfplate compress MODEL -o OUT --recipe {RECIPE}` makes what it holds exactly"
+        cure = (
+            "" if sized else f"; `halfplate compress MODEL -o OUT --recipe {format.recipe}` makes what it holds exactly"
+        )
         warnings.warn(
             f"format={format.name!r}: {len(names)} matrices ({names[0]}{', ...' if names[1:] else ''}) {obstacle}, which the format cannot hold: they are "
             f"multiplied out, at full size{cure}",

@@ -81,7 +81,7 @@ def _together(spec: WeightSpec, axis: Axis) -> Iterator[tuple[str, int | None]]:
 def _cure(spec: WeightSpec, axis: Axis, size: int) -> str:
     """The largest block size, or else group size or core type, with which shards of `size` would do."""
     largest = spec.out_block if axis == "rows" else spec.in_block
-    plain = spec.core_dtype.removesuffix("k")  # the same values without super-scales, if there is such a type
+    plain = spec.core_dtype.rstrip("ks")  # the same values without super-scales, if there is such a type
     types = [spec.core_dtype] + [plain] * (plain != spec.core_dtype and plain in core_dtypes())
     groups = sorted({spec.group, *(group for group in GROUPS if group < spec.group)}, reverse=True)
     blocks = range(largest, 0, -1) if largest else (0,)

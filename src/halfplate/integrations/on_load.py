@@ -42,6 +42,10 @@ def compress_in_place(
         raise HalfplateError(
             f"recipe: {what}, so nothing can be compressed while it is loaded; run `halfplate compress` and load its result"
         )
+    if recipe is not None and recipe.keep is not None:
+        raise HalfplateError(
+            f"recipe: keep={recipe.keep:g} makes the model smaller than the one that is being loaded; run `halfplate compress` and load its result"
+        )
     with TemporaryDirectory(prefix="halfplate-") as scratch:
         out = Path(scratch) / "checkpoint"
         compress(str(_with_tokenizer(source, model)), out, recipe or Recipe.of(), check=False)

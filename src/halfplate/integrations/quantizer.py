@@ -45,7 +45,7 @@ class HalfplateQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.record = {}
         self._read: dict[str, str] = {}  # matrices of codes whose type the model's code reads, with the reason
-        self._conv1d: tuple[str, ...] = ()  # linears in the place of GPT-2's Conv1D
+        self.conv1d: tuple[str, ...] = ()  # linears in the place of GPT-2's Conv1D
         self._source: Path | None = None  # folder of the original model to compress
         if self.pre_quantized and quantization_config.recipe is not None:
             raise HalfplateError(
@@ -86,7 +86,7 @@ class HalfplateQuantizer(HfQuantizer):
         # transformers imports this module during its own import, too early for the models.
         from halfplate.models.conv1d import as_linears
 
-        self._conv1d = as_linears(model)
+        self.conv1d = as_linears(model)
         specs = self.quantization_config.specs
         if self.quantization_config.linear_experts:
             linear_experts(model)
@@ -146,7 +146,7 @@ class HalfplateQuantizer(HfQuantizer):
         from halfplate.integrations.on_load import compress_in_place
         from halfplate.models.conv1d import as_linears
 
-        self._conv1d = as_linears(model)
+        self.conv1d = as_linears(model)
         specs, self.record = compress_in_place(model, self._source, self.quantization_config.recipe)
         made = HalfplateConfig.from_specs(specs, bool(experts_of(model)))
         self.quantization_config.modules, self.quantization_config.needs = made.modules, made.needs
@@ -168,7 +168,7 @@ class HalfplateQuantizer(HfQuantizer):
                 model.set_submodule(name, dense_module(module, dtype or module.dtype))
         _tie_again(model, {name: module.spec.same_as for name, module in compressed.items() if module.spec.same_as})
         joined_experts(model)
-        as_conv1d(model, self._conv1d)
+        as_conv1d(model, self.conv1d)
         # What was dense before has the type it was loaded in, a merged adapter fp32; products need one type. Buffers keep theirs.
         for parameter in model.parameters():
             if parameter.is_floating_point():

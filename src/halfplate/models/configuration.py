@@ -26,6 +26,9 @@ QUANTISED_PARTS = re.compile(
     r"[._](weight_(scale|scale_inv|scale_2|packed|zero_point|g_idx)|(input|activation|[kv])_scale|qweight|qzeros|g_idx|SCB|absmax"
     r"|nested_absmax|quant_map|quant_state\..*|codebooks|proj_(blocks|scales))$"
 )
+# compressed-tensors wrote the second one before transformers chose one name.
+QUANTISED_ENTRIES = ("quantization_config", "compression_config")
+MLX_ENTRY = "quantization"
 ROTARY_NUMBERS = ("rope_theta", "rope_local_base_freq", "factor", "low_freq_factor", "high_freq_factor")
 PLAIN_ATTENTION = (None, "eager", "sdpa")
 PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
@@ -51,8 +54,9 @@ def read_entries(name: str, path: Path) -> dict[str, Any]:
 
 def quantisation_of(entries: dict[str, Any]) -> str | None:
     """The quantisation method that `config.json` names, or None."""
-    # compressed-tensors wrote `compression_config` before transformers chose one name.
-    stated = entries.get("quantization_config") or entries.get("compression_config")
+    stated = next((entries[key] for key in QUANTISED_ENTRIES if entries.get(key)), None)
+    if isinstance(entries.get(MLX_ENTRY), dict) and (not stated or "quant_method" not in stated):
+        return "mlx"
     if not stated:
         return None
     return str(stated.get("quant_method", "unknown")) if isinstance(stated, dict) else "unknown"
@@ -67,15 +71,14 @@ def check_plain(name: str, entries: dict[str, Any], tensors: Iterable[str]) -> N
 
 def _already_quantised(name: str, method: str | None, reason: str) -> HalfplateError:
     return HalfplateError(
-        f"model={name!r} is already quantised (quant_method {method or 'unknown'!r}, {reason}); Halfplate compresses plain weights: "
-        f"pass the fp32, bf16 or fp16 model it was made from, or write it in floats with `halfplate export {name} -o FLOATS` (GPTQ, AWQ, "
-        "compressed-tensors, FP8)"
+        f"model={name!r} is already quantised (quant_method {method or 'unknown'!r}, {reason}); Halfplate reads plain weights and those of GPTQ, AWQ, "
+        "compressed-tensors, FP8, MXFP4 and MLX: pass the fp32, bf16 or fp16 model it was made from"
     )
 
 
 def check_values(name: str, entries: dict[str, Any]) -> None:
     """Raise HalfplateError for values that transformers silently accepts but that give a different or unusable model."""
-    for key in ("quantization_config", "compression_config"):
+    for key in QUANTISED_ENTRIES:
         if entries.get(key) and not isinstance(entries[key], dict):
             raise HalfplateError(
                 f"model={name!r}: config.json: {key}={entries[key]!r}, expected an object; remove the entry if the weights are plain"
@@ -201,14 +204,9 @@ def _freed(config: PretrainedConfig, entries: dict[str, Any]) -> list[str]:
         if stated is not None and bool(stated) is not plain:
             setattr(config, key, plain)
             notes.append(f"config.json: {key}={stated!r} is left out, because it only sets what a call returns")
-    method = quantisation_of(entries)
-    for key in ("quantization_config", "compression_config"):
+    for key in (*QUANTISED_ENTRIES, MLX_ENTRY):
         if key in vars(config):
             delattr(config, key)
-    if method is not None:
-        notes.append(
-            f"config.json says that the weights are quantised ({method!r}), but the files hold plain weights; the entry is left out"
-        )
     vocabulary, padding = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
     if isinstance(vocabulary, int) and isinstance(padding, int) and not 0 <= padding < vocabulary:
         config.pad_token_id = None

@@ -196,7 +196,7 @@ def same_values(first: StoredTensor, second: StoredTensor) -> bool:
     """Whether two stored tensors are equal, without loading either completely; raises HalfplateError if they cannot be read."""
     if first.shape != second.shape:
         return False
-    if first.kind != second.kind:
+    if first.kind != second.kind or first.encoded is not None or second.encoded is not None:
         return torch.equal(read_tensor(first).double(), read_tensor(second).double())
     try:
         with first.path.open("rb") as ours, second.path.open("rb") as theirs:

@@ -24,6 +24,7 @@ from halfplate.models.gguf_super_blocks import (
     Bytes,
     SuperBlocks,
     code_numbers,
+    iq4_xs,
     nibbles,
     q2_k,
     q3_k,
@@ -114,6 +115,7 @@ class MinimumBlocks:
 BLOCK_TYPES: tuple[BlockType, ...] = (
     SuperBlocks("Q2_K", 2.625, None, 2, 16, 4, q2_k),
     SuperBlocks("Q3_K", 3.4375, tuple(range(-4, 4)), 3, 16, 5, q3_k),
+    SuperBlocks("IQ4_XS", 4.25, NON_LINEAR, 4, 32, 5, iq4_xs),
     ScaleBlocks("Q4_0", 4.5, tuple(range(-8, 8)), nibbles),
     ScaleBlocks("IQ4_NL", 4.5, NON_LINEAR, nibbles),
     SuperBlocks("Q4_K", 4.5, None, 4, 32, 6, q4_k),

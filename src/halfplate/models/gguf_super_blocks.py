@@ -165,6 +165,15 @@ def q6_k(block: Block) -> Bytes:
     return np.concatenate([low, high, block.scales, block.d], axis=-1)
 
 
+def iq4_xs(block: Block) -> Bytes:
+    """d, the upper two bits of eight scales counted from −32, their low four bits, codes as nibbles of each group."""
+    scales = block.scales + np.uint8(32)
+    high = bits_of_codes(_above(scales, 4), 2, 1)
+    low = bits_of_codes(_below(scales, 4), 4, 1)
+    codes = nibbles(block.codes.reshape(*block.codes.shape[:2], 8, 32)).reshape(*block.codes.shape[:2], -1)
+    return np.concatenate([block.d, high, low, codes], axis=-1)
+
+
 def _heads(block: Block) -> tuple[Bytes, Bytes, Bytes]:
     """d, dmin, and eight scales and eight minima of six bits in twelve bytes: the upper two bits of the last four fill those of the first."""
     assert block.minima is not None, "the type has minima"

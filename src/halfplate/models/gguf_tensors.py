@@ -27,6 +27,7 @@ ROUNDED = {
     "Q5_K": ("affine5k", 32),
     "Q4_K": ("affine4k", 32),
     "IQ4_NL": ("nl4", 32),
+    "IQ4_XS": ("nl4s", 32),
     "Q3_K": ("int3k", 16),
     "Q2_K": ("affine2k", 16),
 }

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,19 +24,22 @@ from halfplate.models.configuration import (
     check_kind,
     check_plain,
     check_saves,
+    quantisation_of,
     read_config,
     read_entries,
     read_generation_config,
 )
-from halfplate.models.conv1d import as_linears
+from halfplate.models.conv1d import as_linears, transposed_weights
 from halfplate.models.experts import linear_experts
 from halfplate.models.fit import check_fit, further_tensors, stored_apart
+from halfplate.models.quantised_folders import decoded_tensors
 from halfplate.models.reading import reading
 from halfplate.models.trust import bounded, check_counts, check_folder, check_parameters, count_tensors, read_json_file
-from halfplate.models.weight_files import WeightFiles, find_weight_files, sampled_sha256
-from halfplate.storage.tensor_file import StoredTensor
+from halfplate.models.weight_files import find_weight_files, sampled_sha256, usual_dtype
+from halfplate.storage.tensor_file import NAMES, StoredTensor, read_tensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -52,6 +56,7 @@ HUB_FILES = (
     "chat_template*",
     "README.md",
 )
+VALUES_IN_A_BYTE = 4  # of GGUF types and of codes, at most; fewer bits per value do not occur
 CORRECT = "correct it or download the model again"
 HUB_IGNORED = ("*/*", "consolidated*")
 
@@ -67,10 +72,11 @@ class Source:
     nbytes: bytes of the weight files.
     other_dtype: element type in which uncompressed tensors are stored: that of the source (bf16 for GGUF).
     gguf_header: only for GGUF files.
-    tensors: location of each tensor by its name in the files; empty for GGUF.
+    tensors: location of each tensor by its name in the files, or in a plain model if the files hold codes; empty for GGUF.
     notes: one sentence for each entry of the configuration and each tensor that is ignored.
     further: tensors that predict further tokens, which are copied as they are; the model does not have them.
     in_model_form: names and layout of the tensors are those of the model, because a transform wrote them.
+    quantised: the method that another tool quantised it with; None for a model of plain weights.
     """
 
     name: str
@@ -81,10 +87,11 @@ class Source:
     nbytes: int
     other_dtype: torch.dtype
     gguf_header: gguf.GgufHeader | None = None
-    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     further: Mapping[str, StoredTensor] = field(default_factory=dict)
     in_model_form: bool = False
+    quantised: str | None = None
 
     def identity(self) -> dict[str, Any]:
         """The identity of a model, without reading it completely: the configuration, the weight files and some bytes of every tensor."""
@@ -111,7 +118,8 @@ class LoadedModel:
 def open_source(name: str) -> Source:
     """Open and check a model. name: a local folder, a `.gguf` file, or a Hub id (the only case that uses the network).
 
-    Raises HalfplateError unless it is an uncompressed decoder-only language model in complete safetensors or GGUF files.
+    Raises HalfplateError unless it is a decoder-only language model in complete safetensors or GGUF files, of plain weights or of codes that
+    `quantised_folders` reads.
     """
     if not name.strip():
         raise HalfplateError(f"model={name!r} is empty; pass a local folder, a .gguf file, or a Hub id")
@@ -138,8 +146,8 @@ def skeleton(source: Source, buffers: bool = False, joined: bool = False) -> "Pr
     from accelerate import init_empty_weights
 
     what = f"transformers cannot build a {source.config.model_type} model from its configuration"
-    # GGUF types have at least two bits per value today; one bit is a safe bound.
-    room = source.nbytes * (4 if source.gguf_header is not None else 1)
+    plain = source.gguf_header is None and source.quantised is None
+    room = source.nbytes * (1 if plain else VALUES_IN_A_BYTE)
     place = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
     # A copy, because building a model changes its configuration.
     with reading(source.name, what, CORRECT, source.config.to_dict()), bounded(source.name, room), place:
@@ -230,12 +238,26 @@ def _open_folder(name: str, kind: str, path: Path) -> Source:
     check_kind(name, entries)
     config, notes = read_config(name, path, entries)
     # Absolute, because tasks run in processes with other working directories.
-    weights: WeightFiles = find_weight_files(name, path.absolute())
-    check_plain(name, entries, weights.tensors)
+    weights = find_weight_files(name, path.absolute())
+    with reading(name, "its weights cannot be read", "download the model again", entries):
+        quantised = decoded_tensors(name, entries, weights.tensors)
+    tensors = weights.tensors if quantised is None else quantised.tensors
+    check_plain(name, entries, tensors)
     with reading(name, "config.json cannot be used", "correct it or download it again", entries):
-        check_counts(name, config, *count_tensors(weights.paths))
-    source = Source(name, kind, path, config, weights.paths, weights.nbytes, weights.dtype, tensors=weights.tensors)
-    return _fitted(replace(source, notes=notes), entries)
+        counts = count_tensors(weights.paths)
+        if quantised is not None:
+            counts = len(tensors), sum(prod(stored.shape) for stored in tensors.values())
+        check_counts(name, config, *counts)
+    method, dtype = quantisation_of(entries), usual_dtype(name, tensors)
+    if quantised is not None:
+        notes = (*notes, quantised.note)
+    elif method is not None:
+        notes = (
+            *notes,
+            f"config.json says that the weights are quantised ({method!r}), but the files hold plain weights; the entry is left out",
+        )
+    source = Source(name, kind, path, config, weights.paths, weights.nbytes, dtype, tensors=tensors, notes=notes)
+    return _fitted(source if quantised is None else replace(source, quantised=method), entries)
 
 
 def _fitted(source: Source, entries: dict[str, Any]) -> Source:
@@ -245,6 +267,10 @@ def _fitted(source: Source, entries: dict[str, Any]) -> Source:
     """
     name, notes = source.name, list(source.notes)
     model = skeleton(source)
+    if source.quantised is not None and (transposed := sorted(transposed_weights(model))):
+        raise HalfplateError(
+            f"model={name!r}: {source.quantised} of a model with transposed weights ({transposed[0]}) is not read; pass the fp32, bf16 or fp16 model it was made from"
+        )
     apart = stored_apart(model, source.tensors)
     if apart:
         config = deepcopy(source.config)
@@ -267,15 +293,36 @@ def _fitted(source: Source, entries: dict[str, Any]) -> Source:
             f"model={name!r}: {type(model).__name__} does not run on a text alone (it needs {', '.join(needed)}), so its language model cannot be "
             "compressed; pass a model that continues a text"
         )
-    further = {stored: source.tensors[stored] for stored in further_tensors(model, source.tensors)}
+    # Codes are copied as floats of the type that all else has.
+    kind = NAMES[source.other_dtype]
+    further = {
+        stored: tensor if (tensor := source.tensors[stored]).encoded is None else replace(tensor, kind=kind)
+        for stored in further_tensors(model, source.tensors)
+    }
     return replace(source, notes=tuple(notes), further=further)
 
 
+class _Read:
+    """A stored tensor that transformers reads when it needs it, as it does with slices of safetensors files."""
+
+    def __init__(self, stored: StoredTensor) -> None:
+        self._stored = stored
+
+    def __getitem__(self, place: Any) -> "Tensor":
+        return read_tensor(self._stored)[place]
+
+
 def _load_folder(source: Source) -> "tuple[PreTrainedModel, dict[str, Any]]":
-    loader = auto_class(source.config)
+    loader: Any = auto_class(source.config)
+    place: dict[str, Any] = {"pretrained_model_name_or_path": source.path}
+    if source.quantised is not None:
+        # transformers would need the package of the other tool, and would keep the codes.
+        empty = skeleton(source, joined=True)
+        loader, state = type(empty), {name: _Read(stored) for name, stored in source.tensors.items()}
+        place = {"pretrained_model_name_or_path": None, "state_dict": state}
     with reading(source.name, "its weights do not fit its config.json", "download the model again"):
         model, report = loader.from_pretrained(
-            source.path,
+            **place,
             config=deepcopy(source.config),
             dtype=torch.float32,
             use_safetensors=True,
@@ -284,6 +331,8 @@ def _load_folder(source: Source) -> "tuple[PreTrainedModel, dict[str, Any]]":
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report names them, the error that it would raise does not
         )
+    if source.quantised is not None:
+        model.generation_config = empty.generation_config
     return model, report
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from halfplate.errors import HalfplateError
 from halfplate.models.trust import read_json_file
 from halfplate.storage.shards import INDEX, SINGLE, weight_map_of
-from halfplate.storage.tensor_file import DamagedFile, StoredTensor, read_header
+from halfplate.storage.tensor_file import CODES, DamagedFile, StoredTensor, read_header
 
 PICKLED = ("*.bin", "*.pt", "*.pth")
 # The element types of an original model; other float types are too large or too coarse.
@@ -21,21 +21,19 @@ SAMPLED = 4096  # bytes per tensor that are sampled to distinguish two models of
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Weight files sorted by name, their total bytes, the element type of most bytes, and the tensors by name."""
+    """Weight files sorted by name, their total bytes, and the tensors by name."""
 
     paths: tuple[Path, ...]
     nbytes: int
-    dtype: torch.dtype
     tensors: dict[str, StoredTensor]
 
 
 def find_weight_files(name: str, folder: Path) -> WeightFiles:
     """The weight files in `folder`, with their headers read. name: of the model, as the user gave it.
 
-    Raises HalfplateError if there are none, if one is missing or truncated, or if the weights are not plain floats.
+    Raises HalfplateError if there are none, or if one is missing or truncated.
     """
     paths = weight_paths(name, folder)
-    nbytes: Counter[torch.dtype] = Counter()
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
         try:
@@ -46,21 +44,24 @@ def find_weight_files(name: str, folder: Path) -> WeightFiles:
             raise HalfplateError(
                 f"model={name!r}: {path.name} cannot be read ({error.strerror or error}); check that it is there and may be read"
             ) from None
-        for tensor, stored in found.items():
-            kind = stored.kind
-            if kind.startswith("F8") or (kind in ("U8", "I8") and tensor.endswith("weight")):
-                raise HalfplateError(
-                    f"model={name!r} is already quantised: {tensor} in {path.name} is stored as {kind}; "
-                    f"pass the fp32, bf16 or fp16 model it was made from, or write it in floats with `halfplate export {name} -o FLOATS`"
-                )
-            if kind in DENSE:
-                nbytes[DENSE[kind]] += stored.nbytes
         tensors |= found
+    return WeightFiles(tuple(paths), sum(path.stat().st_size for path in paths), tensors)
+
+
+def usual_dtype(name: str, tensors: Mapping[str, StoredTensor]) -> torch.dtype:
+    """The element type of most bytes among the tensors of floats; codes do not count. Raises HalfplateError if there are no floats, or if weights are of other numbers."""
+    nbytes: Counter[torch.dtype] = Counter()
+    for tensor, stored in tensors.items():
+        if stored.kind in CODES or (stored.kind in ("U8", "I8") and tensor.endswith("weight")):
+            raise HalfplateError(
+                f"model={name!r} is already quantised: {tensor} in {stored.path.name} is stored as {stored.kind}, and config.json does not tell how; "
+                "pass the fp32, bf16 or fp16 model it was made from"
+            )
+        if stored.kind in DENSE and stored.encoded is None:
+            nbytes[DENSE[stored.kind]] += stored.nbytes
     if not nbytes:
-        raise HalfplateError(
-            f"model={name!r}: {paths[0].name} holds no fp32, bf16 or fp16 tensor; download the model again"
-        )
-    return WeightFiles(tuple(paths), sum(path.stat().st_size for path in paths), nbytes.most_common(1)[0][0], tensors)
+        raise HalfplateError(f"model={name!r}: its files hold no fp32, bf16 or fp16 tensor; download the model again")
+    return nbytes.most_common(1)[0][0]
 
 
 def weight_paths(name: str, folder: Path) -> list[Path]:
@@ -85,7 +86,9 @@ def sampled_sha256(paths: Iterable[Path], tensors: Iterable[StoredTensor] = ()) 
         add(path, 0)
         add(path, path.stat().st_size - SAMPLED)
     for tensor in tensors:
-        add(tensor.path, tensor.start + max(0, tensor.nbytes - SAMPLED) // 2)
+        parts = [tensor] if tensor.encoded is None else [part for _, part in tensor.encoded.parts]
+        for part in parts:
+            add(part.path, part.start + max(0, part.nbytes - SAMPLED) // 2)
     return digest.hexdigest()
 
 

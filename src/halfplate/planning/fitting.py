@@ -32,6 +32,10 @@ HEADER_ENTRY, CONFIG_ENTRY, REST = 120, 350, 20_000
 LLAMA_BATCH = 512  # tokens that llama.cpp computes at once
 PROCESS = 600_000_000  # Python with torch and transformers, while a model runs; measured 555 MB
 FP32, FP16 = 4, 2
+KEEP_FP32 = {
+    "vllm": 1,
+    "mlx": 2,
+}  # targets that write a model in fp32 as it is, and the fp16 numbers of a group that become fp32
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,9 @@ def _in_file(target: Target, outside: Outside) -> dict[str, int]:
     described = REST + HEADER_ENTRY * stored + sum(map(len, [*outside.tensors, *outside.specs]))
     described += 0 if target.name == "gguf" else CONFIG_ENTRY * len(outside.specs)
     parts = {"other tensors": _other_nbytes(target, outside)}
-    if target.name == "vllm" and outside.source.other_dtype == torch.float32:
-        parts["scales in fp32"] = sum(spec.d_out * spec.d_in // 32 * FP16 for spec in outside.specs.values())
+    if target.name in KEEP_FP32 and outside.source.other_dtype == torch.float32:
+        of_groups = KEEP_FP32[target.name] * FP16
+        parts["scales in fp32"] = sum(spec.d_out * spec.d_in // 32 * of_groups for spec in outside.specs.values())
     return parts | {"headers and configuration": described, "tokenizer": _tokenizer_nbytes(target, outside)}
 
 
@@ -132,7 +137,7 @@ def _other_nbytes(target: Target, outside: Outside) -> int:
     if target.sparse:
         return outside.other_nbytes
     if target.name != "gguf":
-        size = FP32 if target.name == "vllm" and outside.source.other_dtype == torch.float32 else FP16
+        size = FP32 if target.name in KEEP_FP32 and outside.source.other_dtype == torch.float32 else FP16
         return size * sum(tensor.numel() for tensor in outside.tensors.values())
     found = sum(tensor.numel() * (FP32 if tensor.ndim < 2 else FP16) for tensor in outside.tensors.values())
     if outside.tied and family_of_model(outside.source.config.model_type).head == "own":

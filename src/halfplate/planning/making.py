@@ -71,14 +71,14 @@ def plan_source(
 ) -> Plan:
     """`make_plan` for an open source. statistic: collect at least this one."""
     # From here on, `source` is the transformed model, as far as it is known without its tensors.
-    original, (source, transforms) = source, plan_transforms(source, recipe.transforms)
+    original, (source, transforms) = source, plan_transforms(source, recipe)
     dense, job = skeleton(source), Job(recipe, statistic)
     method = job.method
-    if job.runs_text:
+    if job.reads_text:
         for part in parts_of(recipe.calibration):
             check_source(part.source)
     with _reading_modules(source):
-        if job.runs_text:
+        if job.reads_text:
             check_seq_len(dense, recipe.seq_len, least=2)
             check_tokens_fit("samples", recipe.samples, recipe.seq_len)
         reads, untraced = data_reads(dense, find_blocks(dense)[0])
@@ -90,8 +90,8 @@ def plan_source(
     block = _block_size(recipe, fitting) if method.wrapped or method.low_rank else 0
 
     @cache
-    def spec_of(d_out: int, d_in: int) -> WeightSpec:
-        spec = recipe.spec(d_out, d_in, block)
+    def spec_of(d_out: int, d_in: int, core_dtype: str) -> WeightSpec:
+        spec = recipe.spec(d_out, d_in, block, core_dtype)
         method.check_spec(spec)
         return spec
 
@@ -101,7 +101,7 @@ def plan_source(
         if linear.d_in % pattern.m:
             reason = f"d_in={linear.d_in} is not a multiple of M={pattern.m} (pattern {pattern})"
         else:
-            spec = spec_of(linear.d_out, linear.d_in)
+            spec = spec_of(linear.d_out, linear.d_in, recipe.core_dtype_of(linear.name))
         matrices.append(MatrixPlan(linear.name, (linear.d_out, linear.d_in), linear.block, recipe.method, spec, reason))
     matrices += [
         MatrixPlan(skip.name, _shape(dense, skip.name), None, recipe.method, None, skip.reason) for skip in passed_over
@@ -118,7 +118,7 @@ def plan_source(
     outside = list(of_tables.values())
     others = uncompressed(dense, [*compressed, *of_tables])
     other_nbytes = _other_nbytes(others.values(), source.other_dtype)
-    other_nbytes += sum(tensor.nbytes for tensor in source.further.values())
+    other_nbytes += sum(tensor.values_nbytes for tensor in source.further.values())
     tied = any(spec.same_as is not None for spec in outside) or "lm_head.weight" in (dense.all_tied_weights_keys or {})
     limit = limit_of(recipe, Outside(source, sizes, others, compressed | of_tables, other_nbytes, tied))
     if limit is not None:

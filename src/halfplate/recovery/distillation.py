@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
+from halfplate.models.linears import find_linears
 from halfplate.precision import products
 from halfplate.recovery.loss import divergence, square_head
 from halfplate.recovery.settings import Recovery
@@ -57,6 +58,8 @@ def in_training(student: Any, settings: Recovery) -> Iterator[dict[str, nn.Param
     with torch.enable_grad(), trainable(student, values_too=settings.train == "all") as linears:
         if settings.norms:
             _enable_norms(student, linears)
+        if not linears and settings.train == "all":
+            _enable_linears(student)
         parameters = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
         if not parameters:
             raise _nothing_to_train(settings)
@@ -67,6 +70,12 @@ def in_training(student: Any, settings: Recovery) -> Iterator[dict[str, nn.Param
                     f"learning_rate={settings.learning_rate}: the training diverged; try a tenth of it"
                 )
     student.requires_grad_(False)
+
+
+def _enable_linears(student: Any) -> None:
+    """Enable gradients of the linears in the layers of a model that is not compressed."""
+    for found in find_linears(student)[0]:
+        student.get_submodule(found.name).weight.requires_grad_(True)
 
 
 def _enable_norms(student: Any, linears: dict[str, TrainableLinear]) -> None:

@@ -20,7 +20,7 @@ from halfplate.calibration import calibration_tokens
 from halfplate.calibration.documents import Text
 from halfplate.calibration.text import check_seq_len, check_tokens_fit
 from halfplate.calibration.vocabulary import check_tokens, vocabulary_of
-from halfplate.checkpoint.config import RECORD_FILE, other_dtype, read_record, read_specs
+from halfplate.checkpoint.config import RECORD_FILE, other_dtype, pruning_of, read_record, read_specs
 from halfplate.checkpoint.output import LOCK_FILE, check_place, check_result_folder, sole_user
 from halfplate.checkpoint.read import load, load_tokenizer
 from halfplate.checkpoint.write import write_checkpoint
@@ -28,6 +28,7 @@ from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
 from halfplate.errors import HalfplateError, RuinedResult
 from halfplate.evaluation.perplexity import evaluate, token_windows
+from halfplate.formats import WeightSpec
 from halfplate.headroom import check_memory
 from halfplate.models.sources import Source, is_compressed, load_dense, open_source
 from halfplate.models.sources import load_tokenizer as load_dense_tokenizer
@@ -55,9 +56,9 @@ def recover(
     save_minutes: float = SAVE_MINUTES,
     device: str = "cpu",
 ) -> dict[str, Any] | None:
-    """Train the checkpoint `model` towards the original `teacher`, write the result to `out` and return the summary.
+    """Train the checkpoint or pruned model `model` towards the original `teacher`, write the result to `out` and return the summary.
 
-    The masks are fixed. The state is saved about every `save_minutes` in a hidden folder next to `out`, which is removed when
+    The masks are fixed. Of a pruned model that is not compressed, the linears of its layers are trained. The state is saved about every `save_minutes` in a hidden folder next to `out`, which is removed when
     `out` is complete. Under `accelerate launch` each process takes its share of every batch; all except the main one return None.
 
     resume: continue from the saved state.
@@ -71,10 +72,12 @@ def recover(
         )
     check_device(device)
     check_place(out)
-    if not is_compressed(base):
-        raise HalfplateError(f"model={str(model)!r} is not a Halfplate checkpoint; give the OUT of halfplate compress")
+    if not is_compressed(base) and pruning_of(base) is None:
+        raise HalfplateError(
+            f"model={str(model)!r} is not a Halfplate checkpoint; give the OUT of halfplate compress, or of halfplate prune"
+        )
     source = _open_teacher(teacher)
-    check_trainable(read_specs(base), settings)
+    check_trainable(_specs(base), settings)
     tokenizer = load_dense_tokenizer(source)
     _check_tokenizer(base, source.name, tokenizer)
     accelerator = Accelerator(cpu=device == "cpu")
@@ -133,8 +136,8 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
     clock = Clock()
     with clock("reading"):
         report("reading", 0, 1, facts=asked)
-        student = load(order.base, kernels=False)
-        _check_teacher(order.source, student, settings)
+        student = load(order.base, kernels=False) if _specs(order.base) else load_dense(str(order.base)).model
+        _check_teacher(order.source, student, settings, _made_smaller(order.base))
         _check_batch(student, settings, accelerator.num_processes)
         if order.given is not None:
             check_tokens(order.given, student, f"text={settings.text!r}", load_tokenizer(order.base))
@@ -183,7 +186,7 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
         return facts
     with clock("writing"):
         record = _record(read_record(order.base), facts)
-        specs, tokenizer = read_specs(order.base), load_tokenizer(order.base)
+        specs, tokenizer = _specs(order.base), load_tokenizer(order.base)
         # The next run finds and removes what a killed process leaves here.
         partial, dtype = work / "result.partial", other_dtype(order.base)
         write_checkpoint(
@@ -202,6 +205,17 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
             f"token); the result is kept at {str(order.out)!r}; try a lower rate or more tokens"
         )
     return facts | {"out": str(order.out), "model": str(order.base)} | measured
+
+
+def _specs(base: Path) -> dict[str, WeightSpec]:
+    """The compressed matrices of a checkpoint; none in a model that is only pruned."""
+    return read_specs(base) if is_compressed(base) else {}
+
+
+def _made_smaller(base: Path) -> bool:
+    """Whether a transform has made the model smaller than its teacher."""
+    recipe = read_record(base).get("recipe")
+    return pruning_of(base) is not None or (isinstance(recipe, dict) and recipe.get("keep") is not None)
 
 
 def _identity(base: Path, source: Source, settings: Recovery, given: Tensor | None) -> dict[str, Any]:
@@ -270,14 +284,22 @@ def _check_tokenizer(base: Path, teacher: str, tokenizer: Any) -> None:
         )
 
 
-def _check_teacher(source: Source, student: Any, settings: Recovery) -> None:
+def _check_teacher(source: Source, student: Any, settings: Recovery, smaller: bool) -> None:
+    """Raise HalfplateError if the teacher is not the original. smaller: the student may have fewer layers, be narrower, and be a Mistral
+    if the teacher is a Llama."""
     wanted, found = student.config.get_text_config(), source.config.get_text_config()
-    for key, what in (
-        ("model_type", "model type"),
-        ("vocab_size", "vocabulary"),
-        ("num_hidden_layers", "number of layers"),
-        ("hidden_size", "width"),
-    ):
+    sizes = (("num_hidden_layers", "number of layers"), ("hidden_size", "width"))
+    if smaller and settings.square_head and any(getattr(wanted, key) != getattr(found, key) for key, _ in sizes):
+        raise HalfplateError(
+            f"square_head={settings.square_head:g} compares the outputs of every layer, and the pruned model has other layers than {source.name!r}; "
+            "leave it out"
+        )
+    same = (
+        (("vocab_size", "vocabulary"),)
+        if smaller
+        else (("model_type", "model type"), ("vocab_size", "vocabulary"), *sizes)
+    )
+    for key, what in same:
         if getattr(wanted, key) != getattr(found, key):
             raise HalfplateError(
                 f"teacher={source.name!r} has a different {what} ({getattr(found, key)}) than the compressed model ({getattr(wanted, key)}); "

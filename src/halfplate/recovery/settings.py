@@ -17,7 +17,7 @@ class Recovery:
     """All settings of a recovery.
 
     - tokens, minutes: length of the training; exactly one of them
-    - train: `all` (wrappers and kept values, or scales of integer cores) or `wrappers`
+    - train: `all` (wrappers and kept values, or scales of integer cores; the linears of a model that is only pruned) or `wrappers`
     - norms: also train norms and biases
     - batch: sequences per step, over all processes
     - square_head: weight of the feature loss, 0 for none

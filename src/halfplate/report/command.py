@@ -1,13 +1,13 @@
 """The command that reproduces a checkpoint."""
 
 import shlex
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from halfplate.arguments import FLAGS
-from halfplate.recipe import Recipe
+from halfplate.recipe import Recipe, defaults_of
 
-REPEATED = ("include", "exclude", "transforms")
+REPEATED = ("include", "exclude", "transforms", "types")
 
 
 def compress_command(model: str, out: str, recipe: Recipe) -> str:
@@ -15,7 +15,7 @@ def compress_command(model: str, out: str, recipe: Recipe) -> str:
     # The pattern is always said: a command that chooses no format takes the recipe `everyday`.
     words = ["halfplate", "compress", model, "-o", out, f"--pattern={recipe.pattern}"]
     # Not `Recipe(method=...)`, which some methods refuse because they need an integer core.
-    defaults = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
+    defaults = defaults_of(recipe)
     for name in (field.name for field in fields(Recipe) if field.name not in ("version", "pattern", "method_options")):
         value = getattr(recipe, name)
         if value == defaults[name]:

@@ -13,10 +13,10 @@ MOST_SEQUENCES = 64  # of a batch; larger ones run through transformers
 # Supported types of the model; the native step computes in fp32 and rounds its logits.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Other arguments of a call with one new token, and the values that the native step supports.
-HARMLESS = {"output_attentions": (None, False), "output_hidden_states": (None, False), "labels": (None,)} | {
-    "inputs_embeds": (None,),
-    "return_dict": (None, True),
-    "use_cache": (None, True),
+HARMLESS = {
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_router_logits"), (None, False)),
+    **dict.fromkeys(("labels", "inputs_embeds", "pixel_values", "token_type_ids"), (None,)),
+    **dict.fromkeys(("return_dict", "use_cache"), (None, True)),
 }
 
 
@@ -48,7 +48,8 @@ def new_tokens(model: Any, kwargs: dict[str, Any], cache_name: str) -> NewTokens
     if torch.is_grad_enabled() or model.training or not length or not 1 <= count <= MOST_SEQUENCES:
         return None
     config = model.config
-    if config.output_attentions or config.output_hidden_states or not (kwargs.get("return_dict") or config.return_dict):
+    asked = config.output_attentions or config.output_hidden_states or getattr(config, "output_router_logits", False)
+    if asked or not (kwargs.get("return_dict") or config.return_dict):
         return None
     if not isinstance(kwargs.get("logits_to_keep", 0), int) or cache.sequences != count or not ids.is_cpu:
         return None
@@ -65,7 +66,8 @@ def new_tokens(model: Any, kwargs: dict[str, Any], cache_name: str) -> NewTokens
             return None
         positions = None if bool((positions == length).all()) else positions.expand(count, 1)[:, 0].long().contiguous()
     if first is not None:
-        if tuple(first.shape) != (count, length + 1):
+        # Some models of several kinds of layers take a mask for each kind.
+        if not isinstance(first, Tensor) or tuple(first.shape) != (count, length + 1):
             return None
         first = _padding(first != 0)
         if first is None:
@@ -100,12 +102,13 @@ def wants_growing_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         and inputs.shape[0] * ways <= MOST_SEQUENCES
         and model.dtype in DTYPES
         and setting("use_cache") is not False
+        # Gemma's files say `hybrid`, which `generate` itself takes for no choice.
+        and setting("cache_implementation") in (None, "hybrid")
         and all(
             setting(name) is None
             for name in (
                 "cache",
                 OLD_CACHE_ARGUMENT,
-                "cache_implementation",
                 "assistant_model",
                 "custom_generate",
                 "prompt_lookup_num_tokens",

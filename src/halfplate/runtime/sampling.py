@@ -11,7 +11,8 @@ from halfplate.headroom import available_memory, memory
 from halfplate.kernels import native
 from halfplate.runtime.backends.cpu import PackedLinear
 from halfplate.runtime.cache import GrowingCache
-from halfplate.runtime.decoder import NativeDecoder, why_not
+from halfplate.runtime.decoder import why_not
+from halfplate.runtime.native_step import NativeDecoder
 
 # Copies of the weights in kernel layout may take this share of the free memory.
 MOST_OF_MEMORY = 0.25
@@ -25,8 +26,9 @@ class NativeSampling:
 
     def __init__(self, model: Any, seq_len: int, pack: Callable[[Any], PackedLinear]) -> None:
         self._decoder = NativeDecoder(model, pack)
-        self._blocks, self._heads = model.config.num_hidden_layers, model.config.num_key_value_heads
-        self._seq_len, self.width = seq_len, model.model.layers[0].self_attn.head_dim
+        traits = self._decoder.traits
+        self._blocks, self._heads = len(traits.layers), traits.kv_heads
+        self._seq_len, self.width = seq_len, traits.head_dim
         self.cache_dtype = torch.float32
 
     @property

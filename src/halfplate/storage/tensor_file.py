@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -35,6 +35,13 @@ KINDS = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: kind for kind, dtype in KINDS.items()}
+# Types of codes, which are read but never written.
+CODES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+READ = KINDS | CODES
 LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
 METADATA = "__metadata__"
 PIECE = 2**24  # bytes copied or hashed at once
@@ -62,6 +69,30 @@ class Arrangement:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A tensor that is stored as codes.
+
+    parts: the stored tensors that describe it, with their names.
+    decode: turns them into fp32 values. It can be pickled, because tasks read tensors in other processes.
+    """
+
+    parts: tuple[tuple[str, StoredTensor], ...]
+    decode: Callable[[Mapping[str, Tensor]], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for _, part in self.parts)
+
+    def values(self) -> Tensor:
+        """The decoded values, fp32."""
+        return self.decode({name: read_tensor(part) for name, part in self.parts})
+
+    def one_of(self, number: int) -> Encoded:
+        """The matrix `number` of a tensor of several; the first dimension of every part counts them."""
+        return replace(self, parts=tuple((name, part.one_of(number)) for name, part in self.parts))
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """The location of a tensor.
 
@@ -69,6 +100,7 @@ class StoredTensor:
     start: its first byte in the file.
     nbytes: that are read for it.
     arranged: how it lies among them, if they are not its values in order.
+    encoded: its codes, if it is stored as codes; then path and start are those of the first of them, and kind is what its values are rounded to.
     """
 
     path: Path
@@ -77,11 +109,28 @@ class StoredTensor:
     start: int
     nbytes: int
     arranged: Arrangement | None = None
+    encoded: Encoded | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """The element type; raises KeyError for types without a mapping to torch, such as F8."""
+        """The element type; raises KeyError for types that are not of plain numbers, such as F8."""
         return KINDS[self.kind]
+
+    @property
+    def values_nbytes(self) -> int:
+        """Bytes of its values in memory."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def one_of(self, number: int) -> StoredTensor:
+        """The part `number` along the first dimension, without that dimension."""
+        if self.encoded is not None:
+            one = self.encoded.one_of(number)
+            first = one.parts[0][1]
+            return replace(
+                self, shape=self.shape[1:], path=first.path, start=first.start, nbytes=one.nbytes, encoded=one
+            )
+        each = self.nbytes // self.shape[0]
+        return replace(self, shape=self.shape[1:], start=self.start + number * each, nbytes=each)
 
 
 class DamagedFile(HalfplateError):
@@ -114,7 +163,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             kind = str(entry["dtype"])
             if not all(type(side) is int and side >= 0 for side in shape):
                 raise ValueError(f"{name[:80]!r} has no place in it")
-            wrong = kind in KINDS and end - start != prod(shape) * KINDS[kind].itemsize
+            wrong = kind in READ and end - start != prod(shape) * READ[kind].itemsize
             if not 0 <= start <= end or wrong:
                 raise ValueError(f"{name[:80]!r} has no place in it")
             found[name] = StoredTensor(path, kind, shape, 8 + length + start, end - start)
@@ -159,10 +208,13 @@ def _check_covered(path: Path, found: Mapping[str, StoredTensor], start: int, si
 
 def read_tensor(stored: StoredTensor) -> Tensor:
     """The values of a tensor in newly allocated memory; raises DamagedFile if the file has become shorter."""
-    shape = stored.shape if stored.arranged is None else stored.arranged.shape
-    tensor = torch.empty(shape, dtype=KINDS[stored.kind], device="cpu")
-    with stored.path.open("rb", buffering=0) as file:
-        _read_into(file.fileno(), stored.start, memoryview(_bytes(tensor)), stored.path)
+    if stored.encoded is not None:
+        tensor = stored.encoded.values().to(stored.dtype)
+    else:
+        shape = stored.shape if stored.arranged is None else stored.arranged.shape
+        tensor = torch.empty(shape, dtype=READ[stored.kind], device="cpu")
+        with stored.path.open("rb", buffering=0) as file:
+            _read_into(file.fileno(), stored.start, memoryview(_bytes(tensor)), stored.path)
     return tensor if stored.arranged is None else stored.arranged.of(tensor)
 
 
@@ -190,7 +242,9 @@ def sha256(tensor: Tensor) -> str:
 
 
 def sha256_of(stored: StoredTensor) -> str:
-    """Hexadecimal SHA-256 of the bytes of a stored tensor."""
+    """Hexadecimal SHA-256 of the bytes of a stored tensor, or of the values of one that is stored as codes."""
+    if stored.encoded is not None:
+        return sha256(read_tensor(stored))
     digest = hashlib.sha256()
     for piece in pieces(stored):
         digest.update(piece)
@@ -261,7 +315,9 @@ class TensorFileWriter:
         return hashlib.sha256(data).hexdigest()
 
     def copy(self, name: str, stored: StoredTensor) -> str:
-        """Write the tensor `name` from another file, without holding it completely; returns the SHA-256 of its bytes."""
+        """Write the tensor `name` from another file, without holding it completely unless it is stored as codes; returns the SHA-256 of its bytes."""
+        if stored.encoded is not None:
+            return self.write(name, read_tensor(stored))
         at, size = self._spans[name]
         assert (KINDS[stored.kind], stored.shape, stored.nbytes) == (*self._entries[name], size), name
         digest = hashlib.sha256()

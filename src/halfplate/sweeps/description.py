@@ -23,7 +23,7 @@ ORIGINAL = "original"
 KEYS = ("version", "model", "eval", "speed", "base", "rows")
 RECIPE_KEYS = ("recipe", "activations", *(field.name for field in fields(Recipe)))
 # Fields of a recipe whose values are lists, which are not expanded.
-LISTS = ("choose", "include", "exclude")
+LISTS = ("choose", "include", "exclude", "types")
 ACTIVATIONS = ("float", "int8")
 EVALUATION: dict[str, Any] = {
     "text": tuple[str, ...],

@@ -4,13 +4,39 @@ To add one: write its file with a `Transform`, and add a line to `TRANSFORMS`. O
 the group `halfplate.transforms` (docs/extending.md).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from halfplate.errors import HalfplateError
 from halfplate.registry import Registry
-from halfplate.transforms.base import Maker, Piece, Transform, outline, pieces_of
+from halfplate.transforms.base import (
+    Maker,
+    MeasuredTransform,
+    Piece,
+    Probe,
+    Settled,
+    Statistics,
+    Transform,
+    outline,
+    pieces_of,
+)
 
-__all__ = ["CONVERSION", "TRANSFORMS", "Maker", "Piece", "Transform", "find", "outline", "pieces_of"]
+__all__ = [
+    "CONVERSION",
+    "TRANSFORMS",
+    "Maker",
+    "MeasuredTransform",
+    "Piece",
+    "Probe",
+    "Settled",
+    "Statistics",
+    "Transform",
+    "check_keep",
+    "chosen",
+    "find",
+    "outline",
+    "pieces_of",
+]
 
 CONVERSION = "conversion"  # the transform that is applied automatically
 
@@ -30,6 +56,12 @@ TRANSFORMS: Registry[Transform] = Registry(
     {
         CONVERSION: "halfplate.transforms.conversion:CONVERSION",
         "rotate": "halfplate.transforms.rotate:ROTATE",
+        "depth": "halfplate.transforms.structure.depth:DEPTH",
+        "magnitude-structured": "halfplate.transforms.structure.magnitude:MAGNITUDE",
+        "wanda-structured": "halfplate.transforms.structure.wanda:WANDA",
+        "flap": "halfplate.transforms.structure.flap:FLAP",
+        "slicegpt": "halfplate.transforms.structure.slicegpt:SLICEGPT",
+        "modegpt": "halfplate.transforms.structure.modegpt:MODEGPT",
     },
     _fault,
 )
@@ -47,3 +79,27 @@ def find(entry: str) -> Transform:
             f"transforms={entry!r}: the installed {name} is version {found.version}; write {found.label!r}, or install the package that has the other version"
         )
     return found
+
+
+def chosen(entry: str, keep: float | None) -> Transform:
+    """The transform `NAME` or `NAME@VERSION`, for a result with `keep` times the parameters if it shrinks a model."""
+    found = find(entry)
+    return found.keeping(keep) if found.shrinks and keep is not None else found
+
+
+def check_keep(entries: Sequence[str], keep: float | None) -> None:
+    """Raise HalfplateError unless `keep` is a share for exactly one of the transforms `entries`, or None if none shrinks a model."""
+    shrinking = [entry for entry in entries if find(entry).shrinks]
+    if keep is None and not shrinking:
+        return
+    if keep is None:
+        raise HalfplateError(
+            f"transforms={shrinking[0]!r} needs keep, the fraction of the model's parameters that stay; try keep 0.75"
+        )
+    if not 0 < keep <= 1:
+        raise HalfplateError(f"keep={keep} must be a fraction of the parameters, above 0 and at most 1; try 0.75")
+    if len(shrinking) != 1:
+        many = f"{len(shrinking)} do ({', '.join(shrinking)}): prune in several steps"
+        raise HalfplateError(
+            f"keep={keep} is for one transform that makes the model smaller, and {many if shrinking else 'none does: try flap'}"
+        )

@@ -9,8 +9,10 @@ from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from halfplate.errors import HalfplateError
 from halfplate.models.linears import find_blocks
 from halfplate.models.sources import Source, skeleton
 
@@ -35,6 +37,8 @@ class Piece:
 
 # Yields every tensor of a piece with its name, in any order, one at a time.
 Maker = Callable[[Piece], Iterator[tuple[str, Tensor]]]
+# The statistics of the layer with this index, as its probe returned them.
+Statistics = Callable[[int], Mapping[str, Tensor]]
 
 
 class Transform(ABC):
@@ -48,11 +52,17 @@ class Transform(ABC):
     name: its name in the registry.
     version: increased whenever the result changes.
     summary: one sentence.
+    shrinks: the recipe must say with `keep` how much of the model stays; `keeping` receives it.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     summary: ClassVar[str]
+    shrinks: ClassVar[bool] = False
+
+    def keeping(self, keep: float) -> Transform:
+        """This transform for a result with at most `keep` (above 0, at most 1) times the parameters of the model; only called if it `shrinks`."""
+        raise NotImplementedError(f"{self.name} does not shrink a model")
 
     @abstractmethod
     def refusal(self, source: Source) -> str | None:
@@ -61,6 +71,10 @@ class Transform(ABC):
     def configuration(self, source: Source) -> PretrainedConfig:
         """The configuration of the result: a changed copy, or that of the source."""
         return source.config
+
+    def described(self, source: Source) -> str:
+        """What it makes of the model, in a few words for the plan; empty if there is nothing to say."""
+        return ""
 
     def held_nbytes(self, source: Source) -> int:
         """Peak bytes in addition to the process itself; by default, twice the largest layer or outer tensor in fp32."""
@@ -76,6 +90,51 @@ class Transform(ABC):
     def label(self) -> str:
         """Its name in recipes, fingerprints and reports."""
         return f"{self.name}@{self.version}"
+
+
+class Probe(ABC):
+    """Collects statistics of one layer while the calibration text runs through it."""
+
+    @abstractmethod
+    def watch(self, layer: nn.Module) -> list[RemovableHandle]:
+        """Register hooks on the layer, which runs once for each batch (samples, L, d) of the text."""
+
+    @abstractmethod
+    def statistics(self) -> dict[str, Tensor]:
+        """What is kept of the layer, after the last batch; not empty."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A result of which everything is decided: its configuration, and what makes its pieces."""
+
+    config: PretrainedConfig
+    make: Maker
+
+
+class MeasuredTransform(Transform):
+    """A transform that depends on statistics of the model.
+
+    Halfplate runs the calibration text once through the layers of the source, with one layer in memory, and keeps what the probe of each
+    layer returns in a file. Then `settled` decides, and makes the tensors.
+    """
+
+    @abstractmethod
+    def probe(self, source: Source, layer: int) -> Probe:
+        """What collects the statistics of the layer with this index."""
+
+    @abstractmethod
+    def settled(self, source: Source, statistics: Statistics) -> Settled:
+        """The result; its configuration may differ from `configuration` in values, but not in the shapes that follow from it."""
+
+    @abstractmethod
+    def statistics_nbytes(self, source: Source) -> int:
+        """Bytes of what a probe returns, at most."""
+
+    def open(self, source: Source) -> Maker:
+        raise HalfplateError(
+            f"transforms={self.label!r} needs statistics of the model: call `settled` instead of `open`"
+        )
 
 
 def outline(transform: Transform, source: Source) -> Source:

@@ -407,113 +407,7 @@ Linear &dense_linear(std::vector<Linear> &all, int64_t d_out, int64_t d_in) {
     return m;
 }
 
-void check_batch(halfplate::Decoder d, halfplate::DecoderBlock block);
-
-// A decoder of one block: steps inside the capacity run, anything else is refused before it writes.
-void check_decoder() {
-    constexpr int64_t HIDDEN = 24, HEADS = 4, KV = 2, HEAD = 6, WIDE = 40, VOCABULARY = 50, CAPACITY = 5;
-    std::vector<Linear> all;
-    all.reserve(8);
-    std::vector<float> norm(HIDDEN, 1), keys(KV * CAPACITY * HEAD), values(keys.size()), cosines(CAPACITY * HEAD, 1), sines(cosines.size());
-    std::vector<float> embedding(HIDDEN, 0.5f), logits(VOCABULARY);
-    halfplate::DecoderBlock block{};
-    block.input_norm = block.post_norm = norm.data();
-    block.norm_bytes[0] = block.norm_bytes[1] = 4 * HIDDEN;
-    const int64_t shapes[7][2] = {{HEADS * HEAD, HIDDEN}, {KV * HEAD, HIDDEN}, {KV * HEAD, HIDDEN}, {HIDDEN, HEADS * HEAD},
-                                  {WIDE, HIDDEN}, {WIDE, HIDDEN}, {HIDDEN, WIDE}};
-    const Packed **places[7] = {&block.q, &block.k, &block.v, &block.o, &block.gate, &block.up, &block.down};
-    for (int i = 0; i < 7; ++i) {
-        Linear &m = dense_linear(all, shapes[i][0], shapes[i][1]);
-        *places[i] = &m.packed();
-        block.linear_bytes[i] = m.head.nbytes;
-    }
-    Linear &head = dense_linear(all, VOCABULARY, HIDDEN);
-    block.keys = keys.data();
-    block.values = values.data();
-    block.cache_bytes[0] = block.cache_bytes[1] = int64_t(4 * keys.size());
-    halfplate::Decoder d{};
-    d.hidden = HIDDEN, d.heads = HEADS, d.kv_heads = KV, d.head_dim = HEAD, d.intermediate = WIDE, d.vocabulary = VOCABULARY;
-    d.sequences = 1, d.blocks = 1, d.capacity = CAPACITY, d.epsilon = 1e-5f, d.embedding_scale = 1, d.attention_scale = 0.4f;
-    d.final_norm = norm.data(), d.final_norm_bytes = 4 * HIDDEN;
-    d.head = &head.packed(), d.head_bytes = head.head.nbytes;
-    d.block = &block, d.block_bytes = sizeof block;
-    d.cosines = cosines.data(), d.sines = sines.data();
-    d.table_bytes[0] = d.table_bytes[1] = int64_t(4 * cosines.size());
-    const int64_t floats = halfplate_decoder_scratch(&d, 2);
-    if (floats < 0) fail(head.head, "decoder refused", double(floats));
-    std::vector<float> room(size_t(floats + 16));
-    d.scratch = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) % 64 / 4;
-    d.scratch_bytes = 4 * floats;
-    auto step = [&](const halfplate::Decoder &with, int64_t position, int64_t in, int64_t out, int64_t threads) {
-        return halfplate_step(&with, embedding.data(), in, position, logits.data(), out, threads);
-    };
-    auto expect = [&](bool right, const char *what) {
-        if (!right) fail(head.head, what, 0);
-    };
-    for (int64_t position = 0; position < CAPACITY; ++position) expect(step(d, position, 4 * HIDDEN, 4 * VOCABULARY, 2) == 0, "a step");
-    expect(step(d, CAPACITY, 4 * HIDDEN, 4 * VOCABULARY, 2) < 0, "a position behind the cache");
-    expect(step(d, -1, 4 * HIDDEN, 4 * VOCABULARY, 2) < 0, "a position before the cache");
-    expect(step(d, 0, 2 * HIDDEN, 4 * VOCABULARY, 2) < 0, "an embedding in halves");
-    expect(step(d, 0, 4 * HIDDEN, 8 * VOCABULARY, 2) < 0, "logits in doubles");
-    expect(step(d, 0, 4 * HIDDEN, 4 * VOCABULARY, 3) < 0, "threads that the scratch is not for");
-    auto refused = [&](auto change, const char *what) {
-        halfplate::Decoder wrong = d;
-        halfplate::DecoderBlock other = block;
-        wrong.block = &other;
-        change(wrong, other);
-        const bool stepped = step(wrong, 0, 4 * HIDDEN, 4 * VOCABULARY, 2) == 0;
-        expect(!stepped || halfplate_decoder_scratch(&wrong, 2) < 0, what);
-    };
-    refused([](auto &w, auto &) { w.scratch_bytes -= 4; }, "short scratch");
-    refused([](auto &w, auto &) { w.scratch = nullptr; }, "no scratch");
-    refused([](auto &w, auto &) { w.capacity += 1; }, "a capacity beyond the cache");
-    refused([](auto &w, auto &) { w.table_bytes[1] -= 4; }, "short tables");
-    refused([](auto &w, auto &) { w.final_norm_bytes /= 2; }, "a norm in halves");
-    refused([](auto &, auto &b) { b.cache_bytes[1] -= 4; }, "a short cache");
-    refused([](auto &, auto &b) { b.norm_bytes[0] -= 4; }, "a short norm");
-    refused([](auto &, auto &b) { b.linear_bytes[3] += 64; }, "a matrix of another size");
-    refused([](auto &, auto &b) { std::swap(b.q, b.down), std::swap(b.linear_bytes[0], b.linear_bytes[6]); }, "matrices of other shapes");
-    refused([](auto &, auto &b) { b.o = nullptr; }, "no matrix");
-    refused([](auto &w, auto &) { w.sequences = 2; }, "a cache for one sequence of two");
-    refused([](auto &w, auto &) { w.cache_kind = halfplate::BF16; }, "a cache in halves");
-    check_batch(d, block);
-}
-
-// Steps of 19 sequences, which take panels, inside the capacity; anything else is refused before it writes.
-void check_batch(halfplate::Decoder d, halfplate::DecoderBlock block) {
-    constexpr int64_t N = 19;
-    d.block = &block, d.sequences = N;
-    std::vector<float> keys(size_t(N * d.kv_heads * d.capacity * d.head_dim)), values(keys.size());
-    std::vector<float> embeddings(size_t(N * d.hidden), 0.5f), logits(size_t(N * d.vocabulary));
-    std::vector<int64_t> positions(N), first(N);
-    block.keys = keys.data(), block.values = values.data();
-    block.cache_bytes[0] = block.cache_bytes[1] = int64_t(4 * keys.size());
-    const int64_t floats = halfplate_decoder_scratch(&d, 2);
-    if (floats < 0) fail(*d.head, "batch refused", double(floats));
-    std::vector<float> room(size_t(floats + 16));
-    d.scratch = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) % 64 / 4;
-    d.scratch_bytes = 4 * floats;
-    const halfplate::Batch right{embeddings.data(), 0, positions.data(), first.data(), logits.data(),
-                                 {int64_t(4 * embeddings.size()), 8 * N, 8 * N, int64_t(4 * logits.size())}};
-    auto expect = [&](auto change, bool runs, const char *what) {
-        halfplate::Batch batch = right;
-        change(batch);
-        if ((halfplate_step_batch(&d, &batch, 2) == 0) != runs) fail(*d.head, what, 0);
-    };
-    for (int64_t slot = 0; slot < d.capacity; ++slot) {
-        for (int64_t k = 0; k < N; ++k) first[size_t(k)] = k % (slot + 1), positions[size_t(k)] = slot - first[size_t(k)];
-        expect([&](auto &b) { b.slot = slot; }, true, "a step of a batch");
-    }
-    for (float logit : logits)
-        if (!(logit - logit == 0)) fail(*d.head, "logits of a batch", double(logit));
-    first[3] = 1;
-    expect([](auto &) {}, false, "padding up to the new token");
-    first[3] = 0, positions[4] = d.capacity;
-    expect([](auto &b) { b.slot = 4; }, false, "a position behind the tables");
-    positions[4] = 0;
-    expect([&](auto &b) { b.slot = d.capacity; }, false, "a slot behind the cache");
-    for (int i = 0; i < 4; ++i) expect([&](auto &b) { b.slot = 4, b.bytes[i] -= 4; }, false, "a short buffer of a batch");
-}
+#include "decoder_cases.inc"
 
 // Draws from one logit, from several blocks, and from logits that are not finite.
 void check_draw() {
@@ -635,7 +529,7 @@ int main(int count, char **arguments) {
         check_refusals(m, 1 + random_below(3));
         check_group(m, 1 + random_below(18), 1 + random_below(5));
     }
-    check_decoder();
+    check_decoders();
     check_draw();
     check_solver();
     std::printf("%d cases on %s\n", cases, halfplate_isa());

@@ -50,6 +50,7 @@ QUANTIZERS: Registry[Quantizer] = Registry(
         "int4": "halfplate.formats.quantizers.uniform:INT4",
         "nl4": "halfplate.formats.quantizers.table:NL4",
         "nl4k": "halfplate.formats.quantizers.table:NL4K",
+        "nl4s": "halfplate.formats.quantizers.table:NL4S",
         "affine3": "halfplate.formats.quantizers.affine:AFFINE3",
         "affine3k": "halfplate.formats.quantizers.affine:AFFINE3K",
         "int3": "halfplate.formats.quantizers.uniform:INT3",

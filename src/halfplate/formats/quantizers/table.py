@@ -87,3 +87,5 @@ NL3 = Table("nl3", 3, EIGHT)
 NL5K = Table("nl5k", 5, THIRTY_TWO, SuperScales())
 NL4K = Table("nl4k", 4, NON_LINEAR, SuperScales())
 NL3K = Table("nl3k", 3, EIGHT, SuperScales())
+# The scales of llama.cpp's IQ4_XS.
+NL4S = Table("nl4s", 4, NON_LINEAR, SuperScales(bits=5))

@@ -19,7 +19,6 @@ enum Status : int32_t { DONE = 0, NO_MEMORY = -1, BAD_HEADER = -2, BAD_SIZE = -3
 
 // Larger sizes could overflow in products; no matrix or batch that fits into memory reaches them.
 constexpr int64_t LARGEST_SIDE = int64_t(1) << 26, LARGEST_BATCH = int64_t(1) << 30;
-constexpr int64_t LARGEST_SEQUENCES = 4096;
 constexpr int64_t LARGEST_GROUP_CALL = 1 << 20;           // matrices of a grouped call
 constexpr int64_t LARGEST_GROUP = 256, LARGEST_KEPT = 16;  // M, and the largest N that the solver supports
 constexpr int64_t LARGEST_ROUNDS = int64_t(1) << 20;      // descents of a row, and sweeps of a descent
@@ -100,74 +99,6 @@ static inline bool holds_stored(const Packed &p, const Stored &s) {
            wrapper(p.d_out, p.out_block, s.out_blocks, s.out_tail, s.out_scales, s.bytes + 3) &&
            wrapper(p.d_in, p.in_block, s.in_blocks, s.in_tail, s.in_scales, s.bytes + 6) &&
            holds(s.bias, s.bytes[9], p.bias ? 4 * p.d_out : 0);
-}
-
-// Whether the sizes and matrices of a decoder match. whole: also check the matrices in detail, before the first step.
-static inline int32_t check_decoder(const Decoder &d, bool whole) {
-    const int64_t queries = d.heads * d.head_dim, keys = d.kv_heads * d.head_dim;
-    if (whole) {
-        for (int64_t size : {d.hidden, d.heads, d.kv_heads, d.head_dim, d.intermediate, d.vocabulary, d.blocks, d.capacity})
-            if (!within(size, 1, LARGEST_SIDE)) return BAD_NUMBER;
-        if (!within(d.sequences, 1, LARGEST_SEQUENCES)) return BAD_NUMBER;
-        if (d.heads % d.kv_heads || d.head_dim % 2 || !within(queries, 1, LARGEST_SIDE)) return BAD_NUMBER;
-        if (!holds(d.block, d.block_bytes, d.blocks * int64_t(sizeof(DecoderBlock)))) return BAD_SIZE;
-        if (!holds(d.final_norm, d.final_norm_bytes, 4 * d.hidden)) return BAD_SIZE;
-    }
-    auto fits = [whole](const Packed *p, int64_t bytes, int64_t d_in, int64_t d_out) {
-        return (whole ? sound(p, bytes) : intact(p, bytes)) && p->d_in == d_in && p->d_out == d_out;
-    };
-    if (!fits(d.head, d.head_bytes, d.hidden, d.vocabulary)) return BAD_HEADER;
-    for (int64_t i = 0; i < d.blocks; ++i) {
-        const DecoderBlock &b = d.block[i];
-        const int64_t *bytes = b.linear_bytes;
-        if (!fits(b.q, bytes[0], d.hidden, queries) || !fits(b.k, bytes[1], d.hidden, keys) ||
-            !fits(b.v, bytes[2], d.hidden, keys) || !fits(b.o, bytes[3], queries, d.hidden) ||
-            !fits(b.gate, bytes[4], d.hidden, d.intermediate) || !fits(b.up, bytes[5], d.hidden, d.intermediate) ||
-            !fits(b.down, bytes[6], d.intermediate, d.hidden))
-            return BAD_HEADER;
-        if (!whole) continue;
-        const int64_t head_norm = b.query_norm || b.key_norm ? 4 * d.head_dim : 0;
-        if (!holds(b.input_norm, b.norm_bytes[0], 4 * d.hidden) || !holds(b.post_norm, b.norm_bytes[1], 4 * d.hidden) ||
-            !holds(b.query_norm, b.norm_bytes[2], head_norm) || !holds(b.key_norm, b.norm_bytes[3], head_norm))
-            return BAD_SIZE;
-    }
-    return DONE;
-}
-
-// Whether the cache, the tables and the scratch are those that a step of a team of `threads` at position `slot` needs.
-static inline int32_t check_state(const Decoder &d, int64_t slot, int64_t sequences, int64_t threads) {
-    const int64_t table = 4 * d.capacity * d.head_dim;
-    if (!within(slot, 0, d.capacity - 1) || d.sized_threads != threads || d.sized_capacity != d.capacity ||
-        d.sequences != sequences || (d.cache_kind != FP32 && (d.cache_kind != BF16 || d.head_dim % 16)) || d.sized_sequences != sequences)
-        return BAD_NUMBER;
-    if (!holds(d.cosines, d.table_bytes[0], table) || !holds(d.sines, d.table_bytes[1], table) || d.scratch == nullptr ||
-        reinterpret_cast<uintptr_t>(d.scratch) % 64 || d.scratch_bytes < 4 * d.sized_floats)
-        return BAD_SIZE;
-    for (int64_t i = 0; i < d.blocks; ++i)
-        for (int side = 0; side < 2; ++side)
-            if (!holds(side ? d.block[i].values : d.block[i].keys, d.block[i].cache_bytes[side], sequences * d.kv_heads * table / (d.cache_kind == BF16 ? 2 : 1)))
-                return BAD_SIZE;
-    return DONE;
-}
-
-// Whether one step of a team of `threads` stays inside the cache, the tables and the scratch.
-static inline int32_t check_step(const Decoder &d, const float *embedding, int64_t embedding_bytes, int64_t position,
-                                 const float *logits, int64_t logits_bytes, int64_t threads) {
-    if (!holds(embedding, embedding_bytes, 4 * d.hidden) || !holds(logits, logits_bytes, 4 * d.vocabulary)) return BAD_SIZE;
-    return d.cache_kind == FP32 ? check_state(d, position, 1, threads) : BAD_NUMBER;
-}
-
-// The same for a step of several sequences.
-static inline int32_t check_batch(const Decoder &d, const Batch &b, int64_t threads) {
-    const int64_t n = d.sequences;
-    if (!within(n, 1, LARGEST_SEQUENCES)) return BAD_NUMBER;
-    if (!holds(b.embeddings, b.bytes[0], 4 * n * d.hidden) || !holds(b.positions, b.bytes[1], 8 * n) ||
-        !holds(b.first, b.bytes[2], 8 * n) || !holds(b.logits, b.bytes[3], 4 * n * d.vocabulary))
-        return BAD_SIZE;
-    if (const int32_t bad = check_state(d, b.slot, n, threads)) return bad;
-    for (int64_t k = 0; k < n; ++k)
-        if (!within(b.positions[k], 0, d.capacity - 1) || !within(b.first[k], 0, b.slot)) return BAD_NUMBER;
-    return DONE;
 }
 
 // Whether the matrices of a problem of the solver have the sizes that follow from its tiles.

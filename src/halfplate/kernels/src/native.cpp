@@ -9,6 +9,7 @@
 
 #include "armor.h"
 #include "checks.h"
+#include "decoder_checks.h"
 #include "pack.h"
 #include "runtime.h"
 

@@ -59,24 +59,69 @@ struct Member {
     int64_t column, d_out;                 // first column of the output, and number of columns
 };
 
-// The weights of a Llama-shaped decoder and the state of one sequence or several; see decoder.inc and batch.inc.
+// The weights of a decoder and the state of one sequence or several; see decoder.inc and batch.inc.
+
+// How a decoder normalises: by the root of the mean square, or by mean and variance (LayerNorm).
+enum Norm : int64_t { RMS = 0, MEAN = 1 };
+// Activations of an MLP. GELU_TANH approximates GELU with a hyperbolic tangent; RELU2 is the square of what is positive; CLAMPED is that of
+// gpt-oss: g logistic(alpha g) (1 + u), where g = min(gate(x), limit) and u = up(x) within -limit and limit.
+enum Activation : int64_t { SILU = 0, GELU_TANH = 1, GELU = 2, RELU2 = 3, CLAMPED = 4 };
+
+// The linears of an MLP: down(activation(gate(x)) * up(x)). Without `up`, `gate` has the outputs of both, those of the gate first; or, in a
+// decoder without gates, the only ones.
+struct Expert {
+    const Packed *gate, *up, *down;
+    int64_t bytes[3];                      // of these
+};
+
+// A mixture of experts: each token goes through the `chosen` experts of the largest probability, a softmax of the router's outputs.
+struct Mixture {
+    const Packed *router;                  // (experts, hidden)
+    const Expert *expert;
+    int64_t experts, chosen;               // both 0: the block has one MLP
+    int64_t normalised;                    // 1: the weights of a token's experts are divided by their sum
+    int64_t router_bytes, expert_bytes;    // of what these point to
+    Expert shared;                         // of every token, unless its number of intermediates is 0
+    const Packed *shared_gate;             // (1, hidden): the weight of the shared expert is logistic(this(x)); null: 1
+    int64_t shared_intermediate, shared_gate_bytes;
+};
+
+// A block: x += residual_scale * norms[1](attention(norms[0](x))), then x += residual_scale * norms[3](MLP(norms[2](x))). A norm that is null
+// changes nothing. Weights of a norm of `count` numbers: (count), or of kind MEAN (2, count) with a bias.
 struct DecoderBlock {
-    const float *input_norm, *post_norm;   // (hidden)
-    const Packed *q, *k, *v, *o, *gate, *up, *down;
+    const float *norms[4];                 // of hidden numbers
+    const float *query_norm, *key_norm;    // of head_dim numbers for each head, or of those of all heads; or null
+    const Packed *q, *k, *v, *o;           // k and v null: q has the outputs of all three
+    const float *sinks;                    // (heads), or null: a score that attention counts and that belongs to no position
+    Expert mlp;                            // unless there is a mixture
+    Mixture mixture;
     void *keys, *values;                   // (sequences, kv_heads, capacity, head_dim), the cache
-    const float *query_norm, *key_norm;    // (head_dim), or null: norms of each head before its rotation
-    int64_t norm_bytes[4], linear_bytes[7], cache_bytes[2];  // of the norms, the linears, and keys and values, in this order
+    int64_t intermediate;                  // between gate and down, of every expert
+    int64_t window;                        // the number of positions that are read, the new one included; 0: all
+    int64_t rotary;                        // which tables rotate heads; -1: none
+    int64_t norm_bytes[6], linear_bytes[4], cache_bytes[2], sink_bytes;  // of the norms, the linears, keys and values, in this order, and sinks
 };
 
 struct Decoder {
-    int64_t hidden, heads, kv_heads, head_dim, intermediate, vocabulary, blocks, capacity;
-    float epsilon, embedding_scale, attention_scale;
-    const float *cosines, *sines;          // (capacity, head_dim), tables of the rotary embedding
-    const float *final_norm;               // (hidden)
+    int64_t hidden, heads, kv_heads, head_dim, vocabulary, blocks, capacity;
+    int64_t rotary_dim;                    // leading numbers of a head that are rotated
+    int64_t rotary_pairs;                  // 0: pairs are (i, i + rotary_dim / 2); 1: (2 i, 2 i + 1), with the angles of i
+    int64_t tables;                        // pairs of tables: 0, 1 or 2
+    int64_t norm, activation;              // Norm and Activation
+    int64_t gated;                         // 1: an MLP has a gate
+    int64_t parallel;                      // 1: the MLP reads what attention reads, and norms[2] is null
+    int64_t whole_norms;                   // 1: query_norm and key_norm are of all heads together
+    int64_t late_norms;                    // 1: they follow the rotation
+    float epsilon, embedding_scale, attention_scale, residual_scale, logit_scale;
+    float gate_alpha, gate_limit;          // of CLAMPED
+    float attention_cap, logit_cap;        // y = cap tanh(x / cap) of scores and of logits; 0: none
+    const float *cosines[2], *sines[2];    // (capacity, rotary_dim), tables of the rotary embedding
+    const float *final_norm;
     const Packed *head;
     const DecoderBlock *block;
     float *scratch;                        // halfplate_decoder_scratch floats, from a multiple of 64 bytes
-    int64_t table_bytes[2], final_norm_bytes, head_bytes, block_bytes, scratch_bytes;  // of what these point to
+    int64_t table_bytes[4];                // of the tables, cosines first
+    int64_t final_norm_bytes, head_bytes, block_bytes, scratch_bytes;  // of what these point to
     int64_t sized_threads, sized_capacity, sized_sequences, sized_floats;  // written by halfplate_decoder_scratch: the arguments and the result of its last call
     int64_t sequences;
     int64_t cache_kind;                    // FP32; or BF16, only for several sequences and a head_dim that is a multiple of 16

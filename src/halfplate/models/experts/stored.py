@@ -102,16 +102,15 @@ def _from_all(result: ExpertTensors, key: str, module: str, name: str, layout: L
 
 def _piece(stored: StoredTensor, number: int, slot: Slot) -> StoredTensor:
     """One tensor of one expert of a joined tensor in a file; it is read alone, or with the other half of its expert."""
-    shape = stored.shape[1:]
-    nbytes = stored.nbytes // stored.shape[0]
-    start = stored.start + number * nbytes
+    one = stored.one_of(number)
+    shape = one.shape
     rows = range(shape[1] if slot.transposed else shape[0])[slot.outputs]
     own = (len(rows), *((shape[0],) if slot.transposed else shape[1:]))
-    if slot.transposed or rows.step != 1:
+    if slot.transposed or rows.step != 1 or one.encoded is not None:
         arranged = Arrangement(shape, slot.transposed, rows.start, rows.stop, rows.step)
-        return replace(stored, shape=own, start=start, nbytes=nbytes, arranged=arranged)
-    each = nbytes // shape[0]
-    return replace(stored, shape=own, start=start + rows.start * each, nbytes=prod(own) * (nbytes // prod(shape)))
+        return replace(one, shape=own, arranged=arranged)
+    each = one.nbytes // shape[0]
+    return replace(one, shape=own, start=one.start + rows.start * each, nbytes=prod(own) * (one.nbytes // prod(shape)))
 
 
 def _one_by_one(converter: Any, pattern: str, joined: str, layout: Layout) -> str | None:

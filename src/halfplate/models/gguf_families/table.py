@@ -49,6 +49,7 @@ _LLAMA = Family(
     turned=True,
     head_dim=True,
 )
+_MISTRAL = replace(_LLAMA, model_type="mistral", flags={}, fixed={"hidden_act": "silu", **NO_WINDOW}, imported=False)
 _QWEN3_BLOCK = {**LLAMA, **QK_NORM}
 _EXPERT_COUNTS = (
     Setting("expert_count", "num_local_experts", int),
@@ -85,7 +86,7 @@ FAMILIES: tuple[Family, ...] = (
         marker="expert_count",
     ),
     _LLAMA,
-    replace(_LLAMA, model_type="mistral", flags={}, fixed={"hidden_act": "silu", **NO_WINDOW}, imported=False),
+    _MISTRAL,
     Family("qwen2", "qwen2", fixed={"hidden_act": "silu", **NO_WINDOWS}, square=True),
     Family(
         "qwen3",
@@ -358,11 +359,17 @@ def family_of_file(name: str, metadata: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         marked = family.marker is None or metadata.get(f"{architecture}.{family.marker}")
         if family.architecture == architecture and family.imported and marked:
-            return family
+            return _MISTRAL if family is _LLAMA and not _divided(metadata) else family
     raise HalfplateError(
         f"model={name!r} has the GGUF architecture {architecture!r}, which Halfplate does not read; it reads "
         f"{', '.join(ARCHITECTURES)}: pass the model as a safetensors folder instead"
     )
+
+
+def _divided(metadata: Mapping[str, Any]) -> bool:
+    """Whether the heads of a file divide its width, which transformers asks of a Llama and not of a Mistral, which is the same otherwise."""
+    width, heads = (metadata.get(f"llama.{key}") for key in ("embedding_length", "attention.head_count"))
+    return not (isinstance(width, int) and isinstance(heads, int) and heads > 0) or width % heads == 0
 
 
 def family_of_model(model_type: str) -> Family:

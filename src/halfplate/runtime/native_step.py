@@ -1,0 +1,328 @@
+"""The native step of a model: its weights and traits as structures for the kernels, and a call per token."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from halfplate.errors import HalfplateError
+from halfplate.kernels import native
+from halfplate.kernels.linear import CPU
+from halfplate.runtime.architectures import Architecture, architecture_of, config_of, inner_of
+from halfplate.runtime.backends.cpu import PackedLinear
+from halfplate.runtime.cache import GrowingCache
+from halfplate.runtime.embedding import StoredEmbedding
+from halfplate.runtime.structures import BatchStruct, BlockStruct, DecoderStruct, ExpertStruct, MixtureStruct
+from halfplate.runtime.traits import LayerTraits, Traits, norm_weights, rotary_tables, short_length, traits_of
+
+CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 1}  # halfplate::Kind in kernels/src/runtime.h
+NORMS = {"rms": 0, "rms+1": 0, "mean": 1, "mean+1": 1}  # halfplate::Norm
+Pack = Callable[[Any], PackedLinear]
+
+
+class _Weights:
+    """The structures that hold the weights of a model; it keeps their tensors alive.
+
+    pack: returns the linear in kernel layout for one of the model.
+    """
+
+    def __init__(self, model: Any, architecture: Architecture, traits: Traits, pack: Pack) -> None:
+        self._architecture, self._traits, self._pack = architecture, traits, pack
+        self._held: list[Any] = []
+        inner = inner_of(model)
+        hidden = self.hidden = config_of(model).hidden_size
+        self.blocks = (BlockStruct * len(inner.layers))()
+        for block, layer, own in zip(self.blocks, inner.layers, traits.layers, strict=True):
+            self._fill(block, layer, own)
+        self.final_norm = self._norm(inner.get_submodule(architecture.final_norm), hidden)
+        self.head, self.head_bytes = self._linear(model.lm_head)
+        self.vocabulary = model.lm_head.out_features
+
+    def _fill(self, block: BlockStruct, layer: Any, own: LayerTraits) -> None:
+        architecture, traits = self._architecture, self._traits
+        for place, name in enumerate(architecture.norms):
+            if name is not None:
+                block.norms[place], block.norm_bytes[place] = self._norm(layer.get_submodule(name), self.hidden)
+        names = architecture.head_norms or ()
+        for place, (name, heads) in enumerate(zip(names, (traits.heads, traits.kv_heads), strict=False)):
+            count = traits.head_dim * (heads if architecture.whole_norms else 1)
+            address, block.norm_bytes[4 + place] = self._norm(layer.get_submodule(name), count)
+            setattr(block, ("query_norm", "key_norm")[place], address)
+        for field, name in zip("qkv", architecture.qkv, strict=False):
+            address, block.linear_bytes["qkv".index(field)] = self._linear(layer.get_submodule(name))
+            setattr(block, field, address)
+        block.o, block.linear_bytes[3] = self._linear(layer.get_submodule(architecture.out))
+        if own.mixture is None:
+            block.mlp, block.intermediate = self._expert([layer.get_submodule(name) for name in architecture.mlp])
+        else:
+            block.mixture, block.intermediate = self._mixture(layer, own)
+        if architecture.sinks is not None:
+            path, _, name = architecture.sinks.rpartition(".")
+            sinks = getattr(layer.get_submodule(path), name).detach().float().contiguous()
+            block.sinks, block.sink_bytes = self._place(sinks, torch.float32, "the sinks")
+        block.window, block.rotary = own.window, -1 if own.table is None else own.table
+
+    def _mixture(self, layer: Any, own: LayerTraits) -> tuple[MixtureStruct, int]:
+        """The experts of a layer, and the number of intermediates of each."""
+        routing = self._architecture.mixture
+        assert own.mixture is not None
+        assert routing is not None
+        module = layer.get_submodule(routing.module)
+        experts = (ExpertStruct * own.mixture.experts)()
+        for number, expert in enumerate(module.experts.experts):
+            linears = [getattr(expert, leaf) for leaf in module.experts.layout.linears]
+            experts[number], intermediate = self._expert(linears)
+        self._held.append(experts)
+        address, size = self._router(getattr(module, routing.router))
+        struct = MixtureStruct(
+            router=address,
+            expert=experts,
+            experts=own.mixture.experts,
+            chosen=own.mixture.chosen,
+            normalised=own.mixture.normalised,
+            router_bytes=size,
+            expert_bytes=ctypes.sizeof(experts),
+        )
+        if own.mixture.shared:
+            shared = [layer.get_submodule(name) for name in routing.shared]
+            struct.shared, struct.shared_intermediate = self._expert(shared)
+            if routing.shared_gate is not None:
+                struct.shared_gate, struct.shared_gate_bytes = self._router(layer.get_submodule(routing.shared_gate))
+        return struct, intermediate
+
+    def _router(self, module: Any) -> tuple[int, int]:
+        """A small linear that may not be in kernel layout, because it is not compressed and its module has other outputs."""
+        if isinstance(module, PackedLinear):
+            return self._linear(module)
+        weight, bias = module.weight.detach(), getattr(module, "bias", None)
+        router = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
+        router.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            router.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return self._place(PackedLinear.of_dense(router).packed, torch.uint8, "the router")
+
+    def _expert(self, linears: list[Any]) -> tuple[ExpertStruct, int]:
+        """The linears of an MLP, those before the activation first, and the number of its intermediates."""
+        struct = ExpertStruct()
+        places = (0, 1, 2) if len(linears) == 3 else (0, 2)
+        for place, linear in zip(places, linears, strict=True):
+            address, struct.bytes[place] = self._linear(linear)
+            setattr(struct, ("gate", "up", "down")[place], address)
+        return struct, linears[-1].in_features
+
+    def _linear(self, module: Any) -> tuple[int, int]:
+        return self._place(self._pack(module).packed, torch.uint8, "a linear")
+
+    def _norm(self, module: Any, count: int) -> tuple[int, int]:
+        return self._place(norm_weights(module, self._traits.norm, count), torch.float32, "the weight of a norm")
+
+    def _place(self, tensor: Tensor, dtype: torch.dtype, name: str) -> tuple[int, int]:
+        """The address and the size in bytes of a tensor, which is kept alive."""
+        self._held.append(tensor)
+        return native.address(tensor, dtype, name), tensor.nbytes
+
+
+def _structure(weights: _Weights, architecture: Architecture, traits: Traits) -> DecoderStruct:
+    """The structure of one sequence; that of the cache, the tables and the scratch is filled in later."""
+    numbers = [*("heads", "kv_heads", "head_dim", "rotary_dim", "activation", "epsilon", "embedding_scale")]
+    numbers += ["gate_alpha", "gate_limit", "attention_scale", "residual_scale", "logit_scale"]
+    numbers += ["attention_cap", "logit_cap"]
+    return DecoderStruct(
+        **{name: getattr(traits, name) for name in numbers},
+        hidden=weights.hidden,
+        vocabulary=weights.vocabulary,
+        blocks=len(weights.blocks),
+        rotary_pairs=architecture.rotation != "halves",
+        tables=len(traits.tables),
+        norm=NORMS[traits.norm],
+        gated=architecture.gated,
+        parallel=architecture.parallel,
+        whole_norms=architecture.whole_norms,
+        late_norms=architecture.late_norms,
+        final_norm=weights.final_norm[0],
+        final_norm_bytes=weights.final_norm[1],
+        head=weights.head,
+        head_bytes=weights.head_bytes,
+        block=weights.blocks,
+        block_bytes=ctypes.sizeof(weights.blocks),
+        sequences=1,
+    )
+
+
+class NativeDecoder:
+    """The weights of a model for the native step, and the cache of the last call.
+
+    It holds addresses of the model's tensors and keeps them alive; later changes of the weights are not seen.
+
+    pack: returns the linear in kernel layout for one of the model, for models whose linears are not.
+    """
+
+    def __init__(self, model: Any, pack: Pack = lambda linear: linear) -> None:
+        architecture = architecture_of(model)
+        traits = architecture if isinstance(architecture, str) else traits_of(model, architecture)
+        if isinstance(architecture, str) or isinstance(traits, str):
+            raise HalfplateError(f"the model cannot decode natively: {traits}")
+        self.traits = traits
+        self._angles = architecture.angles
+        inner = inner_of(model)
+        self._embed, self._rotary = inner.embed_tokens, inner.rotary_emb
+        self.short_length, self._uses_short = short_length(self._rotary), True
+        # A row of a table of numbers is read without a call of the module, unless that scales it.
+        self._rows = self._embed.weight if type(self._embed) in (nn.Embedding, StoredEmbedding) else None
+        self._weights = _Weights(model, architecture, traits, pack)
+        self._blocks = self._weights.blocks
+        self._struct = _structure(self._weights, architecture, traits)
+        self._lock = Lock()
+        self._cache: Callable[[], GrowingCache | None] = lambda: None
+        self._bound = self._sized = (0, 0, 0)
+        self._step, self._step_batch = native.library().halfplate_step, native.library().halfplate_step_batch
+
+    @torch.no_grad()
+    def step(self, token: int, cache: GrowingCache) -> Tensor:
+        """Logits (vocabulary,), fp32, after `token`, whose keys and values are added to `cache`.
+
+        The cache must hold one sequence of at least one position, with keys and values of the shape of this model.
+        Raises HalfplateError for another cache, and for a token outside the vocabulary.
+        """
+        layers: Any = cache.layers
+        embedding = self._embedding(token)
+        logits = torch.empty(self._struct.vocabulary, dtype=torch.float32, device=CPU)
+        with self._lock:
+            position, threads = self._prepare(cache, 1)
+            self._choose_tables(position)
+            status = self._step(
+                ctypes.byref(self._struct),
+                embedding.data_ptr(),
+                embedding.nbytes,
+                position,
+                logits.data_ptr(),
+                logits.nbytes,
+                threads,
+            )
+            if status:
+                native.check(status, "decoder step")
+            for layer in layers:
+                layer.length = position + 1
+        return logits
+
+    @torch.no_grad()
+    def step_batch(
+        self, tokens: Tensor, cache: GrowingCache, positions: Tensor | None = None, first: Tensor | None = None
+    ) -> Tensor:
+        """Logits (sequences, vocabulary), fp32, after `tokens` int64 (sequences,), whose keys and values are added to `cache`.
+
+        positions: int64 (sequences,), for the rotary embedding, up to the length of the cache before this step; None means that.
+        first: int64 (sequences,), the number of padding positions before each sequence, which are not read; None means 0.
+        Raises HalfplateError for a cache of another number of sequences or another shape, and for a token outside the vocabulary.
+        """
+        layers: Any = cache.layers
+        count, outside = len(tokens), (tokens < 0) | (tokens >= self._embed.num_embeddings)
+        if bool(outside.any()):
+            token = int(tokens[outside][0])
+            raise HalfplateError(f"token={token} is outside the vocabulary of {self._embed.num_embeddings}")
+        if cache.sequences != count:
+            raise HalfplateError(
+                f"tokens has {count} sequences, but the cache holds {cache.sequences or 'no'} sequences of equal length in fp32; "
+                "pass one token for each sequence of the cache"
+            )
+        embeddings = self._embed(tokens).detach().to(torch.float32).contiguous()
+        logits = torch.empty(count, self._struct.vocabulary, dtype=torch.float32, device=CPU)
+        with self._lock:
+            slot, threads = self._prepare(cache, count)
+            self._choose_tables(slot if positions is None else int(positions.max()))
+            if positions is None:
+                positions = torch.full((count,), slot, dtype=torch.int64, device=CPU)
+            if first is None:
+                first = torch.zeros(count, dtype=torch.int64, device=CPU)
+            held = {"embeddings": embeddings, "positions": positions, "first": first, "logits": logits}
+            batch = BatchStruct(slot=slot)
+            for place, (name, tensor) in enumerate(held.items()):
+                setattr(batch, name, native.address(tensor, tensor.dtype, name))
+                batch.bytes[place] = tensor.nbytes
+            native.check(self._step_batch(ctypes.byref(self._struct), ctypes.byref(batch), threads), "batch step")
+            for layer in layers:
+                layer.length = slot + 1
+        return logits
+
+    def _prepare(self, cache: GrowingCache, sequences: int) -> tuple[int, int]:
+        """Make room for one more position of `sequences` sequences; returns the position and the number of threads."""
+        layers: Any = cache.layers
+        position, threads = layers[0].length, torch.get_num_threads()
+        for layer in layers:
+            layer.reserve(position + 1)
+        # Cache layers count their reallocations, so an equal sum means that no buffer has moved.
+        bound = (sum(layer.moves for layer in layers), threads, sequences)
+        if bound != self._bound or self._cache() is not cache:
+            self._bind(cache, threads, sequences)
+            self._bound, self._cache = bound, ref(cache)
+        return position, threads
+
+    def _embedding(self, token: int) -> Tensor:
+        if not 0 <= token < self._embed.num_embeddings:
+            raise HalfplateError(f"token={token} is outside the vocabulary of {self._embed.num_embeddings}")
+        if self._rows is not None:
+            found: Tensor = self._rows[token].detach()
+        else:
+            found = self._embed(torch.tensor([token], dtype=torch.int64, device=CPU))[0]
+        row = found.to(torch.float32).contiguous()
+        native.address(row, torch.float32, "the embedding")
+        return row
+
+    def _bind(self, cache: GrowingCache, threads: int, sequences: int) -> None:
+        layers: Any = cache.layers
+        struct, capacity = self._struct, layers[0].capacity
+        expected = (sequences, struct.kv_heads, capacity, struct.head_dim)
+        shapes = {tuple(buffer.shape) for layer in layers for buffer in (layer.key_buffer, layer.value_buffer)}
+        held = cache.sequences
+        if held != sequences or shapes != {expected} or len(layers) != struct.blocks:
+            raise HalfplateError(
+                f"the cache has {len(layers)} layers of shapes {sorted(shapes)}, expected {struct.blocks} of fp32 {expected}; "
+                f"pass one that this model filled with {'one sequence' if sequences == 1 else f'{sequences} sequences'}"
+            )
+        dtype = layers[0].key_buffer.dtype
+        for block, layer in zip(self._blocks, layers, strict=True):
+            for place, (name, buffer) in enumerate((("keys", layer.key_buffer), ("values", layer.value_buffer))):
+                setattr(block, name, native.address(buffer, dtype, f"the cache of {name}"))
+                block.cache_bytes[place] = buffer.nbytes
+        struct.cache_kind = CACHE_KINDS[dtype]
+        if self._sized == (capacity, threads, sequences):
+            return
+        self._bind_tables(capacity)
+        struct.capacity, struct.sequences = capacity, sequences
+        floats = native.library().halfplate_decoder_scratch(ctypes.byref(struct), threads)
+        native.check(floats, "decoder step")
+        scratch = torch.empty(floats + 16, dtype=torch.float32, device=CPU)
+        start = -scratch.data_ptr() % 64
+        self._scratch, struct.scratch = scratch, scratch.data_ptr() + start
+        struct.scratch_bytes = scratch.nbytes - start
+        self._sized = (capacity, threads, sequences)
+
+    def _bind_tables(self, capacity: int) -> None:
+        self._tables = {
+            short: self._rotary_tables(capacity, short)
+            for short in (True, False)[: 1 if self.short_length is None else 2]
+        }
+        self._use_tables(True)
+
+    def _rotary_tables(self, capacity: int, short: bool) -> list[tuple[Tensor, ...]]:
+        """Cosines and sines of each layer type."""
+        return [rotary_tables(self._rotary, kind, capacity, short, self._angles) for kind in self.traits.tables]
+
+    def _use_tables(self, short: bool) -> None:
+        struct, self._uses_short = self._struct, short
+        for place, pair in enumerate(self._tables[short]):
+            for side, table in enumerate(pair):
+                addresses = struct.sines if side else struct.cosines
+                addresses[place] = native.address(table, torch.float32, "the rotary embedding")
+                struct.table_bytes[2 * side + place] = table.nbytes
+
+    def _choose_tables(self, last: int) -> None:
+        """Use the tables of a text that ends at position `last`."""
+        if self.short_length is not None and (last < self.short_length) != self._uses_short:
+            self._use_tables(last < self.short_length)

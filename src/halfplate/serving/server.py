@@ -1,0 +1,79 @@
+"""Starting the server of transformers behind the guard."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from halfplate.errors import HalfplateError
+from halfplate.serving.guard import Guard
+from halfplate.serving.metrics import Metrics
+from halfplate.serving.settings import ServeSettings
+
+
+def serve(settings: ServeSettings) -> None:
+    """Serve until the process is told to end; `transformers.utils.import_utils.is_serve_available` must hold."""
+    from transformers.cli.serve import Serve
+
+    metrics = Metrics()
+    with _guarded(lambda app: Guard(app, settings, metrics), _batching(settings, metrics)):
+        Serve(
+            force_model=settings.model,
+            host=settings.host,
+            port=settings.port,
+            device=settings.device,
+            dtype=settings.dtype,
+        )
+
+
+def _batching(settings: ServeSettings, metrics: Metrics) -> Callable[[Any], None]:
+    """A function that makes a `GenerationState` of transformers run requests in batches."""
+    if settings.max_batch == 1:
+        return lambda state: None
+    try:
+        from halfplate.serving.batches import BatchManager
+    # Other versions of transformers arrange their server otherwise.
+    except ImportError as error:
+        print(
+            f"halfplate: warning: requests run one after another, because this transformers has another server ({error})",
+            file=sys.stderr,
+        )
+        return lambda state: None
+
+    def install(state: Any) -> None:
+        plain, managers = state.get_manager, dict[str, Any]()
+
+        def get_manager(model_id: str, use_cb: bool = False) -> Any:
+            if use_cb:
+                return plain(model_id, use_cb=use_cb)
+            if model_id not in managers:
+                managers[model_id] = BatchManager(settings.max_batch, metrics)
+            return managers[model_id]
+
+        state.get_manager = get_manager
+
+    return install
+
+
+@contextmanager
+def _guarded(wrap: Callable[[Any], Any], install: Callable[[Any], None]) -> Iterator[None]:
+    """Context manager in which transformers' server is built behind `wrap`, with `install` carried out on its state."""
+    try:
+        from transformers.cli.serving import server
+    except ImportError:
+        raise HalfplateError("serve needs the server of transformers 5.24; run `pip install -U transformers`") from None
+
+    plain = server.build_server
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        if "generation_state" in kwargs:
+            install(kwargs["generation_state"])
+        return wrap(plain(*args, **kwargs))
+
+    server.build_server = build
+    try:
+        yield
+    finally:
+        server.build_server = plain
