@@ -114,7 +114,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefer",
         choices=tuple(PREFERENCES),
-        help="one word instead of a format: quality (half the bytes, least loss), size (default, a third), speed (2:4, to be recovered); other options override it",
+        help="one word instead of a format: quality (half the bytes, least loss), size (default, about a third), speed (2:4, to be recovered); other options override it",
     )
     for option in FIELDS + METHOD_OPTIONS:
         flag, metavar, text = option

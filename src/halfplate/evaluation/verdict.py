@@ -118,7 +118,7 @@ def recovery_command(model: str, folder: str) -> str:
 def _better(recipe: Recipe | None, model: str, folder: str | None) -> tuple[tuple[str, str], ...]:
     """What loses less than a result of `recipe`: recovery, which keeps size and speed, and another format, of no more bytes if there is one."""
     if folder is None:
-        return (("choose the default, a third of the original", f"halfplate compress {shlex.quote(model)} -o OUT"),)
+        return (("choose the default, about a third of the original", f"halfplate compress {shlex.quote(model)} -o OUT"),)
     found = [("recover it at the same size and speed", recovery_command(model, folder))]
 
     def choose(what: str, name: str, *options: str) -> tuple[tuple[str, str], ...]:
