@@ -80,17 +80,29 @@ def measured(server: tuple[str, Path]) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
+def measured_after(server: tuple[str, Path], more: int, before: dict[str, float]) -> dict[str, float]:
+    """The measurements once `more` chats have been recorded: that happens after the client has their last byte."""
+    name, end = 'halfplate_requests_total{path="/v1/chat/completions",status="200"}', time.monotonic() + 60
+    while (found := measured(server)).get(name, 0) - before.get(name, 0) < more:
+        assert time.monotonic() < end, (
+            f"{found.get(name, 0)} chats are recorded, expected {more} more than {before.get(name, 0)}"
+        )
+        time.sleep(0.05)
+    return found
+
+
 def test_streaming_chat_and_eight_at_once(client: Any, server: tuple[str, Path]) -> None:
     folder = server[1]
+    first = measured(server)
     alone = said(client, folder, "A small bird")
     assert alone
-    before = measured(server)
+    before = measured_after(server, 1, first)
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda _: said(client, folder, "A small bird"), range(8)))
     assert together == [alone] * 8
     # Streams leave out the beginning of a character that is not complete at the end.
     assert said(client, folder, "A small bird", stream=False).startswith(alone)
-    after = measured(server)
+    after = measured_after(server, 9, before)
     assert after["halfplate_batched_requests_total"] - before["halfplate_batched_requests_total"] == 9
     assert after["halfplate_batches_total"] - before["halfplate_batches_total"] < 9
     assert (
