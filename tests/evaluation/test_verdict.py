@@ -53,7 +53,10 @@ def verdict(kl: float, recipe: Recipe | None, folder: str | None = "my out") -> 
         (Recipe(core_dtype="int3", block_size=0), "halfplate compress m/SmolLM2 -o 'my out-default'"),
         (Recipe(pattern="dense", core_dtype="int2"), "halfplate compress m/SmolLM2 -o 'my out-default'"),
         (Recipe(pattern="dense", core_dtype="nl3", block_size=0), "halfplate compress m/SmolLM2 -o 'my out-default'"),
-        (Recipe(pattern="dense", core_dtype="nl4", group_size=32), "--prefer quality"),
+        (
+            Recipe(pattern="dense", core_dtype="nl4", group_size=32),
+            "the default, which is larger: halfplate compress m/SmolLM2 -o 'my out-default'",
+        ),
         (Recipe(pattern="dense", core_dtype="int8"), "--prefer quality"),
         (Recipe.of(), "--prefer quality"),
         (Recipe(budget=0.3), "halfplate compress m/SmolLM2 -o 'my out-default'"),

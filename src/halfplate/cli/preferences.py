@@ -26,7 +26,9 @@ class Preference:
 
 PREFERENCES = {
     "quality": Preference("near-original", "int8 everywhere: hardly an answer changes, at about 0.53 of bf16"),
-    SIZE: Preference("everyday", "four bits, and five where they help most, lose least at 0.36 of bf16, embedding included"),
+    SIZE: Preference(
+        "everyday", "four bits, and five where they help most, lose least at 0.36 of bf16, embedding included"
+    ),
     SPEED: Preference(
         "fast", "2:4 cores in four bits are read and multiplied fastest; recovery makes up for a part of the loss"
     ),

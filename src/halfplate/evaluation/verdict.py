@@ -118,7 +118,9 @@ def recovery_command(model: str, folder: str) -> str:
 def _better(recipe: Recipe | None, model: str, folder: str | None) -> tuple[tuple[str, str], ...]:
     """What loses less than a result of `recipe`: recovery, which keeps size and speed, and another format, of no more bytes if there is one."""
     if folder is None:
-        return (("choose the default, about a third of the original", f"halfplate compress {shlex.quote(model)} -o OUT"),)
+        return (
+            ("choose the default, about a third of the original", f"halfplate compress {shlex.quote(model)} -o OUT"),
+        )
     found = [("recover it at the same size and speed", recovery_command(model, folder))]
 
     def choose(what: str, name: str, *options: str) -> tuple[tuple[str, str], ...]:
@@ -138,7 +140,7 @@ def _better(recipe: Recipe | None, model: str, folder: str | None) -> tuple[tupl
         for word in (flag, dtype)
         if dtype != KEEP
     ]
-    if own * ENOUGH >= _nbytes(Recipe(**UNPRUNED)) and not recipe.core_dtype.startswith(UNPRUNED["core_dtype"]):
+    if own * ENOUGH >= _nbytes(Recipe(**UNPRUNED)) and not recipe.parsed_pattern.is_dense:
         options = [word for name, value in UNPRUNED.items() for word in (_flag(name), str(value))]
         return choose("an unpruned core of no more bytes", "unpruned", *options, *tables)
     return choose("the default, which is larger", "default")
