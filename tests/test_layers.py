@@ -16,7 +16,7 @@ ROOT = Path(halfplate.__file__).parent
 # Lowest first: what stands in a row imports from the rows above it in this list only, and not from its own row.
 # A folder stands for all that is in it; the file of a module in `halfplate/` stands for itself.
 LAYERS = (
-    "defaults effort errors json_numbers plain_text plain_yaml recipes registration version",
+    "defaults effort errors json_numbers plain_text plain_yaml processor recipes registration version",
     "arguments device dtypes headroom limits pattern precision recipe_values registry statistics storage",
     "formats",
     "kernels",

@@ -2,12 +2,12 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from halfplate.errors import HalfplateError
+from halfplate.processor import processor_facts
 
 PRECISIONS = ("auto", "bf16", "fp32")
 
@@ -37,11 +37,4 @@ def multiplies_bf16(device: str) -> bool:
     if bool(found.get("amx_bf16")) or bool(found.get("bf16")):  # the latter on ARM
         return True
     # Of AVX-512 without AMX: AMD's processors multiply twice as many numbers in bf16 as in fp32, Intel's fewer.
-    return bool(found.get("avx512_bf16")) and _vendor() == "AuthenticAMD"
-
-
-def _vendor() -> str:
-    """The vendor of the processor as Linux names it; empty if that is not known."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    return bool(found.get("avx512_bf16")) and processor_facts().get("vendor_id") == "AuthenticAMD"

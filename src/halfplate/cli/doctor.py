@@ -2,11 +2,11 @@
 
 import argparse
 import platform
-from pathlib import Path
 from typing import Any
 
 from halfplate.cli.parser import add_output_arguments
 from halfplate.limits import cores
+from halfplate.processor import processor_facts, processor_name
 
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy")
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
@@ -33,13 +33,14 @@ def examine() -> dict[str, Any]:
 
     from halfplate.version import installed_version, package_version
 
-    processor, flags = _processor()
+    facts = processor_facts()
+    flags = facts.get("flags", facts.get("Features", "")).split()
     return {
         "halfplate": package_version(),
         "python": platform.python_version(),
         **{name: installed_version(name) for name in LIBRARIES},
         "platform": platform.platform(),
-        "processor": processor,
+        "processor": processor_name(),
         "cpus": cores(),
         "threads": torch.get_num_threads(),
         "cpu_features": [feature for feature in FEATURES if feature in flags],
@@ -47,17 +48,6 @@ def examine() -> dict[str, Any]:
         **_kernels(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _processor() -> tuple[str, set[str]]:
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor() or platform.machine(), set()
-    fields: dict[str, str] = {}
-    for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    return fields.get("model name", platform.machine()), set(fields.get("flags", fields.get("Features", "")).split())
 
 
 def _kernels() -> dict[str, Any]:
