@@ -183,6 +183,10 @@ def test_an_effort_sets_what_the_recipe_leaves_open():
     quick, own = Recipe(effort="quick").create_method(), Recipe(effort="quick", method_options={"iterations": 3})
     assert (quick.iterations, quick.grid_iterations) == (8, 8)  # type: ignore[attr-defined]
     assert own.create_method().iterations == 3  # type: ignore[attr-defined]
+    diagonal = Recipe(effort="best", method_options={"objective": "diag"}).create_method()
+    assert (
+        diagonal == Recipe(method_options={"objective": "diag"}).create_method()
+    )  # it has 60 iterations, and best has 40
     assert Recipe(effort="quick", method="wanda").create_method() == Recipe(method="wanda").create_method()
 
 

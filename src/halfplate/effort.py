@@ -11,7 +11,7 @@ class Work:
     """What an effort stands for.
 
     samples: calibration sequences, unless the recipe says otherwise.
-    iterations, grid_iterations: of the solver of ARMOR, unless its options say otherwise; None for its own.
+    iterations, grid_iterations: of ARMOR with the full Gram matrix, unless its options say otherwise; None for its own.
     """
 
     samples: int

@@ -115,8 +115,8 @@ class Armor(Method):
 
     def at_effort(self, effort: Effort) -> "Armor":
         work = WORK[effort]
-        if self.solver != "exact":
-            return self
+        if self.objective != "gram":
+            return self  # its iterations are of another kind
         iterations = work.iterations if self.iterations is None else self.iterations
         grid_iterations = work.grid_iterations if self.grid_iterations is None else self.grid_iterations
         return replace(self, iterations=iterations, grid_iterations=grid_iterations)
