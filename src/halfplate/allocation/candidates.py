@@ -66,15 +66,12 @@ def table_candidates(spec: WeightSpec, choose: Iterable[str], target: Target = H
 
 
 def _offered(spec: WeightSpec, target: Target, fields: Mapping[str, tuple[str, ...]]) -> list[Core]:
-    """The types of a core that the target offers, or those that are named: of these it may hold more."""
-    offered = list(target.cores(spec))
-    named = fields.get("core_dtype", ())
-    return (
-        [core for core in offered if core[0] in named]
-        + [(name, None) for name in named if name not in {core for core, _ in offered}]
-        if named
-        else offered
-    )
+    """The types of a core that the target offers, or those that are named, which may be others."""
+    offered, named = list(target.cores(spec)), fields.get("core_dtype")
+    if not named:
+        return offered
+    others = [(name, None) for name in named if name not in dict(offered)]
+    return [core for core in offered if core[0] in named] + others
 
 
 def _cores(spec: WeightSpec, offered: Iterable[Core], fields: Mapping[str, tuple[str, ...]]) -> list[tuple[str, int]]:

@@ -216,10 +216,10 @@ def _interpolated(units: list[Unit], blocks: Mapping[str, int]) -> list[Unit]:
     found = []
     for unit in units:
         if math.isnan(unit.harm):
-            at, logarithms = (
-                zip(*known[_kind(unit.names)], strict=True) if _kind(unit.names) in known else ((0,), (-math.inf,))
-            )
-            unit = replace(unit, harm=math.exp(np.interp(blocks[unit.names[0]], at, logarithms)))
+            points = known[_kind(unit.names)]
+            at, logarithms = [block for block, _ in points], [logarithm for _, logarithm in points]
+            harm = math.exp(np.interp(blocks[unit.names[0]], at, logarithms)) if points else 0.0
+            unit = replace(unit, harm=harm)
         found.append(unit)
     return found
 
