@@ -21,7 +21,7 @@ namespace {
 #include "armor_shared.inc"
 #include "group_update.inc"
 #include "armor_stages.inc"
-#include "grid_update.inc"
+#include "lane_update.inc"
 #include "gram_sweep.inc"
 #include "rows.inc"
 }  // namespace
