@@ -137,6 +137,16 @@ class MeasuredTransform(Transform):
         )
 
 
+def making(tensor: Callable[[str], Tensor]) -> Maker:
+    """A maker of pieces from a function that makes each tensor of the result by its name."""
+
+    def make(piece: Piece) -> Iterator[tuple[str, Tensor]]:
+        for name in piece.entries:
+            yield name, tensor(name)
+
+    return make
+
+
 def outline(transform: Transform, source: Source) -> Source:
     """The result as far as it is known without its tensors; planning uses it."""
     return replace(source, config=transform.configuration(source), tensors={}, in_model_form=True)

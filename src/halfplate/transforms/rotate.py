@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from halfplate.models.sources import Source, skeleton
 from halfplate.models.streamed import StreamedModel
-from halfplate.transforms.base import Maker, Piece, Transform
+from halfplate.transforms.base import Maker, Transform, making
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # their norms multiply by the weight, not by 1 + weight
-INPUT_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
+NORMS = INPUT_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 # The linears that read the residual stream, with the norm before them, and those that write to it.
 READERS = {
     "self_attn.q_proj": INPUT_NORM,
@@ -65,13 +64,7 @@ class Rotate(Transform):
         return 2 * super().held_nbytes(source) + 16 * hidden * hidden
 
     def open(self, source: Source) -> Maker:
-        rotation = _Rotation(StreamedModel(source), source.config)
-
-        def make(piece: Piece) -> Iterator[tuple[str, Tensor]]:
-            for name in piece.entries:
-                yield name, rotation.turned(name)
-
-        return make
+        return making(_Rotation(StreamedModel(source), source.config).turned)
 
 
 class _Rotation:
@@ -85,27 +78,41 @@ class _Rotation:
 
     def turned(self, name: str) -> Tensor:
         """The tensor `name` of the result, fp32."""
-        module, _, leaf = name.rpartition(".")
-        layer = module.removeprefix(f"{self.model.prefix}.").partition(".")
-        kind = layer[2] if module.startswith(f"{self.model.prefix}.") else ""
+        _, kind, leaf = place_of(self.model, name)
         tensor = self.model.read(name)
-        if name == NORM or kind in (INPUT_NORM, MLP_NORM):
+        if name == NORM or kind in NORMS:
             return torch.ones_like(tensor)
         wide = tensor.double()
-        if name == EMBEDDING:
-            wide = wide @ self.stream
-        elif name == HEAD:
-            wide = wide * self.model.read(NORM).double() @ self.stream
-        elif kind in READERS and leaf == "weight":
-            norm = f"{self.model.prefix}.{layer[0]}.{READERS[kind]}.weight"
-            wide = wide * self.model.read(norm).double() @ self.stream
+        if kind == "self_attn.o_proj" and leaf == "weight":
+            wide = _by_heads(wide, self.head)
+        wide = in_basis(self.model, name, wide, self.stream)
         if kind == "self_attn.v_proj":
             wide = _by_heads(wide.T, self.head).T if leaf == "weight" else _by_heads(wide, self.head)
-        elif kind == "self_attn.o_proj" and leaf == "weight":
-            wide = _by_heads(wide, self.head)
-        if kind in WRITERS:
-            wide = self.stream.T @ wide
         return wide.to(torch.float32)
+
+
+def place_of(model: StreamedModel, name: str) -> tuple[int | None, str, str]:
+    """The layer of the tensor `name`, the name of its module there, and its own; None and an empty name outside the layers."""
+    module, _, leaf = name.rpartition(".")
+    if not module.startswith(f"{model.prefix}."):
+        return None, "", leaf
+    layer, _, kind = module.removeprefix(f"{model.prefix}.").partition(".")
+    return int(layer), kind, leaf
+
+
+def in_basis(model: StreamedModel, name: str, wide: Tensor, basis: Tensor) -> Tensor:
+    """The tensor `name`, fp64, for a residual stream in `basis` (d, n), with the norm before it multiplied in; norms have none.
+
+    wide: the tensor as the model has it, but for what happens inside the heads.
+    """
+    layer, kind, leaf = place_of(model, name)
+    if name == EMBEDDING:
+        return wide @ basis
+    if name == HEAD:
+        return wide * model.read(NORM).double() @ basis
+    if kind in READERS and leaf == "weight":
+        return wide * model.read(f"{model.prefix}.{layer}.{READERS[kind]}.weight").double() @ basis
+    return basis.T @ wide if kind in WRITERS else wide
 
 
 def _by_heads(matrix: Tensor, head: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
-from halfplate.transforms.base import MeasuredTransform, Settled, Statistics
+from halfplate.transforms.base import MeasuredTransform, Settled, Statistics, making
 from halfplate.transforms.structure.graph import LAYERS, PREFIX, StructureGraph
 from halfplate.transforms.structure.probes import Angle
 from halfplate.transforms.structure.scored import best, layer_of
-from halfplate.transforms.structure.shrinking import Shrinking, making
+from halfplate.transforms.structure.shrinking import Shrinking
 from halfplate.transforms.structure.widths import one_size
 
 

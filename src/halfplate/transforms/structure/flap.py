@@ -8,19 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from halfplate.models.sources import Source
-from halfplate.transforms.base import MeasuredTransform, Settled, Statistics
+from halfplate.transforms.base import Settled, Statistics, making
 from halfplate.transforms.structure.graph import CHANNELS, HEADS, PREFIX
-from halfplate.transforms.structure.probes import Moments
-from halfplate.transforms.structure.scored import DOWN, OUTPUT, Cutter, Layer, Scoring, layer_of
-from halfplate.transforms.structure.shrinking import making
-from halfplate.transforms.structure.wanda import moments_nbytes
+from halfplate.transforms.structure.scored import DOWN, OUTPUT, Cutter, Layer, MomentScoring, layer_of
 
 # Entries of a Llama configuration that give biases to all linears of a half of the layer, and what reads the removed units there.
 FLAGS = {HEADS: ("attention_bias", OUTPUT), CHANNELS: ("mlp_bias", DOWN)}
 
 
 @dataclass(frozen=True)
-class Flap(Scoring, MeasuredTransform):
+class Flap(MomentScoring):
     """Scores an input of down or o by its variance times the squared norm of its column; a head by the mean over its inputs.
 
     What the mean of the removed inputs gives is added to the bias of the linear, in the models of which transformers and llama.cpp know
@@ -50,12 +47,6 @@ class Flap(Scoring, MeasuredTransform):
             if source.config.model_type == "llama"
             else f"{told}; without the biases that keep the mean of the others"
         )
-
-    def probe(self, source: Source, layer: int) -> Moments:
-        return Moments((OUTPUT, DOWN))
-
-    def statistics_nbytes(self, source: Source) -> int:
-        return moments_nbytes(source)
 
     def settled(self, source: Source, statistics: Statistics) -> Settled:
         cutter = self.cutter(source, scores, statistics)

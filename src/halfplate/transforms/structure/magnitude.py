@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from halfplate.models.sources import Source
-from halfplate.transforms.base import Maker
+from halfplate.transforms.base import Maker, making
 from halfplate.transforms.structure.graph import CHANNELS, HEADS
 from halfplate.transforms.structure.scored import DOWN, OUTPUT, Layer, Scoring
-from halfplate.transforms.structure.shrinking import making
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from torch.utils.hooks import RemovableHandle
 from halfplate.models.gguf_families.rope import spectrum
 from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
-from halfplate.transforms.base import MeasuredTransform, Probe, Settled, Statistics
+from halfplate.transforms.base import MeasuredTransform, Probe, Settled, Statistics, making
 from halfplate.transforms.structure.graph import CHANNELS, PAIRS, PREFIX, StructureGraph
 from halfplate.transforms.structure.probes import Gram, rows, stored
 from halfplate.transforms.structure.scored import DOWN, Cutter, Layer, best, layer_of
-from halfplate.transforms.structure.shrinking import Shrinking, Target, making
+from halfplate.transforms.structure.shrinking import Shrinking, Target
 from halfplate.transforms.structure.widths import one_size, two_sizes
 
 if TYPE_CHECKING:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
+from halfplate.transforms.base import MeasuredTransform
 from halfplate.transforms.structure.graph import CHANNELS, HEADS, PREFIX, Kept, StructureGraph
+from halfplate.transforms.structure.probes import Moments
 from halfplate.transforms.structure.shrinking import Shrinking, Target
 from halfplate.transforms.structure.widths import one_size, two_sizes
 
@@ -51,6 +53,18 @@ class Scoring(Shrinking):
     def cutter(self, source: Source, scores: Scores, statistics: Callable[[int], Mapping[str, Tensor]]) -> Cutter:
         """What makes the tensors of the result."""
         return Cutter(StreamedModel(source), self.target(source), scores, statistics)
+
+
+@dataclass(frozen=True)
+class MomentScoring(Scoring, MeasuredTransform):
+    """Scores by the mean and the variance of each input of `OUTPUT` and `DOWN`."""
+
+    def probe(self, source: Source, layer: int) -> Moments:
+        return Moments((OUTPUT, DOWN))
+
+    def statistics_nbytes(self, source: Source) -> int:
+        graph = StructureGraph.of(source)
+        return 8 * (graph.size(CHANNELS) + graph.heads * graph.queries * graph.head_dim)
 
 
 def has_head_size(graph: StructureGraph) -> bool:

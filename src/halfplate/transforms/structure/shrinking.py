@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
 from halfplate.models.sources import Source
-from halfplate.transforms.base import Maker, Piece, Transform
+from halfplate.transforms.base import Transform
 from halfplate.transforms.structure.graph import FAMILIES, StructureGraph
 from halfplate.transforms.structure.widths import spoken
 
@@ -124,13 +122,3 @@ def _target(transform: Shrinking, key: _Identity) -> Target:
     source = key.source
     graph = transform.graph(source, transform.added(source))
     return Target(graph, transform.sizes(graph, transform.budget(source)))
-
-
-def making(tensor: Callable[[str], Tensor]) -> Maker:
-    """A maker of pieces from a function that makes each tensor of the result by its name."""
-
-    def make(piece: Piece) -> Iterator[tuple[str, Tensor]]:
-        for name in piece.entries:
-            yield name, tensor(name)
-
-    return make

@@ -12,12 +12,12 @@ from torch.utils.hooks import RemovableHandle
 
 from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
-from halfplate.transforms.base import MeasuredTransform, Probe, Settled, Statistics
-from halfplate.transforms.rotate import EMBEDDING, HEAD, INPUT_NORM, MLP_NORM, NORM, READERS, WRITERS
-from halfplate.transforms.structure.graph import HIDDEN, PREFIX, StructureGraph
+from halfplate.transforms.base import MeasuredTransform, Probe, Settled, Statistics, making
+from halfplate.transforms.rotate import NORM, NORMS, in_basis, place_of
+from halfplate.transforms.structure.graph import HIDDEN, StructureGraph
 from halfplate.transforms.structure.probes import Gram, stored
-from halfplate.transforms.structure.scored import has_head_size, layer_of
-from halfplate.transforms.structure.shrinking import Shrinking, making
+from halfplate.transforms.structure.scored import has_head_size
+from halfplate.transforms.structure.shrinking import Shrinking
 from halfplate.transforms.structure.widths import one_size
 
 OUT = "output"  # the input of the last norm, in the statistics of the last layer
@@ -73,13 +73,13 @@ class Normalised(Probe):
     """
 
     def __init__(self, last: bool) -> None:
-        self.grams = {name: Gram() for name in (INPUT_NORM, MLP_NORM, *([OUT] if last else []))}
+        self.grams = {name: Gram() for name in (*NORMS, *([OUT] if last else []))}
 
     def watch(self, layer: nn.Module) -> list[RemovableHandle]:
         def before(name: str) -> Any:
             return lambda _, args: self._add(name, args[0])
 
-        found = [layer.get_submodule(name).register_forward_pre_hook(before(name)) for name in (INPUT_NORM, MLP_NORM)]
+        found = [layer.get_submodule(name).register_forward_pre_hook(before(name)) for name in NORMS]
         if OUT in self.grams:
             found.append(layer.register_forward_hook(lambda _, args, out: self._add(OUT, out)))
         return found
@@ -104,23 +104,12 @@ class _Sliced:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor `name` of the result, fp32."""
-        module, _, leaf = name.rpartition(".")
-        index = layer_of(name)
-        kind = "" if index is None else module.removeprefix(f"{PREFIX}.{index}.")
+        index, kind, _ = place_of(self.model, name)
         if name == NORM:
             return self._norm(self.last, OUT)
-        if index is not None and kind in (INPUT_NORM, MLP_NORM):
+        if index is not None and kind in NORMS:
             return self._norm(index, kind)
-        wide = self.model.read(name).double()
-        if name == EMBEDDING:
-            wide = wide @ self.basis
-        elif name == HEAD:
-            wide = wide * self.model.read(NORM).double() @ self.basis
-        elif kind in READERS and leaf == "weight":
-            wide = wide * self.model.read(f"{PREFIX}.{index}.{READERS[kind]}.weight").double() @ self.basis
-        elif kind in WRITERS:
-            wide = self.basis.T @ wide
-        return wide.to(torch.float32)
+        return in_basis(self.model, name, self.model.read(name).double(), self.basis).to(torch.float32)
 
     def _norm(self, index: int, kind: str) -> Tensor:
         """The weight of a norm: how much larger its inputs were, given that part of their energy is gone."""
