@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from halfplate.calibration import BATCH, CalibrationTokens
+from halfplate.compression.first_inputs import Reference, reference_arguments, write_first_inputs
 from halfplate.compression.hidden_states import Arguments, Batches, HiddenStates
 from halfplate.compression.token_arguments import TokenArguments
 from halfplate.compression.work_folder import WorkFolder
 from halfplate.errors import HalfplateError
-from halfplate.models.handover import BlockArguments, differing
 from halfplate.models.streamed import StreamedModel
 from halfplate.storage.artifact import Artifact, load_artifact, save_artifact
 from halfplate.storage.tensor_file import StoredTensor, read_tensor
@@ -49,7 +49,7 @@ class _Measuring:
     number: int
 
     def __post_init__(self) -> None:
-        self._reference: dict[int, list[BlockArguments]] = {}
+        self._reference: Reference = {}
         self._own = TokenArguments(self.work.measuring(self.number, 0).with_name("arguments"))
 
     @torch.no_grad()
@@ -60,7 +60,9 @@ class _Measuring:
         report("measuring", done, layers, self.transform.label)
         if done < layers:
             start = done if done and self._own.whole() and self._hidden(done).whole() else 0
-            self._embed(written=start > 0)
+            self._reference = reference_arguments(self.streamed, self.tokens.ids)
+            if start == 0:
+                write_first_inputs(self.streamed, self.tokens.ids, self._reference, self._hidden(0), self._own)
             for layer in range(start, layers):
                 self._advance(layer, layer >= done)
                 report("measuring", layer + 1, layers, self.transform.label)
@@ -87,21 +89,6 @@ class _Measuring:
         samples, length = self.tokens.ids.shape
         width = self.streamed.source.config.get_text_config().hidden_size
         return HiddenStates(self.work.measuring(self.number, layer), (samples, length, width), BATCH)
-
-    def _embed(self, written: bool) -> None:
-        """Know the arguments of all layers; unless they are written already, also write the inputs of the first layer."""
-        hidden, ids = self._hidden(0), self.tokens.ids.to(self.streamed.device)
-        with self.streamed.outer(head=False):
-            for number, batch in enumerate(ids.split(BATCH)):
-                if written and len(batch) in self._reference:
-                    continue
-                inputs = self.streamed.embed(batch)
-                reference = self._reference.setdefault(len(batch), inputs.all_arguments)
-                if not written:
-                    hidden.write(number, inputs.hidden)
-                    self._own.write(number, differing(reference, inputs.all_arguments))
-        if not written:
-            self._own.finish(hidden.batches)
 
     def _advance(self, layer: int, measuring: bool) -> None:
         """Run all batches through a layer, and keep its statistics unless they are known."""

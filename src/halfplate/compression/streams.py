@@ -10,6 +10,7 @@ from halfplate.calibration import BATCH, input_stages
 from halfplate.calibration.collect import StageSums
 from halfplate.calibration.experts import ORIGINAL, OWN, ExpertInputs
 from halfplate.compression.experts import AllTokens, RecordExperts, SolveExpert
+from halfplate.compression.first_inputs import Reference, reference_arguments, write_first_inputs
 from halfplate.compression.hidden_states import Arguments, Batches, HiddenStates
 from halfplate.compression.kept_statistics import load_sums
 from halfplate.compression.open_layer import LayerView
@@ -19,7 +20,6 @@ from halfplate.compression.task_memory import memory_to_collect, memory_to_run
 from halfplate.compression.tasks import CollectSums, RecordInputs, RunLayer
 from halfplate.compression.token_arguments import TokenArguments
 from halfplate.models.experts import ExpertStage, expert_stages, experts_of
-from halfplate.models.handover import BlockArguments, differing
 from halfplate.statistics import InputStatistics
 from halfplate.storage.artifact import remove_artifact
 
@@ -39,7 +39,7 @@ class Streams:
         self.names = self._names()
         self._limit = None if self.recipe.token_limit == "none" else self.recipe.token_limit
         self._arguments: dict[int, Arguments] = {}
-        self._reference: dict[int, Sequence[BlockArguments]] = {}
+        self._reference: Reference = {}
         self._own, self._embedded = TokenArguments(run.work.arguments), False
         self._at = 0  # the layer whose inputs are known
         # The layer whose inputs in the original model are recorded, and the first linears of its stages, by layer.
@@ -103,13 +103,7 @@ class Streams:
         """The inputs of the first layer, and the arguments of all layers that depend on the tokens."""
         assert self.run.tokens is not None
         streamed = self.run.layers.model(self.run.view(0, {}))
-        target = self.hidden(DENSE, 0)
-        with streamed.outer(head=False):
-            for number, ids in enumerate(self.run.tokens.ids.to(self.recipe.device).split(BATCH)):
-                inputs = streamed.embed(ids)
-                target.write(number, inputs.hidden)
-                self._own.write(number, differing(self._reference[len(ids)], inputs.all_arguments))
-        self._own.finish(target.batches)
+        write_first_inputs(streamed, self.run.tokens.ids, self._reference, self.hidden(DENSE, 0), self._own)
 
     def _know_arguments(self) -> None:
         """Store the other arguments of every layer for every batch size, computed with the first tokens."""
@@ -118,10 +112,7 @@ class Streams:
         assert self.run.tokens is not None
         streamed = self.run.layers.model(self.run.view(0, {}))
         self.run.layers.close()
-        with streamed.outer(head=False):
-            for size in {len(ids) for ids in self.run.tokens.ids.split(BATCH)}:
-                inputs = streamed.embed(self.run.tokens.ids[:size].to(self.recipe.device))
-                self._reference[size] = inputs.all_arguments
+        self._reference = reference_arguments(streamed, self.run.tokens.ids)
         self._arguments = {
             layer: {size: arguments[layer] for size, arguments in self._reference.items()}
             for layer in range(self.run.last + 1)
