@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
-from torch import Tensor
 
 from halfplate.arguments import path_text
 from halfplate.calibration import CalibrationTokens
@@ -39,6 +37,7 @@ from halfplate.models.licence import origin
 from halfplate.models.sources import Source, load_tokenizer, open_source, skeleton
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning import foreign_packages
+from halfplate.planning.room import free_for
 from halfplate.planning.transforming import TransformPlan, plan_transforms
 from halfplate.recipe import Recipe
 from halfplate.registry import unknown
@@ -187,9 +186,8 @@ def _check_room(source: Source, steps: tuple[TransformPlan, ...], out: Path) -> 
             f"memory: the transforms need {spoken(held + need)}, this process can use {spoken(available)}; use fewer --seq-len, or a machine "
             "with more memory"
         )
-    above = next(parent for parent in out.resolve().parents if parent.exists())
-    disk, free = sum(step.disk for step in steps) + source.nbytes, shutil.disk_usage(above).free
-    if disk > free:
+    disk, free = sum(step.disk for step in steps) + source.nbytes, free_for(out)
+    if free is not None and disk > free:
         raise HalfplateError(
             f"out={str(out)!r}: {spoken(disk)} of disk space needed, but only {spoken(free)} free; free some space, or choose an OUT on another disk"
         )
@@ -237,17 +235,13 @@ def _write(streamed: StreamedModel, source: Source, folder: Path) -> dict[str, s
     entries = plain_entries(streamed, streamed.stored)
 
     def write(file: TensorFileWriter, name: str) -> str:
-        ((_, tensor),) = _only(streamed, name, entries)
+        ((_, tensor),) = plain_tensors(streamed, {name: entries[name]})
         return file.write(name, tensor)
 
     checksums = write_shards(entries, folder, MAX_SHARD_NBYTES, write)
     write_configuration(streamed.model, load_tokenizer(source), folder, source.other_dtype, None)
     copy_companions(source.path, folder)
     return checksums
-
-
-def _only(streamed: StreamedModel, name: str, entries: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    return plain_tensors(streamed, {name: entries[name]})
 
 
 def _parameters(streamed: StreamedModel) -> int:

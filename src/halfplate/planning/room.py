@@ -106,14 +106,8 @@ def _cure(plan: Plan, workers: int, available: int) -> str:
 
 
 def _disk_refusal(plan: Plan, out: Path) -> str | None:
-    try:
-        target = out.resolve()
-        above = next((parent for parent in target.parents if parent.exists()), target)
-        free = shutil.disk_usage(above).free
-    except OSError:
-        return None
-    there = _nbytes(work_place(target))
-    if plan.disk.total <= free + there:
+    free = free_for(out)
+    if free is None or plan.disk.total <= free:
         return None
     parts = [("result", plan.disk.result), ("finished artifacts", plan.disk.parts), ("hidden states", plan.disk.hidden)]
     parts += [
@@ -123,9 +117,20 @@ def _disk_refusal(plan: Plan, out: Path) -> str | None:
     listed = ", ".join(f"{name} {spoken(nbytes)}" for name, nbytes in parts if nbytes)
     fewer = "use fewer --samples or " if 2 * plan.disk.hidden > plan.disk.total else ""
     return (
-        f"out={str(out)!r}: {spoken(plan.disk.total)} of disk space needed ({listed}), but only {spoken(free + there)} free; "
+        f"out={str(out)!r}: {spoken(plan.disk.total)} of disk space needed ({listed}), but only {spoken(free)} free; "
         f"{fewer}free some space, or choose an OUT on another disk"
     )
+
+
+def free_for(out: Path) -> int | None:
+    """Bytes of the disk that a result in `out` may take, those of an earlier run of it included; None if the system does not tell."""
+    try:
+        target = out.resolve()
+        above = next((parent for parent in target.parents if parent.exists()), target)
+        free = shutil.disk_usage(above).free
+    except OSError:
+        return None
+    return free + _nbytes(work_place(target))
 
 
 def _nbytes(folder: Path) -> int:
