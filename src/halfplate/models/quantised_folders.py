@@ -82,15 +82,15 @@ def decoded_tensors(
     Raises HalfplateError for variants of these formats that are not read.
     """
     method = quantisation_of(dict(entries))
-    if method not in READERS:
+    if method not in METHODS:
         return None
     keys = (MLX_ENTRY,) if method == "mlx" else QUANTISED_ENTRIES
     folder = _Folder(next(entries[key] for key in keys if entries.get(key)), dict(stored))
-    mark = MARKS[method]
+    holds_codes, read = METHODS[method]
     for full in stored:
-        if full in folder.left and mark(full, stored[full]):
+        if full in folder.left and holds_codes(full, stored[full]):
             try:
-                READERS[method](folder, full)
+                read(folder, full)
             except (KeyError, ValueError, TypeError, IndexError, ZeroDivisionError) as error:
                 raise HalfplateError(
                     f"model={name!r}: {full} cannot be read as {method} ({_reason(error)}); {CURE}"
@@ -289,25 +289,17 @@ def _check_groups(columns: int, groups: int, order: StoredTensor | None = None) 
     _need(int(found.min()) >= 0 and int(found.max()) < groups, f"a column is in a group beyond {groups}")
 
 
-READERS: dict[str, Callable[[_Folder, str], None]] = {
-    "gptq": _gptq,
-    "awq": _awq,
-    "compressed-tensors": _compressed_tensors,
-    "fp8": _scaled,
-    "fbgemm_fp8": _scaled,
-    "mxfp4": _mxfp4,
-    "mlx": _mlx,
-}
-# Whether a stored tensor holds codes of a matrix.
-Mark = Callable[[str, StoredTensor], bool]
-MARKS: dict[str, Mark] = {
-    "gptq": lambda name, _: name.endswith(".qweight"),
-    "awq": lambda name, _: name.endswith(".qweight"),
-    "compressed-tensors": lambda name, one: (
-        name.endswith(".weight_packed") or one.kind in FP8 or (one.kind == "I8" and name.endswith(".weight"))
-    ),
-    "fp8": lambda _, one: one.kind in FP8,
-    "fbgemm_fp8": lambda _, one: one.kind in FP8,
-    "mxfp4": lambda name, _: name.endswith("_blocks"),
-    "mlx": lambda name, one: name.endswith(".weight") and one.kind == "U32",
+def _packs(name: str, stored: StoredTensor) -> bool:
+    return name.endswith(".weight_packed") or stored.kind in FP8 or (stored.kind == "I8" and name.endswith(".weight"))
+
+
+# For each method, whether a stored tensor holds codes of a matrix, and what reads the matrix.
+METHODS: dict[str, tuple[Callable[[str, StoredTensor], bool], Callable[[_Folder, str], None]]] = {
+    "gptq": (lambda name, _: name.endswith(".qweight"), _gptq),
+    "awq": (lambda name, _: name.endswith(".qweight"), _awq),
+    "compressed-tensors": (_packs, _compressed_tensors),
+    "fp8": (lambda _, stored: stored.kind in FP8, _scaled),
+    "fbgemm_fp8": (lambda _, stored: stored.kind in FP8, _scaled),
+    "mxfp4": (lambda name, _: name.endswith("_blocks"), _mxfp4),
+    "mlx": (lambda name, stored: name.endswith(".weight") and stored.kind == "U32", _mlx),
 }
