@@ -5,6 +5,7 @@ import sys
 
 from halfplate.cli.parser import positive
 from halfplate.errors import HalfplateError
+from halfplate.serving.settings import KEY_VARIABLE, ServeSettings, found_key
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file with the key that clients must send (default: the environment variable HALFPLATE_API_KEY, or no key)",
     )
     for option, default, what in (
-        ("--max-tokens", 4096, "most tokens of an answer"),
-        ("--max-requests", 64, "requests that may run or wait; more are answered with status 429"),
-        ("--max-batch", 8, "requests that run together; 1 runs them one after another"),
+        ("--max-tokens", ServeSettings.max_tokens, "most tokens of an answer"),
+        (
+            "--max-requests",
+            ServeSettings.max_requests,
+            "requests that may run or wait; more are answered with status 429",
+        ),
+        ("--max-batch", ServeSettings.max_batch, "requests that run together; 1 runs them one after another"),
     ):
         parser.add_argument(option, type=positive, metavar="N", default=default, help=f"{what} (default {default})")
     parser.add_argument("--max-body", metavar="SIZE", default="1MB", help="largest request (default 1MB)")
@@ -36,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from halfplate.arguments import size_in_bytes
-    from halfplate.serving.settings import KEY_VARIABLE, ServeSettings, found_key
 
     settings = ServeSettings(
         model=args.model,
