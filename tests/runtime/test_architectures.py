@@ -17,6 +17,7 @@ from halfplate.runtime import accelerate, greedy
 from halfplate.runtime.architectures import ARCHITECTURES
 from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.native_step import NativeDecoder
+from native_batches import batch_logits
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 
@@ -123,20 +124,6 @@ def padded(count):
     return ids * mask, mask
 
 
-@torch.no_grad()
-def batch_logits(model, count, threads=1):
-    """Logits of all positions of padded texts, by the step for several sequences alone."""
-    torch.set_num_threads(threads)
-    ids, mask = padded(count)
-    first, positions, traits = 24 - mask.sum(1), (mask.cumsum(1) - 1).clamp_min(0), model.native_decoder.traits
-    cache = GrowingCache.with_room(len(traits.layers), count, traits.kv_heads, 24, traits.head_dim)
-    steps = [
-        model.native_decoder.step_batch(ids[:, i], cache, positions[:, i].contiguous(), first.clamp_max(i))
-        for i in range(24)
-    ]
-    return torch.stack(steps, 1)
-
-
 def test_every_architecture_has_a_case():
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
@@ -162,13 +149,13 @@ def test_padded_batches_have_the_logits_of_the_whole_forward(models, count):
     plain, fast = models
     ids, mask = padded(count)
     expected = plain(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
-    close(batch_logits(fast, count)[mask > 0], expected[mask > 0])
+    close(batch_logits(fast, ids, mask)[mask > 0], expected[mask > 0])
 
 
 def test_any_number_of_threads_gives_the_same_bits(models):
     _, fast = models
     assert torch.equal(single_logits(fast), single_logits(fast, threads=3))
-    assert torch.equal(batch_logits(fast, 5), batch_logits(fast, 5, threads=3))
+    assert torch.equal(batch_logits(fast, *padded(5)), batch_logits(fast, *padded(5), threads=3))
 
 
 def test_generate_gives_what_transformers_gives(models):
@@ -236,10 +223,10 @@ def test_the_longest_text_of_a_batch_chooses_the_angles_of_longrope(long_models,
 def test_nan_stays_in_its_sequence_of_a_mixture(kind):
     fast = linear_experts(build_model(kind, **MOE | HEAD))
     accelerate(fast)
-    clean = batch_logits(fast, 4)
+    clean = batch_logits(fast, *padded(4))
     fast.model.embed_tokens.weight[padded(4)[0][2, -1]] = torch.nan
     fast._native_decoder = None
-    found = batch_logits(fast, 4)
+    found = batch_logits(fast, *padded(4))
     assert found[2, -1].isnan().all()
     others = torch.arange(4) != 2
     assert torch.equal(found[others, -1], clean[others, -1])

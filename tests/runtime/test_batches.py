@@ -11,6 +11,7 @@ from halfplate.models.arguments import cache_argument
 from halfplate.runtime import accelerate
 from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.native_step import NativeDecoder
+from native_batches import batch_logits
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 
@@ -58,28 +59,6 @@ def texts(count, length=9):
 
 def with_cache(model, cache):
     return {cache_argument(model.forward): cache, "use_cache": True}
-
-
-def batch_logits(model, ids, mask, threads=1, dtype=torch.float32):
-    """Logits (sequences, positions) after each position but the first two, by the step for several sequences."""
-    torch.set_num_threads(threads)
-    first = mask.shape[1] - mask.sum(1)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    config = model.config
-    room = (
-        config.num_hidden_layers,
-        len(ids),
-        config.num_key_value_heads,
-        16,
-        model.model.layers[0].self_attn.head_dim,
-    )
-    cache = GrowingCache.with_room(*room, dtype)
-    found = []
-    for i in range(ids.shape[1]):
-        found.append(
-            model.native_decoder.step_batch(ids[:, i], cache, positions[:, i].contiguous(), first.clamp_max(i))
-        )
-    return torch.stack(found, 1)
 
 
 @pytest.mark.parametrize("count", [3, 19])
