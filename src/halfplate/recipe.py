@@ -63,7 +63,7 @@ class Recipe:
     - inputs: statistics of the inputs from the `compressed` layers so far, or from the original layers (`dense`)
     - cross_damping: of the correction towards the original outputs with compressed inputs, `none` for no correction
     - token_limit: clip the squared norm of each token to this many times the median
-    - precision: of matrix products during calibration; `auto` is bf16 if the processor supports it
+    - precision: of matrix products during calibration; `auto` is bf16 if the processor multiplies it faster
     - tune_block: steps that train each layer towards the output of the original layer
     - ratios: `owl` keeps more in layers with more outliers, with the same average and a range of 2 · owl_lambda
     - budget, time_budget: fraction of the original bytes, or of the decode time of the original linears on this machine
