@@ -41,10 +41,11 @@ GROUPS = (32, 64, TILE)  # columns of a scale
 WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
 PATTERNS = ("2:4", "dense")
 CORES = (*STORED_DTYPES, *scaled_core_dtypes())
-ACTIVATIONS = ("float", "int8")
+ACTIVATIONS = ("float", "int8", "int8-prompt")  # in the order of halfplate::Activations
 # From this many tokens on, the core is expanded and multiplied by torch's matrix product: for 2:4 cores, which do half the work, and
 # for unpruned ones. Measured (RESULTS.md).
 EXPAND_FROM = {"avx512": (128, 48), "avx2": (96, 24), "baseline": (16, 16)}
+MANY_FOR_BYTES = 32  # tokens; as in kernels/src/byte_panel.inc
 CPU = torch.device("cpu")
 LARGE = 4 * 2**20  # bytes; smaller tensors would leave large pages mostly empty
 REFUSALS = {
@@ -125,14 +126,14 @@ def kernels_for() -> str:
 
 def header_of(spec: WeightSpec, activations: str, bias: bool) -> Header:
     """The header of a matrix of `spec`, with offsets; int8 activations are only for quantised cores."""
-    as_bytes = activations == "int8" and spec.core_dtype in QUANTIZERS
-    kind = kind_of(spec, as_bytes)
+    inputs = activations if spec.core_dtype in QUANTIZERS else "float"
+    kind = kind_of(spec, inputs == "int8")
     header = Header(
         d_out=spec.d_out,
         d_in=spec.d_in,
         kind=kind,
         sparse=int(str(spec.pattern) != "dense"),
-        activations=int(as_bytes),
+        activations=ACTIVATIONS.index(inputs),
         wrapper_kind=WRAPPER_KINDS[spec.wrapper_dtype],
         out_block=spec.out_block,
         in_block=spec.in_block,
@@ -228,7 +229,7 @@ def multiply(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     tokens = rows.shape[0]
     if tokens == 0:
         return x.new_empty(*x.shape[:-1], d_out)
-    if not header.activations and tokens >= expand_from(bool(header.sparse)):
+    if tokens >= expand_from(bool(header.sparse)) and not takes_bytes(header.activations, tokens):
         return _multiply_expanded(rows, packed, header).view(*x.shape[:-1], d_out)
     rows = _floats(rows)
     y = torch.empty(tokens, d_out, dtype=torch.float32, device=CPU)
@@ -245,6 +246,11 @@ def multiply(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     if status:
         native.check(status, f"linear of {tokens} tokens")
     return (y if x.dtype == torch.float32 else y.to(x.dtype)).view(*x.shape[:-1], d_out)
+
+
+def takes_bytes(activations: int, tokens: int) -> bool:
+    """Whether a matrix takes this many tokens as int8; as in kernels/src/byte_panel.inc."""
+    return activations == 1 or (activations == 2 and tokens >= MANY_FOR_BYTES and native.isa() == "avx512")
 
 
 def expand_from(sparse: bool) -> int:

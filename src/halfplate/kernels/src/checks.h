@@ -48,8 +48,8 @@ static inline bool sensible_table(const Packed &p) {
 // Whether the sizes in a header can be those of a matrix.
 static inline bool sensible(const Packed &p) {
     return within(p.d_out, 1, LARGEST_SIDE) && within(p.d_in, 1, LARGEST_SIDE) && within(p.kind, FP32, FIVE) && (p.group == 32 || p.group == 64 || p.group == TILE) &&
-           within(p.sparse, 0, 1) && within(p.activations, FLOAT, p.kind >= INT8 && p.kind != FIVE ? BYTES : FLOAT) &&
-           !(p.kind == FIVE && p.sparse) &&
+           within(p.sparse, 0, 1) && within(p.activations, FLOAT, p.kind >= INT8 ? MANY_BYTES : FLOAT) &&
+           !(p.kind == FIVE && (p.sparse || p.activations == BYTES)) &&
            within(p.wrapper_kind, FP32, INT8) && within(p.out_block, 0, LARGEST_SIDE) &&
            within(p.in_block, 0, LARGEST_SIDE) && (!p.sparse || p.d_in % 4 == 0) && sensible_table(p);
 }

@@ -9,11 +9,12 @@ namespace halfplate {
 // From INT8 on, values have scales. A value of TABLE is a code of 4 bits whose number stands in a table, and one of FIVE a code of 5 bits.
 // FIVE is only for dense cores and activations in floats.
 enum Kind : int32_t { FP32 = 0, BF16 = 1, FP16 = 2, INT8 = 3, INT4 = 4, TABLE = 5, FIVE = 6 };
-enum Activations : int32_t { FLOAT = 0, BYTES = 1 };
+// How a matrix takes its inputs: in floats; rounded to int8; or in floats for few tokens and rounded for many, in the layout for floats.
+enum Activations : int32_t { FLOAT = 0, BYTES = 1, MANY_BYTES = 2 };
 
 // A core is cut into bands of 4 units; a unit is a pair of rows if the core is 2:4 sparse and one row if it is dense.
 constexpr int64_t UNITS = 4;
-constexpr int64_t TILE = 128;       // columns of a tile, and of a scale of int8 activations
+constexpr int64_t TILE = 128;       // columns of a tile, and of a scale of BYTES
 constexpr int64_t META = 32;        // bytes of positions of one unit and tile
 constexpr uint64_t MAGIC = 0x3174616c70666c68;  // "hlfplat1"
 
