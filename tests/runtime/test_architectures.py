@@ -149,13 +149,16 @@ def test_padded_batches_have_the_logits_of_the_whole_forward(models, count):
     plain, fast = models
     ids, mask = padded(count)
     expected = plain(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
-    close(batch_logits(fast, ids, mask)[mask > 0], expected[mask > 0])
+    for at_once in (1, 7):
+        close(batch_logits(fast, ids, mask, at_once=at_once)[mask > 0], expected[mask > 0])
 
 
 def test_any_number_of_threads_gives_the_same_bits(models):
     _, fast = models
     assert torch.equal(single_logits(fast), single_logits(fast, threads=3))
-    assert torch.equal(batch_logits(fast, *padded(5)), batch_logits(fast, *padded(5), threads=3))
+    for at_once in (1, 5):
+        found = [batch_logits(fast, *padded(5), threads, at_once=at_once) for threads in (1, 3)]
+        assert torch.equal(*found)
 
 
 def test_generate_gives_what_transformers_gives(models):

@@ -104,8 +104,8 @@ def close(found, expected):
 
 @torch.no_grad()
 @settings(max_examples=40, deadline=None)
-@given(models(), some.integers(1, 20))
-def test_steps_of_any_traits_give_the_logits_of_plain_torch(model, count):
+@given(models(), some.integers(1, 20), some.integers(2, LENGTH))
+def test_steps_of_any_traits_give_the_logits_of_plain_torch(model, count, at_once):
     torch.set_num_threads(1)
     decoder, traits = decoder_of(model), model.sizes
     ids, first = torch.randint(0, VOCABULARY, (count, LENGTH)), torch.randint(0, LENGTH - 1, (count,))
@@ -118,8 +118,14 @@ def test_steps_of_any_traits_give_the_logits_of_plain_torch(model, count):
     for slot in range(LENGTH):
         padding = first.clamp_max(slot)
         steps.append(decoder.step_batch(ids[:, slot].contiguous(), cache, slot - padding, padding))
+    cache, chunks = GrowingCache.with_room(room[0], count, *room[1:]), []
+    for slot in range(0, LENGTH, at_once):
+        part = ids[:, slot : slot + at_once]
+        places = (torch.arange(slot, slot + part.shape[1]) - first[:, None]).clamp_min(0)
+        chunks.append(decoder.step_rows(part, cache, places, first.clamp_max(slot + part.shape[1] - 1)))
     expected = model.logits(ids, first)
     assert expected.isfinite().all()
     close(alone, expected[0])
     text = torch.arange(LENGTH) >= first[:, None]
     close(torch.stack(steps, 1)[text], expected[text])
+    close(torch.cat(chunks, 1)[text], expected[text])

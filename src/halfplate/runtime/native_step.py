@@ -180,7 +180,7 @@ class NativeDecoder:
         self._struct = _structure(self._weights, architecture, traits)
         self._lock = Lock()
         self._cache: Callable[[], GrowingCache | None] = lambda: None
-        self._bound = self._sized = (0, 0, 0)
+        self._bound, self._sized = (0, 0, 0), (0, 0, 0, 0)
         self._step, self._step_batch = native.library().halfplate_step, native.library().halfplate_step_batch
 
     @torch.no_grad()
@@ -211,55 +211,79 @@ class NativeDecoder:
                 layer.length = position + 1
         return logits
 
-    @torch.no_grad()
     def step_batch(
         self, tokens: Tensor, cache: GrowingCache, positions: Tensor | None = None, first: Tensor | None = None
     ) -> Tensor:
-        """Logits (sequences, vocabulary), fp32, after `tokens` int64 (sequences,), whose keys and values are added to `cache`.
+        """Logits (sequences, vocabulary), fp32, after `tokens` int64 (sequences,); `step_rows` with one token of each sequence."""
+        return self.step_rows(tokens[:, None], cache, None if positions is None else positions[:, None], first)[:, 0]
 
-        positions: int64 (sequences,), for the rotary embedding, up to the length of the cache before this step; None means that.
+    @torch.no_grad()
+    def step_rows(
+        self,
+        tokens: Tensor,
+        cache: GrowingCache,
+        positions: Tensor | None = None,
+        first: Tensor | None = None,
+        wanted: int | None = None,
+    ) -> Tensor:
+        """Logits (sequences, wanted, vocabulary), fp32, after the last tokens of `tokens` int64 (sequences, count).
+
+        Keys and values of all are added to `cache`, which may be empty, if it has buffers (`GrowingCache.with_room`). Each token reads
+        those before it. With `longrope`, all tokens have the angles of a text that ends with the last of them.
+
+        positions: int64 (sequences, count), for the rotary embedding, up to the length of the cache after this step; None means places in the cache.
         first: int64 (sequences,), the number of padding positions before each sequence, which are not read; None means 0.
+        wanted: of how many of the last tokens of each sequence there are logits, 0 to count; None means all.
         Raises HalfplateError for a cache of another number of sequences or another shape, and for a token outside the vocabulary.
         """
         layers: Any = cache.layers
-        count, outside = len(tokens), (tokens < 0) | (tokens >= self._embed.num_embeddings)
-        if bool(outside.any()):
-            token = int(tokens[outside][0])
-            raise HalfplateError(f"token={token} is outside the vocabulary of {self._embed.num_embeddings}")
-        if cache.sequences != count:
-            raise HalfplateError(
-                f"tokens has {count} sequences, but the cache holds {cache.sequences or 'no'} sequences of equal length in fp32; "
-                "pass one token for each sequence of the cache"
-            )
+        sequences, count = self._check_rows(tokens, cache)
+        wanted = count if wanted is None else wanted
+        if not 0 <= wanted <= count:
+            raise HalfplateError(f"wanted={wanted} is out of range; expected 0 to {count}, the tokens of each sequence")
         embeddings = self._embed(tokens).detach().to(torch.float32).contiguous()
-        logits = torch.empty(count, self._struct.vocabulary, dtype=torch.float32, device=CPU)
+        logits = torch.empty(sequences, wanted, self._struct.vocabulary, dtype=torch.float32, device=CPU)
         with self._lock:
-            slot, threads = self._prepare(cache, count)
-            self._choose_tables(slot if positions is None else int(positions.max()))
+            slot, threads = self._prepare(cache, sequences, count)
+            self._choose_tables(slot + count - 1 if positions is None else int(positions.max()))
             if positions is None:
-                positions = torch.full((count,), slot, dtype=torch.int64, device=CPU)
+                positions = torch.arange(slot, slot + count, dtype=torch.int64, device=CPU).repeat(sequences)
             if first is None:
-                first = torch.zeros(count, dtype=torch.int64, device=CPU)
-            held = {"embeddings": embeddings, "positions": positions, "first": first, "logits": logits}
-            batch = BatchStruct(slot=slot)
+                first = torch.zeros(sequences, dtype=torch.int64, device=CPU)
+            held = {"embeddings": embeddings, "positions": positions.contiguous(), "first": first, "logits": logits}
+            batch = BatchStruct(slot=slot, count=count, wanted=wanted)
             for place, (name, tensor) in enumerate(held.items()):
                 setattr(batch, name, native.address(tensor, tensor.dtype, name))
                 batch.bytes[place] = tensor.nbytes
             native.check(self._step_batch(ctypes.byref(self._struct), ctypes.byref(batch), threads), "batch step")
             for layer in layers:
-                layer.length = slot + 1
+                layer.length = slot + count
         return logits
 
-    def _prepare(self, cache: GrowingCache, sequences: int) -> tuple[int, int]:
-        """Make room for one more position of `sequences` sequences; returns the position and the number of threads."""
+    def _check_rows(self, tokens: Tensor, cache: GrowingCache) -> tuple[int, int]:
+        """The number of sequences and of tokens of each; raises HalfplateError unless the model and the cache can take them."""
+        sequences, count = tokens.shape
+        outside = (tokens < 0) | (tokens >= self._embed.num_embeddings)
+        if bool(outside.any()):
+            token = int(tokens[outside][0])
+            raise HalfplateError(f"token={token} is outside the vocabulary of {self._embed.num_embeddings}")
+        if cache.sequences != sequences:
+            raise HalfplateError(
+                f"tokens has {sequences} sequences, but the cache holds {cache.sequences or 'no'} sequences of equal length in fp32; "
+                "pass one token for each sequence of the cache"
+            )
+        return sequences, count
+
+    def _prepare(self, cache: GrowingCache, sequences: int, count: int = 1) -> tuple[int, int]:
+        """Make room for `count` more positions of `sequences` sequences; returns the first of them and the number of threads."""
         layers: Any = cache.layers
         position, threads = layers[0].length, torch.get_num_threads()
         for layer in layers:
-            layer.reserve(position + 1)
+            layer.reserve(position + count)
         # Cache layers count their reallocations, so an equal sum means that no buffer has moved.
         bound = (sum(layer.moves for layer in layers), threads, sequences)
-        if bound != self._bound or self._cache() is not cache:
-            self._bind(cache, threads, sequences)
+        if bound != self._bound or self._cache() is not cache or sequences * count > self._struct.rows:
+            self._bind(cache, threads, sequences, sequences * count)
             self._bound, self._cache = bound, ref(cache)
         return position, threads
 
@@ -274,7 +298,7 @@ class NativeDecoder:
         native.address(row, torch.float32, "the embedding")
         return row
 
-    def _bind(self, cache: GrowingCache, threads: int, sequences: int) -> None:
+    def _bind(self, cache: GrowingCache, threads: int, sequences: int, rows: int) -> None:
         layers: Any = cache.layers
         struct, capacity = self._struct, layers[0].capacity
         expected = (sequences, struct.kv_heads, capacity, struct.head_dim)
@@ -291,17 +315,20 @@ class NativeDecoder:
                 setattr(block, name, native.address(buffer, dtype, f"the cache of {name}"))
                 block.cache_bytes[place] = buffer.nbytes
         struct.cache_kind = CACHE_KINDS[dtype]
-        if self._sized == (capacity, threads, sequences):
+        # The scratch for many rows also serves fewer.
+        rows = max(rows, struct.rows if sequences == struct.sequences else 0)
+        if self._sized == (capacity, threads, sequences, rows):
             return
-        self._bind_tables(capacity)
-        struct.capacity, struct.sequences = capacity, sequences
+        if self._sized[0] != capacity:
+            self._bind_tables(capacity)
+        struct.capacity, struct.sequences, struct.rows = capacity, sequences, rows
         floats = native.library().halfplate_decoder_scratch(ctypes.byref(struct), threads)
         native.check(floats, "decoder step")
         scratch = torch.empty(floats + 16, dtype=torch.float32, device=CPU)
         start = -scratch.data_ptr() % 64
         self._scratch, struct.scratch = scratch, scratch.data_ptr() + start
         struct.scratch_bytes = scratch.nbytes - start
-        self._sized = (capacity, threads, sequences)
+        self._sized = (capacity, threads, sequences, rows)
 
     def _bind_tables(self, capacity: int) -> None:
         self._tables = {

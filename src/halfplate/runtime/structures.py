@@ -56,8 +56,11 @@ class DecoderStruct(ctypes.Structure):
         ("scratch", Pointer),
         ("table_bytes", Integer * 4),
         *[(name, Integer) for name in ("final_norm_bytes", "head_bytes", "block_bytes", "scratch_bytes")],
-        *[(name, Integer) for name in ("sized_threads", "sized_capacity", "sized_sequences", "sized_floats")],
-        *[(name, Integer) for name in ("sequences", "cache_kind")],
+        *[
+            (name, Integer)
+            for name in ("sized_threads", "sized_capacity", "sized_sequences", "sized_rows", "sized_floats")
+        ],
+        *[(name, Integer) for name in ("sequences", "rows", "cache_kind")],
     ]
 
 
@@ -69,4 +72,5 @@ class BatchStruct(ctypes.Structure):
         ("slot", Integer),
         *[(name, Pointer) for name in ("positions", "first", "logits")],
         ("bytes", Integer * 4),
+        *[(name, Integer) for name in ("count", "wanted")],
     ]

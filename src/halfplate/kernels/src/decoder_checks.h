@@ -5,7 +5,7 @@
 
 namespace halfplate {
 
-constexpr int64_t LARGEST_SEQUENCES = 4096, LARGEST_MIXTURE = 4096;
+constexpr int64_t LARGEST_SEQUENCES = 4096, LARGEST_ROWS = 1 << 16, LARGEST_MIXTURE = 4096;
 
 // A matrix in a decoder: in detail before the first step, and of every step only its header.
 struct Fits {
@@ -72,7 +72,7 @@ static inline int32_t check_decoder(const Decoder &d, bool whole) {
     if (whole) {
         for (int64_t size : {d.hidden, d.heads, d.kv_heads, d.head_dim, d.vocabulary, d.blocks, d.capacity})
             if (!within(size, 1, LARGEST_SIDE)) return BAD_NUMBER;
-        if (!within(d.sequences, 1, LARGEST_SEQUENCES) || !sensible_traits(d)) return BAD_NUMBER;
+        if (!within(d.sequences, 1, LARGEST_SEQUENCES) || !within(d.rows, d.sequences, LARGEST_ROWS) || !sensible_traits(d)) return BAD_NUMBER;
         if (d.heads % d.kv_heads || !within(d.heads * d.head_dim, 1, LARGEST_SIDE)) return BAD_NUMBER;
         if (!holds(d.block, d.block_bytes, d.blocks * int64_t(sizeof(DecoderBlock)))) return BAD_SIZE;
         if (!holds(d.final_norm, d.final_norm_bytes, (d.norm == MEAN ? 8 : 4) * d.hidden)) return BAD_SIZE;
@@ -91,7 +91,7 @@ static inline int32_t check_decoder(const Decoder &d, bool whole) {
 static inline int32_t check_state(const Decoder &d, int64_t slot, int64_t sequences, int64_t threads) {
     const int64_t table = 4 * d.capacity * d.rotary_dim, cached = sequences * d.kv_heads * d.capacity * d.head_dim * (d.cache_kind == BF16 ? 2 : 4);
     if (!within(slot, 0, d.capacity - 1) || !within(d.tables, 0, 2) || d.sized_threads != threads || d.sized_capacity != d.capacity ||
-        d.sequences != sequences || (d.cache_kind != FP32 && (d.cache_kind != BF16 || d.head_dim % 16)) || d.sized_sequences != sequences)
+        d.sequences != sequences || d.rows != d.sized_rows || (d.cache_kind != FP32 && (d.cache_kind != BF16 || d.head_dim % 16)) || d.sized_sequences != sequences)
         return BAD_NUMBER;
     for (int64_t t = 0; t < d.tables; ++t)
         if (!holds(d.cosines[t], d.table_bytes[t], table) || !holds(d.sines[t], d.table_bytes[2 + t], table)) return BAD_SIZE;
@@ -112,13 +112,17 @@ static inline int32_t check_step(const Decoder &d, const float *embedding, int64
 // The same for a step of several sequences.
 static inline int32_t check_batch(const Decoder &d, const Batch &b, int64_t threads) {
     const int64_t n = d.sequences;
-    if (!within(n, 1, LARGEST_SEQUENCES)) return BAD_NUMBER;
-    if (!holds(b.embeddings, b.bytes[0], 4 * n * d.hidden) || !holds(b.positions, b.bytes[1], 8 * n) ||
-        !holds(b.first, b.bytes[2], 8 * n) || !holds(b.logits, b.bytes[3], 4 * n * d.vocabulary))
+    if (!within(n, 1, LARGEST_SEQUENCES) || !within(b.count, 1, LARGEST_ROWS / n) || !within(b.wanted, 0, b.count)) return BAD_NUMBER;
+    const int64_t rows = n * b.count;
+    if (rows > d.rows || !within(b.slot, 0, d.capacity - b.count)) return BAD_NUMBER;
+    if (!holds(b.embeddings, b.bytes[0], 4 * rows * d.hidden) || !holds(b.positions, b.bytes[1], 8 * rows) ||
+        !holds(b.first, b.bytes[2], 8 * n) || !holds(b.logits, b.bytes[3], 4 * n * b.wanted * d.vocabulary))
         return BAD_SIZE;
     if (const int32_t bad = check_state(d, b.slot, n, threads)) return bad;
+    for (int64_t k = 0; k < rows; ++k)
+        if (!within(b.positions[k], 0, d.capacity - 1)) return BAD_NUMBER;
     for (int64_t k = 0; k < n; ++k)
-        if (!within(b.positions[k], 0, d.capacity - 1) || !within(b.first[k], 0, b.slot)) return BAD_NUMBER;
+        if (!within(b.first[k], 0, b.slot + b.count - 1)) return BAD_NUMBER;
     return DONE;
 }
 

@@ -246,6 +246,7 @@ EXPORT int64_t halfplate_decoder_scratch(halfplate::Decoder *decoder, int64_t th
     decoder->sized_threads = halfplate::team(threads);
     decoder->sized_capacity = decoder->capacity;
     decoder->sized_sequences = decoder->sequences;
+    decoder->sized_rows = decoder->rows;
     const halfplate::Runtime &run = halfplate::runtime();
     const int64_t one = run.decoder_scratch(*decoder, decoder->sized_threads), many = run.batch_scratch(*decoder, decoder->sized_threads);
     decoder->sized_floats = one > many ? one : many;
@@ -265,7 +266,7 @@ EXPORT int32_t halfplate_step(const halfplate::Decoder *decoder, const float *em
     return halfplate::DONE;
 }
 
-// One token of each of `decoder->sequences` sequences.
+// `batch->count` tokens of each of `decoder->sequences` sequences.
 EXPORT int32_t halfplate_step_batch(const halfplate::Decoder *decoder, const halfplate::Batch *batch, int64_t threads) {
     if (decoder == nullptr || batch == nullptr || threads < 1) return halfplate::BAD_NUMBER;
     if (const int32_t bad = halfplate::check_decoder(*decoder, false)) return bad;

@@ -123,19 +123,20 @@ struct Decoder {
     float *scratch;                        // halfplate_decoder_scratch floats, from a multiple of 64 bytes
     int64_t table_bytes[4];                // of the tables, cosines first
     int64_t final_norm_bytes, head_bytes, block_bytes, scratch_bytes;  // of what these point to
-    int64_t sized_threads, sized_capacity, sized_sequences, sized_floats;  // written by halfplate_decoder_scratch: the arguments and the result of its last call
-    int64_t sequences;
+    int64_t sized_threads, sized_capacity, sized_sequences, sized_rows, sized_floats;  // written by halfplate_decoder_scratch: the arguments and the result of its last call
+    int64_t sequences, rows;               // rows: most rows of a step, new tokens of all sequences together
     int64_t cache_kind;                    // FP32; or BF16, only for several sequences and a head_dim that is a multiple of 16
 };
 
-// The input of a step of several sequences. All have the same length, padding included.
+// The input of a step of one or several sequences. All have the same length, padding included. A token reads those before it.
 struct Batch {
-    const float *embeddings;               // (sequences, hidden)
-    int64_t slot;                          // position in the cache of the new tokens
-    const int64_t *positions;              // (sequences), rows of the tables
+    const float *embeddings;               // (sequences, count, hidden)
+    int64_t slot;                          // position in the cache of the first new token
+    const int64_t *positions;              // (sequences, count), rows of the tables
     const int64_t *first;                  // (sequences), first position in the cache that each sequence reads
-    float *logits;                         // (sequences, vocabulary)
+    float *logits;                         // (sequences, wanted, vocabulary)
     int64_t bytes[4];                      // of each of these buffers, in this order
+    int64_t count, wanted;                 // new tokens of each sequence, and of how many of the last there are logits
 };
 
 struct Runtime {
@@ -153,7 +154,7 @@ struct Runtime {
     void (*step)(const Decoder &decoder, const float *embedding, int64_t position, float *logits, int64_t thread,
                  int64_t threads);
     int64_t (*decoder_scratch)(const Decoder &decoder, int64_t threads);
-    // One token of each of several sequences; called by every thread.
+    // The same number of tokens of each of one or several sequences; called by every thread.
     void (*step_batch)(const Decoder &decoder, const Batch &batch, int64_t thread, int64_t threads);
     int64_t (*batch_scratch)(const Decoder &decoder, int64_t threads);
     // The token at `chance` of the cumulative distribution of softmax(logits / temperature), or -1 if a logit is NaN or inf, or all are -inf.
