@@ -28,13 +28,23 @@ def products(precision: str, device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, torch.bfloat16)
 
 
+def has_tiles() -> bool:
+    """Whether torch multiplies bf16 in the tiles of this processor (AMX), several times as fast as vectors do."""
+    return bool(_capabilities().get("amx_bf16"))
+
+
+@cache
+def _capabilities() -> dict[str, bool]:
+    return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
+
+
 @cache
 def multiplies_bf16(device: str) -> bool:
     """Whether a kind of device multiplies matrices in bf16 faster than in fp32; a rule and not a timing, so that `--resume` finds the same."""
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if bool(found.get("amx_bf16")) or bool(found.get("bf16")):  # the latter on ARM
+    found = _capabilities()
+    if has_tiles() or bool(found.get("bf16")):  # the latter on ARM
         return True
     # Of AVX-512 without AMX: AMD's processors multiply twice as many numbers in bf16 as in fp32, Intel's fewer.
     return bool(found.get("avx512_bf16")) and processor_facts().get("vendor_id") == "AuthenticAMD"

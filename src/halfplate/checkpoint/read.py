@@ -36,7 +36,7 @@ def load(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    activations: str = "float",
+    activations: str = "auto",
     head_dtype: str | None = None,
     kernels: bool = True,
 ) -> PreTrainedModel:

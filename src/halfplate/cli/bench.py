@@ -6,6 +6,7 @@ from typing import Any
 
 from halfplate.cli.parser import add_output_arguments, positive
 from halfplate.errors import HalfplateError
+from halfplate.kernels.linear import ACTIVATIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
     parser.add_argument(
         "--activations",
-        choices=("float", "int8"),
-        default="float",
-        help="int8 quantises activations for int8 and int4 cores (default float)",
+        choices=ACTIVATIONS,
+        default="auto",
+        help="how quantised cores take activations: float, int8, or auto (default): int8 in prompts if that is the fastest here",
     )
     parser.add_argument(
         "--head-dtype",

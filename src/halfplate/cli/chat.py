@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from halfplate.cli.parser import positive, typed_text
 from halfplate.errors import HalfplateError
+from halfplate.kernels.linear import ACTIVATIONS
 from halfplate.plain_text import visible
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
     parser.add_argument(
         "--activations",
-        choices=("float", "int8"),
-        default="float",
-        help="int8 quantises the activations of MODEL for int8 and int4 cores (default float)",
+        choices=ACTIVATIONS,
+        default="auto",
+        help="how quantised cores of MODEL take activations: float, int8, or auto (default): int8 in prompts if that is the fastest here",
     )
 
 

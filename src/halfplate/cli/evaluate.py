@@ -5,6 +5,7 @@ from typing import Any
 
 from halfplate.cli.parser import add_output_arguments, positive
 from halfplate.errors import HalfplateError
+from halfplate.kernels.linear import ACTIVATIONS
 
 MEANS = ("kl", "top1_agreement")
 
@@ -38,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="score only the first N rows of each task")
     parser.add_argument(
         "--activations",
-        choices=("float", "int8"),
-        default="float",
-        help="int8 quantises activations for int8 and int4 cores (default float)",
+        choices=ACTIVATIONS,
+        default="auto",
+        help="how quantised cores take activations: float, int8, or auto (default): int8 in prompts if that is the fastest here",
     )
     add_output_arguments(parser)
 

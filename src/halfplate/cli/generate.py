@@ -3,6 +3,7 @@
 import argparse
 
 from halfplate.cli.parser import add_output_arguments, positive, typed_text
+from halfplate.kernels.linear import ACTIVATIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
     parser.add_argument(
         "--activations",
-        choices=("float", "int8"),
-        default="float",
-        help="int8 quantises activations for int8 and int4 cores (default float)",
+        choices=ACTIVATIONS,
+        default="auto",
+        help="how quantised cores take activations: float, int8, or auto (default): int8 in prompts if that is the fastest here",
     )
     add_output_arguments(parser, progress=False)
 

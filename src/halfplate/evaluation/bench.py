@@ -76,7 +76,7 @@ def bench(
     prompt: int = 128,
     new_tokens: int = 64,
     threads: int | None = None,
-    activations: str = "float",
+    activations: str = "auto",
     head_dtype: str | None = None,
     rounds: int = 5,
     loops: bool = False,
@@ -333,6 +333,6 @@ def _check(model: str, prompt: int, new_tokens: int, rounds: int, activations: s
     for argument, number, least in (("prompt", prompt, 1), ("new_tokens", new_tokens, 2), ("rounds", rounds, 1)):
         if typed(argument, number, int) < least:
             raise HalfplateError(f"{argument}={number} is too few to time, expected at least {least}")
-    if not is_compressed(model) and (activations != "float" or loops):
-        option = "activations='int8'" if activations != "float" else "loops=True"
+    if not is_compressed(model) and (activations == "int8" or loops):
+        option = "activations='int8'" if activations == "int8" else "loops=True"
         raise HalfplateError(f"{option} is for Halfplate checkpoints, and {model!r} is not one; leave it out")

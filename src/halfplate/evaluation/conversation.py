@@ -72,7 +72,7 @@ class Conversation:
     _held: list[int] = field(default_factory=list)  # tokens of the cache
 
     @classmethod
-    def with_model(cls, name: str, most: int = 512, activations: str = "float") -> Conversation:
+    def with_model(cls, name: str, most: int = 512, activations: str = "auto") -> Conversation:
         """Load the model `name` for a conversation; raises HalfplateError on bad input."""
         model, tokenizer = load_any(name, activations=activations)
         return cls(name, model, tokenizer, most)

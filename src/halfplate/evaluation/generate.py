@@ -27,7 +27,7 @@ def generate(
     max_new_tokens: int = 64,
     chat: bool = False,
     threads: int | None = None,
-    activations: str = "float",
+    activations: str = "auto",
 ) -> str:
     """Continue `prompt` by greedy decoding and return the new text.
 
@@ -47,7 +47,7 @@ def answers(
     max_new_tokens: int = 64,
     chat: bool = False,
     threads: int | None = None,
-    activations: str = "float",
+    activations: str = "auto",
 ) -> list[str]:
     """`generate` for each of `prompts`; the model is loaded once."""
     name = path_text("model", model)

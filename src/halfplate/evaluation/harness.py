@@ -20,7 +20,7 @@ class HalfplateLM(HFLM):
     Other arguments are those of lm-eval's `hf`. Raises HalfplateError if the model cannot be loaded.
     """
 
-    def __init__(self, pretrained: str, activations: str = "float", device: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, pretrained: str, activations: str = "auto", device: str | None = None, **kwargs: Any) -> None:
         # lm-eval requests a GPU by default.
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "cpu"

@@ -40,7 +40,7 @@ def evaluate(
     tasks_folder: str | None = None,
     limit: int | None = None,
     threads: int | None = None,
-    activations: str = "float",
+    activations: str = "auto",
     report: Report = silent,
 ) -> dict[str, Any]:
     """Measure the perplexity of `model`, KL and top-1 agreement with the original model `against`, and scores on lm-eval tasks.

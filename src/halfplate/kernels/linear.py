@@ -34,14 +34,15 @@ from halfplate.kernels.capability import (
 )
 from halfplate.kernels.kinds import kernel_spec, kind_of, numbers_of, recoded
 from halfplate.kernels.scales import plain_scales, with_stored_scales
-from halfplate.precision import multiplies_bf16
+from halfplate.precision import has_tiles, multiplies_bf16
 
 TILE = 128  # columns of a tile, as in src/runtime.h
 GROUPS = (32, 64, TILE)  # columns of a scale
 WRAPPER_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
 PATTERNS = ("2:4", "dense")
 CORES = (*STORED_DTYPES, *scaled_core_dtypes())
-ACTIVATIONS = ("float", "int8", "int8-prompt")  # in the order of halfplate::Activations
+ACTIVATIONS = ("auto", "float", "int8")
+FLOAT, BYTES, MANY_BYTES = range(3)  # halfplate::Activations
 # From this many tokens on, the core is expanded and multiplied by torch's matrix product: for 2:4 cores, which do half the work, and
 # for unpruned ones. Measured (RESULTS.md).
 EXPAND_FROM = {"avx512": (128, 48), "avx2": (96, 24), "baseline": (16, 16)}
@@ -126,14 +127,14 @@ def kernels_for() -> str:
 
 def header_of(spec: WeightSpec, activations: str, bias: bool) -> Header:
     """The header of a matrix of `spec`, with offsets; int8 activations are only for quantised cores."""
-    inputs = activations if spec.core_dtype in QUANTIZERS else "float"
-    kind = kind_of(spec, inputs == "int8")
+    inputs = inputs_of(activations) if spec.core_dtype in QUANTIZERS else FLOAT
+    kind = kind_of(spec, inputs == BYTES)
     header = Header(
         d_out=spec.d_out,
         d_in=spec.d_in,
         kind=kind,
         sparse=int(str(spec.pattern) != "dense"),
-        activations=ACTIVATIONS.index(inputs),
+        activations=inputs,
         wrapper_kind=WRAPPER_KINDS[spec.wrapper_dtype],
         out_block=spec.out_block,
         in_block=spec.in_block,
@@ -150,7 +151,7 @@ def pack(
 ) -> Tensor:
     """Pack the stored `tensors` of a matrix, named as in `spec.layout()`, into one uint8 tensor.
 
-    activations: `float`, or `int8` for cores on a grid. Codes take the bits of the next wider kind: 4, 8, or 5 (`kind_of`). bias: (d_out,) of any floating type. Raises HalfplateError
+    activations: `float`; or for cores on a grid `int8`, or `auto` (`inputs_of`). Codes take the bits of the next wider kind: 4, 8, or 5 (`kind_of`). bias: (d_out,) of any floating type. Raises HalfplateError
     for tensors of other shapes or types than `spec` says, and for values that no writer leaves: NaN, inf, positions that do
     not rise within a group, codes out of range.
     """
@@ -248,9 +249,24 @@ def multiply(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     return (y if x.dtype == torch.float32 else y.to(x.dtype)).view(*x.shape[:-1], d_out)
 
 
+def inputs_of(activations: str) -> int:
+    """How the kernels of this machine take activations that are `auto`, `float` or `int8`.
+
+    `auto` rounds those of many tokens to int8 where products of int8 are the fastest: with AVX-512 VNNI, and without tiles for bf16.
+    """
+    if activations == "auto":
+        return MANY_BYTES if multiplies_bytes() else FLOAT
+    return BYTES if activations == "int8" else FLOAT
+
+
+def multiplies_bytes() -> bool:
+    """Whether int8 is the fastest type of the matrix products of this machine."""
+    return native.available() and native.isa() == "avx512" and not has_tiles()
+
+
 def takes_bytes(activations: int, tokens: int) -> bool:
     """Whether a matrix takes this many tokens as int8; as in kernels/src/byte_panel.inc."""
-    return activations == 1 or (activations == 2 and tokens >= MANY_FOR_BYTES and native.isa() == "avx512")
+    return activations == BYTES or (activations == MANY_BYTES and tokens >= MANY_FOR_BYTES and native.isa() == "avx512")
 
 
 def expand_from(sparse: bool) -> int:

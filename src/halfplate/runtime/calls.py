@@ -1,4 +1,4 @@
-"""Which calls of a model the native step handles: one new token of each sequence with a supported cache."""
+"""Which calls of a model the native step handles: new tokens of each sequence, or a prompt, with a supported cache."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor
 from halfplate.models.arguments import OLD_CACHE_ARGUMENT
 from halfplate.runtime.cache import GrowingCache
 
+LEAST_PROMPT = 32  # tokens; shorter prompts run through transformers
 MOST_SEQUENCES = 64  # of a batch; larger ones run through transformers
 # Supported types of the model; the native step computes in fp32 and rounds its logits.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,31 +28,38 @@ def cache_of(kwargs: dict[str, Any], cache_name: str) -> Any:
 
 @dataclass(frozen=True)
 class NewTokens:
-    """The new tokens of a call, int64 (sequences,), with the positions and the padding of each sequence (`NativeDecoder.step_batch`)."""
+    """The new tokens of a call, int64 (sequences, count), with the positions and the padding of each sequence (`NativeDecoder.step_rows`).
+
+    wanted: of how many of the last tokens of each sequence there are logits.
+    """
 
     tokens: Tensor
     positions: Tensor | None
     first: Tensor | None
+    wanted: int
 
     @property
     def plain(self) -> bool:
         """Whether they are those of one sequence without padding."""
-        return len(self.tokens) == 1 and self.positions is None and self.first is None
+        return self.tokens.numel() == 1 and self.positions is None and self.first is None
 
 
 def new_tokens(model: Any, kwargs: dict[str, Any], cache_name: str) -> NewTokens | None:
     """The new tokens of a call that the native step handles, else None."""
     cache, ids = cache_of(kwargs, cache_name), kwargs.get("input_ids")
-    if not isinstance(cache, GrowingCache) or ids is None or ids.ndim != 2 or ids.shape[1] != 1:
+    if not isinstance(cache, GrowingCache) or ids is None or ids.ndim != 2 or not ids.shape[1]:
         return None
-    length, count = cache.get_seq_length(), ids.shape[0]
-    if torch.is_grad_enabled() or model.training or not length or not 1 <= count <= MOST_SEQUENCES:
+    length, (count, new) = cache.get_seq_length(), ids.shape
+    if torch.is_grad_enabled() or model.training or not 1 <= count <= MOST_SEQUENCES:
+        return None
+    if (new > 1 and count * new < LEAST_PROMPT) or (new == 1 and not length):
         return None
     config = model.config
     asked = config.output_attentions or config.output_hidden_states or getattr(config, "output_router_logits", False)
     if asked or not (kwargs.get("return_dict") or config.return_dict):
         return None
-    if not isinstance(kwargs.get("logits_to_keep", 0), int) or cache.sequences != count or not ids.is_cpu:
+    kept = kwargs.get("logits_to_keep", 0)
+    if not isinstance(kept, int) or (length and cache.sequences != count) or not ids.is_cpu:
         return None
     known = {"input_ids", "attention_mask", "position_ids", "logits_to_keep", "cache_position"}
     known |= {cache_name, OLD_CACHE_ARGUMENT}
@@ -60,20 +68,21 @@ def new_tokens(model: Any, kwargs: dict[str, Any], cache_name: str) -> NewTokens
             return None
     positions, first = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if positions is not None:
-        if tuple(positions.shape) not in ((count, 1), (1, 1)) or not bool(
-            ((positions >= 0) & (positions <= length)).all()
+        if tuple(positions.shape) not in ((count, new), (1, new)) or not bool(
+            ((positions >= 0) & (positions < length + new)).all()
         ):
             return None
-        positions = None if bool((positions == length).all()) else positions.expand(count, 1)[:, 0].long().contiguous()
+        places = torch.arange(length, length + new, device=positions.device)
+        positions = None if bool((positions == places).all()) else positions.expand(count, new).long().contiguous()
     if first is not None:
         # Some models of several kinds of layers take a mask for each kind.
-        if not isinstance(first, Tensor) or tuple(first.shape) != (count, length + 1):
+        if not isinstance(first, Tensor) or tuple(first.shape) != (count, length + new):
             return None
         first = _padding(first != 0)
         if first is None:
             return None
         first = first if bool(first.any()) else None
-    return NewTokens(ids[:, 0].long().contiguous(), positions, first)
+    return NewTokens(ids.long().contiguous(), positions, first, min(kept, new) or new)
 
 
 def _padding(mask: Tensor) -> Tensor | None:

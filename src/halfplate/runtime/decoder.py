@@ -1,4 +1,4 @@
-"""Decoding one token of each sequence in one native call, also inside transformers' `generate`."""
+"""Reading prompts and decoding in native calls, also inside transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from halfplate.models.arguments import cache_argument
 from halfplate.runtime.architectures import ARCHITECTURES, Architecture, architecture_of, config_of
 from halfplate.runtime.backends.cpu import PackedLinear
 from halfplate.runtime.cache import GrowingCache
-from halfplate.runtime.calls import DTYPES, cache_of, new_tokens, wants_growing_cache
+from halfplate.runtime.calls import DTYPES, NewTokens, cache_of, new_tokens, wants_growing_cache
 from halfplate.runtime.native_step import NativeDecoder
 from halfplate.runtime.traits import linears_of, traits_of
 
@@ -125,16 +125,16 @@ def _native_class(dense: type) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return dense.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-        new = None if args else new_tokens(self, kwargs, cache_name)
-        if new is None or (self._native_decoder is None and why_not(self) is not None):
+        new, cache = None if args else new_tokens(self, kwargs, cache_name), cache_of(kwargs, cache_name)
+        if new is None or not cache.get_seq_length():
             self._native_decoder = None  # weights may have changed since the last prompt
+        if new is None or not _handles(self, new, cache):
             return dense.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-        cache = cache_of(kwargs, cache_name)
         if new.plain:
-            logits = self.native_decoder.step(int(new.tokens[0]), cache)[None]
+            logits = self.native_decoder.step(int(new.tokens), cache)[None, None]
         else:
-            logits = self.native_decoder.step_batch(new.tokens, cache, new.positions, new.first)
-        return output(logits=logits[:, None].to(self.dtype), **{cache_name: cache})
+            logits = self.native_decoder.read(new.tokens, cache, new.positions, new.first, new.wanted)
+        return output(logits=logits.to(self.dtype), **{cache_name: cache})
 
     @wraps(dense.generate)  # type: ignore[attr-defined]
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -144,6 +144,14 @@ def _native_class(dense: type) -> type:
 
     body = {"forward": forward, "generate": generate, "__module__": dense.__module__, "__doc__": dense.__doc__}
     return type(dense.__name__, (NativeDecoding, dense), body)
+
+
+def _handles(model: NativeDecoding, new: NewTokens, cache: GrowingCache) -> bool:
+    """Whether the native step of `model` takes a call's new tokens."""
+    if model._native_decoder is None and why_not(model) is not None:
+        return False
+    count = new.tokens.shape[1]
+    return count == 1 or model.native_decoder.takes_prompt(cache.get_seq_length() + count)
 
 
 class _Told(BaseStreamer):

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from halfplate.errors import HalfplateError
 from halfplate.kernels import native
-from halfplate.kernels.linear import CPU
+from halfplate.kernels.linear import CPU, MANY_FOR_BYTES, read_header, takes_bytes
 from halfplate.runtime.architectures import Architecture, architecture_of, config_of, inner_of
 from halfplate.runtime.backends.cpu import PackedLinear
-from halfplate.runtime.cache import GrowingCache
+from halfplate.runtime.cache import ROOM, GrowingCache
 from halfplate.runtime.embedding import StoredEmbedding
 from halfplate.runtime.structures import BatchStruct, BlockStruct, DecoderStruct, ExpertStruct, MixtureStruct
 from halfplate.runtime.traits import LayerTraits, Traits, norm_weights, rotary_tables, short_length, traits_of
 
 CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 1}  # halfplate::Kind in kernels/src/runtime.h
 NORMS = {"rms": 0, "rms+1": 0, "mean": 1, "mean+1": 1}  # halfplate::Norm
+ROWS_AT_ONCE = 512  # of a prompt
 Pack = Callable[[Any], PackedLinear]
 
 
@@ -35,14 +36,17 @@ class _Weights:
     def __init__(self, model: Any, architecture: Architecture, traits: Traits, pack: Pack) -> None:
         self._architecture, self._traits, self._pack = architecture, traits, pack
         self._held: list[Any] = []
+        self.multiplied = self.rounded = 0  # bytes of the linears of blocks, and of those that take many tokens as int8
         inner = inner_of(model)
         hidden = self.hidden = config_of(model).hidden_size
         self.blocks = (BlockStruct * len(inner.layers))()
         for block, layer, own in zip(self.blocks, inner.layers, traits.layers, strict=True):
             self._fill(block, layer, own)
+        blocks = self.multiplied, self.rounded
         self.final_norm = self._norm(inner.get_submodule(architecture.final_norm), hidden)
         self.head, self.head_bytes = self._linear(model.lm_head)
         self.vocabulary = model.lm_head.out_features
+        self.multiplied, self.rounded = blocks
 
     def _fill(self, block: BlockStruct, layer: Any, own: LayerTraits) -> None:
         architecture, traits = self._architecture, self._traits
@@ -117,7 +121,10 @@ class _Weights:
         return struct, linears[-1].in_features
 
     def _linear(self, module: Any) -> tuple[int, int]:
-        return self._place(self._pack(module).packed, torch.uint8, "a linear")
+        packed = self._pack(module).packed
+        self.multiplied += packed.nbytes
+        self.rounded += packed.nbytes * takes_bytes(read_header(packed).activations, MANY_FOR_BYTES)
+        return self._place(packed, torch.uint8, "a linear")
 
     def _norm(self, module: Any, count: int) -> tuple[int, int]:
         return self._place(norm_weights(module, self._traits.norm, count), torch.float32, "the weight of a norm")
@@ -168,7 +175,7 @@ class NativeDecoder:
         traits = architecture if isinstance(architecture, str) else traits_of(model, architecture)
         if isinstance(architecture, str) or isinstance(traits, str):
             raise HalfplateError(f"the model cannot decode natively: {traits}")
-        self.traits = traits
+        self.traits, self._dtype = traits, model.dtype
         self._angles = architecture.angles
         inner = inner_of(model)
         self._embed, self._rotary = inner.embed_tokens, inner.rotary_emb
@@ -176,6 +183,8 @@ class NativeDecoder:
         # A row of a table of numbers is read without a call of the module, unless that scales it.
         self._rows = self._embed.weight if type(self._embed) in (nn.Embedding, StoredEmbedding) else None
         self._weights = _Weights(model, architecture, traits, pack)
+        # Others read prompts faster through torch, which multiplies floats faster.
+        self.reads_prompts = self._weights.rounded > 0.9 * self._weights.multiplied
         self._blocks = self._weights.blocks
         self._struct = _structure(self._weights, architecture, traits)
         self._lock = Lock()
@@ -216,6 +225,30 @@ class NativeDecoder:
     ) -> Tensor:
         """Logits (sequences, vocabulary), fp32, after `tokens` int64 (sequences,); `step_rows` with one token of each sequence."""
         return self.step_rows(tokens[:, None], cache, None if positions is None else positions[:, None], first)[:, 0]
+
+    def read(
+        self, tokens: Tensor, cache: GrowingCache, positions: Tensor | None, first: Tensor | None, wanted: int
+    ) -> Tensor:
+        """`step_rows` for a text of any length, in parts; `cache` may be empty without buffers."""
+        sequences, count = tokens.shape
+        layers: Any = cache.layers
+        for layer in layers:
+            if not layer.length:
+                layer.make_room(
+                    sequences, self._struct.kv_heads, max(ROOM, count), self._struct.head_dim, torch.float32
+                )
+                layer.dtype = self._dtype  # of keys and values that are read from it
+        at_once, logits = max(ROWS_AT_ONCE // sequences, 1), []
+        for start in range(0, count, at_once):
+            end = min(start + at_once, count)
+            part = None if positions is None else positions[:, start:end]
+            here = max(end - max(start, count - wanted), 0)
+            logits.append(self.step_rows(tokens[:, start:end], cache, part, first, here))
+        return torch.cat(logits, dim=1)
+
+    def takes_prompt(self, length: int) -> bool:
+        """Whether `read` takes a prompt after which the cache has `length` positions, and is faster than torch."""
+        return self.reads_prompts and (self.short_length is None or length <= self.short_length)
 
     @torch.no_grad()
     def step_rows(

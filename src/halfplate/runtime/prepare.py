@@ -69,7 +69,7 @@ def check_options(activations: str, head_dtype: str | None) -> None:
 @torch.no_grad()
 def accelerate(
     model: Any,
-    activations: str = "float",
+    activations: str = "auto",
     head_dtype: str | None = None,
     dense_dtype: str | None = None,
     backends: Sequence[str] | None = None,
@@ -79,7 +79,8 @@ def accelerate(
     Embeddings are stored in bf16 if that is exact. On CUDA, 2:4 cores use torch's semi-structured products. A linear without a
     kernel keeps its torch path, and the result says why.
 
-    activations: `float`, or `int8` (one scale per token and 128 inputs) for int8 and int4 cores.
+    activations: `float`; `int8` for cores on a grid (one scale per token and 128 inputs); or `auto`: from 32 tokens at once on int8, with the groups of the
+        weights, if int8 is the fastest type of this machine, else float. The output head takes floats then.
     head_dtype: type of the output head in memory, `fp32`, `bf16` or `int8`; None chooses bf16 if that is exact, else fp32.
     dense_dtype: the same for linears that are not compressed.
     backends: names of the backends to use, in order of preference; None means all.
@@ -95,7 +96,7 @@ def accelerate(
     paths, read = list[LinearPath](), stated_reads(model)
     for name, module in list(model.named_modules()):
         if module is head and is_plain_linear(module):
-            rounded = Options(activations, head_dtype)
+            rounded = Options("float" if activations == "auto" else activations, head_dtype)
             paths.append(_replace(model, name, module, rounded, among, saved=not tied))
         elif type(module) is nn.Embedding and module.weight.device.type == "cpu":
             smaller = StoredEmbedding.of(module)

@@ -23,7 +23,7 @@ class CannotPack(HalfplateError):
 class Options:
     """Options of `accelerate` for backends: `activations`, and the type in which uncompressed linears are stored."""
 
-    activations: str = "float"
+    activations: str = "auto"
     dense_dtype: str | None = None
 
 

@@ -63,17 +63,12 @@ class PackedLinear(Packed):
         spec = self.spec
         kind = "dense" if str(spec.pattern) == "dense" else str(spec.pattern)
         wrappers = f", wrappers {spec.wrapper_dtype}" if spec.format == "chain" else ""
-        inputs = ", int8 activations" if self.takes_bytes else ""
+        inputs = ("", ", int8 activations", ", int8 activations of prompts")[read_header(self.packed).activations]
         return f"native {native.isa()} {kind} {spec.core_dtype}{wrappers}{inputs}"
 
     @property
     def device(self) -> torch.device:
         return self.packed.device
-
-    @property
-    def takes_bytes(self) -> bool:
-        """Whether activations are rounded to int8."""
-        return bool(read_header(self.packed).activations)
 
     def tensors(self) -> dict[str, Tensor]:
         return unpack(self.spec.alone, self.packed)
