@@ -6,68 +6,74 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from halfplate.runtime.kept import CACHE_DTYPES, Kept
+
 ROOM = 256  # initial capacity in positions; it doubles when it is full
 
 
 class GrowingLayer(DynamicLayer):
-    """A `DynamicLayer` whose keys and values are the filled part of larger buffers (batch, heads, capacity, head_dim).
+    """A `DynamicLayer` whose keys and values are the filled part of larger buffers.
 
-    The buffers are at least fp32, whatever the type of the model; values that are read have the type of the model.
+    Values that are read have the type of the model.
+
+    kept_dtype: of the buffers; None means that of the model, but at least fp32.
     """
 
-    def __init__(self, **options: Any) -> None:
-        self.key_buffer: Tensor | None = None
-        self.value_buffer: Tensor | None = None
+    def __init__(self, kept_dtype: torch.dtype | None = None, **options: Any) -> None:
+        self.kept_dtype = kept_dtype
+        self.kept_keys: Kept | None = None
+        self.kept_values: Kept | None = None
         self.length = 0
         self.moves = 0  # number of reallocations of the buffers
         super().__init__(**options)
 
     @property
     def capacity(self) -> int:
-        return 0 if self.key_buffer is None else self.key_buffer.shape[2]
+        return 0 if self.kept_keys is None else self.kept_keys.capacity
 
     @property
     def keys(self) -> Tensor | None:
-        return None if self.key_buffer is None else self.key_buffer[:, :, : self.length].to(self.dtype)
+        return None if self.kept_keys is None else self.kept_keys.read(self.length, self.dtype)
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
         self.length = 0 if keys is None else keys.shape[2]
-        self.key_buffer = self._with_room(keys, max(self.capacity, self.length))
+        self.kept_keys = self._filled(keys, max(self.capacity, self.length))
 
     @property
     def values(self) -> Tensor | None:
-        return None if self.value_buffer is None else self.value_buffer[:, :, : self.length].to(self.dtype)
+        return None if self.kept_values is None else self.kept_values.read(self.length, self.dtype)
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
-        self.value_buffer = self._with_room(values, self.capacity)
+        self.kept_values = self._filled(values, self.capacity)
 
-    def _with_room(self, filled: Tensor | None, capacity: int) -> Tensor | None:
+    def _filled(self, states: Tensor | None, capacity: int) -> Kept | None:
         self.moves += 1
-        if filled is None:
+        if states is None:
             return None
-        batch, heads, length, width = filled.shape
-        dtype = torch.promote_types(filled.dtype, torch.float32)
-        with torch.inference_mode(False):  # otherwise nothing could be added outside inference mode
-            buffer = torch.empty(batch, heads, capacity, width, dtype=dtype, device=filled.device)
-        buffer[:, :, :length] = filled
-        return buffer
+        batch, heads, _, width = states.shape
+        dtype = self.kept_dtype or torch.promote_types(states.dtype, torch.float32)
+        kept = Kept.empty(batch, heads, capacity, width, dtype, states.device)
+        kept.write(0, states)
+        return kept
+
+    def _copy(self, capacity: int, order: Tensor | None = None) -> None:
+        assert self.kept_keys is not None
+        assert self.kept_values is not None
+        self.moves += 1
+        self.kept_keys = self.kept_keys.copy(self.length, capacity, order)
+        self.kept_values = self.kept_values.copy(self.length, capacity, order)
 
     def reserve(self, length: int) -> None:
-        """Ensure capacity for `length` positions in total; the layer must already hold values."""
+        """Ensure capacity for `length` positions in total; the layer must already have buffers."""
         if length > self.capacity:
-            assert self.key_buffer is not None
-            assert self.value_buffer is not None
-            capacity = max(ROOM, 2 * self.capacity, length)
-            self.key_buffer = self._with_room(self.key_buffer[:, :, : self.length], capacity)
-            self.value_buffer = self._with_room(self.value_buffer[:, :, : self.length], capacity)
+            self._copy(max(ROOM, 2 * self.capacity, length))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.key_buffer, self.value_buffer = key_states[:, :, :0], value_states[:, :, :0]
-        self.length = 0
         self.is_initialized = True
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values (batch, heads, new, head_dim); returns all of them."""
@@ -75,31 +81,28 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start, end = self.length, self.length + key_states.shape[2]
         self.reserve(end)
-        assert self.key_buffer is not None
-        assert self.value_buffer is not None
-        self.key_buffer[:, :, start:end] = key_states
-        self.value_buffer[:, :, start:end] = value_states
+        assert self.kept_keys is not None
+        assert self.kept_values is not None
+        self.kept_keys.write(start, key_states)
+        self.kept_values.write(start, value_states)
         self.length = end
-        return self.key_buffer[:, :, :end].to(self.dtype), self.value_buffer[:, :, :end].to(self.dtype)
+        return self.kept_keys.read(end, self.dtype), self.kept_values.read(end, self.dtype)
 
-    def make_room(self, sequences: int, heads: int, length: int, width: int, dtype: torch.dtype) -> None:
-        """Empty buffers for `length` positions on the CPU; they do not grow in a type narrower than fp32."""
-        like = torch.empty(sequences, heads, length, width, dtype=dtype, device="cpu")
-        self.lazy_initialization(like, like)
-        self.key_buffer, self.value_buffer = like, torch.empty_like(like)
+    def hold(self, keys: Kept, values: Kept, length: int, dtype: torch.dtype = torch.float32) -> None:
+        """Take over buffers with `length` filled positions. dtype: of keys and values that are read."""
+        self.dtype, self.device, self.is_initialized = dtype, keys.numbers.device, True
+        self.kept_dtype = keys.numbers.dtype
+        self.kept_keys, self.kept_values, self.length = keys, values, length
         self.moves += 1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was; beams often keep their places."""
-        if self.key_buffer is None or self.value_buffer is None:
+        if self.kept_keys is None:
             return
-        order = beam_idx.to(self.key_buffer.device)
-        if torch.equal(order, torch.arange(self.key_buffer.shape[0], dtype=order.dtype, device=order.device)):
-            return
-        self.key_buffer, self.value_buffer = (
-            self._with_room(buffer[:, :, : self.length].index_select(0, order), self.capacity)
-            for buffer in (self.key_buffer, self.value_buffer)
-        )
+        numbers = self.kept_keys.numbers
+        order = beam_idx.to(numbers.device)
+        if not torch.equal(order, torch.arange(numbers.shape[0], dtype=order.dtype, device=order.device)):
+            self._copy(self.capacity, order)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -121,40 +124,47 @@ class GrowingLayer(DynamicLayer):
 
 
 class GrowingCache(Cache):
-    """A cache with one `GrowingLayer` per decoder layer."""
+    """A cache with one `GrowingLayer` per decoder layer.
 
-    def __init__(self, blocks: int) -> None:
-        super().__init__(layers=[GrowingLayer() for _ in range(blocks)])
+    kept_dtype: of keys and values, fp32, bf16 or int8 with a scale for each vector; None means that of the model, but at least fp32.
+    """
+
+    def __init__(self, blocks: int, kept_dtype: torch.dtype | None = None) -> None:
+        super().__init__(layers=[GrowingLayer(kept_dtype) for _ in range(blocks)])
 
     @classmethod
     def with_room(
         cls, blocks: int, sequences: int, heads: int, length: int, width: int, dtype: torch.dtype = torch.float32
     ) -> "GrowingCache":
-        """An empty cache whose buffers (sequences, heads, length, width) already exist."""
-        cache = cls(blocks)
-        layers: list[Any] = cache.layers
+        """An empty cache on the CPU whose buffers (sequences, heads, length, width) already exist."""
+        cache, device = cls(blocks, dtype), torch.device("cpu")
+        layers: Any = cache.layers
         for layer in layers:
-            layer.make_room(sequences, heads, length, width, dtype)
+            keys, values = (Kept.empty(sequences, heads, length, width, dtype, device) for _ in range(2))
+            layer.hold(keys, values, 0)
         return cache
 
     @property
+    def kept_dtype(self) -> torch.dtype | None:
+        """The type of the buffers; None if there are none, or several types."""
+        layers: Any = self.layers
+        kinds = {None if layer.kept_keys is None else layer.kept_keys.numbers.dtype for layer in layers}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    @property
     def sequences(self) -> int:
-        """How many sequences every layer holds in fp32 or bf16 on the CPU, all of equal length; 0 if the layers differ or hold something else."""
-        layers: list[Any] = self.layers
-        first = layers[0].key_buffer
-        same = first is not None and all(
+        """How many sequences every layer holds on the CPU, in one type that the native step reads and all of equal length; else 0."""
+        layers: Any = self.layers
+        first, dtype = layers[0].kept_keys, self.kept_dtype
+        same = dtype in CACHE_DTYPES.values() and all(
             layer.length == layers[0].length
-            and layer.key_buffer is not None
-            and layer.key_buffer.shape[0] == first.shape[0]
-            and layer.key_buffer.dtype == first.dtype
-            and layer.key_buffer.dtype in (torch.float32, torch.bfloat16)
-            and layer.key_buffer.device.type == "cpu"
+            and layer.kept_keys.numbers.shape[0] == first.numbers.shape[0]
+            and layer.kept_keys.numbers.device.type == "cpu"
             for layer in layers
         )
-        return int(first.shape[0]) if same else 0
+        return int(first.numbers.shape[0]) if same else 0
 
     @property
     def fits_one_sequence_in_floats(self) -> bool:
         """Whether every layer holds one sequence in fp32 on the CPU, all of equal length."""
-        layers: list[Any] = self.layers
-        return self.sequences == 1 and layers[0].key_buffer.dtype == torch.float32
+        return self.sequences == 1 and self.kept_dtype == torch.float32

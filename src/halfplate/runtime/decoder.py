@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
-from halfplate.defaults import plain_defaults
-from halfplate.errors import HalfplateError
 from halfplate.kernels import native
 from halfplate.models.arguments import cache_argument
 from halfplate.runtime.architectures import ARCHITECTURES, Architecture, architecture_of, config_of
@@ -152,74 +148,3 @@ def _handles(model: NativeDecoding, new: NewTokens, cache: GrowingCache) -> bool
         return False
     count = new.tokens.shape[1]
     return count == 1 or model.native_decoder.takes_prompt(cache.get_seq_length() + count)
-
-
-class _Told(BaseStreamer):
-    """Passes on the tokens that `generate` emits, except the prompt, which it emits first."""
-
-    def __init__(self, on_token: Callable[[int], None]) -> None:
-        self._on_token, self._prompt = on_token, True
-
-    def put(self, value: Tensor) -> None:
-        for token in [] if self._prompt else value.flatten().tolist():
-            self._on_token(token)
-        self._prompt = False
-
-    def end(self) -> None:
-        pass
-
-
-@plain_defaults()
-@torch.no_grad()
-def greedy(
-    model: Any,
-    ids: Tensor,
-    new_tokens: int,
-    stop_ids: Collection[int] = (),
-    on_token: Callable[[int], None] | None = None,
-    cache: GrowingCache | None = None,
-) -> Tensor:
-    """Continue `ids`, int64 (1, L), greedily: (1, at most L + new_tokens), fewer if one of `stop_ids` occurs.
-
-    It runs natively if the model is installed, otherwise by transformers' `generate`.
-
-    on_token: called with each new token immediately.
-    cache: of the first tokens of `ids`, fewer than L; afterwards of all tokens but the last. Only the native path uses it.
-    Raises HalfplateError for a batch.
-    """
-    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
-        raise HalfplateError(f"ids has shape {tuple(ids.shape)}, expected one sequence of at least one token: (1, L)")
-    if new_tokens < 1:
-        return ids
-    if not isinstance(model, NativeDecoding) or why_not(model) is not None:
-        # The end token is an ordinary token unless it is in `stop_ids`.
-        settings: dict[str, Any] = {
-            "do_sample": False,
-            "repetition_penalty": 1.0,
-            "eos_token_id": sorted(stop_ids) or None,
-        }
-        settings |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
-        if on_token is not None:
-            settings["streamer"] = _Told(on_token)
-        continued: Tensor = model.generate(ids, max_new_tokens=new_tokens, **settings)
-        return continued
-    if cache is None:
-        cache = GrowingCache(config_of(model).num_hidden_layers)
-    settings = {cache_argument(model.forward): cache, "use_cache": True, "logits_to_keep": 1}  # type: ignore[attr-defined]
-    logits = model(input_ids=ids[:, cache.get_seq_length() :], **settings).logits[0, -1]  # type: ignore[operator]
-    decoder = model.native_decoder
-    tokens: list[int] = []
-    while True:
-        tokens.append(int(logits.argmax()))
-        if on_token is not None:
-            on_token(tokens[-1])
-        if len(tokens) == new_tokens or tokens[-1] in stop_ids:
-            break
-        if cache.get_seq_length() == decoder.short_length:
-            # From here on, all keys have other angles: they are computed again, as in `generate`.
-            cache.crop(-cache.get_seq_length())
-            text = torch.cat([ids, torch.tensor([tokens], dtype=ids.dtype, device=ids.device)], dim=1)
-            logits = model(input_ids=text, **settings).logits[0, -1]  # type: ignore[operator]
-            continue
-        logits = decoder.step(tokens[-1], cache).to(logits.dtype)
-    return torch.cat([ids, torch.tensor([tokens], dtype=ids.dtype, device=ids.device)], dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -16,12 +16,13 @@ from halfplate.kernels import native
 from halfplate.kernels.linear import CPU, MANY_FOR_BYTES, read_header, takes_bytes
 from halfplate.runtime.architectures import Architecture, architecture_of, config_of, inner_of
 from halfplate.runtime.backends.cpu import PackedLinear
-from halfplate.runtime.cache import ROOM, GrowingCache
+from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.embedding import StoredEmbedding
+from halfplate.runtime.kept import WHOLE
 from halfplate.runtime.structures import BatchStruct, BlockStruct, DecoderStruct, ExpertStruct, MixtureStruct
 from halfplate.runtime.traits import LayerTraits, Traits, norm_weights, rotary_tables, short_length, traits_of
 
-CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 1}  # halfplate::Kind in kernels/src/runtime.h
+CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}  # halfplate::Kind in kernels/src/runtime.h
 NORMS = {"rms": 0, "rms+1": 0, "mean": 1, "mean+1": 1}  # halfplate::Norm
 ROWS_AT_ONCE = 512  # of a prompt
 Pack = Callable[[Any], PackedLinear]
@@ -200,6 +201,11 @@ class NativeDecoder:
         Raises HalfplateError for another cache, and for a token outside the vocabulary.
         """
         layers: Any = cache.layers
+        kept = layers[0].kept_keys
+        if (
+            kept is not None and kept.numbers.dtype != torch.float32
+        ):  # attention to other types is only in the step of rows
+            return self.step_rows(torch.tensor([[token]], dtype=torch.int64, device=CPU), cache)[0, 0]
         embedding = self._embedding(token)
         logits = torch.empty(self._struct.vocabulary, dtype=torch.float32, device=CPU)
         with self._lock:
@@ -231,13 +237,11 @@ class NativeDecoder:
     ) -> Tensor:
         """`step_rows` for a text of any length, in parts; `cache` may be empty without buffers."""
         sequences, count = tokens.shape
-        layers: Any = cache.layers
-        for layer in layers:
-            if not layer.length:
-                layer.make_room(
-                    sequences, self._struct.kv_heads, max(ROOM, count), self._struct.head_dim, torch.float32
-                )
-                layer.dtype = self._dtype  # of keys and values that are read from it
+        if not cache.get_seq_length() and cache.sequences != sequences:
+            struct, layers = self._struct, cast("Any", cache.layers)
+            nothing = torch.empty(sequences, struct.kv_heads, 0, struct.head_dim, dtype=self._dtype, device=CPU)
+            for layer in layers:
+                layer.lazy_initialization(nothing, nothing)
         at_once, logits = max(ROWS_AT_ONCE // sequences, 1), []
         for start in range(0, count, at_once):
             end = min(start + at_once, count)
@@ -302,7 +306,7 @@ class NativeDecoder:
             raise HalfplateError(f"token={token} is outside the vocabulary of {self._embed.num_embeddings}")
         if cache.sequences != sequences:
             raise HalfplateError(
-                f"tokens has {sequences} sequences, but the cache holds {cache.sequences or 'no'} sequences of equal length in fp32; "
+                f"tokens has {sequences} sequences, but the cache holds {cache.sequences or 'no'} sequences of equal length in fp32, bf16 or int8; "
                 "pass one token for each sequence of the cache"
             )
         return sequences, count
@@ -335,18 +339,30 @@ class NativeDecoder:
         layers: Any = cache.layers
         struct, capacity = self._struct, layers[0].capacity
         expected = (sequences, struct.kv_heads, capacity, struct.head_dim)
-        shapes = {tuple(buffer.shape) for layer in layers for buffer in (layer.key_buffer, layer.value_buffer)}
         held = cache.sequences
+        kept = [buffer for layer in layers for buffer in (layer.kept_keys, layer.kept_values) if buffer is not None]
+        shapes = {tuple(buffer.numbers.shape) for buffer in kept}
         if held != sequences or shapes != {expected} or len(layers) != struct.blocks:
             raise HalfplateError(
                 f"the cache has {len(layers)} layers of shapes {sorted(shapes)}, expected {struct.blocks} of fp32 {expected}; "
                 f"pass one that this model filled with {'one sequence' if sequences == 1 else f'{sequences} sequences'}"
             )
-        dtype = layers[0].key_buffer.dtype
+        dtype = cache.kept_dtype
+        assert dtype is not None
+        if dtype != torch.float32 and struct.head_dim % WHOLE:
+            raise HalfplateError(
+                f"the cache is in {dtype}, which needs heads of a multiple of {WHOLE} numbers; this model has heads of {struct.head_dim}, "
+                "so pass a cache in fp32"
+            )
         for block, layer in zip(self._blocks, layers, strict=True):
-            for place, (name, buffer) in enumerate((("keys", layer.key_buffer), ("values", layer.value_buffer))):
-                setattr(block, name, native.address(buffer, dtype, f"the cache of {name}"))
-                block.cache_bytes[place] = buffer.nbytes
+            for place, (name, own) in enumerate((("keys", layer.kept_keys), ("values", layer.kept_values))):
+                setattr(block, name, native.address(own.numbers, dtype, f"the cache of {name}"))
+                block.cache_bytes[place] = own.numbers.nbytes
+                scales = ("key_scales", "value_scales")[place]
+                setattr(
+                    block, scales, None if own.scales is None else native.address(own.scales, torch.float32, scales)
+                )
+                block.cache_bytes[2 + place] = 0 if own.scales is None else own.scales.nbytes
         struct.cache_kind = CACHE_KINDS[dtype]
         # The scratch for many rows also serves fewer.
         rows = max(rows, struct.rows if sequences == struct.sequences else 0)

@@ -32,11 +32,11 @@ class BlockStruct(ctypes.Structure):
         *[(name, Pointer) for name in ("query_norm", "key_norm", "q", "k", "v", "o", "sinks")],
         ("mlp", ExpertStruct),
         ("mixture", MixtureStruct),
-        *[(name, Pointer) for name in ("keys", "values")],
+        *[(name, Pointer) for name in ("keys", "values", "key_scales", "value_scales")],
         *[(name, Integer) for name in ("intermediate", "window", "rotary")],
         ("norm_bytes", Integer * 6),
         ("linear_bytes", Integer * 4),
-        ("cache_bytes", Integer * 2),
+        ("cache_bytes", Integer * 4),
         ("sink_bytes", Integer),
     ]
 

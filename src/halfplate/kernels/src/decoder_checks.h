@@ -89,16 +89,20 @@ static inline int32_t check_decoder(const Decoder &d, bool whole) {
 
 // Whether the cache, the tables and the scratch are those that a step of a team of `threads` at position `slot` needs.
 static inline int32_t check_state(const Decoder &d, int64_t slot, int64_t sequences, int64_t threads) {
-    const int64_t table = 4 * d.capacity * d.rotary_dim, cached = sequences * d.kv_heads * d.capacity * d.head_dim * (d.cache_kind == BF16 ? 2 : 4);
+    const int64_t table = 4 * d.capacity * d.rotary_dim, vectors = sequences * d.kv_heads * d.capacity;
+    const int64_t cached = vectors * d.head_dim * (d.cache_kind == INT8 ? 1 : d.cache_kind == BF16 ? 2 : 4), scales = d.cache_kind == INT8 ? 4 * vectors : 0;
     if (!within(slot, 0, d.capacity - 1) || !within(d.tables, 0, 2) || d.sized_threads != threads || d.sized_capacity != d.capacity ||
-        d.sequences != sequences || d.rows != d.sized_rows || (d.cache_kind != FP32 && (d.cache_kind != BF16 || d.head_dim % 16)) || d.sized_sequences != sequences)
+        d.sequences != sequences || d.rows != d.sized_rows || (d.cache_kind != FP32 && ((d.cache_kind != BF16 && d.cache_kind != INT8) || d.head_dim % 16)) || d.sized_sequences != sequences)
         return BAD_NUMBER;
     for (int64_t t = 0; t < d.tables; ++t)
         if (!holds(d.cosines[t], d.table_bytes[t], table) || !holds(d.sines[t], d.table_bytes[2 + t], table)) return BAD_SIZE;
     if (d.scratch == nullptr || reinterpret_cast<uintptr_t>(d.scratch) % 64 || d.scratch_bytes < 4 * d.sized_floats) return BAD_SIZE;
-    for (int64_t i = 0; i < d.blocks; ++i)
-        for (int side = 0; side < 2; ++side)
-            if (!holds(side ? d.block[i].values : d.block[i].keys, d.block[i].cache_bytes[side], cached)) return BAD_SIZE;
+    for (int64_t i = 0; i < d.blocks; ++i) {
+        const DecoderBlock &b = d.block[i];
+        if (!holds(b.keys, b.cache_bytes[0], cached) || !holds(b.values, b.cache_bytes[1], cached) || !holds(b.key_scales, b.cache_bytes[2], scales) ||
+            !holds(b.value_scales, b.cache_bytes[3], scales))
+            return BAD_SIZE;
+    }
     return DONE;
 }
 

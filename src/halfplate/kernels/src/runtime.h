@@ -97,10 +97,11 @@ struct DecoderBlock {
     Expert mlp;                            // unless there is a mixture
     Mixture mixture;
     void *keys, *values;                   // (sequences, kv_heads, capacity, head_dim), the cache
+    float *key_scales, *value_scales;      // (sequences, kv_heads, capacity), if it is of kind INT8; else null
     int64_t intermediate;                  // between gate and down, of every expert
     int64_t window;                        // the number of positions that are read, the new one included; 0: all
     int64_t rotary;                        // which tables rotate heads; -1: none
-    int64_t norm_bytes[6], linear_bytes[4], cache_bytes[2], sink_bytes;  // of the norms, the linears, keys and values, in this order, and sinks
+    int64_t norm_bytes[6], linear_bytes[4], cache_bytes[4], sink_bytes;  // of the norms, the linears, keys, values and their scales, in this order, and sinks
 };
 
 struct Decoder {
@@ -125,7 +126,7 @@ struct Decoder {
     int64_t final_norm_bytes, head_bytes, block_bytes, scratch_bytes;  // of what these point to
     int64_t sized_threads, sized_capacity, sized_sequences, sized_rows, sized_floats;  // written by halfplate_decoder_scratch: the arguments and the result of its last call
     int64_t sequences, rows;               // rows: most rows of a step, new tokens of all sequences together
-    int64_t cache_kind;                    // FP32; or BF16, only for several sequences and a head_dim that is a multiple of 16
+    int64_t cache_kind;                    // FP32; or BF16 or INT8, only for steps of a batch and a head_dim that is a multiple of 16
 };
 
 // The input of a step of one or several sequences. All have the same length, padding included. A token reads those before it.

@@ -29,6 +29,8 @@ namespace {
 #include "attention.inc"
 #include "mixture.inc"
 #include "decoder.inc"
+#include "cached.inc"
+#include "prompt_attention.inc"
 #include "batch.inc"
 #include "draw.inc"
 }  // namespace
