@@ -10,6 +10,7 @@ import torch
 import tiny_models
 from causal_models import MOE
 from conftest import ROOT, build_model
+from decoding_cases import CASES, HEAD, close
 from halfplate.kernels import native
 from halfplate.models.arguments import cache_argument
 from halfplate.models.experts import linear_experts
@@ -21,72 +22,6 @@ from native_batches import batch_logits
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 
-HEAD = {"head_dim": 8}
-WINDOW = HEAD | {"sliding_window": 5}
-MIXED = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
-PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
-TWO_TABLES = {
-    "rope_parameters": {
-        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
-    }
-}
-SCALES = {
-    "embedding_multiplier": 3.0,
-    "attention_multiplier": 0.2,
-    "residual_multiplier": 0.6,
-    "logits_scaling": 2.5,
-}
-# A case is a model type and its options. Windows are shorter than the texts, and every class of the table has a case.
-CASES = {
-    "arcee": ("arcee", HEAD),
-    "cohere": ("cohere", {"logit_scale": 0.4}),
-    "cohere2": ("cohere2", MIXED | {"logit_scale": 0.4}),
-    "cwm": ("cwm", MIXED),
-    "ernie4_5": ("ernie4_5", HEAD | {"use_bias": True}),
-    "exaone4": ("exaone4", MIXED),
-    "exaone4 without windows": ("exaone4", HEAD | {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
-    "flex_olmo": ("flex_olmo", MOE | {"norm_topk_prob": True}),
-    "gemma": ("gemma", HEAD),
-    "gemma2": (
-        "gemma2",
-        MIXED | {"query_pre_attn_scalar": 12, "attn_logit_softcapping": 0.7, "final_logit_softcapping": 2.0},
-    ),
-    "gemma3": (
-        "gemma3_text",
-        MIXED | TWO_TABLES | {"num_hidden_layers": 2, "query_pre_attn_scalar": 12, "final_logit_softcapping": 2.0},
-    ),
-    "glm": ("glm", HEAD | PARTIAL | {"attention_bias": True}),
-    "glm4": ("glm4", HEAD | PARTIAL),
-    "gpt_oss": ("gpt_oss", MOE | MIXED | {"swiglu_limit": 0.4}),
-    "granite": ("granite", SCALES | {"mlp_bias": True}),
-    "granitemoe": ("granitemoe", MOE | SCALES),
-    "granitemoeshared": ("granitemoeshared", MOE | SCALES | {"shared_intermediate_size": 24}),
-    "granitemoeshared without a shared expert": ("granitemoeshared", MOE | SCALES | {"shared_intermediate_size": 0}),
-    "helium": ("helium", HEAD),
-    "hunyuan": ("hunyuan_v1_dense", HEAD),
-    "llama with exact gelu": ("llama", HEAD | {"hidden_act": "gelu"}),
-    "ministral": ("ministral", MIXED),
-    "mistral": ("mistral", WINDOW),
-    "mixtral": ("mixtral", MOE | WINDOW),
-    "nemotron": ("nemotron", HEAD | PARTIAL),
-    "olmo": ("olmo", {}),
-    "olmo2": ("olmo2", {}),
-    "olmo3": ("olmo3", MIXED | TWO_TABLES),
-    "olmoe": ("olmoe", MOE),
-    "phi": ("phi", PARTIAL | {"num_key_value_heads": 4}),
-    "phi3": ("phi3", PARTIAL | {"sliding_window": 5}),
-    "qwen2": ("qwen2", {}),
-    "qwen2_moe": ("qwen2_moe", MOE | {"shared_expert_intermediate_size": 40, "norm_topk_prob": False}),
-    "qwen3": ("qwen3", MIXED | {"use_sliding_window": True}),
-    "qwen3_moe": ("qwen3_moe", MOE | HEAD | {"norm_topk_prob": True, "num_experts_per_tok": 3}),
-    "qwen3_moe, not normalised": ("qwen3_moe", MOE | WINDOW | {"use_sliding_window": True, "norm_topk_prob": False}),
-    "qwen3_moe with an ordinary layer": ("qwen3_moe", MOE | HEAD | {"mlp_only_layers": [0]}),
-    "seed_oss": ("seed_oss", HEAD | {"attention_bias": True, "attention_out_bias": False}),
-    "smollm3": ("smollm3", MIXED | {"use_sliding_window": True, "no_rope_layers": [0, 1]}),
-    "stablelm": ("stablelm", PARTIAL | {"use_qkv_bias": True}),
-    "starcoder2": ("starcoder2", WINDOW | {"use_bias": True}),
-}
 # Models that also read images, with their model types.
 WRAPPERS = {"Gemma3ForConditionalGeneration": "gemma3", "Mistral3ForConditionalGeneration": "mistral3"}
 TEXT = torch.randint(3, 128, (1, 24), generator=torch.Generator().manual_seed(0))
@@ -102,10 +37,6 @@ def models(request):
     fast = linear_experts(copy.deepcopy(plain))
     assert accelerate(fast).decoder == "native"
     return plain, fast
-
-
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
 
 
 @torch.no_grad()

@@ -287,7 +287,7 @@ def _loaded_logits(folder: Path, ids: Tensor, device: str) -> Tensor:
     with warnings.catch_warnings():
         # Matrices without a kernel were reported at the start, and the folder is still temporary.
         warnings.simplefilter("ignore", HalfplateWarning)
-        model: Any = load(folder, device=device)
+        model: Any = load(folder, device=device, activations="float")
     if decoder.why_not(model) is not None or ids.shape[1] <= DECODED:
         return cast(Tensor, model(input_ids=ids, use_cache=False).logits).float().cpu()
     found = model(input_ids=ids[:, :-DECODED], use_cache=True)

@@ -247,7 +247,9 @@ class NativeDecoder:
             end = min(start + at_once, count)
             part = None if positions is None else positions[:, start:end]
             here = max(end - max(start, count - wanted), 0)
-            logits.append(self.step_rows(tokens[:, start:end], cache, part, first, here))
+            # Sequences whose text begins after this part read their own positions.
+            begin = None if first is None else first.clamp_max(cache.get_seq_length() + end - start - 1)
+            logits.append(self.step_rows(tokens[:, start:end], cache, part, begin, here))
         return torch.cat(logits, dim=1)
 
     def takes_prompt(self, length: int) -> bool:
