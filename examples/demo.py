@@ -28,13 +28,13 @@ MODELS = {
     "default": [],
     "speed": ["--prefer", "speed", "--tune-block", "0", "--effort", "quick"],
     "sparsegpt": ["--method", "sparsegpt", "--pattern", "2:4"],
-    "armor-paper": ["--recipe", "armor-paper", "--solver", "exact", "--block-size", "16"],
+    "armor": ["--recipe", "armor", "--solver", "exact", "--block-size", "16"],
 }
 NAMES = {
     "default": "default",
     "speed": "--prefer speed, recovered for {recover} min",
     "sparsegpt": "SparseGPT, 2:4",
-    "armor-paper": "ARMOR as published, 2:4",
+    "armor": "ARMOR as published, 2:4",
 }
 CALIBRATION_SEED, JUDGING_SEED = 0, 1
 

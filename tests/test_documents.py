@@ -228,7 +228,7 @@ def test_demo_runs_from_end_to_end(workplace, monkeypatch, capsys):
     runpy.run_path(str(demo), run_name="__main__")
     assert started[:4] == ["export", "sample", "sample", "generate"]
     shown = capsys.readouterr().out
-    for name in ("default", "speed", "sparsegpt", "armor-paper"):
+    for name in ("default", "speed", "sparsegpt", "armor"):
         assert f"report: {Path('demo-out') / name / 'report.html'}" in shown
         assert (workplace / "demo-out" / name / "report.html").is_file()
         assert len(re.findall(rf"^  {name}: ", shown, re.MULTILINE)) == 3

@@ -13,7 +13,7 @@ from halfplate.cli import main
 QUICK = ["--samples", "4", "--seq-len", "32", "--threads", "1", "--quiet"]
 # What would take long on any model.
 SHORTER = {
-    "armor-paper": ["--iterations", "5"],
+    "armor": ["--iterations", "5"],
     "fast": ["--iterations", "2", "--tune-block", "2"],
     "smallest-loss": ["--iterations", "2", "--tune-block", "2"],
     "smallest-file": ["--iterations", "2", "--tune-block", "2"],

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="everyday, smallest-loss, smallest-file, fastest-decode, fast, near-original, quick-look, gguf-q4, gguf-iq4xs, gguf-q4k, gguf-q3k, gguf-q6k, gguf-q8, vllm-w4, mlx-w4, armor-paper, default, or a YAML file",
+        help="everyday, smallest-loss, smallest-file, fastest-decode, fast, near-original, quick-look, gguf-q4, gguf-iq4xs, gguf-q4k, gguf-q3k, gguf-q6k, gguf-q8, vllm-w4, mlx-w4, armor, default, or a YAML file",
     )
 
 
