@@ -35,7 +35,7 @@ def test_options_are_those_of_the_verb():
 
 
 def test_values_where_they_are_few_and_files_elsewhere():
-    assert completed("eval", "model", "--activations", "") == {"float", "int8"}
+    assert completed("eval", "model", "--activations", "") == {"auto", "float", "int8"}
     assert completed("bench", "model", "--head-dtype", "b") == {"bf16"}
     assert completed("completion", "") == set(SHELLS)
     assert completed("recipe", "v") == {"validate"}

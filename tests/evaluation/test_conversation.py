@@ -22,7 +22,7 @@ def folder(compressed_once: Callable[[Recipe], Path]) -> str:
 
 
 def talk_with(folder: str, most: int = 12, template: str | None = TEMPLATE) -> Conversation:
-    talk = Conversation.with_model(folder, most)
+    talk = Conversation.with_model(folder, most, "float")  # a prompt that is read in parts must not be rounded in parts
     talk.tokenizer.chat_template = template
     return talk
 

@@ -185,7 +185,7 @@ def test_models_that_read_images_decode_text_natively(wrappers):
     assert torch.equal(greedy(fast, prompt, 12), expected)
     ids, mask = (part[:, -PROMPT:] for part in padded(4))
     expected = plain.generate(ids, attention_mask=mask, **EXACTLY)
-    with mock.patch.object(NativeDecoder, "step_rows", autospec=True, side_effect=NativeDecoder.step_batch) as step:
+    with mock.patch.object(NativeDecoder, "step_rows", autospec=True, side_effect=NativeDecoder.step_rows) as step:
         assert torch.equal(fast.generate(ids, attention_mask=mask, **EXACTLY), expected)
     assert step.call_count == 11
 

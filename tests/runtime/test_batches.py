@@ -88,9 +88,9 @@ def test_a_cache_in_bf16_rounds_keys_and_values(tiny_model):
 
 def counted(model, monkeypatch):
     """The sequences of each batch step from here on."""
-    steps, step = [], NativeDecoder.step_batch
+    steps, step = [], NativeDecoder.step_rows
     monkeypatch.setattr(
-        NativeDecoder, "step_batch", lambda self, tokens, *rest: steps.append(len(tokens)) or step(self, tokens, *rest)
+        NativeDecoder, "step_rows", lambda self, tokens, *rest: steps.append(len(tokens)) or step(self, tokens, *rest)
     )
     return steps
 

@@ -4,9 +4,8 @@ import argparse
 import sys
 from typing import Any
 
-from halfplate.cli.parser import add_output_arguments, positive
+from halfplate.cli.parser import add_activations_argument, add_output_arguments, positive
 from halfplate.errors import HalfplateError
-from halfplate.kernels.linear import ACTIVATIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, metavar, default, what in numbers:
         parser.add_argument(option, type=positive, metavar=metavar, default=default, help=f"{what} (default {default})")
     parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
-    parser.add_argument(
-        "--activations",
-        choices=ACTIVATIONS,
-        default="auto",
-        help="how quantised cores take activations: float, int8, or auto (default): int8 in prompts if that is the fastest here",
-    )
+    add_activations_argument(parser)
     parser.add_argument(
         "--head-dtype",
         choices=("fp32", "bf16", "int8"),

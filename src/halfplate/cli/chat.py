@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from halfplate.cli.parser import positive, typed_text
+from halfplate.cli.parser import add_activations_argument, positive, typed_text
 from halfplate.errors import HalfplateError
-from halfplate.kernels.linear import ACTIVATIONS
 from halfplate.plain_text import visible
 
 if TYPE_CHECKING:
@@ -39,12 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maximum number of tokens of an answer (default 512)",
     )
     parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
-    parser.add_argument(
-        "--activations",
-        choices=ACTIVATIONS,
-        default="auto",
-        help="how quantised cores of MODEL take activations: float, int8, or auto (default): int8 in prompts if that is the fastest here",
-    )
+    add_activations_argument(parser, " of MODEL")
 
 
 def run(args: argparse.Namespace) -> int:

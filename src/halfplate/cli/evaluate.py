@@ -3,9 +3,8 @@
 import argparse
 from typing import Any
 
-from halfplate.cli.parser import add_output_arguments, positive
+from halfplate.cli.parser import add_activations_argument, add_output_arguments, positive
 from halfplate.errors import HalfplateError
-from halfplate.kernels.linear import ACTIVATIONS
 
 MEANS = ("kl", "top1_agreement")
 
@@ -37,12 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tasks-folder", metavar="DIR", help="folder with more lm-eval task definitions")
     parser.add_argument("--limit", type=positive, metavar="N", help="score only the first N rows of each task")
-    parser.add_argument(
-        "--activations",
-        choices=ACTIVATIONS,
-        default="auto",
-        help="how quantised cores take activations: float, int8, or auto (default): int8 in prompts if that is the fastest here",
-    )
+    add_activations_argument(parser)
     add_output_arguments(parser)
 
 

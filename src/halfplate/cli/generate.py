@@ -2,8 +2,7 @@
 
 import argparse
 
-from halfplate.cli.parser import add_output_arguments, positive, typed_text
-from halfplate.kernels.linear import ACTIVATIONS
+from halfplate.cli.parser import add_activations_argument, add_output_arguments, positive, typed_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="format the prompt as a user message with the model's chat template"
     )
     parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
-    parser.add_argument(
-        "--activations",
-        choices=ACTIVATIONS,
-        default="auto",
-        help="how quantised cores take activations: float, int8, or auto (default): int8 in prompts if that is the fastest here",
-    )
+    add_activations_argument(parser)
     add_output_arguments(parser, progress=False)
 
 

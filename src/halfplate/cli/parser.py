@@ -54,6 +54,16 @@ class Version(argparse.Action):
         parser.exit()
 
 
+def add_activations_argument(parser: argparse.ArgumentParser, model: str = "") -> None:
+    """Add `--activations`. model: the one of several models that it is for."""
+    parser.add_argument(
+        "--activations",
+        choices=("auto", "float", "int8"),
+        default="auto",
+        help=f"how quantised cores{model} take activations: float, int8, or auto (default): int8 in prompts if that is the fastest here",
+    )
+
+
 def add_output_arguments(parser: argparse.ArgumentParser, progress: bool = True) -> None:
     """Add `--json` and, for commands that take long, `--log-level` and `--quiet`."""
     parser.add_argument("--json", action="store_true", help="print the result as one JSON document to standard output")

@@ -77,7 +77,7 @@ def evaluate(
 
     report("reading", 0, 1)
     judged, tokenizer = load_any(model, activations=activations)
-    dense, dense_tokenizer = load_any(against) if against else (None, None)
+    dense, dense_tokenizer = load_any(against, activations="float") if against else (None, None)
     if dense is not None and dense.config.get_text_config().vocab_size != judged.config.get_text_config().vocab_size:
         raise HalfplateError(
             f"against={against!r} does not have the same vocabulary as {model!r}; give the original model that it was compressed from"
