@@ -72,7 +72,7 @@ def new_tokens(model: Any, kwargs: dict[str, Any], cache_name: str) -> NewTokens
             ((positions >= 0) & (positions < length + new)).all()
         ):
             return None
-        places = torch.arange(length, length + new, device=positions.device)
+        places = torch.arange(length, length + new, dtype=positions.dtype, device=positions.device)
         positions = None if bool((positions == places).all()) else positions.expand(count, new).long().contiguous()
     if first is not None:
         # Some models of several kinds of layers take a mask for each kind.
