@@ -148,16 +148,18 @@ def main() -> None:
     dense = options.out / "dense"
     halfplate("export", source, "--format", "dense", "-o", dense)
     text = sampled(dense, options.out / "calibration.jsonl", options.samples, options.seq_len, CALIBRATION_SEED)
-    judge = sampled(dense, options.out / "judge.jsonl", options.windows, options.seq_len, JUDGING_SEED)
     # Reading a file back can give a few tokens less than were sampled, so the last sample may be missing.
     count, windows = str(max(1, int(options.samples) - 1)), str(max(1, int(options.windows) - 1))
     options.windows = windows
-    said, rows = {"original": answers(dense)}, {}
+    said, rows, judge = dict[str, list[str]](), dict[str, dict[str, Any]](), options.out / "judge.jsonl"
     for name in options.only:
         more = ["--recover", options.recover] if name == "speed" else []
         out, calibration = options.out / name, ["--calibration", text, "--samples", count, "--seq-len", options.seq_len]
         print(halfplate("compress", dense, "-o", out, *MODELS[name], *more, *calibration))
         print(f"{(time.monotonic() - began) / 60:.1f} minutes so far")
+        if not judge.exists():
+            sampled(dense, judge, str(int(windows) + 1), options.seq_len, JUDGING_SEED)
+            said["original"] = answers(dense)
         rows[name] = measured(out, dense, judge, options)
         said[name] = rows[name]["answers"]
 

@@ -226,7 +226,7 @@ def test_demo_runs_from_end_to_end(workplace, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(demo), *options])
     monkeypatch.setattr(subprocess, "run", run)
     runpy.run_path(str(demo), run_name="__main__")
-    assert started[:4] == ["export", "sample", "sample", "generate"]
+    assert started[:5] == ["export", "sample", "compress", "sample", "generate"]
     shown = capsys.readouterr().out
     for name in ("default", "speed", "sparsegpt", "armor"):
         assert f"report: {Path('demo-out') / name / 'report.html'}" in shown
