@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from halfplate.cli.parser import positive, typed_text
+from halfplate.cli.parser import add_decoding_arguments, positive, typed_text
 from halfplate.errors import HalfplateError
 from halfplate.plain_text import visible
 
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float",
         help="int8 quantises the activations of MODEL for int8 and int4 cores (default float)",
     )
+    add_decoding_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     silence_libraries()
     use_threads(args.threads)
     print(f"reading {visible(args.model)}" + (f" and {visible(args.against)}" if args.against else ""), flush=True)
-    talks = [Conversation.with_model(args.model, args.max_new_tokens, args.activations)]
+    own = {"cache_dtype": args.cache_dtype, "lookup": args.lookup}
+    talks = [Conversation.with_model(args.model, args.max_new_tokens, args.activations, **own)]
     if args.against:
         talks.append(Conversation.with_model(args.against, args.max_new_tokens))
     for talk in talks:

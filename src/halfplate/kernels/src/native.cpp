@@ -164,11 +164,16 @@ EXPORT int32_t halfplate_place(halfplate::Packed *header, int32_t bias) {
     return halfplate::DONE;
 }
 
-// Also returns the refusals of pack.h.
+// Also returns the refusals of pack.h. Bytes between the parts become 0, so that equal matrices have equal bytes.
 EXPORT int32_t halfplate_pack(halfplate::Packed *packed, int64_t packed_bytes, const halfplate::Stored *stored, int64_t threads) {
     if (!halfplate::sound(packed, packed_bytes)) return halfplate::BAD_HEADER;
     if (threads < 1) return halfplate::BAD_NUMBER;
     if (stored == nullptr || !halfplate::holds_stored(*packed, *stored)) return halfplate::BAD_SIZE;
+    uint8_t *bytes = reinterpret_cast<uint8_t *>(packed);
+    for (int64_t end : {packed->core, packed->scales, packed->in_blocks, packed->in_scales, packed->out_blocks, packed->out_scales, packed->bias, packed->nbytes}) {
+        const int64_t start = end - 64 > int64_t(sizeof *packed) ? end - 64 : int64_t(sizeof *packed);
+        if (end > start) std::memset(bytes + start, 0, size_t(end - start));
+    }
     return halfplate::pack(*packed, *stored, halfplate::team(threads));
 }
 
