@@ -118,7 +118,7 @@ class Conversation:
         stop_ids = self._stop_ids()
         try:
             prompt = torch.tensor([ids], dtype=torch.int64, device="cpu")
-            greedy(self.model, prompt, new_tokens, stop_ids, stream.add, self._cache, self.lookup)
+            greedy(self.model, prompt, new_tokens, stop_ids, stream.add, self._cache, lookup=self.lookup)
             ended = "end" if stream.tokens and stream.tokens[-1] in stop_ids else "length"
         except _Stopped:
             ended = "stopped"

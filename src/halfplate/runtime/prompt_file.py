@@ -18,7 +18,7 @@ from halfplate.runtime.kept import CACHE_DTYPES, Kept
 from halfplate.runtime.prompts import Prompt, why_no_prompts
 from halfplate.runtime.traits import traits_of
 from halfplate.storage.atomic import whole_file
-from halfplate.storage.tensor_file import read_header, read_metadata, read_tensor, write_file
+from halfplate.storage.tensor_file import DamagedFile, read_header, read_metadata, read_tensor, write_file
 
 VERSION = 1
 RECORD = "halfplate prompt"  # name of the entry of the metadata
@@ -111,8 +111,10 @@ def read_prompt(path: Path, model: Any, fingerprint: str) -> Prompt | None:
         if record.get("model") != fingerprint:
             raise _refused(path, "is of another model, or of other options of it")
         tensors = {name: read_tensor(stored) for name, stored in found.items() if stored.kind in _KINDS}
+    except DamagedFile as error:
+        raise _refused(path, f"cannot be read: {error.reason}") from error
     except OSError as error:
-        raise _refused(path, f"cannot be read ({error})") from error
+        raise _refused(path, f"cannot be read: {error}") from error
     tokens = tensors.get("tokens")
     if tokens is None or tokens.ndim != 1 or tokens.dtype != torch.int64 or record.get("tokens") != _digest(tokens):
         raise _refused(path, "is damaged: its tokens are not those of its record")

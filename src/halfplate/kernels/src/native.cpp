@@ -21,17 +21,22 @@ struct Functions {
     const Runtime &runtime;
 };
 
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+// HALFPLATE_ISA never selects what the processor lacks; native.py refuses that before.
 Functions choose() {
     const char *forced = std::getenv("HALFPLATE_ISA");
-    const bool any = forced == nullptr || *forced == '\0';
+    [[maybe_unused]] const bool any = forced == nullptr || *forced == '\0';
 #if defined(__x86_64__)
-    const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vnni");
-    if (avx512 && (any || std::strcmp(forced, "avx512") == 0)) return {stages_avx512, runtime_avx512};
-    if (avx2 && (any || std::strcmp(forced, "avx2") == 0)) return {stages_avx2, runtime_avx2};
+    if (has_avx512() && (any || std::strcmp(forced, "avx512") == 0)) return {stages_avx512, runtime_avx512};
+    if (has_avx2() && (any || std::strcmp(forced, "avx2") == 0)) return {stages_avx2, runtime_avx2};
 #endif
     return {stages_baseline, runtime_baseline};
 }
@@ -116,6 +121,15 @@ int32_t moments(Stage stage, const Problem *p, double *cross, double *square, in
 extern "C" {
 
 EXPORT const char *halfplate_isa() { return halfplate::stages().isa; }
+
+// The instruction sets that this processor has, the fastest last.
+EXPORT const char *halfplate_isas() {
+#if defined(__x86_64__)
+    if (halfplate::has_avx512()) return "baseline avx2 avx512";
+    if (halfplate::has_avx2()) return "baseline avx2";
+#endif
+    return "baseline";
+}
 
 EXPORT int32_t halfplate_output_moments(const halfplate::Problem *p, double *cross, double *square, int64_t moment_bytes,
                                         double *losses, int64_t loss_bytes) {
