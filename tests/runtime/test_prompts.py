@@ -140,6 +140,7 @@ def test_a_file_of_another_model_version_or_type_is_refused_and_kept(fast, tiny_
     damaged("layer 0 has torch.float32", tensors | {"0.keys": tensors["0.keys"][:, :, :5]})
     damaged("layer 1 has", tensors | {"1.values": tensors["1.values"].bfloat16()})
     damaged("layer 0 has", tensors | {"0.keys.scales": torch.ones(1, 2, 40)})
+    damaged("its model computes in 'int8'", dtype="int8")
     damaged("is damaged", tensors | {"tokens": tensors["tokens"].int()})
     write_file(path, tensors)
     with pytest.raises(HalfplateError, match="is not a prompt cache"):
@@ -164,3 +165,14 @@ def test_models_and_places_that_cannot_be_used_are_refused(fast, tiny_model, tmp
         PromptFile(fast, tmp_path, torch.float32)
     with pytest.raises(HalfplateError, match="cannot be written"):
         continued(fast, tmp_path / "no folder" / "prompt", TEXT)
+
+
+def test_a_model_in_another_type_reads_its_own_keys(tiny_model, tmp_path):
+    model = tiny_model("llama", head_dim=16).to(torch.bfloat16)
+    accelerate(model)
+    # The scales of codes are in fp16, and transformers takes the type of the last parameter for that of the model.
+    model.register_parameter("scales", torch.nn.Parameter(torch.ones(1, dtype=torch.float16), requires_grad=False))
+    for ids, known in ((TEXT[:20], 0), (TEXT, 20)):
+        found, shared = continued(model, tmp_path / "prompt", ids)
+        assert shared == known
+        assert torch.equal(found, greedy(model, ids[None], 12))

@@ -23,6 +23,7 @@ from halfplate.storage.tensor_file import DamagedFile, read_header, read_metadat
 VERSION = 1
 RECORD = "halfplate prompt"  # name of the entry of the metadata
 _KINDS = ("I64", "F32", "BF16", "I8")  # types of its tensors
+READ = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # types in which a model computes
 SAMPLE = 4096  # bytes at the beginning, in the middle and at the end of a tensor that its fingerprint reads
 IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of a configuration
 
@@ -86,7 +87,8 @@ def write_prompt(path: Path, prompt: Prompt, fingerprint: str) -> None:
             tensors[f"{number}.{name}"] = kept.numbers
             if kept.scales is not None:
                 tensors[f"{number}.{name}.scales"] = kept.scales
-    record = {"version": VERSION, "model": fingerprint, "tokens": _digest(prompt.tokens)}
+    dtype = next(name for name, kind in READ.items() if kind == prompt.dtype)
+    record = {"version": VERSION, "model": fingerprint, "tokens": _digest(prompt.tokens), "dtype": dtype}
     try:
         with whole_file(path) as partial:
             write_file(partial, tensors, durable=False, metadata={RECORD: json.dumps(record)})
@@ -118,7 +120,10 @@ def read_prompt(path: Path, model: Any, fingerprint: str) -> Prompt | None:
     tokens = tensors.get("tokens")
     if tokens is None or tokens.ndim != 1 or tokens.dtype != torch.int64 or record.get("tokens") != _digest(tokens):
         raise _refused(path, "is damaged: its tokens are not those of its record")
-    prompt = Prompt(tokens, tuple(_layers(path, tensors, config_of(model).num_hidden_layers)))
+    if record.get("dtype") not in READ:
+        raise _refused(path, f"is damaged: its model computes in {record.get('dtype')!r}")
+    layers = tuple(_layers(path, tensors, config_of(model).num_hidden_layers))
+    prompt = Prompt(tokens, layers, READ[record["dtype"]])
     _check_shapes(path, prompt, model)
     return prompt
 

@@ -54,10 +54,12 @@ class Prompt:
 
     tokens: int64 (L,).
     layers: keys and values of each, buffers of one sequence and L positions.
+    dtype: in which the model reads them, fp32, bf16 or fp16.
     """
 
     tokens: Tensor
     layers: tuple[tuple[Kept, Kept], ...]
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, cache: GrowingCache, tokens: Tensor, sequence: int = 0, first: int = 0) -> Prompt:
@@ -65,9 +67,8 @@ class Prompt:
         layers: Any = cache.layers
         row, length = torch.tensor([sequence], dtype=torch.int64, device="cpu"), len(tokens)
         pairs = ((layer.kept_keys, layer.kept_values) for layer in layers)
-        return cls(
-            tokens.clone(), tuple((_part(k, row, first, length), _part(v, row, first, length)) for k, v in pairs)
-        )
+        kept = tuple((_part(k, row, first, length), _part(v, row, first, length)) for k, v in pairs)
+        return cls(tokens.clone(), kept, layers[0].dtype)
 
     @property
     def nbytes(self) -> int:
@@ -79,13 +80,13 @@ class Prompt:
         same = self.tokens[:count] == ids[:count].to(self.tokens.device)
         return int(same.long().cumprod(0).sum())
 
-    def cache(self, length: int, dtype: torch.dtype) -> GrowingCache:
-        """A new cache of the first `length` tokens. dtype: of the model."""
+    def cache(self, length: int) -> GrowingCache:
+        """A new cache of the first `length` tokens."""
         cache = GrowingCache(len(self.layers))
         layers: Any = cache.layers
         for layer, (keys, values) in zip(layers, self.layers, strict=True):
             room = length + ROOM
-            layer.hold(keys.copy(length, room), values.copy(length, room), length, dtype)
+            layer.hold(keys.copy(length, room), values.copy(length, room), length, self.dtype)
         return cache
 
 
@@ -100,7 +101,7 @@ def begin(model: Any, prompt: Prompt | None, ids: Tensor, kept_dtype: torch.dtyp
     kept_dtype: of a cache without any, as in `GrowingCache`.
     """
     shared = 0 if prompt is None else min(prompt.shared(ids), len(ids) - 1)
-    return new_cache(model, kept_dtype) if prompt is None or shared == 0 else prompt.cache(shared, model.dtype)
+    return new_cache(model, kept_dtype) if prompt is None or shared == 0 else prompt.cache(shared)
 
 
 class Prompts:
@@ -156,7 +157,7 @@ def side_by_side(model: Any, prompts: Sequence[GrowingCache], length: int) -> Gr
             _joined([each.kept_keys for each in own], [each.length for each in own], length),
             _joined([each.kept_values for each in own], [each.length for each in own], length),
             length,
-            model.dtype,
+            own[0].dtype,
         )
     return found
 
