@@ -122,3 +122,8 @@ def test_other_models_run_as_before(tiny_model, monkeypatch):
     assert server.ask(TEXT[:20])[0] == [expected[0, 20:].tolist()]
     with pytest.raises(HalfplateError, match="cache_dtype='bf16' cannot be used with this model"):
         Server(plain, monkeypatch, cache_dtype="bf16").ask(TEXT[:20])
+
+
+def test_a_negative_size_is_refused():
+    with pytest.raises(HalfplateError, match="prompt_cache=-1 is out of range"):
+        ServeSettings("model", prompt_cache=-1)
