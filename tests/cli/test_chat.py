@@ -147,7 +147,7 @@ def test_ctrl_c_stops_the_answer_alone(tiny_folder: Path, capsys: pytest.Capture
 def test_a_second_ctrl_c_leaves_the_turn_out(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(*arguments: Any) -> None:
+    def slow(*arguments: Any, **more: Any) -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)

@@ -170,6 +170,8 @@ def test_what_cannot_be_served_is_refused(halfplate: Callable[..., Any], tmp_pat
     halfplate("serve", checkpoint, "--api-key", "secret").refused("--api-key")
     halfplate("serve", checkpoint, "--api-key-file", tmp_path / "absent").refused("is not a file")
     halfplate("serve", checkpoint, "--max-body", "big").refused("'big' is not a size")
+    halfplate("serve", checkpoint, "--prompt-cache", "big").refused("--prompt-cache='big' is not a size")
+    halfplate("serve", checkpoint, "--cache-dtype", "fp8").refused("--cache-dtype", "fp32", "bf16", "int8")
     halfplate("serve", checkpoint, "--port", 70000).refused("--port 70000 is not a port")
     (checkpoint / "model.safetensors").write_bytes(b"cut")
     halfplate("serve", checkpoint).refused("damaged or cut short")

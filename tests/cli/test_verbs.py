@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.kernels import native
 
 
 def test_plan_writes_and_computes_nothing(halfplate, tiny_folder, tmp_path, monkeypatch):
@@ -86,6 +87,22 @@ def test_generate_refuses(halfplate, tiny_folder):
     halfplate("generate", tiny_folder, "x " * 200, "--max-new-tokens", "5").refused("a shorter prompt")
     halfplate("generate", tiny_folder, "x", "--chat").refused("--chat needs a chat template")
     halfplate("generate", tiny_folder, "x", "--max-new-tokens", "0").refused("--max-new-tokens", "at least 1")
+
+
+@pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+def test_generate_keeps_prompts_and_drafts_with_the_same_text(halfplate, checkpoint, tmp_path, tiny_folder):
+    cache, command = tmp_path / "prompt", ("generate", checkpoint, "--max-new-tokens", "20")
+    for prompt in ("One day a small bird", "One day a small bird sat in", "One day a ball"):
+        plain = halfplate(*command, prompt)
+        assert plain.status == 0
+        kept = halfplate(*command, prompt, "--prompt-cache", cache)
+        assert (kept.status, kept.out, kept.err) == (0, plain.out, "")
+        assert halfplate(*command, prompt, "--prompt-cache", cache, "--lookup", "7").out == plain.out
+    # The tiny model has heads of 8 numbers.
+    halfplate(*command, "One day", "--cache-dtype", "int8").refused("cache_dtype='int8'", "no multiple of 16")
+    halfplate(*command, "One day", "--prompt-cache", tmp_path).refused("--prompt-cache", "not a regular file")
+    halfplate(*command, "One day", "--lookup", "0").refused("--lookup", "at least 1")
+    halfplate("generate", tiny_folder, "One day", "--prompt-cache", cache).refused("cannot be used with this model")
 
 
 def test_generate_chat(halfplate, tiny_folder):

@@ -118,7 +118,9 @@ def test_characters_of_several_tokens_are_passed_on_whole(folder: str, monkeypat
     text = "été → ok"
     tokens = talk.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def told(model: Any, ids: Any, new: int, stop: Any, on_token: Callable[[int], None], cache: Any) -> None:
+    def told(
+        model: Any, ids: Any, new: int, stop: Any, on_token: Callable[[int], None], *rest: Any, **more: Any
+    ) -> None:
         for token in tokens:
             on_token(token)
 

@@ -303,7 +303,7 @@ def test_every_instruction_set_passes(isa):
     if os.environ.get("HALFPLATE_ISA"):
         pytest.skip("already in such a process")
     if native.isa() in ISAS[: ISAS.index(isa) + 1]:
-        return  # it is the one of this process, or this processor lacks it and would fall back
+        return  # it is the one of this process, or this processor lacks it
     run = subprocess.run(
         [
             sys.executable,

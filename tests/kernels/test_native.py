@@ -30,6 +30,14 @@ print(native.isa(), *losses)
 """
 
 
+DOCTOR = (sys.executable, "-m", "halfplate", "doctor")
+
+
+def isas():
+    """The instruction sets that the library says this processor has."""
+    return native.library().halfplate_isas().decode().split()
+
+
 @cache
 def report(**environment):
     """Name of the instruction set and the final losses of a small problem, from a fresh process."""
@@ -57,9 +65,27 @@ def test_torch_path_reaches_the_same_loss_without_the_library():
 @pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.reason()}")
 @pytest.mark.parametrize("forced", ["baseline", "avx2", "avx512"])
 def test_instruction_sets_agree(forced):
+    if forced not in isas():
+        pytest.skip(f"this processor has no {forced}")
     isa, losses = report(HALFPLATE_ISA=forced)
-    assert isa in (forced, "baseline")  # a processor without it falls back
+    assert isa == forced
     assert_close(losses, report(HALFPLATE_NATIVE="0")[1])
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.reason()}")
+def test_an_instruction_set_that_the_processor_lacks_is_refused():
+    for command in ([*DOCTOR], [*DOCTOR, "--json"]):
+        run = subprocess.run(
+            command, env=os.environ | {"HALFPLATE_ISA": "amx9"}, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 2
+        expected = f"HALFPLATE_ISA=amx9 is not an instruction set that this processor has; expected one of {', '.join(isas())}, or leave it unset"
+        assert run.stderr.strip() == f"halfplate: error: {expected}"
+    version = [sys.executable, "-m", "halfplate", "--version"]
+    told = subprocess.run(
+        version, env=os.environ | {"HALFPLATE_ISA": "amx9"}, capture_output=True, text=True, check=True
+    )
+    assert "HALFPLATE_ISA=amx9 is not" in told.stdout
 
 
 def test_reason_is_given_exactly_where_the_library_is_missing():

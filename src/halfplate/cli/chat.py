@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from halfplate.cli.parser import add_activations_argument, positive, typed_text
+from halfplate.cli.parser import add_activations_argument, add_decoding_arguments, positive, typed_text
 from halfplate.errors import HalfplateError
 from halfplate.plain_text import visible
 
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
     add_activations_argument(parser, " of MODEL")
+    add_decoding_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     silence_libraries()
     use_threads(args.threads)
     print(f"reading {visible(args.model)}" + (f" and {visible(args.against)}" if args.against else ""), flush=True)
-    talks = [Conversation.with_model(args.model, args.max_new_tokens, args.activations)]
+    own = {"cache_dtype": args.cache_dtype, "lookup": args.lookup}
+    talks = [Conversation.with_model(args.model, args.max_new_tokens, args.activations, **own)]
     if args.against:
         talks.append(Conversation.with_model(args.against, args.max_new_tokens))
     for talk in talks:

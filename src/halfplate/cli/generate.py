@@ -2,7 +2,13 @@
 
 import argparse
 
-from halfplate.cli.parser import add_activations_argument, add_output_arguments, positive, typed_text
+from halfplate.cli.parser import (
+    add_activations_argument,
+    add_decoding_arguments,
+    add_output_arguments,
+    positive,
+    typed_text,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,16 +30,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
     add_activations_argument(parser)
+    parser.add_argument(
+        "--prompt-cache",
+        metavar="FILE",
+        help="keep the keys and values of the prompt in FILE; a later prompt that begins with the same tokens reads only the rest",
+    )
+    add_decoding_arguments(parser)
     add_output_arguments(parser, progress=False)
 
 
 def run(args: argparse.Namespace) -> int:
     from halfplate.cli.console import print_json, silence_libraries
-    from halfplate.evaluation.generate import answers
+    from halfplate.evaluation.generate import GenerateSettings, answers
 
     silence_libraries()
     prompts = [typed_text(prompt) for prompt in args.prompts]
-    found = answers(args.model, prompts, args.max_new_tokens, args.chat, args.threads, args.activations)
+    settings = GenerateSettings(args.max_new_tokens, args.chat, args.cache_dtype, args.prompt_cache, args.lookup)
+    found = answers(args.model, prompts, settings, args.threads, args.activations)
     if args.json:
         print_json([{"prompt": prompt, "text": text} for prompt, text in zip(prompts, found, strict=True)])
     else:

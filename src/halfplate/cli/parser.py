@@ -80,6 +80,24 @@ def add_output_arguments(parser: argparse.ArgumentParser, progress: bool = True)
         )
 
 
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--cache-dtype` and `--lookup`."""
+    parser.add_argument(
+        "--cache-dtype",
+        choices=("fp32", "bf16", "int8"),
+        default="fp32",
+        help="type of the keys and values of the text so far; int8 has one scale per vector (default fp32)",
+    )
+    parser.add_argument(
+        "--lookup",
+        type=positive,
+        metavar="N",
+        default=0,
+        help="guess up to N tokens at once from the text so far, and check them in one step (default: none); "
+        "faster where text is repeated",
+    )
+
+
 def typed_text(text: str) -> str:
     """Command-line text as UTF-8, even if the locale cannot decode it.
 

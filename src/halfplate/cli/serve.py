@@ -37,6 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(option, type=positive, metavar="N", default=default, help=f"{what} (default {default})")
     parser.add_argument("--max-body", metavar="SIZE", default="1MB", help="largest request (default 1MB)")
+    parser.add_argument(
+        "--prompt-cache",
+        metavar="SIZE",
+        default="256MB",
+        help="memory for keys and values of recent requests; one that begins like them reads only the rest (default 256MB; 0 for none)",
+    )
+    parser.add_argument(
+        "--cache-dtype",
+        choices=("fp32", "bf16", "int8"),
+        default=ServeSettings.cache_dtype,
+        help="type of keys and values; int8 has one scale per vector (default fp32)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         max_body=size_in_bytes("--max-body", args.max_body),
         max_requests=args.max_requests,
         max_batch=args.max_batch,
+        prompt_cache=size_in_bytes("--prompt-cache", args.prompt_cache),
+        cache_dtype=args.cache_dtype,
     )
     _check_model(args.model)
     _warn_of_tokens(args.model)

@@ -16,6 +16,7 @@ from halfplate.errors import HalfplateError
 from halfplate.runtime import explain, greedy
 from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.limits import check_generation
+from halfplate.runtime.prompts import check_cache_dtype, new_cache, why_no_prompts
 
 # Share of the context that is kept free for an answer, if fewer tokens than an answer may have are left.
 FREE_SHARE = 4
@@ -59,6 +60,7 @@ class Conversation:
 
     model, tokenizer: as `checkpoint.loading.load_any` returns them.
     most: largest number of tokens of an answer.
+    cache_dtype: of keys and values, if the model decodes natively. lookup: as in `runtime.greedy`.
     Without a chat template, the model continues the text of all turns.
     """
 
@@ -66,16 +68,20 @@ class Conversation:
     model: Any
     tokenizer: Any
     most: int = 512
+    cache_dtype: torch.dtype = torch.float32
+    lookup: int = 0
     turns: list[tuple[str, str]] = field(default_factory=list)
     last: Answer | None = None
     _cache: GrowingCache | None = None
     _held: list[int] = field(default_factory=list)  # tokens of the cache
 
     @classmethod
-    def with_model(cls, name: str, most: int = 512, activations: str = "auto") -> Conversation:
+    def with_model(
+        cls, name: str, most: int = 512, activations: str = "auto", cache_dtype: str = "fp32", lookup: int = 0
+    ) -> Conversation:
         """Load the model `name` for a conversation; raises HalfplateError on bad input."""
         model, tokenizer = load_any(name, activations=activations)
-        return cls(name, model, tokenizer, most)
+        return cls(name, model, tokenizer, most, check_cache_dtype(model, cache_dtype), lookup)
 
     @property
     def has_template(self) -> bool:
@@ -112,7 +118,7 @@ class Conversation:
         stop_ids = self._stop_ids()
         try:
             prompt = torch.tensor([ids], dtype=torch.int64, device="cpu")
-            greedy(self.model, prompt, new_tokens, stop_ids, stream.add, self._cache)
+            greedy(self.model, prompt, new_tokens, stop_ids, stream.add, self._cache, lookup=self.lookup)
             ended = "end" if stream.tokens and stream.tokens[-1] in stop_ids else "length"
         except _Stopped:
             ended = "stopped"
@@ -174,8 +180,8 @@ class Conversation:
     def _keep(self, ids: list[int]) -> int:
         """Cut the cache to the tokens that begin `ids`, without the last one, which is read again; returns their number."""
         if self._cache is None:
-            if explain(self.model).decoder == "native":
-                self._cache = GrowingCache(self.model.config.num_hidden_layers)
+            if why_no_prompts(self.model) is None:
+                self._cache = new_cache(self.model, self.cache_dtype)
             return 0
         same = next(
             (place for place, pair in enumerate(zip(self._held, ids, strict=False)) if pair[0] != pair[1]), None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,24 @@ from halfplate.errors import HalfplateError
 from halfplate.limits import use_threads
 from halfplate.runtime import greedy
 from halfplate.runtime.limits import check_generation
+from halfplate.runtime.prompt_file import PromptFile
+from halfplate.runtime.prompts import begin, check_cache_dtype
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """How `generate` continues a prompt; its fields are the arguments of `generate`."""
+
+    max_new_tokens: int = 64
+    chat: bool = False
+    cache_dtype: str = "fp32"
+    prompt_cache: str | Path | None = None
+    lookup: int = 0
+    version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.lookup < 0:
+            raise HalfplateError(f"lookup={self.lookup} is out of range; expected at least 0")
 
 
 @plain_defaults()
@@ -28,6 +47,9 @@ def generate(
     chat: bool = False,
     threads: int | None = None,
     activations: str = "auto",
+    cache_dtype: str = "fp32",
+    prompt_cache: str | Path | None = None,
+    lookup: int = 0,
 ) -> str:
     """Continue `prompt` by greedy decoding and return the new text.
 
@@ -35,17 +57,20 @@ def generate(
     - chat: format the prompt as a user message with the model's chat template, and return only the answer
     - threads: number of CPU threads, None for all
     - activations: as in `halfplate.load`
+    - cache_dtype: type of keys and values, `fp32`, `bf16` or `int8` (one scale per vector)
+    - prompt_cache: a file for the keys and values of the prompt; a later prompt that begins with the same tokens reads only the rest
+    - lookup: most tokens that are guessed at once from the text so far and checked in one step; 0 for none
 
     Raises HalfplateError on bad input, and if prompt and answer exceed the positions of the model.
     """
-    return answers(model, [prompt], max_new_tokens, chat, threads, activations)[0]
+    settings = GenerateSettings(max_new_tokens, chat, cache_dtype, prompt_cache, lookup)
+    return answers(model, [prompt], settings, threads, activations)[0]
 
 
 def answers(
     model: str | Path,
     prompts: Sequence[str],
-    max_new_tokens: int = 64,
-    chat: bool = False,
+    settings: GenerateSettings,
     threads: int | None = None,
     activations: str = "auto",
 ) -> list[str]:
@@ -53,24 +78,41 @@ def answers(
     name = path_text("model", model)
     use_threads(threads)
     loaded, tokenizer = load_any(name, activations=activations)
-    return [_answer(name, loaded, tokenizer, prompt, max_new_tokens, chat) for prompt in prompts]
+    dtype = check_cache_dtype(loaded, settings.cache_dtype)
+    file = None if settings.prompt_cache is None else PromptFile(loaded, settings.prompt_cache, dtype)
+    found = [_answer(name, loaded, tokenizer, prompt, settings, dtype, file) for prompt in prompts]
+    if file is not None:
+        file.write()
+    return found
 
 
-def _answer(name: str, loaded: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat: bool) -> str:
-    ids = _token_ids(name, prompt, chat, tokenizer)
-    length = ids.shape[1]
+def _answer(
+    name: str,
+    loaded: Any,
+    tokenizer: Any,
+    prompt: str,
+    settings: GenerateSettings,
+    dtype: torch.dtype,
+    file: PromptFile | None,
+) -> str:
+    ids = _token_ids(name, prompt, settings.chat, tokenizer)
+    length, new_tokens = ids.shape[1], settings.max_new_tokens
     limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     if length == 0:
         raise HalfplateError(f"prompt={prompt!r} has no tokens; give some text")
-    if limit is not None and length + max_new_tokens > limit:
+    if limit is not None and length + new_tokens > limit:
         raise HalfplateError(
-            f"max_new_tokens={max_new_tokens} after {length} tokens of prompt exceeds the {limit} positions of {name!r}; "
+            f"max_new_tokens={new_tokens} after {length} tokens of prompt exceeds the {limit} positions of {name!r}; "
             f"try {'--max-new-tokens ' + str(limit - length) if length < limit else 'a shorter prompt'}"
         )
     check_tokens(ids, loaded, f"prompt={prompt!r}", tokenizer)
-    check_generation(loaded.config, length, max_new_tokens)
-    tokens = greedy(loaded, ids, max_new_tokens, _stop_ids(loaded))
-    text: str = tokenizer.decode(tokens[0, length:] if chat else tokens[0], skip_special_tokens=True)
+    check_generation(loaded.config, length, new_tokens)
+    own_cache = file is not None or dtype != torch.float32
+    cache = begin(loaded, None if file is None else file.prompt, ids[0], dtype) if own_cache else None
+    tokens = greedy(loaded, ids, new_tokens, _stop_ids(loaded), cache=cache, lookup=settings.lookup)
+    if file is not None and cache is not None:
+        file.keep(cache, ids[0])
+    text: str = tokenizer.decode(tokens[0, length:] if settings.chat else tokens[0], skip_special_tokens=True)
     return text
 
 

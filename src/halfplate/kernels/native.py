@@ -1,7 +1,7 @@
 """The compiled library, loaded with ctypes on first use.
 
-`HALFPLATE_ISA` (baseline, avx2, avx512) forces an instruction set that the processor has; `HALFPLATE_NATIVE=0` turns
-the library off, so that everything runs on its torch path.
+`HALFPLATE_ISA` (baseline, avx2, avx512) forces an instruction set that the processor has, and others are refused; `HALFPLATE_NATIVE=0`
+turns the library off, so that everything runs on its torch path.
 """
 
 from __future__ import annotations
@@ -76,6 +76,16 @@ def _absent() -> str:
     return ""
 
 
+def _unknown_isa(library: ctypes.CDLL) -> str:
+    """What is wrong with HALFPLATE_ISA; empty if it names an instruction set that the processor has, or none."""
+    forced = os.environ.get("HALFPLATE_ISA", "")
+    library.halfplate_isas.restype = ctypes.c_char_p
+    found = library.halfplate_isas().decode().split()
+    if forced in ("", *found):
+        return ""
+    return f"HALFPLATE_ISA={forced} is not an instruction set that this processor has; expected one of {', '.join(found)}, or leave it unset"
+
+
 @cache
 def _open() -> tuple[ctypes.CDLL | None, str]:
     """The library and the name of its instruction set, or None and the reason."""
@@ -88,6 +98,8 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return None, f"the native kernels cannot be loaded: {error}"
+    if unknown := _unknown_isa(library):
+        raise HalfplateError(unknown)
     pointer, integer, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     problem = ctypes.POINTER(Problem)
     for name, result, arguments in (
@@ -150,12 +162,12 @@ def described() -> str:
             runtime = Path(torch.origin).parent / "lib" / "libgomp.so.1"
             if runtime.exists():
                 ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
-        name = ctypes.CDLL(str(LIBRARY)).halfplate_isa
+        library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return f"the native kernels cannot be loaded: {error}"
-    name.restype = ctypes.c_char_p
-    found: bytes = name()
-    return found.decode()
+    library.halfplate_isa.restype = ctypes.c_char_p
+    found: bytes = library.halfplate_isa()
+    return _unknown_isa(library) or found.decode()
 
 
 def library() -> ctypes.CDLL:

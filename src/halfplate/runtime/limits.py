@@ -5,7 +5,8 @@ from typing import Any
 from halfplate.calibration.self_text import token_nbytes
 from halfplate.headroom import check_memory
 
-MEASURED = 1024  # tokens in the cache that is measured
+# Tokens in the cache that is measured. Few lengths, because each takes a second; a shorter cache never has fewer bytes per token.
+MEASURED = (1024, 256, 64, 16)
 
 
 def check_generation(config: Any, prompt: int, new_tokens: int, argument: str = "max_new_tokens") -> None:
@@ -14,6 +15,6 @@ def check_generation(config: Any, prompt: int, new_tokens: int, argument: str = 
     argument: the name of `new_tokens` in the error.
     """
     tokens = prompt + new_tokens
-    each = token_nbytes(config, min(tokens, MEASURED))
+    each = token_nbytes(config, next((length for length in MEASURED if length <= tokens), MEASURED[-1]))
     what = f"keys and values of {argument}={new_tokens} after {prompt} tokens of prompt"
     check_memory(what, each * tokens, argument, new_tokens)

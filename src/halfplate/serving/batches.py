@@ -16,8 +16,11 @@ from transformers.cli.serving.utils import DirectStreamer, GenerateManager, _Str
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from halfplate.errors import HalfplateError
+from halfplate.models.arguments import cache_argument
 from halfplate.runtime.limits import check_generation
 from halfplate.serving.metrics import Metrics
+from halfplate.serving.reading import Reading
+from halfplate.serving.settings import ServeSettings
 
 GATHERING = 0.01  # seconds that the first request of a batch waits for others
 TEXT = {"input_ids", "attention_mask", "token_type_ids"}  # inputs of requests that can run together
@@ -42,14 +45,14 @@ class _Request:
 
 
 class BatchManager(GenerateManager):  # type: ignore[misc]
-    """The `GenerateManager` of a model that runs up to `size` waiting requests together, if they differ only in their length and their stop texts.
+    """The `GenerateManager` of a model that runs up to `max_batch` waiting requests together, if they differ only in their length and their stop texts.
 
     The others wait until the batch has ended. Prompts are padded on the left, so an answer may differ by rounding from that of the same request alone.
     """
 
-    def __init__(self, size: int, metrics: Metrics) -> None:
+    def __init__(self, settings: ServeSettings, metrics: Metrics) -> None:
         super().__init__()
-        self._size, self._metrics = size, metrics
+        self._size, self._metrics, self._reading = settings.max_batch, metrics, Reading(settings, metrics)
         self._waiting: deque[_Request] = deque()
         self._changed = threading.Condition()
         self._model: Any = None
@@ -162,8 +165,17 @@ class BatchManager(GenerateManager):  # type: ignore[misc]
         settings.max_new_tokens, settings.stop_strings = max(request.most for request in batch), None
         settings.pad_token_id = pad
         rows = StoppingCriteriaList([_Rows(batch, ends, self._tokenizer, longest)])
+        prompts = [request.ids.cpu() for request in batch]
+        cache = self._reading.begin(model, settings, prompts)
+        own = {} if cache is None else {cache_argument(model.forward): cache}
+        if cache is not None:
+            settings.cache_implementation = None
         with torch.no_grad():
-            model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, stopping_criteria=rows)
+            model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=settings, stopping_criteria=rows, **own
+            )
+        if cache is not None:
+            self._reading.keep(cache, prompts, [request.tokens for request in batch])
 
 
 class _Left(Exception):

@@ -39,7 +39,7 @@ class Metrics:
         self._requests: Counter[tuple[str, int]] = Counter()
         self._tokens: Counter[str] = Counter()
         self._seconds, self._first = Histogram(), Histogram()
-        self._in_flight = self._waiting = self._batches = self._batched = 0
+        self._in_flight = self._waiting = self._batches = self._batched = self._reused = 0
 
     def began(self) -> None:
         """A request was accepted."""
@@ -68,6 +68,11 @@ class Metrics:
         """So many requests wait for a batch."""
         with self._lock:
             self._waiting = count
+
+    def reused(self, tokens: int) -> None:
+        """So many tokens of prompts were not read again."""
+        with self._lock:
+            self._reused += tokens
 
     def batch(self, size: int) -> None:
         """A batch of so many requests has begun."""
@@ -99,6 +104,8 @@ class Metrics:
         yield f"halfplate_batches_total {self._batches}"
         yield from _about("batched_requests_total", "counter", "Requests of these batches.")
         yield f"halfplate_batched_requests_total {self._batched}"
+        yield from _about("reused_prompt_tokens_total", "counter", "Tokens of prompts that were not read again.")
+        yield f"halfplate_reused_prompt_tokens_total {self._reused}"
 
 
 def _about(name: str, kind: str, text: str) -> Iterator[str]:

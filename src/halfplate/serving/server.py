@@ -30,14 +30,14 @@ def serve(settings: ServeSettings) -> None:
 
 def _batching(settings: ServeSettings, metrics: Metrics) -> Callable[[Any], None]:
     """A function that makes a `GenerationState` of transformers run requests in batches."""
-    if settings.max_batch == 1:
+    if settings.max_batch == 1 and settings.prompt_cache == 0 and settings.cache_dtype == "fp32":
         return lambda state: None
     try:
         from halfplate.serving.batches import BatchManager
     # Other versions of transformers arrange their server otherwise.
     except ImportError as error:
         print(
-            f"halfplate: warning: requests run one after another, because this transformers has another server ({error})",
+            f"halfplate: warning: requests run one after another and without a prompt cache, because this transformers has another server ({error})",
             file=sys.stderr,
         )
         return lambda state: None
@@ -49,7 +49,7 @@ def _batching(settings: ServeSettings, metrics: Metrics) -> Callable[[Any], None
             if use_cb:
                 return plain(model_id, use_cb=use_cb)
             if model_id not in managers:
-                managers[model_id] = BatchManager(settings.max_batch, metrics)
+                managers[model_id] = BatchManager(settings, metrics)
             return managers[model_id]
 
         state.get_manager = get_manager

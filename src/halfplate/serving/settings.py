@@ -22,6 +22,7 @@ class ServeSettings:
     key: what clients send as `Authorization: Bearer KEY`; None lets everyone in.
     max_tokens: most tokens of an answer. max_body: most bytes of a request.
     max_requests: requests that run or wait; more are refused. max_batch: of them, those that run together.
+    prompt_cache: most bytes of keys and values of recent requests. cache_dtype: of keys and values.
     """
 
     model: str
@@ -34,6 +35,8 @@ class ServeSettings:
     max_body: int = 1_000_000
     max_requests: int = 64
     max_batch: int = 8
+    prompt_cache: int = 256_000_000
+    cache_dtype: str = "fp32"
     version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -42,6 +45,9 @@ class ServeSettings:
         for name in ("max_tokens", "max_body", "max_requests", "max_batch"):
             if getattr(self, name) < 1:
                 raise HalfplateError(f"{name}={getattr(self, name)} is out of range; expected at least 1")
+
+        if self.prompt_cache < 0:
+            raise HalfplateError(f"prompt_cache={self.prompt_cache} is out of range; expected at least 0")
 
     @property
     def open_to_others(self) -> bool:

@@ -21,17 +21,22 @@ struct Functions {
     const Runtime &runtime;
 };
 
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+// HALFPLATE_ISA never selects what the processor lacks; native.py refuses that before.
 Functions choose() {
     const char *forced = std::getenv("HALFPLATE_ISA");
-    const bool any = forced == nullptr || *forced == '\0';
+    [[maybe_unused]] const bool any = forced == nullptr || *forced == '\0';
 #if defined(__x86_64__)
-    const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vnni");
-    if (avx512 && (any || std::strcmp(forced, "avx512") == 0)) return {stages_avx512, runtime_avx512};
-    if (avx2 && (any || std::strcmp(forced, "avx2") == 0)) return {stages_avx2, runtime_avx2};
+    if (has_avx512() && (any || std::strcmp(forced, "avx512") == 0)) return {stages_avx512, runtime_avx512};
+    if (has_avx2() && (any || std::strcmp(forced, "avx2") == 0)) return {stages_avx2, runtime_avx2};
 #endif
     return {stages_baseline, runtime_baseline};
 }
@@ -117,6 +122,15 @@ extern "C" {
 
 EXPORT const char *halfplate_isa() { return halfplate::stages().isa; }
 
+// The instruction sets that this processor has, the fastest last.
+EXPORT const char *halfplate_isas() {
+#if defined(__x86_64__)
+    if (halfplate::has_avx512()) return "baseline avx2 avx512";
+    if (halfplate::has_avx2()) return "baseline avx2";
+#endif
+    return "baseline";
+}
+
 EXPORT int32_t halfplate_output_moments(const halfplate::Problem *p, double *cross, double *square, int64_t moment_bytes,
                                         double *losses, int64_t loss_bytes) {
     if (p == nullptr || p->threads < 1) return halfplate::BAD_NUMBER;
@@ -164,11 +178,16 @@ EXPORT int32_t halfplate_place(halfplate::Packed *header, int32_t bias) {
     return halfplate::DONE;
 }
 
-// Also returns the refusals of pack.h.
+// Also returns the refusals of pack.h. Bytes between the parts become 0, so that equal matrices have equal bytes.
 EXPORT int32_t halfplate_pack(halfplate::Packed *packed, int64_t packed_bytes, const halfplate::Stored *stored, int64_t threads) {
     if (!halfplate::sound(packed, packed_bytes)) return halfplate::BAD_HEADER;
     if (threads < 1) return halfplate::BAD_NUMBER;
     if (stored == nullptr || !halfplate::holds_stored(*packed, *stored)) return halfplate::BAD_SIZE;
+    uint8_t *bytes = reinterpret_cast<uint8_t *>(packed);
+    for (int64_t end : {packed->core, packed->scales, packed->in_blocks, packed->in_scales, packed->out_blocks, packed->out_scales, packed->bias, packed->nbytes}) {
+        const int64_t start = end - 64 > int64_t(sizeof *packed) ? end - 64 : int64_t(sizeof *packed);
+        if (end > start) std::memset(bytes + start, 0, size_t(end - start));
+    }
     return halfplate::pack(*packed, *stored, halfplate::team(threads));
 }
 

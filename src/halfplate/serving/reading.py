@@ -1,0 +1,73 @@
+"""Reading the prompts of a batch, except what recent requests have read before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfplate.models.arguments import cache_argument
+from halfplate.runtime.cache import GrowingCache
+from halfplate.runtime.prompts import Prompt, Prompts, check_cache_dtype, new_cache, side_by_side, why_no_prompts
+from halfplate.serving.metrics import Metrics
+from halfplate.serving.settings import ServeSettings
+
+# Prompts are read one by one if so much of them was read before; else together, with padding.
+LEAST_SHARED = 0.25
+
+
+class Reading:
+    """The keys and values of recent requests of one model; only one batch at a time."""
+
+    def __init__(self, settings: ServeSettings, metrics: Metrics) -> None:
+        self._metrics, self._cache_dtype = metrics, settings.cache_dtype
+        self._prompts = Prompts(settings.prompt_cache)
+
+    def begin(self, model: Any, settings: Any, prompts: Sequence[Tensor]) -> GrowingCache | None:
+        """A cache for `generate` of these prompts, int64 (tokens,), with padding on the left; None if `generate` makes its own.
+
+        It is empty, or holds all tokens but the last.
+        settings: of `generate`.
+        Raises HalfplateError if the model cannot decode with the type of cache that the server was started with.
+        """
+        dtype = check_cache_dtype(model, self._cache_dtype)
+        ways = max(settings.num_beams or 1, settings.num_return_sequences or 1)
+        if ways > 1 or settings.use_cache is False or why_no_prompts(model) is not None:
+            return None
+        self._prompts.kept_dtype = dtype
+        shared = sum(self._prompts.shared(ids) for ids in prompts)
+        if min(map(len, prompts)) < 2 or shared < LEAST_SHARED * sum(map(len, prompts)):
+            return new_cache(model, dtype)
+        read = [self._read(model, ids) for ids in prompts]
+        return side_by_side(model, read, max(map(len, prompts)) - 1)
+
+    def keep(self, cache: GrowingCache, prompts: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> None:
+        """Remember the texts of a batch. cache: after `generate`. prompts: int64 (tokens,) each; answers: the tokens after them."""
+        if self._prompts.most == 0:
+            return
+        longest = max(map(len, prompts))
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            text = torch.cat([prompt.cpu(), torch.tensor(answer, dtype=torch.int64, device="cpu")])
+            first = longest - len(prompt)
+            # The last token of an answer may not have been read.
+            length = min(len(text) - 1, cache.get_seq_length() - first)
+            if length > 0:
+                self._prompts.keep(Prompt.of(cache, text[:length], row, first))
+
+    def _read(self, model: Any, ids: Tensor) -> GrowingCache:
+        """A cache of all tokens of a prompt but the last."""
+        cache = self._prompts.cache(model, ids)
+        length = cache.get_seq_length()
+        self._metrics.reused(length)
+        if length < len(ids) - 1:
+            with torch.no_grad():
+                model(
+                    input_ids=ids[None, length:-1],
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **{cache_argument(model.forward): cache},
+                )
+            self._prompts.keep(Prompt.of(cache, ids[:-1]))  # the next prompt of the batch may begin like this one
+        return cache
