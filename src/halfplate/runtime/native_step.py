@@ -176,7 +176,7 @@ class NativeDecoder:
         traits = architecture if isinstance(architecture, str) else traits_of(model, architecture)
         if isinstance(architecture, str) or isinstance(traits, str):
             raise HalfplateError(f"the model cannot decode natively: {traits}")
-        self.traits, self._dtype = traits, model.dtype
+        self.traits = traits
         self._angles = architecture.angles
         inner = inner_of(model)
         self._embed, self._rotary = inner.embed_tokens, inner.rotary_emb
@@ -239,7 +239,7 @@ class NativeDecoder:
         sequences, count = tokens.shape
         if not cache.get_seq_length() and cache.sequences != sequences:
             struct, layers = self._struct, cast("Any", cache.layers)
-            nothing = torch.empty(sequences, struct.kv_heads, 0, struct.head_dim, dtype=self._dtype, device=CPU)
+            nothing = torch.empty(sequences, struct.kv_heads, 0, struct.head_dim, dtype=self._embed(tokens[:, :1]).dtype, device=CPU)
             for layer in layers:
                 layer.lazy_initialization(nothing, nothing)
         at_once, logits = max(ROWS_AT_ONCE // sequences, 1), []
