@@ -62,6 +62,10 @@ TRANSFORMS: Registry[Transform] = Registry(
         "flap": "halfplate.transforms.structure.flap:FLAP",
         "slicegpt": "halfplate.transforms.structure.slicegpt:SLICEGPT",
         "modegpt": "halfplate.transforms.structure.modegpt:MODEGPT",
+        "reap": "halfplate.transforms.structure.reap:REAP",
+        "stun": "halfplate.transforms.structure.stun:STUN",
+        "expert-frequency": "halfplate.transforms.structure.frequency:FREQUENCY",
+        "expert-merge": "halfplate.transforms.structure.merging:MERGING",
     },
     _fault,
 )
