@@ -31,15 +31,13 @@ PRUNED = {
     for experts in (12, 8, 6)
     for name in ("expert-merge", "expert-frequency", "stun", "reap")
 }
-SPARSE = {
-    "all 16, 3:8": (None, "3:8"),
-    "stun, 12, then 4:8": (("stun", 12), "4:8"),
-    "reap, 12, then 4:8": (("reap", 12), "4:8"),
-    "all 16, 2:8": (None, "2:8"),
-    "stun, 8, then 4:8": (("stun", 8), "4:8"),
-    "reap, 8, then 4:8": (("reap", 8), "4:8"),
-    "stun, 11, then 3:8": (("stun", 11), "3:8"),
-    "reap, 11, then 3:8": (("reap", 11), "3:8"),
+SPARSE = {"all 16, 3:8": (None, "3:8")}
+SPARSE |= {f"{name}, 11, then 4:8": ((name, 11), "4:8") for name in ("stun", "reap")}
+SPARSE |= {"all 16, 2:8": (None, "2:8")}
+SPARSE |= {
+    f"{name}, {experts}, then {pattern}": ((name, experts), pattern)
+    for experts, pattern in ((10, "3:8"), (7, "4:8"))
+    for name in ("stun", "reap")
 }
 
 
@@ -63,7 +61,7 @@ def prepare(folder: Path) -> None:
 
 def _lines(file: str) -> list[str]:
     with gzip.open(DATA / file, "rt") as text:
-        return text.read().splitlines()
+        return text.read().strip("\n").split("\n")  # not at the line breaks of Unicode
 
 
 def train(folder: Path) -> None:

@@ -97,6 +97,13 @@ def _print(summary: dict[str, Any], wish: str) -> None:
         rows.append(
             ("kept by layer", ", ".join(f"{ratio['block']}: {ratio['pattern']}" for ratio in summary["ratios"]))
         )
+    if knee := summary.get("knee"):
+        rows.append(
+            (
+                "essential sparsity",
+                f"{knee['sparsity']:.0%}; if more of the smallest weights go, the perplexity rises by more than 5 %",
+            )
+        )
     if tuned := summary["tuned_blocks"].values():
         won = sum(block["after"] < block["before"] for block in tuned)
         before, after = (sum(block[end] for block in tuned) / len(tuned) for end in ("before", "after"))

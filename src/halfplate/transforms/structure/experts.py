@@ -22,7 +22,7 @@ from halfplate.transforms.structure.probes import rows, stored
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-TOKENS, SALIENCY, TOGETHER, OUTPUT = "tokens", "saliency", "together", "output"
+TOKENS, SALIENCY, OUTPUT = "tokens", "saliency", "output"
 
 
 class Routes(Probe):
@@ -30,7 +30,6 @@ class Routes(Probe):
 
     tokens: (E,) tokens that are routed to each.
     saliency: (E,) the mean over these tokens of the routing weight times the norm of the expert's output; 0 without tokens.
-    together: (E, E) tokens that go to both experts; 0 on the diagonal.
     output: (E, d) the mean output of each expert over tokens of the layer, also those that go to others; only if `outputs`. Of all
         tokens as many are taken as an expert receives on average, evenly spread.
     """
@@ -51,18 +50,14 @@ class Routes(Probe):
         if not self._sums:
             names = (TOKENS, SALIENCY)
             self._sums = {name: torch.zeros(experts, dtype=torch.float64, device=x.device) for name in names}
-            self._sums[TOGETHER] = torch.zeros(experts, experts, dtype=torch.float64, device=x.device)
             if self.outputs:
                 self._sums[OUTPUT] = torch.zeros(experts, x.shape[-1], dtype=torch.float64, device=x.device)
         hit = hits(chosen, experts)
         for number, slots in zip(hit.numbers, hit.slots.split(hit.counts), strict=True):
             gates = weights.reshape(-1)[slots].double()
             norms = rows(module.run(number, x[slots // chosen.shape[-1]])).double().norm(dim=1)
+            self._sums[TOKENS][number] += len(slots)
             self._sums[SALIENCY][number] += (gates * norms).sum()
-        member = torch.zeros(len(x), experts, dtype=torch.float64, device=x.device)
-        member.scatter_(1, chosen.long().clamp(max=experts - 1), 1)
-        self._sums[TOKENS] += member.sum(0)
-        self._sums[TOGETHER] += member.T @ member
         if self.outputs:
             sample = x[:: max(1, experts // chosen.shape[-1])]
             for number in range(experts):
@@ -74,7 +69,6 @@ class Routes(Probe):
             return {TOKENS: torch.zeros(0, dtype=torch.float32, device="cpu")}
         found = dict(self._sums)
         found[SALIENCY] = found[SALIENCY] / found[TOKENS].clamp_min(1)
-        found[TOGETHER] = found[TOGETHER] - found[TOGETHER].diag().diag()
         if self.outputs:
             found[OUTPUT] = found[OUTPUT] / self._sampled
         return {name: stored(value) for name, value in found.items()}
@@ -94,10 +88,8 @@ class Candidates:
     statistics: Mapping[str, Tensor]
 
     def of(self, name: str) -> Tensor:
-        """A statistic of these experts, fp64: a value or a row each; of TOGETHER (n, n)."""
-        inside = slice(self.numbers.start, self.numbers.stop)
-        found = self.statistics[name][inside].double()
-        return found[:, inside] if name == TOGETHER else found
+        """A statistic of these experts, fp64: a value or a row each."""
+        return self.statistics[name][self.numbers.start : self.numbers.stop].double()
 
     def router(self) -> Tensor:
         """The rows of the router's matrix for these experts, fp64 (n, hidden)."""
@@ -154,8 +146,7 @@ class ExpertPruning(MeasuredTransform):
         return Routes()
 
     def statistics_nbytes(self, source: Source) -> int:
-        mixture = Mixture.of(source)
-        return 4 * mixture.experts * (2 + mixture.experts)
+        return 4 * 2 * Mixture.of(source).experts
 
     def settled(self, source: Source, statistics: Statistics) -> Settled:
         mixture = Mixture.of(source)

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from halfplate.transforms.structure.clusters import COMPLETE, clustered
-from halfplate.transforms.structure.experts import TOGETHER, TOKENS, Blend, Candidates, ExpertPruning
+from halfplate.transforms.structure.experts import TOKENS, Blend, Candidates, ExpertPruning
 
 
 @dataclass(frozen=True)
 class Stun(ExpertPruning):
     """Clusters the experts of a layer, and keeps of each cluster the one that is nearest to its mean.
 
-    Experts are near each other if their rows of the router are, and if many tokens go to both: the distance is that of the rows, relative
-    to the mean distance, minus the tokens in common, relative to the mean number. Clusters are joined by their farthest members. The
-    paper has a threshold for all layers, found by search; here every layer keeps as many experts, because a plain configuration has one
-    number. Its second half is an ordinary compression of the result, e.g. with wanda.
+    Experts are as far from each other as their rows of the router, and clusters as their farthest members. The paper can also count
+    tokens that go to both experts as nearness; where some experts are chosen for most tokens, that joins the ones that matter most, and it
+    was far worse on a mixture of ours (RESULTS.md). Its threshold for all layers is found by search; here every layer keeps as many
+    experts, because a plain configuration has one number. Its second half is an ordinary compression of the result, e.g. with wanda.
 
     Source: STUN, arXiv 2409.06211, section 4.
     """
@@ -28,22 +28,9 @@ class Stun(ExpertPruning):
     summary = "keep one expert of each cluster of similar ones; then prune weights with `compress`"
 
     def blends(self, candidates: Candidates, count: int) -> list[Blend]:
-        distances = behaviour(candidates.router(), candidates.of(TOGETHER))
-        clusters = clustered(distances, count, COMPLETE)
+        router = candidates.router()
+        clusters = clustered(torch.cdist(router, router), count, COMPLETE)
         return [{number: 1.0} for number in sorted(nearest(candidates, cluster) for cluster in clusters)]
-
-
-def behaviour(router: Tensor, together: Tensor) -> Tensor:
-    """The distances (n, n) of experts with these rows of the router (n, hidden) and numbers of tokens in common (n, n)."""
-    rows = torch.cdist(router, router)
-    return relative(rows) - relative(together)
-
-
-def relative(values: Tensor) -> Tensor:
-    """Values (n, n) in units of their mean off the diagonal, which is 0; unchanged if that is 0."""
-    count = len(values)
-    mean = float(values.sum()) / max(1, count * (count - 1))
-    return values / mean if mean > 0 else values
 
 
 def nearest(candidates: Candidates, cluster: list[int]) -> int:

@@ -1,37 +1,20 @@
-"""How much each decoder layer keeps, by the outliers among its weights (OWL)."""
+"""How much each decoder layer keeps: shares by a score, and N of M close to them."""
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from halfplate.pattern import Pattern
 
-OUTLIER = 5.0  # multiple of the mean above which a score is an outlier
 
+def kept_ratios(scores: Sequence[float], sizes: Sequence[int], mean: float, spread: float) -> list[float]:
+    """Kept share of each layer: linear in its score, over a range of 2 · `spread`, with the mean `mean`.
 
-def outlier_share(scores: Sequence[Tensor]) -> float:
-    """Share of the entries of `scores`, those of all linears of one layer, that exceed 5 times their common mean.
-
-    It is 0 if all scores are 0. Source: OWL, Yin et al. (ICML 2024), equation 2, with M = 5.
-
-    scores: |W_ij| · ‖X_j‖, (d_out, d_in) each.
-    """
-    count = sum(score.numel() for score in scores)
-    mean = sum(float(score.double().sum()) for score in scores) / count
-    above = sum(int((score > OUTLIER * mean).sum()) for score in scores)
-    return above / count
-
-
-def kept_ratios(shares: Sequence[float], sizes: Sequence[int], mean: float, spread: float) -> list[float]:
-    """Kept share of each layer: linear in its outlier share, over a range of 2 · `spread`, with the mean `mean`.
-
-    Layers with equal shares keep the same. Source: OWL, section 3, with λ = `spread`.
+    Layers with equal scores keep the same. Source: OWL, Yin et al. (ICML 2024), section 3, with λ = `spread`.
 
     sizes: weights of each layer, for the mean.
     """
-    least, most = min(shares), max(shares)
+    least, most = min(scores), max(scores)
     width = most - least
-    lifted = [2 * spread * (share - least) / width if width > 0 else 0.0 for share in shares]
+    lifted = [2 * spread * (score - least) / width if width > 0 else 0.0 for score in scores]
     average = sum(lift * size for lift, size in zip(lifted, sizes, strict=True)) / sum(sizes)
     return [mean + lift - average for lift in lifted]
 
