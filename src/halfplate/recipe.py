@@ -12,7 +12,7 @@ from halfplate import methods, transforms
 from halfplate.allocation import CHOSEN, Evolution
 from halfplate.allocation.asked import CONTEXT, check_budget
 from halfplate.allocation.ratios import UNIFORM
-from halfplate.allocation.ratios.asked import most_kept
+from halfplate.allocation.ratios.asked import formats_asked
 from halfplate.allocation.targets import HALFPLATE
 from halfplate.arguments import path_text, size_in_bytes, typed
 from halfplate.calibration.mixture import parts_of, sampled_samples, samples_of
@@ -193,8 +193,9 @@ class Recipe:
                 raise HalfplateError(f"{name}={getattr(self, name)!r} is empty; leave it out for the default")
 
     def _check_ratios(self) -> None:
-        if (most := most_kept(self)) is not None:
-            self.create_method().check_spec(replace(self.spec(1, most.m, 0), pattern=most))
+        for found in formats_asked(self):
+            spec = self.spec(1, max(found.pattern.m, self.group_size), 0, found.core_dtype)
+            self.create_method().check_spec(replace(spec, pattern=found.pattern))
 
     @property
     def evolution(self) -> Evolution | None:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from halfplate.allocation.ratios import RATIOS, kept_of_groups, kept_ratios
 from halfplate.allocation.ratios.essential import histogram, magnitude
 from halfplate.allocation.ratios.farms import spectrum, starts, tail_exponent
+from halfplate.allocation.ratios.formats import average, bits_of, family, formats_of
 from halfplate.allocation.ratios.owl import outlier_share
 from halfplate.budgets.knee import knee_of
-from halfplate.pattern import Pattern
+from halfplate.pattern import DENSE, Pattern
 
 
 @given(st.integers(1, 4), st.integers(0, 1000))
@@ -76,6 +77,27 @@ def test_what_eighths_and_quarters_can_say() -> None:
     assert kept_of_groups(ratios, sizes, Pattern(4, 8)) == [3, 3, 4, 5, 5]
     assert kept_of_groups(ratios, sizes, Pattern(2, 4)) == [2] * 5  # 8 % are less than half a step of a quarter
     assert kept_of_groups(ratios, sizes, Pattern(8, 16)) == [7, 7, 8, 9, 9]
+
+
+def test_types_of_more_and_fewer_bits() -> None:
+    assert family("nl4") == ["nl3", "nl4", "nl5"]
+    assert family("affine4k") == ["affine2k", "affine3k", "affine4k", "affine5k"]
+    assert family("int8")[0] == "int2"
+    assert family("bf16") == []
+
+
+@given(SHARES, st.sampled_from(["nl4", "int4", "affine3k", "int8"]), st.floats(0, 0.3), st.data())
+@settings(max_examples=50, deadline=None)
+def test_bits_are_at_most_those_of_the_recipe(
+    shares: list[float], name: str, spread: float, data: st.DataObject
+) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 50), min_size=len(shares), max_size=len(shares)))
+    ratios = kept_ratios(shares, sizes, average(DENSE, name, 32), spread)
+    found = formats_of(ratios, sizes, DENSE, name, 32)
+    bits = [bits_of(one.core_dtype, 32) for one in found]
+    assert sum(bit * size for bit, size in zip(bits, sizes, strict=True)) <= bits_of(name, 32) * sum(sizes) + 1e-6
+    if spread == 0:
+        assert {one.core_dtype for one in found} == {name}
 
 
 @given(st.integers(1, 300), st.integers(1, 300))

@@ -1,4 +1,4 @@
-"""Choosing N of M for every decoder layer from its weights and inputs in the original model."""
+"""Choosing N of M or bits for every decoder layer from its weights and inputs in the original model."""
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -7,12 +7,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from halfplate.allocation.ratios import RATIOS, Ratios, kept_of_groups
+from halfplate.allocation.ratios import RATIOS, Ratios
+from halfplate.allocation.ratios.formats import average, formats_of
 from halfplate.calibration import BATCH, CalibrationTokens
 from halfplate.calibration.experts import collect_layer
 from halfplate.models.blockwise import BlockwiseModel
 from halfplate.models.sources import LoadedModel
-from halfplate.pattern import Pattern
 from halfplate.planning import MatrixPlan, Plan
 from halfplate.statistics import Statistic
 from halfplate.telemetry.clock import Clock
@@ -21,11 +21,14 @@ from halfplate.telemetry.progress import Report
 
 @dataclass(frozen=True)
 class BlockRatio:
-    """The share that one decoder layer keeps. score: the figure by which the rule chose it (OWL: its share of outliers)."""
+    """What one decoder layer keeps: a pattern, or a type of cores.
+
+    score: the figure by which the rule chose it (OWL: its share of outliers).
+    """
 
     block: int
     score: float
-    pattern: str
+    format: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -35,28 +38,28 @@ class BlockRatio:
 def ratio_plan(
     loaded: LoadedModel, plan: Plan, tokens: CalibrationTokens, report: Report, clock: Clock
 ) -> tuple[Plan, list[BlockRatio]]:
-    """The plan with N of M chosen for every layer by the `ratios` of its recipe, and the choices; the average stays that of the recipe.
+    """The plan with N of M, or bits, chosen for every layer by the `ratios` of its recipe, and the choices; the average stays that of the recipe.
 
     The rule sees the planned matrices and their inputs in the original model.
     """
-    recipe, pattern = plan.recipe, plan.recipe.parsed_pattern
-    rule = RATIOS.get(recipe.ratios)
+    recipe = plan.recipe
+    rule, format_of = RATIOS.get(recipe.ratios), (recipe.parsed_pattern, recipe.core_dtype, recipe.group_size)
     with clock("choosing ratios"):
         measured = _measured(rule, loaded, plan, tokens, report)
     sizes = [
         sum(m.spec.d_out * m.spec.d_in for m in plan.matrices if m.block == block and m.spec) for block in measured
     ]
-    shares = rule.kept(list(measured.values()), sizes, pattern.n / pattern.m, recipe.owl_lambda)
-    kept = dict(zip(measured, kept_of_groups(shares, sizes, pattern), strict=True))
-    patterns = {block: Pattern(n, pattern.m) for block, n in kept.items()}
+    shares = rule.kept(list(measured.values()), sizes, average(*format_of), recipe.owl_lambda)
+    formats = dict(zip(measured, formats_of(shares, sizes, *format_of), strict=True))
 
     def chosen(matrix: MatrixPlan) -> MatrixPlan:
         if matrix.spec is None or matrix.block is None:
             return matrix
-        return replace(matrix, spec=replace(matrix.spec, pattern=patterns[matrix.block]))
+        found = formats[matrix.block]
+        return replace(matrix, spec=replace(matrix.spec, pattern=found.pattern, core_dtype=found.core_dtype))
 
     blocks = [
-        BlockRatio(block, rule.score(found, share), str(patterns[block]))
+        BlockRatio(block, rule.score(found, share), str(formats[block]))
         for (block, found), share in zip(measured.items(), shares, strict=True)
     ]
     return replace(plan, matrices=tuple(map(chosen, plan.matrices))), blocks

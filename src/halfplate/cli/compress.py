@@ -94,9 +94,7 @@ def _print(summary: dict[str, Any], wish: str) -> None:
     if summary["levels"]:
         rows.append(("formats chosen", "; ".join(f"{count} x {level}" for level, count in summary["levels"].items())))
     if "ratios" in summary:
-        rows.append(
-            ("kept by layer", ", ".join(f"{ratio['block']}: {ratio['pattern']}" for ratio in summary["ratios"]))
-        )
+        rows.append(("kept by layer", ", ".join(f"{ratio['block']}: {ratio['format']}" for ratio in summary["ratios"])))
     if knee := summary.get("knee"):
         rows.append(
             (

@@ -1,4 +1,4 @@
-"""How much each decoder layer keeps: shares by a score, and N of M close to them."""
+"""How much each decoder layer keeps: shares by a score, and N of M or other steps close to them."""
 
 from collections.abc import Sequence
 
@@ -22,29 +22,42 @@ def kept_ratios(scores: Sequence[float], sizes: Sequence[int], mean: float, spre
 def kept_of_groups(ratios: Sequence[float], sizes: Sequence[int], pattern: Pattern) -> list[int]:
     """N of M for each layer, close to its ratio; together they keep at most as much as `pattern`, and less than one step less.
 
-    Each ratio is rounded down, and then those with the largest remainders up while the total permits (the largest remainder method;
-    of equal ones the first). N is between 1 and M − 1.
+    N is between 1 and M − 1.
     """
-    wanted = _within([ratio * pattern.m for ratio in ratios], sizes, pattern)
-    kept = [int(value + 1e-9) for value in wanted]
-    left = pattern.n * sum(sizes) - sum(n * size for n, size in zip(kept, sizes, strict=True))
-    order = sorted(range(len(kept)), key=lambda block: kept[block] - wanted[block])
-    for block in order:
-        if kept[block] < pattern.m - 1 and sizes[block] <= left:
-            kept[block] += 1
-            left -= sizes[block]
-    return kept
+    steps = range(1, pattern.m)
+    chosen = nearest_steps([ratio * pattern.m for ratio in ratios], sizes, steps, pattern.n)
+    return [steps[number] for number in chosen]
 
 
-def _within(wanted: Sequence[float], sizes: Sequence[int], pattern: Pattern) -> list[float]:
-    """`wanted`, all shifted by the amount for which their mean is N after clamping to 1 to M − 1."""
+def nearest_steps(wanted: Sequence[float], sizes: Sequence[int], steps: Sequence[float], mean: float) -> list[int]:
+    """The number of a step for each layer, close to the value that it wants; their mean is at most `mean`.
+
+    Each value is rounded down, and then those with the largest remainders up while the total permits (the largest remainder method;
+    of equal ones the first).
+
+    steps: ascending.
+    """
+    wanted = _within(wanted, sizes, steps, mean)
+    chosen = [max(number for number, step in enumerate(steps) if step <= value + 1e-9) for value in wanted]
+    left = mean * sum(sizes) - sum(steps[number] * size for number, size in zip(chosen, sizes, strict=True))
+    for block in sorted(range(len(chosen)), key=lambda block: steps[chosen[block]] - wanted[block]):
+        above = chosen[block] + 1
+        if above < len(steps) and (cost := (steps[above] - steps[chosen[block]]) * sizes[block]) <= left + 1e-9:
+            chosen[block] = above
+            left -= cost
+    return chosen
+
+
+def _within(wanted: Sequence[float], sizes: Sequence[int], steps: Sequence[float], mean: float) -> list[float]:
+    """`wanted`, all shifted by the amount for which their mean is `mean` after clamping to the first and the last step."""
 
     def clamped(shift: float) -> list[float]:
-        return [min(max(value + shift, 1.0), pattern.m - 1.0) for value in wanted]
+        return [min(max(value + shift, steps[0]), steps[-1]) for value in wanted]
 
-    low, high = -2.0 * pattern.m, 2.0 * pattern.m
+    far = steps[-1] + max(map(abs, wanted))
+    low, high = -far, far
     for _ in range(80):
         middle = (low + high) / 2
         total = sum(value * size for value, size in zip(clamped(middle), sizes, strict=True))
-        low, high = (middle, high) if total < pattern.n * sum(sizes) else (low, middle)
+        low, high = (middle, high) if total < mean * sum(sizes) else (low, middle)
     return clamped(high)
