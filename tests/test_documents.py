@@ -84,7 +84,7 @@ def test_every_command_of_the_readme_and_of_the_examples_runs(workplace, capsys,
         assert capsys.readouterr().out.strip() or words[0] == "export", line
 
 
-@pytest.mark.parametrize(("page", "commands"), [("methods.md", 5), ("choosing.md", 8)])
+@pytest.mark.parametrize(("page", "commands"), [("methods.md", 7), ("choosing.md", 8)])
 def test_every_command_of_a_page_runs(workplace, capsys, page, commands):
     lines = re.findall(r"^\$ halfplate (.*)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
     assert len(lines) == commands

@@ -60,6 +60,8 @@ TRANSFORMS: Registry[Transform] = Registry(
         "magnitude-structured": "halfplate.transforms.structure.magnitude:MAGNITUDE",
         "wanda-structured": "halfplate.transforms.structure.wanda:WANDA",
         "flap": "halfplate.transforms.structure.flap:FLAP",
+        "cfsp": "halfplate.transforms.structure.cfsp:CFSP",
+        "tyr": "halfplate.transforms.structure.tyr:TYR",
         "slicegpt": "halfplate.transforms.structure.slicegpt:SLICEGPT",
         "modegpt": "halfplate.transforms.structure.modegpt:MODEGPT",
         "reap": "halfplate.transforms.structure.reap:REAP",
