@@ -15,7 +15,7 @@ from halfplate.transforms.structure.tyr import damped
 from halfplate.transforms.structure.widths import step_of
 from structured_models import IDS, KINDS, logits, pruned, saved, tokens
 
-METHODS = ("depth", "magnitude-structured", "wanda-structured", "flap", "cfsp", "tyr", "slicegpt", "modegpt")
+METHODS = ("depth", "magnitude-structured", "wanda-structured", "flap", "cfsp", "tyr", "nirvana", "slicegpt", "modegpt")
 
 
 def parameters(source):
@@ -368,3 +368,40 @@ def test_cfsp_keeps_the_largest_values_and_all_heads(tiny_tokenizer, tmp_path):
     kept = kept_by_hand(values, result.config.intermediate_size)
     expected = model.model.layers[2].mlp.up_proj.weight[kept]
     torch.testing.assert_close(found.read("model.layers.2.mlp.up_proj.weight"), expected, rtol=0, atol=0)
+
+
+def test_nirvana_keeps_what_the_logits_depend_on(tiny_tokenizer, tmp_path):
+    source = saved(tiny_tokenizer, tmp_path / "model")
+    result = pruned(source, tmp_path / "out", "nirvana", 0.6)
+    model, ids = load_dense(source).model.requires_grad_(True), tokens(source).ids
+    logits_of = model(ids, use_cache=False).logits
+    sum(logits_of[sample].max(0).values.mean() for sample in range(len(ids))).backward()
+    found = StreamedModel(result)
+    for index, block in enumerate(model.model.layers):
+        moved = {name: (p.grad * p.detach()).abs() for name, p in block.named_parameters() if name.endswith("proj.weight")}
+        attention = {name: moved[f"self_attn.{name}_proj.weight"] for name in "qkvo"}
+        heads = []
+        for head in range(4):
+            wide, narrow = slice(32 * head, 32 * (head + 1)), slice(16 * head, 16 * (head + 1))
+            parts = (attention["q"][wide], attention["k"][narrow], attention["v"][narrow], attention["o"][:, wide])
+            heads.append(sum(float(part.sum()) for part in parts))
+        down = moved["mlp.down_proj.weight"].T
+        channels = [
+            float(moved["mlp.gate_proj.weight"][at].sum() + moved["mlp.up_proj.weight"][at].sum() + down[at].sum())
+            for at in range(128)
+        ]
+        of_heads = kept_by_hand(heads, result.config.num_key_value_heads)
+        of_channels = kept_by_hand(channels, result.config.intermediate_size)
+        for inner, expected in cut_by_hand_weights(model, index, of_heads, of_channels).items():
+            torch.testing.assert_close(found.read(f"model.layers.{index}.{inner}"), expected, rtol=0, atol=0)
+
+
+def cut_by_hand_weights(model, layer, heads, channels):
+    """`cut_by_hand` of a model without biases."""
+    block = model.model.layers[layer]
+    of_k = [16 * head + at for head in heads for at in range(16)]
+    return {
+        "self_attn.k_proj.weight": block.self_attn.k_proj.weight.detach()[of_k],
+        "mlp.gate_proj.weight": block.mlp.gate_proj.weight.detach()[channels],
+        "mlp.down_proj.weight": block.mlp.down_proj.weight.detach()[:, channels],
+    }

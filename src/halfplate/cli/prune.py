@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         nargs="+",
         action="extend",
-        help="how (default modegpt): depth, magnitude-structured, wanda-structured, flap, slicegpt or modegpt; of a mixture of experts: "
+        help="how (default modegpt): depth, magnitude-structured, wanda-structured, flap, cfsp, tyr, nirvana, slicegpt or modegpt; of a mixture of experts: "
         "reap, stun, expert-frequency or expert-merge (docs/pruning.md)",
     )
     parser.add_argument(

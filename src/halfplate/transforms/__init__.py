@@ -17,6 +17,7 @@ from halfplate.transforms.base import (
     Settled,
     Statistics,
     Transform,
+    WholeTransform,
     outline,
     pieces_of,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Settled",
     "Statistics",
     "Transform",
+    "WholeTransform",
     "check_keep",
     "chosen",
     "find",
@@ -62,6 +64,7 @@ TRANSFORMS: Registry[Transform] = Registry(
         "flap": "halfplate.transforms.structure.flap:FLAP",
         "cfsp": "halfplate.transforms.structure.cfsp:CFSP",
         "tyr": "halfplate.transforms.structure.tyr:TYR",
+        "nirvana": "halfplate.transforms.structure.nirvana:NIRVANA",
         "slicegpt": "halfplate.transforms.structure.slicegpt:SLICEGPT",
         "modegpt": "halfplate.transforms.structure.modegpt:MODEGPT",
         "reap": "halfplate.transforms.structure.reap:REAP",
