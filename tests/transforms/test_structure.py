@@ -378,7 +378,9 @@ def test_nirvana_keeps_what_the_logits_depend_on(tiny_tokenizer, tmp_path):
     sum(logits_of[sample].max(0).values.mean() for sample in range(len(ids))).backward()
     found = StreamedModel(result)
     for index, block in enumerate(model.model.layers):
-        moved = {name: (p.grad * p.detach()).abs() for name, p in block.named_parameters() if name.endswith("proj.weight")}
+        moved = {
+            name: (p.grad * p.detach()).abs() for name, p in block.named_parameters() if name.endswith("proj.weight")
+        }
         attention = {name: moved[f"self_attn.{name}_proj.weight"] for name in "qkvo"}
         heads = []
         for head in range(4):

@@ -160,8 +160,8 @@ class WholeTransform(MeasuredTransform):
             max(shape) for piece in pieces if piece.index is not None for _, shape in piece.entries.values() if shape
         )
         # Of a layer: about eight tensors of its widest, and the weights of attention of all heads.
-        kept = FP32 * seq_len * (8 * wide + 2 * config.num_attention_heads * seq_len) * config.num_hidden_layers
-        return 2 * sum(piece.nbytes for piece in pieces) + kept + 3 * FP32 * seq_len * config.vocab_size
+        kept: int = FP32 * seq_len * (8 * wide + 2 * config.num_attention_heads * seq_len) * config.num_hidden_layers
+        return 2 * sum(piece.nbytes for piece in pieces) + kept + 3 * FP32 * seq_len * int(config.vocab_size)
 
     def probe(self, source: Source, layer: int) -> Probe:
         raise HalfplateError(f"transforms={self.label!r} measures the whole model: call `measured` instead of `probe`")

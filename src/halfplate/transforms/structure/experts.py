@@ -93,8 +93,8 @@ class Candidates:
 
     def router(self) -> Tensor:
         """The rows of the router's matrix for these experts, fp64 (n, hidden)."""
-        names = (name for name, place in self.mixture.places.items() if place.layer == self.layer)
-        matrix = next(name for name in names if name.endswith((".gate.weight", ".router.weight")))
+        names = self.mixture.tensors(self.layer, None)
+        matrix = next(name for name in names if name.endswith(".weight"))
         return self.model.read(matrix).double()[self.numbers.start : self.numbers.stop]
 
     def weights(self, number: int) -> list[Tensor]:

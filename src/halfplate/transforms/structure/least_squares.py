@@ -64,4 +64,5 @@ def harm(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
     units = len(inverse) // width
     blocks = inverse.reshape(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     columns = weight.reshape(len(weight), units, width).permute(1, 2, 0)
-    return (torch.linalg.solve(blocks, columns) * columns).sum((1, 2))
+    found: Tensor = (torch.linalg.solve(blocks, columns) * columns).sum((1, 2))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -86,9 +87,16 @@ class Mixture:
         module = self.modules[place.layer]
         return name.replace(f"{module}.{place.number}.", f"{module}.{number}.", 1)
 
-    def tensors(self, layer: int, number: int) -> list[str]:
-        """The tensors of one expert."""
-        return [name for name, place in self.places.items() if place == Place(layer, number)]
+    def tensors(self, layer: int, number: int | None) -> list[str]:
+        """The tensors of one expert, or of the router if `number` is None."""
+        return self._owned[Place(layer, number)]
+
+    @cached_property
+    def _owned(self) -> dict[Place, list[str]]:
+        found: dict[Place, list[str]] = defaultdict(list)
+        for name, place in self.places.items():
+            found[place].append(name)
+        return found
 
     def parameters(self, count: int | None = None) -> int:
         """Parameters of the model with `count` experts in a layer, or with all; every tensor counts once."""
