@@ -252,13 +252,20 @@ def test_gguf_holds_fewer_experts(tiny_tokenizer, tmp_path, architecture):
 
 
 def test_then_weights_are_pruned_and_the_router_alone_is_trained(tiny_tokenizer, tmp_path):
-    source = saved(tiny_tokenizer, tmp_path / "model")
+    model = load_dense(saved(tiny_tokenizer, tmp_path / "small")).model
+    with torch.no_grad():
+        for layer in model.model.layers:  # so that it matters where tokens go
+            layer.mlp.experts.down_proj.mul_(8)
+            layer.mlp.gate.weight.mul_(4)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    source = open_source(str(tmp_path / "model"))
     halfplate.prune(source.name, tmp_path / "stun", share(source, 6), transforms=["stun"], check=False, **TEXT)
     recipe = {"method": "wanda", "pattern": "2:4"}
     halfplate.compress(tmp_path / "stun", tmp_path / "sparse", check=False, benchmark=False, **recipe, **TEXT)
     text = tmp_path / "text.txt"
     text.write_text("The bird saw a red ball near the house, and it wanted to play. " * 60)
-    options = {"tokens": 2048, "seq_len": 32, "text": str(text), "batch": 4, "learning_rate": 3e-3}
+    options = {"tokens": 4096, "seq_len": 32, "text": str(text), "batch": 4, "learning_rate": 3e-3, "precision": "fp32"}
     for folder in ("stun", "sparse"):
         out = tmp_path / f"{folder}-recovered"
         found = halfplate.recover(tmp_path / folder, source.name, out, **options, train="router")
@@ -321,6 +328,21 @@ def test_bad_input_is_one_line_before_any_work(tiny_tokenizer, tmp_path, capsys,
         lambda model: {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.gate_up_proj"},
     )
     assert "shares tensors with other experts, so that none can go alone" in error(source.name, "0.9")
+    halfplate.prune(tmp_path / "dense", tmp_path / "narrow", 0.9, transforms=["magnitude-structured"], check=False)
+    found = refused(
+        capsys,
+        "recover",
+        tmp_path / "narrow",
+        "--teacher",
+        tmp_path / "dense",
+        "-o",
+        out,
+        "--train",
+        "router",
+        "--tokens",
+        "64",
+    )
+    assert "train='router': the model has no router of experts" in found
     with pytest.raises(HalfplateError, match="it has no experts that a router chooses from"):
         halfplate.plan(tmp_path / "dense", transforms=["expert-frequency"], keep=0.9)
     assert not out.exists()

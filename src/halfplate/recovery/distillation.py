@@ -16,8 +16,9 @@ from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
 from halfplate.formats.linear import assembled
 from halfplate.models.experts import recognised
-from halfplate.models.experts.routers import FAMILIES, router_parameters
+from halfplate.models.experts.routers import router_parameters
 from halfplate.models.linears import find_linears
+from halfplate.models.sources import Source, skeleton
 from halfplate.precision import products
 from halfplate.recovery.loss import divergence, square_head
 from halfplate.recovery.settings import ROUTER, Recovery
@@ -38,8 +39,10 @@ class Progress:
     loss: float | None = None
 
 
-def check_trainable(specs: Mapping[str, WeightSpec], settings: Recovery) -> None:
-    """Raise HalfplateError if a model with the matrices `specs` has nothing to train under `settings`."""
+def check_trainable(original: Source, specs: Mapping[str, WeightSpec], settings: Recovery) -> None:
+    """Raise HalfplateError if a model made of `original`, with the matrices `specs`, has nothing to train under `settings`."""
+    if settings.train == ROUTER and not list(router_parameters(skeleton(original))):
+        raise _nothing_to_train(settings)
     added = any(spec.trains_beside_core for spec in specs.values())
     if settings.train == "wrappers" and not settings.norms and not added:
         raise _nothing_to_train(settings)
@@ -48,7 +51,7 @@ def check_trainable(specs: Mapping[str, WeightSpec], settings: Recovery) -> None
 def _nothing_to_train(settings: Recovery) -> HalfplateError:
     if settings.train == ROUTER:
         return HalfplateError(
-            f"train={settings.train!r}: the model has no routers, or none of a known form ({', '.join(FAMILIES)}); pass --train all"
+            f"train={settings.train!r}: the model has no router of experts, or none of a known form; pass --train all"
         )
     return HalfplateError(
         f"train={settings.train!r}: the model has no wrappers and no norms to train; pass --train all"
