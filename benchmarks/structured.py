@@ -16,7 +16,7 @@ from common import machine, table, write_section
 
 import halfplate
 
-METHODS = ("magnitude-structured", "wanda-structured", "flap", "depth", "slicegpt", "modegpt")
+METHODS = ("magnitude-structured", "wanda-structured", "flap", "cfsp", "tyr", "nirvana", "depth", "slicegpt", "modegpt")
 HEADER = ["transform", "keep", "parameters", "share", "KL", "top-1", "perplexity", "seconds"]
 
 

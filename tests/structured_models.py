@@ -6,7 +6,7 @@ from conftest import build_model
 from halfplate.calibration import CalibrationTokens
 from halfplate.compression.transforming import transformed
 from halfplate.compression.work_folder import WorkFolder
-from halfplate.models.sources import open_source
+from halfplate.models.sources import load_dense, open_source
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning.transforming import plan_transforms
 from halfplate.recipe import Recipe
@@ -65,3 +65,23 @@ def logits(source, ids=IDS):
     """Those of a source whose tensors can be read one by one."""
     with StreamedModel(source).running(held=True) as model, torch.no_grad():
         return model(ids, use_cache=False).logits
+
+
+def hidden_states(source):
+    """The inputs of every linear and norm of the whole model on the calibration text, (tokens, d) by module name."""
+    model, found = load_dense(source).model, {}
+    hooks = [
+        module.register_forward_hook(lambda _, args, out, name=name: found.update({name: (args[0], out)}))
+        for name, module in model.named_modules()
+        if name.endswith(("proj", "norm")) or "layernorm" in name
+    ]
+    with torch.no_grad():
+        model(tokens(source).ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return model, {name: [part.double().flatten(0, 1) for part in parts] for name, parts in found.items()}
+
+
+def kept_by_hand(scores, count):
+    ranked = sorted(range(len(scores)), key=lambda unit: -scores[unit])
+    return sorted(ranked[:count])

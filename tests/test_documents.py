@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from causal_models import MOE
+from conftest import build_model
 from halfplate.cli import main
 from halfplate.recipe import Recipe
 
@@ -82,7 +84,7 @@ def test_every_command_of_the_readme_and_of_the_examples_runs(workplace, capsys,
         assert capsys.readouterr().out.strip() or words[0] == "export", line
 
 
-@pytest.mark.parametrize(("page", "commands"), [("methods.md", 5), ("choosing.md", 8)])
+@pytest.mark.parametrize(("page", "commands"), [("methods.md", 7), ("choosing.md", 8)])
 def test_every_command_of_a_page_runs(workplace, capsys, page, commands):
     lines = re.findall(r"^\$ halfplate (.*)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
     assert len(lines) == commands
@@ -106,6 +108,16 @@ def test_every_command_of_a_page_of_the_site_runs(compressed, capsys, page):
         assert main(quick(shlex.split(line, comments=True))) == 0, line + capsys.readouterr().err
     if page == "export.md":
         python(page)
+
+
+def test_commands_of_the_page_on_experts_run(workplace, tiny_tokenizer, capsys):
+    mixture = build_model("qwen3_moe", vocab_size=len(tiny_tokenizer), **MOE, head_dim=8)
+    mixture.save_pretrained("Mixture")
+    tiny_tokenizer.save_pretrained("Mixture")
+    lines = re.findall(r"^\$ halfplate (.*)$", (ROOT / "docs" / "experts.md").read_text(), re.MULTILINE)
+    assert len(lines) == 5
+    for line in lines:
+        assert main(quick(shlex.split(line))) == 0, line + capsys.readouterr().err
 
 
 def test_commands_of_the_page_on_memory_run(workplace, capsys):

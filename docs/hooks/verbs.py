@@ -10,7 +10,7 @@ from halfplate.cli import VERBS, build_parser
 MORE = {
     "plan": ("memory.md", "choosing.md", "budget.md"),
     "compress": ("choosing.md", "armor.md", "methods.md", "budget.md", "memory.md", "resume.md", "troubleshooting.md"),
-    "prune": ("pruning.md", "transforms.md", "resume.md"),
+    "prune": ("pruning.md", "experts.md", "transforms.md", "resume.md"),
     "recover": ("recovery.md",),
     "eval": ("ecosystem.md", "choosing.md"),
     "bench": ("speed.md", "decoding.md", "kernels.md"),

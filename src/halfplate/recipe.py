@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
@@ -12,6 +11,8 @@ from typing import Any, Literal, Unpack, get_type_hints
 from halfplate import methods, transforms
 from halfplate.allocation import CHOSEN, Evolution
 from halfplate.allocation.asked import CONTEXT, check_budget
+from halfplate.allocation.ratios import UNIFORM
+from halfplate.allocation.ratios.asked import formats_asked
 from halfplate.allocation.targets import HALFPLATE
 from halfplate.arguments import path_text, size_in_bytes, typed
 from halfplate.calibration.mixture import parts_of, sampled_samples, samples_of
@@ -65,7 +66,8 @@ class Recipe:
     - token_limit: clip the squared norm of each token to this many times the median
     - precision: of matrix products during calibration; `auto` is bf16 if the processor multiplies it faster
     - tune_block: steps that train each layer towards the output of the original layer
-    - ratios: `owl` keeps more in layers with more outliers, with the same average and a range of 2 · owl_lambda
+    - ratios: the rule by which layers keep unequal shares with the same average, a name in `halfplate.allocation.ratios.RATIOS`; `uniform` for none
+    - owl_lambda: half the difference between the largest and the smallest share of `owl` and `farms`
     - budget, time_budget: fraction of the original bytes, or of the decode time of the original linears on this machine
     - fit, fit_ram: bytes of the whole result in its file, or in memory with a cache of `context` tokens; text such as `600MB` is converted
     - target: program that runs the result, a name in `halfplate.allocation.TARGETS`, whose formats are the candidates
@@ -111,7 +113,7 @@ class Recipe:
     token_limit: float | Literal["none"] = 10.0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     tune_block: int = 0
-    ratios: Literal["uniform", "owl"] = "uniform"
+    ratios: str = UNIFORM
     owl_lambda: float = 0.08
     budget: float | None = None
     time_budget: float | None = None
@@ -191,21 +193,9 @@ class Recipe:
                 raise HalfplateError(f"{name}={getattr(self, name)!r} is empty; leave it out for the default")
 
     def _check_ratios(self) -> None:
-        if not 0 <= self.owl_lambda <= 0.5:
-            raise HalfplateError(f"owl_lambda={self.owl_lambda} must be a fraction of the weights, 0 to 0.5; try 0.08")
-        if self.ratios == "uniform":
-            return
-        pattern, method = self.parsed_pattern, self.create_method()
-        if pattern.is_dense:
-            raise HalfplateError(
-                f"ratios={self.ratios!r} spreads N of M over the layers, and pattern dense has none; try 4:8"
-            )
-        if self.budgeted:
-            raise HalfplateError(
-                f"ratios={self.ratios!r} and a budget both choose the pattern of each matrix; leave one of them out"
-            )
-        most = min(pattern.m - 1, math.ceil(pattern.n + 2 * self.owl_lambda * pattern.m))
-        method.check_spec(replace(self.spec(1, pattern.m, 0), pattern=Pattern(most, pattern.m)))
+        for found in formats_asked(self):
+            spec = self.spec(1, max(found.pattern.m, self.group_size), 0, found.core_dtype)
+            self.create_method().check_spec(replace(spec, pattern=found.pattern))
 
     @property
     def evolution(self) -> Evolution | None:

@@ -9,11 +9,12 @@ from halfplate.models.sources import load_dense, open_source
 from halfplate.models.streamed import StreamedModel
 from halfplate.transforms import find
 from halfplate.transforms.structure.graph import CHANNELS, HEADS, PAIRS, StructureGraph
-from halfplate.transforms.structure.modegpt import RIDGE, directions, leverage, refitted
+from halfplate.transforms.structure.least_squares import refitted
+from halfplate.transforms.structure.modegpt import RIDGE, directions, leverage
 from halfplate.transforms.structure.widths import step_of
-from structured_models import IDS, KINDS, logits, pruned, saved, tokens
+from structured_models import IDS, KINDS, hidden_states, kept_by_hand, logits, pruned, saved
 
-METHODS = ("depth", "magnitude-structured", "wanda-structured", "flap", "slicegpt", "modegpt")
+METHODS = ("depth", "magnitude-structured", "wanda-structured", "flap", "cfsp", "tyr", "nirvana", "slicegpt", "modegpt")
 
 
 def parameters(source):
@@ -81,26 +82,6 @@ def test_steps_of_widths():
         100: 4,
     }
     assert {width: step_of(width) for width in widths} == widths
-
-
-def hidden_states(source):
-    """The inputs of every linear and norm of the whole model on the calibration text, (tokens, d) by module name."""
-    model, found = load_dense(source).model, {}
-    hooks = [
-        module.register_forward_hook(lambda _, args, out, name=name: found.update({name: (args[0], out)}))
-        for name, module in model.named_modules()
-        if name.endswith(("proj", "norm")) or "layernorm" in name
-    ]
-    with torch.no_grad():
-        model(tokens(source).ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return model, {name: [part.double().flatten(0, 1) for part in parts] for name, parts in found.items()}
-
-
-def kept_by_hand(scores, count):
-    ranked = sorted(range(len(scores)), key=lambda unit: -scores[unit])
-    return sorted(ranked[:count])
 
 
 def cut_by_hand(model, layer, heads, channels):

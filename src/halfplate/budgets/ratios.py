@@ -1,18 +1,18 @@
-"""Choosing N of M for every decoder layer by its outliers in the original model."""
+"""Choosing N of M or bits for every decoder layer from its weights and inputs in the original model."""
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from halfplate.allocation.layer_ratios import kept_of_groups, kept_ratios, outlier_share
+from halfplate.allocation.ratios import RATIOS, Ratios
+from halfplate.allocation.ratios.formats import average, formats_of
 from halfplate.calibration import BATCH, CalibrationTokens
 from halfplate.calibration.experts import collect_layer
 from halfplate.models.blockwise import BlockwiseModel
 from halfplate.models.sources import LoadedModel
-from halfplate.pattern import Pattern
 from halfplate.planning import MatrixPlan, Plan
 from halfplate.statistics import Statistic
 from halfplate.telemetry.clock import Clock
@@ -21,11 +21,14 @@ from halfplate.telemetry.progress import Report
 
 @dataclass(frozen=True)
 class BlockRatio:
-    """The share that one decoder layer keeps. outlier_share: share of its weights with a score above 5 times the mean."""
+    """What one decoder layer keeps: a pattern, or a type of cores.
+
+    score: the figure by which the rule chose it (OWL: its share of outliers).
+    """
 
     block: int
-    outlier_share: float
-    pattern: str
+    score: float
+    format: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -35,46 +38,57 @@ class BlockRatio:
 def ratio_plan(
     loaded: LoadedModel, plan: Plan, tokens: CalibrationTokens, report: Report, clock: Clock
 ) -> tuple[Plan, list[BlockRatio]]:
-    """The plan with N of M chosen for every layer by OWL, and the choices; the average stays that of the recipe.
+    """The plan with N of M, or bits, chosen for every layer by the `ratios` of its recipe, and the choices; the average stays that of the recipe.
 
-    Scores are |W| · ‖X‖ of the planned matrices on the inputs of the original model.
+    The rule sees the planned matrices and their inputs in the original model.
     """
+    recipe = plan.recipe
+    rule, format_of = RATIOS.get(recipe.ratios), (recipe.parsed_pattern, recipe.core_dtype, recipe.group_size)
     with clock("choosing ratios"):
-        shares = _outlier_shares(loaded, plan, tokens, report)
-    recipe, pattern = plan.recipe, plan.recipe.parsed_pattern
-    sizes = [sum(m.spec.d_out * m.spec.d_in for m in plan.matrices if m.block == block and m.spec) for block in shares]
-    ratios = kept_ratios(list(shares.values()), sizes, pattern.n / pattern.m, recipe.owl_lambda)
-    kept = dict(zip(shares, kept_of_groups(ratios, sizes, pattern), strict=True))
-    patterns = {block: Pattern(n, pattern.m) for block, n in kept.items()}
+        measured = _measured(rule, loaded, plan, tokens, report)
+    sizes = [
+        sum(m.spec.d_out * m.spec.d_in for m in plan.matrices if m.block == block and m.spec) for block in measured
+    ]
+    shares = rule.kept(list(measured.values()), sizes, average(*format_of), recipe.owl_lambda)
+    formats = dict(zip(measured, formats_of(shares, sizes, *format_of), strict=True))
 
     def chosen(matrix: MatrixPlan) -> MatrixPlan:
         if matrix.spec is None or matrix.block is None:
             return matrix
-        return replace(matrix, spec=replace(matrix.spec, pattern=patterns[matrix.block]))
+        found = formats[matrix.block]
+        return replace(matrix, spec=replace(matrix.spec, pattern=found.pattern, core_dtype=found.core_dtype))
 
-    blocks = [BlockRatio(block, share, str(patterns[block])) for block, share in shares.items()]
+    blocks = [
+        BlockRatio(block, rule.score(found, share), str(formats[block]))
+        for (block, found), share in zip(measured.items(), shares, strict=True)
+    ]
     return replace(plan, matrices=tuple(map(chosen, plan.matrices))), blocks
 
 
-def _outlier_shares(loaded: LoadedModel, plan: Plan, tokens: CalibrationTokens, report: Report) -> dict[int, float]:
-    """The outlier share of every layer with planned matrices, in order."""
+def _measured(
+    rule: Ratios, loaded: LoadedModel, plan: Plan, tokens: CalibrationTokens, report: Report
+) -> dict[int, Tensor]:
+    """What the rule knows of every layer with planned matrices, in order."""
     names: dict[int, list[str]] = defaultdict(list)
     for matrix in plan.matrices:
         if matrix.spec is not None and matrix.block is not None:
             names[matrix.block].append(matrix.name)
     blockwise = BlockwiseModel(loaded.model, plan.recipe.precision)
-    hidden = [blockwise.embed(batch) for batch in tokens.ids.to(loaded.model.device).split(BATCH)]
+    hidden = []
+    if rule.reads_inputs:
+        hidden = [blockwise.embed(batch) for batch in tokens.ids.to(loaded.model.device).split(BATCH)]
     limit = None if plan.recipe.token_limit == "none" else plan.recipe.token_limit
-    shares, last = {}, max(names)
+    found, last = {}, max(names)
     report("choosing ratios", 0, last + 1)
     for block in range(last + 1):
-        if names[block]:
+        norms: list[Tensor] = []
+        if rule.reads_inputs and names[block]:
             collected, hidden = collect_layer(blockwise, block, hidden, names[block], Statistic.DIAGONAL, limit)
-            weights = {name: cast(nn.Linear, loaded.model.get_submodule(name)).weight for name in names[block]}
-            shares[block] = outlier_share(
-                [w.detach().float().abs() * collected[name].require_diagonal().sqrt() for name, w in weights.items()]
-            )
+            norms = [collected[name].require_diagonal().sqrt() for name in names[block]]
         else:
             hidden = [blockwise.run_block(block, batch) for batch in hidden]
+        if names[block]:
+            linears = (cast(nn.Linear, loaded.model.get_submodule(name)) for name in names[block])
+            found[block] = rule.measured([linear.weight.detach().float() for linear in linears], norms)
         report("choosing ratios", block + 1, last + 1)
-    return shares
+    return found

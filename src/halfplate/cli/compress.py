@@ -94,8 +94,13 @@ def _print(summary: dict[str, Any], wish: str) -> None:
     if summary["levels"]:
         rows.append(("formats chosen", "; ".join(f"{count} x {level}" for level, count in summary["levels"].items())))
     if "ratios" in summary:
+        rows.append(("kept by layer", ", ".join(f"{ratio['block']}: {ratio['format']}" for ratio in summary["ratios"])))
+    if knee := summary.get("knee"):
         rows.append(
-            ("kept by layer", ", ".join(f"{ratio['block']}: {ratio['pattern']}" for ratio in summary["ratios"]))
+            (
+                "essential sparsity",
+                f"{knee['sparsity']:.0%}; if more of the smallest weights go, the perplexity rises by more than 5 %",
+            )
         )
     if tuned := summary["tuned_blocks"].values():
         won = sum(block["after"] < block["before"] for block in tuned)

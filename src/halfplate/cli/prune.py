@@ -1,4 +1,4 @@
-"""Write a smaller model, with fewer layers, heads, channels or hidden dimensions, as an ordinary folder."""
+"""Write a smaller model, with fewer layers, heads, channels, hidden dimensions or experts, as an ordinary folder."""
 
 import argparse
 from shlex import quote
@@ -24,11 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", metavar="FRACTION", type=float, required=True, help="share of the parameters that stay, e.g. 0.75"
     )
     parser.add_argument(
+        "--method",
         "--transforms",
+        dest="transforms",
         metavar="NAME",
         nargs="+",
         action="extend",
-        help="how (default modegpt): depth, magnitude-structured, wanda-structured, flap, slicegpt or modegpt (docs/pruning.md)",
+        help="how (default modegpt): depth, magnitude-structured, wanda-structured, flap, cfsp, tyr, nirvana, slicegpt or modegpt; of a mixture of experts: "
+        "reap, stun, expert-frequency or expert-merge (docs/pruning.md)",
     )
     parser.add_argument(
         "--calibration",

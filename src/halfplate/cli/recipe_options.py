@@ -55,12 +55,12 @@ FIELDS = (
     (
         "--ratios",
         "WHICH",
-        "uniform (default), or owl: choose N:M per layer from its outlier share; the average stays the same",
+        "choose N:M per layer, with the same average: owl by outliers, farms by spectra, essential by one magnitude; uniform (default) does not",
     ),
     (
         "--owl-lambda",
         "X",
-        "half the difference between the largest and smallest kept share of --ratios owl (default 0.08)",
+        "half the difference between the largest and smallest kept share of --ratios owl and farms (default 0.08)",
     ),
     ("--tune-block", "STEPS", "steps that train each compressed layer towards the output of the original (default 0)"),
     (

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--out", metavar="OUT", required=True, help="folder to write the trained checkpoint to")
     parser.add_argument(
-        "--train", metavar="WHAT", help="values to train: all (default, wrappers and kept values) or wrappers"
+        "--train",
+        metavar="WHAT",
+        help="values to train: all (default, wrappers and kept values), wrappers, or router (only what chooses experts)",
     )
     parser.add_argument(
         "--no-norms", dest="norms", action="store_false", default=None, help="do not train norms and biases"

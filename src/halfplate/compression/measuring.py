@@ -20,7 +20,7 @@ from halfplate.models.streamed import StreamedModel
 from halfplate.storage.artifact import Artifact, load_artifact, save_artifact
 from halfplate.storage.tensor_file import StoredTensor, read_tensor
 from halfplate.telemetry.progress import Report
-from halfplate.transforms import MeasuredTransform, Statistics
+from halfplate.transforms import MeasuredTransform, Statistics, WholeTransform
 
 
 def measured(
@@ -33,10 +33,14 @@ def measured(
 ) -> Statistics:
     """The statistics of each layer of `streamed` that the transform with this number in the plan asks for.
 
-    One layer and one batch of hidden states are in memory. Finished layers are not run again, unless their hidden states were lost.
+    One layer and one batch of hidden states are in memory, or the whole model for a `WholeTransform`. Finished layers are not run again,
+    unless their hidden states were lost.
     """
     found = _Measuring(transform, streamed, tokens, work, number)
-    found.run(report)
+    if isinstance(transform, WholeTransform):
+        found.run_whole(transform, report)
+    else:
+        found.run(report)
     return found.statistics
 
 
@@ -67,6 +71,19 @@ class _Measuring:
                 self._advance(layer, layer >= done)
                 report("measuring", layer + 1, layers, self.transform.label)
         shutil.rmtree(self._hidden(0).path.parent, ignore_errors=True)
+
+    def run_whole(self, transform: WholeTransform, report: Report) -> None:
+        """Measure the whole model, unless all layers are finished."""
+        layers, samples = len(self.streamed.blocks), len(self.tokens.ids)
+        if all(self._finished(layer) is not None for layer in range(layers)):
+            return
+        report("measuring", 0, samples, transform.label)
+        with self.streamed.running(held=True) as model, torch.enable_grad():
+            torch.nn.Module.to(model, self.streamed.device)
+            ids = self.tokens.ids.to(self.streamed.device)
+            found = transform.measured(model, ids, lambda done: report("measuring", done, samples, transform.label))
+        for layer, statistics in enumerate(found):
+            save_artifact(self._file(layer), statistics, {})
 
     def statistics(self, layer: int) -> Mapping[str, Tensor]:
         """The statistics of a finished layer."""

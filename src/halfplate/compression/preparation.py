@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from halfplate.budgets.choose import allocate_plan
+from halfplate.budgets.knee import find_knee
 from halfplate.budgets.ratios import ratio_plan
 from halfplate.calibration import CalibrationTokens, calibration_tokens
 from halfplate.calibration.mixture import spoken
@@ -175,6 +176,12 @@ def chosen_levels(
             if recipe.ratios != "uniform":
                 plan, ratios = ratio_plan(loaded, plan, tokens, report, clock)
                 told["ratios"] = [ratio.to_json() for ratio in ratios]
+            if recipe.ratios == "essential":
+                assert tokens is not None
+                with clock("choosing ratios"):
+                    ids = tokens.ids.to(recipe.device)
+                    # The last to use this model, whose weights it removes.
+                    told["knee"] = find_knee(model, list(plan.specs), ids, report).to_json()
         write_json(work.levels, {"specs": {name: spec.to_json() for name, spec in plan.specs.items()}, "told": told})
         return plan, told
     specs = {name: WeightSpec.from_json(entry, name) for name, entry in kept["specs"].items()}

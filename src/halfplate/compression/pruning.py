@@ -22,7 +22,8 @@ from halfplate.checkpoint.output import check_place, check_result_folder
 from halfplate.checkpoint.weights import read_back, read_headers
 from halfplate.checkpoint.write import write_configuration, write_record
 from halfplate.compression.preparation import check_weights, fixed_threads, prepared_tokens
-from halfplate.compression.result import check_text, plain_entries, plain_tensors
+from halfplate.compression.published_form import PublishedForm
+from halfplate.compression.result import check_text
 from halfplate.compression.self_check import check_tokens, original_logits
 from halfplate.compression.transforming import transformed
 from halfplate.compression.work_folder import WorkFolder, check_same
@@ -232,13 +233,12 @@ def _carry_out(order: _Order, report: Report) -> dict[str, Any]:
 
 def _write(streamed: StreamedModel, source: Source, folder: Path) -> dict[str, str]:
     """Write all files of the model except its record; returns the SHA-256 of each tensor."""
-    entries = plain_entries(streamed, streamed.stored)
+    form = PublishedForm(streamed)
 
     def write(file: TensorFileWriter, name: str) -> str:
-        ((_, tensor),) = plain_tensors(streamed, {name: entries[name]})
-        return file.write(name, tensor)
+        return file.write(name, form.tensor(name))
 
-    checksums = write_shards(entries, folder, MAX_SHARD_NBYTES, write)
+    checksums = write_shards(form.entries, folder, MAX_SHARD_NBYTES, write)
     write_configuration(streamed.model, load_tokenizer(source), folder, source.other_dtype, None)
     copy_companions(source.path, folder)
     return checksums

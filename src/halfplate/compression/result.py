@@ -107,6 +107,8 @@ def _recorded(
     told: dict[str, Any] = {}
     if "ratios" in record:
         told["ratios"] = [BlockRatio(**ratio).to_json() for ratio in record["ratios"]]
+    if "knee" in record:
+        told["knee"] = dict(record["knee"])
     if "search" in record:
         told["search"] = record["search"] | {
             "trajectory": [dict(step, kl=float(step["kl"])) for step in record["search"]["trajectory"]]

@@ -10,7 +10,17 @@ from halfplate.errors import HalfplateError
 from halfplate.models.reading import in_words
 from halfplate.models.sources import Source, skeleton
 from halfplate.recipe import Recipe
-from halfplate.transforms import CONVERSION, MeasuredTransform, Piece, Transform, chosen, find, outline, pieces_of
+from halfplate.transforms import (
+    CONVERSION,
+    MeasuredTransform,
+    Piece,
+    Transform,
+    WholeTransform,
+    chosen,
+    find,
+    outline,
+    pieces_of,
+)
 
 FP32 = 4
 
@@ -85,6 +95,9 @@ def _planned(transform: Transform, source: Source, recipe: Recipe, plans: list[T
 def _measuring(transform: MeasuredTransform, source: Source, recipe: Recipe) -> tuple[int, int]:
     """The memory while text runs through the layers, and the disk space of hidden states and statistics."""
     pieces, config = pieces_of(skeleton(source)), source.config.get_text_config()
+    if isinstance(transform, WholeTransform):
+        held = transform.measuring_nbytes(source, recipe.seq_len)
+        return held, transform.statistics_nbytes(source) * config.num_hidden_layers
     kept, tokens = transform.statistics_nbytes(source), recipe.samples * recipe.seq_len
     hidden = FP32 * min(BATCH, recipe.samples) * recipe.seq_len * config.hidden_size
     wide = FP32 * min(BATCH, recipe.samples) * recipe.seq_len * _widest(pieces)

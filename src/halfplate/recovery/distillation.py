@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
+from halfplate.formats.linear import assembled
+from halfplate.models.experts import recognised
+from halfplate.models.experts.routers import router_parameters
 from halfplate.models.linears import find_linears
+from halfplate.models.sources import Source, skeleton
 from halfplate.precision import products
 from halfplate.recovery.loss import divergence, square_head
-from halfplate.recovery.settings import Recovery
+from halfplate.recovery.settings import ROUTER, Recovery
 from halfplate.recovery.state import State
 from halfplate.recovery.trainable import TrainableLinear, trainable
 
@@ -35,14 +39,20 @@ class Progress:
     loss: float | None = None
 
 
-def check_trainable(specs: Mapping[str, WeightSpec], settings: Recovery) -> None:
-    """Raise HalfplateError if a model with the matrices `specs` has nothing to train under `settings`."""
+def check_trainable(original: Source, specs: Mapping[str, WeightSpec], settings: Recovery) -> None:
+    """Raise HalfplateError if a model made of `original`, with the matrices `specs`, has nothing to train under `settings`."""
+    if settings.train == ROUTER and not list(router_parameters(skeleton(original))):
+        raise _nothing_to_train(settings)
     added = any(spec.trains_beside_core for spec in specs.values())
     if settings.train == "wrappers" and not settings.norms and not added:
         raise _nothing_to_train(settings)
 
 
 def _nothing_to_train(settings: Recovery) -> HalfplateError:
+    if settings.train == ROUTER:
+        return HalfplateError(
+            f"train={settings.train!r}: the model has no router of experts, or none of a known form; pass --train all"
+        )
     return HalfplateError(
         f"train={settings.train!r}: the model has no wrappers and no norms to train; pass --train all"
     )
@@ -55,8 +65,11 @@ def in_training(student: Any, settings: Recovery) -> Iterator[dict[str, nn.Param
     Raises HalfplateError if there is nothing to train, as in a model whose norms have no weights.
     """
     student.requires_grad_(False)
-    with torch.enable_grad(), trainable(student, values_too=settings.train == "all") as linears:
-        if settings.norms:
+    with torch.enable_grad(), _linears(student, settings) as linears:
+        if settings.train == ROUTER:
+            for parameter in router_parameters(student):
+                parameter.requires_grad_(True)
+        elif settings.norms:
             _enable_norms(student, linears)
         if not linears and settings.train == "all":
             _enable_linears(student)
@@ -72,10 +85,23 @@ def in_training(student: Any, settings: Recovery) -> Iterator[dict[str, nn.Param
     student.requires_grad_(False)
 
 
+@contextmanager
+def _linears(student: Any, settings: Recovery) -> Iterator[dict[str, TrainableLinear]]:
+    """Context manager in which compressed linears are trainable, by name; for routers alone, they only pass on gradients."""
+    if settings.train == ROUTER:
+        with assembled(student):
+            yield {}
+    else:
+        with trainable(student, values_too=settings.train == "all") as linears:
+            yield linears
+
+
 def _enable_linears(student: Any) -> None:
-    """Enable gradients of the linears in the layers of a model that is not compressed."""
+    """Enable gradients of the linears in the layers of a model that is not compressed, those of experts included."""
     for found in find_linears(student)[0]:
         student.get_submodule(found.name).weight.requires_grad_(True)
+    for name in recognised(student):  # experts in 3-D tensors
+        student.get_submodule(name).requires_grad_(True)
 
 
 def _enable_norms(student: Any, linears: dict[str, TrainableLinear]) -> None:

@@ -77,7 +77,7 @@ def recover(
             f"model={str(model)!r} is not a Halfplate checkpoint; give the OUT of halfplate compress, or of halfplate prune"
         )
     source = _open_teacher(teacher)
-    check_trainable(_specs(base), settings)
+    check_trainable(source, _specs(base), settings)
     tokenizer = load_dense_tokenizer(source)
     _check_tokenizer(base, source.name, tokenizer)
     accelerator = Accelerator(cpu=device == "cpu")

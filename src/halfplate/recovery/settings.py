@@ -7,7 +7,8 @@ from halfplate.arguments import typed
 from halfplate.errors import HalfplateError
 
 VERSION = 1
-TRAIN = ("wrappers", "all")
+ROUTER = "router"
+TRAIN = ("wrappers", "all", ROUTER)
 PRECISIONS = ("auto", "bf16", "fp32")
 HELD_OUT = 8  # windows held out for validation; fewer if the text has few
 
@@ -17,8 +18,9 @@ class Recovery:
     """All settings of a recovery.
 
     - tokens, minutes: length of the training; exactly one of them
-    - train: `all` (wrappers and kept values, or scales of integer cores; the linears of a model that is only pruned) or `wrappers`
-    - norms: also train norms and biases
+    - train: `all` (wrappers and kept values, or scales of integer cores; the linears and experts of a model that is only pruned), `wrappers`,
+      or `router` (only what chooses the experts of each token)
+    - norms: also train norms and biases; not with `router`
     - batch: sequences per step, over all processes
     - square_head: weight of the feature loss, 0 for none
     - learning_rate: peak rate of AdamW, relative to the root mean square of each tensor

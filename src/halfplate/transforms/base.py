@@ -16,6 +16,8 @@ from halfplate.errors import HalfplateError
 from halfplate.models.linears import find_blocks
 from halfplate.models.sources import Source, skeleton
 
+FP32 = 4
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -135,6 +137,34 @@ class MeasuredTransform(Transform):
         raise HalfplateError(
             f"transforms={self.label!r} needs statistics of the model: call `settled` instead of `open`"
         )
+
+
+class WholeTransform(MeasuredTransform):
+    """A transform that depends on statistics of the whole model at once, such as gradients.
+
+    Halfplate holds the whole model in memory in fp32, and keeps what `measured` returns in a file for each layer.
+    """
+
+    @abstractmethod
+    def measured(self, model: PreTrainedModel, ids: Tensor, tell: Callable[[int], None]) -> list[dict[str, Tensor]]:
+        """The statistics of each layer, not empty, as `settled` receives them. Gradients are enabled, but of no parameter.
+
+        ids: int64 (samples, L) on the device of the model. tell: called with the number of finished samples.
+        """
+
+    def measuring_nbytes(self, source: Source, seq_len: int) -> int:
+        """Peak bytes of `measured`, the model included: by default for gradients of all tensors, from one sample at a time."""
+        pieces = pieces_of(skeleton(source))
+        config = source.config.get_text_config()
+        wide = max(
+            max(shape) for piece in pieces if piece.index is not None for _, shape in piece.entries.values() if shape
+        )
+        # Of a layer: about eight tensors of its widest, and the weights of attention of all heads.
+        kept: int = FP32 * seq_len * (8 * wide + 2 * config.num_attention_heads * seq_len) * config.num_hidden_layers
+        return 2 * sum(piece.nbytes for piece in pieces) + kept + 3 * FP32 * seq_len * int(config.vocab_size)
+
+    def probe(self, source: Source, layer: int) -> Probe:
+        raise HalfplateError(f"transforms={self.label!r} measures the whole model: call `measured` instead of `probe`")
 
 
 def making(tensor: Callable[[str], Tensor]) -> Maker:

@@ -17,6 +17,7 @@ from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
 from halfplate.transforms.base import MeasuredTransform, Probe, Settled, Statistics, making
 from halfplate.transforms.structure.graph import CHANNELS, PAIRS, PREFIX, StructureGraph
+from halfplate.transforms.structure.least_squares import DAMPING, factor_of, refitted
 from halfplate.transforms.structure.probes import Gram, rows, stored
 from halfplate.transforms.structure.scored import DOWN, Cutter, Layer, best, layer_of
 from halfplate.transforms.structure.shrinking import Shrinking, Target
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 # Of the leverage scores, relative to the mean of the diagonal. Between 0.001 and 10, the KL of SmolLM2-135M at keep 0.75 is least at 1: 1.28
 # against 1.32 at 0.01.
 RIDGE = 1.0
-DAMPING = 1e-6  # of matrices that are inverted, likewise
 SCALINGS = ("default", "linear", "llama3")  # of RoPE, whose frequencies do not depend on the length of the text
 QUERY, KEY, VALUE, OUTPUT = (f"self_attn.{name}_proj" for name in "qkvo")
 
@@ -194,15 +194,9 @@ class _Modules:
 
 def leverage(gram: Tensor) -> Tensor:
     """The ridge leverage score of each channel from their second moments (n, n)."""
-    factor, ridge = _factor(gram, RIDGE)
+    factor, ridge = factor_of(gram, RIDGE)
     # The diagonal of C (C + λ)⁻¹ is 1 minus λ times that of the inverse.
     return 1 - ridge * torch.cholesky_inverse(factor).diagonal()
-
-
-def refitted(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
-    """W C[:, S] (C[S, S])⁻¹: the weights of the inputs `kept` with which the outputs are nearest to those of all inputs."""
-    factor, _ = _factor(gram[kept][:, kept], DAMPING)
-    return torch.cholesky_solve((weight @ gram[:, kept]).T, factor).T
 
 
 def directions(moments: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -220,21 +214,6 @@ def directions(moments: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Ten
     inverse = vectors / values[:, None] @ vectors.mT
     main = torch.linalg.eigh(root @ (by_head.mT @ by_head) @ root).eigenvectors.flip(2)[:, :, :count]
     return main.mT @ inverse, root @ main
-
-
-def _factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The Cholesky factor of `gram` with `damping` times the mean of its diagonal added to the diagonal, and what was added.
-
-    The damping grows tenfold until there is one, because the statistics are rounded to fp32.
-    """
-    added = damping * float(gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
-    damped = gram.clone()
-    while True:
-        damped.diagonal().copy_(gram.diagonal()).add_(added)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            return factor, added
-        added *= 10
 
 
 def _chosen_pairs(target: Target, statistics: Statistics) -> Tensor:

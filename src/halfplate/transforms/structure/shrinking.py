@@ -64,7 +64,7 @@ class Shrinking(Transform):
 
     def target(self, source: Source) -> Target:
         """What the model becomes; raises HalfplateError if `keep` is too small for it."""
-        return _target(self, _Identity(source))
+        return _target(self, Identity(source))
 
     def budget(self, source: Source) -> int:
         """The parameters that the result has at most."""
@@ -104,21 +104,21 @@ class Shrinking(Transform):
         return self.target(source).configuration
 
 
-class _Identity:
-    """A source as a key, which equals no other object: planning asks for the same target many times."""
+class Identity:
+    """A source as a key, which equals no other object: planning asks for the same many times."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.source is self.source
+        return isinstance(other, Identity) and other.source is self.source
 
     def __hash__(self) -> int:
         return id(self.source)
 
 
 @lru_cache(maxsize=4)
-def _target(transform: Shrinking, key: _Identity) -> Target:
+def _target(transform: Shrinking, key: Identity) -> Target:
     source = key.source
     graph = transform.graph(source, transform.added(source))
     return Target(graph, transform.sizes(graph, transform.budget(source)))
