@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any, Literal, Unpack, get_type_hints
 from halfplate import methods, transforms
 from halfplate.allocation import CHOSEN, Evolution
 from halfplate.allocation.asked import CONTEXT, check_budget
+from halfplate.allocation.asked_ratios import check_ratios
 from halfplate.allocation.targets import HALFPLATE
 from halfplate.arguments import path_text, size_in_bytes, typed
 from halfplate.calibration.mixture import parts_of, sampled_samples, samples_of
@@ -37,13 +37,15 @@ from halfplate.registry import available, unknown
 VERSION = 1
 # Values of embedding_dtype and head_dtype beside the quantizers: as the model has it, and Halfplate's choice.
 KEEP, AUTO = "keep", "auto"
+NOMINAL = 4096  # side of the matrix for which a method without a core is checked before the model is known
 # Neither changes the result: they are no part of what makes two runs the same.
 WITHOUT_EFFECT = ("threads", "max_kl")
 
 
 def pattern_of(method: str) -> str:
-    """The pattern for `auto`: `2:4`, or `dense` for a method that does not prune."""
-    return "2:4" if methods.METHODS.get(method).sparse else "dense"
+    """The pattern for `auto`: `2:4`, `dense` for a method that does not prune, or `none` for one that makes no core."""
+    found = methods.METHODS.get(method)
+    return "none" if found.coreless else "2:4" if found.sparse else "dense"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Recipe:
 
     - version: of this object
     - method, method_options: a name of `halfplate methods`, and its options, e.g. `{"iterations": 20}`
-    - pattern: `N:M`, `dense`, or `auto` (`dense` if the method does not prune, else `2:4`)
+    - pattern: `N:M`, `dense`, `none`, or `auto` (`dense` if the method does not prune, `none` if it makes no core, else `2:4`)
     - core_dtype, wrapper_dtype: data types of kept values and wrappers
     - types: `PATTERN=TYPE`, the core_dtype of matrices whose full name matches a shell pattern; the first that matches counts
     - block_size: `auto` (chosen by the plan), 0 for no wrappers, 1 for diagonal wrappers; for slim the rank
@@ -65,7 +67,7 @@ class Recipe:
     - token_limit: clip the squared norm of each token to this many times the median
     - precision: of matrix products during calibration; `auto` is bf16 if the processor multiplies it faster
     - tune_block: steps that train each layer towards the output of the original layer
-    - ratios: `owl` keeps more in layers with more outliers, with the same average and a range of 2 · owl_lambda
+    - ratios: `owl` keeps more in layers with more outliers, with the same average and a range of 2 · owl_lambda; `welore` gives each matrix of method svd its own rank
     - budget, time_budget: fraction of the original bytes, or of the decode time of the original linears on this machine
     - fit, fit_ram: bytes of the whole result in its file, or in memory with a cache of `context` tokens; text such as `600MB` is converted
     - target: program that runs the result, a name in `halfplate.allocation.TARGETS`, whose formats are the candidates
@@ -111,7 +113,7 @@ class Recipe:
     token_limit: float | Literal["none"] = 10.0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     tune_block: int = 0
-    ratios: Literal["uniform", "owl"] = "uniform"
+    ratios: Literal["uniform", "owl", "welore"] = "uniform"
     owl_lambda: float = 0.08
     budget: float | None = None
     time_budget: float | None = None
@@ -175,7 +177,7 @@ class Recipe:
                 f"tune_block={self.tune_block} needs inputs='compressed', received {self.inputs!r}; use inputs compressed"
             )
         check_budget(self)
-        self._check_ratios()
+        check_ratios(self)
         if self.cross_damping != "none" and not 0 <= self.cross_damping < float("inf"):
             raise HalfplateError(
                 f"cross_damping={self.cross_damping} must be a finite number, 0 or more, or none; try 1.0"
@@ -189,23 +191,6 @@ class Recipe:
         for name in ("method", "calibration"):
             if not "".join(getattr(self, name)).strip():
                 raise HalfplateError(f"{name}={getattr(self, name)!r} is empty; leave it out for the default")
-
-    def _check_ratios(self) -> None:
-        if not 0 <= self.owl_lambda <= 0.5:
-            raise HalfplateError(f"owl_lambda={self.owl_lambda} must be a fraction of the weights, 0 to 0.5; try 0.08")
-        if self.ratios == "uniform":
-            return
-        pattern, method = self.parsed_pattern, self.create_method()
-        if pattern.is_dense:
-            raise HalfplateError(
-                f"ratios={self.ratios!r} spreads N of M over the layers, and pattern dense has none; try 4:8"
-            )
-        if self.budgeted:
-            raise HalfplateError(
-                f"ratios={self.ratios!r} and a budget both choose the pattern of each matrix; leave one of them out"
-            )
-        most = min(pattern.m - 1, math.ceil(pattern.n + 2 * self.owl_lambda * pattern.m))
-        method.check_spec(replace(self.spec(1, pattern.m, 0), pattern=Pattern(most, pattern.m)))
 
     @property
     def evolution(self) -> Evolution | None:
@@ -259,8 +244,9 @@ class Recipe:
             )
         if self.share_wrappers and self.block_size == 0:
             raise HalfplateError("share_wrappers=True with block_size=0 has no wrapper to share; try --block-size 16")
+        shape = (NOMINAL, NOMINAL) if pattern.is_none else (1, pattern.m)
         for core_dtype in (self.core_dtype, *types_in(self.types)):
-            method.check_spec(self.spec(1, pattern.m, block, core_dtype))
+            method.check_spec(self.spec(*shape, block, core_dtype))
         scaled = self.core_dtype in QUANTIZERS or self.budgeted or {self.embedding_dtype, self.head_dtype} != {KEEP}
         if self.group_size != GROUP and not scaled:
             raise HalfplateError(
@@ -281,7 +267,7 @@ class Recipe:
         method = self.create_method()
         wrapper, rank = (0, block) if method.low_rank else (block, 0)
         out_wrapper = wrapper if self.out_block_size is None else self.out_block_size
-        return WeightSpec(
+        spec = WeightSpec(
             d_out,
             d_in,
             self.parsed_pattern,
@@ -292,8 +278,9 @@ class Recipe:
             rank,
             method.permutes,
             self.group_size,
-            parts=method.parts,
+            parts=() if method.coreless else method.parts,
         )
+        return method.sized(spec) if method.coreless == spec.pattern.is_none else spec
 
     @cached_property
     def parsed_pattern(self) -> Pattern:

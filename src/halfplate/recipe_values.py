@@ -50,7 +50,7 @@ class RecipeFields(TypedDict, total=False):
     token_limit: float | Literal["none"]
     precision: Literal["auto", "bf16", "fp32"]
     tune_block: int
-    ratios: Literal["uniform", "owl"]
+    ratios: Literal["uniform", "owl", "welore"]
     owl_lambda: float
     budget: float | None
     time_budget: float | None

@@ -55,7 +55,8 @@ FIELDS = (
     (
         "--ratios",
         "WHICH",
-        "uniform (default), or owl: choose N:M per layer from its outlier share; the average stays the same",
+        "uniform (default); owl: choose N:M per layer from its outlier share; the average stays the same; "
+        "welore: choose the rank of each matrix of method svd by one threshold on singular values; the size stays the same",
     ),
     (
         "--owl-lambda",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from halfplate.budgets.choose import allocate_plan
+from halfplate.budgets.ranks import rank_plan
 from halfplate.budgets.ratios import ratio_plan
 from halfplate.calibration import CalibrationTokens, calibration_tokens
 from halfplate.calibration.mixture import spoken
@@ -172,10 +173,12 @@ def chosen_levels(
             if recipe.budgeted:
                 plan, search = allocate_plan(loaded, plan, tokens, report, clock)
                 told |= {} if search is None else {"search": search}
-            if recipe.ratios != "uniform":
+            if recipe.ratios == "welore":
+                plan = rank_plan(loaded, plan, report, clock)
+            elif recipe.ratios != "uniform":
                 plan, ratios = ratio_plan(loaded, plan, tokens, report, clock)
                 told["ratios"] = [ratio.to_json() for ratio in ratios]
         write_json(work.levels, {"specs": {name: spec.to_json() for name, spec in plan.specs.items()}, "told": told})
         return plan, told
     specs = {name: WeightSpec.from_json(entry, name) for name, entry in kept["specs"].items()}
-    return plan.with_specs(specs), kept["told"]
+    return plan.without(plan.specs.keys() - specs.keys()).with_specs(specs), kept["told"]

@@ -102,6 +102,7 @@ def _recorded(
         if overwrite:
             return None
         raise
+    plan = plan.without(plan.layer_specs.keys() - specs.keys())
     records = [MatrixRecord.from_json(name, record["matrices"][name]) for name in plan.specs]
     tuned = {int(layer): TunedBlock(**entry) for layer, entry in record["tuned_blocks"].items()}
     told: dict[str, Any] = {}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halfplate.dtypes import WRAPPER_DTYPES, check_dtype
 from halfplate.errors import HalfplateError
@@ -13,6 +13,9 @@ from halfplate.formats.parts.base import Layout, Outer, Part
 from halfplate.formats.quantizers import core_dtypes
 from halfplate.formats.quantizers.rounding import GROUP, GROUPS
 from halfplate.pattern import Pattern
+
+if TYPE_CHECKING:
+    from halfplate.formats.parts.core import NMSparse
 
 TWO_OF_FOUR = Pattern(2, 4)
 # Fields that the JSON leaves out where they have these values.
@@ -124,6 +127,11 @@ class WeightSpec:
     def classes(self) -> tuple[type[Part], ...]:
         """The classes of its parts, from the core outwards."""
         return classes_of(self)
+
+    @property
+    def core(self) -> "type[NMSparse]":
+        """The class of the core."""
+        return self.classes[0]  # type: ignore[return-value]  # the first is the core
 
     @property
     def outer(self) -> tuple[type[Outer], ...]:

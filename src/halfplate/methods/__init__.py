@@ -37,6 +37,7 @@ METHODS: Registry[type[Method]] = Registry(
         "slim": "halfplate.methods.slim:SLiM",
         "gptq": "halfplate.methods.gptq:GPTQ",
         "denoiserotator": "halfplate.methods.denoiserotator:DenoiseRotator",
+        "svd": "halfplate.methods.svd:WeightedSVD",
     },
     _fault,
 )

@@ -186,7 +186,7 @@ def _holds(recipe: Recipe) -> tuple[str, ...]:
         "--fit": recipe.fit is not None,
         "--fit-ram": recipe.fit_ram is not None,
         "--time-budget": recipe.time_budget is not None,
-        "--ratios owl": recipe.ratios != "uniform",
+        f"--ratios {recipe.ratios}": recipe.ratios != "uniform",
         "--max-kl": recipe.max_kl is not None,
     }
     return tuple(option for option, given in options.items() if given)

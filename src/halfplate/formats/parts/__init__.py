@@ -19,6 +19,7 @@ PARTS: Registry[type[Part]] = Registry(
     "halfplate.parts",
     {
         "core": "halfplate.formats.parts.core:NMSparse",
+        "no_core": "halfplate.formats.parts.no_core:NoCore",
         "out_wrapper": "halfplate.formats.parts.wrapper:OutWrapper",
         "in_wrapper": "halfplate.formats.parts.wrapper:InWrapper",
         "low_rank": "halfplate.formats.parts.low_rank:LowRank",
@@ -27,7 +28,7 @@ PARTS: Registry[type[Part]] = Registry(
     lambda found, name: None if isinstance(found, type) and issubclass(found, Part) else "is not a subclass of Part",
 )
 # Parts that have their own fields in a specification; others are listed in its `parts`.
-FIRST = tuple(PARTS.own)
+FIRST = ("core", "no_core", "out_wrapper", "in_wrapper", "low_rank", "permutation")
 
 
 @cache
