@@ -6,6 +6,7 @@ import resource
 from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -202,7 +203,7 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
         layers.close()
         result = Result(plan, outcome, None if text is None else text.protocol(), told)
         with clock("writing"), new_folder(order.out, order.overwrite, work.result) as folder:
-            checksums = assemble_weights(streamed, plan, work, folder, lambda at, total: report("writing", at, total))
+            checksums = assemble_weights(streamed, plan, work, folder, partial(report, "writing"), outcome.records)
             quantization = HalfplateConfig.from_specs(plan.specs, bool(experts_of(streamed.model)))
             write_configuration(streamed.model, load_tokenizer(source), folder, source.other_dtype, quantization)
             copy_companions(source.path, folder)

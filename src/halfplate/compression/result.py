@@ -16,6 +16,7 @@ from halfplate.calibration.text import recorded_hashes, text_hashes
 from halfplate.checkpoint.assemble import Finished, assemble
 from halfplate.checkpoint.config import RECORD_FILE, read_record
 from halfplate.checkpoint.read import read_checked_headers
+from halfplate.checkpoint.stack import stack_order
 from halfplate.compression.layers import Outcome, finite
 from halfplate.compression.work_folder import WorkFolder, check_same
 from halfplate.errors import HalfplateError
@@ -133,7 +134,12 @@ def check_text(source: Source, recipe: Recipe, protocol: dict[str, Any] | None) 
 
 
 def assemble_weights(
-    streamed: StreamedModel, plan: Plan, work: WorkFolder, folder: Path, progress: Callable[[int, int], None]
+    streamed: StreamedModel,
+    plan: Plan,
+    work: WorkFolder,
+    folder: Path,
+    progress: Callable[[int, int], None],
+    records: Iterable[MatrixRecord] = (),
 ) -> dict[str, str]:
     """Write the weight files of the checkpoint to `folder`; returns the SHA-256 of each tensor."""
     found: dict[str, Finished] = {}
@@ -154,7 +160,8 @@ def assemble_weights(
     if set(names) != found.keys():
         name = min(set(names) ^ found.keys())
         raise HalfplateError(f"{name} is missing or too many among the finished files; pass --overwrite to start over")
-    return assemble({name: found[name] for name in names}, folder, progress)
+    stack = stack_order(plan.specs, {record.name: record.losses for record in records})
+    return assemble({name: found[name] for name in names}, folder, progress, stack=stack)
 
 
 def _save_plain(streamed: StreamedModel, names: list[str], path: Path) -> None:

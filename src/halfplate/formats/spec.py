@@ -168,6 +168,22 @@ class WeightSpec:
         """What every stored tensor holds, in words for tables, by its name below the module."""
         return {name: part.kind(name) for part in self._own for name in part.layout(self)}
 
+    def steps(self) -> list[list[str]]:
+        """The tensors of each step of size that a reader may leave out from the end, by their names below the module; empty without steps."""
+        found: dict[int, list[str]] = {}
+        for part in self._own:
+            for name in part.layout(self):
+                if (step := part.step(name)) is not None:
+                    found.setdefault(step, []).append(name)
+        return [found[step] for step in sorted(found)]
+
+    def at_steps(self, steps: int) -> "WeightSpec":
+        """The same matrix with its first `steps` steps alone."""
+        for part in self._own:
+            if any(part.step(name) is not None for name in part.layout(self)):
+                return part.at_steps(self, steps)
+        return self
+
     @property
     def trains_beside_core(self) -> bool:
         """Whether it has trainable values outside its core."""

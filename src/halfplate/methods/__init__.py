@@ -38,6 +38,7 @@ METHODS: Registry[type[Method]] = Registry(
         "gptq": "halfplate.methods.gptq:GPTQ",
         "denoiserotator": "halfplate.methods.denoiserotator:DenoiseRotator",
         "svd": "halfplate.methods.svd:WeightedSVD",
+        "bitstack": "halfplate.methods.bitstack:BitStackMethod",
     },
     _fault,
 )

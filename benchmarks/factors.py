@@ -1,0 +1,114 @@
+"""Measure the methods without a core against what their papers beat, at equal true bytes, in one table a model.
+
+    python benchmarks/factors.py MODEL [--only NAME ...]
+
+MODEL is stories260K (all layers) or smollm2 (two layers). Rows are kept in the cache folder, so a second call continues. The table goes into RESULTS.md.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from common import CACHE, machine, table, write_section
+from quality import MODELS, prepare
+
+import halfplate
+from halfplate.cli.console import silence_libraries
+from halfplate.statistics import Statistic
+
+PLAIN, DIAGONAL, GRAM = ({"weighting": name} for name in ("none", "diagonal", "gram"))
+
+
+def svd(share: float, **more: Any) -> dict[str, Any]:
+    """Low rank at a share of the bytes."""
+    return {"method": "svd", "method_options": {"share": share} | more.pop("options", {})} | more
+
+
+ROWS: dict[str, dict[str, Any]] = {}
+for share in (0.9, 0.75, 0.5):
+    ROWS |= {
+        f"svd {share:g}, plain": svd(share, options=PLAIN),
+        f"svd {share:g}, by second moments (FWSVD)": svd(share, options=DIAGONAL),
+        f"svd {share:g}, by Gram matrix": svd(share, options=GRAM),
+        f"svd {share:g}, plain, welore": svd(share, options=PLAIN, ratios="welore"),
+        f"svd {share:g}, by Gram matrix, welore": svd(share, options=GRAM, ratios="welore"),
+    }
+ROWS |= {"svd, budget 0.75": {"method": "svd", "budget": 0.75}}
+# Of each model: the patterns of what is compressed, and the text for the statistics and the evaluation.
+LAYERS = {"stories260K": [], "smollm2": ["*layers.5.*", "*layers.20.*"]}
+TEXT = {"stories260K": "tinystories", "smollm2": "c4"}
+HEADER = ["row", "bytes of the matrices", "relative output error", "KL", "top-1", "seconds"]
+
+
+def measured(model: str, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """One row: compress, evaluate, remove."""
+    place, text, out = MODELS[model][0], TEXT[model], Path("factors.out")
+    made = halfplate.compress(
+        place,
+        out,
+        calibration=f"{text}_calibration.jsonl.gz",
+        samples=32,
+        seq_len=256,
+        threads=1,
+        include=LAYERS[model],
+        overwrite=True,
+        benchmark=False,
+        check=False,
+        statistics=Statistic.GRAM,
+        **recipe,
+    )
+    scores = halfplate.evaluate(out, against=place, text=f"{text}_held_out.jsonl.gz", windows=16, seq_len=256)
+    shutil.rmtree(out)
+    return {
+        "name": name,
+        "nbytes": made["nbytes"],
+        "share": made["nbytes"] / made["dense_nbytes"],
+        "error": made["mean_relative_error"],
+        "seconds": made["seconds"]["total"],
+        **{key: scores[key] for key in ("kl", "top1_agreement")},
+    }
+
+
+def rendered(rows: list[dict[str, Any]], model: str) -> str:
+    """The rows as Markdown."""
+    lines = [
+        [
+            row["name"],
+            f"{row['nbytes']:,} ({row['share']:.1%})",
+            f"{row['error']:.4f}",
+            f"{row['kl']:.3f}",
+            f"{row['top1_agreement']:.1%}",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in rows
+    ]
+    where = " and ".join(pattern.strip("*.") for pattern in LAYERS[model]) or "all layers"
+    return f"`python benchmarks/factors.py {model}`; {where}; {TEXT[model]}, 16 windows of 256 tokens; {machine()}.\n\n{table(HEADER, lines)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=LAYERS)
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="measure only the rows whose name starts with one of these"
+    )
+    options = parser.parse_args()
+    silence_libraries()
+    prepare(options.model, CACHE / "factors")
+    os.chdir(CACHE / "factors")
+    file = Path(f"{options.model}.jsonl")
+    done = {row["name"]: row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+    for name, recipe in ROWS.items():
+        if name not in done and (not options.only or name.startswith(tuple(options.only))):
+            done[name] = measured(options.model, name, recipe)
+            with file.open("a") as lines:
+                lines.write(json.dumps(done[name]) + "\n")
+            print(rendered([done[name]], options.model).splitlines()[-1], flush=True)
+    write_section(f"factors_{options.model}", rendered([done[name] for name in ROWS if name in done], options.model))
+
+
+if __name__ == "__main__":
+    main()
