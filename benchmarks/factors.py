@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ for share in (0.9, 0.75, 0.5):
         f"svd {share:g}, by Gram matrix, welore": svd(share, options=GRAM, ratios="welore"),
     }
 ROWS |= {"svd, budget 0.75": {"method": "svd", "budget": 0.75}}
+for bits in (2, 3):
+    for group in (128, 32):
+        ROWS[f"rtn int{bits}, groups of {group}"] = {"method": "rtn", "core_dtype": f"int{bits}", "group_size": group}
+for share in (0.16, 0.2, 0.25):
+    for how in ("diagonal", "gram"):
+        options = {"share": share, "weighting": how}
+        ROWS[f"bitstack {share:g}, {how}"] = {"method": "bitstack", "method_options": options}
 # Of each model: the patterns of what is compressed, and the text for the statistics and the evaluation.
 LAYERS = {"stories260K": [], "smollm2": ["*layers.5.*", "*layers.20.*"]}
 TEXT = {"stories260K": "tinystories", "smollm2": "c4"}
@@ -65,7 +73,7 @@ def measured(model: str, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
         "nbytes": made["nbytes"],
-        "share": made["nbytes"] / made["dense_nbytes"],
+        "dense_nbytes": made["dense_nbytes"],
         "error": made["mean_relative_error"],
         "seconds": made["seconds"]["total"],
         **{key: scores[key] for key in ("kl", "top1_agreement")},
@@ -74,10 +82,11 @@ def measured(model: str, name: str, recipe: dict[str, Any]) -> dict[str, Any]:
 
 def rendered(rows: list[dict[str, Any]], model: str) -> str:
     """The rows as Markdown."""
+    whole = max(row["dense_nbytes"] for row in rows)
     lines = [
         [
             row["name"],
-            f"{row['nbytes']:,} ({row['share']:.1%})",
+            _bytes(row["nbytes"] + whole - row["dense_nbytes"], whole),
             f"{row['error']:.4f}",
             f"{row['kl']:.3f}",
             f"{row['top1_agreement']:.1%}",
@@ -89,6 +98,11 @@ def rendered(rows: list[dict[str, Any]], model: str) -> str:
     return f"`python benchmarks/factors.py {model}`; {where}; {TEXT[model]}, 16 windows of 256 tokens; {machine()}.\n\n{table(HEADER, lines)}"
 
 
+def _bytes(nbytes: int, whole: int) -> str:
+    """Bytes with those of matrices that a method leaves as they are, and bits a weight."""
+    return f"{nbytes:,} ({nbytes / whole:.1%}, {16 * nbytes / whole:.2f} bits)"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=LAYERS)
@@ -97,6 +111,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     silence_libraries()
+    warnings.simplefilter("ignore")
     prepare(options.model, CACHE / "factors")
     os.chdir(CACHE / "factors")
     file = Path(f"{options.model}.jsonl")
@@ -106,7 +121,7 @@ def main() -> None:
             done[name] = measured(options.model, name, recipe)
             with file.open("a") as lines:
                 lines.write(json.dumps(done[name]) + "\n")
-            print(rendered([done[name]], options.model).splitlines()[-1], flush=True)
+            print(rendered(list(done.values()), options.model).splitlines()[-1], flush=True)
     write_section(f"factors_{options.model}", rendered([done[name] for name in ROWS if name in done], options.model))
 
 

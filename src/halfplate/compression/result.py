@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,9 +139,12 @@ def assemble_weights(
     work: WorkFolder,
     folder: Path,
     progress: Callable[[int, int], None],
-    records: Iterable[MatrixRecord] = (),
+    losses: Mapping[str, Sequence[float]],
 ) -> dict[str, str]:
-    """Write the weight files of the checkpoint to `folder`; returns the SHA-256 of each tensor."""
+    """Write the weight files of the checkpoint to `folder`; returns the SHA-256 of each tensor.
+
+    losses: of the steps of matrices that have any (halfplate.compression.step_gains).
+    """
     found: dict[str, Finished] = {}
     for path, plain in [
         (work.outer, streamed.outer_names),
@@ -160,7 +163,7 @@ def assemble_weights(
     if set(names) != found.keys():
         name = min(set(names) ^ found.keys())
         raise HalfplateError(f"{name} is missing or too many among the finished files; pass --overwrite to start over")
-    stack = stack_order(plan.specs, {record.name: record.losses for record in records})
+    stack = stack_order(plan.specs, losses)
     return assemble({name: found[name] for name in names}, folder, progress, stack=stack)
 
 

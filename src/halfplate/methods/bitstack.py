@@ -15,6 +15,7 @@ from halfplate.formats.quantizers.rounding import round_to_float
 from halfplate.formats.spec import ExtraPart, WeightSpec
 from halfplate.methods.base import Method, Solution, check_inputs
 from halfplate.methods.factors import at_shares, check_share, check_smaller, largest, nothing_left
+from halfplate.solvers.signs import nearest_signs, refitted_left
 from halfplate.solvers.whitening import WEIGHTINGS, Whitening, check_weighting
 from halfplate.statistics import InputStatistics, Statistic
 
@@ -30,9 +31,12 @@ class BitStackMethod(Method):
 
     rank: of the magnitudes; None takes that whose bytes are about an eighth of the signs.
     share: fraction of the original bytes, at 2 bytes a weight, that the whole stack takes at most.
-    weighting: `diagonal` weights each input by its second moment; `none` does not.
+    weighting: `diagonal` weights each input by its second moment, as the paper does, and `none` does not; both take the sign of each
+        entry. `gram` chooses signs column after column for the least output error, and fits the magnitudes to them.
+    damping: added to the Gram matrix, as a fraction of the second moment of each input.
 
-    Source: Wang et al., BitStack, arXiv 2410.23918. There a gain is measured by the perplexity of the model; here by the output error.
+    Source: Wang et al., BitStack, arXiv 2410.23918; `gram` is our own. The paper measures a gain by the perplexity of the model, this
+    method by the output error.
     """
 
     name = "bitstack"
@@ -41,13 +45,12 @@ class BitStackMethod(Method):
     coreless = True
     rank: int | None = None
     share: float = 0.5
-    weighting: str = "diagonal"
+    weighting: str = "gram"
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         check_share(self.share)
-        check_weighting(self.weighting, 0.0)
-        if self.weighting == "gram":
-            raise HalfplateError("weighting='gram' is not one of none, diagonal, because signs are taken by entry")
+        check_weighting(self.weighting, self.damping)
         if self.rank is not None and self.rank < 1:
             raise HalfplateError(f"rank={self.rank} leaves no magnitudes; expected at least 1")
 
@@ -86,7 +89,7 @@ class BitStackMethod(Method):
 
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
-        whitening = Whitening.of(self.weighting, statistics, spec.d_in, 0.0)
+        whitening = Whitening.of(self.weighting, statistics, spec.d_in, self.damping)
         options, left_over = spec.options("bit_stack"), weight.double()
         whole = float(whitening.into(left_over).square().sum())
         levels, losses = [], []
@@ -98,10 +101,15 @@ class BitStackMethod(Method):
 
 
 def _level(matrix: Tensor, whitening: Whitening, rank: int, dtype: str) -> Level:
-    """The best level for `matrix` (d_out, d_in), fp64: the signs are taken by entry, which positive scales of the inputs do not change."""
+    """A level for `matrix` (d_out, d_in), fp64, which is what the levels before it leave."""
     most = matrix.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    u, s, vh = torch.linalg.svd(whitening.into(matrix.abs() / most), full_matrices=False)
+    # Magnitudes have no signs that a Gram matrix could weigh, but positive scales of the inputs do not change signs.
+    scales = Whitening(whitening.scales, None)
+    u, s, vh = torch.linalg.svd(scales.into(matrix.abs() / most), full_matrices=False)
     root = (s[:rank] * most).sqrt()
-    left, right = u[:, :rank] * root, whitening.back(root[:, None] * vh[:rank])
-    rounded = (round_to_float(part.float(), dtype, "wrapper_dtype").contiguous() for part in (left, right))
-    return Level.of(matrix < 0, *rounded)
+    left, right = u[:, :rank] * root, scales.back(root[:, None] * vh[:rank])
+    stored_right = round_to_float(right.float(), dtype, "wrapper_dtype").contiguous()
+    negative = nearest_signs(matrix, left @ stored_right.double(), whitening)
+    if whitening.factor is not None:
+        left = refitted_left(matrix / most, negative, stored_right.double(), whitening) * most
+    return Level.of(negative, round_to_float(left.float(), dtype, "wrapper_dtype").contiguous(), stored_right)
