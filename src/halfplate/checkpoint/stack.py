@@ -10,7 +10,6 @@ from math import prod
 from halfplate.arguments import size_in_bytes
 from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
-from halfplate.headroom import spoken_above
 from halfplate.storage.shards import Entry
 from halfplate.storage.tensor_file import StoredTensor, usual_order
 
@@ -106,7 +105,7 @@ def prefix(
         chosen[step.module] += 1
     if not all(chosen.values()) or any(tensor.start + tensor.nbytes > ends[tensor.path] for tensor in always.values()):
         raise HalfplateError(
-            f"fit={fit!r}: path={path!r} takes at least {spoken_above(first)}, with one step of every matrix; raise fit, or copy more of the file"
+            f"fit={fit!r}: path={path!r} takes at least {first:,} bytes, with one step of every matrix; raise fit, or copy more of the file"
         )
     return {name: spec.at_steps(chosen[name]) if name in chosen else spec for name, spec in specs.items()}, kept
 

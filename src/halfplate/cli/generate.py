@@ -2,7 +2,7 @@
 
 import argparse
 
-from halfplate.cli.parser import add_output_arguments, positive, typed_text
+from halfplate.cli.parser import add_fit_argument, add_output_arguments, positive, typed_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="format the prompt as a user message with the model's chat template"
     )
     parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
+    add_fit_argument(parser)
     parser.add_argument(
         "--activations",
         choices=("float", "int8"),
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     silence_libraries()
     prompts = [typed_text(prompt) for prompt in args.prompts]
-    found = answers(args.model, prompts, args.max_new_tokens, args.chat, args.threads, args.activations)
+    found = answers(args.model, prompts, args.max_new_tokens, args.chat, args.threads, args.activations, args.fit)
     if args.json:
         print_json([{"prompt": prompt, "text": text} for prompt, text in zip(prompts, found, strict=True)])
     else:

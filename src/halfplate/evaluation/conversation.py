@@ -72,9 +72,11 @@ class Conversation:
     _held: list[int] = field(default_factory=list)  # tokens of the cache
 
     @classmethod
-    def with_model(cls, name: str, most: int = 512, activations: str = "float") -> Conversation:
-        """Load the model `name` for a conversation; raises HalfplateError on bad input."""
-        model, tokenizer = load_any(name, activations=activations)
+    def with_model(
+        cls, name: str, most: int = 512, activations: str = "float", fit: int | str | None = None
+    ) -> Conversation:
+        """Load the model `name`, or what fits in `fit` bytes of it, for a conversation; raises HalfplateError on bad input."""
+        model, tokenizer = load_any(name, activations=activations, fit=fit)
         return cls(name, model, tokenizer, most)
 
     @property

@@ -28,17 +28,18 @@ def generate(
     chat: bool = False,
     threads: int | None = None,
     activations: str = "float",
+    fit: int | str | None = None,
 ) -> str:
     """Continue `prompt` by greedy decoding and return the new text.
 
     - model: a checkpoint, a folder, a Hub id or a `.gguf` file
     - chat: format the prompt as a user message with the model's chat template, and return only the answer
     - threads: number of CPU threads, None for all
-    - activations: as in `halfplate.load`
+    - activations, fit: as in `halfplate.load`
 
     Raises HalfplateError on bad input, and if prompt and answer exceed the positions of the model.
     """
-    return answers(model, [prompt], max_new_tokens, chat, threads, activations)[0]
+    return answers(model, [prompt], max_new_tokens, chat, threads, activations, fit)[0]
 
 
 def answers(
@@ -48,11 +49,12 @@ def answers(
     chat: bool = False,
     threads: int | None = None,
     activations: str = "float",
+    fit: int | str | None = None,
 ) -> list[str]:
     """`generate` for each of `prompts`; the model is loaded once."""
     name = path_text("model", model)
     use_threads(threads)
-    loaded, tokenizer = load_any(name, activations=activations)
+    loaded, tokenizer = load_any(name, activations=activations, fit=fit)
     return [_answer(name, loaded, tokenizer, prompt, max_new_tokens, chat) for prompt in prompts]
 
 
