@@ -39,6 +39,8 @@ METHODS: Registry[type[Method]] = Registry(
         "denoiserotator": "halfplate.methods.denoiserotator:DenoiseRotator",
         "svd": "halfplate.methods.svd:WeightedSVD",
         "bitstack": "halfplate.methods.bitstack:BitStackMethod",
+        "rocket": "halfplate.methods.rocket:Rocket",
+        "cospadi": "halfplate.methods.cospadi:CoSpaDi",
     },
     _fault,
 )

@@ -25,6 +25,7 @@ PARTS: Registry[type[Part]] = Registry(
         "low_rank": "halfplate.formats.parts.low_rank:LowRank",
         "permutation": "halfplate.formats.parts.permutation:Permutation",
         "bit_stack": "halfplate.formats.parts.bit_stack:BitStack",
+        "dictionary": "halfplate.formats.parts.dictionary:Dictionary",
     },
     lambda found, name: None if isinstance(found, type) and issubclass(found, Part) else "is not a subclass of Part",
 )
