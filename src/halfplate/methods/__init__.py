@@ -41,6 +41,8 @@ METHODS: Registry[type[Method]] = Registry(
         "bitstack": "halfplate.methods.bitstack:BitStackMethod",
         "rocket": "halfplate.methods.rocket:Rocket",
         "cospadi": "halfplate.methods.cospadi:CoSpaDi",
+        "monarch": "halfplate.methods.monarch:MonarchMethod",
+        "gqsa": "halfplate.methods.gqsa:GQSA",
     },
     _fault,
 )

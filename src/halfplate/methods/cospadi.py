@@ -21,12 +21,12 @@ class CoSpaDi(DictionaryMethod):
 
     name = "cospadi"
     summary = "sparse dictionary by K-SVD and matching pursuit, without a core"
-    iterations: int = 10
+    iterations: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.iterations < 1:
-            raise HalfplateError(f"iterations={self.iterations} must be at least 1; try 10")
+            raise HalfplateError(f"iterations={self.iterations} must be at least 1; try 5")
 
     def flops(self, spec: WeightSpec) -> float:
         options = spec.options("dictionary")

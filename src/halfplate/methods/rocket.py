@@ -24,12 +24,12 @@ class Rocket(DictionaryMethod):
 
     name = "rocket"
     summary = "sparse dictionary from principal directions, then least squares, without a core"
-    iterations: int = 10
+    iterations: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.iterations < 0:
-            raise HalfplateError(f"iterations={self.iterations} must be 0 or more; try 10")
+            raise HalfplateError(f"iterations={self.iterations} must be 0 or more; try 5")
 
     def flops(self, spec: WeightSpec) -> float:
         options = spec.options("dictionary")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-ROWS = 256  # coded at once
+ROWS = 128  # coded at once
 RIDGE = 1e-8  # of the mean of the diagonal of normal equations
 
 
@@ -29,7 +29,8 @@ def coefficients_on(rows: Tensor, atoms: Tensor, support: Tensor) -> Tensor:
         normal = gram[part[:, :, None], part[:, None, :]]
         diagonal = normal.diagonal(dim1=1, dim2=2)
         diagonal.add_(RIDGE * diagonal.mean(1, keepdim=True) + 1e-300)
-        solved = torch.linalg.solve(normal, products[start : start + ROWS].gather(1, part))
+        wanted = products[start : start + ROWS].gather(1, part)[:, :, None]
+        solved = torch.cholesky_solve(wanted, torch.linalg.cholesky(normal))[:, :, 0]
         found[start : start + ROWS].scatter_(1, part, solved)
     return found
 
@@ -44,36 +45,27 @@ def atoms_for(rows: Tensor, coefficients: Tensor) -> Tensor:
 def pursued(rows: Tensor, atoms: Tensor, kept: int) -> Tensor:
     """bool (count, atoms): the support that orthogonal matching pursuit chooses for each row, one atom after another.
 
-    Each step takes the atom that correlates most with what is left, and fits the coefficients of all atoms so far. The inverse of the
-    normal equations grows by one row a step, by the block inverse. Source: Rubinstein et al., Efficient implementation of the K-SVD
-    algorithm using batch orthogonal matching pursuit, 2008.
+    Each step takes the atom that correlates most with what is left, and removes from all correlations what that atom explains beyond
+    those before it (Gram-Schmidt in the space of correlations). In fp32. Source: Rubinstein et al., Efficient implementation of the
+    K-SVD algorithm using batch orthogonal matching pursuit, 2008.
     """
-    unit = atoms / atoms.norm(dim=1, keepdim=True).clamp_min(1e-150)
-    gram = unit @ unit.T
+    unit = (atoms / atoms.norm(dim=1, keepdim=True).clamp_min(1e-150)).float()
+    sizes = rows.norm(dim=1, keepdim=True).clamp_min(1e-150)
+    gram, whole = unit @ unit.T, (rows / sizes).float() @ unit.T
     support = torch.zeros(len(rows), len(atoms), dtype=torch.bool, device=rows.device)
     for start in range(0, len(rows), ROWS):
-        products = rows[start : start + ROWS] @ unit.T
-        count, each = len(products), torch.arange(len(products), dtype=torch.int64, device=rows.device)
-        inverse = products.new_zeros(count, kept, kept)
-        chosen = torch.zeros(count, kept, dtype=torch.int64, device=rows.device)
-        taken = support[start : start + ROWS]
-        left = products
+        left, taken = whole[start : start + ROWS].clone(), support[start : start + ROWS]
+        each = torch.arange(len(left), dtype=torch.int64, device=rows.device)
+        explained = left.new_empty(len(left), kept, len(atoms))
         for step in range(kept):
             best = left.abs().masked_fill(taken, -1.0).argmax(1)
-            taken[each, best], chosen[:, step] = True, best
-            if step:
-                beside = gram[chosen[:, :step], best[:, None]]  # (count, step)
-                spread = (inverse[:, :step, :step] @ beside[:, :, None])[:, :, 0]
-                pivot = (1.0 - (beside * spread).sum(1)).clamp_min(1e-10)
-                inverse[:, :step, :step] += spread[:, :, None] * spread[:, None, :] / pivot[:, None, None]
-                inverse[:, step, :step] = inverse[:, :step, step] = -spread / pivot[:, None]
-                inverse[:, step, step] = 1.0 / pivot
-            else:
-                inverse[:, 0, 0] = 1.0
-            here = chosen[:, : step + 1]
-            solved = (inverse[:, : step + 1, : step + 1] @ products.gather(1, here)[:, :, None])[:, :, 0]
-            full = torch.zeros_like(products).scatter_(1, here, solved)
-            left = products - full @ gram
+            taken[each, best] = True
+            before = explained[:, :step]
+            direction = gram[best] - (before[each, :, best][:, None, :] @ before)[:, 0]
+            size = direction[each, best].clamp_min(1e-6).sqrt()
+            direction = direction / size[:, None]
+            left -= (left[each, best] / size)[:, None] * direction
+            explained[:, step] = direction
     return support
 
 

@@ -26,6 +26,8 @@ PARTS: Registry[type[Part]] = Registry(
         "permutation": "halfplate.formats.parts.permutation:Permutation",
         "bit_stack": "halfplate.formats.parts.bit_stack:BitStack",
         "dictionary": "halfplate.formats.parts.dictionary:Dictionary",
+        "monarch": "halfplate.formats.parts.monarch:Monarch",
+        "group_sparse": "halfplate.formats.parts.group_sparse:GroupSparse",
     },
     lambda found, name: None if isinstance(found, type) and issubclass(found, Part) else "is not a subclass of Part",
 )
