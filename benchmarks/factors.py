@@ -36,15 +36,24 @@ for share in (0.9, 0.75, 0.5):
         f"svd {share:g}, by Gram matrix": svd(share, options=GRAM),
         f"svd {share:g}, plain, welore": svd(share, options=PLAIN, ratios="welore"),
         f"svd {share:g}, by Gram matrix, welore": svd(share, options=GRAM, ratios="welore"),
+        f"rocket {share:g}": {"method": "rocket", "method_options": {"share": share}},
+        f"cospadi {share:g}": {"method": "cospadi", "method_options": {"share": share}},
+        f"monarch {share:g}, plain": {"method": "monarch", "method_options": {"share": share} | PLAIN},
+        f"monarch {share:g}, by Gram matrix": {"method": "monarch", "method_options": {"share": share} | GRAM},
     }
-ROWS |= {"svd, budget 0.75": {"method": "svd", "budget": 0.75}}
+for name in ("svd", "rocket"):
+    ROWS[f"{name}, budget 0.75"] = {"method": name, "budget": 0.75}
 for bits in (2, 3):
-    for group in (128, 32):
-        ROWS[f"rtn int{bits}, groups of {group}"] = {"method": "rtn", "core_dtype": f"int{bits}", "group_size": group}
+    for method in ("rtn", "gptq"):
+        for group in (128, 32):
+            options = {"method": method, "core_dtype": f"int{bits}", "group_size": group}
+            ROWS[f"{method} int{bits}, groups of {group}"] = options
 for share in (0.16, 0.2, 0.25):
     for how in ("diagonal", "gram"):
         options = {"share": share, "weighting": how}
         ROWS[f"bitstack {share:g}, {how}"] = {"method": "bitstack", "method_options": options}
+ROWS["gqsa, half of the groups"] = {"method": "gqsa", "method_options": {"kept": 0.5}}
+ROWS["sparsegpt 2:4 int4"] = {"method": "sparsegpt", "core_dtype": "int4"}
 # Of each model: the patterns of what is compressed, and the text for the statistics and the evaluation.
 LAYERS = {"stories260K": [], "smollm2": ["*layers.5.*", "*layers.20.*"]}
 TEXT = {"stories260K": "tinystories", "smollm2": "c4"}

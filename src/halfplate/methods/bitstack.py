@@ -52,7 +52,7 @@ class BitStackMethod(Method):
         check_share(self.share)
         check_weighting(self.weighting, self.damping)
         if self.rank is not None and self.rank < 1:
-            raise HalfplateError(f"rank={self.rank} leaves no magnitudes; expected at least 1")
+            raise HalfplateError(f"rank={self.rank} must be at least 1; try 4")
 
     @property
     def parts(self) -> tuple[ExtraPart, ...]:

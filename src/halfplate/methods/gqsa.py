@@ -99,6 +99,11 @@ class GQSA(Method):
         saliency = weight.double().square() / inverse
         padded = torch.nn.functional.pad(saliency, (0, -spec.d_in % width)).unflatten(1, (-1, width))
         chosen = largest_support(padded.sum(2), kept)
-        integers, scales = group_sweep(weight.double(), chosen, width, INT4, whitening)
+        try:
+            integers, scales = group_sweep(weight.double(), chosen, width, INT4, whitening)
+        except HalfplateError:
+            raise HalfplateError(
+                f"weights up to {float(weight.abs().max()):.3g} need scales that fp16 cannot hold; use method svd, or exclude the matrix"
+            ) from None
         part = GroupSparse.of(integers, scales, chosen, width)
         return Solution(Chain.of(spec, NoCore.of(spec, weight.device), part))

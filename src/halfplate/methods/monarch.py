@@ -47,7 +47,7 @@ class MonarchMethod(Method):
         check_share(self.share)
         check_weighting(self.weighting, self.damping)
         if self.blocks < 2:
-            raise HalfplateError(f"blocks={self.blocks} must be at least 2; use method svd for 1")
+            raise HalfplateError(f"blocks={self.blocks} must be at least 2; try 4, or method svd for 1")
 
     @property
     def parts(self) -> tuple[ExtraPart, ...]:

@@ -45,7 +45,7 @@ class WeightedSVD(Method):
         check_weighting(self.weighting, self.damping)
         check_share(self.share)
         if self.rank is not None and self.rank < 1:
-            raise HalfplateError(f"rank={self.rank} leaves nothing; expected at least 1")
+            raise HalfplateError(f"rank={self.rank} must be at least 1; try 16")
 
     @property
     def requires(self) -> Statistic:

@@ -70,6 +70,6 @@ def _factor(correlation: Tensor, alive: Tensor, damping: float) -> Tensor:
 def check_weighting(weighting: str, damping: float) -> None:
     """Raise HalfplateError unless these are a weighting and a damping."""
     if weighting not in WEIGHTINGS:
-        raise HalfplateError(f"weighting={weighting!r} is not one of {', '.join(WEIGHTINGS)}")
+        raise HalfplateError(f"weighting={weighting!r} must be one of {', '.join(WEIGHTINGS)}; try gram")
     if not 0 <= damping < float("inf"):
         raise HalfplateError(f"damping={damping} must be a finite number, 0 or more; try 0.01")
