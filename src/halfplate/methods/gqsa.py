@@ -93,9 +93,11 @@ class GQSA(Method):
         check_inputs(self, weight, statistics, spec)
         whitening = Whitening.of("gram", statistics, spec.d_in, self.damping)
         width, kept = (int(spec.options("group_sparse")[name]) for name in ("width", "kept"))
-        if whitening.factor is None:  # no input was ever other than zero
-            whitening = replace(whitening, factor=torch.eye(spec.d_in, dtype=torch.float64, device=weight.device))
-        inverse = torch.cholesky_inverse(whitening.factor).diagonal() / whitening.scales.square()
+        factor = whitening.factor
+        if factor is None:  # no input was ever other than zero
+            factor = torch.eye(spec.d_in, dtype=torch.float64, device=weight.device)
+            whitening = replace(whitening, factor=factor)
+        inverse = torch.cholesky_inverse(factor).diagonal() / whitening.scales.square()
         saliency = weight.double().square() / inverse
         padded = torch.nn.functional.pad(saliency, (0, -spec.d_in % width)).unflatten(1, (-1, width))
         chosen = largest_support(padded.sum(2), kept)

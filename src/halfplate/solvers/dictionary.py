@@ -9,7 +9,9 @@ RIDGE = 1e-8  # of the mean of the diagonal of normal equations
 
 def principal(rows: Tensor, atoms: int) -> Tensor:
     """The first right singular vectors of `rows` (count, d), of unit norm: (atoms, d)."""
-    return torch.linalg.svd(rows, full_matrices=False).Vh[:atoms].contiguous()
+    _, _, vh = torch.linalg.svd(rows, full_matrices=False)
+    found: Tensor = vh[:atoms].contiguous()
+    return found
 
 
 def largest_support(score: Tensor, kept: int) -> Tensor:
@@ -39,7 +41,8 @@ def atoms_for(rows: Tensor, coefficients: Tensor) -> Tensor:
     """The least-squares atoms for given coefficients: (atoms, d)."""
     normal = coefficients.T @ coefficients
     normal.diagonal().add_(RIDGE * normal.diagonal().mean() + 1e-300)
-    return torch.linalg.solve(normal, coefficients.T @ rows)
+    found: Tensor = torch.linalg.solve(normal, coefficients.T @ rows)
+    return found
 
 
 def pursued(rows: Tensor, atoms: Tensor, kept: int) -> Tensor:

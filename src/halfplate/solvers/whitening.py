@@ -61,6 +61,7 @@ def _factor(correlation: Tensor, alive: Tensor, damping: float) -> Tensor:
         added = damping if not attempt else max(damping, 1e-8) * 10.0**attempt
         damped = correlation.clone()
         damped.diagonal().add_(torch.where(alive, added, 1.0))
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             return factor

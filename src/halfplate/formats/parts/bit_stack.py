@@ -102,7 +102,7 @@ class BitStack(Outer):
         return cls(tuple(Level(*(tensors[f"{name}_{level}"] for name in (SIGNS, LEFT, RIGHT))) for level in levels))
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {}
+        named: dict[str, Tensor] = {}
         for number, level in enumerate(self.levels):
             named |= {
                 f"{LEFT}_{number}": level.left,

@@ -105,8 +105,8 @@ class GroupSparse(Outer):
 
     def rows(self, spec: "WeightSpec", start: int) -> Self:
         rows = slice(start, start + spec.d_out)
-        parts = (part[rows].contiguous() for part in (self.codes, self.scales, self.chosen))
-        return type(self)(*parts, self.width, self.d_in)
+        codes, scales, chosen = (part[rows].contiguous() for part in (self.codes, self.scales, self.chosen))
+        return type(self)(codes, scales, chosen, self.width, self.d_in)
 
     def trainable(self, spec: "WeightSpec", values_too: bool) -> TrainableOuter[Outer]:
         return TrainableGroups(self, spec)
@@ -119,6 +119,8 @@ def _groups(spec: "WeightSpec") -> int:
 
 class TrainableGroups(TrainableNumbers[GroupSparse]):
     """The scales are parameters, as in the second stage of GQSA; a scale that becomes negative is stored as zero."""
+
+    group_scales: Tensor
 
     def stored(self) -> GroupSparse:
         with torch.no_grad():
