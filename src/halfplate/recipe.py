@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_type_hints
 
@@ -37,7 +37,6 @@ from halfplate.registry import available, unknown
 VERSION = 1
 # Values of embedding_dtype and head_dtype beside the quantizers: as the model has it, and Halfplate's choice.
 KEEP, AUTO = "keep", "auto"
-NOMINAL = 4096  # side of the matrix for which a method without a core is checked before the model is known
 # Neither changes the result: they are no part of what makes two runs the same.
 WITHOUT_EFFECT = ("threads", "max_kl")
 
@@ -244,9 +243,10 @@ class Recipe:
             )
         if self.share_wrappers and self.block_size == 0:
             raise HalfplateError("share_wrappers=True with block_size=0 has no wrapper to share; try --block-size 16")
-        shape = (NOMINAL, NOMINAL) if pattern.is_none else (1, pattern.m)
+        # The size of a matrix without a core depends on its shape; the plan checks that.
+        check = partial(Method.check_spec, method) if method.coreless else method.check_spec
         for core_dtype in (self.core_dtype, *types_in(self.types)):
-            method.check_spec(self.spec(*shape, block, core_dtype))
+            check(self._form(1, pattern.m, block, core_dtype))
         scaled = self.core_dtype in QUANTIZERS or self.budgeted or {self.embedding_dtype, self.head_dtype} != {KEEP}
         if self.group_size != GROUP and not scaled:
             raise HalfplateError(
@@ -264,10 +264,15 @@ class Recipe:
 
     def spec(self, d_out: int, d_in: int, block: int, core_dtype: str | None = None) -> WeightSpec:
         """The specification of a matrix: with wrappers of block size `block`, or a low-rank part of equal size, depending on the method."""
+        spec, method = self._form(d_out, d_in, block, core_dtype), self.create_method()
+        return method.sized(spec) if method.coreless and spec.pattern.is_none else spec
+
+    def _form(self, d_out: int, d_in: int, block: int, core_dtype: str | None) -> WeightSpec:
+        """`spec` before the method has decided on the size of parts without a core."""
         method = self.create_method()
         wrapper, rank = (0, block) if method.low_rank else (block, 0)
         out_wrapper = wrapper if self.out_block_size is None else self.out_block_size
-        spec = WeightSpec(
+        return WeightSpec(
             d_out,
             d_in,
             self.parsed_pattern,
@@ -278,9 +283,8 @@ class Recipe:
             rank,
             method.permutes,
             self.group_size,
-            parts=() if method.coreless else method.parts,
+            parts=method.parts,
         )
-        return method.sized(spec) if method.coreless == spec.pattern.is_none else spec
 
     @cached_property
     def parsed_pattern(self) -> Pattern:

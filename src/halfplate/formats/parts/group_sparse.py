@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 NAME = "group_sparse"
 CODES, SCALES, CHOSEN = "weight_group_codes", "weight_group_scales", "weight_groups"
+WIDEST = 1 << 12  # columns of a group
 OFFSET = 1 << INT4.bits - 1
 
 
@@ -50,7 +51,7 @@ class GroupSparse(Outer):
 
     @classmethod
     def check_spec(cls, spec: "WeightSpec") -> None:
-        width, kept = whole_numbers(spec, NAME, width=spec.d_in, kept=spec.d_in)
+        width, kept = whole_numbers(spec, NAME, width=WIDEST, kept=spec.d_in)
         if width % 2:
             raise HalfplateError(f"width={width} must be even; try 16")
         if kept > _groups(spec):
