@@ -14,6 +14,7 @@ import torch
 from halfplate.checkpoint.loading import load_any
 from halfplate.checkpoint.read import load
 from halfplate.checkpoint.stack import stack_order
+from halfplate.cli import main
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec
 from halfplate.methods import create
@@ -109,6 +110,14 @@ def test_saved_again_it_still_fits(stacked: Path, tmp_path: Path) -> None:
 def test_a_fitted_model_generates(stacked: Path) -> None:
     model = load(stacked, fit=size_of(stacked) - 1)
     assert model.generate(IDS[:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
+
+
+def test_the_command_line_takes_a_size(stacked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(stacked), "hello", "--max-new-tokens", "2", "--fit"]
+    assert main([*words, f"{size_of(stacked) - 1}B"]) == 0
+    assert main([*words, "1B"]) != 0
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"takes at least {least_of(stacked):,} bytes" in message
 
 
 @pytest.mark.parametrize("fit", [0, -5, "lots", 1.5, True])
