@@ -44,7 +44,7 @@ def compressed(name: str, weight: Tensor, statistics: InputStatistics, **options
 
 def test_whitening_turns_output_errors_into_plain_ones() -> None:
     weight, statistics = data()
-    whitening = Whitening.of("gram", statistics, D_IN, 0.0)
+    whitening = Whitening.of("gram", statistics, weight, 0.0)
     gram = statistics.require_gram()
     expected = ((weight.double() @ gram) * weight).sum() / gram.diagonal().mean()
     assert torch.allclose(whitening.into(weight).square().sum(), expected)
@@ -54,7 +54,7 @@ def test_whitening_turns_output_errors_into_plain_ones() -> None:
 @pytest.mark.parametrize("rank", [1, 4, 11])
 def test_weighted_svd_reaches_the_smallest_error(rank: int) -> None:
     weight, statistics = data()
-    whitening = Whitening.of("gram", statistics, D_IN, 0.0)
+    whitening = Whitening.of("gram", statistics, weight, 0.0)
     left, right = weighted_svd(weight, whitening, rank)
     values = torch.linalg.svdvals(whitening.into(weight))
     least = float(values[rank:].square().sum() / values.square().sum())
@@ -121,7 +121,7 @@ def test_coefficients_are_least_squares_and_passes_never_lose() -> None:
 
 def test_signs_are_the_nearest_ones_in_order() -> None:
     weight, statistics = data()
-    whitening = Whitening.of("gram", statistics, D_IN, 0.01)
+    whitening = Whitening.of("gram", statistics, weight, 0.01)
     magnitudes = weight.double().abs().mean().expand(weight.shape)
     found = nearest_signs(weight.double(), magnitudes, whitening)
     assert whitening.factor is not None
@@ -143,7 +143,7 @@ def test_signs_are_the_nearest_ones_in_order() -> None:
 
 def test_refitted_left_is_least_squares() -> None:
     weight, statistics = data()
-    whitening, right = Whitening.of("gram", statistics, D_IN, 0.01), torch.rand(3, D_IN, dtype=torch.float64)
+    whitening, right = Whitening.of("gram", statistics, weight, 0.01), torch.rand(3, D_IN, dtype=torch.float64)
     negative = weight < 0
     left = refitted_left(weight.double(), negative, right, whitening)
     signs = 1 - 2 * negative.double()
@@ -155,7 +155,7 @@ def test_refitted_left_is_least_squares() -> None:
 
 def test_group_sweep_keeps_the_chosen_and_beats_rounding() -> None:
     weight, statistics = data()
-    whitening = Whitening.of("gram", statistics, D_IN, 0.01)
+    whitening = Whitening.of("gram", statistics, weight, 0.01)
     chosen = torch.rand(D_OUT, 4, generator=torch.Generator().manual_seed(0)) < 0.6
     integers, scales = group_sweep(weight.double(), chosen, 8, INT4, whitening)
     kept = chosen[:, :, None].expand(-1, -1, 8).flatten(1)

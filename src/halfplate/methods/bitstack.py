@@ -89,7 +89,7 @@ class BitStackMethod(Method):
 
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
-        whitening = Whitening.of(self.weighting, statistics, spec.d_in, self.damping)
+        whitening = Whitening.of(self.weighting, statistics, weight, self.damping)
         options, left_over = spec.options("bit_stack"), weight.double()
         whole = float(whitening.into(left_over).square().sum())
         levels, losses = [], []

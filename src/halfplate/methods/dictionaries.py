@@ -78,7 +78,7 @@ class DictionaryMethod(Method):
 
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
-        whitening = Whitening.of(self.weighting, statistics, spec.d_in, self.damping)
+        whitening = Whitening.of(self.weighting, statistics, weight, self.damping)
         most = float(weight.abs().max())
         rows = whitening.into(weight.double() / (most if most > 0 else 1.0))
         atoms, kept = (int(spec.options("dictionary")[name]) for name in ("atoms", "kept"))

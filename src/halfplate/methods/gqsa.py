@@ -91,7 +91,7 @@ class GQSA(Method):
 
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
-        whitening = Whitening.of("gram", statistics, spec.d_in, self.damping)
+        whitening = Whitening.of("gram", statistics, weight, self.damping)
         width, kept = (int(spec.options("group_sparse")[name]) for name in ("width", "kept"))
         factor = whitening.factor
         if factor is None:  # no input was ever other than zero

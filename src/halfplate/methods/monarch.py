@@ -80,7 +80,7 @@ class MonarchMethod(Method):
 
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
-        whitening = Whitening.of(self.weighting, statistics, spec.d_in, self.damping)
+        whitening = Whitening.of(self.weighting, statistics, weight, self.damping)
         blocks, rank = (int(spec.options("monarch")[name]) for name in ("blocks", "rank"))
         most = weight.abs().max().double().clamp_min(torch.finfo(torch.float64).tiny)
         scaled = weight.double() / most

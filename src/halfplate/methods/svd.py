@@ -77,7 +77,7 @@ class WeightedSVD(Method):
 
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
-        whitening = Whitening.of(self.weighting, statistics, spec.d_in, self.damping)
+        whitening = Whitening.of(self.weighting, statistics, weight, self.damping)
         left, right = weighted_svd(weight, whitening, spec.rank)
         factors = LowRank.rounded(left.float(), right.float(), spec.wrapper_dtype)
         return Solution(Chain.of(spec, NoCore.of(spec, weight.device), factors))

@@ -27,15 +27,16 @@ class Whitening:
     factor: Tensor | None
 
     @classmethod
-    def of(cls, weighting: str, statistics: InputStatistics, d_in: int, damping: float) -> Whitening:
+    def of(cls, weighting: str, statistics: InputStatistics, weight: Tensor, damping: float) -> Whitening:
         """The whitening of one of WEIGHTINGS, scaled so that the mean second moment is 1.
 
+        weight: (d_out, d_in), for the number of inputs and the device.
         damping: added to the diagonal, as a fraction of the second moment of each input. Inputs that are always zero count as the smallest.
         """
         if weighting == "none":
-            return cls(torch.ones(d_in, dtype=torch.float64, device="cpu"), None)
-        gram = statistics.require_gram().double() if weighting == "gram" else None
-        moments = statistics.require_diagonal().double() if gram is None else gram.diagonal()
+            return cls(torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device), None)
+        gram = statistics.require_gram().to(weight.device, torch.float64) if weighting == "gram" else None
+        moments = (statistics.require_diagonal() if gram is None else gram.diagonal()).to(weight.device, torch.float64)
         alive = moments > 0
         if not bool(alive.any()):
             return cls(torch.ones_like(moments), None)
@@ -45,7 +46,7 @@ class Whitening:
 
     def into(self, weight: Tensor) -> Tensor:
         """W L: fp64 (rows, d_in)."""
-        scaled = weight.double() * self.scales.to(weight.device)
+        scaled = weight.double() * self.scales
         return scaled if self.factor is None else scaled @ self.factor
 
     def back(self, rows: Tensor) -> Tensor:
