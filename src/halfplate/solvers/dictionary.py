@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-ROWS = 128  # coded at once
+ROWS, VALUES = 128, 1 << 25  # rows coded at once at most, and values that they take meanwhile
 RIDGE = 1e-8  # of the mean of the diagonal of normal equations
 
 
@@ -26,14 +26,15 @@ def coefficients_on(rows: Tensor, atoms: Tensor, support: Tensor) -> Tensor:
     places = (~support).to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]
     gram, products = atoms @ atoms.T, rows @ atoms.T
     found = torch.zeros_like(products)
-    for start in range(0, len(rows), ROWS):
-        part = places[start : start + ROWS]
+    step = _rows_at_once(kept * kept)
+    for start in range(0, len(rows), step):
+        part = places[start : start + step]
         normal = gram[part[:, :, None], part[:, None, :]]
         diagonal = normal.diagonal(dim1=1, dim2=2)
         diagonal.add_(RIDGE * diagonal.mean(1, keepdim=True) + 1e-300)
-        wanted = products[start : start + ROWS].gather(1, part)[:, :, None]
+        wanted = products[start : start + step].gather(1, part)[:, :, None]
         solved = torch.cholesky_solve(wanted, torch.linalg.cholesky(normal))[:, :, 0]
-        found[start : start + ROWS].scatter_(1, part, solved)
+        found[start : start + step].scatter_(1, part, solved)
     return found
 
 
@@ -56,8 +57,9 @@ def pursued(rows: Tensor, atoms: Tensor, kept: int) -> Tensor:
     sizes = rows.norm(dim=1, keepdim=True).clamp_min(1e-150)
     gram, whole = unit @ unit.T, (rows / sizes).float() @ unit.T
     support = torch.zeros(len(rows), len(atoms), dtype=torch.bool, device=rows.device)
-    for start in range(0, len(rows), ROWS):
-        left, taken = whole[start : start + ROWS].clone(), support[start : start + ROWS]
+    together = _rows_at_once(kept * len(atoms))
+    for start in range(0, len(rows), together):
+        left, taken = whole[start : start + together].clone(), support[start : start + together]
         each = torch.arange(len(left), dtype=torch.int64, device=rows.device)
         explained = left.new_empty(len(left), kept, len(atoms))
         for step in range(kept):
@@ -70,6 +72,11 @@ def pursued(rows: Tensor, atoms: Tensor, kept: int) -> Tensor:
             left -= (left[each, best] / size)[:, None] * direction
             explained[:, step] = direction
     return support
+
+
+def _rows_at_once(values: int) -> int:
+    """How many rows of so many values each are coded at once."""
+    return max(min(ROWS, VALUES // values), 1)
 
 
 def updated_by_atom(rows: Tensor, atoms: Tensor, coefficients: Tensor, powers: int = 4) -> tuple[Tensor, Tensor]:
