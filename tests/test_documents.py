@@ -100,7 +100,7 @@ def test_the_first_page_of_the_site_has_the_commands_of_the_readme(compressed):
     python("index.md")
 
 
-@pytest.mark.parametrize("page", ["budget.md", "export.md", "pruning.md", "troubleshooting.md"])
+@pytest.mark.parametrize("page", ["budget.md", "export.md", "factors.md", "pruning.md", "troubleshooting.md"])
 def test_every_command_of_a_page_of_the_site_runs(compressed, capsys, page):
     lines = re.findall(r"^\$ halfplate (.*)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
     assert lines

@@ -8,38 +8,45 @@ from halfplate.errors import HalfplateError
 
 @dataclass(frozen=True)
 class Pattern:
-    """At most `n` non-zeros in every group of `m` consecutive inputs of a row; 1 of 1, called `dense`, keeps all.
+    """At most `n` non-zeros in every group of `m` consecutive inputs of a row; 1 of 1, called `dense`, keeps all, 0 of 1, `none`, nothing.
 
-    Raises HalfplateError unless 0 < n < m <= 256, or both are 1.
+    Raises HalfplateError unless 0 < n < m <= 256, or it is `dense` or `none`.
     """
 
     n: int
     m: int
 
     def __post_init__(self) -> None:
-        if not (0 < self.n < self.m <= 256 or self.is_dense):
+        if not (0 < self.n < self.m <= 256 or self.is_dense or self.is_none):
             raise HalfplateError(f"pattern={self} must be N:M with 0 < N < M <= 256; try 2:4")
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":
-        """Read `N:M` or `dense`; raises HalfplateError for anything else."""
-        if text == "dense":
-            return DENSE
+        """Read `N:M`, `dense` or `none`; raises HalfplateError for anything else."""
+        for named in (DENSE, NONE):
+            if text == str(named):
+                return named
         match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
         if match is None:
             raise HalfplateError(f"pattern={text!r} is not of the form N:M; try 2:4")
         pattern = cls(int(match[1]), int(match[2]))
-        if pattern.is_dense:
-            raise HalfplateError(f"pattern={text!r} keeps every value; write dense")
+        if pattern.is_dense or pattern.is_none:
+            what = "every value" if pattern.is_dense else "no value"
+            raise HalfplateError(f"pattern={text!r} keeps {what}; write {pattern}")
         return pattern
 
     def __str__(self) -> str:
-        return "dense" if self.is_dense else f"{self.n}:{self.m}"
+        return "dense" if self.is_dense else "none" if self.is_none else f"{self.n}:{self.m}"
 
     @property
     def is_dense(self) -> bool:
         """Whether every value is kept, so that there is no index."""
         return self.n == self.m == 1
+
+    @property
+    def is_none(self) -> bool:
+        """Whether no value is kept, so that the matrix has no core and consists of its other parts."""
+        return (self.n, self.m) == (0, 1)
 
     @property
     def index_bits(self) -> int:
@@ -60,3 +67,4 @@ class Pattern:
 
 
 DENSE = Pattern(1, 1)
+NONE = Pattern(0, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_type_hints
 
@@ -43,8 +43,9 @@ WITHOUT_EFFECT = ("threads", "max_kl")
 
 
 def pattern_of(method: str) -> str:
-    """The pattern for `auto`: `2:4`, or `dense` for a method that does not prune."""
-    return "2:4" if methods.METHODS.get(method).sparse else "dense"
+    """The pattern for `auto`: `2:4`, `dense` for a method that does not prune, or `none` for one that makes no core."""
+    found = methods.METHODS.get(method)
+    return "none" if found.coreless else "2:4" if found.sparse else "dense"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Recipe:
 
     - version: of this object
     - method, method_options: a name of `halfplate methods`, and its options, e.g. `{"iterations": 20}`
-    - pattern: `N:M`, `dense`, or `auto` (`dense` if the method does not prune, else `2:4`)
+    - pattern: `N:M`, `dense`, `none`, or `auto` (`dense` if the method does not prune, `none` if it makes no core, else `2:4`)
     - core_dtype, wrapper_dtype: data types of kept values and wrappers
     - types: `PATTERN=TYPE`, the core_dtype of matrices whose full name matches a shell pattern; the first that matches counts
     - block_size: `auto` (chosen by the plan), 0 for no wrappers, 1 for diagonal wrappers; for slim the rank
@@ -66,7 +67,7 @@ class Recipe:
     - token_limit: clip the squared norm of each token to this many times the median
     - precision: of matrix products during calibration; `auto` is bf16 if the processor multiplies it faster
     - tune_block: steps that train each layer towards the output of the original layer
-    - ratios: the rule by which layers keep unequal shares with the same average, a name in `halfplate.allocation.ratios.RATIOS`; `uniform` for none
+    - ratios: the rule by which layers keep unequal shares with the same average, a name in `halfplate.allocation.ratios.RATIOS`; `welore` for ranks of method svd, or `uniform`
     - owl_lambda: half the difference between the largest and the smallest share of `owl` and `farms`
     - budget, time_budget: fraction of the original bytes, or of the decode time of the original linears on this machine
     - fit, fit_ram: bytes of the whole result in its file, or in memory with a cache of `context` tokens; text such as `600MB` is converted
@@ -249,8 +250,10 @@ class Recipe:
             )
         if self.share_wrappers and self.block_size == 0:
             raise HalfplateError("share_wrappers=True with block_size=0 has no wrapper to share; try --block-size 16")
+        # The size of a matrix without a core depends on its shape; the plan checks that.
+        check = partial(Method.check_spec, method) if method.coreless else method.check_spec
         for core_dtype in (self.core_dtype, *types_in(self.types)):
-            method.check_spec(self.spec(1, pattern.m, block, core_dtype))
+            check(self._form(1, pattern.m, block, core_dtype))
         scaled = self.core_dtype in QUANTIZERS or self.budgeted or {self.embedding_dtype, self.head_dtype} != {KEEP}
         if self.group_size != GROUP and not scaled:
             raise HalfplateError(
@@ -268,6 +271,11 @@ class Recipe:
 
     def spec(self, d_out: int, d_in: int, block: int, core_dtype: str | None = None) -> WeightSpec:
         """The specification of a matrix: with wrappers of block size `block`, or a low-rank part of equal size, depending on the method."""
+        spec, method = self._form(d_out, d_in, block, core_dtype), self.create_method()
+        return method.sized(spec) if method.coreless and spec.pattern.is_none else spec
+
+    def _form(self, d_out: int, d_in: int, block: int, core_dtype: str | None) -> WeightSpec:
+        """`spec` before the method has decided on the size of parts without a core."""
         method = self.create_method()
         wrapper, rank = (0, block) if method.low_rank else (block, 0)
         out_wrapper = wrapper if self.out_block_size is None else self.out_block_size

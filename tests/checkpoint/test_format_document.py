@@ -6,16 +6,20 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from halfplate.checkpoint.config import quantization_config
+from halfplate.checkpoint.config import quantization_config, read_specs
+from halfplate.checkpoint.read import load
 from halfplate.formats import NMSparse, WeightSpec
 from halfplate.pattern import DENSE, Pattern
+from halfplate.recipe import Recipe
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 
@@ -88,14 +92,35 @@ def reads(one: Any, tmp_path: Path) -> None:
     read = np.load(tmp_path / "read.npz")
     assert set(read) == set(one.specs)
     for name in one.specs:
-        expected = one.model.get_submodule(name).matrix.dense(torch.float64).numpy()
+        expected = one.model.get_submodule(name).matrix.dense(torch.float64).detach().numpy()
         np.testing.assert_allclose(read[name], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_variety_covers_the_document(written: Any) -> None:
     parts = {part for spec in written().specs.values() for part in spec.layout()}
     assert {f"`NAME.{part}`" in DOCUMENT for part in parts} == {True}
-    assert parts == set(re.findall(r"^\| `NAME\.(weight\w*)`", DOCUMENT, re.MULTILINE))
+    assert parts == set(re.findall(r"^\| `NAME\.(weight\w*)`", DOCUMENT.partition("### Other parts")[0], re.MULTILINE))
+
+
+# Options with which every matrix of the tiny model has the parts.
+FACTORS: dict[str, dict[str, Any]] = {
+    "svd": {},
+    "bitstack": {},
+    "rocket": {},
+    "monarch": {},
+    "gqsa": {"kept": 0.5, "width": 10},
+}
+
+
+@pytest.mark.parametrize("method", FACTORS)
+def test_the_reader_of_the_document_reads_factors(
+    compressed_once: Callable[[Recipe], Path], tmp_path: Path, method: str
+) -> None:
+    folder = compressed_once(Recipe(method=method, method_options=FACTORS[method], samples=4, seq_len=32, threads=1))
+    reads(SimpleNamespace(folder=folder, model=load(folder, kernels=False), specs=read_specs(folder)), tmp_path)
+    for spec in read_specs(folder).values():
+        for part in spec.layout():
+            assert f"`NAME.{re.sub('_[0-9]+$', '_l', part)}`" in DOCUMENT
 
 
 def test_the_example_of_the_configuration() -> None:

@@ -196,6 +196,12 @@ def test_methods(halfplate):
         "slim",
         "gptq",
         "denoiserotator",
+        "svd",
+        "bitstack",
+        "rocket",
+        "cospadi",
+        "monarch",
+        "gqsa",
     ]
     assert next(m for m in listed if m["name"] == "sparsegpt")["options"]["damping"] == 0.01
     assert next(m for m in listed if m["name"] == "armor")["wrapped"] is True

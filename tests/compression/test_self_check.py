@@ -64,8 +64,8 @@ def test_a_file_that_is_not_what_was_solved_is_refused(
     monkeypatch.setattr(self_check, "check_loads_whole", lambda *_: whole)
     assemble = local.assemble_weights
 
-    def damaged(streamed: Any, plan: Any, work: Any, folder: Path, progress: Any) -> dict[str, str]:
-        checksums = assemble(streamed, plan, work, folder, progress)
+    def damaged(streamed: Any, plan: Any, work: Any, folder: Path, *rest: Any) -> dict[str, str]:
+        checksums = assemble(streamed, plan, work, folder, *rest)
         file = folder / "model.safetensors"
         tensors = load_file(file)
         name = "model.layers.1.mlp.down_proj.weight"
@@ -82,8 +82,8 @@ def test_a_file_that_is_not_what_was_solved_is_refused(
 def change(name: str, factor: float) -> Any:
     """`assemble_weights`, and one tensor of the file multiplied afterwards."""
 
-    def changed(streamed: Any, plan: Any, work: Any, folder: Path, progress: Any) -> dict[str, str]:
-        checksums = assemble_weights(streamed, plan, work, folder, progress)
+    def changed(streamed: Any, plan: Any, work: Any, folder: Path, *rest: Any) -> dict[str, str]:
+        checksums = assemble_weights(streamed, plan, work, folder, *rest)
         tensors = load_file(folder / "model.safetensors")
         save_file(tensors | {name: tensors[name] * factor}, folder / "model.safetensors")
         return checksums

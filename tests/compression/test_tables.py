@@ -219,10 +219,10 @@ def test_the_check_by_layer_sees_a_table_that_is_not_what_was_solved(
     assert halfplate.compress(str(folder_of(kind)), tmp_path / "sound", recipe)["check"]["loaded"] == "by layer"
     whole = main.assemble_weights
 
-    def spoilt(streamed: Any, plan: Any, work: Any, folder: Path, progress: Any) -> Any:
+    def spoilt(streamed: Any, plan: Any, work: Any, folder: Path, *rest: Any) -> Any:
         from safetensors.torch import load_file, save_file
 
-        checksums = whole(streamed, plan, work, folder, progress)
+        checksums = whole(streamed, plan, work, folder, *rest)
         tensors = load_file(folder / "model.safetensors")
         tensors[f"{EMBEDDING}.weight_scales"] *= 1.5
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})

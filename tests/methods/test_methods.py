@@ -19,7 +19,7 @@ from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
 from halfplate.formats.quantizers import QUANTIZERS, core_dtypes
 from halfplate.methods import METHODS, Method, Solution, create
-from halfplate.pattern import DENSE, Pattern
+from halfplate.pattern import DENSE, NONE, Pattern
 from halfplate.statistics import InputStatistics, Statistic
 
 CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -69,6 +69,17 @@ METHODS_UNDER_TEST = [
     Row("denoiserotator", {"steps": 4}, block=8),
     Row("denoiserotator", {"steps": 4, "pruner": "wanda"}, block=16),
     Row("denoiserotator", {"steps": 4}, block=16, core_dtype="int4", group=32),
+    Row("svd"),
+    Row("svd", {"weighting": "none", "rank": 3}),
+    Row("svd", {"weighting": "diagonal"}),
+    Row("bitstack"),
+    Row("bitstack", {"weighting": "diagonal", "rank": 2}),
+    Row("rocket"),
+    Row("rocket", {"weighting": "none", "iterations": 0}),
+    Row("cospadi", {"iterations": 1}),
+    Row("monarch"),
+    Row("monarch", {"weighting": "none", "blocks": 2}),
+    Row("gqsa", {"kept": 0.5, "width": 8}),
     Row("example"),  # the walk-through of CONTRIBUTING.md
 ]
 every_row = pytest.mark.parametrize("row", METHODS_UNDER_TEST, ids=str)
@@ -92,7 +103,11 @@ def example_method(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def spec_for(row: Row, pattern: Pattern = TWO_FOUR, core_dtype: str | None = None) -> WeightSpec:
-    if not METHODS.get(row.name).sparse:
+    method = METHODS.get(row.name)
+    if method.coreless:
+        spec = WeightSpec(D_OUT, D_IN, NONE, core_dtype or row.core_dtype)
+        return create(row.name, **row.options).sized(spec)
+    if not method.sparse:
         pattern = DENSE
     block = -(-row.block // pattern.m) * pattern.m  # wrappers of inputs hold whole groups
     wrapper, rank = (0, block) if METHODS.get(row.name).low_rank else (block, 0)
@@ -171,9 +186,16 @@ def test_exactly_n_of_every_m(row: Row, pattern: Pattern) -> None:
 @pytest.mark.parametrize("core_dtype", core_dtypes())
 def test_every_stored_type(row: Row, core_dtype: str) -> None:
     spec = spec_for(row, core_dtype=core_dtype)
-    grid = "bf16" if spec.rank else "int8"  # low-rank parts have no grid
+    if spec.pattern.is_none and core_dtype != "bf16":
+        with pytest.raises(
+            HalfplateError, match=f"core_dtype='{core_dtype}' is the type of a core, and method '{row.name}'"
+        ):
+            compress(row, random_weight(), random_statistics(), spec)
+        return
+    grid = "bf16" if spec.rank or spec.parts else "int8"  # low-rank parts have no grid
     spec = replace(spec, wrapper_dtype=core_dtype if core_dtype in WRAPPER_DTYPES and core_dtype != "int8" else grid)
-    if core_dtype not in QUANTIZERS and not METHODS.get(row.name).sparse:
+    made = METHODS.get(row.name)
+    if core_dtype not in QUANTIZERS and not (made.sparse or made.coreless):
         with pytest.raises(
             HalfplateError,
             match=rf"core_dtype='{core_dtype}' is not a quantised type.*; use {' or '.join(QUANTIZERS)}",
@@ -318,6 +340,10 @@ def test_hostile_input_gives_finite_values(row: Row, damage: Any) -> None:
     weight, inputs = random_weight(), torch.randn(3 * D_IN, D_IN, generator=torch.Generator().manual_seed(1))
     damage(weight, inputs)
     spec = spec_for(row)
+    if row.name == "gqsa" and damage in (huge_weight, unequal_rows):
+        with pytest.raises(HalfplateError, match="need scales that fp16 cannot hold; use method svd"):
+            compress(row, weight, statistics_of(inputs), spec)
+        return
     if row.core_dtype in QUANTIZERS and damage in (huge_weight, unequal_rows):  # out of the range of fp16 scales
         with pytest.raises(HalfplateError, match=f"core_dtype='{row.core_dtype}' cannot hold .*; use bf16"):
             compress(row, weight, statistics_of(inputs), spec)
@@ -374,7 +400,10 @@ def test_what_is_not_finite_is_refused(row: Row, value: float) -> None:
             compress(row, weight, replace(random_statistics(), gram=damaged), spec)
 
 
-FLOATS_UNWRAPPED = [row for row in METHODS_UNDER_TEST if not row.block and row.core_dtype not in QUANTIZERS]
+CORELESS = [row for row in METHODS_UNDER_TEST if row.name in METHODS.own and METHODS.get(row.name).coreless]
+FLOATS_UNWRAPPED = [
+    row for row in METHODS_UNDER_TEST if not row.block and row.core_dtype not in QUANTIZERS and row not in CORELESS
+]
 
 
 @every_row
@@ -391,6 +420,13 @@ def test_a_pattern_that_the_method_does_not_make_is_refused(row: Row) -> None:
 def test_overflow_of_the_stored_type_is_refused(row: Row) -> None:
     with pytest.raises(HalfplateError, match=r"core_dtype='fp16' cannot hold .* expected at most 6.55e\+04; use bf16"):
         compress(row, 1e6 * random_weight(), random_statistics(), spec_for(row, core_dtype="fp16"))
+
+
+@pytest.mark.parametrize("row", [row for row in CORELESS if row.name != "gqsa"], ids=str)
+def test_overflow_of_a_stored_part_is_refused(row: Row) -> None:
+    spec = replace(spec_for(row), wrapper_dtype="fp16")
+    with pytest.raises(HalfplateError, match=r"wrapper_dtype='fp16' cannot hold .*; use bf16"):
+        compress(row, 1e12 * random_weight(), random_statistics(), spec)
 
 
 @every_row
@@ -418,6 +454,18 @@ def test_unknown_name_is_answered_with_the_nearest(typed: str, meant: str) -> No
         ("sparsegpt", {"damping": float("inf")}),
         ("sparsegpt", {"column_block": 0}),
         ("denoiserotator", {"steps": -1}),
+        ("svd", {"rank": 0}),
+        ("svd", {"share": 0.0}),
+        ("svd", {"share": 1.0}),
+        ("svd", {"weighting": "fisher"}),
+        ("svd", {"damping": -1.0}),
+        ("bitstack", {"rank": 0}),
+        ("rocket", {"ratio": 0.5}),
+        ("rocket", {"iterations": -1}),
+        ("cospadi", {"iterations": 0}),
+        ("monarch", {"blocks": 1}),
+        ("gqsa", {"width": 1}),
+        ("gqsa", {"kept": 0.0}),
         ("denoiserotator", {"learning_rate": 0.0}),
         ("denoiserotator", {"damping": -0.1}),
     ],

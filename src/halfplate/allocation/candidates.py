@@ -33,6 +33,10 @@ def candidates(spec: WeightSpec, method: Method, choose: Iterable[str], target: 
     smaller than the original matrix are omitted, and those that `target` does not store exactly, unless it stores none.
     """
     fields = fields_of(choose)
+    if spec.pattern.is_none:
+        # What varies of a matrix without a core is its size, by the measure of the method.
+        sizes = filter(_is_smaller, method.sizes(spec)) if "pattern" in fields else ()
+        return _by_bytes(filter(target.holds, {spec, *sizes}), target) or [spec]
     blocks: Iterable[int | None] = (
         _blocks(fields) if "block_size" in fields and method.wrapped and target.sparse else (None,)
     )

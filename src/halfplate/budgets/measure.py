@@ -240,11 +240,11 @@ def _error_together(weights: Sequence[Tensor], chains: Sequence[Chain], statisti
 
 def _key(spec: WeightSpec) -> tuple[object, ...]:
     """The settings that matrices of different shapes can have in common."""
-    return spec.pattern, spec.core_dtype, spec.out_block, spec.in_block, spec.group
+    return spec.pattern, spec.core_dtype, spec.out_block, spec.in_block, spec.group, spec.rank, spec.parts
 
 
 def at_level(planned: Mapping[str, WeightSpec], level: WeightSpec) -> dict[str, WeightSpec] | None:
-    """The specifications `planned` of a unit with the pattern, core and blocks of candidate `level`; None if these are invalid for one."""
+    """The specifications `planned` of a unit with the pattern, core, blocks and parts of candidate `level`; None if these are invalid for one."""
     try:
         specs = {
             name: replace(
@@ -254,6 +254,8 @@ def at_level(planned: Mapping[str, WeightSpec], level: WeightSpec) -> dict[str, 
                 out_block=level.out_block,
                 in_block=level.in_block,
                 group=level.group,
+                rank=level.rank,
+                parts=level.parts,
             )
             for name, spec in planned.items()
         }

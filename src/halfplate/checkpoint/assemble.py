@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from halfplate.checkpoint.stack import ordered
 from halfplate.errors import HalfplateError
 from halfplate.storage.shards import MAX_SHARD_NBYTES, write_shards
 from halfplate.storage.tensor_file import StoredTensor, TensorFileWriter
@@ -24,10 +25,13 @@ def assemble(
     folder: Path,
     progress: Callable[[int, int], None],
     max_shard_nbytes: int = MAX_SHARD_NBYTES,
+    stack: Sequence[str] = (),
 ) -> dict[str, str]:
     """Copy `tensors`, in order, to the safetensors files of a checkpoint; returns the SHA-256 of each.
 
-    The files equal those that `write_tensors` writes for the same tensors. Raises HalfplateError if a checksum does not match.
+    stack: those that lie behind all others in this order (halfplate.checkpoint.stack).
+
+    Without a stack, the files equal those that `write_tensors` writes for the same tensors. Raises HalfplateError if a checksum does not match.
     """
     done = 0
 
@@ -44,4 +48,4 @@ def assemble(
         return sha256
 
     entries = {name: (tensor.stored.dtype, tensor.stored.shape) for name, tensor in tensors.items()}
-    return write_shards(entries, folder, max_shard_nbytes, copy)
+    return write_shards(ordered(entries, stack), folder, max_shard_nbytes, copy, bool(stack))

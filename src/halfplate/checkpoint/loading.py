@@ -9,14 +9,21 @@ from halfplate.errors import HalfplateError
 from halfplate.models.sources import is_compressed, load_dense
 
 
-def load_any(name: str, device: str = "cpu", activations: str = "auto") -> tuple[Any, Any]:
+def load_any(
+    name: str, device: str = "cpu", activations: str = "auto", fit: int | str | None = None
+) -> tuple[Any, Any]:
     """The model, for computing in fp32, and the tokenizer of a checkpoint, a folder, a `.gguf` file or a Hub id.
 
     activations: as in `halfplate.load`; `int8` is only for a checkpoint.
+    fit: as in `halfplate.load`.
     Raises HalfplateError on bad input.
     """
     if is_compressed(name):
-        return load(name, device=device, activations=activations), load_tokenizer(name)
+        return load(name, device=device, activations=activations, fit=fit), load_tokenizer(name)
+    if fit is not None:
+        raise HalfplateError(
+            f"fit={fit!r} is for checkpoints of method bitstack, and {name!r} is not one; leave it out"
+        )
     if activations == "int8":
         raise HalfplateError(
             f"activations={activations!r} is for Halfplate checkpoints, and {name!r} is not one; leave it out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from halfplate.arguments import check_name, path_text
 from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, read_json, read_record, read_specs
+from halfplate.checkpoint.stack import prefix
 from halfplate.checkpoint.weights import check_layout, read_headers
 from halfplate.defaults import plain_defaults
 from halfplate.device import check_device
 from halfplate.errors import HalfplateError, HalfplateWarning
 from halfplate.formats import WeightSpec
 from halfplate.formats.checks import check_tensor
-from halfplate.models.auto import auto_class
+from halfplate.models.auto import auto_class, model_class
 from halfplate.models.fit import further_tensors
 from halfplate.models.reading import reading
 from halfplate.models.trust import check_counts, check_folder, check_layers
@@ -39,19 +41,24 @@ def load(
     activations: str = "auto",
     head_dtype: str | None = None,
     kernels: bool = True,
+    fit: int | str | None = None,
 ) -> PreTrainedModel:
     """Load the checkpoint in the folder `path` as a transformers model in eval mode, on the fastest path of this machine.
 
     - dtype: element type of activations and of uncompressed tensors; compressed tensors keep their stored type
     - activations, head_dtype: as in `halfplate.runtime.accelerate`; `halfplate.runtime.explain(model)` lists the kernels
     - kernels: False keeps the plain torch path, whose weights can be trained
+    - fit: bytes of the weight files to read, or text such as `300MB`, of a checkpoint that holds steps of size (method bitstack); no
+        more is read, and the end of the file may be missing
 
     Raises HalfplateError if the checkpoint is incomplete, invalid or too new. Every header, shape, type, position and code is
     checked, and values for NaN and inf. A flipped bit in a value is only found by `halfplate.inspect(path, verify=True)`.
     """
     folder = Path(path_text("path", path))
     check_device(device)
-    specs, found = read_checked_headers(folder)
+    specs, found = read_checked_headers(folder, whole=fit is None)
+    if fit is not None:
+        specs, found = prefix(str(path), specs, found, fit)
     if kernels and device == "cpu" and (slow := without_kernel(specs.values())) is not None:
         warnings.warn(f"{path}: {slow}", HalfplateWarning, stacklevel=3)  # past the decorator
     from transformers import AutoConfig
@@ -69,16 +76,21 @@ def load(
         elements = sum(prod(tensor.shape) for tensor in found.values())
         check_counts(str(path), config, len(found), elements, "path")
         config.quantization_config |= {"runtime": runtime if device == "cpu" else None}
-        loaded: Any = auto_class(config).from_pretrained(
-            folder,
+        if fit is None:
+            build: Any = partial(auto_class(config).from_pretrained, folder, trust_remote_code=False)
+        else:
+            config.quantization_config["modules"] = {name: spec.to_json() for name, spec in specs.items()}
+            build = partial(model_class(config).from_pretrained, None, state_dict=dict(read_tensors(found)))
+        loaded: Any = build(
             config=config,
             dtype=dtype,
-            trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report lists their names, the exception would not
         )
+        if fit is not None:
+            _add_companions(loaded[0], folder)
     model: PreTrainedModel = loaded[0]
     report: dict[str, Any] = loaded[1]
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -100,6 +112,16 @@ def load(
         if runtime is not None:
             accelerate(model, **runtime)
     return model
+
+
+def _add_companions(model: Any, folder: Path) -> None:
+    """Give a model that was built from tensors what transformers reads beside them: the settings of generation, and the record."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if (folder / RECORD_FILE).is_file():
+        model.hf_quantizer.record = read_record(folder)
 
 
 def _floats(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -163,11 +185,14 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
     }
 
 
-def read_checked_headers(folder: Path) -> tuple[dict[str, WeightSpec], dict[str, StoredTensor]]:
-    """The specifications and the tensors of a checkpoint; raises HalfplateError unless they match."""
+def read_checked_headers(folder: Path, whole: bool = True) -> tuple[dict[str, WeightSpec], dict[str, StoredTensor]]:
+    """The specifications and the tensors of a checkpoint; raises HalfplateError unless they match.
+
+    whole: False allows weight files whose end is missing.
+    """
     specs = read_specs(folder)
     check_folder(str(folder), folder, "path")
-    found = read_headers(folder)
+    found = read_headers(folder, whole)
     check_layout(found, specs)
     return specs, found
 

@@ -1,12 +1,13 @@
 """The safetensors files of a checkpoint: finding, checking, writing and hashing them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from halfplate.checkpoint.config import read_json
+from halfplate.checkpoint.stack import ordered
 from halfplate.errors import HalfplateError
 from halfplate.formats.parts.core import INDEX as POSITIONS
 from halfplate.formats.spec import WeightSpec
@@ -16,19 +17,20 @@ from halfplate.storage.tensor_file import KINDS, DamagedFile, StoredTensor, Tens
 CURE = "copy or write the checkpoint again"
 
 
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
+def read_headers(folder: Path, whole: bool = True) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by name, from the headers of its files; no data is read.
 
+    whole: False allows files whose end is missing.
     Raises HalfplateError if files are missing, truncated or damaged, or if an index does not match them.
     """
     index = folder / INDEX
     if (folder / SINGLE).is_file() or not index.is_file():
-        return headers_of([folder / SINGLE])
+        return headers_of([folder / SINGLE], whole)
     try:
         weight_map = weight_map_of(read_json(index))
     except ValueError as error:
         raise HalfplateError(f"{str(index)!r}: {error}; {CURE}") from None
-    found = headers_of([folder / name for name in sorted(set(weight_map.values()))])
+    found = headers_of([folder / name for name in sorted(set(weight_map.values()))], whole)
     for tensor in sorted(found.keys() | weight_map.keys()):
         if tensor not in found:
             raise HalfplateError(f"{tensor} is not in {weight_map[tensor]}, as {str(index)!r} says; {CURE}")
@@ -39,14 +41,14 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def headers_of(files: Iterable[Path]) -> dict[str, StoredTensor]:
+def headers_of(files: Iterable[Path], whole: bool = True) -> dict[str, StoredTensor]:
     """Every tensor of some safetensors files by name; raises HalfplateError naming a file that is damaged."""
     found: dict[str, StoredTensor] = {}
     for file in files:
         try:
             if not file.is_file():
                 raise HalfplateError(f"the weight file {str(file)!r} does not exist; {CURE}")
-            tensors = read_header(file)
+            tensors = read_header(file, whole)
         except (DamagedFile, OSError) as error:
             reason = getattr(error, "reason", error)
             raise HalfplateError(f"the weight file {str(file)!r} is damaged or cut short: {reason}; {CURE}") from None
@@ -114,10 +116,15 @@ def read_back(folder: Path, checksums: Mapping[str, str]) -> None:
 
 
 def write_tensors(
-    tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], folder: Path, max_shard_nbytes: int
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    folder: Path,
+    max_shard_nbytes: int,
+    stack: Sequence[str] = (),
 ) -> dict[str, str]:
     """Write tensors, each cast to its type in `dtypes`, to the files of a checkpoint; returns the SHA-256 of each.
 
+    stack: as in `halfplate.checkpoint.assemble`.
     A file exceeds `max_shard_nbytes` only if a single tensor does. Raises HalfplateError for a value that is not finite.
     """
 
@@ -130,4 +137,4 @@ def write_tensors(
         return file.write(name, stored)
 
     entries = {name: (dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return write_shards(entries, folder, max_shard_nbytes, write)
+    return write_shards(ordered(entries, stack), folder, max_shard_nbytes, write, bool(stack))

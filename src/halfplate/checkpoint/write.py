@@ -16,6 +16,7 @@ from halfplate.checkpoint.companions import copy_companions
 from halfplate.checkpoint.config import CONFIG_FILE, RECORD_FILE, RECORD_VERSION, SENTENCE, read_record
 from halfplate.checkpoint.folder import new_folder
 from halfplate.checkpoint.quantization import HalfplateConfig
+from halfplate.checkpoint.stack import stack_order
 from halfplate.checkpoint.weights import read_headers, write_tensors
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedMatrix, WeightSpec, check_shared
@@ -92,7 +93,8 @@ def write_model(
         name: matrices.get(name, other_dtype if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in tensors.items()
     }
-    checksums = write_tensors(tensors, dtypes, folder, max_shard_nbytes)
+    stack = stack_order({} if quantization is None else quantization.specs)
+    checksums = write_tensors(tensors, dtypes, folder, max_shard_nbytes, stack)
     write_configuration(model, tokenizer, folder, other_dtype, quantization)
     if beside is not None:
         copy_companions(beside, folder)

@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from halfplate.cli.parser import add_activations_argument, add_decoding_arguments, positive, typed_text
+from halfplate.cli.parser import (
+    add_activations_argument,
+    add_decoding_arguments,
+    add_fit_argument,
+    positive,
+    typed_text,
+)
 from halfplate.errors import HalfplateError
 from halfplate.plain_text import visible
 
@@ -38,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maximum number of tokens of an answer (default 512)",
     )
     parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
+    add_fit_argument(parser)
     add_activations_argument(parser, " of MODEL")
     add_decoding_arguments(parser)
 
@@ -52,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     silence_libraries()
     use_threads(args.threads)
     print(f"reading {visible(args.model)}" + (f" and {visible(args.against)}" if args.against else ""), flush=True)
-    own = {"cache_dtype": args.cache_dtype, "lookup": args.lookup}
+    own = {"cache_dtype": args.cache_dtype, "lookup": args.lookup, "fit": args.fit}
     talks = [Conversation.with_model(args.model, args.max_new_tokens, args.activations, **own)]
     if args.against:
         talks.append(Conversation.with_model(args.against, args.max_new_tokens))

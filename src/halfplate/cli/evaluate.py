@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from halfplate.cli.parser import add_activations_argument, add_output_arguments, positive
+from halfplate.cli.parser import add_activations_argument, add_fit_argument, add_output_arguments, positive
 from halfplate.errors import HalfplateError
 
 MEANS = ("kl", "top1_agreement")
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tasks-folder", metavar="DIR", help="folder with more lm-eval task definitions")
     parser.add_argument("--limit", type=positive, metavar="N", help="score only the first N rows of each task")
+    add_fit_argument(parser)
     add_activations_argument(parser)
     add_output_arguments(parser)
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from halfplate.cli.verdicts import print_verdict, verdict_on
 
     silence_libraries()
-    options = ("against", "seq_len", "windows", "tasks_folder", "limit", "threads", "activations")
+    options = ("against", "seq_len", "windows", "tasks_folder", "limit", "threads", "activations", "fit")
     tasks = None if args.tasks is None else [name for name in args.tasks.split(",") if name]
     with progress(args) as report:
         result = evaluate(

@@ -5,6 +5,7 @@ import argparse
 from halfplate.cli.parser import (
     add_activations_argument,
     add_decoding_arguments,
+    add_fit_argument,
     add_output_arguments,
     positive,
     typed_text,
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="format the prompt as a user message with the model's chat template"
     )
     parser.add_argument("--threads", type=positive, metavar="T", help="number of CPU threads")
+    add_fit_argument(parser)
     add_activations_argument(parser)
     parser.add_argument(
         "--prompt-cache",
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     silence_libraries()
     prompts = [typed_text(prompt) for prompt in args.prompts]
     settings = GenerateSettings(args.max_new_tokens, args.chat, args.cache_dtype, args.prompt_cache, args.lookup)
-    found = answers(args.model, prompts, settings, args.threads, args.activations)
+    found = answers(args.model, prompts, settings, args.threads, args.activations, args.fit)
     if args.json:
         print_json([{"prompt": prompt, "text": text} for prompt, text in zip(prompts, found, strict=True)])
     else:

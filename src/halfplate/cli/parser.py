@@ -98,6 +98,14 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_fit_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the size to load of a checkpoint that holds steps of size."""
+    what = (
+        "load at most this much of the weight file of a checkpoint made by method bitstack, such as 300MB (default all)"
+    )
+    parser.add_argument("--fit", metavar="SIZE", help=what)
+
+
 def typed_text(text: str) -> str:
     """Command-line text as UTF-8, even if the locale cannot decode it.
 

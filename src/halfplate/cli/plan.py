@@ -97,7 +97,7 @@ def _bytes(plan: "Plan") -> list[tuple[str, str]]:
         *compressed,
         *(
             [("N of M by layer", "chosen in the run; the average is this pattern")]
-            if plan.recipe.ratios != "uniform"
+            if plan.recipe.ratios == "owl"
             else []
         ),
         *([("calibration text", _text(plan))] if plan.job.runs_text else []),

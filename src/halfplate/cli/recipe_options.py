@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Recipe converts and checks the values, so that flags and files give the same error messages.
 FIELDS = (
     ("--method", "NAME", "compression method (default armor); `halfplate methods` lists them"),
-    ("--pattern", "N:M", "keep N of every M inputs, or dense for an unpruned core"),
+    ("--pattern", "N:M", "keep N of every M inputs, dense for an unpruned core, or none for methods without a core"),
     ("--block-size", "N", "size of the wrappers' blocks: auto, 0 for no wrappers, 1 for diagonal ones"),
     ("--out-block-size", "N", "size of the output wrappers' blocks, if it differs from --block-size"),
     (
@@ -55,7 +55,8 @@ FIELDS = (
     (
         "--ratios",
         "WHICH",
-        "choose N:M per layer, with the same average: owl by outliers, farms by spectra, essential by one magnitude; uniform (default) does not",
+        "spread one share over the layers or matrices, with the same average: owl by outliers, farms by spectra, essential by one magnitude, "
+        "welore ranks of method svd by singular values; uniform (default) does not",
     ),
     (
         "--owl-lambda",

@@ -6,6 +6,7 @@ import resource
 from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -33,6 +34,7 @@ from halfplate.compression.preparation import (
 from halfplate.compression.result import RECORDED, Result, assemble_weights, finished_result, identity_of
 from halfplate.compression.run import Run
 from halfplate.compression.self_check import self_check
+from halfplate.compression.step_gains import step_losses
 from halfplate.compression.tables import solve_tables
 from halfplate.compression.transforming import transformed
 from halfplate.compression.work_folder import WorkFolder
@@ -201,8 +203,10 @@ def _compressed(order: _Order, plan: Plan, report: Report, clock: Clock) -> Resu
         outcome = compress_layers(run)
         layers.close()
         result = Result(plan, outcome, None if text is None else text.protocol(), told)
+        with clock("ordering"):
+            losses = step_losses(readable, plan, work, None if tokens is None else tokens.ids, outcome.records, report)
         with clock("writing"), new_folder(order.out, order.overwrite, work.result) as folder:
-            checksums = assemble_weights(streamed, plan, work, folder, lambda at, total: report("writing", at, total))
+            checksums = assemble_weights(streamed, plan, work, folder, partial(report, "writing"), losses)
             quantization = HalfplateConfig.from_specs(plan.specs, bool(experts_of(streamed.model)))
             write_configuration(streamed.model, load_tokenizer(source), folder, source.other_dtype, quantization)
             copy_companions(source.path, folder)

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from halfplate.allocation.ratios import UNIFORM, WELORE
 from halfplate.budgets.choose import allocate_plan
 from halfplate.budgets.knee import find_knee
+from halfplate.budgets.ranks import rank_plan
 from halfplate.budgets.ratios import ratio_plan
 from halfplate.calibration import CalibrationTokens, calibration_tokens
 from halfplate.calibration.mixture import spoken
@@ -158,7 +160,7 @@ def chosen_levels(
     source: its tensors can be read one by one.
     """
     recipe = plan.recipe
-    if not recipe.budgeted and recipe.ratios == "uniform":
+    if not recipe.budgeted and recipe.ratios == UNIFORM:
         return plan, {}
     kept = read_json(work.levels)
     if kept is None:
@@ -173,7 +175,9 @@ def chosen_levels(
             if recipe.budgeted:
                 plan, search = allocate_plan(loaded, plan, tokens, report, clock)
                 told |= {} if search is None else {"search": search}
-            if recipe.ratios != "uniform":
+            if recipe.ratios == WELORE:
+                plan = rank_plan(loaded, plan, report, clock)
+            elif recipe.ratios != UNIFORM:
                 plan, ratios = ratio_plan(loaded, plan, tokens, report, clock)
                 told["ratios"] = [ratio.to_json() for ratio in ratios]
             if recipe.ratios == "essential":
@@ -185,4 +189,4 @@ def chosen_levels(
         write_json(work.levels, {"specs": {name: spec.to_json() for name, spec in plan.specs.items()}, "told": told})
         return plan, told
     specs = {name: WeightSpec.from_json(entry, name) for name, entry in kept["specs"].items()}
-    return plan.with_specs(specs), kept["told"]
+    return plan.without(plan.specs.keys() - specs.keys()).with_specs(specs), kept["told"]

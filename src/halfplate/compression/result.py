@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from halfplate.calibration.text import recorded_hashes, text_hashes
 from halfplate.checkpoint.assemble import Finished, assemble
 from halfplate.checkpoint.config import RECORD_FILE, read_record
 from halfplate.checkpoint.read import read_checked_headers
+from halfplate.checkpoint.stack import stack_order
 from halfplate.compression.layers import Outcome, finite
 from halfplate.compression.work_folder import WorkFolder, check_same
 from halfplate.errors import HalfplateError
@@ -102,6 +103,7 @@ def _recorded(
         if overwrite:
             return None
         raise
+    plan = plan.without(plan.layer_specs.keys() - specs.keys())
     records = [MatrixRecord.from_json(name, record["matrices"][name]) for name in plan.specs]
     tuned = {int(layer): TunedBlock(**entry) for layer, entry in record["tuned_blocks"].items()}
     told: dict[str, Any] = {}
@@ -134,9 +136,17 @@ def check_text(source: Source, recipe: Recipe, protocol: dict[str, Any] | None) 
 
 
 def assemble_weights(
-    streamed: StreamedModel, plan: Plan, work: WorkFolder, folder: Path, progress: Callable[[int, int], None]
+    streamed: StreamedModel,
+    plan: Plan,
+    work: WorkFolder,
+    folder: Path,
+    progress: Callable[[int, int], None],
+    losses: Mapping[str, Sequence[float]],
 ) -> dict[str, str]:
-    """Write the weight files of the checkpoint to `folder`; returns the SHA-256 of each tensor."""
+    """Write the weight files of the checkpoint to `folder`; returns the SHA-256 of each tensor.
+
+    losses: of the steps of matrices that have any (halfplate.compression.step_gains).
+    """
     found: dict[str, Finished] = {}
     for path, plain in [
         (work.outer, streamed.outer_names),
@@ -155,7 +165,8 @@ def assemble_weights(
     if set(names) != found.keys():
         name = min(set(names) ^ found.keys())
         raise HalfplateError(f"{name} is missing or too many among the finished files; pass --overwrite to start over")
-    return assemble({name: found[name] for name in names}, folder, progress)
+    stack = stack_order(plan.specs, losses)
+    return assemble({name: found[name] for name in names}, folder, progress, stack=stack)
 
 
 def _save_plain(streamed: StreamedModel, names: list[str], path: Path) -> None:

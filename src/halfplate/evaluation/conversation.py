@@ -77,10 +77,16 @@ class Conversation:
 
     @classmethod
     def with_model(
-        cls, name: str, most: int = 512, activations: str = "auto", cache_dtype: str = "fp32", lookup: int = 0
+        cls,
+        name: str,
+        most: int = 512,
+        activations: str = "auto",
+        cache_dtype: str = "fp32",
+        lookup: int = 0,
+        fit: int | str | None = None,
     ) -> Conversation:
-        """Load the model `name` for a conversation; raises HalfplateError on bad input."""
-        model, tokenizer = load_any(name, activations=activations)
+        """Load the model `name`, or what fits in `fit` bytes of it, for a conversation; raises HalfplateError on bad input."""
+        model, tokenizer = load_any(name, activations=activations, fit=fit)
         return cls(name, model, tokenizer, most, check_cache_dtype(model, cache_dtype), lookup)
 
     @property

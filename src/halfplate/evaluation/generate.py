@@ -50,13 +50,14 @@ def generate(
     cache_dtype: str = "fp32",
     prompt_cache: str | Path | None = None,
     lookup: int = 0,
+    fit: int | str | None = None,
 ) -> str:
     """Continue `prompt` by greedy decoding and return the new text.
 
     - model: a checkpoint, a folder, a Hub id or a `.gguf` file
     - chat: format the prompt as a user message with the model's chat template, and return only the answer
     - threads: number of CPU threads, None for all
-    - activations: as in `halfplate.load`
+    - activations, fit: as in `halfplate.load`
     - cache_dtype: type of keys and values, `fp32`, `bf16` or `int8` (one scale per vector)
     - prompt_cache: a file for the keys and values of the prompt; a later prompt that begins with the same tokens reads only the rest
     - lookup: most tokens that are guessed at once from the text so far and checked in one step; 0 for none
@@ -64,7 +65,7 @@ def generate(
     Raises HalfplateError on bad input, and if prompt and answer exceed the positions of the model.
     """
     settings = GenerateSettings(max_new_tokens, chat, cache_dtype, prompt_cache, lookup)
-    return answers(model, [prompt], settings, threads, activations)[0]
+    return answers(model, [prompt], settings, threads, activations, fit)[0]
 
 
 def answers(
@@ -73,11 +74,12 @@ def answers(
     settings: GenerateSettings,
     threads: int | None = None,
     activations: str = "auto",
+    fit: int | str | None = None,
 ) -> list[str]:
     """`generate` for each of `prompts`; the model is loaded once."""
     name = path_text("model", model)
     use_threads(threads)
-    loaded, tokenizer = load_any(name, activations=activations)
+    loaded, tokenizer = load_any(name, activations=activations, fit=fit)
     dtype = check_cache_dtype(loaded, settings.cache_dtype)
     file = None if settings.prompt_cache is None else PromptFile(loaded, settings.prompt_cache, dtype)
     found = [_answer(name, loaded, tokenizer, prompt, settings, dtype, file) for prompt in prompts]

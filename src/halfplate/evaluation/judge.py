@@ -42,6 +42,7 @@ def evaluate(
     threads: int | None = None,
     activations: str = "auto",
     report: Report = silent,
+    fit: int | str | None = None,
 ) -> dict[str, Any]:
     """Measure the perplexity of `model`, KL and top-1 agreement with the original model `against`, and scores on lm-eval tasks.
 
@@ -52,7 +53,7 @@ def evaluate(
     - seq_len: tokens per window, None for 1024, or 256 for generated text
     - windows: score only the first windows, None for all, or 16 of generated text
     - limit: score only the first rows of each task
-    - activations: as in `halfplate.load`
+    - activations, fit: as in `halfplate.load`
 
     Returns the object of `halfplate eval --json`: measurements over all texts, those of each text under `texts` if there are
     several, and those of each task under `tasks`. Raises HalfplateError on bad input.
@@ -76,7 +77,7 @@ def evaluate(
         check_tokens_fit("windows", windows, seq_len or SELF_SEQ_LEN)
 
     report("reading", 0, 1)
-    judged, tokenizer = load_any(model, activations=activations)
+    judged, tokenizer = load_any(model, activations=activations, fit=fit)
     dense, dense_tokenizer = load_any(against, activations="float") if against else (None, None)
     if dense is not None and dense.config.get_text_config().vocab_size != judged.config.get_text_config().vocab_size:
         raise HalfplateError(

@@ -37,7 +37,7 @@ class Chain:
     def from_tensors(cls, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> "Chain":
         """Build a matrix from its tensors, named as in `spec.alone.layout()`."""
         outer = tuple(part.from_tensors(spec, tensors) for part in spec.outer)
-        return cls(spec, NMSparse.from_tensors(spec, tensors), outer)
+        return cls(spec, spec.core.from_tensors(spec, tensors), outer)
 
     def part(self, kind: type[T]) -> T | None:
         """The part of that class, None if there is none."""

@@ -16,7 +16,8 @@ from halfplate.version import package_version
 FIRST_QUANTIZERS = ("int8", "int4", "int3", "int2")
 LINEAR_EXPERTS = "layout linear-experts"  # experts are stored one by one, as `….experts.17.gate_proj` (docs/format.md)
 SMALL_GROUPS = "layout groups-of-16"  # version 1 has groups of 32, 64 and 128
-LAYOUTS = (LINEAR_EXPERTS, SMALL_GROUPS)
+NO_CORE = "layout no-core"  # every matrix of version 1 has a core
+LAYOUTS = (LINEAR_EXPERTS, SMALL_GROUPS, NO_CORE)
 KINDS: dict[str, Registry[Any]] = {"part": PARTS, "quantizer": QUANTIZERS}
 
 
@@ -24,6 +25,7 @@ def needs_of(specs: Iterable[WeightSpec], layouts: Iterable[str] = ()) -> dict[s
     """The package and version that reads each later part (`part NAME`) and quantizer (`quantizer NAME`) of `specs`, and each of `layouts`."""
     specs = list(specs)
     layouts = [*layouts, *([SMALL_GROUPS] if any(spec.group < GROUPS[1] for spec in specs) else [])]
+    layouts += [NO_CORE] if any(spec.pattern.is_none for spec in specs) else []
     names = {
         *(("part", extra.name) for spec in specs for extra in spec.parts),
         *(("quantizer", spec.core_dtype) for spec in specs),

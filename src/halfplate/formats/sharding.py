@@ -74,7 +74,7 @@ def shard(spec: WeightSpec, tensors: Mapping[str, Tensor], axis: Axis, start: in
 def _together(spec: WeightSpec, axis: Axis) -> Iterator[tuple[str, int | None]]:
     """What each part keeps together, with words for the part."""
     for part in spec.classes:
-        words = "the core" if part is NMSparse else f"its {part.__name__}"
+        words = "the core" if issubclass(part, NMSparse) else f"its {part.__name__}"
         yield words, part.rows_together(spec) if axis == "rows" else part.columns_together(spec)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halfplate.dtypes import WRAPPER_DTYPES, check_dtype
 from halfplate.errors import HalfplateError
@@ -13,6 +13,9 @@ from halfplate.formats.parts.base import Layout, Outer, Part
 from halfplate.formats.quantizers import core_dtypes
 from halfplate.formats.quantizers.rounding import GROUP, GROUPS
 from halfplate.pattern import Pattern
+
+if TYPE_CHECKING:
+    from halfplate.formats.parts.core import NMSparse
 
 TWO_OF_FOUR = Pattern(2, 4)
 # Fields that the JSON leaves out where they have these values.
@@ -126,6 +129,11 @@ class WeightSpec:
         return classes_of(self)
 
     @property
+    def core(self) -> "type[NMSparse]":
+        """The class of the core."""
+        return self.classes[0]  # type: ignore[return-value]  # the first is the core
+
+    @property
     def outer(self) -> tuple[type[Outer], ...]:
         """The classes of the parts around the core."""
         return self.classes[1:]  # type: ignore[return-value]  # the first is the core
@@ -159,6 +167,22 @@ class WeightSpec:
     def kinds(self) -> dict[str, str]:
         """What every stored tensor holds, in words for tables, by its name below the module."""
         return {name: part.kind(name) for part in self._own for name in part.layout(self)}
+
+    def steps(self) -> list[list[str]]:
+        """The tensors of each step of size that a reader may leave out from the end, by their names below the module; empty without steps."""
+        found: dict[int, list[str]] = {}
+        for part in self._own:
+            for name in part.layout(self):
+                if (step := part.step(name)) is not None:
+                    found.setdefault(step, []).append(name)
+        return [found[step] for step in sorted(found)]
+
+    def at_steps(self, steps: int) -> "WeightSpec":
+        """The same matrix with its first `steps` steps alone."""
+        for part in self._own:
+            if any(part.step(name) is not None for name in part.layout(self)):
+                return part.at_steps(self, steps)
+        return self
 
     @property
     def trains_beside_core(self) -> bool:

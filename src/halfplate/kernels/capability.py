@@ -58,6 +58,8 @@ class Capability:
             known = self.fields.get(field.name)
             if known is None:
                 return Refusal(f"no kernel supports {field.name}={getattr(spec, field.name)!r}")
+            if not known.takes(spec) and field.name == "pattern" and spec.pattern.is_none:
+                return Refusal("no kernel for a matrix without a core", "a method with a core, e.g. --method armor")
             if not known.takes(spec):
                 return Refusal(known.refuses.format(value=getattr(spec, field.name)), known.nearest)
         for name in spec.layout():

@@ -37,6 +37,12 @@ METHODS: Registry[type[Method]] = Registry(
         "slim": "halfplate.methods.slim:SLiM",
         "gptq": "halfplate.methods.gptq:GPTQ",
         "denoiserotator": "halfplate.methods.denoiserotator:DenoiseRotator",
+        "svd": "halfplate.methods.svd:WeightedSVD",
+        "bitstack": "halfplate.methods.bitstack:BitStackMethod",
+        "rocket": "halfplate.methods.rocket:Rocket",
+        "cospadi": "halfplate.methods.cospadi:CoSpaDi",
+        "monarch": "halfplate.methods.monarch:MonarchMethod",
+        "gqsa": "halfplate.methods.gqsa:GQSA",
     },
     _fault,
 )

@@ -1,6 +1,7 @@
 """The interface of all compression methods."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from halfplate.formats.parts.core import NMSparse
 from halfplate.formats.spec import ExtraPart, WeightSpec
 from halfplate.statistics import InputStatistics, Statistic
 
+UNUSED_CORE = "bf16"  # core_dtype of a matrix without a core, the default of a recipe
 WEIGHT_COPIES = 14  # fp32 matrices of the size of the weight that a solver holds at most
 
 
@@ -38,6 +40,7 @@ class Method(ABC):
     low_rank: ClassVar[bool] = False  # whether it adds a low-rank part to the core
     sparse: ClassVar[bool] = True  # whether it supports N:M patterns
     dense: ClassVar[bool] = False  # whether it supports unpruned cores
+    coreless: ClassVar[bool] = False  # whether its result has no core and consists of other parts (pattern none)
     version: ClassVar[int] = 1
 
     @property
@@ -57,11 +60,22 @@ class Method(ABC):
 
     def check_spec(self, spec: WeightSpec) -> None:
         """Raise HalfplateError if this method cannot make a matrix of `spec`; called by planning before any work."""
+        if spec.pattern.is_none != self.coreless:
+            cure = (
+                "which makes no core; use pattern none"
+                if self.coreless
+                else "which makes a core; use pattern 2:4, or method svd"
+            )
+            raise HalfplateError(f"pattern='{spec.pattern}' is not supported by method {self.name!r}, {cure}")
+        if self.coreless and spec.core_dtype != UNUSED_CORE:
+            raise HalfplateError(
+                f"core_dtype={spec.core_dtype!r} is the type of a core, and method {self.name!r} makes none; leave it out, or set wrapper_dtype"
+            )
         if spec.pattern.is_dense and not self.dense:
             raise HalfplateError(
                 f"pattern='dense' is not supported by method {self.name!r}; use pattern 2:4, or method armor, gptq or rtn"
             )
-        if not (spec.pattern.is_dense or self.sparse):
+        if not (spec.pattern.is_dense or self.sparse or self.coreless):
             raise HalfplateError(
                 f"pattern='{spec.pattern}' is not supported by method {self.name!r}, which does not prune; use pattern dense, or method armor"
             )
@@ -69,11 +83,11 @@ class Method(ABC):
             raise HalfplateError(
                 f"block_size={max(spec.out_block, spec.in_block)} needs wrappers, which method {self.name!r} does not make; use block_size=0"
             )
-        if not self.low_rank and spec.rank:
+        if spec.rank and not (self.low_rank or self.coreless):
             raise HalfplateError(
                 f"rank={spec.rank} needs a low-rank part, which method {self.name!r} does not make; use rank=0"
             )
-        if spec.parts != self.parts:
+        if _names(spec.parts) != _names(self.parts) or not (self.coreless or spec.parts == self.parts):
             raise HalfplateError(
                 f"parts={_names(spec.parts)} does not match method {self.name!r}; expected {_names(self.parts)}"
             )
@@ -81,6 +95,14 @@ class Method(ABC):
             raise HalfplateError(
                 f"permuted=True is not supported by method {self.name!r} as configured; use permuted=False"
             )
+
+    def sized(self, spec: WeightSpec) -> WeightSpec:
+        """`spec` with the rank or the options of parts that this method has for a matrix of that shape; raises HalfplateError if there are none."""
+        return spec
+
+    def sizes(self, spec: WeightSpec) -> Iterable[WeightSpec]:
+        """`spec` at other sizes, among which a budget chooses, if this method has such a choice of its own."""
+        return ()
 
     def flops(self, spec: WeightSpec) -> float:
         """Approximate floating-point operations of `compress`; with a measured rate, they estimate the time."""

@@ -101,7 +101,10 @@ def plan_source(
         if linear.d_in % pattern.m:
             reason = f"d_in={linear.d_in} is not a multiple of M={pattern.m} (pattern {pattern})"
         else:
-            spec = spec_of(linear.d_out, linear.d_in, recipe.core_dtype_of(linear.name))
+            try:
+                spec = spec_of(linear.d_out, linear.d_in, recipe.core_dtype_of(linear.name))
+            except HalfplateError as refusal:
+                raise HalfplateError(f"{linear.name}: {refusal}") from None
         matrices.append(MatrixPlan(linear.name, (linear.d_out, linear.d_in), linear.block, recipe.method, spec, reason))
     matrices += [
         MatrixPlan(skip.name, _shape(dense, skip.name), None, recipe.method, None, skip.reason) for skip in passed_over

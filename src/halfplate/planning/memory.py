@@ -179,6 +179,9 @@ def _sampling(sizes: ModelSizes, recipe: Recipe, room: int | None = None) -> int
     return resident + sequences * (sizes.cache_nbytes * recipe.seq_len + (2 * FP32 + 2 * FP64) * sizes.vocabulary)
 
 
+PROBE_TOKENS = 256  # through the model at once, to order steps of size
+
+
 def _holds(recipe: Recipe) -> tuple[str, ...]:
     """The options of a recipe that hold the whole model."""
     options = {
@@ -188,6 +191,7 @@ def _holds(recipe: Recipe) -> tuple[str, ...]:
         "--time-budget": recipe.time_budget is not None,
         f"--ratios {recipe.ratios}": recipe.ratios != "uniform",
         "--max-kl": recipe.max_kl is not None,
+        f"--method {recipe.method}": recipe.method == "bitstack",
     }
     return tuple(option for option, given in options.items() if given)
 
@@ -204,6 +208,8 @@ def _whole(sizes: ModelSizes, specs: Sequence[WeightSpec], job: Job, base: int) 
         phases["choosing levels"] = whole + 2 * hidden + grams + solve + logits
     if recipe.ratios != "uniform":
         phases["choosing ratios"] = whole + 2 * hidden + FP32 * sizes.block
+    if any(spec.steps() for spec in specs):
+        phases["ordering"] = whole + 2 * PROBE_TOKENS * FP32 * sizes.vocabulary
     if recipe.max_kl is not None:
         compressed = FP32 * sizes.outer + sum(spec.nbytes for spec in specs)
         phases["judging"] = whole + compressed + _sampling(sizes, recipe, CACHE_BYTES)

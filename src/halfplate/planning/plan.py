@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -122,6 +122,10 @@ class Plan:
     def with_specs(self, specs: Mapping[str, WeightSpec]) -> Plan:
         """A copy in which the matrices in `specs` have the given formats."""
         return replace(self, matrices=tuple(replace(m, spec=specs.get(m.name, m.spec)) for m in self.matrices))
+
+    def without(self, names: Collection[str]) -> Plan:
+        """A copy that leaves the matrices `names` as they are."""
+        return replace(self, matrices=tuple(replace(m, spec=None) if m.name in names else m for m in self.matrices))
 
     @property
     def without_kernel(self) -> str | None:

@@ -239,7 +239,9 @@ class NativeDecoder:
         sequences, count = tokens.shape
         if not cache.get_seq_length() and cache.sequences != sequences:
             struct, layers = self._struct, cast("Any", cache.layers)
-            nothing = torch.empty(sequences, struct.kv_heads, 0, struct.head_dim, dtype=self._embed(tokens[:, :1]).dtype, device=CPU)
+            nothing = torch.empty(
+                sequences, struct.kv_heads, 0, struct.head_dim, dtype=self._embed(tokens[:, :1]).dtype, device=CPU
+            )
             for layer in layers:
                 layer.lazy_initialization(nothing, nothing)
         at_once, logits = max(ROWS_AT_ONCE // sequences, 1), []

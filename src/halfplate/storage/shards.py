@@ -32,6 +32,7 @@ def write_shards(
     folder: Path,
     max_shard_nbytes: int,
     write: Callable[[TensorFileWriter, str], str],
+    in_order: bool = False,
 ) -> dict[str, str]:
     """Write tensors, in order, to one file or to several with an index; returns the SHA-256 of each.
 
@@ -39,13 +40,14 @@ def write_shards(
 
     entries: element type and shape by name.
     write: writes the tensor with that name, and returns the SHA-256 of its bytes.
+    in_order: as in TensorFileWriter.
     """
     shards, total = _cut(entries, max_shard_nbytes)
     sha256: dict[str, str] = {}
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with TensorFileWriter(folder / file, {name: entries[name] for name in names}) as writer:
+        with TensorFileWriter(folder / file, {name: entries[name] for name in names}, in_order=in_order) as writer:
             for name in names:
                 sha256[name], weight_map[name] = write(writer, name), file
     if len(shards) > 1:

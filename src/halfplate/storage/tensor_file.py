@@ -141,8 +141,11 @@ class DamagedFile(HalfplateError):
         self.reason = reason
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the file by name, in the order of the header; raises DamagedFile unless the file holds them all."""
+def read_header(path: Path, whole: bool = True) -> dict[str, StoredTensor]:
+    """Every tensor of the file by name, in the order of the header; raises DamagedFile unless the file holds them all.
+
+    whole: False allows a file whose end is missing.
+    """
     status = path.stat()
     size = status.st_size
     # Opening a pipe would wait for a writer, and a device has no end.
@@ -170,9 +173,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DamagedFile(f"the header of {path.name} is damaged ({error!r})") from None
     needed = max((tensor.start + tensor.nbytes for tensor in found.values()), default=8 + length)
-    if size < needed:
+    if whole and size < needed:
         raise DamagedFile(f"{path.name} is cut short: it has {size} bytes, its header names {needed}")
-    _check_covered(path, found, 8 + length, size)
+    _check_covered(path, found, 8 + length, size if whole else needed)
     return found
 
 
@@ -261,6 +264,12 @@ def pieces(stored: StoredTensor) -> Iterator[memoryview]:
             yield piece
 
 
+def usual_order(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
+    """The names in the order of the safetensors library, in which every tensor begins at a multiple of the size of its elements."""
+    order = list(KINDS)
+    return sorted(entries, key=lambda name: (order.index(NAMES[entries[name][0]]), name))
+
+
 class TensorFileWriter:
     """A new safetensors file of the tensors `entries` (element type and shape by name), written one at a time.
 
@@ -268,6 +277,7 @@ class TensorFileWriter:
 
     durable: the file is on disk at the end of the block.
     metadata: at most one text, because the order of several is not defined.
+    in_order: the tensors lie in the order of `entries`, and not by their types, as that function sorts them.
     """
 
     def __init__(
@@ -276,13 +286,13 @@ class TensorFileWriter:
         entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         durable: bool = True,
         metadata: Mapping[str, str] | None = None,
+        in_order: bool = False,
     ) -> None:
         self._durable = durable
-        order = list(KINDS)
         header: dict[str, Any] = {METADATA: {"format": "pt"} if metadata is None else dict(metadata)}
         spans: dict[str, tuple[int, int]] = {}
         end = 0
-        for name in sorted(entries, key=lambda name: (order.index(NAMES[entries[name][0]]), name)):
+        for name in entries if in_order else usual_order(entries):
             dtype, shape = entries[name]
             start, end = end, end + prod(shape) * dtype.itemsize
             header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}

@@ -7,9 +7,10 @@ from halfplate.allocation.ratios.base import Ratios
 from halfplate.allocation.ratios.layers import kept_of_groups, kept_ratios
 from halfplate.registry import Registry
 
-__all__ = ["RATIOS", "UNIFORM", "Ratios", "kept_of_groups", "kept_ratios"]
+__all__ = ["RATIOS", "UNIFORM", "WELORE", "Ratios", "kept_of_groups", "kept_ratios"]
 
 UNIFORM = "uniform"  # every layer keeps the same
+WELORE = "welore"  # not a rule for layers: each matrix of method svd gets its own rank (allocation/ranks.py)
 
 RATIOS: Registry[Ratios] = Registry(
     "ratios",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from halfplate.allocation.ratios import RATIOS, UNIFORM, Ratios
+from halfplate.allocation.ratios import RATIOS, UNIFORM, WELORE, Ratios
 from halfplate.allocation.ratios.formats import Format, family
 from halfplate.errors import HalfplateError
 from halfplate.pattern import Pattern
 from halfplate.registry import unknown
+
+RANKED = "svd"  # the method whose ranks may differ
 
 
 class Asked(Protocol):
@@ -17,6 +19,8 @@ class Asked(Protocol):
 
     @property
     def ratios(self) -> str: ...
+    @property
+    def method(self) -> str: ...
     @property
     def owl_lambda(self) -> float: ...
     @property
@@ -38,12 +42,19 @@ def formats_asked(asked: Asked) -> list[Format]:
         raise HalfplateError(f"owl_lambda={asked.owl_lambda} must be a fraction of the weights, 0 to 0.5; try 0.08")
     if asked.ratios == UNIFORM:
         return []
-    if asked.ratios not in RATIOS.names():
-        raise unknown("ratios", asked.ratios, [UNIFORM, *RATIOS.names()])
+    if asked.ratios not in (names := [*RATIOS.names(), WELORE]):
+        raise unknown("ratios", asked.ratios, [UNIFORM, *names])
+    fits = asked.method == RANKED if asked.ratios == WELORE else not asked.parsed_pattern.is_none
+    if not fits:
+        raise HalfplateError(
+            f"ratios={asked.ratios!r} does not fit method {asked.method!r}; use {WELORE} with method {RANKED}, and the others with one that prunes or quantises"
+        )
     if asked.budgeted:
         raise HalfplateError(
             f"ratios={asked.ratios!r} and a budget both choose the format of each matrix; leave one of them out"
         )
+    if asked.ratios == WELORE:
+        return []
     rule, pattern = RATIOS.get(asked.ratios), asked.parsed_pattern
     if pattern.is_dense:
         return [Format(pattern, name) for name in _types(asked, rule)]

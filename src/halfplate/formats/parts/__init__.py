@@ -19,15 +19,20 @@ PARTS: Registry[type[Part]] = Registry(
     "halfplate.parts",
     {
         "core": "halfplate.formats.parts.core:NMSparse",
+        "no_core": "halfplate.formats.parts.no_core:NoCore",
         "out_wrapper": "halfplate.formats.parts.wrapper:OutWrapper",
         "in_wrapper": "halfplate.formats.parts.wrapper:InWrapper",
         "low_rank": "halfplate.formats.parts.low_rank:LowRank",
         "permutation": "halfplate.formats.parts.permutation:Permutation",
+        "bit_stack": "halfplate.formats.parts.bit_stack:BitStack",
+        "dictionary": "halfplate.formats.parts.dictionary:Dictionary",
+        "monarch": "halfplate.formats.parts.monarch:Monarch",
+        "group_sparse": "halfplate.formats.parts.group_sparse:GroupSparse",
     },
     lambda found, name: None if isinstance(found, type) and issubclass(found, Part) else "is not a subclass of Part",
 )
 # Parts that have their own fields in a specification; others are listed in its `parts`.
-FIRST = tuple(PARTS.own)
+FIRST = ("core", "no_core", "out_wrapper", "in_wrapper", "low_rank", "permutation")
 
 
 @cache

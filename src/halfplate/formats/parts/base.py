@@ -56,6 +56,16 @@ class Part(ABC):
         return cls.kinds[0]
 
     @classmethod
+    def step(cls, tensor: str) -> int | None:
+        """The number of the step of size that the tensor belongs to, if a reader may leave the last steps out; else None."""
+        return None
+
+    @classmethod
+    def at_steps(cls, spec: "WeightSpec", steps: int) -> "WeightSpec":
+        """`spec` with the first `steps` steps of this part alone."""
+        raise NotImplementedError(f"{cls.__name__} has no steps")
+
+    @classmethod
     def check(cls, spec: "WeightSpec", tensor: str, values: Tensor, name: str) -> None:
         """Raise HalfplateError, naming `name`, if a stored tensor holds invalid values; floats are already known to be finite."""
         return

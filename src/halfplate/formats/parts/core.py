@@ -92,6 +92,10 @@ class NMSparse(Part):
     kinds = ("kept values", "positions", "scales")
 
     @classmethod
+    def present(cls, spec: "WeightSpec") -> bool:
+        return not spec.pattern.is_none
+
+    @classmethod
     def layout(cls, spec: "WeightSpec") -> Layout:
         kept, quantizer = spec.pattern.kept(spec.d_in), quantizer_of(spec.core_dtype)
         shape: tuple[int, ...] = (spec.d_out, kept if quantizer is None else packed_nbytes(kept, quantizer.bits))
