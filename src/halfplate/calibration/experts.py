@@ -15,7 +15,6 @@ from halfplate.calibration.collect import Sums, collect_block
 from halfplate.errors import HalfplateError
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
 from halfplate.models.experts import ExpertStage, LinearExperts, expert_stages, experts_of
-from halfplate.models.experts.module import routing
 from halfplate.statistics import InputStatistics, Statistic
 from halfplate.storage.artifact import Artifact, load_artifact, save_artifact
 from halfplate.storage.tensor_file import read_rows, read_tensor
@@ -122,8 +121,8 @@ def experts_call(
     seen: list[tuple[Tensor, Tensor]] = []
 
     def reached(module: LinearExperts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, chosen, _ = routing(module, args, kwargs)
-        seen.append((hidden.reshape(-1, hidden.shape[-1]), chosen))
+        call = module.recorded(args, kwargs)
+        seen.append((call.hidden, call.chosen))
         raise _Reached
 
     hook = experts.register_forward_pre_hook(reached, with_kwargs=True)
