@@ -182,6 +182,17 @@ class BlockwiseModel:
         self._tried.clear()
         return logits
 
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor, run: Callable[..., Any]) -> Tensor:
+        """Logits (samples, L, vocabulary) of the model's own forward pass, in which run(index, *args, **kwargs) is called instead of each layer."""
+
+        def instead(index: int, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return run(index, *args, **kwargs)
+
+        with self._blocks_replaced(instead):
+            found: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return found
+
     def unknown_blocks(self) -> list[int]:
         """The first layer of each class that has not run yet. `embed` runs it once to see the form of its output."""
         first = {type(block): index for index, block in reversed(list(enumerate(self.blocks)))}
