@@ -19,7 +19,8 @@ LAYERS = (
 SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
 SIZES: dict[str, Any] = {
     **dict.fromkeys(
-        ("vocab_size", "vocab_size_per_layer_input", "audio_vocab_size", "unpadded_vocab_size"), VOCABULARY
+        ("vocab_size", "vocab_size_per_layer_input", "audio_vocab_size", "unpadded_vocab_size", "decoder_vocab_size"),
+        VOCABULARY,
     ),
     **dict.fromkeys(
         ("hidden_size", "d_model", "n_embd", "embed_dim", "embedding_dim", "projection_dim", "out_hidden_size"), 32

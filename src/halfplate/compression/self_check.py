@@ -18,7 +18,8 @@ from halfplate.errors import HalfplateError, HalfplateWarning, RuinedResult
 from halfplate.evaluation.perplexity import NONSENSE_KL, compare
 from halfplate.formats import Chain, CompressedLinear, WeightSpec
 from halfplate.models.arguments import cache_argument
-from halfplate.models.blockwise import BlockwiseModel
+from halfplate.models.blockwise import FAILURES, BlockwiseModel
+from halfplate.models.context import positions
 from halfplate.models.linears import replace_module
 from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
@@ -167,8 +168,7 @@ def _ruined(what: str) -> RuinedResult:
 def check_tokens(tokenizer: Any, model: Any) -> Tensor:
     """The tokens, int64 (1, at most TOKENS), of the built-in text that are in the model's vocabulary."""
     config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or TOKENS
-    length = max(2, min(TOKENS, context))
+    length = max(2, min(TOKENS, positions(model) or TOKENS))
     ids = [token for token in tokenizer(TEXT)["input_ids"] if token < config.vocab_size][:length]
     if len(ids) < min(LEAST_TOKENS, length):
         ids = [number * (config.vocab_size - 1) // (length - 1) for number in range(length)]
@@ -219,7 +219,14 @@ def _logits_of_whole(streamed: StreamedModel, ids: Tensor, variants: list[Callab
 
         with streamed.outer(head=True):
             _round_outer(streamed)
-            found.append(streamed.blockwise.logits(ids, run).float().cpu())
+            try:
+                found.append(streamed.blockwise.logits(ids, run).float().cpu())
+            except FAILURES as error:
+                reason = " ".join(str(error).split())[:200]
+                raise HalfplateError(
+                    f"model {type(streamed.model).__name__} fails on the {ids.shape[1]} tokens of the self-check ({type(error).__name__}: {reason}); "
+                    "check that it runs in transformers, or skip the check with --no-check"
+                ) from error
     return found
 
 

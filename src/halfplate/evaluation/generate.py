@@ -16,6 +16,7 @@ from halfplate.checkpoint.loading import load_any
 from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.limits import use_threads
+from halfplate.models.context import positions
 from halfplate.runtime import greedy
 from halfplate.runtime.limits import check_generation
 
@@ -59,7 +60,7 @@ def answers(
 def _answer(name: str, loaded: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat: bool) -> str:
     ids = _token_ids(name, prompt, chat, tokenizer)
     length = ids.shape[1]
-    limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(loaded)
     if length == 0:
         raise HalfplateError(f"prompt={prompt!r} has no tokens; give some text")
     if limit is not None and length + max_new_tokens > limit:
