@@ -228,6 +228,19 @@ DIFFERENT: dict[str, dict[str, Any]] = {
         }
     },
     "glm5_next": {"text_config": {"index_kpool": 2}},
+    "mistral4": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 8192,
+        }
+    },
+    "hunyuan_vl": {
+        "text_config": {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}
+        }
+    },
     "molmo2": {"vision_config": {"image_size": [28, 28]}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "apertus1p5": {"audio_config": {"codebook_dim": 32}},

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import halfplate
+import tiny_models
 from causal_models import MOE
 from conftest import build_model
 from halfplate.calibration import calibration_tokens
@@ -186,3 +187,11 @@ def test_two_processes_give_the_same_bytes(tiny_tokenizer, tmp_path):
     for name, workers in (("one", 1), ("two", 2)):
         compress(str(tmp_path / "dense"), tmp_path / name, recipe, benchmark=False, check=False, workers=workers)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_code_that_initialises_the_tensors_of_all_experts_does_not_stop_loading(tiny_tokenizer, tmp_path):
+    """Qwen3-Omni does it from the module above the experts."""
+    tiny_models.build_model("qwen3_omni_moe_thinker", wrapper=True).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer.save_pretrained(tmp_path / "dense")
+    summary = compress(str(tmp_path / "dense"), tmp_path / "out", INT8, benchmark=False)
+    assert summary["check"]["logit_error"] < 1e-3
