@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny_models
 from causal_models import ARCHITECTURES, MLA, MOE
 from conftest import build_model
 from halfplate.compression.compress import compress
@@ -69,6 +70,29 @@ def test_linears_give_the_results_of_the_original_and_can_be_joined_again(archit
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert torch.equal(model(IDS).logits, expected)
+
+
+@torch.no_grad()
+def test_experts_that_return_their_input_are_not_linears(tiny_tokenizer, tmp_path):
+    """LongCat has some at the end, and space for their weights in one of the two tensors."""
+    model = tiny_models.build_model("longcat_flash")
+    before, expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model(IDS).logits
+    (name, layout), *_ = recognised(model).items()
+    joined = layout.tensor("gate_up_proj")
+    assert joined.spare > 0
+    assert joined.shape[0] == layout.experts + joined.spare
+    torch.testing.assert_close(linear_experts(model)(IDS).logits, expected, rtol=1e-5, atol=1e-6)
+    after = joined_experts(model).state_dict()
+    assert torch.equal(
+        after[f"{name}.gate_up_proj"][: layout.experts], before[f"{name}.gate_up_proj"][: layout.experts]
+    )
+    assert torch.equal(model(IDS).logits, expected)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    streamed = StreamedModel(open_source(str(tmp_path)))
+    whole = linear_experts(model).state_dict()
+    assert streamed.stored.keys() | streamed.tied.keys() == whole.keys()
+    assert all(torch.equal(streamed.read(name), whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("architecture", ["llama4_text", "dbrx", "jetmoe", "qwen3_moe"])

@@ -65,11 +65,12 @@ def _outlier_shares(loaded: LoadedModel, plan: Plan, tokens: CalibrationTokens, 
     blockwise = BlockwiseModel(loaded.model, plan.recipe.precision)
     hidden = [blockwise.embed(batch) for batch in tokens.ids.to(loaded.model.device).split(BATCH)]
     limit = None if plan.recipe.token_limit == "none" else plan.recipe.token_limit
+    gated = plan.recipe.expert_tokens == "gated"
     shares, last = {}, max(names)
     report("choosing ratios", 0, last + 1)
     for block in range(last + 1):
         if names[block]:
-            collected, hidden = collect_layer(blockwise, block, hidden, names[block], Statistic.DIAGONAL, limit)
+            collected, hidden = collect_layer(blockwise, block, hidden, names[block], Statistic.DIAGONAL, limit, gated)
             weights = {name: cast(nn.Linear, loaded.model.get_submodule(name)).weight for name in names[block]}
             shares[block] = outlier_share(
                 [w.detach().float().abs() * collected[name].require_diagonal().sqrt() for name, w in weights.items()]

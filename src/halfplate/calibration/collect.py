@@ -178,18 +178,33 @@ class Sums:
     products: Tensor | None = None
     crosses: Tensor | None = None
 
-    def add(self, x: Tensor, statistic: Statistic, dense: Tensor | None, token_limit: float | None = None) -> None:
+    def add(
+        self,
+        x: Tensor,
+        statistic: Statistic,
+        dense: Tensor | None,
+        token_limit: float | None = None,
+        factors: Tensor | None = None,
+    ) -> None:
         """Add x fp32 (tokens, d_in), and its products with `dense`, the corresponding inputs in the original model.
 
         token_limit: the squared norm of each token is clipped to this many times the median; zero tokens do not count for the median.
+        factors: fp32 (tokens,) by which tokens are then multiplied; the mean of their squares over all tokens that are added is 1.
         """
         self.tokens += len(x)
         if statistic == Statistic.NONE:
             return  # x may be empty
         with torch.autocast(x.device.type, enabled=False):
-            self._add(x, statistic, dense, token_limit)
+            self._add(x, statistic, dense, token_limit, factors)
 
-    def _add(self, x: Tensor, statistic: Statistic, dense: Tensor | None, token_limit: float | None) -> None:
+    def _add(
+        self,
+        x: Tensor,
+        statistic: Statistic,
+        dense: Tensor | None,
+        token_limit: float | None,
+        factors: Tensor | None,
+    ) -> None:
         if token_limit is not None:
             energy = x.square().sum(1, keepdim=True)
             living = energy[energy > 0]
@@ -197,6 +212,9 @@ class Sums:
             factor = torch.where(energy > limit, (limit / energy).sqrt(), 1.0)
             x = x * factor
             dense = None if dense is None else dense * factor
+        if factors is not None:
+            x = x * factors[:, None]
+            dense = None if dense is None else dense * factors[:, None]
         squares = x.square().sum(0, dtype=torch.float64)
         self.squares = squares if self.squares is None else self.squares.add_(squares)
         if statistic >= Statistic.GRAM:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,6 +64,10 @@ class Family:
         # The code of the original, which may clamp and scale, sees this module as itself.
         found: Tensor = experts.kind._apply_gate(experts, outputs) if experts.layout.gated else experts.act_fn(outputs)
         return found
+
+    def begun(self, experts: Any, call: Call) -> Tensor:
+        """What the experts are added to, (tokens, hidden), without those that are linears."""
+        return torch.zeros_like(call.hidden)
 
     def finished(self, experts: Any, result: Tensor) -> Tensor:
         """The output of the module. result: sums over the experts of each token, in the shape of the hidden states."""
@@ -129,9 +134,28 @@ class JetMoe(Family):
     def activated(self, experts: Any, outputs: Tensor) -> Tensor:
         return _gated(experts.activation, outputs)
 
+    def begun(self, experts: Any, call: Call) -> Tensor:
+        """What the experts are added to, (tokens, hidden), without those that are linears."""
+        return torch.zeros_like(call.hidden)
+
     def finished(self, experts: Any, result: Tensor) -> Tensor:
         found: Tensor = result + experts.bias
         return found
+
+
+class Longcat(Unmarked):
+    """LongCat-Flash, whose last experts return their input; `gate_up_proj` has space for them."""
+
+    def layout(self, module: nn.Module) -> Layout | None:
+        return tensors_named(module, spare=getattr(module, "zero_expert_num", 0))
+
+    def begun(self, experts: Any, call: Call) -> Tensor:
+        same = (call.weights * (call.chosen >= experts.layout.experts)).sum(1, keepdim=True)
+        found: Tensor = (call.hidden * same).to(call.hidden.dtype)
+        return found
+
+    def activated(self, experts: Any, outputs: Tensor) -> Tensor:
+        return _gated(experts.act_fn, outputs)
 
 
 DECORATED = Family()
@@ -140,6 +164,7 @@ FAMILIES: dict[str, Family] = {
     "DbrxExperts": Dbrx(),
     "JetMoeMoE": JetMoe(),
     "Llama4TextExperts": Llama4(),
+    "LongcatFlashExperts": Longcat(),
     "Step3p7Experts": Unmarked(),
 }
 
@@ -155,9 +180,17 @@ def layout_of(module: nn.Module) -> Layout | None:
 
 
 def tensors_named(
-    module: nn.Module, gated: bool = True, biased: bool = False, transposed: bool = False, interleaved: bool = False
+    module: nn.Module,
+    gated: bool = True,
+    biased: bool = False,
+    transposed: bool = False,
+    interleaved: bool = False,
+    spare: int = 0,
 ) -> Layout | None:
-    """The layout of a module whose parameters are `gate_up_proj` or `up_proj`, and `down_proj`, and nothing else."""
+    """The layout of a module whose parameters are `gate_up_proj` or `up_proj`, and `down_proj`, and nothing else.
+
+    spare: experts at the end of `gate_up_proj` that never run.
+    """
     first = ("gate_up_proj", GATE_UP) if gated else ("up_proj", ("up_proj",))
     weights: list[tuple[str, tuple[str, ...]]] = [first, ("down_proj", ("down_proj",))]
     wanted = [(name, linears, transposed) for name, linears in weights]
@@ -165,7 +198,7 @@ def tensors_named(
     parameters = dict(module.named_parameters(recurse=False))
     if parameters.keys() != {*(name for name, *_ in wanted), *biases}:
         return None
-    return named(module, parameters["down_proj"].shape[0], wanted, biased, interleaved)
+    return named(module, parameters["down_proj"].shape[0], wanted, biased, interleaved, {"gate_up_proj": spare})
 
 
 def named(
@@ -174,14 +207,18 @@ def named(
     weights: Sequence[tuple[str, tuple[str, ...], bool]],
     biased: bool = False,
     interleaved: bool = False,
+    spare: Mapping[str, int] = MappingProxyType({}),
 ) -> Layout | None:
-    """The layout of these weights, each with the linears that it holds and whether it is transposed; None if their shapes do not fit."""
+    """The layout of these weights, each with the linears that it holds and whether it is transposed; None if their shapes do not fit.
+
+    spare: experts that never run, by the name of the tensor that has them.
+    """
     wanted = {name: (linears, False, transposed) for name, linears, transposed in weights}
     if biased:
         wanted |= {f"{name}{BIAS}": (linears, True, False) for name, linears, _ in weights}
     # In the order of the original, which is that of its files.
     shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters() if name in wanted}
-    joined = tuple(Joined(name, shape, *wanted[name]) for name, shape in shapes.items())
+    joined = tuple(Joined(name, shape, *wanted[name], spare.get(name, 0)) for name, shape in shapes.items())
     known = all(len(tensor.shape) in ((2,) if tensor.bias else (2, 3)) for tensor in joined)
     layout = Layout(experts, joined, interleaved)
     return layout if shapes.keys() == wanted.keys() and known and experts > 0 and layout.fits() else None

@@ -21,6 +21,7 @@ class Joined:
     linears: whose rows it holds, in order, e.g. `("gate_proj", "up_proj")`.
     bias: holds biases, not weights.
     transposed: the last two dimensions of weights are (inputs, outputs).
+    spare: number of experts at its end that never run.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Joined:
     linears: tuple[str, ...]
     bias: bool = False
     transposed: bool = False
+    spare: int = 0
 
     @property
     def in_rows(self) -> bool:
@@ -109,7 +111,8 @@ class Layout:
         """The tensor `name` of all experts from the tensors of each one, by the names of `slots`."""
         own = {part: slot for part, slot in self.slots().items() if slot.joined == name}
         first, joined = experts[0][next(iter(own))], self.tensor(name)
-        whole = torch.empty(joined.shape, dtype=first.dtype, device=first.device)
+        empty = torch.zeros if joined.spare else torch.empty
+        whole = empty(joined.shape, dtype=first.dtype, device=first.device)
         apart = joined.by_expert(whole, self.experts)
         for number, tensors in enumerate(experts):
             for part, slot in own.items():
@@ -125,7 +128,7 @@ class Layout:
             for linear in tensor.linears
         }
         (inner, hidden), (outer, width) = sides["up_proj"], sides["down_proj"]
-        whole = all(tensor.shape[0] % self.experts == 0 if tensor.in_rows else tensor.shape[0] == self.experts for tensor in self.joined)  # fmt: skip
+        whole = all(tensor.shape[0] % self.experts == 0 if tensor.in_rows else tensor.shape[0] == self.experts + tensor.spare for tensor in self.joined)  # fmt: skip
         return (
             whole and (hidden, inner) == (outer, width) and sides.get("gate_proj", (inner, hidden)) == (inner, hidden)
         )

@@ -83,7 +83,7 @@ class LinearExperts(nn.Module):
         The arguments are those of the original (`Family.call`).
         """
         call, shape = self.call(args, kwargs), self.family.hidden(self.kind, args, kwargs).shape
-        width, result = call.chosen.shape[-1], torch.zeros_like(call.hidden)
+        width, result = call.chosen.shape[-1], self.family.begun(self, call)
         for slots, output in self._outputs(call.hidden, hits(call.chosen, self.layout.experts), width):
             weighted = output * call.weights.reshape(-1).index_select(0, slots).unsqueeze(1)
             result.index_add_(0, slots // width, weighted.to(result.dtype))

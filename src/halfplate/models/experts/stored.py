@@ -68,7 +68,7 @@ def expert_tensors(
             number = int(NUMBER.findall(stored)[-1])
             if number < layout.experts:
                 result.found[f"{module}.{number}.{linear}.weight"] = tensors[stored]
-            else:
+            elif number >= layout.experts + layout.tensor(name).spare:
                 result.beyond.append(stored)
         else:
             result.made |= set(_parts(module, name, layout))
