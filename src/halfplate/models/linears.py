@@ -21,6 +21,8 @@ ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 ROUTER = re.compile(r"(^|_)router(_|$)")
 INDEXER = re.compile(r"(^|_)indexer(_|$)")
 GATE = re.compile(r"(^|_)gate$")
+# Parts of a module name: everything below reads images or sound.
+TOWER = re.compile(r"(^|[._])(vision|visual|image|img|video|audio|speech)")
 # Attention to the outputs of an encoder, which a text alone does not reach.
 CROSS = re.compile(r"(^|_)(encoder_attn|cross_?attn|cross_?attention|encoder_decoder_attention)(_|$)")
 # Gates of linear attention, with one or two outputs for each head.
@@ -54,7 +56,8 @@ class SkippedModule:
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder layers and their name, such as `("model.layers", ...)`.
 
-    They are the outermost list of `num_hidden_layers` modules of the language model; of several such lists, the one with the most parameters.
+    They are the outermost list of `num_hidden_layers` modules of the language model; of several such lists, the one with the most parameters
+    whose name is not that of a vision or audio tower.
     Raises HalfplateError if there is none.
     """
     expected = _layer_counts(_text_config(model))
@@ -77,6 +80,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"model {type(model).__name__} has no list of {expected[0] if expected else 'decoder'} layers; "
             "expected a decoder-only model of the transformers library, such as LlamaForCausalLM"
         )
+    lists = [entry for entry in lists if not TOWER.search(entry[0])] or lists
     return max(lists, key=lambda found: sum(parameter.numel() for parameter in found[1].parameters()))
 
 
