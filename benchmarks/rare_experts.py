@@ -1,6 +1,6 @@
 """Rarely routed experts: solved by ARMOR like all others, or left to a method without data.
 
-    python benchmarks/rare_experts.py [--steps 900]    about six minutes on one core; writes its section of RESULTS.md with --write
+    python benchmarks/rare_experts.py [--steps 300]    about two minutes on one core; writes its section of RESULTS.md with --write
 
 A small mixture (Qwen3-MoE, 16 experts, 2 of them active) learns the stories of tests/trained/train.py. It is compressed with ARMOR to 2:4 and to
 unpruned int4. In a second model, the experts that get fewer tokens than half an even share are those of `magnitude` (2:4) or `rtn` (int4).
@@ -108,7 +108,7 @@ def kl(model: Any, original: Any, ids: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--write", action="store_true", help="write the section of RESULTS.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -133,7 +133,7 @@ def main() -> None:
             assert experts_of(solved)
             figures = [kl(one, original, ids) for one in (plain, gated, solved)]
             figures.append(kl(with_others(solved, plain, rare), original, ids))
-            rows.append([name, *(f"{figure:.4f}" for figure in (*figures[2:], *figures[:2])), f"{len(rare)} of {len(tokens)}"])  # fmt: skip
+            rows.append([name, *(f"{figure:.3g}" for figure in (*figures[2:], *figures[:2])), f"{len(rare)} of {len(tokens)}"])  # fmt: skip
             print(rows[-1], flush=True)
     head = [
         "format",

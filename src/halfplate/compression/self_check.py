@@ -110,7 +110,11 @@ def self_check(streamed: StreamedModel, run: Run, folder: Path, original: Source
         expected = found.pop(0) if other is None else compute(other, ids, [_unchanged])[0]
         return expected, found[0], found[1] if len(found) > 1 else loaded
 
-    loaded = _loaded_logits(folder, ids, run.plan.recipe.device) if whole else torch.empty(0)
+    loaded = (
+        _loaded_logits(folder, ids, run.plan.recipe.device)
+        if whole
+        else torch.empty(0, dtype=torch.float32, device="cpu")
+    )
     if not whole:
         written.check_outer(streamed)
     exact = _in_full_precision(streamed)

@@ -89,7 +89,8 @@ class Llama4(Family):
 
     def call(self, experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         hidden, count = self.hidden(experts.kind, args, kwargs), experts.layout.experts
-        own = torch.arange(hidden.shape[0], device=hidden.device) // max(hidden.shape[0] // count, 1)
+        rows = torch.arange(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        own = rows // max(hidden.shape[0] // count, 1)
         chosen = torch.where(hidden.ne(0).any(-1), own, count)
         return Call(hidden, chosen[:, None], hidden.new_ones(hidden.shape[0], 1))
 
@@ -98,7 +99,8 @@ class Llama4(Family):
         # As many rows for each token as experts are chosen, in the order of the tokens.
         most = max(int((chosen < experts).sum(1).max()), 1)
         numbers = chosen.sort(1).values[:, :most]
-        places = numbers.clamp(max=experts - 1) * chosen.shape[0] + torch.arange(chosen.shape[0])[:, None].to(numbers)
+        tokens = torch.arange(chosen.shape[0], dtype=torch.int64, device=chosen.device)[:, None]
+        places = numbers.clamp(max=experts - 1) * chosen.shape[0] + tokens
         rows = call.hidden[places.reshape(-1)]
         return Call(rows, numbers.reshape(-1, 1), rows.new_ones(len(rows), 1))
 
