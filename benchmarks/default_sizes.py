@@ -22,7 +22,8 @@ def default_config(made: Any) -> Any:
     for key, part in getattr(made, "sub_configs", {}).items():
         if isinstance(entries.get(key), dict):
             kind = entries[key].get("model_type")
-            inner = default_config(CONFIG_MAPPING.get(kind, part)).to_dict()
+            # `get` of this mapping finds nothing that is not loaded yet.
+            inner = default_config(CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else part).to_dict()  # noqa: SIM401
             named = {} if kind is None else {"model_type": kind}
             entries[key] = {name: value for name, value in inner.items() if name not in DROPPED} | named
     return made(**entries)
