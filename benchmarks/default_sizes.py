@@ -30,7 +30,20 @@ def default_config(made: Any) -> Any:
 
 
 def default_share(kind: str, wrapper: bool) -> float:
-    """Parameters of the matrices to compress over all those of the decoder layers of a model of type `kind`. Raises what transformers does."""
+    """Parameters of the matrices to compress over all those of the decoder layers of a model of type `kind`. Raises what transformers does.
+
+    A multimodal model whose parts do not fit each other by default has the share of its language model.
+    """
+    try:
+        return _share(kind, wrapper)
+    except Exception:  # transformers raises its own for each class
+        inner = CONFIG_MAPPING[kind]().get_text_config().model_type
+        if not wrapper or inner == kind:
+            raise
+        return _share(inner, False)
+
+
+def _share(kind: str, wrapper: bool) -> float:
     auto: Any = AutoModelForMultimodalLM if wrapper else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(default_config(CONFIG_MAPPING[kind]), dtype=torch.float32).eval()
