@@ -70,8 +70,8 @@ configuration with which transformers runs them, or because they need another pa
 - **right**: checkpoints of ARMOR 2:4, int8 and int4 load through transformers and `halfplate.load` and give the same logits with and
   without kernels. Those of int8 are near the original's (median KL below 0.01). Decoding with the cache gives the same tokens as decoding without it.
 - **refused**: with one line that says what to do instead.
-- **share**: compressed parameters, relative to all those of the decoder layers, at the default sizes of the configuration, or of the tiny model if
-  transformers cannot build that. The rest are routers, indexers, convolutions, and kinds of experts that are not known.
+- **share**: compressed parameters, relative to all those of the decoder layers that run on a text, at the default sizes of the configuration,
+  or of the tiny model if transformers cannot build that. The rest are routers, indexers, convolutions, and kinds of experts that are not known.
 
 Of a multimodal model, the language model inside is compressed. Vision and audio towers and projectors stay as they are. Processor files and the
 chat template are copied. The text for the calibration has no images."""

@@ -30,7 +30,9 @@ def default_config(made: Any) -> Any:
 
 
 def default_share(kind: str, wrapper: bool) -> float:
-    """Parameters of the matrices to compress over all those of the decoder layers of a model of type `kind`. Raises what transformers does.
+    """Parameters of the matrices to compress over all those of the decoder layers of a model of type `kind` that run on a text.
+
+    Raises what transformers does.
 
     A multimodal model whose parts do not fit each other by default has the share of its language model.
     """
@@ -49,6 +51,8 @@ def _share(kind: str, wrapper: bool) -> float:
         model = auto.from_config(default_config(CONFIG_MAPPING[kind]), dtype=torch.float32).eval()
     as_linears(model)
     linear_experts(model)
-    found, _ = find_linears(model)
+    found, skipped = find_linears(model)
     whole = sum(parameter.numel() for parameter in find_blocks(model)[1].parameters())
+    idle = [module.name for module in skipped if "does not run on a text" in module.reason]
+    whole -= sum(parameter.numel() for name in idle for parameter in model.get_submodule(name).parameters())
     return sum(linear.d_out * linear.d_in for linear in found) / whole
