@@ -97,7 +97,11 @@ def recorded_inputs(
     found: dict[str, Tensor] = {}
 
     def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found[name] = (args[0] if args else kwargs["input"]).float()
+        x = args[0] if args else kwargs["input"]
+        if name not in found or bool(
+            x.any()
+        ):  # a second call with zeros, such as for a token before the first, says nothing
+            found[name] = x.float()
 
     hooks = [
         _module_of_block(blockwise, index, name).register_forward_pre_hook(partial(record, name), with_kwargs=True)
@@ -314,6 +318,8 @@ class _Collector:
         # The version counts in-place changes, after which the tensor is a different input.
         key = (id(x), x._version)
         leader = self._seen[key][0] if key in self._seen else name
+        if self.stage.leaders.get(name, leader) != leader and not bool(x.any()):
+            return  # a second call with zeros, such as for a token before the first, says nothing
         self.stage.lead(name, leader)
         if key in self._seen:
             return
