@@ -131,6 +131,17 @@ def _small(key: str, value: Any, layers: int | None, count: int, special: Any) -
     return value
 
 
+def few_layers(entries: dict[str, Any]) -> dict[str, Any]:
+    """`entries` of a configuration with as few layers as a tiny model has, and all other sizes as they are."""
+    layers = next((entries[key] for key in LAYERS if isinstance(entries.get(key), int)), None)
+    count = _layers(entries, layers)
+    return {
+        key: _small(key, value, layers, count, None) if key in LAYERS or isinstance(value, list) else value
+        for key, value in entries.items()
+        if key not in DROPPED
+    }
+
+
 def build_model(kind: str, wrapper: bool = False, seed: int = 0) -> Any:
     """A tiny model with seeded random weights, norms and biases included, in fp32 and eval mode."""
     import torch

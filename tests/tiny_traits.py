@@ -19,7 +19,8 @@ LAYERS = (
 SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
 SIZES: dict[str, Any] = {
     **dict.fromkeys(
-        ("vocab_size", "vocab_size_per_layer_input", "audio_vocab_size", "unpadded_vocab_size"), VOCABULARY
+        ("vocab_size", "vocab_size_per_layer_input", "audio_vocab_size", "unpadded_vocab_size", "decoder_vocab_size"),
+        VOCABULARY,
     ),
     **dict.fromkeys(
         ("hidden_size", "d_model", "n_embd", "embed_dim", "embedding_dim", "projection_dim", "out_hidden_size"), 32
@@ -227,6 +228,19 @@ DIFFERENT: dict[str, dict[str, Any]] = {
         }
     },
     "glm5_next": {"text_config": {"index_kpool": 2}},
+    "mistral4": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 8192,
+        }
+    },
+    "hunyuan_vl": {
+        "text_config": {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}
+        }
+    },
     "molmo2": {"vision_config": {"image_size": [28, 28]}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "apertus1p5": {"audio_config": {"codebook_dim": 32}},

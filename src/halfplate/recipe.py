@@ -65,6 +65,7 @@ class Recipe:
     - inputs: statistics of the inputs from the `compressed` layers so far, or from the original layers (`dense`)
     - cross_damping: of the correction towards the original outputs with compressed inputs, `none` for no correction
     - token_limit: clip the squared norm of each token to this many times the median
+    - expert_tokens: the tokens that are routed to an expert count `equal`ly, or by the square of their routing weight (`gated`)
     - precision: of matrix products during calibration; `auto` is bf16 if the processor multiplies it faster
     - tune_block: steps that train each layer towards the output of the original layer
     - ratios: the rule by which layers keep unequal shares with the same average, a name in `halfplate.allocation.ratios.RATIOS`; `welore` for ranks of method svd, or `uniform`
@@ -112,6 +113,7 @@ class Recipe:
     inputs: Literal["dense", "compressed"] = "compressed"
     cross_damping: float | Literal["none"] = 1.0
     token_limit: float | Literal["none"] = 10.0
+    expert_tokens: Literal["equal", "gated"] = "equal"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     tune_block: int = 0
     ratios: str = UNIFORM

@@ -48,6 +48,7 @@ class RecipeFields(TypedDict, total=False):
     inputs: Literal["dense", "compressed"]
     cross_damping: float | Literal["none"]
     token_limit: float | Literal["none"]
+    expert_tokens: Literal["equal", "gated"]
     precision: Literal["auto", "bf16", "fp32"]
     tune_block: int
     ratios: str

@@ -123,7 +123,8 @@ class ToyBlock(nn.Module):
         out = self.first(input=x) if self.mode == "keyword" else self.first(x)
         if self.mode == "in place" or (self.mode == "sometimes" and len(hidden) == 1):
             x.mul_(2)
-        return out + self.second(x)
+        out = out + self.second(x)
+        return out + self.second(torch.zeros(len(hidden), 1, 4)) if self.mode == "delayed" else out
 
 
 class ToyModel:
@@ -156,6 +157,15 @@ def test_an_input_changed_in_place_is_another_input() -> None:
 def test_an_input_passed_by_keyword_counts() -> None:
     found = collect_toy("keyword", ["layers.0.first"])
     assert torch.equal(found["layers.0.first"].require_gram(), torch.ones(4, 4, dtype=torch.float64))
+
+
+def test_a_second_call_with_zeros_says_nothing() -> None:
+    """Zaya's value projection also runs on a token before the first."""
+    names = ["layers.0.first", "layers.0.second"]
+    found, expected = collect_toy("delayed", names), collect_toy("shared", names)
+    assert found[names[0]] is found[names[1]]
+    assert torch.equal(found[names[0]].require_gram(), expected[names[0]].require_gram())
+    assert found[names[0]].tokens == expected[names[0]].tokens
 
 
 def test_a_linear_that_never_ran_is_named() -> None:

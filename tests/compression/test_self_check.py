@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny_models
 from halfplate.compression import compress as local
 from halfplate.compression import self_check
 from halfplate.compression.compress import assemble_weights, compress
@@ -212,3 +213,13 @@ def test_tokens_lie_in_the_vocabulary(ids: list[int], tiny_model: Any) -> None:
     assert found.shape == (1, 128)
     assert int(found.min()) >= 0
     assert int(found.max()) < model.config.vocab_size
+
+
+def test_layers_that_are_not_a_chain_are_checked_as_the_model_runs_them(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny_models.build_model("dory")  # runs its middle layers twice
+    model.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer.save_pretrained(tmp_path / "dense")
+    recipe = Recipe(method="rtn", pattern="dense", core_dtype="int8", threads=1)
+    summary = compress(str(tmp_path / "dense"), tmp_path / "out", recipe, benchmark=False)
+    assert summary["check"]["logit_error"] < 1e-4
+    assert summary["check"]["kl"] < 0.1

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from transformers.models.llama.modeling_llama import LlamaMLP
+
 from halfplate.compression import preparation
 from halfplate.compression.compress import compress
 from halfplate.compression.hidden_states import HiddenStates
@@ -102,11 +104,19 @@ def test_workers_give_the_same(saved, text_file, tmp_path):
     assert one == two
 
 
-def test_precision_is_named_where_a_model_does_not_run_in_it(saved, text_file, tmp_path):
+def test_precision_is_named_where_a_model_does_not_run_in_it(saved, text_file, tmp_path, monkeypatch):
+    own = LlamaMLP.forward
+
+    def forward(self, x):
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("expected self and source to have the same dtype")
+        return own(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
     with pytest.raises(
-        HalfplateError, match=r"precision=bf16: model DbrxForCausalLM fails in layer 0 .*pass --precision fp32$"
+        HalfplateError, match=r"precision=bf16: model LlamaForCausalLM fails in layer 0 .*pass --precision fp32$"
     ) as refused:
-        compress(str(saved("dbrx")), tmp_path / "out", recipe_of("dbrx", text_file, precision="bf16"))
+        compress(str(saved("llama")), tmp_path / "out", recipe_of("llama", text_file, precision="bf16"))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
 

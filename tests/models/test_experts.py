@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny_models
 from causal_models import ARCHITECTURES, MLA, MOE
 from conftest import build_model
 from halfplate.compression.compress import compress
@@ -18,6 +19,13 @@ from halfplate.models.streamed import StreamedModel
 from halfplate.recipe import Recipe
 from halfplate.transforms.conversion import needs_conversion
 
+DBRX = {
+    "d_model": 32,
+    "n_heads": 4,
+    "n_layers": 2,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+    "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 8, "moe_top_k": 2},
+}
 MIXTURES = {
     "qwen3_moe": MOE | {"head_dim": 8},
     **{name: options for name, (options, _) in ARCHITECTURES.items() if "num_experts_per_tok" in options},
@@ -27,9 +35,13 @@ MIXTURES = {
     "glm4_moe": MOE | {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "head_dim": 8},
     "minimax_m2": MOE | {"head_dim": 8},
     "aria_text": {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 2, "head_dim": 8},
+    "llama4_text": MOE | {"head_dim": 8, "intermediate_size_mlp": 48, "num_experts_per_tok": 2},
+    "dbrx": DBRX,
+    "jetmoe": MOE | {"kv_channels": 8},
 }
 # By the form in their files: one by one, under two names; all in one tensor; that transposed, also interleaved and with biases.
-STORED = ("qwen3_moe", "mixtral", "granitemoe", "gpt_oss", "aria_text")
+# And in the rows of a matrix, and in a module below.
+STORED = ("qwen3_moe", "mixtral", "granitemoe", "gpt_oss", "aria_text", "dbrx", "jetmoe")
 IDS = torch.arange(3, 35)[None]
 
 
@@ -58,6 +70,58 @@ def test_linears_give_the_results_of_the_original_and_can_be_joined_again(archit
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert torch.equal(model(IDS).logits, expected)
+
+
+@torch.no_grad()
+def test_experts_that_return_their_input_are_not_linears(tiny_tokenizer, tmp_path):
+    """LongCat has some at the end, and space for their weights in one of the two tensors."""
+    model = tiny_models.build_model("longcat_flash")
+    before, expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model(IDS).logits
+    (name, layout), *_ = recognised(model).items()
+    joined = layout.tensor("gate_up_proj")
+    assert joined.spare > 0
+    assert joined.shape[0] == layout.experts + joined.spare
+    torch.testing.assert_close(linear_experts(model)(IDS).logits, expected, rtol=1e-5, atol=1e-6)
+    after = joined_experts(model).state_dict()
+    assert torch.equal(
+        after[f"{name}.gate_up_proj"][: layout.experts], before[f"{name}.gate_up_proj"][: layout.experts]
+    )
+    assert torch.equal(model(IDS).logits, expected)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    streamed = StreamedModel(open_source(str(tmp_path)))
+    whole = linear_experts(model).state_dict()
+    assert streamed.stored.keys() | streamed.tied.keys() == whole.keys()
+    assert all(torch.equal(streamed.read(name), whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("architecture", ["llama4_text", "dbrx", "jetmoe", "qwen3_moe"])
+@torch.no_grad()
+def test_what_is_recorded_gives_the_output_of_the_experts(architecture):
+    """One row for each token and expert, as many whatever the router chooses, with the inputs that the experts receive."""
+    model, seen = linear_experts(build_model(architecture, **MIXTURES[architecture])), []
+    module = next(iter(experts_of(model).values()))
+    hook = module.register_forward_hook(lambda own, *call: seen.append(call), with_kwargs=True)
+    model(IDS)
+    hook.remove()
+    (args, kwargs, output), tokens = seen[0], IDS.numel()
+    call = module.recorded(args, kwargs)
+    assert call.hidden.shape == (tokens * 2 // call.chosen.shape[1], 32)
+    found = torch.zeros(tokens, 32)
+    rows = call.hidden.shape[0] // tokens
+    for row, (x, chosen, weights) in enumerate(zip(call.hidden, call.chosen, call.weights, strict=True)):
+        for number, weight in zip(chosen.tolist(), weights, strict=True):
+            found[row // rows] += weight * module.run(number, x[None])[0]
+    expected = output.reshape(-1, tokens, 32).sum(0) - getattr(module, "bias", 0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_that_do_not_fit_are_left_as_they_are():
+    model = build_model("qwen3_moe", **MIXTURES["qwen3_moe"])
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj[:, :, 1:])
+    assert "model.layers.0.mlp.experts" not in recognised(model)
+    assert "model.layers.1.mlp.experts" in recognised(model)
 
 
 @pytest.mark.parametrize("shape", [(5, 2), (1, 1), (64, 3)])

@@ -32,6 +32,8 @@ class Gated(nn.Module):
             setattr(self, name, nn.ModuleDict({"inner": nn.Linear(64, 80)}))
         self.gate_proj, self.output_gate, self.in_proj_a = nn.Linear(64, 80), nn.Linear(64, 80), nn.Linear(64, 200)
         self.b_proj = nn.Linear(64, 4)
+        self.forget_gate = nn.ModuleDict({"f_proj": nn.Linear(64, 200)})
+        self.encoder_attn = nn.ModuleDict({"k_proj": nn.Linear(64, 64)})
 
 
 def with_gates(tiny_model):
@@ -50,9 +52,10 @@ def test_names_decide_where_sizes_do_not(tiny_model):
         "message_gate.inner": "part of a gate; not compressed",
         "indexer.inner": "indexer, which chooses the tokens that attention sees; not compressed",
         "b_proj": "gate of linear attention with only 4 outputs; not compressed",
+        "encoder_attn.k_proj": "attends to an encoder, which does not run on a text alone; not compressed",
     }
     taken = {linear.name.removeprefix(place) for linear in found if linear.name.startswith(place)}
-    assert taken == {"gate_proj", "output_gate", "in_proj_a"}
+    assert taken == {"gate_proj", "output_gate", "in_proj_a", "forget_gate.f_proj"}
 
 
 def test_routers_are_not_taken_even_if_asked_for(tiny_model):

@@ -88,6 +88,12 @@ def test_a_model_without_blocks_is_refused():
         find_blocks(nn.Sequential(nn.Linear(2, 2)))
 
 
+def test_a_larger_tower_of_as_many_layers_is_not_the_decoder(tiny_model):
+    model = tiny_model("llama")
+    model.model.image_encoder = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(512, 512) for _ in range(2))})
+    assert find_blocks(model)[0] == "model.layers"
+
+
 def test_include_and_exclude(tiny_model):
     model = tiny_model("llama")
     found, skipped = find_linears(model, include=["*.mlp.*", "*.q_proj"], exclude=["model.layers.0.*"])

@@ -325,3 +325,15 @@ def test_a_folder_named_like_a_hub_id(tiny_folder, tmp_path, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
     assert open_source("org/name").kind == "folder"
+
+
+def test_a_model_that_rescales_its_layers_for_fp16_does_not(tiny_model, tiny_tokenizer, tmp_path):
+    model = tiny_model("rwkv", rescale_every=1, attention_hidden_size=32)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    source = open_source(str(tmp_path))
+    assert source.config.rescale_every == 0
+    assert any("rescale_every=1 is set to 0" in note for note in source.notes)
+    ids = torch.arange(3, 19)[None]
+    found = load_dense(source).model(ids).logits
+    torch.testing.assert_close(found, model(ids).logits, rtol=1e-3, atol=1e-3)

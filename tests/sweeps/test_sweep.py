@@ -53,7 +53,9 @@ def test_measures_are_those_of_evaluate_and_bytes_those_of_the_checkpoint(finish
     for name, row in by_name(result).items():
         original = name == "original"
         model = tiny_folder_once if original else out / "checkpoints" / name
-        direct = halfplate.evaluate(model, against=None if original else tiny_folder_once, **description["eval"])
+        direct = halfplate.evaluate(
+            model, against=None if original else tiny_folder_once, activations="float", **description["eval"]
+        )
         assert {key: row["evaluation"].get(key) for key in MEASURES} == {key: direct.get(key) for key in MEASURES}
         assert json.loads((out / "rows" / f"{name}.json").read_text())["evaluation"] == row["evaluation"]
         if not original:

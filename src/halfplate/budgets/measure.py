@@ -93,7 +93,15 @@ class LevelMeasurement:
         for block in range(max(groups) + 1):
             if groups[block]:
                 names = [name for group in groups[block] for name in group]
-                statistics, hidden = collect_layer(self.blockwise, block, hidden, names, Statistic.GRAM, limit)
+                statistics, hidden = collect_layer(
+                    self.blockwise,
+                    block,
+                    hidden,
+                    names,
+                    Statistic.GRAM,
+                    limit,
+                    self.recipe.expert_tokens == "gated",
+                )
             else:
                 hidden = [self.blockwise.run_block(block, batch) for batch in hidden]
             for group in groups[block]:

@@ -78,12 +78,13 @@ def _measured(
     if rule.reads_inputs:
         hidden = [blockwise.embed(batch) for batch in tokens.ids.to(loaded.model.device).split(BATCH)]
     limit = None if plan.recipe.token_limit == "none" else plan.recipe.token_limit
+    gated = plan.recipe.expert_tokens == "gated"
     found, last = {}, max(names)
     report("choosing ratios", 0, last + 1)
     for block in range(last + 1):
         norms: list[Tensor] = []
         if rule.reads_inputs and names[block]:
-            collected, hidden = collect_layer(blockwise, block, hidden, names[block], Statistic.DIAGONAL, limit)
+            collected, hidden = collect_layer(blockwise, block, hidden, names[block], Statistic.DIAGONAL, limit, gated)
             norms = [collected[name].require_diagonal().sqrt() for name in names[block]]
         else:
             hidden = [blockwise.run_block(block, batch) for batch in hidden]

@@ -97,7 +97,11 @@ def recorded_inputs(
     found: dict[str, Tensor] = {}
 
     def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found[name] = (args[0] if args else kwargs["input"]).float()
+        x = args[0] if args else kwargs["input"]
+        if name not in found or bool(
+            x.any()
+        ):  # a second call with zeros, such as for a token before the first, says nothing
+            found[name] = x.float()
 
     hooks = [
         _module_of_block(blockwise, index, name).register_forward_pre_hook(partial(record, name), with_kwargs=True)
@@ -178,18 +182,33 @@ class Sums:
     products: Tensor | None = None
     crosses: Tensor | None = None
 
-    def add(self, x: Tensor, statistic: Statistic, dense: Tensor | None, token_limit: float | None = None) -> None:
+    def add(
+        self,
+        x: Tensor,
+        statistic: Statistic,
+        dense: Tensor | None,
+        token_limit: float | None = None,
+        factors: Tensor | None = None,
+    ) -> None:
         """Add x fp32 (tokens, d_in), and its products with `dense`, the corresponding inputs in the original model.
 
         token_limit: the squared norm of each token is clipped to this many times the median; zero tokens do not count for the median.
+        factors: fp32 (tokens,) by which tokens are then multiplied; the mean of their squares over all tokens that are added is 1.
         """
         self.tokens += len(x)
         if statistic == Statistic.NONE:
             return  # x may be empty
         with torch.autocast(x.device.type, enabled=False):
-            self._add(x, statistic, dense, token_limit)
+            self._add(x, statistic, dense, token_limit, factors)
 
-    def _add(self, x: Tensor, statistic: Statistic, dense: Tensor | None, token_limit: float | None) -> None:
+    def _add(
+        self,
+        x: Tensor,
+        statistic: Statistic,
+        dense: Tensor | None,
+        token_limit: float | None,
+        factors: Tensor | None,
+    ) -> None:
         if token_limit is not None:
             energy = x.square().sum(1, keepdim=True)
             living = energy[energy > 0]
@@ -197,6 +216,9 @@ class Sums:
             factor = torch.where(energy > limit, (limit / energy).sqrt(), 1.0)
             x = x * factor
             dense = None if dense is None else dense * factor
+        if factors is not None:
+            x = x * factors[:, None]
+            dense = None if dense is None else dense * factors[:, None]
         squares = x.square().sum(0, dtype=torch.float64)
         self.squares = squares if self.squares is None else self.squares.add_(squares)
         if statistic >= Statistic.GRAM:
@@ -296,6 +318,8 @@ class _Collector:
         # The version counts in-place changes, after which the tensor is a different input.
         key = (id(x), x._version)
         leader = self._seen[key][0] if key in self._seen else name
+        if self.stage.leaders.get(name, leader) != leader and not bool(x.any()):
+            return  # a second call with zeros, such as for a token before the first, says nothing
         self.stage.lead(name, leader)
         if key in self._seen:
             return

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from halfplate.calibration.collect import Sums, collect_block
 from halfplate.errors import HalfplateError
 from halfplate.models.blockwise import BlockInputs, BlockwiseModel
-from halfplate.models.experts import ExpertStage, LinearExperts, expert_stages, experts_of
-from halfplate.models.experts.module import routing
+from halfplate.models.experts import Call, ExpertStage, LinearExperts, expert_stages, experts_of
 from halfplate.statistics import InputStatistics, Statistic
 from halfplate.storage.artifact import Artifact, load_artifact, save_artifact
 from halfplate.storage.tensor_file import read_rows, read_tensor
@@ -23,15 +22,19 @@ from halfplate.storage.tensor_file import read_rows, read_tensor
 ROWS = 4096  # tokens whose products are added at once
 # The down projection of an expert is also evaluated on this many tokens per input, of all tokens of the layer.
 SAMPLED = 4
-HIDDEN, CHOSEN = "hidden", "chosen"
+HIDDEN, CHOSEN, GATES = "hidden", "chosen", "gates"
 OWN, ORIGINAL = "own", "original"  # inputs in the model as it is compressed so far, and in the original model
 
 
 @dataclass(frozen=True)
 class Routed:
-    """The tokens of one expert, by batch: int64 numbers of the rows of that batch."""
+    """The tokens of one expert, by batch: int64 numbers of the rows of that batch.
+
+    factors: fp32, by which the tokens of each batch are multiplied in the statistics; the mean of their squares is 1. None for equal tokens.
+    """
 
     rows: Mapping[int, Tensor]
+    factors: Mapping[int, Tensor] | None = None
 
     @property
     def tokens(self) -> int:
@@ -45,22 +48,38 @@ class ExpertInputs:
     folder: of the files.
     batches: their number.
     streams: OWN, and ORIGINAL if cross moments are collected.
+    gated: the statistics of an expert weight each token by the square of its routing weight.
     """
 
     folder: Path
     batches: int
     streams: tuple[str, ...]
+    gated: bool = False
 
-    def write(self, stream: str, number: int, hidden: Tensor, chosen: Tensor) -> None:
-        """Write a batch. hidden: fp32 (tokens, d). chosen: the experts of each token (tokens, k)."""
-        tensors = {HIDDEN: hidden.float().cpu().contiguous(), CHOSEN: chosen.to("cpu", torch.int32).contiguous()}
+    def write(self, stream: str, number: int, call: Call) -> None:
+        """Write a batch: what the experts received."""
+        tensors = {
+            HIDDEN: call.hidden.float().cpu().contiguous(),
+            CHOSEN: call.chosen.to("cpu", torch.int32).contiguous(),
+        }
+        if self.gated:
+            tensors[GATES] = call.weights.float().cpu().contiguous()
         save_artifact(self._file(stream, number), tensors, {}, durable=False)
 
     def routed(self, expert: int) -> Routed:
         """The tokens that are routed to an expert: by the original model if its inputs are recorded, because both streams need the same tokens."""
         stream = self.streams[-1]
-        found = {number: self._chosen(stream, number) for number in range(self.batches)}
-        return Routed({number: (chosen == expert).any(1).nonzero()[:, 0] for number, chosen in found.items()})
+        found = {number: self._read(CHOSEN, stream, number) for number in range(self.batches)}
+        rows = {number: (chosen == expert).any(1).nonzero()[:, 0] for number, chosen in found.items()}
+        if not self.gated:
+            return Routed(rows)
+        gates = {
+            number: (self._read(GATES, stream, number) * (chosen == expert)).sum(1)[rows[number]]
+            for number, chosen in found.items()
+        }
+        mean = torch.cat(list(gates.values())).square().mean().sqrt()
+        # Without tokens, or with gates of zero, all tokens count alike.
+        return Routed(rows, {number: gate / mean for number, gate in gates.items()} if mean > 0 else None)
 
     def sample(self, most: int) -> Routed:
         """About `most` tokens, or all if there are fewer, evenly spread over all tokens of the layer."""
@@ -76,21 +95,24 @@ class ExpertInputs:
         """All tokens of the layer."""
         return self.sample(2**62)
 
-    def read(self, tokens: Routed, device: str) -> Iterator[dict[str, Tensor]]:
-        """The inputs of these tokens by stream, each fp32 (n, d), some ROWS at a time."""
+    def read(self, tokens: Routed, device: str) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+        """The inputs of these tokens by stream, each fp32 (n, d), and their factors (n,) if they have some, some ROWS at a time."""
         held: dict[str, list[Tensor]] = {stream: [] for stream in self.streams}
+        factors: list[Tensor] = []
         count = 0
         for number, rows in tokens.rows.items():
             if len(rows):
                 for stream in self.streams:
                     held[stream].append(read_rows(self._artifact(stream, number).tensors[HIDDEN], rows))
+                factors += [] if tokens.factors is None else [tokens.factors[number]]
                 count += len(rows)
             if count >= ROWS or (count and number == max(tokens.rows)):
-                yield {stream: torch.cat(parts).to(device) for stream, parts in held.items()}
-                held, count = {stream: [] for stream in self.streams}, 0
+                inputs = {stream: torch.cat(parts).to(device) for stream, parts in held.items()}
+                yield inputs, torch.cat(factors).to(device) if factors else None
+                held, factors, count = {stream: [] for stream in self.streams}, [], 0
 
-    def _chosen(self, stream: str, number: int) -> Tensor:
-        return read_tensor(self._artifact(stream, number).tensors[CHOSEN])
+    def _read(self, what: str, stream: str, number: int) -> Tensor:
+        return read_tensor(self._artifact(stream, number).tensors[what])
 
     def _artifact(self, stream: str, number: int) -> Artifact:
         artifact = load_artifact(self._file(stream, number))
@@ -111,19 +133,18 @@ class _Reached(Exception):
 @torch.no_grad()
 def experts_call(
     blockwise: BlockwiseModel, index: int, batch: BlockInputs, name: str, block: nn.Module | None = None
-) -> tuple[Tensor, Tensor]:
-    """The input (tokens, d) of the experts module `name` of layer `index`, and the experts of each token (tokens, k).
+) -> Call:
+    """What the experts module `name` of layer `index` receives, as it is recorded (`Family.recorded`).
 
     block: another module that runs instead of the layer.
     Raises HalfplateError if the layer does not call it, or with values that are not finite.
     """
     inner = name.removeprefix(f"{blockwise.prefix}.{index}.")
     experts: Any = (blockwise.blocks[index] if block is None else block).get_submodule(inner)
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[Call] = []
 
     def reached(module: LinearExperts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, chosen, _ = routing(module, args, kwargs)
-        seen.append((hidden.reshape(-1, hidden.shape[-1]), chosen))
+        seen.append(module.recorded(args, kwargs))
         raise _Reached
 
     hook = experts.register_forward_pre_hook(reached, with_kwargs=True)
@@ -137,7 +158,7 @@ def experts_call(
         raise HalfplateError(
             f"{name} never ran on the calibration tokens, so it has no input statistics; raise samples, or exclude it"
         )
-    if not bool(seen[0][0].isfinite().all()):
+    if not bool(seen[0].hidden.isfinite().all()):
         raise HalfplateError(
             f"{name}: its inputs are not finite on the calibration tokens; check that the original model works on this text, or pass another"
         )
@@ -157,10 +178,10 @@ def sums_of(
     through: for each stream, what makes the input of a linear of an expert from that of the experts; None for the same input.
     """
     sums = Sums()
-    for streams in inputs.read(tokens, device):
+    for streams, factors in inputs.read(tokens, device):
         if through is not None:
             streams = {stream: through[stream](x) for stream, x in streams.items()}
-        sums.add(streams[OWN].float(), statistic, streams.get(ORIGINAL), token_limit)
+        sums.add(streams[OWN].float(), statistic, streams.get(ORIGINAL), token_limit, factors)
     return sums.statistics()
 
 
@@ -207,8 +228,12 @@ def collect_layer(
     names: Sequence[str],
     statistic: Statistic,
     token_limit: float | None = None,
+    gated: bool = False,
 ) -> tuple[dict[str, InputStatistics], list[BlockInputs]]:
-    """`collect_block`, in which linears of experts have blended statistics. The model is in memory; its experts may be linears."""
+    """`collect_block`, in which linears of experts have blended statistics. The model is in memory; its experts may be linears.
+
+    gated: as in `ExpertInputs`.
+    """
     prefix = f"{blockwise.prefix}.{index}."
     stages = expert_stages(names, [prefix + name for name in experts_of(blockwise.blocks[index])])
     inside = {name for stage in stages.values() for name in stage.names}
@@ -216,9 +241,9 @@ def collect_layer(
     found, outputs = collect_block(blockwise, index, inputs, plain, statistic, token_limit)
     for stage in stages.values():
         with TemporaryDirectory(prefix="halfplate-experts-") as folder:
-            recorded = ExpertInputs(Path(folder), len(inputs), (OWN,))
+            recorded = ExpertInputs(Path(folder), len(inputs), (OWN,), gated)
             for number, batch in enumerate(inputs):
-                recorded.write(OWN, number, *experts_call(blockwise, index, batch, stage.module))
+                recorded.write(OWN, number, experts_call(blockwise, index, batch, stage.module))
             found |= _of_stage(blockwise, index, stage, recorded, statistic, token_limit)
     return found, outputs
 

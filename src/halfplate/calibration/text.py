@@ -18,6 +18,7 @@ from halfplate.calibration.stream import first_characters, tokens_of
 from halfplate.calibration.vocabulary import check_tokens
 from halfplate.errors import HalfplateError
 from halfplate.headroom import check_memory
+from halfplate.models.context import positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -181,10 +182,10 @@ def _stream(text: Text, tokenizer: "PreTrainedTokenizerBase", least: int) -> tup
 
 def check_seq_len(model: "PreTrainedModel", seq_len: int, least: int) -> None:
     """Raise HalfplateError if `seq_len` is below `least` or exceeds the positions of the model."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = positions(model)
     if seq_len < least:
         raise HalfplateError(f"seq_len={seq_len} is too short, expected at least {least} tokens; try 512")
-    if isinstance(most, int) and 0 < most < seq_len:
+    if most is not None and most < seq_len:
         raise HalfplateError(f"seq_len={seq_len} exceeds the {most} positions of the model; try {most}")
 
 

@@ -51,6 +51,11 @@ FIELDS = (
         "X",
         "clip each token's squared norm to X times the batch median (default 10); none turns it off",
     ),
+    (
+        "--expert-tokens",
+        "WHICH",
+        "the tokens that are routed to an expert count equally (equal, default), or by the square of their routing weight (gated)",
+    ),
     ("--precision", "TYPE", "matmul precision during calibration: auto (default; bf16 if that is fast), bf16 or fp32"),
     (
         "--ratios",

@@ -62,7 +62,7 @@ class RecordExperts(OverBatches):
             with assembled(blockwise.blocks[index] if block is None else block):
                 for position, number in enumerate(self.numbers):
                     found = experts_call(blockwise, index, batches[position], self.module, block)
-                    self.inputs.write(stream, number, *found)
+                    self.inputs.write(stream, number, found)
 
 
 @dataclass(frozen=True)

@@ -71,12 +71,12 @@ class PublishedForm:
         if key not in self._experts:
             return self._read(key)
         module, joined, layout = self._experts[key]
-        shape = dict(layout.joined)[joined]
-        whole = torch.empty(shape, dtype=self._plain[self._first(key)][0], device="cpu")
-        slots = layout.slots()
+        tensor = layout.tensor(joined)
+        whole = torch.empty(tensor.shape, dtype=self._plain[self._first(key)][0], device="cpu")
+        slots, by_expert = layout.slots(), tensor.by_expert(whole, layout.experts)
         for name in self._parts[key]:
             number, _, part = name.removeprefix(f"{module}.").partition(".")
-            slots[part].of(whole[int(number)]).copy_(self._read(name))
+            slots[part].of(by_expert[int(number)]).copy_(self._read(name))
         return whole
 
     def _read(self, name: str) -> Tensor:

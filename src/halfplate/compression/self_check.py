@@ -18,7 +18,8 @@ from halfplate.errors import HalfplateError, HalfplateWarning, RuinedResult
 from halfplate.evaluation.perplexity import NONSENSE_KL, compare
 from halfplate.formats import Chain, CompressedLinear, WeightSpec
 from halfplate.models.arguments import cache_argument
-from halfplate.models.blockwise import BlockwiseModel
+from halfplate.models.blockwise import FAILURES, BlockwiseModel
+from halfplate.models.context import positions
 from halfplate.models.linears import replace_module
 from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
@@ -36,6 +37,8 @@ TOLERANCE = 0.02
 # For the logits of the median token, in fp32. The kernels and torch differ by about 1e-5. A scale that is wrong by a
 # tenth in one matrix differs by 4e-3 in a small model, and by less in a deep one.
 TYPICAL_TOLERANCE = 1e-3
+# What computes the logits of a model with its layers changed by each of some functions.
+Compute = Callable[[StreamedModel, Tensor, list[Callable[[int], None]]], list[Tensor]]
 FULL_PRECISION = ("none", "ieee")
 # Plain words that the smallest models know.
 TEXT = """Once there was an old lighthouse on a hill above the sea. Every evening Anna climbed the long stairs, lit the lamp and \
@@ -98,15 +101,30 @@ def self_check(streamed: StreamedModel, run: Run, folder: Path, original: Source
     variants: list[Callable[[int], None]] = [lambda index: _put_solved(streamed, run, index)]
     if not whole:
         variants.append(lambda index: written.put(streamed, index))
-    if original is streamed.source and not streamed.decoded:
-        expected, solved, *rest = _logits(streamed, ids, [_unchanged, *variants])
-    else:
-        expected = original_logits(StreamedModel(original, run.plan.recipe.device), ids)
-        solved, *rest = _logits(streamed, ids, variants)
-    stored = rest[0] if rest else _loaded_logits(folder, ids, run.plan.recipe.device)
+    same = original is streamed.source and not streamed.decoded
+    other = None if same else StreamedModel(original, run.plan.recipe.device)
+
+    def computed(compute: Compute) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the original, of the solved weights, and of the checkpoint."""
+        found = compute(streamed, ids, [_unchanged, *variants] if other is None else variants)
+        expected = found.pop(0) if other is None else compute(other, ids, [_unchanged])[0]
+        return expected, found[0], found[1] if len(found) > 1 else loaded
+
+    loaded = (
+        _loaded_logits(folder, ids, run.plan.recipe.device)
+        if whole
+        else torch.empty(0, dtype=torch.float32, device="cpu")
+    )
     if not whole:
         written.check_outer(streamed)
-    error = _checked_error(stored, solved, exact=_in_full_precision(streamed))
+    exact = _in_full_precision(streamed)
+    try:
+        expected, solved, stored = computed(_logits)
+        error = _checked_error(stored, solved, exact)
+    except HalfplateError:
+        # Of models whose layers are not a chain, such as loops, only the own forward pass gives the logits. It reads the layers once a variant.
+        expected, solved, stored = computed(_logits_of_whole)
+        error = _checked_error(stored, solved, exact)
     measures = compare(stored[:, :-1].flatten(0, 1), expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     return SelfCheck(
         kl=_short(measures["kl"]),
@@ -154,8 +172,7 @@ def _ruined(what: str) -> RuinedResult:
 def check_tokens(tokenizer: Any, model: Any) -> Tensor:
     """The tokens, int64 (1, at most TOKENS), of the built-in text that are in the model's vocabulary."""
     config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or TOKENS
-    length = max(2, min(TOKENS, context))
+    length = max(2, min(TOKENS, positions(model) or TOKENS))
     ids = [token for token in tokenizer(TEXT)["input_ids"] if token < config.vocab_size][:length]
     if len(ids) < min(LEAST_TOKENS, length):
         ids = [number * (config.vocab_size - 1) // (length - 1) for number in range(length)]
@@ -188,6 +205,33 @@ def _logits(streamed: StreamedModel, ids: Tensor, variants: list[Callable[[int],
                 finally:
                     streamed.free_block(index)
         return [blockwise.finish(state).float().cpu() for state in states]
+
+
+def _logits_of_whole(streamed: StreamedModel, ids: Tensor, variants: list[Callable[[int], None]]) -> list[Tensor]:
+    """`_logits` by the model's own forward pass, which may run layers in any order and use their outputs as it likes."""
+    found = []
+    for variant in variants:
+
+        def run(index: int, *args: Any, variant: Callable[[int], None] = variant, **kwargs: Any) -> Any:
+            block = streamed.load_block(index)
+            block.__dict__.pop("forward", None)  # which called this function
+            try:
+                variant(index)
+                return block(*args, **kwargs)
+            finally:
+                streamed.free_block(index)
+
+        with streamed.outer(head=True):
+            _round_outer(streamed)
+            try:
+                found.append(streamed.blockwise.logits(ids, run).float().cpu())
+            except FAILURES as error:
+                reason = " ".join(str(error).split())[:200]
+                raise HalfplateError(
+                    f"model {type(streamed.model).__name__} fails on the {ids.shape[1]} tokens of the self-check ({type(error).__name__}: {reason}); "
+                    "check that it runs in transformers, or skip the check with --no-check"
+                ) from error
+    return found
 
 
 @contextmanager

@@ -210,7 +210,10 @@ class Streams:
         view, job, engine = self._view(layer, done), self.run.plan.job, self.run.engine
         memory = self._memory_to_run(layer)
         inputs = ExpertInputs(
-            self.run.work.experts(stage.module), hidden.batches, (OWN,) if dense is None else (OWN, ORIGINAL)
+            self.run.work.experts(stage.module),
+            hidden.batches,
+            (OWN,) if dense is None else (OWN, ORIGINAL),
+            self.recipe.expert_tokens == "gated",
         )
         for _ in engine.run(
             [

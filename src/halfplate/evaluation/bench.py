@@ -17,6 +17,7 @@ from halfplate.errors import HalfplateError
 from halfplate.evaluation import speed
 from halfplate.evaluation.speed import Contender, PeakMemory, Speed, WeightBytes
 from halfplate.limits import cores, use_threads
+from halfplate.models.context import positions
 from halfplate.models.sources import is_compressed, load_dense
 from halfplate.telemetry.machine import load_average, machine
 from halfplate.telemetry.progress import Report, silent
@@ -259,7 +260,7 @@ class _BringingIn:
 
     def _fit(self, name: str, model: "PreTrainedModel") -> None:
         config = model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = positions(model)
         if limit is not None and self._prompt + self._new_tokens > limit:
             raise HalfplateError(
                 f"prompt={self._prompt} and new_tokens={self._new_tokens} exceed the {limit} positions of {name!r}; "

@@ -13,6 +13,7 @@ from halfplate.calibration.documents import check_unicode
 from halfplate.calibration.vocabulary import check_tokens
 from halfplate.checkpoint.loading import load_any
 from halfplate.errors import HalfplateError
+from halfplate.models.context import positions
 from halfplate.runtime import explain, greedy
 from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.limits import check_generation
@@ -97,8 +98,7 @@ class Conversation:
     @property
     def limit(self) -> int | None:
         """The positions of the model, if it has a limit."""
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return most if isinstance(most, int) and most > 0 else None
+        return positions(self.model)
 
     def reset(self) -> None:
         """Forget all turns."""

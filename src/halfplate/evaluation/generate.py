@@ -17,6 +17,7 @@ from halfplate.checkpoint.loading import load_any
 from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.limits import use_threads
+from halfplate.models.context import positions
 from halfplate.runtime import greedy
 from halfplate.runtime.limits import check_generation
 from halfplate.runtime.prompt_file import PromptFile
@@ -99,7 +100,7 @@ def _answer(
 ) -> str:
     ids = _token_ids(name, prompt, settings.chat, tokenizer)
     length, new_tokens = ids.shape[1], settings.max_new_tokens
-    limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(loaded)
     if length == 0:
         raise HalfplateError(f"prompt={prompt!r} has no tokens; give some text")
     if limit is not None and length + new_tokens > limit:

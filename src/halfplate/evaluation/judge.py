@@ -18,6 +18,7 @@ from halfplate.errors import HalfplateError
 from halfplate.evaluation import perplexity
 from halfplate.evaluation.perplexity import check_logits_fit, token_windows
 from halfplate.limits import use_threads
+from halfplate.models.context import positions
 from halfplate.models.sources import is_compressed
 from halfplate.runtime.sampling import native_sampling
 from halfplate.telemetry.progress import Report, silent
@@ -128,7 +129,7 @@ def _tasks(
 
 def _seq_len(seq_len: int | None, model: Any, sampled: bool) -> int:
     if seq_len is None:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN
+        limit = positions(model) or SEQ_LEN
         return int(min(SELF_SEQ_LEN if sampled else SEQ_LEN, limit))
     check_seq_len(model, seq_len, least=2)
     check_logits_fit(model, seq_len)

@@ -90,6 +90,9 @@ class HalfplateQuantizer(HfQuantizer):
         specs = self.quantization_config.specs
         if self.quantization_config.linear_experts:
             linear_experts(model)
+            for name in experts_of(model):
+                # Some code of transformers would initialise the tensors of all experts from the module above.
+                vars(_module(model, name.rpartition(".")[0]))["_is_hf_initialized"] = True
         found = headers_of(map(Path, checkpoint_files)) if checkpoint_files else None
         if found is not None:
             check_layout(found, specs)

@@ -105,7 +105,8 @@ class BlockwiseModel:
             if index != len(recorded) or (previous is not None and not _same_memory(hidden, previous)):
                 raise HalfplateError(
                     f"model {self._class} changes the hidden state between its layers or does not run "
-                    "them in order, so it cannot be run layer by layer; use a model with a plain chain of decoder layers"
+                    "them in order, so it cannot be run layer by layer; use a method that needs no text (magnitude, rtn), or a model with a plain chain "
+                    "of decoder layers"
                 )
             first = hidden if first is None else first
             recorded.append(copied(rest))
@@ -126,7 +127,8 @@ class BlockwiseModel:
         if first is None or len(recorded) != len(self.blocks):
             raise HalfplateError(
                 f"model {self._class} ran {len(recorded)} of the {len(self.blocks)} layers under "
-                f"{self.prefix!r}, so it cannot be run layer by layer; use a model with a plain chain of decoder layers"
+                f"{self.prefix!r}, so it cannot be run layer by layer; use a method that needs no text (magnitude, rtn), or a model with a plain "
+                "chain of decoder layers"
             )
         return BlockInputs(first, with_handed_on(recorded), text=(input_ids.shape[0], input_ids.shape[1]))
 
@@ -181,6 +183,17 @@ class BlockwiseModel:
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         self._tried.clear()
         return logits
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor, run: Callable[..., Any]) -> Tensor:
+        """Logits (samples, L, vocabulary) of the model's own forward pass, in which run(index, *args, **kwargs) is called instead of each layer."""
+
+        def instead(index: int, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return run(index, *args, **kwargs)
+
+        with self._blocks_replaced(instead):
+            found: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return found
 
     def unknown_blocks(self) -> list[int]:
         """The first layer of each class that has not run yet. `embed` runs it once to see the form of its output."""

@@ -204,6 +204,11 @@ def _freed(config: PretrainedConfig, entries: dict[str, Any]) -> list[str]:
         if stated is not None and bool(stated) is not plain:
             setattr(config, key, plain)
             notes.append(f"config.json: {key}={stated!r} is left out, because it only sets what a call returns")
+    if getattr(config, "rescale_every", 0):
+        notes.append(
+            f"config.json: rescale_every={config.rescale_every} is set to 0; it only keeps fp16 from overflowing"
+        )
+        config.rescale_every = 0  # which would divide weights and hidden states between the layers of RWKV
     for key in (*QUANTISED_ENTRIES, MLX_ENTRY):
         if key in vars(config):
             delattr(config, key)

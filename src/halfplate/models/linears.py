@@ -21,6 +21,10 @@ ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 ROUTER = re.compile(r"(^|_)router(_|$)")
 INDEXER = re.compile(r"(^|_)indexer(_|$)")
 GATE = re.compile(r"(^|_)gate$")
+# Parts of a module name: everything below reads images or sound.
+TOWER = re.compile(r"(^|[._])(vision|visual|image|img|video|audio|speech)")
+# Attention to the outputs of an encoder, which a text alone does not reach.
+CROSS = re.compile(r"(^|_)(encoder_attn|cross_?attn|cross_?attention|encoder_decoder_attention)(_|$)")
 # Gates of linear attention, with one or two outputs for each head.
 HEAD_GATES = ("in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj")
 HEAD_GATE_OUTPUTS = 128
@@ -52,7 +56,8 @@ class SkippedModule:
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder layers and their name, such as `("model.layers", ...)`.
 
-    They are the outermost list of `num_hidden_layers` modules of the language model; of several such lists, the one with the most parameters.
+    They are the outermost list of `num_hidden_layers` modules of the language model; of several such lists, the one with the most parameters
+    whose name is not that of a vision or audio tower.
     Raises HalfplateError if there is none.
     """
     expected = _layer_counts(_text_config(model))
@@ -75,6 +80,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"model {type(model).__name__} has no list of {expected[0] if expected else 'decoder'} layers; "
             "expected a decoder-only model of the transformers library, such as LlamaForCausalLM"
         )
+    lists = [entry for entry in lists if not TOWER.search(entry[0])] or lists
     return max(lists, key=lambda found: sum(parameter.numel() for parameter in found[1].parameters()))
 
 
@@ -190,7 +196,7 @@ def _skip_reason(inner: str, module: nn.Module, experts: int | None) -> str | No
 
 
 def _router_reason(parts: list[str], module: nn.Linear, experts: int | None) -> str | None:
-    """Why a linear is left uncompressed because it is a router, an indexer or a gate; None for others. parts: its name."""
+    """Why a linear is left uncompressed because of its place: a router, an indexer, a gate, cross-attention; None for others. parts: its name."""
     leaf = parts[-1]
     if leaf in ROUTER_NAMES and experts is not None and module.out_features in (1, experts):
         return f"router of {experts} experts: tiny, and chooses the experts of a token; not compressed"
@@ -198,8 +204,10 @@ def _router_reason(parts: list[str], module: nn.Linear, experts: int | None) -> 
         return "indexer, which chooses the tokens that attention sees; not compressed"
     if any(map(ROUTER.search, parts)):
         return "part of a router, which chooses the experts of a token; not compressed"
-    if any(map(GATE.search, parts[:-1])):
+    if any(map(GATE.search, parts[:-1])) and module.out_features <= HEAD_GATE_OUTPUTS:
         return "part of a gate; not compressed"
+    if any(map(CROSS.search, parts)):
+        return "attends to an encoder, which does not run on a text alone; not compressed"
     if leaf in HEAD_GATES and module.out_features <= HEAD_GATE_OUTPUTS:
         return f"gate of linear attention with only {module.out_features} outputs; not compressed"
     return None

@@ -13,6 +13,7 @@ from halfplate.checkpoint.read import load, load_tokenizer
 from halfplate.errors import HalfplateError
 from halfplate.evaluation.bench import bench
 from halfplate.evaluation.perplexity import evaluate, token_windows
+from halfplate.models.context import positions
 from halfplate.models.sources import load_dense
 from halfplate.report.settings import Measuring
 from halfplate.runtime.sampling import native_sampling
@@ -31,7 +32,7 @@ def measure(folder: Path, settings: Measuring, report: Report) -> dict[str, Any]
             f"against={settings.against!r} does not have the same vocabulary as {str(folder)!r}; give the original model that it was compressed from"
         )
     report("reading", 1, 1)
-    limit = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None) or settings.seq_len
+    limit = positions(dense.model) or settings.seq_len
     seq_len = min(settings.seq_len, limit)
     source: dict[str, Any]
     if settings.text is None:
@@ -81,7 +82,7 @@ def _answer(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
         ids = tokenizer(prompt)["input_ids"]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(model)
     if not ids or (limit is not None and len(ids) + new_tokens > limit):
         raise HalfplateError(
             f"prompt={prompt[:60]!r} has {len(ids)} tokens, expected 1 to {(limit or 0) - new_tokens} for this model; give another prompt"

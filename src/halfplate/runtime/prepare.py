@@ -110,11 +110,11 @@ def accelerate(
 
 @torch.no_grad()
 def accelerate_linears(module: nn.Module) -> None:
-    """Replace the compressed linears below `module` by the fastest supported ones, in place."""
+    """Replace the compressed linears below `module` by the fastest supported ones that round no activations, in place."""
     among = named_backends()
     for name, linear in list(module.named_modules()):
         if isinstance(linear, CompressedLinear):
-            _replace(module, name, linear, Options(), among)
+            _replace(module, name, linear, Options("float"), among)
 
 
 def explain(model: Any) -> Acceleration:

@@ -17,6 +17,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from halfplate.errors import HalfplateError
 from halfplate.models.arguments import cache_argument
+from halfplate.models.context import positions
 from halfplate.runtime.limits import check_generation
 from halfplate.serving.metrics import Metrics
 from halfplate.serving.reading import Reading
@@ -234,10 +235,10 @@ def _check_length(model: Any, inputs: Any, settings: Any) -> None:
     from fastapi import HTTPException
 
     prompt, new = inputs["input_ids"].shape[-1], settings.max_new_tokens
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < prompt + 1:
+    longest = positions(model)
+    if longest is not None and longest < prompt + 1:
         raise HTTPException(400, f"the prompt has {prompt} tokens, and the model has {longest} positions")
-    if isinstance(longest, int) and longest > 0:
+    if longest is not None:
         settings.max_new_tokens = new = min(new, longest - prompt)
     try:
         check_generation(model.config, prompt, new, "max_tokens")

@@ -62,8 +62,7 @@ def _with_linear_experts(source: Source, make: Maker) -> Maker:
         for key, tensor in make(replace(piece, entries=joined)):
             for name in inside.get(key, [key]):
                 if name in parts:
-                    _, number, slot = parts[name]
-                    yield name, slot.of(tensor[number]).contiguous()
+                    yield name, parts[name][1](tensor).contiguous()
                 else:
                     yield name, tensor
 

@@ -4,12 +4,14 @@
 `expert_tensors` finds the tensors of each expert in the files of a model.
 """
 
+from halfplate.models.experts.families import Call
 from halfplate.models.experts.joining import joined_experts, linear_experts, recognised
 from halfplate.models.experts.module import LinearExperts, experts_of, without_experts
 from halfplate.models.experts.stages import ExpertStage, expert_stages
 from halfplate.models.experts.stored import expert_tensors
 
 __all__ = [
+    "Call",
     "ExpertStage",
     "LinearExperts",
     "expert_stages",

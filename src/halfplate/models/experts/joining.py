@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfplate.models.experts.layout import Layout, layout_of
-from halfplate.models.experts.module import Expert, LinearExperts, experts_of
+from halfplate.models.experts.families import layout_of
+from halfplate.models.experts.layout import Layout
+from halfplate.models.experts.module import Expert, LinearExperts, experts_of, hand_over
 
 
 def recognised(model: nn.Module) -> dict[str, Layout]:
@@ -33,9 +34,11 @@ def joined_experts(model: nn.Module) -> nn.Module:
 
 def _linear(original: nn.Module, layout: Layout) -> LinearExperts:
     slots, experts = layout.slots(), []
-    joined = {name: original.get_parameter(name) for name, _ in layout.joined}
+    joined = {tensor.name: original.get_parameter(tensor.name) for tensor in layout.joined}
     # Unbound once, because indexing a parameter thousands of times is slow.
-    tensors = {name: parameter.detach().unbind() for name, parameter in joined.items()}
+    tensors = {
+        tensor.name: tensor.by_expert(joined[tensor.name].detach(), layout.experts).unbind() for tensor in layout.joined
+    }
     grads = any(parameter.requires_grad for parameter in joined.values())
     for number in range(layout.experts):
         expert = Expert()
@@ -62,21 +65,25 @@ def _linear_of(weight: Tensor, bias: Tensor | None, grads: bool) -> nn.Linear:
 def _joined(module: LinearExperts) -> nn.Module:
     layout, kind = module.layout, module.kind
     experts = [dict(expert.named_parameters()) for expert in module.experts]
-    original: Any = kind.__new__(kind)
-    nn.Module.__init__(original)
-    ours = {"_parameters", "_modules", "_buffers", "kind", "layout"}
-    original.__dict__.update({key: value for key, value in vars(module).items() if key not in ours})
-    numbers = {str(number) for number in range(layout.experts)}
-    for name, child in module.named_children():
-        if name not in numbers:
-            original.add_module(name, child)
+    ours = {"kind", "family", "layout", *map(str, range(layout.experts))}
+    original = _of_class(kind, module, ours)
+    for owner in {tensor.name.rpartition(".")[0] for tensor in layout.joined} - {""}:
+        left: Any = module.get_submodule(owner)
+        original.set_submodule(owner, _of_class(left.kind, left, {"kind"}))
+    grads = experts[0]["up_proj.weight"].requires_grad
     with torch.no_grad():
-        for name, _ in layout.joined:
+        for joined in layout.joined:
             tensor = layout.joined_tensor(
-                name, [{key: value.detach() for key, value in one.items()} for one in experts]
+                joined.name, [{key: value.detach() for key, value in one.items()} for one in experts]
             )
-            original.register_parameter(
-                name, nn.Parameter(tensor, requires_grad=experts[0]["up_proj.weight"].requires_grad)
-            )
-    joined: nn.Module = original
-    return joined
+            place, _, leaf = joined.name.rpartition(".")
+            original.get_submodule(place).register_parameter(leaf, nn.Parameter(tensor, requires_grad=grads))
+    return original
+
+
+def _of_class(kind: Any, module: nn.Module, without: set[str]) -> nn.Module:
+    """A module of the class `kind` with what `module` has, except what is named."""
+    made: nn.Module = kind.__new__(kind)
+    nn.Module.__init__(made)
+    hand_over(module, made, without)
+    return made

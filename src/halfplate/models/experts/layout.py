@@ -1,24 +1,57 @@
-"""How an experts module of transformers arranges the matrices of its experts in 3-D tensors."""
+"""How an experts module of transformers arranges the matrices of its experts in the tensors of all experts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from halfplate.storage.tensor_file import StoredTensor
 
 BIAS = "_bias"
-JOINED = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
-FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+
+@dataclass(frozen=True)
+class Joined:
+    """One tensor of all experts.
+
+    name: below the experts module, e.g. `gate_up_proj`.
+    shape: (experts, d_out, d_in), (experts × d_out, d_in), or (experts, d_out) of biases.
+    linears: whose rows it holds, in order, e.g. `("gate_proj", "up_proj")`.
+    bias: holds biases, not weights.
+    transposed: the last two dimensions of weights are (inputs, outputs).
+    spare: number of experts at its end that never run.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    linears: tuple[str, ...]
+    bias: bool = False
+    transposed: bool = False
+    spare: int = 0
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether the experts follow each other in the rows of a matrix."""
+        return not self.bias and len(self.shape) == 2
+
+    def by_expert(self, tensor: Tensor, experts: int) -> Tensor:
+        """The tensor with the experts as its first dimension: a view."""
+        return tensor.view(experts, -1, tensor.shape[1]) if self.in_rows else tensor
+
+    def stored_by_expert(self, stored: StoredTensor, experts: int) -> StoredTensor:
+        """`by_expert` for a tensor in a file."""
+        rows, *others = stored.shape
+        return replace(stored, shape=(experts, rows // experts, *others)) if self.in_rows else stored
 
 
 @dataclass(frozen=True)
 class Slot:
     """The place of one tensor of an expert in the tensor of all experts.
 
-    joined: name of that tensor, e.g. `gate_up_proj`, whose first dimension counts the experts.
-    outputs: the rows of this linear among those of the tensor.
+    joined: name of that tensor.
+    outputs: the rows of this linear among those of an expert.
     transposed: whether the tensor is stored as (inputs, outputs).
     """
 
@@ -33,19 +66,19 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of an experts module, as the decorator `use_experts_implementation` of transformers describes it.
+    """The tensors of an experts module.
 
-    joined: the shape of each 3-D tensor and each bias, by name.
-    gated: whether there is a gate beside the up projection.
-    transposed: weights are stored as (inputs, outputs).
-    interleaved: gate and up alternate in the outputs of `gate_up_proj`; otherwise the gate comes first.
+    interleaved: gate and up alternate in the outputs of a tensor that holds both; otherwise the gate comes first.
     """
 
     experts: int
-    joined: tuple[tuple[str, tuple[int, ...]], ...]
-    gated: bool
-    transposed: bool
-    interleaved: bool
+    joined: tuple[Joined, ...]
+    interleaved: bool = False
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate beside the up projection."""
+        return any("gate_proj" in tensor.linears for tensor in self.joined)
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -55,66 +88,59 @@ class Layout:
     @property
     def biased(self) -> bool:
         """Whether the linears have biases."""
-        return any(name.endswith(BIAS) for name, _ in self.joined)
+        return any(tensor.bias for tensor in self.joined)
+
+    def tensor(self, name: str) -> Joined:
+        """The tensor of all experts with this name."""
+        return next(tensor for tensor in self.joined if tensor.name == name)
 
     def slots(self) -> dict[str, Slot]:
         """The place of each tensor of an expert, by names such as `gate_proj.weight`."""
         found: dict[str, Slot] = {}
-        for name, shape in self.joined:
-            weight = not name.endswith(BIAS)
-            transposed = self.transposed and weight
-            linears = JOINED[name.removesuffix(BIAS)]
-            rows = shape[-1] if transposed or not weight else shape[1]
-            for number, linear in enumerate(linears):
-                own = rows // len(linears)
+        for tensor in self.joined:
+            rows = self._outputs(tensor)
+            for number, linear in enumerate(tensor.linears):
+                own = rows // len(tensor.linears)
                 outputs = slice(number * own, (number + 1) * own)
-                if self.interleaved and len(linears) == 2:
+                if self.interleaved and len(tensor.linears) == 2:
                     outputs = slice(number, rows, 2)
-                found[f"{linear}.{'weight' if weight else 'bias'}"] = Slot(name, outputs, transposed)
+                found[f"{linear}.{'bias' if tensor.bias else 'weight'}"] = Slot(tensor.name, outputs, tensor.transposed)
         return found
 
     def joined_tensor(self, name: str, experts: list[dict[str, Tensor]]) -> Tensor:
         """The tensor `name` of all experts from the tensors of each one, by the names of `slots`."""
-        shape = dict(self.joined)[name]
         own = {part: slot for part, slot in self.slots().items() if slot.joined == name}
-        first = experts[0][next(iter(own))]
-        whole = torch.empty(shape, dtype=first.dtype, device=first.device)
+        first, joined = experts[0][next(iter(own))], self.tensor(name)
+        empty = torch.zeros if joined.spare else torch.empty
+        whole = empty(joined.shape, dtype=first.dtype, device=first.device)
+        apart = joined.by_expert(whole, self.experts)
         for number, tensors in enumerate(experts):
             for part, slot in own.items():
-                slot.of(whole[number]).copy_(tensors[part])
+                slot.of(apart[number]).copy_(tensors[part])
         return whole
 
+    def fits(self) -> bool:
+        """Whether the shapes of the tensors fit each other and the number of experts."""
+        sides = {
+            linear: (self._outputs(tensor) // len(tensor.linears), self._inputs(tensor))
+            for tensor in self.joined
+            if not tensor.bias
+            for linear in tensor.linears
+        }
+        (inner, hidden), (outer, width) = sides["up_proj"], sides["down_proj"]
+        whole = all(tensor.shape[0] % self.experts == 0 if tensor.in_rows else tensor.shape[0] == self.experts + tensor.spare for tensor in self.joined)  # fmt: skip
+        return (
+            whole and (hidden, inner) == (outer, width) and sides.get("gate_proj", (inner, hidden)) == (inner, hidden)
+        )
 
-def layout_of(module: nn.Module) -> Layout | None:
-    """The layout of an experts module of transformers; None for any other module."""
-    if not all(isinstance(getattr(module, flag, None), bool) for flag in FLAGS) or not hasattr(module, "_apply_gate"):
-        return None
-    found: Any = module
-    names = ("gate_up_proj" if found.has_gate else "up_proj", "down_proj")
-    wanted = [*names, *(f"{name}{BIAS}" for name in names if found.has_bias)]
-    parameters = dict(module.named_parameters(recurse=False))
-    if parameters.keys() != set(wanted) or any(
-        parameters[name].ndim != (2 if name.endswith(BIAS) else 3) for name in wanted
-    ):
-        return None
-    shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
-    layout = Layout(
-        experts=shapes[names[0]][0],
-        joined=tuple(shapes.items()),
-        gated=found.has_gate,
-        transposed=found.is_transposed,
-        interleaved=not found.is_concatenated,
-    )
-    return layout if _fits(layout, shapes) else None
+    def _outputs(self, tensor: Joined) -> int:
+        """The outputs of one expert in a tensor."""
+        if tensor.in_rows and not tensor.transposed:
+            return tensor.shape[0] // self.experts
+        return tensor.shape[-1] if tensor.transposed or tensor.bias else tensor.shape[1]
 
-
-def _fits(layout: Layout, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether the shapes of the tensors fit each other."""
-
-    def sides(name: str) -> tuple[int, int]:
-        _, first, second = shapes[name]
-        return (second, first) if layout.transposed else (first, second)
-
-    first, count = ("gate_up_proj", 2) if layout.gated else ("up_proj", 1)
-    (inner, hidden), (outer, width) = sides(first), sides("down_proj")
-    return {shape[0] for shape in shapes.values()} == {layout.experts} and hidden == outer and inner == count * width
+    def _inputs(self, tensor: Joined) -> int:
+        """The inputs of one expert in a tensor of weights."""
+        if tensor.in_rows and tensor.transposed:
+            return tensor.shape[0] // self.experts
+        return tensor.shape[-2] if tensor.transposed else tensor.shape[-1]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from halfplate.models.experts.families import Call, family_of
 from halfplate.models.experts.group import kernel_matrices, products, rows_in_group
 from halfplate.models.experts.layout import Layout
 
@@ -26,27 +25,45 @@ class Expert(nn.Module):
     down_proj: nn.Module
 
 
+class Left(nn.Module):
+    """What is left of a module inside an experts module whose tensors are those of all experts. kind: its class."""
+
+    kind: Any
+
+
+def hand_over(original: nn.Module, other: nn.Module, without: Collection[str] = ()) -> None:
+    """Give the attributes, parameters, buffers and submodules of a module, except those named, to another."""
+    inner = {"_parameters", "_modules", "_buffers", "_non_persistent_buffers_set"}
+    other.__dict__.update({key: value for key, value in vars(original).items() if key not in {*inner, *without}})
+    for key in inner - {"_non_persistent_buffers_set"}:
+        getattr(other, key).update({name: one for name, one in getattr(original, key).items() if name not in without})
+    other._non_persistent_buffers_set.update(original._non_persistent_buffers_set)
+
+
 class LinearExperts(nn.Module):
     """The experts of a layer, each with its own linears, in the place of an experts module of transformers.
 
     The children `0`, `1`, … are the experts. Each runs on the tokens that are routed to it, so a hook on one of its linears sees only these
-    tokens. Experts with few tokens whose linears are in kernel layout run together. Attributes and other submodules are those of the original.
+    tokens. Experts with few tokens whose linears are in kernel layout run together. Attributes, and other parameters and submodules, are
+    those of the original.
 
-    original: the module that is replaced; its 3-D tensors are not kept, except as the views that the linears use.
+    original: the module that is replaced; its tensors of all experts are not kept, except as the views that the linears use.
     experts: the linears of each expert.
     """
 
     def __init__(self, original: nn.Module, layout: Layout, experts: list[Expert]) -> None:
         super().__init__()
-        inner = {"_parameters", "_modules", "_buffers"}
-        kept = {key: value for key, value in vars(original).items() if key not in inner}
-        self.__dict__.update(kept)
-        for name, module in original.named_children():
-            self.add_module(name, module)
+        taken = {tensor.name for tensor in layout.joined}
+        hand_over(original, self, taken)
+        for owner in {name.rpartition(".")[0] for name in taken} - {""}:
+            left, module = Left(), original.get_submodule(owner)
+            hand_over(module, left, {name.rpartition(".")[2] for name in taken})
+            left.kind = module.__class__
+            self.set_submodule(owner, left)
         for number, expert in enumerate(experts):
             self.add_module(str(number), expert)
         self.kind: Any = original.__class__
-        self.layout = layout
+        self.family, self.layout = family_of(original), layout
         self.train(original.training)
 
     @property
@@ -63,16 +80,22 @@ class LinearExperts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The weighted sum of the experts of each token, as the original computes it: (tokens, hidden).
 
-        The arguments are those of the original: hidden states (tokens, hidden), the experts of each token and their weights,
-        both (tokens, experts per token). A number beyond the experts stands for none.
+        The arguments are those of the original (`Family.call`).
         """
-        hidden, chosen, weights = routing(self, args, kwargs)
-        flat, width = hidden.reshape(-1, hidden.shape[-1]), chosen.shape[-1]
-        result = torch.zeros_like(flat)
-        for slots, output in self._outputs(flat, hits(chosen, self.layout.experts), width):
-            weighted = output * weights.reshape(-1).index_select(0, slots).unsqueeze(1)
+        call, shape = self.call(args, kwargs), self.family.hidden(self.kind, args, kwargs).shape
+        width, result = call.chosen.shape[-1], self.family.begun(self, call)
+        for slots, output in self._outputs(call.hidden, hits(call.chosen, self.layout.experts), width):
+            weighted = output * call.weights.reshape(-1).index_select(0, slots).unsqueeze(1)
             result.index_add_(0, slots // width, weighted.to(result.dtype))
-        return result.reshape(hidden.shape)
+        return self.family.finished(self, result.reshape(shape))
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The tokens and their experts in the arguments of a call."""
+        return self.family.call(self, args, kwargs)
+
+    def recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The tokens and their experts that calibration records of a call."""
+        return self.family.recorded(self.call(args, kwargs), self.layout.experts)
 
     def _outputs(self, x: Tensor, found: Hits, width: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The outputs (slots, hidden) of all experts that tokens are routed to, some experts at a time, with their slots."""
@@ -138,16 +161,7 @@ class LinearExperts(nn.Module):
         )
 
     def _activated(self, outputs: Tensor) -> Tensor:
-        # The code of the original, which may clamp and scale, sees this module as itself.
-        activated: Tensor = self.kind._apply_gate(self, outputs) if self.layout.gated else self.act_fn(outputs)  # type: ignore[operator]
-        return activated
-
-
-def routing(experts: LinearExperts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """The arguments of a call of `experts`: hidden states, and the experts of each token and their weights (tokens, k)."""
-    bound = _signature(experts.kind).bind(experts, *args, **kwargs)
-    _, hidden, chosen, weights, *_ = bound.arguments.values()
-    return hidden, chosen.reshape(-1, chosen.shape[-1]), weights.reshape(-1, weights.shape[-1])
+        return self.family.activated(self, outputs)
 
 
 @dataclass(frozen=True)
@@ -199,9 +213,4 @@ def without_experts(modules: list[LinearExperts]) -> Iterator[None]:
 
 
 def _zeros(module: LinearExperts) -> Callable[..., Tensor]:
-    return lambda *args, **kwargs: torch.zeros_like(routing(module, args, kwargs)[0])
-
-
-@cache
-def _signature(kind: Any) -> inspect.Signature:
-    return inspect.signature(kind.forward)
+    return lambda *args, **kwargs: torch.zeros_like(module.family.hidden(module.kind, args, kwargs))

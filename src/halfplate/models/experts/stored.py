@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from halfplate.models.experts.layout import BIAS, JOINED, Layout, Slot
+from halfplate.models.experts.layout import Joined, Layout, Slot
 from halfplate.models.experts.module import experts_of
 from halfplate.storage.tensor_file import Arrangement, StoredTensor
 
@@ -38,9 +39,9 @@ class ExpertTensors:
 def joined_names(model: nn.Module) -> dict[str, tuple[str, str, Layout]]:
     """The names that the tensors of all experts have in transformers: the name of the module, of the tensor, and the layout."""
     return {
-        f"{name}.{joined}": (name, joined, module.layout)
+        f"{name}.{joined.name}": (name, joined.name, module.layout)
         for name, module in experts_of(model).items()
-        for joined, _ in module.layout.joined
+        for joined in module.layout.joined
     }
 
 
@@ -67,7 +68,7 @@ def expert_tensors(
             number = int(NUMBER.findall(stored)[-1])
             if number < layout.experts:
                 result.found[f"{module}.{number}.{linear}.weight"] = tensors[stored]
-            else:
+            elif number >= layout.experts + layout.tensor(name).spare:
                 result.beyond.append(stored)
         else:
             result.made |= set(_parts(module, name, layout))
@@ -82,20 +83,25 @@ def _parts(module: str, joined: str, layout: Layout) -> dict[str, tuple[int, Slo
     }
 
 
-def parts_of(model: nn.Module) -> dict[str, tuple[str, int, Slot]]:
-    """The joined tensor that each tensor of an expert belongs to, by its name in the model, with its expert and its place."""
+def parts_of(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
+    """The tensor of all experts that each tensor of an expert belongs to, by its name in the model, and what takes it from there: a view."""
     return {
-        part: (key, number, slot)
+        part: (key, partial(_part_of, layout, layout.tensor(name), number, slot))
         for key, (module, name, layout) in joined_names(model).items()
         for part, (number, slot) in _parts(module, name, layout).items()
     }
 
 
+def _part_of(layout: Layout, joined: Joined, number: int, slot: Slot, tensor: Tensor) -> Tensor:
+    return slot.of(joined.by_expert(tensor, layout.experts)[number])
+
+
 def _from_all(result: ExpertTensors, key: str, module: str, name: str, layout: Layout, stored: StoredTensor) -> None:
-    expected = dict(layout.joined)[name]
-    if stored.shape != expected:
-        result.misshapen[key] = stored.shape, expected
+    joined = layout.tensor(name)
+    if stored.shape != joined.shape:
+        result.misshapen[key] = stored.shape, joined.shape
         return
+    stored = joined.stored_by_expert(stored, layout.experts)
     for part, (number, slot) in _parts(module, name, layout).items():
         result.found[part] = _piece(stored, number, slot)
 
@@ -115,9 +121,10 @@ def _piece(stored: StoredTensor, number: int, slot: Slot) -> StoredTensor:
 
 def _one_by_one(converter: Any, pattern: str, joined: str, layout: Layout) -> str | None:
     """The linear that a stored tensor is, if the conversion only stacks experts and puts gates before up projections; None for any other."""
-    if joined.endswith(BIAS) or layout.transposed or layout.interleaved:
+    tensor = layout.tensor(joined)
+    if tensor.bias or tensor.in_rows or tensor.transposed or layout.interleaved:
         return None
-    linears, kinds = JOINED[joined], [type(operation).__name__ for operation in converter.operations]
+    linears, kinds = tensor.linears, [type(operation).__name__ for operation in converter.operations]
     stacks = kinds[:1] == ["MergeModulelist"] and converter.operations[0].dim == 0
     if len(linears) == 2:
         stacks = stacks and kinds[1:] == ["Concatenate"] and converter.operations[1].dim == 1

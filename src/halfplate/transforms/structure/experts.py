@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from halfplate.models.experts import LinearExperts, experts_of
-from halfplate.models.experts.module import hits, routing
+from halfplate.models.experts.module import hits
 from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
 from halfplate.transforms.base import MeasuredTransform, Probe, Settled, Statistics, Transform, making
@@ -45,8 +45,8 @@ class Routes(Probe):
 
     @torch.no_grad()
     def _add(self, module: LinearExperts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, chosen, weights = routing(module, args, kwargs)
-        x, experts = hidden.reshape(-1, hidden.shape[-1]), module.layout.experts
+        call, experts = module.call(args, kwargs), module.layout.experts
+        x, chosen, weights = call.hidden, call.chosen, call.weights
         if not self._sums:
             names = (TOKENS, SALIENCY)
             self._sums = {name: torch.zeros(experts, dtype=torch.float64, device=x.device) for name in names}
