@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,16 +79,35 @@ def test_many_tokens_take_the_expanded_core(spec, biased, seed):
 )
 @settings(max_examples=80, deadline=None)
 def test_int8_activations_are_rounded_by_token_and_128_inputs(spec, tokens, seed):
+    check_rounded(spec, tokens, seed, "int8", 128)
+
+
+@pytest.mark.skipif(not linear.multiplies_bytes(), reason="int8 is not the fastest type of this processor")
+@given(
+    specs(core_dtypes=("int8", "int6", "int5", "nl5", "int4", "nl4", "int3", "nl3", "int2")),
+    st.integers(linear.MANY_FOR_BYTES - 2, 50),
+    st.sampled_from(linear.GROUPS),
+    st.integers(0, 1000),
+)
+@settings(max_examples=80, deadline=None)
+def test_many_tokens_are_rounded_by_the_groups_of_the_weights(spec, tokens, group, seed):
+    check_rounded(replace(spec, group=group), tokens, seed, "auto", group)
+
+
+def check_rounded(spec, tokens, seed, activations, span):
+    """Check that inputs are at most half a step of the scale of their `span` columns off."""
     tensors = random_linear(spec, seed)
     x = torch.randn(tokens, spec.d_in, generator=torch.Generator().manual_seed(seed))
     f = factors(spec, tensors)
     z = x.double() @ f.into.T
-    tiles = torch.nn.functional.pad(z, (0, -spec.d_in % 128)).unflatten(1, (-1, 128))
+    tiles = torch.nn.functional.pad(z, (0, -spec.d_in % span)).unflatten(1, (-1, span))
     half_a_step = tiles.abs().amax(-1, keepdim=True).expand_as(tiles).flatten(1)[:, : spec.d_in] / 127 * 0.501
     exact, bound = products(spec, tensors, x)
     rounding = half_a_step @ f.core.abs().T @ f.out.abs().T
-    y = linear.multiply(x, linear.pack(spec, tensors, "int8"), spec.d_out)
+    y = linear.multiply(x, linear.pack(spec, tensors, activations), spec.d_out)
     assert ((y - exact).abs() <= rounding + 1e-6 * bound).all()
+    rounds = linear.takes_bytes(linear.inputs_of(activations), tokens)
+    assert rounds or ((y - exact).abs() <= 1e-6 * bound).all()
 
 
 def test_int8_activations_equal_the_rounded_product():
@@ -102,7 +122,7 @@ def test_int8_activations_equal_the_rounded_product():
     assert ((y - exact).abs() <= 1e-5 * bound).all()
 
 
-@given(specs(), st.booleans(), st.sampled_from(["float", "int8"]), st.integers(0, 1000))
+@given(specs(), st.booleans(), st.sampled_from(linear.ACTIVATIONS), st.integers(0, 1000))
 @settings(max_examples=120, deadline=None)
 def test_unpacking_returns_every_bit(spec, biased, activations, seed):
     tensors = random_linear(spec, seed)
@@ -115,9 +135,9 @@ def test_unpacking_returns_every_bit(spec, biased, activations, seed):
         assert torch.equal(back["bias"], bias)
 
 
-@pytest.mark.parametrize("tokens", [7, 21])
+@pytest.mark.parametrize("tokens", [7, 21, 40])
 @pytest.mark.parametrize("pattern", [SPARSE, DENSE], ids=str)
-@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("activations", linear.ACTIVATIONS)
 def test_any_number_of_threads_gives_the_same_bits(activations, pattern, tokens):
     spec = WeightSpec(200, 264, pattern, "int8", 24, 12, "int8")
     packed, x = linear.pack(spec, random_linear(spec), activations), torch.randn(tokens, 264)
@@ -196,7 +216,7 @@ def positions_of(tensors):
     return torch.stack([index >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(1)[:, :150].long()
 
 
-@given(specs(), st.sampled_from(["float", "int8"]), st.randoms(use_true_random=False))
+@given(specs(), st.sampled_from(linear.ACTIVATIONS), st.randoms(use_true_random=False))
 @settings(max_examples=150, deadline=None)
 def test_any_bytes_are_packed_in_bounds_or_refused(spec, activations, random):
     tensors = random_linear(spec)

@@ -286,10 +286,11 @@ void check_product(Linear &m, int64_t tokens) {
         for (double &v : magnitude) v = std::fabs(v);
         product(b, p.d_in, p.d_in, in, magnitude, z, z_bound);
         double tolerance = 1e-6;
-        if (p.activations == halfplate::BYTES) {
-            // Half a step of the scale of its 128 columns, and what rounding of the input can turn over.
-            for (int64_t first = 0; first < p.d_in; first += 128) {
-                const int64_t end = p.d_in < first + 128 ? p.d_in : first + 128;
+        if (p.activations == halfplate::BYTES || (p.activations == halfplate::MANY_BYTES && tokens >= 32)) {
+            const int64_t span = p.activations == halfplate::BYTES ? 128 : p.group;
+            // Half a step of the scale of its columns, and what rounding of the input can turn over.
+            for (int64_t first = 0; first < p.d_in; first += span) {
+                const int64_t end = p.d_in < first + span ? p.d_in : first + span;
                 double largest = 0;
                 for (int64_t i = first; i < end; ++i) largest = std::fmax(largest, std::fabs(z[size_t(i)]));
                 for (int64_t i = first; i < end; ++i) z_bound[size_t(i)] = 1e-4 * z_bound[size_t(i)] + largest / 127 * 0.51;
@@ -507,7 +508,8 @@ int main(int count, char **arguments) {
         p.d_in = p.sparse ? 4 * (1 + random_below(80)) : 1 + random_below(300);
         random_kind(p);
         p.wrapper_kind = random_below(4);
-        p.activations = p.kind >= halfplate::INT8 && p.kind != halfplate::FIVE ? random_below(2) : 0;
+        p.activations = p.kind >= halfplate::INT8 ? random_below(3) : halfplate::FLOAT;
+        if (p.kind == halfplate::FIVE && p.activations == halfplate::BYTES) p.activations = halfplate::MANY_BYTES;
         p.out_block = blocks[random_below(11)];
         p.in_block = blocks[random_below(11)];
         if (random_below(2)) {
@@ -525,7 +527,7 @@ int main(int count, char **arguments) {
         }
         if (refused) fail(p, "refused", refused);
         check_round_trip(m);
-        check_product(m, 1 + random_below(7));
+        check_product(m, p.activations == halfplate::MANY_BYTES && random_below(2) ? 30 + random_below(12) : 1 + random_below(7));
         check_refusals(m, 1 + random_below(3));
         check_group(m, 1 + random_below(18), 1 + random_below(5));
     }
