@@ -84,7 +84,7 @@ def main() -> None:
             recipe = Recipe(method="rtn", pattern="dense", core_dtype="int4", group_size=32, threads=1)
             compress(str(source), out, recipe, benchmark=False, check=False)
             size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-            loaded, rounded = halfplate.load(out), halfplate.load(out, activations="int8")
+            loaded, rounded = halfplate.load(out, activations="float"), halfplate.load(out, activations="int8")
         print(halfplate.runtime.explain(loaded))
         exact = AutoModelForCausalLM.from_config(dense.config, dtype=torch.float32).eval()
         exact.load_state_dict(dense.state_dict())

@@ -85,7 +85,7 @@ def measured(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
         **recipe,
     )
     text = "tinystories_held_out.jsonl.gz"
-    scores = halfplate.evaluate(out, against="stories260K", text=text, windows=16, seq_len=256)
+    scores = halfplate.evaluate(out, against="stories260K", text=text, windows=16, seq_len=256, activations="float")
     shutil.rmtree(out)
     return {
         "name": name,

@@ -48,7 +48,7 @@ def measured(folder: Path, method: str, rule: dict[str, Any]) -> dict[str, Any]:
     summary = halfplate.compress(
         MODEL, out, method=method, pattern=PATTERN, benchmark=False, check=False, overwrite=True, **options, **rule
     )
-    scores = halfplate.evaluate(out, against=MODEL, text=files["judge"], windows=64, seq_len=512)
+    scores = halfplate.evaluate(out, against=MODEL, text=files["judge"], windows=64, seq_len=512, activations="float")
     shutil.rmtree(out)
     return {
         "nbytes": summary["nbytes"],

@@ -180,7 +180,7 @@ def test_a_cache_is_cropped_and_reset_like_transformers_own(tiny_model):
         cache.batch_repeat_interleave(2)
         cache.reorder_cache(torch.tensor([1, 0]))
         assert cache.layers[0].keys.shape[:3] == (2, 2, 7)
-        assert not cache.fits_one_sequence_in_floats
+        assert cache.sequences == 2
 
 
 @pytest.mark.parametrize(

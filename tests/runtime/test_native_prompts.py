@@ -131,3 +131,29 @@ def test_floats_go_through_torch_and_codes_natively(compressed_once):
         ):
             model(input_ids=ids, use_cache=True, **{cache_argument(model.forward): cache})
         assert bool(read.call_count) == native_prompt
+
+
+@pytest.mark.parametrize("tokens", [LEAST_PROMPT, 100])
+def test_the_scratch_of_a_mixture_has_room_for_rounded_inputs(tokens, monkeypatch):
+    """Every token goes to every expert, so that each has many rows; nothing behind the scratch is written."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 4, "intermediate_size": 512, "hidden_size": 256}
+    model = linear_experts(build_model("mixtral", **sizes, head_dim=16, sliding_window=None))
+    assert accelerate(model, dense_dtype="int8").decoder == "native"
+    bind, untouched, beyond = NativeDecoder._bind, 7.25, 2**20
+
+    def with_canary(self, *rest):
+        bind(self, *rest)
+        count, struct = self._struct.sized_floats, self._struct
+        scratch = torch.full((count + beyond + 16,), untouched, dtype=torch.float32)
+        start = -scratch.data_ptr() % 64
+        self._scratch, struct.scratch, struct.scratch_bytes = (
+            scratch,
+            scratch.data_ptr() + start,
+            scratch.nbytes - start,
+        )
+        self.canary = scratch[start // 4 + count :]
+
+    monkeypatch.setattr(NativeDecoder, "_bind", with_canary)
+    ids = torch.randint(3, 100, (1, tokens))
+    logits_of(model, ids, torch.ones_like(ids), kept=1)
+    assert bool((model.native_decoder.canary == untouched).all())

@@ -17,6 +17,7 @@ from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.evaluation import perplexity
 from halfplate.evaluation.perplexity import check_logits_fit, token_windows
+from halfplate.kernels.linear import taken_activations
 from halfplate.limits import use_threads
 from halfplate.models.context import positions
 from halfplate.models.sources import is_compressed
@@ -89,12 +90,13 @@ def evaluate(
     if scores and sources is None and against is None:
         return scores
     length = _seq_len(seq_len, judged, sampled=sources is None)
+    taken = taken_activations(activations) if is_compressed(model) else "float"
 
     def scored(cut: torch.Tensor, what: str) -> dict[str, Any]:
         measures: dict[str, Any] = perplexity.evaluate(
             judged, cut, dense, lambda done, total: report(what, done, total)
         )
-        return measures
+        return measures | {"activations": taken}
 
     if sources is None:
         held_out = held_out_tokens(

@@ -259,6 +259,11 @@ def inputs_of(activations: str) -> int:
     return BYTES if activations == "int8" else FLOAT
 
 
+def taken_activations(activations: str) -> str:
+    """How the kernels of this machine take the activations of a prompt, in words."""
+    return ("float", "int8", f"int8 for {MANY_FOR_BYTES} tokens or more")[inputs_of(activations)]
+
+
 def multiplies_bytes() -> bool:
     """Whether int8 is the fastest type of the matrix products of this machine."""
     return native.available() and native.isa() == "avx512" and not has_tiles()

@@ -25,7 +25,7 @@ def measure(folder: Path, settings: Measuring, report: Report) -> dict[str, Any]
     measures: dict[str, Any] = {"event": "measures", "against": settings.against}
     report("reading", 0, 1)
     dense = load_dense(settings.against)
-    compressed = load(folder)
+    compressed = load(folder, activations="float")  # the same figures on every machine
     tokenizer = load_tokenizer(folder)
     if dense.model.config.get_text_config().vocab_size != compressed.config.get_text_config().vocab_size:
         raise HalfplateError(

@@ -163,8 +163,3 @@ class GrowingCache(Cache):
             for layer in layers
         )
         return int(first.numbers.shape[0]) if same else 0
-
-    @property
-    def fits_one_sequence_in_floats(self) -> bool:
-        """Whether every layer holds one sequence in fp32 on the CPU, all of equal length."""
-        return self.sequences == 1 and self.kept_dtype == torch.float32

@@ -60,6 +60,9 @@ def greedy(
     if new_tokens < 1:
         return ids
     if not isinstance(model, NativeDecoding) or why_not(model) is not None:
+        if lookup > 0:
+            reason = why_not(model) or "it was not loaded by halfplate.load"
+            raise HalfplateError(f"lookup={lookup} cannot be used with this model: {reason}; leave it out")
         return _by_transformers(model, ids, new_tokens, stop_ids, on_token)
     if cache is None:
         cache = GrowingCache(config_of(model).num_hidden_layers)

@@ -57,12 +57,15 @@ def _counted(what: str, paths: Sequence[LinearPath]) -> list[str]:
     return [f"{count} {what}: {path}" + (f" ({reason})" if reason else "") for (path, reason), count in counts.items()]
 
 
-def check_options(activations: str, head_dtype: str | None) -> None:
+def check_options(activations: str, head_dtype: str | None, dense_dtype: str | None = None) -> None:
     """Raise HalfplateError for invalid options of `accelerate`."""
     if activations not in ACTIVATIONS:
-        raise HalfplateError(f"activations={activations!r} is not one of {', '.join(ACTIVATIONS)}")
-    if head_dtype is not None and head_dtype not in HEAD_DTYPES:
-        raise HalfplateError(f"head_dtype={head_dtype!r} is not one of {', '.join(HEAD_DTYPES)}")
+        raise HalfplateError(f"activations={activations!r} is not one of {', '.join(ACTIVATIONS)}; try auto")
+    for name, value in (("head_dtype", head_dtype), ("dense_dtype", dense_dtype)):
+        if value is not None and value not in HEAD_DTYPES:
+            raise HalfplateError(
+                f"{name}={value!r} is not one of {', '.join(HEAD_DTYPES)}; leave it out for the default"
+            )
 
 
 @plain_defaults()
@@ -86,8 +89,7 @@ def accelerate(
     backends: names of the backends to use, in order of preference; None means all.
     Raises HalfplateError for an unknown option and a damaged matrix.
     """
-    check_options(activations, head_dtype)
-    check_options(activations, dense_dtype)
+    check_options(activations, head_dtype, dense_dtype)
     among, options = named_backends(backends), Options(activations, dense_dtype)
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None

@@ -30,7 +30,7 @@ def why_no_prompts(model: Any) -> str | None:
 def check_cache_dtype(model: Any, name: str) -> torch.dtype:
     """The type of keys and values that `name` (fp32, bf16, int8) stands for; raises HalfplateError if `model` has no native step for it."""
     if name not in CACHE_DTYPES:
-        raise HalfplateError(f"cache_dtype={name!r} is not one of {', '.join(CACHE_DTYPES)}")
+        raise HalfplateError(f"cache_dtype={name!r} is not one of {', '.join(CACHE_DTYPES)}; try int8, or leave it out")
     dtype = CACHE_DTYPES[name]
     if dtype == torch.float32:
         return dtype

@@ -11,6 +11,11 @@ from typing import ClassVar
 from halfplate.errors import HalfplateError
 
 KEY_VARIABLE = "HALFPLATE_API_KEY"
+CACHE_DTYPES = (
+    "fp32",
+    "bf16",
+    "int8",
+)  # as in runtime/kept.py, which this module does not import because the command line reads it first
 LOCAL = ("localhost", "127.0.0.1", "::1")
 LONGEST_KEY = 4096  # characters
 
@@ -45,9 +50,12 @@ class ServeSettings:
         for name in ("max_tokens", "max_body", "max_requests", "max_batch"):
             if getattr(self, name) < 1:
                 raise HalfplateError(f"{name}={getattr(self, name)} is out of range; expected at least 1")
-
         if self.prompt_cache < 0:
             raise HalfplateError(f"prompt_cache={self.prompt_cache} is out of range; expected at least 0")
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise HalfplateError(
+                f"cache_dtype={self.cache_dtype!r} is not one of {', '.join(CACHE_DTYPES)}; leave it out for fp32"
+            )
 
     @property
     def open_to_others(self) -> bool:

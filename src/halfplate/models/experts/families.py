@@ -136,10 +136,6 @@ class JetMoe(Family):
     def activated(self, experts: Any, outputs: Tensor) -> Tensor:
         return _gated(experts.activation, outputs)
 
-    def begun(self, experts: Any, call: Call) -> Tensor:
-        """What the experts are added to, (tokens, hidden), without those that are linears."""
-        return torch.zeros_like(call.hidden)
-
     def finished(self, experts: Any, result: Tensor) -> Tensor:
         found: Tensor = result + experts.bias
         return found

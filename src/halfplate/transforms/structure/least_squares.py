@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from halfplate.errors import HalfplateError
 from halfplate.transforms.structure.scored import best
 
+MOST_TRIES = 24  # of a damping that grows tenfold
 DAMPING = 1e-6  # of matrices that are inverted, relative to the mean of the diagonal
 
 
@@ -23,12 +25,15 @@ def factor_of(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """
     added = damping * float(gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
     damped = gram.clone()
-    while True:
+    for _ in range(MOST_TRIES):
         damped.diagonal().copy_(gram.diagonal()).add_(added)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return factor, added
         added *= 10
+    raise HalfplateError(
+        f"the statistics of {len(gram)} inputs have no Cholesky factor: they hold NaN or inf; check the weights of the model, or give other calibration text"
+    )
 
 
 def surgeon(weight: Tensor, gram: Tensor, width: int, count: int, rounds: int) -> Tensor:
