@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from halfplate.models.experts import LinearExperts
-from halfplate.models.experts.layout import Layout
+from halfplate.models.experts.layout import Joined, Layout
 from halfplate.models.experts.module import Expert
 from halfplate.runtime.architectures import Architecture
 
@@ -113,7 +113,12 @@ class TraitModel(nn.Module):
         routing, size = self.architecture.mixture, SimpleNamespace(**self.sizes)
         assert routing is not None
         gated, experts = self.architecture.gated, []
-        layout = Layout(size.experts, (), gated, False, False)
+        first = ("gate_proj", "up_proj") if gated else ("up_proj",)
+        joined = (
+            Joined("first", (size.experts, len(first) * size.intermediate, size.hidden), first),
+            Joined("down_proj", (size.experts, size.hidden, size.intermediate), ("down_proj",)),
+        )
+        layout = Layout(size.experts, joined)
         for _ in range(size.experts):
             expert = Expert()
             for name in layout.linears[:-1]:
