@@ -14,12 +14,12 @@ from halfplate.methods.solving import MatrixRecord
 from halfplate.models.sources import Source
 from halfplate.models.streamed import StreamedModel
 from halfplate.planning import Plan
+from halfplate.planning.memory import PROBE_LENGTH, PROBE_SAMPLES
 from halfplate.recovery.loss import divergence
 from halfplate.storage.artifact import load_artifact
 from halfplate.storage.tensor_file import read_tensor
 from halfplate.telemetry.progress import Report
 
-PROBE_SAMPLES, PROBE_TOKENS = 2, 128
 # The KL is measured with this many steps of a matrix: with one, it is beyond the range in which it is proportional to the error.
 PROBE_STEPS = 2
 
@@ -38,7 +38,7 @@ def step_losses(
         return losses
     with StreamedModel(source, plan.recipe.device).running(held=True) as model:
         torch.nn.Module.to(model, plan.recipe.device)
-        probe = ids[:PROBE_SAMPLES, :PROBE_TOKENS].to(plan.recipe.device)
+        probe = ids[:PROBE_SAMPLES, :PROBE_LENGTH].to(plan.recipe.device)
         original = _logits(model, probe)
         found = {}
         for done, (name, each) in enumerate(losses.items()):

@@ -179,7 +179,7 @@ def _sampling(sizes: ModelSizes, recipe: Recipe, room: int | None = None) -> int
     return resident + sequences * (sizes.cache_nbytes * recipe.seq_len + (2 * FP32 + 2 * FP64) * sizes.vocabulary)
 
 
-PROBE_TOKENS = 256  # through the model at once, to order steps of size
+PROBE_SAMPLES, PROBE_LENGTH = 2, 128  # through the model at once, to order steps of size
 
 
 def _holds(recipe: Recipe) -> tuple[str, ...]:
@@ -209,7 +209,7 @@ def _whole(sizes: ModelSizes, specs: Sequence[WeightSpec], job: Job, base: int) 
     if recipe.ratios != "uniform":
         phases["choosing ratios"] = whole + 2 * hidden + FP32 * sizes.block
     if any(spec.steps() for spec in specs):
-        phases["ordering"] = whole + 2 * PROBE_TOKENS * FP32 * sizes.vocabulary
+        phases["ordering"] = whole + 2 * PROBE_SAMPLES * PROBE_LENGTH * FP32 * sizes.vocabulary
     if recipe.max_kl is not None:
         compressed = FP32 * sizes.outer + sum(spec.nbytes for spec in specs)
         phases["judging"] = whole + compressed + _sampling(sizes, recipe, CACHE_BYTES)

@@ -16,6 +16,9 @@ from halfplate.errors import HalfplateError
 from halfplate.models.linears import find_blocks
 from halfplate.models.sources import Source, skeleton
 
+# Model types whose norms multiply by the weight, not by 1 + weight, and whose layers have the names of Llama.
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+
 FP32 = 4
 
 if TYPE_CHECKING:

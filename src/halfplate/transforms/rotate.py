@@ -11,12 +11,11 @@ from torch import Tensor
 
 from halfplate.models.sources import Source, skeleton
 from halfplate.models.streamed import StreamedModel
-from halfplate.transforms.base import Maker, Transform, making
+from halfplate.transforms.base import LLAMA_LIKE, Maker, Transform, making
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # their norms multiply by the weight, not by 1 + weight
 NORMS = INPUT_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 # The linears that read the residual stream, with the norm before them, and those that write to it.
 READERS = {
@@ -45,13 +44,11 @@ class Rotate(Transform):
 
     def refusal(self, source: Source) -> str | None:
         kind = source.config.model_type
-        if kind in FAMILIES:
+        if kind in LLAMA_LIKE:
             return None
         norms = [name for name, _ in skeleton(source).named_modules() if "norm" in name.rpartition(".")[2]]
         where = f"{norms[0]} of a {kind} model" if norms else f"a {kind} model"
-        return (
-            f"it is not known how to multiply {where} into the linears after it; expected one of {', '.join(FAMILIES)}"
-        )
+        return f"it is not known how to multiply {where} into the linears after it; expected one of {', '.join(LLAMA_LIKE)}"
 
     def configuration(self, source: Source) -> PretrainedConfig:
         config = deepcopy(source.config)

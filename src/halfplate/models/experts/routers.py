@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # Model types whose routers are known: a matrix (experts, hidden), and in some a bias or a correction (experts,) that only decides the choice.
-FAMILIES = ("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+ROUTED = ("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 # Their names in the module that holds the experts.
 ROWS = ("gate.weight", "gate.e_score_correction_bias", "router.weight", "router.bias")
 # Entries of configurations that count the experts of a layer; some classes know one of them by two names.

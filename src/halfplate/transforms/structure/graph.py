@@ -18,7 +18,6 @@ from halfplate.transforms.base import pieces_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PREFIX = "model.layers"
 # Kinds of dimensions. A unit of `heads` is a head of k and v with the heads of q that read it; one of `pairs` are the two values in each
 # head that RoPE rotates together.
@@ -71,7 +70,7 @@ Kept = Mapping[tuple[str, int | None], Tensor]
 
 @dataclass(frozen=True)
 class StructureGraph:
-    """The dimensions of a model of `FAMILIES`, and the shapes of its tensors by name; a tied tensor appears once."""
+    """The dimensions of a model of `LLAMA_LIKE`, and the shapes of its tensors by name; a tied tensor appears once."""
 
     config: PretrainedConfig
     shapes: Mapping[str, tuple[int, ...]]

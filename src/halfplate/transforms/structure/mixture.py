@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from halfplate.errors import HalfplateError
 from halfplate.models.experts import experts_of
 from halfplate.models.experts.routers import (
-    FAMILIES,
+    ROUTED,
     experts_per_token,
     least_in_a_group,
     router_groups,
@@ -39,7 +39,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of a model of `FAMILIES`, the same number in every layer that has any.
+    """The experts of a model of `ROUTED`, the same number in every layer that has any.
 
     shapes: of all tensors by name; a tied tensor appears once.
     modules: the experts module of each layer that has one, by the index of the layer.
@@ -147,8 +147,8 @@ def why_not(source: Source) -> str | None:
     found = experts_of(model)
     if not found:
         return "it has no experts that a router chooses from; to remove channels, heads or layers, use flap, modegpt or depth"
-    if kind not in FAMILIES:
-        return f"it is not known which tensors of a {kind} model its router has for each expert; expected one of {', '.join(FAMILIES)}"
+    if kind not in ROUTED:
+        return f"it is not known which tensors of a {kind} model its router has for each expert; expected one of {', '.join(ROUTED)}"
     if source.further:
         return f"{len(source.further)} of its tensors predict further tokens, and would not fit to fewer experts"
     tied = tied_names(model)

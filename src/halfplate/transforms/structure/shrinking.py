@@ -10,8 +10,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from halfplate.models.sources import Source
-from halfplate.transforms.base import Transform
-from halfplate.transforms.structure.graph import FAMILIES, StructureGraph
+from halfplate.transforms.base import LLAMA_LIKE, Transform
+from halfplate.transforms.structure.graph import StructureGraph
 from halfplate.transforms.structure.widths import spoken
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Shrinking(Transform):
         return {}
 
     def refused(self, source: Source) -> str | None:
-        """A reason why a model of `FAMILIES` is not supported, as a clause; None if it is."""
+        """A reason why a model of `LLAMA_LIKE` is not supported, as a clause; None if it is."""
         return None
 
     def target(self, source: Source) -> Target:
@@ -82,8 +82,8 @@ class Shrinking(Transform):
 
     def refusal(self, source: Source) -> str | None:
         kind = source.config.model_type
-        if kind not in FAMILIES:
-            return f"it is not known which dimensions of a {kind} model shrink together; expected one of {', '.join(FAMILIES)}"
+        if kind not in LLAMA_LIKE:
+            return f"it is not known which dimensions of a {kind} model shrink together; expected one of {', '.join(LLAMA_LIKE)}"
         if source.further:
             return f"{len(source.further)} of its tensors predict further tokens, and would not fit to a smaller model"
         if (reason := self.refused(source)) is not None:
