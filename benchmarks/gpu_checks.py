@@ -14,7 +14,7 @@ from halfplate.formats.quantizers.uniform import INT4
 from halfplate.kernels import triton
 from halfplate.methods import METHODS, create
 from halfplate.methods.solving import relative_error
-from halfplate.pattern import DENSE, Pattern
+from halfplate.pattern import DENSE, NONE, Pattern
 from halfplate.runtime.backends import Options, pack
 from halfplate.runtime.backends.cuda import SEMI_STRUCTURED_PRODUCTS, SemiStructuredLinear
 from halfplate.solvers.armor.full_gram import GramSchedule, solve_gram
@@ -109,10 +109,10 @@ def _same_method(session: Session, name: str) -> None:
     """One method with its default options, few iterations where it has any."""
     method = create(name).quick()
     block = 8 if method.wrapped else 0
-    spec = WeightSpec(
-        32, 64, TWO_OF_FOUR if method.sparse else DENSE, "bf16" if method.sparse else "int4", block, block
-    )
-    spec = replace(spec, rank=4 if method.low_rank else 0, permuted=method.permutes)
+    pattern = NONE if method.coreless else TWO_OF_FOUR if method.sparse else DENSE
+    spec = WeightSpec(32, 64, pattern, "bf16" if method.sparse or method.coreless else "int4", block, block)
+    spec = replace(spec, rank=4 if method.low_rank else 0, permuted=method.permutes, parts=method.parts)
+    spec = method.sized(spec) if method.coreless else spec
     weight, gram = inputs(32, 64)
     errors = []
     for device in (CPU, session.device):

@@ -22,7 +22,7 @@ def test_every_method_has_its_report(method: str, tiny_folder: Path, tmp_path: P
     recipe = Recipe(
         method=method,
         method_options=QUICK.get(method, {}),
-        core_dtype="bf16" if METHODS.get(method).sparse else "int8",
+        core_dtype="bf16" if METHODS.get(method).sparse or METHODS.get(method).coreless else "int8",
         samples=2,
         seq_len=16,
         threads=1,
