@@ -14,7 +14,7 @@ from halfplate.methods import METHODS
 from halfplate.recipe import Recipe
 from halfplate.report.command import compress_command
 
-QUICK = {"armor": {"iterations": 1}, "denoiserotator": {"steps": 1}}
+QUICK = {"armor": {"iterations": 1}, "denoiserotator": {"steps": 1}, "gqsa": {"share": 0.4}}
 
 
 @pytest.mark.parametrize("method", METHODS)
