@@ -1,8 +1,6 @@
 """BitStack: sign matrices with low-rank magnitudes, in an order that lets a reader choose the size."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,17 +11,17 @@ from halfplate.formats.parts.bit_stack import MOST_LEVELS, BitStack, Level
 from halfplate.formats.parts.no_core import NoCore
 from halfplate.formats.quantizers.rounding import round_to_float
 from halfplate.formats.spec import ExtraPart, WeightSpec
-from halfplate.methods.base import Method, Solution, check_inputs
-from halfplate.methods.factors import at_shares, check_share, check_smaller, largest, nothing_left
+from halfplate.methods.base import Solution, check_inputs
+from halfplate.methods.factors import CorelessMethod, check_smaller, largest, nothing_left
 from halfplate.solvers.signs import nearest_signs, refitted_left
-from halfplate.solvers.whitening import WEIGHTINGS, Whitening, check_weighting
-from halfplate.statistics import InputStatistics, Statistic
+from halfplate.solvers.whitening import Whitening
+from halfplate.statistics import InputStatistics
 
 OVERHEAD = 8  # the signs take about this many times the bytes of the magnitudes
 
 
 @dataclass(frozen=True)
-class BitStackMethod(Method):
+class BitStackMethod(CorelessMethod):
     """W ≈ Σ signs ⊙ (L · R): each level takes the signs of what is left, and a low-rank product for its magnitudes.
 
     The levels of all matrices are written in the order of what they gain by byte, so that the first bytes of the file are the best
@@ -41,32 +39,19 @@ class BitStackMethod(Method):
 
     name = "bitstack"
     summary = "sign matrices with low-rank magnitudes, of which loading takes as many as fit a size"
-    sparse = False
-    coreless = True
     rank: int | None = None
     share: float = 0.5
     weighting: str = "gram"
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        check_share(self.share)
-        check_weighting(self.weighting, self.damping)
+        super().__post_init__()
         if self.rank is not None and self.rank < 1:
             raise HalfplateError(f"rank={self.rank} must be at least 1; try 4")
 
     @property
     def parts(self) -> tuple[ExtraPart, ...]:
         return (ExtraPart.of("bit_stack", levels=1, rank=1),)
-
-    @property
-    def requires(self) -> Statistic:
-        return WEIGHTINGS[self.weighting]
-
-    def sized(self, spec: WeightSpec) -> WeightSpec:
-        return self._at_share(spec, self.share)
-
-    def sizes(self, spec: WeightSpec) -> Iterator[WeightSpec]:
-        return at_shares(partial(self._at_share, spec))
 
     def _at_share(self, spec: WeightSpec, share: float) -> WeightSpec:
         usual = spec.d_out * spec.d_in // 8 // OVERHEAD // (2 * (spec.d_out + spec.d_in))

@@ -1,9 +1,7 @@
 """What methods that make a sparse dictionary share."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,15 +12,15 @@ from halfplate.formats.parts.dictionary import Dictionary
 from halfplate.formats.parts.no_core import NoCore
 from halfplate.formats.quantizers.rounding import round_to_float
 from halfplate.formats.spec import ExtraPart, WeightSpec
-from halfplate.methods.base import Method, Solution, check_inputs
-from halfplate.methods.factors import at_shares, check_share, check_smaller, largest, nothing_left
+from halfplate.methods.base import Solution, check_inputs
+from halfplate.methods.factors import CorelessMethod, check_smaller, largest, nothing_left
 from halfplate.solvers.dictionary import coefficients_on
-from halfplate.solvers.whitening import WEIGHTINGS, Whitening, check_weighting
-from halfplate.statistics import InputStatistics, Statistic
+from halfplate.solvers.whitening import Whitening
+from halfplate.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
-class DictionaryMethod(Method):
+class DictionaryMethod(CorelessMethod):
     """W ≈ C · A: each output adds up a few of the atoms A, for the least output error.
 
     share: fraction of the original bytes, at 2 bytes a weight, that atoms, coefficients and their positions take at most.
@@ -30,32 +28,19 @@ class DictionaryMethod(Method):
     weighting, damping: as for method svd.
     """
 
-    sparse = False
-    coreless = True
     share: float = 0.5
     ratio: float = 2.0
     weighting: str = "gram"
     damping: float = 0.001
 
     def __post_init__(self) -> None:
-        check_share(self.share)
-        check_weighting(self.weighting, self.damping)
+        super().__post_init__()
         if not 1 <= self.ratio < float("inf"):
             raise HalfplateError(f"ratio={self.ratio} must be a number of atoms for each coefficient, 1 or more; try 2")
 
     @property
     def parts(self) -> tuple[ExtraPart, ...]:
         return (ExtraPart.of("dictionary", atoms=1, kept=1),)
-
-    @property
-    def requires(self) -> Statistic:
-        return WEIGHTINGS[self.weighting]
-
-    def sized(self, spec: WeightSpec) -> WeightSpec:
-        return self._at_share(spec, self.share)
-
-    def sizes(self, spec: WeightSpec) -> Iterator[WeightSpec]:
-        return at_shares(partial(self._at_share, spec))
 
     def _at_share(self, spec: WeightSpec, share: float) -> WeightSpec:
         def at(atoms: int) -> WeightSpec:

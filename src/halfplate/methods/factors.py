@@ -1,12 +1,51 @@
 """What methods without a core share: how much of a matrix they may take, and the sizes among which a budget chooses."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from halfplate.errors import HalfplateError
 from halfplate.formats.spec import WeightSpec
+from halfplate.methods.base import Method
+from halfplate.solvers.whitening import WEIGHTINGS, check_weighting
+from halfplate.statistics import Statistic
 
 # Of the original bytes; a budget chooses among these.
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class CorelessMethod(Method):
+    """A method whose result has no core, and whose size follows from a share of the original bytes.
+
+    Its fields are declared by each method, with its own defaults:
+
+    share: fraction of the original bytes, at 2 bytes a weight, that the parts take at most.
+    weighting, damping: of the errors (`Whitening.of`).
+    """
+
+    sparse = False
+    coreless = True
+    share: float
+    weighting: str
+    damping: float
+
+    def __post_init__(self) -> None:
+        check_share(self.share)
+        check_weighting(self.weighting, self.damping)
+
+    @property
+    def requires(self) -> Statistic:
+        return WEIGHTINGS[self.weighting]
+
+    def sized(self, spec: WeightSpec) -> WeightSpec:
+        return self._at_share(spec, self.share)
+
+    def sizes(self, spec: WeightSpec) -> Iterator[WeightSpec]:
+        return at_shares(partial(self._at_share, spec))
+
+    @abstractmethod
+    def _at_share(self, spec: WeightSpec, share: float) -> WeightSpec:
+        """`spec` with the largest parts within `share`; raises HalfplateError if there are none."""
 
 
 def check_share(share: float) -> None:

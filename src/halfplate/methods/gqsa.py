@@ -1,8 +1,6 @@
 """GQSA: int4 groups of inputs, of which each row keeps those that matter most."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,16 +11,16 @@ from halfplate.formats.parts.group_sparse import GroupSparse
 from halfplate.formats.parts.no_core import NoCore
 from halfplate.formats.quantizers.uniform import INT4
 from halfplate.formats.spec import ExtraPart, WeightSpec
-from halfplate.methods.base import Method, Solution, check_inputs
-from halfplate.methods.factors import at_shares, check_share, check_smaller, largest, nothing_left
+from halfplate.methods.base import Solution, check_inputs
+from halfplate.methods.factors import CorelessMethod, check_smaller, largest, nothing_left
 from halfplate.solvers.dictionary import largest_support
 from halfplate.solvers.group_sweep import group_sweep
-from halfplate.solvers.whitening import Whitening, check_weighting
-from halfplate.statistics import InputStatistics, Statistic
+from halfplate.solvers.whitening import Whitening
+from halfplate.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
-class GQSA(Method):
+class GQSA(CorelessMethod):
     """Keep the groups with the largest sum of w² / [H⁻¹]_jj, as int4 with one scale a group; what is kept compensates for the rest.
 
     width: inputs of a group.
@@ -36,16 +34,14 @@ class GQSA(Method):
 
     name = "gqsa"
     summary = "int4 groups of inputs, of which each row keeps a share (group-sparse int4)"
-    sparse = False
-    coreless = True
+    weighting = "gram"  # not an option
     width: int = 16
     kept: float | None = None
     share: float = 0.16
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        check_share(self.share)
-        check_weighting("gram", self.damping)
+        super().__post_init__()
         if self.width < 2:
             raise HalfplateError(f"width={self.width} must be an even number, 2 or more; try 16")
         if self.kept is not None and not 0 < self.kept <= 1:
@@ -55,17 +51,10 @@ class GQSA(Method):
     def parts(self) -> tuple[ExtraPart, ...]:
         return (ExtraPart.of("group_sparse", width=2, kept=1),)
 
-    @property
-    def requires(self) -> Statistic:
-        return Statistic.GRAM
-
     def sized(self, spec: WeightSpec) -> WeightSpec:
         if self.kept is None:
-            return self._at_share(spec, self.share)
+            return super().sized(spec)
         return self._at(spec, round(self.kept * self._groups(spec)))
-
-    def sizes(self, spec: WeightSpec) -> Iterator[WeightSpec]:
-        return at_shares(partial(self._at_share, spec))
 
     def _groups(self, spec: WeightSpec) -> int:
         return -(-spec.d_in // self.width)
@@ -91,7 +80,7 @@ class GQSA(Method):
 
     def compress(self, weight: Tensor, statistics: InputStatistics, spec: WeightSpec) -> Solution:
         check_inputs(self, weight, statistics, spec)
-        whitening = Whitening.of("gram", statistics, weight, self.damping)
+        whitening = Whitening.of(self.weighting, statistics, weight, self.damping)
         width, kept = (int(spec.options("group_sparse")[name]) for name in ("width", "kept"))
         factor = whitening.factor
         if factor is None:  # no input was ever other than zero

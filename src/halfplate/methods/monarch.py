@@ -1,8 +1,6 @@
 """Monarch: the projection of a matrix onto products of two block-diagonal matrices."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,16 +11,16 @@ from halfplate.formats.parts.monarch import Monarch
 from halfplate.formats.parts.no_core import NoCore
 from halfplate.formats.quantizers.rounding import round_to_float
 from halfplate.formats.spec import ExtraPart, WeightSpec
-from halfplate.methods.base import Method, Solution, check_inputs
-from halfplate.methods.factors import at_shares, check_share, check_smaller, largest, nothing_left
-from halfplate.solvers.whitening import WEIGHTINGS, Whitening, check_weighting
-from halfplate.statistics import InputStatistics, Statistic
+from halfplate.methods.base import Solution, check_inputs
+from halfplate.methods.factors import CorelessMethod, check_smaller, largest, nothing_left
+from halfplate.solvers.whitening import Whitening
+from halfplate.statistics import InputStatistics
 
 RIDGE = 1e-8  # of the mean of the diagonal of normal equations
 
 
 @dataclass(frozen=True)
-class MonarchMethod(Method):
+class MonarchMethod(CorelessMethod):
     """W ≈ block-diagonal · permutation · block-diagonal: a low-rank matrix for each pair of a block of inputs and a block of outputs.
 
     blocks: on each side; it divides both sides of every matrix.
@@ -36,32 +34,19 @@ class MonarchMethod(Method):
 
     name = "monarch"
     summary = "two block-diagonal factors with a permutation between them, without a core"
-    sparse = False
-    coreless = True
     blocks: int = 4
     share: float = 0.5
     weighting: str = "gram"
     damping: float = 0.001
 
     def __post_init__(self) -> None:
-        check_share(self.share)
-        check_weighting(self.weighting, self.damping)
+        super().__post_init__()
         if self.blocks < 2:
             raise HalfplateError(f"blocks={self.blocks} must be at least 2; try 4, or method svd for 1")
 
     @property
     def parts(self) -> tuple[ExtraPart, ...]:
         return (ExtraPart.of("monarch", blocks=1, rank=1),)
-
-    @property
-    def requires(self) -> Statistic:
-        return WEIGHTINGS[self.weighting]
-
-    def sized(self, spec: WeightSpec) -> WeightSpec:
-        return self._at_share(spec, self.share)
-
-    def sizes(self, spec: WeightSpec) -> Iterator[WeightSpec]:
-        return at_shares(partial(self._at_share, spec))
 
     def _at_share(self, spec: WeightSpec, share: float) -> WeightSpec:
         def at(rank: int) -> WeightSpec:

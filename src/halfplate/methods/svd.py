@@ -1,8 +1,6 @@
 """Low rank by a weighted singular value decomposition."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,14 +10,14 @@ from halfplate.formats.chain import Chain
 from halfplate.formats.parts.low_rank import LowRank
 from halfplate.formats.parts.no_core import NoCore
 from halfplate.formats.spec import WeightSpec
-from halfplate.methods.base import Method, Solution, check_inputs
-from halfplate.methods.factors import at_shares, check_share, check_smaller, largest, nothing_left
-from halfplate.solvers.whitening import WEIGHTINGS, Whitening, check_weighting
-from halfplate.statistics import InputStatistics, Statistic
+from halfplate.methods.base import Solution, check_inputs
+from halfplate.methods.factors import CorelessMethod, check_smaller, largest, nothing_left
+from halfplate.solvers.whitening import Whitening
+from halfplate.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
-class WeightedSVD(Method):
+class WeightedSVD(CorelessMethod):
     """W ≈ L · R, the best product of a rank for the output error, and no core.
 
     weighting: `gram` minimises the output error, by the Cholesky factor of the Gram matrix; `diagonal` weights each input by its
@@ -34,28 +32,18 @@ class WeightedSVD(Method):
 
     name = "svd"
     summary = "two low-rank factors by a weighted singular value decomposition, without a core"
-    sparse = False
-    coreless = True
     weighting: str = "gram"
     rank: int | None = None
     share: float = 0.5
     damping: float = 0.001
 
     def __post_init__(self) -> None:
-        check_weighting(self.weighting, self.damping)
-        check_share(self.share)
+        super().__post_init__()
         if self.rank is not None and self.rank < 1:
             raise HalfplateError(f"rank={self.rank} must be at least 1; try 16")
 
-    @property
-    def requires(self) -> Statistic:
-        return WEIGHTINGS[self.weighting]
-
     def sized(self, spec: WeightSpec) -> WeightSpec:
-        return self._at_share(spec, self.share) if self.rank is None else replace(spec, rank=self.rank)
-
-    def sizes(self, spec: WeightSpec) -> Iterator[WeightSpec]:
-        return at_shares(partial(self._at_share, spec))
+        return super().sized(spec) if self.rank is None else replace(spec, rank=self.rank)
 
     def _at_share(self, spec: WeightSpec, share: float) -> WeightSpec:
         one = replace(spec, rank=1)
