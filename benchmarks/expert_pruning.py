@@ -11,18 +11,21 @@ import argparse
 import gzip
 import json
 import shutil
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, SHARED, machine, table, write_section
+from common import DATA, ROOT, SHARED, machine, table, write_section
 from torch.nn import functional
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import halfplate
 
-STEPS, BATCH, LENGTH, LEARNING_RATE = 1200, 12, 128, 3e-3
+sys.path.insert(0, str(ROOT / "tests" / "trained"))
+import train as stories
+
+STEPS, BATCH, LEARNING_RATE = 1200, 12, 3e-3
 SAMPLES, WINDOWS, SEQ_LEN, PARAGRAPH = 64, 64, 128, 800
 HEADER = ["experts", "weights", "MB", "KL", "top-1", "perplexity"]
 # By the name of a row: the transform and the share of the parameters that stay, and the recipe of what follows.
@@ -88,21 +91,13 @@ def train(folder: Path) -> None:
     )
     model: Any = Qwen3MoeForCausalLM(config)
     print(f"{model.num_parameters():,} parameters, {len(ids):,} tokens", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=0.05)
-    start = time.monotonic()
-    for step in range(STEPS):
-        starts = torch.randint(len(ids) - LENGTH - 1, (BATCH,))
-        batch = torch.stack([ids[at : at + LENGTH + 1] for at in starts.tolist()])
+
+    def balanced_loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
         found = model(batch[:, :-1], output_router_logits=True)
         loss = functional.cross_entropy(found.logits.flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        (loss + config.router_aux_loss_coef * found.aux_loss).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == STEPS - 1:
-            print(f"step {step}: loss {loss.item():.3f}, {time.monotonic() - start:.0f} s", flush=True)
+        return loss + config.router_aux_loss_coef * found.aux_loss
+
+    stories.learn(model, ids, STEPS, BATCH, LEARNING_RATE, balanced_loss)
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 

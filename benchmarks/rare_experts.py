@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from common import ROOT, machine, table, write_section
-from torch.nn import functional
 
 import halfplate
 from halfplate.compression.compress import compress
@@ -28,7 +27,7 @@ from halfplate.recipe import Recipe
 sys.path.insert(0, str(ROOT / "tests" / "trained"))
 import train as stories
 
-LENGTH, BATCH, RATE = 128, 16, 3e-3
+LENGTH, BATCH, RATE = stories.LENGTH, 16, 3e-3
 SAMPLES, JUDGED = 32, 64  # sequences to calibrate on, and to compare on
 EXPERTS, ACTIVE, LAYERS = 16, 2, 3
 # By the name of the row: the recipe of ARMOR, and the method without data for the same format.
@@ -62,19 +61,7 @@ def trained(tokenizer: Any, steps: int) -> Any:
     )
     model: Any = Qwen3MoeForCausalLM(config)
     ids = torch.tensor(tokenizer(stories.text(stories.TRAIN, 12_000), add_special_tokens=False)["input_ids"])
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.05)
-    for step in range(steps):
-        starts = torch.randint(len(ids) - LENGTH - 1, (BATCH,))
-        batch = torch.stack([ids[start : start + LENGTH + 1] for start in starts.tolist()])
-        loss = functional.cross_entropy(model(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+    stories.learn(model, ids, steps, BATCH, RATE)
     return model.eval()
 
 
@@ -116,7 +103,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder, text = Path(place), Path(place) / "text.txt"
         text.write_text(stories.text(stories.CALIBRATE, 400))
-        tokenizer = stories._tokenizer()
+        tokenizer = stories.make_tokenizer()
         original = trained(tokenizer, options.steps)
         original.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")

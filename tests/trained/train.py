@@ -6,6 +6,7 @@ The tests measure on it that compression keeps what was learned, with no model o
 
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,42 @@ def text(seed: int, stories: int) -> str:
     return "\n".join(story(draw) for _ in range(stories)) + "\n"
 
 
+def next_token_loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    """The mean cross-entropy of the tokens after the first of each sequence, int64 (sequences, tokens)."""
+    return functional.cross_entropy(model(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def learn(
+    model: Any,
+    ids: torch.Tensor,
+    steps: int,
+    batch: int,
+    rate: float,
+    loss_of: Callable[[Any, torch.Tensor], torch.Tensor] = next_token_loss,
+) -> None:
+    """Train `model` in place on windows of LENGTH tokens of `ids`, int64 (tokens,), which are drawn by torch's generator.
+
+    batch: windows a step. rate: the largest learning rate. loss_of: the loss of the model on windows (batch, LENGTH + 1).
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
+    for step in range(steps):
+        starts = torch.randint(len(ids) - LENGTH - 1, (batch,))
+        loss = loss_of(model, torch.stack([ids[start : start + LENGTH + 1] for start in starts.tolist()]))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+
+
 def train(out: Path) -> None:
     """Train the tokenizer and the model and write both, the model in bf16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     ids = torch.tensor(tokenizer(text(TRAIN, 12_000), add_special_tokens=False)["input_ids"])
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -73,25 +105,13 @@ def train(out: Path) -> None:
         pad_token_id=0,
     )
     model: Any = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=0.05)
-    for step in range(STEPS):
-        starts = torch.randint(len(ids) - LENGTH - 1, (BATCH,))
-        batch = torch.stack([ids[start : start + LENGTH + 1] for start in starts.tolist()])
-        logits = model(batch[:, :-1]).logits
-        loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == STEPS - 1:
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+    learn(model, ids, STEPS, BATCH, LEARNING_RATE)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def _tokenizer() -> Any:
+def make_tokenizer() -> Any:
+    """A tokenizer of 384 tokens that has learned on the stories."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
