@@ -41,9 +41,9 @@ def texts(folder: Path) -> dict[str, str]:
     return found
 
 
-def measured(folder: Path, method: str, rule: dict[str, Any]) -> dict[str, Any]:
+def measured(folder: Path, files: dict[str, str], method: str, rule: dict[str, Any]) -> dict[str, Any]:
     """One row: compress, evaluate, remove."""
-    files, out = texts(folder), folder / "out"
+    out = folder / "out"
     options: dict[str, Any] = {"calibration": files["calibrate"], "samples": 64, "seq_len": 512, "threads": 1}
     summary = halfplate.compress(
         MODEL, out, method=method, pattern=PATTERN, benchmark=False, check=False, overwrite=True, **options, **rule
@@ -80,12 +80,12 @@ def main() -> None:
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    file = folder / "rows.json"
+    file, files = folder / "rows.json", texts(folder)
     rows: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     for method in METHODS:
         for name, rule in RULES.items():
             if (key := f"{method}: {name}") not in rows:
-                rows[key] = measured(folder, method, rule)
+                rows[key] = measured(folder, files, method, rule)
                 print(key, rows[key], flush=True)
                 file.write_text(json.dumps(rows))
     write_section("ratios", rendered(rows))

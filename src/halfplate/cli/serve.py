@@ -5,7 +5,7 @@ import sys
 
 from halfplate.cli.parser import positive
 from halfplate.errors import HalfplateError
-from halfplate.serving.settings import KEY_VARIABLE, ServeSettings, found_key
+from halfplate.serving.settings import CACHE_DTYPES, KEY_VARIABLE, ServeSettings, found_key
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cache-dtype",
-        choices=("fp32", "bf16", "int8"),
+        choices=CACHE_DTYPES,
         default=ServeSettings.cache_dtype,
         help="type of keys and values; int8 has one scale per vector (default fp32)",
     )

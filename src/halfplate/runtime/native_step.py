@@ -65,9 +65,8 @@ class NativeDecoder:
         """
         layers: Any = cache.layers
         kept = layers[0].kept_keys
-        if (
-            kept is not None and kept.numbers.dtype != torch.float32
-        ):  # attention to other types is only in the step of rows
+        # Attention to other types is only in the step of rows.
+        if kept is not None and kept.numbers.dtype != torch.float32:
             return self.step_rows(torch.tensor([[token]], dtype=torch.int64, device=CPU), cache)[0, 0]
         embedding = self._embedding(token)
         logits = torch.empty(self._struct.vocabulary, dtype=torch.float32, device=CPU)
