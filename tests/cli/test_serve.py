@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 
+from halfplate.recipe import Recipe
+
 openai = pytest.importorskip("openai", reason="openai is not installed (pip install 'halfplate[serve]')")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (pip install 'halfplate[serve]')")
 
+INT8 = Recipe(method="rtn", pattern="dense", block_size=0, core_dtype="int8", group_size=16)
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 KEY = "a-key-of-the-test"
 
@@ -28,11 +31,8 @@ def server(
     compressed_once: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Path]]:
     """The address and the model of a server with a key and small limits."""
-    from halfplate.recipe import Recipe
-
-    recipe = Recipe(method="rtn", pattern="dense", block_size=0, core_dtype="int8", group_size=16)
     folder = tmp_path_factory.mktemp("served") / "model"
-    shutil.copytree(compressed_once(recipe), folder)
+    shutil.copytree(compressed_once(INT8), folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -165,6 +165,27 @@ def test_wrong_requests(client: Any, server: tuple[str, Path]) -> None:
     assert said(client, folder, "A small bird")
 
 
+@pytest.mark.parametrize("activations", ["auto", "float", "int8"])
+def test_the_server_packs_models_for_the_activations_asked_for(
+    compressed_once: Callable[..., Path], activations: str
+) -> None:
+    from types import SimpleNamespace
+
+    from transformers import AutoModelForCausalLM
+
+    import halfplate
+    from halfplate.kernels.linear import taken_activations
+    from halfplate.runtime import explain
+    from halfplate.serving.server import _take_activations
+
+    folder = compressed_once(Recipe(method="magnitude", core_dtype="int8", samples=4, seq_len=32, threads=1))
+    manager = SimpleNamespace(_load_model=lambda name: AutoModelForCausalLM.from_pretrained(name))
+    _take_activations(manager, activations)
+    found = str(explain(manager._load_model(folder)))
+    assert found == str(explain(halfplate.load(folder, activations=activations)))
+    assert ("int8 activations" in found) == ("native" in found and taken_activations(activations) != "float")
+
+
 def test_what_cannot_be_served_is_refused(halfplate: Callable[..., Any], tmp_path: Path, checkpoint: Path) -> None:
     halfplate("serve", tmp_path / "absent").refused("does not exist")
     halfplate("serve", checkpoint, "--api-key", "secret").refused("--api-key")
@@ -172,6 +193,7 @@ def test_what_cannot_be_served_is_refused(halfplate: Callable[..., Any], tmp_pat
     halfplate("serve", checkpoint, "--max-body", "big").refused("'big' is not a size")
     halfplate("serve", checkpoint, "--prompt-cache", "big").refused("--prompt-cache='big' is not a size")
     halfplate("serve", checkpoint, "--cache-dtype", "fp8").refused("--cache-dtype", "fp32", "bf16", "int8")
+    halfplate("serve", checkpoint, "--activations", "half").refused("--activations", "auto", "float", "int8")
     halfplate("serve", checkpoint, "--port", 70000).refused("--port 70000 is not a port")
     (checkpoint / "model.safetensors").write_bytes(b"cut")
     halfplate("serve", checkpoint).refused("damaged or cut short")

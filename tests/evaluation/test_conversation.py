@@ -58,6 +58,27 @@ def test_what_is_kept_of_the_turns_is_not_read_again(folder: str) -> None:
     assert talk.answer("Tom", ignored).text == first.text
 
 
+def test_the_type_of_the_cache_is_taken_where_nothing_is_kept_between_turns(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with longrope, whose keys depend on the length of the text."""
+    monkeypatch.setattr("halfplate.evaluation.conversation.why_no_prompts", lambda model: "longrope")
+    seen: list[Any] = []
+
+    def recorded(*args: Any, **options: Any) -> torch.Tensor:
+        seen.append(args[5])
+        return greedy(*args[:5], **options)  # heads of 8 numbers need a cache in fp32
+
+    monkeypatch.setattr("halfplate.evaluation.conversation.greedy", recorded)
+    talk = talk_with(folder)
+    talk.cache_dtype = torch.bfloat16
+    for message in ("Tom", "Mia"):
+        answer = talk.answer(message, ignored)
+        assert answer.read == answer.context - answer.tokens
+    assert [{layer.kept_dtype for layer in cache.layers} for cache in seen] == [{torch.bfloat16}] * 2
+    assert seen[0] is not seen[1]
+
+
 def test_a_stopped_answer_is_kept_and_the_next_one_is_right(folder: str) -> None:
     talk = talk_with(folder)
     pieces: list[str] = []

@@ -24,12 +24,17 @@ def load_any(
         raise HalfplateError(
             f"fit={fit!r} is for checkpoints of method bitstack, and {name!r} is not one; leave it out"
         )
+    check_activations(name, activations)
+    loaded = load_dense(name, device)
+    return loaded.model, loaded.tokenizer
+
+
+def check_activations(name: str, activations: str) -> None:
+    """Raise HalfplateError for `int8` of an original model."""
     if activations == "int8":
         raise HalfplateError(
             f"activations={activations!r} is for Halfplate checkpoints, and {name!r} is not one; leave it out"
         )
-    loaded = load_dense(name, device)
-    return loaded.model, loaded.tokenizer
 
 
 def calibration_seed(name: str) -> int | None:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from halfplate.cli.parser import positive
+from halfplate.cli.parser import add_activations_argument, positive
 from halfplate.errors import HalfplateError
 from halfplate.serving.settings import CACHE_DTYPES, KEY_VARIABLE, ServeSettings, found_key
 
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=ServeSettings.cache_dtype,
         help="type of keys and values; int8 has one scale per vector (default fp32)",
     )
+    add_activations_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,8 +68,9 @@ def run(args: argparse.Namespace) -> int:
         max_batch=args.max_batch,
         prompt_cache=size_in_bytes("--prompt-cache", args.prompt_cache),
         cache_dtype=args.cache_dtype,
+        activations=args.activations,
     )
-    _check_model(args.model)
+    _check_model(settings)
     _warn_of_tokens(args.model)
     from transformers.utils.import_utils import is_serve_available
 
@@ -84,16 +86,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_model(model: str) -> None:
+def _check_model(settings: ServeSettings) -> None:
     """Raise HalfplateError now, and not at the first request, for a model that the server cannot load."""
     from pathlib import Path
 
+    from halfplate.checkpoint.loading import check_activations
     from halfplate.checkpoint.read import read_checked_headers
     from halfplate.models.sources import is_compressed, open_source
 
+    model = settings.model
     if is_compressed(model):
         read_checked_headers(Path(model))
         return
+    check_activations(model, settings.activations)
     source = open_source(model)
     kind = "a GGUF file" if source.gguf_header is not None else source.quantised
     if kind is not None:

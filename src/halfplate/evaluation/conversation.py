@@ -124,7 +124,8 @@ class Conversation:
         stop_ids = self._stop_ids()
         try:
             prompt = torch.tensor([ids], dtype=torch.int64, device="cpu")
-            greedy(self.model, prompt, new_tokens, stop_ids, stream.add, self._cache, lookup=self.lookup)
+            cache = self._cache if self._cache is not None else self._own_cache()
+            greedy(self.model, prompt, new_tokens, stop_ids, stream.add, cache, lookup=self.lookup)
             ended = "end" if stream.tokens and stream.tokens[-1] in stop_ids else "length"
         except _Stopped:
             ended = "stopped"
@@ -197,6 +198,10 @@ class Conversation:
             self._cache.crop(kept - len(self._held))
         self._held = self._held[:kept]
         return kept
+
+    def _own_cache(self) -> GrowingCache | None:
+        """A cache for one answer, if the type of keys and values was chosen and no cache can be kept; `greedy` makes its own for None."""
+        return None if self.cache_dtype == torch.float32 else new_cache(self.model, self.cache_dtype)
 
     def _forget(self) -> None:
         self._cache, self._held = None, []

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from halfplate.checkpoint.config import METHOD
 from halfplate.errors import HalfplateError
 from halfplate.serving.guard import Guard
 from halfplate.serving.metrics import Metrics
@@ -18,7 +19,7 @@ def serve(settings: ServeSettings) -> None:
     from transformers.cli.serve import Serve
 
     metrics = Metrics()
-    with _guarded(lambda app: Guard(app, settings, metrics), _batching(settings, metrics)):
+    with _guarded(lambda app: Guard(app, settings, metrics), _batching(settings, metrics), settings.activations):
         Serve(
             force_model=settings.model,
             host=settings.host,
@@ -57,9 +58,30 @@ def _batching(settings: ServeSettings, metrics: Metrics) -> Callable[[Any], None
     return install
 
 
+def _take_activations(manager: Any, activations: str) -> None:
+    """Make a `ModelManager` of transformers pack each compressed model that it loads again, for these activations."""
+    if activations == "auto":
+        return  # as `from_pretrained` has packed it
+    from halfplate.runtime.prepare import accelerate, restore
+
+    plain = manager._load_model
+
+    def load_model(*args: Any, **kwargs: Any) -> Any:
+        model = plain(*args, **kwargs)
+        if getattr(getattr(model.config, "quantization_config", None), "quant_method", None) == METHOD:
+            restore(model)
+            accelerate(model, activations)
+        return model
+
+    manager._load_model = load_model
+
+
 @contextmanager
-def _guarded(wrap: Callable[[Any], Any], install: Callable[[Any], None]) -> Iterator[None]:
-    """Context manager in which transformers' server is built behind `wrap`, with `install` carried out on its state."""
+def _guarded(wrap: Callable[[Any], Any], install: Callable[[Any], None], activations: str = "auto") -> Iterator[None]:
+    """Context manager in which transformers' server is built behind `wrap`, with `install` carried out on its state.
+
+    activations: of the compressed models that it loads.
+    """
     try:
         from transformers.cli.serving import server
     except ImportError:
@@ -68,6 +90,7 @@ def _guarded(wrap: Callable[[Any], Any], install: Callable[[Any], None]) -> Iter
     plain = server.build_server
 
     def build(*args: Any, **kwargs: Any) -> Any:
+        _take_activations(args[0] if args else kwargs["model_manager"], activations)
         if "generation_state" in kwargs:
             install(kwargs["generation_state"])
         return wrap(plain(*args, **kwargs))

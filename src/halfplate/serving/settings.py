@@ -28,6 +28,7 @@ class ServeSettings:
     max_tokens: most tokens of an answer. max_body: most bytes of a request.
     max_requests: requests that run or wait; more are refused. max_batch: of them, those that run together.
     prompt_cache: most bytes of keys and values of recent requests. cache_dtype: of keys and values.
+    activations: as in `halfplate.runtime.accelerate`.
     """
 
     model: str
@@ -42,6 +43,7 @@ class ServeSettings:
     max_batch: int = 8
     prompt_cache: int = 256_000_000
     cache_dtype: str = "fp32"
+    activations: str = "auto"
     version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
