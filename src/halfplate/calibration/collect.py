@@ -1,7 +1,7 @@
 """Collecting statistics of the inputs of a decoder layer's linears while the layer runs."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -122,6 +122,7 @@ def stage_sums(
     statistic: Statistic,
     dense: Sequence[Tensor] | None = None,
     token_limit: float | None = None,
+    during: Callable[[int], AbstractContextManager[None]] = lambda number: nullcontext(),
 ) -> "StageSums":
     """Sums over the inputs of the linears `names`, one of `input_stages`, in the current layer `index`, which runs only as far as needed.
 
@@ -131,12 +132,14 @@ def stage_sums(
     dense: the input of these linears in the original model for each of `inputs`; if given, cross moments are collected (from
         Statistic.GRAM on).
     token_limit: as in `collect_block`.
+    during: a context in which the layer runs on the batch of this number.
     """
     collector = _Collector(statistic, token_limit)
     modules = {name: _module_of_block(blockwise, index, name) for name in names}
     for number, batch in enumerate(inputs):
         collector.next_batch(None if dense is None else dense[number])
-        _run_to(blockwise, index, batch, collector, modules)
+        with during(number):
+            _run_to(blockwise, index, batch, collector, modules)
         leaders = set(collector.stage.leaders.values())
         if len(leaders) == 1:  # the others share its input, so later batches need not run them
             modules = {name: module for name, module in modules.items() if name in leaders}

@@ -264,6 +264,7 @@ class _Loop:
             blockwise, _ = self.run.layers.open(self.run.view(layer, done))
             targets = _Hidden(self.streams.hidden(DENSE, layer + 1), self.recipe.device)
             settings = BlockTuning(self.recipe.tune_block, seed=self.recipe.seed)
+            self.run.layers.remembered.clear()  # tuning changes its outputs
             return tune_block(blockwise, layer, self.streams.batches(COMPRESSED, layer), targets, settings)
 
     def _write(self, layer: int, done: dict[str, Path], tuned: TunedBlock | None) -> None:

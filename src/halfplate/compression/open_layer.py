@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from halfplate.compression.remembered import RememberedOutputs
 from halfplate.engines.needs import Needs
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedLinear, WeightSpec
@@ -50,6 +51,7 @@ class OpenLayers:
     """The layer that a process keeps in memory, because the next task usually needs the same one.
 
     streamed, name: the model and its name, if it is already open.
+    remembered: outputs of parts of the layer.
     """
 
     def __init__(self, streamed: StreamedModel | None = None, name: str = "") -> None:
@@ -57,12 +59,14 @@ class OpenLayers:
         self._index: int | None = None
         self._applied: dict[str, Path] = {}
         self._dense: nn.Module | None = None
+        self.remembered = RememberedOutputs()
 
     def model(self, view: LayerView) -> StreamedModel:
         """The model of the view, without weights."""
         if self._streamed is None or self._name != view.model:
             self._streamed, self._name = StreamedModel(view.source, view.device, view.precision), view.model
             self._index, self._dense, self._applied = None, None, {}
+            self.remembered.clear()
         return self._streamed
 
     def open(self, view: LayerView, dense: bool = False) -> tuple[BlockwiseModel, nn.Module | None]:
@@ -100,6 +104,7 @@ class OpenLayers:
         if self._streamed is not None and self._index is not None:
             self._streamed.free_block(self._index)
         self._index, self._dense, self._applied = None, None, {}
+        self.remembered.clear()
 
 
 def _apply(model: nn.Module, name: str, path: Path) -> None:

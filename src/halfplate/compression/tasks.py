@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,6 +16,7 @@ from halfplate.compression.hidden_states import Arguments, Batches, HiddenStates
 from halfplate.compression.kept_statistics import load_statistics, save_sums
 from halfplate.compression.open_layer import LayerView, OpenLayers
 from halfplate.compression.recorded_inputs import InputsOfOne, RecordedInputs
+from halfplate.compression.remembered import RememberedOutputs
 from halfplate.compression.task_memory import memory_to_solve
 from halfplate.compression.token_arguments import TokenArguments
 from halfplate.engines.needs import Needs
@@ -68,16 +70,27 @@ class CollectSums:
         sums = StageSums()
         with assembled(blockwise.blocks[self.view.index]):
             for chunk in self.chunks:
-                sums.merge(self._sums(blockwise, chunk))
+                sums.merge(self._sums(blockwise, chunk, layers.remembered))
         if self.out is None:
             return sums
         save_sums(self.out, sums)
         return self.out
 
-    def _sums(self, blockwise: BlockwiseModel, chunk: tuple[int, ...]) -> StageSums:
-        inputs = Batches(self.hidden, self.arguments, self.view.index, self.view.device, chunk, self.own)
+    def _sums(self, blockwise: BlockwiseModel, chunk: tuple[int, ...], remembered: RememberedOutputs) -> StageSums:
+        index, layer = self.view.index, blockwise.blocks[self.view.index]
+        inputs = Batches(self.hidden, self.arguments, index, self.view.device, chunk, self.own)
         dense = None if self.dense is None else InputsOfOne(self.dense, self.names[0], self.view.device, chunk)
-        return stage_sums(blockwise, self.view.index, inputs, self.names, self.statistic, dense, self.token_limit)
+        targets = [name.removeprefix(f"{blockwise.prefix}.{index}.") for name in self.names]
+        return stage_sums(
+            blockwise,
+            index,
+            inputs,
+            self.names,
+            self.statistic,
+            dense,
+            self.token_limit,
+            during=lambda position: remembered.recalling(layer, chunk[position], targets),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,10 +210,11 @@ class RunLayer(OverBatches):
         for source, target, module in ((self.hidden, self.out, None), (self.dense, self.dense_out, before)):
             if source is None or target is None:
                 continue
-            batches = self.batches(source)
-            with assembled(blockwise.blocks[self.view.index] if module is None else module):
+            batches, layer = self.batches(source), blockwise.blocks[self.view.index] if module is None else module
+            with assembled(layer):
                 for position, number in enumerate(self.numbers):
-                    after = blockwise.run_block(self.view.index, batches[position], module)
+                    with layers.remembered.recalling(layer, number) if module is None else nullcontext():
+                        after = blockwise.run_block(self.view.index, batches[position], module)
                     target.write(number, after.hidden, after.carried)
 
 

@@ -10,7 +10,7 @@ from halfplate.calibration.experts import ROWS
 from halfplate.calibration.self_text import CACHE_BYTES, sequences_at_once
 from halfplate.calibration.text import TOKEN_NBYTES
 from halfplate.formats.spec import WeightSpec
-from halfplate.headroom import memory
+from halfplate.headroom import REMEMBERED_NBYTES, memory
 from halfplate.job import Job
 from halfplate.planning.sizes import ExpertSizes, ModelSizes
 from halfplate.recipe import Recipe
@@ -87,6 +87,8 @@ def memory_plan(
     base = (memory("VmRSS") or LIBRARIES) + HEAP
     block, reading = FP32 * sizes.block, (FP32 + 2) * sizes.largest
     blocks = block * (job.streams if runs else 1)
+    outputs = recipe.samples * recipe.seq_len * FP32 * (5 * sizes.hidden + 2 * sizes.ffn + sizes.beside)
+    remembered = min(REMEMBERED_NBYTES, outputs) if runs else 0
     phases = {"reading": base + reading, "writing": base + 2 * block + (2 * FP32 + 1) * sizes.largest}
     if transforming:
         phases["transforming"] = base + transforming
@@ -105,16 +107,18 @@ def memory_plan(
             most = max(held + block + reading, sampling) if held else sampling + block + reading
             phases["calibration text"] = base + tokens + FP32 * sizes.outer + most
         # While text runs through a layer, its finished matrices are held both stored and multiplied out.
-        phases["statistics"] = base + blocks + block + hidden + _stage(sizes, job, collecting=True)
+        phases["statistics"] = base + blocks + block + hidden + remembered + _stage(sizes, job, collecting=True)
     if tables:
         most = max(spec.d_out * spec.d_in for spec in tables)
         states = 2 * TABLE_TOKENS * FP32 * (sizes.hidden + sizes.beside + sizes.arguments)
         collecting = FP32 * sizes.outer + 2 * block + states if runs else 0
         phases["embedding and head"] = base + max(collecting, (2 * FP32 + 2) * most + SOLVING_ROWS)
     solve = max(solving_memory(job, spec) for spec in set(specs))
-    phases["solving"] = base + blocks + _stage(sizes, job) + solve
+    phases["solving"] = base + blocks + remembered + _stage(sizes, job) + solve
     if sizes.experts is not None and runs:
-        phases["experts"] = base + blocks + _expert_task(sizes.experts, job) + _expert_grams(sizes, job) + solve
+        phases["experts"] = (
+            base + blocks + remembered + _expert_task(sizes.experts, job) + _expert_grams(sizes, job) + solve
+        )
     if recipe.tune_block:
         phases["tuning"] = base + 7 * block + BATCH * recipe.seq_len * FP32 * (20 * sizes.hidden + 8 * sizes.ffn)
     if workers > 1:
