@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 from torch import nn
 
+import tiny_models
 from halfplate.compression import open_layer
 from halfplate.compression.compress import compress
 from halfplate.compression.remembered import RememberedOutputs
