@@ -15,12 +15,16 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from halfplate.cli import main as main_of_halfplate
 
 QUESTIONS = ("What is the capital of France?", "What do bees make?", "Write one sentence about the sea.")
 # What `compress` takes by itself, what it takes for speed (with a short recovery), and two rivals for 2:4.
@@ -28,7 +32,7 @@ MODELS = {
     "default": [],
     "speed": ["--prefer", "speed", "--tune-block", "0", "--effort", "quick"],
     "sparsegpt": ["--method", "sparsegpt", "--pattern", "2:4"],
-    "armor": ["--recipe", "armor", "--solver", "exact", "--block-size", "16"],
+    "armor": ["--recipe", "armor", "--solver", "exact", "--iterations", "20", "--block-size", "16"],
 }
 NAMES = {
     "default": "default",
@@ -47,14 +51,25 @@ def find_model() -> Path:
     return next(Path(wheel.submodule_search_locations[0]).rglob("*.gguf"))
 
 
-def halfplate(*arguments: str | Path) -> str:
-    """Print a halfplate command, run it with its progress on this terminal, and return its standard output."""
+def halfplate(*arguments: str | Path, here: bool = False) -> str:
+    """Print a halfplate command, run it with its progress on this terminal, and return its standard output.
+
+    here: in this process, which has imported torch and transformers already. Memory is measured per process, so `compress` has its own.
+    """
     words = [str(argument) for argument in arguments]
     print(f"\n$ halfplate {shlex.join(words)}", flush=True)
-    run = subprocess.run([sys.executable, "-m", "halfplate", *words], stdout=subprocess.PIPE, text=True, check=False)
-    if run.returncode:
-        raise SystemExit(f"demo: halfplate {words[0]} ended with exit status {run.returncode}")
-    return run.stdout
+    if here:
+        with redirect_stdout(StringIO()) as output:
+            status = main_of_halfplate(words)
+        said = output.getvalue()
+    else:
+        run = subprocess.run(
+            [sys.executable, "-m", "halfplate", *words], stdout=subprocess.PIPE, text=True, check=False
+        )
+        status, said = run.returncode, run.stdout
+    if status:
+        raise SystemExit(f"demo: halfplate {words[0]} ended with exit status {status}")
+    return said
 
 
 def sampled(dense: Path, out: Path, samples: str, seq_len: str, seed: int) -> Path:
@@ -66,18 +81,19 @@ def sampled(dense: Path, out: Path, samples: str, seq_len: str, seed: int) -> Pa
 def measured(out: Path, dense: Path, text: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Size, quality, speed and answers of a checkpoint."""
     judged = ["--text", text, "--seq-len", options.seq_len, "--windows", options.windows]
-    found: dict[str, Any] = json.loads(halfplate("eval", out, "--against", dense, *judged, "--json"))
-    sizes = json.loads(halfplate("inspect", out, "--json"))
+    found: dict[str, Any] = json.loads(halfplate("eval", out, "--against", dense, *judged, "--json", here=True))
+    sizes = json.loads(halfplate("inspect", out, "--json", here=True))
     found |= {key: sizes[key] for key in ("nbytes", "dense_nbytes", "other_nbytes")}
     timing = ["--prompt", options.prompt, "--new-tokens", "32", "--rounds", "3", "--json"]
-    found["speed"] = json.loads(halfplate("bench", out, "--against", dense, *timing))
+    found["speed"] = json.loads(halfplate("bench", out, "--against", dense, *timing, here=True))
     found["answers"] = answers(out)
     return found
 
 
 def answers(model: Path) -> list[str]:
     """What a model says to each question, on one line."""
-    said = json.loads(halfplate("generate", model, *QUESTIONS, "--chat", "--max-new-tokens", "32", "--json"))
+    asked = ["generate", model, *QUESTIONS, "--chat", "--max-new-tokens", "32", "--json"]
+    said = json.loads(halfplate(*asked, here=True))
     return [" ".join(answer["text"].split()) for answer in said]
 
 

@@ -12,7 +12,7 @@ from halfplate.runtime import accelerate, greedy
 from halfplate.runtime.cache import GrowingCache
 from halfplate.runtime.kept import CACHE_DTYPES
 from halfplate.runtime.prompt_file import RECORD, PromptFile, model_fingerprint
-from halfplate.runtime.prompts import Prompt, Prompts, begin, check_cache_dtype, side_by_side
+from halfplate.runtime.prompts import Prompt, Prompts, Sequenced, begin, check_cache_dtype, side_by_side
 from halfplate.storage.tensor_file import read_header, read_metadata, read_tensor, write_file
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
@@ -74,7 +74,7 @@ def test_the_oldest_texts_leave_and_longer_ones_take_the_place_of_shorter_ones(f
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_caches_side_by_side_are_a_batch_with_padding(fast, dtype):
     texts = [TEXT[:12], TEXT[3:9], TEXT[20:40]]
-    cache = side_by_side(fast, [read(fast, text[:-1], dtype) for text in texts], 19)
+    cache = side_by_side(fast, [Sequenced(read(fast, text[:-1], dtype)) for text in texts], 19)
     ids, mask = torch.zeros(3, 20, dtype=torch.int64), torch.zeros(3, 20, dtype=torch.int64)
     for row, text in enumerate(texts):
         ids[row, 20 - len(text) :], mask[row, 20 - len(text) :] = text, 1

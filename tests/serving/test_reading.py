@@ -80,14 +80,15 @@ def test_a_chat_reads_only_what_is_new(fast, monkeypatch, cache_dtype):
     for turn in range(4):
         (answer,), read = server.ask(text)
         assert answer == alone(fast, text, dtype)
-        assert read == ([(1, 20)] if turn == 0 else [(1, 5)])  # the last token of the answer and four of the question
+        # All tokens but the last: of later turns the last one of the answer and four of the question.
+        assert read == ([(1, 19)] if turn == 0 else [(1, 5)])
         text = text + answer + TEXT[20 + 5 * turn : 25 + 5 * turn]
     assert "halfplate_reused_prompt_tokens_total 120" in server.metrics.text()
 
 
 def test_requests_that_share_a_beginning_run_together(fast, monkeypatch):
     server = Server(fast, monkeypatch)
-    assert server.ask(TEXT[:30])[1] == [(1, 30)]
+    assert server.ask(TEXT[:30])[1] == [(1, 29)]
     texts = [TEXT[:30] + TEXT[40:44], TEXT[:25] + TEXT[50:52], TEXT[3:9], TEXT[:30] + TEXT[40:44] + TEXT[:3]]
     found, read = server.ask(*texts)
     assert found == [alone(fast, text) for text in texts]
@@ -95,7 +96,7 @@ def test_requests_that_share_a_beginning_run_together(fast, monkeypatch):
     # Prompts that are new are read together, with padding.
     texts = [TEXT[10:20], TEXT[30:37]]
     found, read = server.ask(*texts)
-    assert (found, read) == ([alone(fast, text) for text in texts], [(2, 10)])
+    assert (found, read) == ([alone(fast, text) for text in texts], [(2, 9)])
     found, read = server.ask(*texts)
     assert (found, read) == ([alone(fast, text) for text in texts], [])
 
@@ -103,13 +104,13 @@ def test_requests_that_share_a_beginning_run_together(fast, monkeypatch):
 def test_without_memory_every_prompt_is_read(fast, monkeypatch):
     server = Server(fast, monkeypatch, prompt_cache=0, max_batch=1)
     for _ in range(2):
-        assert server.ask(TEXT[:20]) == ([alone(fast, TEXT[:20])], [(1, 20)])
+        assert server.ask(TEXT[:20]) == ([alone(fast, TEXT[:20])], [(1, 19)])
 
 
 def test_texts_leave_if_there_is_no_room(fast, monkeypatch):
     server = Server(fast, monkeypatch, prompt_cache=20_000)
     for start in (0, 20, 0):
-        assert server.ask(TEXT[start : start + 20])[1] == [(1, 20)]
+        assert server.ask(TEXT[start : start + 20])[1] == [(1, 19)]
     assert server.ask(TEXT[:20])[1] == []
 
 

@@ -147,28 +147,51 @@ class Prompts:
         return any(other.shared(tokens) == len(tokens) for other in self.kept)
 
 
-def side_by_side(model: Any, prompts: Sequence[GrowingCache], length: int) -> GrowingCache:
-    """One cache of all sequences, with padding on the left up to `length` positions. Keys and values of padding are 0."""
-    found: GrowingCache = new_cache(model, prompts[0].kept_dtype)
-    layers: Any = found.layers
-    for number, layer in enumerate(layers):
-        own: list[Any] = [cache.layers[number] for cache in prompts]
-        layer.hold(
-            _joined([each.kept_keys for each in own], [each.length for each in own], length),
-            _joined([each.kept_values for each in own], [each.length for each in own], length),
-            length,
-            own[0].dtype,
+@dataclass(frozen=True, eq=False)
+class Sequenced:
+    """One sequence of a cache: its row, and the first position that is not padding."""
+
+    cache: GrowingCache
+    row: int = 0
+    first: int = 0
+
+    @property
+    def length(self) -> int:
+        """Its positions without padding."""
+        return self.cache.get_seq_length() - self.first
+
+
+def side_by_side(model: Any, sequences: Sequence[Sequenced], length: int, room: int = 0) -> GrowingCache:
+    """One new cache of all sequences, with padding on the left up to `length` positions. Keys and values of padding are 0.
+
+    room: for further positions. At least one sequence must have positions.
+    """
+    filled = next(sequence.cache for sequence in sequences if sequence.cache.get_seq_length())
+    found: GrowingCache = new_cache(model, filled.kept_dtype)
+    pairs: Any = zip(found.layers, filled.layers, strict=True)
+    for number, (layer, like) in enumerate(pairs):
+        own: list[Any] = [sequence.cache.layers[number] for sequence in sequences]
+        keys, values = (
+            _joined(
+                [getattr(each, name) for each in own], sequences, getattr(like, name).numbers, length, length + room
+            )
+            for name in ("kept_keys", "kept_values")
         )
+        layer.hold(keys, values, length, like.dtype)
     return found
 
 
-def _joined(parts: Sequence[Kept], lengths: Sequence[int], length: int) -> Kept:
-    _, heads, _, width = parts[0].numbers.shape
-    like = parts[0].numbers
-    joined = Kept.empty(len(parts), heads, length, width, like.dtype, like.device)
-    for row, (part, own) in enumerate(zip(parts, lengths, strict=True)):
-        for to, numbers in ((joined.numbers, part.numbers), (joined.scales, part.scales)):
-            if to is not None and numbers is not None:
-                to[row, :, : length - own] = 0
-                to[row, :, length - own :] = numbers[0, :, :own]
+def _joined(
+    parts: Sequence[Kept | None], sequences: Sequence[Sequenced], like: Tensor, length: int, capacity: int
+) -> Kept:
+    _, heads, _, width = like.shape
+    joined = Kept.empty(len(parts), heads, capacity, width, like.dtype, like.device)
+    for row, (part, sequence) in enumerate(zip(parts, sequences, strict=True)):
+        start, end = length - sequence.length, sequence.first + sequence.length
+        numbers, scales = (None, None) if part is None else (part.numbers, part.scales)
+        for to, own in ((joined.numbers, numbers), (joined.scales, scales)):
+            if to is not None:
+                to[row, :, :start] = 0
+            if to is not None and own is not None:
+                to[row, :, start:length] = own[sequence.row, :, sequence.first : end]
     return joined

@@ -6,14 +6,12 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.utils import DirectStreamer, GenerateManager, _StreamError
-from transformers.generation.stopping_criteria import StopStringCriteria
 
 from halfplate.errors import HalfplateError
 from halfplate.models.arguments import cache_argument
@@ -21,44 +19,42 @@ from halfplate.models.context import positions
 from halfplate.runtime.limits import check_generation
 from halfplate.serving.metrics import Metrics
 from halfplate.serving.reading import Reading
+from halfplate.serving.request import Request
+from halfplate.serving.running import Running
 from halfplate.serving.settings import ServeSettings
 
+STOPPING = 10.0  # seconds that a token may take when the server is stopped
 GATHERING = 0.01  # seconds that the first request of a batch waits for others
 TEXT = {"input_ids", "attention_mask", "token_type_ids"}  # inputs of requests that can run together
 OWN = ("max_new_tokens", "stop_strings", "transformers_version")  # settings in which requests of a batch may differ
 
 
-@dataclass(eq=False)
-class _Request:
-    """A request that waits or runs.
-
-    ids: int64 (prompt,). most: tokens of the answer at most.
-    said: called with each token; done: with the tokens of the answer, or with the exception that ended the batch.
-    """
-
-    ids: Tensor
-    settings: Any
-    most: int
-    said: Callable[[int], None]
-    done: Callable[[list[int] | BaseException], object]
-    tokens: list[int] = field(default_factory=list)
-    ended: bool = False
-
-
 class BatchManager(GenerateManager):  # type: ignore[misc]
-    """The `GenerateManager` of a model that runs up to `max_batch` waiting requests together, if they differ only in their length and their stop texts.
+    """The `GenerateManager` of a model that runs up to `max_batch` requests together.
 
-    The others wait until the batch has ended. Prompts are padded on the left, so an answer may differ by rounding from that of the same request alone.
+    If the model decodes natively, requests join and leave between two tokens. With other models and with settings that `Running` does
+    not know, those that differ only in their length and their stop texts run in one call of `generate`, and the others wait until it ends.
+    Prompts are padded on the left, so an answer may differ by rounding from that of the same request alone.
     """
 
     def __init__(self, settings: ServeSettings, metrics: Metrics) -> None:
         super().__init__()
         self._size, self._metrics, self._reading = settings.max_batch, metrics, Reading(settings, metrics)
-        self._waiting: deque[_Request] = deque()
+        self._running = Running(self._reading)
+        self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._model: Any = None
-        self._tokenizer: Any = None
-        threading.Thread(target=self._work, name="halfplate-batches", daemon=True).start()
+        self._stopping = False
+        self._worker = threading.Thread(target=self._work, name="halfplate-batches", daemon=True)
+        self._worker.start()
+
+    def stop(self) -> None:
+        """End all requests and the thread that runs them: a thread inside native code must not outlive the interpreter."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._worker.join(STOPPING)
+        super().stop()
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
@@ -119,44 +115,60 @@ class BatchManager(GenerateManager):  # type: ignore[misc]
         said: Callable[[int], None],
         done: Callable[[list[int] | BaseException], object],
     ) -> None:
-        request = _Request(inputs["input_ids"][0], settings, settings.max_new_tokens, said, done)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        request = Request(inputs["input_ids"][0], settings, settings.max_new_tokens, tokenizer, said, done)
         with self._changed:
-            self._model, self._tokenizer = model, getattr(processor, "tokenizer", processor)
+            self._model = model
             self._waiting.append(request)
             self._metrics.waiting(len(self._waiting))
             self._changed.notify()
 
     def _work(self) -> None:
-        while True:
+        while not self._stopping:
             batch = self._next()
+            # Any failure belongs to the requests that run; the server goes on.
             try:
-                self._run(batch)
-                found: list[list[int] | BaseException] = [request.tokens for request in batch]
-            # Any failure belongs to the requests of the batch; the server goes on.
+                if batch and not self._joins(batch[0]):
+                    self._run(batch)
+                elif batch:
+                    self._running.join(self._model, batch)
             except BaseException as error:
-                found = [error] * len(batch)
-            for request, result in zip(batch, found, strict=True):
-                if not request.ended:
-                    request.done(result)
+                _end(batch, error)
+            try:
+                if len(self._running):
+                    self._running.step(self._model)
+            except BaseException as error:
+                self._running.end(error)
+        stopped = HalfplateError("the server is being stopped; send the request again")
+        self._running.end(stopped)
+        _end([*self._waiting], stopped)
 
-    def _next(self) -> list[_Request]:
-        """The first waiting request and those that can run with it, as soon as there is one."""
+    def _joins(self, request: Request) -> bool:
+        return self._running.takes(self._model, request.settings)
+
+    def _next(self) -> list[Request]:
+        """The waiting requests that begin now: those that can join the ones that run, or a batch for one call of `generate`."""
         with self._changed:
-            while not self._waiting:
-                self._changed.wait()
-            self._changed.wait_for(lambda: len(self._waiting) >= self._size, GATHERING)
-            first = _form(self._waiting[0].settings)
-            batch = [request for request in self._waiting if _form(request.settings) == first][: self._size]
-            self._waiting = deque(request for request in self._waiting if request not in batch)
+            if len(self._running) == 0:
+                self._changed.wait_for(lambda: bool(self._waiting) or self._stopping)
+                self._changed.wait_for(lambda: len(self._waiting) >= self._size or self._stopping, GATHERING)
+            room, batch = self._size - len(self._running), list[Request]()
+            if self._waiting and self._joins(self._waiting[0]):
+                while self._waiting and len(batch) < room and self._joins(self._waiting[0]):
+                    batch.append(self._waiting.popleft())
+            elif self._waiting and len(self._running) == 0:
+                first = _form(self._waiting[0].settings)
+                batch = [request for request in self._waiting if _form(request.settings) == first][: self._size]
+                self._waiting = deque(request for request in self._waiting if request not in batch)
             self._metrics.waiting(len(self._waiting))
-        self._metrics.batch(len(batch))
+        if batch:
+            self._metrics.batch(len(batch))
         return batch
 
-    def _run(self, batch: list[_Request]) -> None:
+    def _run(self, batch: list[Request]) -> None:
         model, longest = self._model, max(len(request.ids) for request in batch)
-        ends = _ends(batch[0].settings)
         pad = batch[0].settings.pad_token_id
-        pad = pad if pad is not None else next(iter(ends), 0)
+        pad = pad if pad is not None else next(iter(batch[0].ends), 0)
         ids = torch.full((len(batch), longest), pad, dtype=torch.int64, device=model.device)
         mask = torch.zeros_like(ids)
         for row, request in enumerate(batch):
@@ -165,7 +177,7 @@ class BatchManager(GenerateManager):  # type: ignore[misc]
         settings = type(batch[0].settings).from_dict(batch[0].settings.to_dict())
         settings.max_new_tokens, settings.stop_strings = max(request.most for request in batch), None
         settings.pad_token_id = pad
-        rows = StoppingCriteriaList([_Rows(batch, ends, self._tokenizer, longest)])
+        rows = StoppingCriteriaList([_Rows(batch)])
         prompts = [request.ids.cpu() for request in batch]
         cache = self._reading.begin(model, settings, prompts)
         own = {} if cache is None else {cache_argument(model.forward): cache}
@@ -177,6 +189,8 @@ class BatchManager(GenerateManager):  # type: ignore[misc]
             )
         if cache is not None:
             self._reading.keep(cache, prompts, [request.tokens for request in batch])
+        for request in batch:
+            request.end(request.tokens)
 
 
 class _Left(Exception):
@@ -186,34 +200,19 @@ class _Left(Exception):
 class _Rows(StoppingCriteria):
     """Hands each new token to its request, and ends the rows of requests that are over."""
 
-    def __init__(self, batch: list[_Request], ends: set[int], tokenizer: Any, prompt: int) -> None:
-        self._batch, self._ends, self._prompt = batch, ends, prompt
-        self._stops = [
-            StopStringCriteria(tokenizer, request.settings.stop_strings) if request.settings.stop_strings else None
-            for request in batch
-        ]
+    def __init__(self, batch: list[Request]) -> None:
+        self._batch = batch
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        for row, (request, token) in enumerate(zip(self._batch, input_ids[:, -1].tolist(), strict=True)):
+        for request, token in zip(self._batch, input_ids[:, -1].tolist(), strict=True):
             if not request.ended:
-                self._take(row, request, token, input_ids)
-        over = [request.ended for request in self._batch]
-        return torch.tensor(over, dtype=torch.bool, device=input_ids.device)
+                request.take(token)
+        return torch.tensor([request.ended for request in self._batch], dtype=torch.bool, device=input_ids.device)
 
-    def _take(self, row: int, request: _Request, token: int, input_ids: Tensor) -> None:
-        request.tokens.append(token)
-        try:
-            request.said(token)
-        # A streamer raises an exception of its own if its client has left.
-        except Exception:
-            request.ended = True
-            request.done([])
-            return
-        stop = self._stops[row]
-        stopped = stop is not None and bool(stop(input_ids[row : row + 1, self._prompt :], None)[0])
-        if token in self._ends or len(request.tokens) >= request.most or stopped:
-            request.ended = True
-            request.done(request.tokens)
+
+def _end(batch: list[Request], error: BaseException) -> None:
+    for request in batch:
+        request.end(error)
 
 
 def _one(token: int) -> Tensor:
@@ -223,11 +222,6 @@ def _one(token: int) -> Tensor:
 def _form(settings: Any) -> dict[str, Any]:
     """All settings in which requests of a batch must agree."""
     return {key: value for key, value in settings.to_dict().items() if key not in OWN}
-
-
-def _ends(settings: Any) -> set[int]:
-    ends = settings.eos_token_id
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
 def _check_length(model: Any, inputs: Any, settings: Any) -> None:

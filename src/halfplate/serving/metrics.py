@@ -65,7 +65,7 @@ class Metrics:
                 self._first.add(first)
 
     def waiting(self, count: int) -> None:
-        """So many requests wait for a batch."""
+        """So many requests wait for others to end."""
         with self._lock:
             self._waiting = count
 
@@ -75,7 +75,7 @@ class Metrics:
             self._reused += tokens
 
     def batch(self, size: int) -> None:
-        """A batch of so many requests has begun."""
+        """So many requests have begun together."""
         with self._lock:
             self._batches += 1
             self._batched += size
@@ -98,11 +98,11 @@ class Metrics:
         yield from self._first.lines("halfplate_first_byte_seconds")
         yield from _about("requests_in_flight", "gauge", "Requests that run or wait.")
         yield f"halfplate_requests_in_flight {self._in_flight}"
-        yield from _about("requests_waiting", "gauge", "Requests that wait for a batch.")
+        yield from _about("requests_waiting", "gauge", "Requests that wait for others to end.")
         yield f"halfplate_requests_waiting {self._waiting}"
-        yield from _about("batches_total", "counter", "Batches that were begun.")
+        yield from _about("batches_total", "counter", "Groups of requests that began together.")
         yield f"halfplate_batches_total {self._batches}"
-        yield from _about("batched_requests_total", "counter", "Requests of these batches.")
+        yield from _about("batched_requests_total", "counter", "Requests of these groups.")
         yield f"halfplate_batched_requests_total {self._batched}"
         yield from _about("reused_prompt_tokens_total", "counter", "Tokens of prompts that were not read again.")
         yield f"halfplate_reused_prompt_tokens_total {self._reused}"

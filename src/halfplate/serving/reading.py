@@ -10,7 +10,15 @@ from torch import Tensor
 
 from halfplate.models.arguments import cache_argument
 from halfplate.runtime.cache import GrowingCache
-from halfplate.runtime.prompts import Prompt, Prompts, check_cache_dtype, new_cache, side_by_side, why_no_prompts
+from halfplate.runtime.prompts import (
+    Prompt,
+    Prompts,
+    Sequenced,
+    check_cache_dtype,
+    new_cache,
+    side_by_side,
+    why_no_prompts,
+)
 from halfplate.serving.metrics import Metrics
 from halfplate.serving.settings import ServeSettings
 
@@ -25,6 +33,11 @@ class Reading:
         self._metrics, self._cache_dtype = metrics, settings.cache_dtype
         self._prompts = Prompts(settings.prompt_cache)
 
+    def reads(self, model: Any, settings: Any) -> bool:
+        """Whether keys and values of one text of `model` can be used in another, and `generate` with `settings` would use them."""
+        ways = max(settings.num_beams or 1, settings.num_return_sequences or 1)
+        return ways == 1 and settings.use_cache is not False and why_no_prompts(model) is None
+
     def begin(self, model: Any, settings: Any, prompts: Sequence[Tensor]) -> GrowingCache | None:
         """A cache for `generate` of these prompts, int64 (tokens,), with padding on the left; None if `generate` makes its own.
 
@@ -33,15 +46,14 @@ class Reading:
         Raises HalfplateError if the model cannot decode with the type of cache that the server was started with.
         """
         dtype = check_cache_dtype(model, self._cache_dtype)
-        ways = max(settings.num_beams or 1, settings.num_return_sequences or 1)
-        if ways > 1 or settings.use_cache is False or why_no_prompts(model) is not None:
+        if not self.reads(model, settings):
             return None
         self._prompts.kept_dtype = dtype
         shared = sum(self._prompts.shared(ids) for ids in prompts)
         if min(map(len, prompts)) < 2 or shared < LEAST_SHARED * sum(map(len, prompts)):
             return new_cache(model, dtype)
         read = [self._read(model, ids) for ids in prompts]
-        return side_by_side(model, read, max(map(len, prompts)) - 1)
+        return side_by_side(model, [Sequenced(cache) for cache in read], max(map(len, prompts)) - 1)
 
     def keep(self, cache: GrowingCache, prompts: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> None:
         """Remember the texts of a batch. cache: after `generate`. prompts: int64 (tokens,) each; answers: the tokens after them."""
@@ -50,11 +62,13 @@ class Reading:
         longest = max(map(len, prompts))
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             text = torch.cat([prompt.cpu(), torch.tensor(answer, dtype=torch.int64, device="cpu")])
-            first = longest - len(prompt)
-            # The last token of an answer may not have been read.
-            length = min(len(text) - 1, cache.get_seq_length() - first)
-            if length > 0:
-                self._prompts.keep(Prompt.of(cache, text[:length], row, first))
+            self.keep_one(Sequenced(cache, row, longest - len(prompt)), text)
+
+    def keep_one(self, sequence: Sequenced, text: Tensor) -> None:
+        """Remember a text, int64 (tokens,), that `sequence` has read, perhaps but for its last token."""
+        length = min(len(text) - 1, sequence.length)
+        if self._prompts.most > 0 and length > 0:
+            self._prompts.keep(Prompt.of(sequence.cache, text[:length], sequence.row, sequence.first))
 
     def _read(self, model: Any, ids: Tensor) -> GrowingCache:
         """A cache of all tokens of a prompt but the last."""

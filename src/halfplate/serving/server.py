@@ -18,19 +18,24 @@ def serve(settings: ServeSettings) -> None:
     """Serve until the process is told to end; `transformers.utils.import_utils.is_serve_available` must hold."""
     from transformers.cli.serve import Serve
 
-    metrics = Metrics()
-    with _guarded(lambda app: Guard(app, settings, metrics), _batching(settings, metrics), settings.activations):
-        Serve(
-            force_model=settings.model,
-            host=settings.host,
-            port=settings.port,
-            device=settings.device,
-            dtype=settings.dtype,
-        )
+    metrics, managers = Metrics(), dict[str, Any]()
+    install = _batching(settings, metrics, managers)
+    with _guarded(lambda app: Guard(app, settings, metrics), install, settings.activations):
+        try:
+            Serve(
+                force_model=settings.model,
+                host=settings.host,
+                port=settings.port,
+                device=settings.device,
+                dtype=settings.dtype,
+            )
+        finally:
+            for manager in managers.values():
+                manager.stop()
 
 
-def _batching(settings: ServeSettings, metrics: Metrics) -> Callable[[Any], None]:
-    """A function that makes a `GenerationState` of transformers run requests in batches."""
+def _batching(settings: ServeSettings, metrics: Metrics, managers: dict[str, Any]) -> Callable[[Any], None]:
+    """A function that makes a `GenerationState` of transformers run requests in batches. managers: filled by model."""
     if settings.max_batch == 1 and settings.prompt_cache == 0 and settings.cache_dtype == "fp32":
         return lambda state: None
     try:
@@ -44,7 +49,7 @@ def _batching(settings: ServeSettings, metrics: Metrics) -> Callable[[Any], None
         return lambda state: None
 
     def install(state: Any) -> None:
-        plain, managers = state.get_manager, dict[str, Any]()
+        plain = state.get_manager
 
         def get_manager(model_id: str, use_cb: bool = False) -> Any:
             if use_cb:
