@@ -5,8 +5,6 @@ from pathlib import Path
 
 from halfplate.errors import HalfplateError
 
-REMEMBERED_NBYTES = 300_000_000  # of outputs of the parts of a layer, which are kept for further passes
-
 
 def check_memory(what: str, nbytes: int, argument: str, value: int) -> None:
     """Raise HalfplateError if this process cannot use `nbytes` more memory, naming the `value` of `argument` that would fit.

@@ -1,7 +1,6 @@
 """Outputs that are remembered between the passes of a layer change no result, and are not used where they could."""
 
 import hashlib
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,13 +8,14 @@ import torch
 from torch import nn
 
 import tiny_models
-from halfplate.compression import open_layer
 from halfplate.compression.compress import compress
 from halfplate.compression.remembered import RememberedOutputs
+from halfplate.planning import memory
 from halfplate.recipe import Recipe
 
 SETTINGS = {"pattern": "dense", "block_size": 0, "core_dtype": "int4", "group_size": 16, "samples": 10, "seq_len": 24}
 # Plain, parallel attention and MLP, norms around blocks, Conv1D, experts, shared keys and values, state spaces.
+ROOM = 10**6
 KINDS = ("llama", "falcon", "gpt_neox", "gemma2", "gpt2", "qwen2_moe", "mixtral", "gemma3n_text", "mamba")
 
 
@@ -30,7 +30,7 @@ def test_results_do_not_depend_on_what_is_remembered(kind, inputs, tiny_tokenize
     tiny_models.build_model(kind).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     found = made(tmp_path / "model", tmp_path / "remembered", inputs=inputs)
-    monkeypatch.setattr(open_layer, "RememberedOutputs", partial(RememberedOutputs, room=0))
+    monkeypatch.setattr(memory, "REMEMBERED_NBYTES", 0)
     assert found == made(tmp_path / "model", tmp_path / "again", inputs=inputs)
 
 
@@ -48,7 +48,7 @@ def test_a_layer_runs_its_attention_twice_instead_of_four_times(tiny_folder, tmp
         monkeypatch.setattr(kind, "forward", counted)
     counts = []
     for room in (0, 10**8):
-        monkeypatch.setattr(open_layer, "RememberedOutputs", partial(RememberedOutputs, room=room))
+        monkeypatch.setattr(memory, "REMEMBERED_NBYTES", room)
         calls.clear()
         made(tiny_folder, tmp_path / str(room))
         counts.append((calls.count("LlamaAttention"), calls.count("LlamaMLP")))
@@ -88,7 +88,7 @@ def run(remembered: RememberedOutputs, block: Block, x: torch.Tensor, batch: int
 
 
 def test_what_is_recalled_and_what_runs():
-    remembered, block, x = RememberedOutputs(), Block(), torch.randn(3, 5, 4)
+    remembered, block, x = RememberedOutputs(ROOM), Block(), torch.randn(3, 5, 4)
     assert run(remembered, block, x) == ["first", "second"]
     assert remembered.nbytes == 2 * x.nbytes  # of the submodules, no longer of the linears inside
     assert run(remembered, block, x) == []
@@ -101,7 +101,7 @@ def test_what_is_recalled_and_what_runs():
 
 
 def test_a_part_whose_linear_is_watched_runs():
-    remembered, block, x = RememberedOutputs(), Block(), torch.randn(3, 5, 4)
+    remembered, block, x = RememberedOutputs(ROOM), Block(), torch.randn(3, 5, 4)
     run(remembered, block, x)
     seen: list[int] = []
     block.second[0].register_forward_pre_hook(lambda *_: seen.append(1))
@@ -112,7 +112,7 @@ def test_a_part_whose_linear_is_watched_runs():
 
 
 def test_outputs_that_are_changed_in_place_are_not_used_again():
-    remembered, block, x = RememberedOutputs(), Block(), torch.randn(3, 5, 4)
+    remembered, block, x = RememberedOutputs(ROOM), Block(), torch.randn(3, 5, 4)
     block.changing = True
     for _ in range(3):
         assert "first" in run(remembered, block, x)
@@ -132,7 +132,7 @@ def test_parts_that_are_given_a_cache_run():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.attention(x, cache={})
 
-    block, remembered = Cached(), RememberedOutputs()
+    block, remembered = Cached(), RememberedOutputs(ROOM)
 
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -32,6 +32,7 @@ class LayerView:
     finished: the artifact of each finished matrix by its name; several matrices may share one artifact.
     precision: of matrix products while text runs through it.
     threads: of torch.
+    remembered: bytes of outputs that may be kept for further passes.
     """
 
     model: str
@@ -41,6 +42,7 @@ class LayerView:
     threads: int
     index: int
     finished: Mapping[str, Path]
+    remembered: int = 0
 
     def needs(self, memory: int) -> Needs:
         """The resources that a task on this layer needs."""
@@ -72,6 +74,7 @@ class OpenLayers:
     def open(self, view: LayerView, dense: bool = False) -> tuple[BlockwiseModel, nn.Module | None]:
         """Load the layer of the view with its finished matrices. Returns the model, and with `dense` also the original layer."""
         streamed = self.model(view)
+        self.remembered.room = view.remembered
         stale = any(view.finished.get(name) != path for name, path in self._applied.items())
         if self._index != view.index or stale or (dense and self._dense is None):
             self.close()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from halfplate.formats import CompressedLinear
-from halfplate.headroom import REMEMBERED_NBYTES
 from halfplate.models.experts import experts_of
 
 LINEARS = (nn.Linear, CompressedLinear)
@@ -49,7 +48,7 @@ class RememberedOutputs:
     room: most bytes that are kept; further outputs are computed again.
     """
 
-    def __init__(self, room: int = REMEMBERED_NBYTES) -> None:
+    def __init__(self, room: int = 0) -> None:
         self.room, self.nbytes = room, 0
         self._outputs: dict[tuple[int, str], _Output] = {}
         self._changing: set[str] = set()  # parts whose outputs other code changes in place

@@ -57,7 +57,16 @@ class Run:
         """The state of a layer with the matrices in `finished` compressed."""
         recipe = self.plan.recipe
         name = str(self.work.path)
-        return LayerView(name, self.source, recipe.device, recipe.precision, self.threads, layer, dict(finished))
+        return LayerView(
+            name,
+            self.source,
+            recipe.device,
+            recipe.precision,
+            self.threads,
+            layer,
+            dict(finished),
+            self.plan.memory.remembered,
+        )
 
     def artifacts(self, layer: int) -> dict[str, Path]:
         """The artifact of each matrix of a finished layer."""

@@ -153,7 +153,8 @@ class Streams:
 
     def _memory_to_run(self, layer: int) -> int:
         _, length, width = self._shape
-        return memory_to_run([self.run.plan.specs[name] for name in self.run.names[layer]], BATCH * length * width)
+        specs = [self.run.plan.specs[name] for name in self.run.names[layer]]
+        return memory_to_run(specs, BATCH * length * width) + self.run.plan.memory.remembered
 
     def stages(self, layer: int, done: Mapping[str, Path]) -> list[list[str] | ExpertStage]:
         """The linears of a layer in groups, in the order in which their inputs become final; all experts of a module are one."""

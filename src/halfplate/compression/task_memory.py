@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from halfplate.formats import WeightSpec
-from halfplate.headroom import REMEMBERED_NBYTES
 from halfplate.methods.base import Method
 from halfplate.solvers.target import correcting_nbytes
 from halfplate.statistics import Statistic
@@ -27,7 +26,7 @@ def memory_to_run(specs: Iterable[WeightSpec], hidden: int) -> int:
     """Bytes needed to run text through a layer of these matrices and through the original layer; hidden: values of one batch."""
     # Each compressed matrix is also held multiplied out.
     weights = 3 * 4 * sum(spec.d_out * spec.d_in for spec in specs)
-    return PROCESS_NBYTES + REMEMBERED_NBYTES + weights + 16 * 4 * hidden
+    return PROCESS_NBYTES + weights + 16 * 4 * hidden
 
 
 def memory_to_collect(specs: Iterable[WeightSpec], needed: Statistic) -> int:

@@ -10,7 +10,7 @@ from halfplate.calibration.experts import ROWS
 from halfplate.calibration.self_text import CACHE_BYTES, sequences_at_once
 from halfplate.calibration.text import TOKEN_NBYTES
 from halfplate.formats.spec import WeightSpec
-from halfplate.headroom import REMEMBERED_NBYTES, memory
+from halfplate.headroom import memory
 from halfplate.job import Job
 from halfplate.planning.sizes import ExpertSizes, ModelSizes
 from halfplate.recipe import Recipe
@@ -26,6 +26,7 @@ SAMPLING_NBYTES = 700_000_000
 LIBRARIES = 800_000_000  # Python with torch and transformers, if the system does not report it
 CHECKING = "checking"  # name of the self-check phase
 CHECKED = 128  # tokens of the self-check
+REMEMBERED_NBYTES = 300_000_000  # outputs of the parts of a layer, for further passes
 HEAP = 100_000_000  # freed and not given back
 TABLE_TOKENS = 8192  # that the Gram matrix of the head's inputs is made of
 SOLVING_ROWS = 300_000_000  # for the rows of a table that are solved at once
@@ -33,11 +34,15 @@ SOLVING_ROWS = 300_000_000  # for the rows of a table that are solved at once
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The peak bytes in each phase, the bound, and the options that hold the whole model, to which the bound does not apply."""
+    """The peak bytes in each phase, the bound, and the options that hold the whole model, to which the bound does not apply.
+
+    remembered: bytes of outputs of a layer that may be kept between the passes over its stages, within the bound.
+    """
 
     phases: dict[str, int]
     bound: int
     whole_model: tuple[str, ...]
+    remembered: int = 0
 
     @property
     def peak(self) -> int:
@@ -87,8 +92,6 @@ def memory_plan(
     base = (memory("VmRSS") or LIBRARIES) + HEAP
     block, reading = FP32 * sizes.block, (FP32 + 2) * sizes.largest
     blocks = block * (job.streams if runs else 1)
-    outputs = recipe.samples * recipe.seq_len * FP32 * (5 * sizes.hidden + 2 * sizes.ffn + sizes.beside)
-    remembered = min(REMEMBERED_NBYTES, outputs) if runs else 0
     phases = {"reading": base + reading, "writing": base + 2 * block + (2 * FP32 + 1) * sizes.largest}
     if transforming:
         phases["transforming"] = base + transforming
@@ -107,18 +110,17 @@ def memory_plan(
             most = max(held + block + reading, sampling) if held else sampling + block + reading
             phases["calibration text"] = base + tokens + FP32 * sizes.outer + most
         # While text runs through a layer, its finished matrices are held both stored and multiplied out.
-        phases["statistics"] = base + blocks + block + hidden + remembered + _stage(sizes, job, collecting=True)
+        phases["statistics"] = base + blocks + block + hidden + _stage(sizes, job, collecting=True)
     if tables:
         most = max(spec.d_out * spec.d_in for spec in tables)
         states = 2 * TABLE_TOKENS * FP32 * (sizes.hidden + sizes.beside + sizes.arguments)
         collecting = FP32 * sizes.outer + 2 * block + states if runs else 0
         phases["embedding and head"] = base + max(collecting, (2 * FP32 + 2) * most + SOLVING_ROWS)
     solve = max(solving_memory(job, spec) for spec in set(specs))
-    phases["solving"] = base + blocks + remembered + _stage(sizes, job) + solve
+    phases["solving"] = base + blocks + _stage(sizes, job) + solve
     if sizes.experts is not None and runs:
-        phases["experts"] = (
-            base + blocks + remembered + _expert_task(sizes.experts, job) + _expert_grams(sizes, job) + solve
-        )
+        phases["experts"] = base + blocks + _expert_task(sizes.experts, job) + _expert_grams(sizes, job) + solve
+    remembered = _remember(sizes, job, phases) if runs else 0
     if recipe.tune_block:
         phases["tuning"] = base + 7 * block + BATCH * recipe.seq_len * FP32 * (20 * sizes.hidden + 8 * sizes.ffn)
     if workers > 1:
@@ -129,7 +131,20 @@ def memory_plan(
     checking = _loaded(sizes, loaded) if check_loads_whole(sizes, loaded, job) else 0
     chain = FP32 * sizes.outer + 2 * block + reading + sizes.vocabulary * CHECKED * (3 * FP32 + FP64)
     phases[CHECKING] = base + max(checking, chain)
-    return MemoryPlan(phases | _whole(sizes, specs, job, base), memory_bound(sizes, job), _holds(recipe))
+    ordered = any(spec.steps() for spec in specs)
+    phases |= _whole(sizes, specs, job, base)
+    return MemoryPlan(phases, memory_bound(sizes, job), _holds(recipe, ordered), remembered)
+
+
+def _remember(sizes: ModelSizes, job: Job, phases: dict[str, int]) -> int:
+    """The bytes of remembered outputs, which are added to the phases that hold them; as many as the bound leaves."""
+    recipe, held = job.recipe, [phase for phase in ("statistics", "solving", "experts") if phase in phases]
+    outputs = recipe.samples * recipe.seq_len * FP32 * (5 * sizes.hidden + 2 * sizes.ffn + sizes.beside)
+    free = memory_bound(sizes, job) - max(phases[phase] for phase in held)
+    remembered = max(0, min(REMEMBERED_NBYTES, outputs, free))
+    for phase in held:
+        phases[phase] += remembered
+    return remembered
 
 
 def check_loads_whole(sizes: ModelSizes, specs: Sequence[WeightSpec], job: Job) -> bool:
@@ -186,8 +201,8 @@ def _sampling(sizes: ModelSizes, recipe: Recipe, room: int | None = None) -> int
 PROBE_SAMPLES, PROBE_LENGTH = 2, 128  # through the model at once, to order steps of size
 
 
-def _holds(recipe: Recipe) -> tuple[str, ...]:
-    """The options of a recipe that hold the whole model."""
+def _holds(recipe: Recipe, ordered: bool) -> tuple[str, ...]:
+    """The options of a recipe that hold the whole model. ordered: whether its steps of size are put in order."""
     options = {
         "--budget": recipe.budget is not None,
         "--fit": recipe.fit is not None,
@@ -195,7 +210,7 @@ def _holds(recipe: Recipe) -> tuple[str, ...]:
         "--time-budget": recipe.time_budget is not None,
         f"--ratios {recipe.ratios}": recipe.ratios != "uniform",
         "--max-kl": recipe.max_kl is not None,
-        f"--method {recipe.method}": recipe.method == "bitstack",
+        f"--method {recipe.method}": ordered,
     }
     return tuple(option for option, given in options.items() if given)
 
