@@ -255,6 +255,9 @@ def _left_over(name: str, model: PreTrainedModel, extra: Mapping[str, tuple[str,
 
 def further_tensors(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     """Those of the stored `names` that predict further tokens and that the model does not have: they are kept as they are."""
+    names = list(names)
+    if not names:
+        return []  # without asking for the state, for which every packed matrix is unpacked
     count, block = _numbered_blocks(model)
     beyond = range(count, count + _further_layers(model))
     state = model.state_dict(keep_vars=True)
