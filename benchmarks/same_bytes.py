@@ -56,9 +56,29 @@ CORES = {
     "Q8_0": "int8:32",
 }
 EXACT = ("Q4_K_M", "Q3_K_M", "Q2_K", "IQ4_XS", "Q4_0", "Q5_K_M", "Q6_K", "Q8_0")
+
+
+def _of(core: str, embedding: str, **types: str) -> dict[str, Any]:
+    """Recipe fields for the cores `core` and, by the first letters of the linears, `types`; groups of 32 unless they say otherwise."""
+    found = [f"*.{part}_proj={kind}" for part, kind in types.items()]
+    core_dtype, colon, _ = core.partition(":")
+    found += [f"*.layers.*={core}"] if colon else []
+    return {"core_dtype": core_dtype, "group_size": 32, "types": found, "embedding_dtype": embedding}
+
+
 # Rows of our own formats: the file of llama.cpp whose bytes they keep within, and what is compressed. Types beside `core_dtype` by name.
 OWN: dict[str, tuple[str, dict[str, Any]]] = {
-    "nl4, five bits in v and down": ("Q4_K_M", {"core_dtype": "nl4", "types": ["*.v_proj=nl5", "*.down_proj=nl5"]}),
+    "nl4; nl5 in v, up, down and embedding": ("Q4_K_M", _of("nl4", "nl5", v="nl5", up="nl5", down="nl5")),
+    "nl4k; nl5k in v, up, down; int6k embedding": ("Q4_K_M", _of("nl4k", "int6k", v="nl5k", up="nl5k", down="nl5k")),
+    "nl4; nl3 in q, gate; nl5 embedding": ("Q3_K_M", _of("nl4", "nl5", q="nl3:64", gate="nl3:64")),
+    "nl4k; nl3k in q; nl5k embedding": ("Q3_K_M", _of("nl4k", "nl5k", q="nl3k")),
+    "nl3 in groups of 64; nl4 embedding": ("IQ3_XXS", _of("nl3:64", "nl4")),
+    "nl3 in groups of 128; nl4 in v; nl5 embedding": ("Q2_K", _of("nl3:128", "nl5", v="nl4")),
+    "nl3k; nl5k embedding": ("Q2_K", _of("nl3k:32", "nl5k")),
+    "nl4; nl5 embedding": ("IQ4_XS", _of("nl4", "nl5")),
+    "nl4k; nl5k in v, down and embedding": ("IQ4_XS", _of("nl4k", "nl5k", v="nl5k", down="nl5k")),
+    "nl4; nl5 in down and embedding": ("Q4_0", _of("nl4", "nl5", down="nl5")),
+    "nl5; int6 in v, k and embedding": ("Q5_K_M", _of("nl5", "int6", v="int6", k="int6")),
 }
 
 
@@ -242,7 +262,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=None, metavar="ROW")
     parser.add_argument("--list", action="store_true", help="print the names of the rows, and do nothing")
     options = parser.parse_args()
-    names = LLAMA if options.what == "llama" else (*(f"exact {name}" for name in EXACT), *OWN)
+    ours = (f"exact {name}" for name in EXACT), OWN
+    names = LLAMA if options.what == "llama" else [name for some in ours for name in some]
     if options.list:
         print("\n".join(names))
         return

@@ -137,7 +137,6 @@ def measure(options: argparse.Namespace) -> None:
     exact = halfplate.load(folder, kernels=False).dequantize(dtype=torch.float32)
     programs: dict[str, Callable[[], Answers]] = {
         REFERENCE: lambda: by_transformers(exact, prompts, count),
-        "Halfplate, torch alone": lambda: in_torch(folder, prompts, count),
         "Halfplate, `--activations float`": lambda: natively(folder, "float", prompts, count),
         "Halfplate, `--activations auto`": lambda: natively(folder, "auto", prompts, count),
         "transformers, `from_pretrained`": lambda: loaded_by_transformers(folder, prompts, count),
@@ -146,6 +145,8 @@ def measure(options: argparse.Namespace) -> None:
         programs["llama.cpp, the exact file"] = lambda: in_llama(options.file, prompts, count)
     if options.vllm is not None:
         programs["vLLM, fp32"] = lambda: _in_environment(options.vllm, folder, prompts, count, kept / "in_vllm.json")
+    # The slowest: it decodes every matrix at every token.
+    programs["Halfplate, torch alone"] = lambda: in_torch(folder, prompts, count)
 
     def gap(number: int, place: int, other: int) -> float:
         mine = reference[number][place]
@@ -158,6 +159,7 @@ def measure(options: argparse.Namespace) -> None:
         file = kept / f"{name.replace('`', '').replace(' ', '_').replace(',', '')}.json"
         if not file.exists():
             file.write_text(json.dumps(ask()))
+            print(f"{name} answered", flush=True)
         answers[name] = json.loads(file.read_text())
     reference = answers.pop(REFERENCE)
     rows = [row(name, found, reference, gap) for name, found in answers.items()]
