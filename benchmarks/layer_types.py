@@ -1,6 +1,7 @@
 """One layer: output error of our solver and of llama.cpp's types, each matrix alone: section `layer_types` of RESULTS.md.
 
     python benchmarks/layer_types.py [--layer 12] [--only Q4_K ...]
+    python benchmarks/layer_types.py --table     the section, from what is measured so far
 
 Minutes instead of the hours of benchmarks/same_bytes.py. Model and texts are those of SmolLM2 off the grid; inputs are those of the original. Both sides
 see the same calibration text: we its Gram matrix, llama.cpp its importance matrix, which is the diagonal. The error is tr(D H D') / tr(W H W'), with H
@@ -138,9 +139,13 @@ def error(weight: Tensor, found: Tensor, gram: Tensor) -> float:
     return float(((lost @ gram) * lost).sum() / ((whole @ gram) * whole).sum())
 
 
+def _record(layer: int, folder: Path, how: str) -> Path:
+    return folder / f"layer_{layer}_{how.replace(':', '_')}.json"
+
+
 def mean_error(layer: int, folder: Path, how: str, llama: bool) -> float:
     """The mean over the matrices of the layer, kept in `folder`."""
-    kept = folder / f"layer_{layer}_{how.replace(':', '_')}.json"
+    kept = _record(layer, folder, how)
     if not kept.exists():
         weights, seen, unseen = measured_inputs(layer, folder)
         total = sum(weight.numel() for weight in weights.values())
@@ -167,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layer", type=int, default=12)
     parser.add_argument("--only", nargs="+", choices=CORES, default=list(CORES), metavar="TYPE")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
     options = parser.parse_args()
     silence_libraries()
     folder = (CACHE / "layer_types").resolve()
@@ -181,6 +187,8 @@ def main() -> None:
         values, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
         rows.append([f"llama.cpp {kind}", f"{8 * size / values:g}", f"{theirs:.3g}", ""])
         for core in CORES[kind]:
+            if options.table and not _record(options.layer, folder, core).exists():
+                continue
             ours = mean_error(options.layer, folder, core, llama=False)
             rows.append(
                 [

@@ -4,7 +4,8 @@
 
 Eight prompts are continued without a stop. What every program is compared with are the matrices multiplied out, in fp32, in transformers. Where
 its text differs, the table has the first token that does, and how far the two tokens' logits are apart there in that model: a small number is a
-tie that rounding decides, a large one would be an error. `--file` is the checkpoint's exact export, for llama.cpp (`pip install llama-cpp-python`).
+tie that rounding decides, a large one would be an error. `--file` is the checkpoint's exact export, for llama.cpp (`pip install llama-cpp-python`),
+which rounds the inputs of products to eight bits; so its text is also compared with that of the same model whose inputs are rounded in this way.
 `--vllm` is the Python of an environment with vLLM and Halfplate (docs/vllm.md). Answers that are in the cache are not computed again.
 """
 
@@ -29,6 +30,8 @@ PROMPTS = (
 )
 Answers = list[list[int]]
 REFERENCE = "multiplied out, transformers"
+ROUNDED = "multiplied out, inputs rounded as in llama.cpp"
+LLAMA = "llama.cpp, the exact file"
 
 
 def by_transformers(model: Any, prompts: Answers, count: int) -> Answers:
@@ -70,6 +73,20 @@ def loaded_by_transformers(folder: str, prompts: Answers, count: int) -> Answers
     import halfplate  # noqa: F401  registers its format
 
     return by_transformers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), prompts, count)
+
+
+def rounded(model: Any, file: Path, prompts: Answers, count: int) -> Answers:
+    """`by_transformers` with inputs rounded as llama.cpp does for the types in `file`."""
+    from same_bytes import types_in_file
+
+    from halfplate.exports.llama_logits import rounded_inputs
+    from halfplate.models.gguf_families.table import family_of_model
+    from halfplate.models.gguf_families.tensors import names_in_file
+
+    of_file, family = types_in_file(file), family_of_model(model.config.model_type)
+    kinds = {key: of_file.get(names_in_file(family, key)[0], "F32") for key in dict(model.named_parameters())}
+    with rounded_inputs(model, kinds):
+        return by_transformers(model, prompts, count)
 
 
 def in_llama(file: Path, prompts: Answers, count: int) -> Answers:
@@ -142,27 +159,34 @@ def measure(options: argparse.Namespace) -> None:
         "transformers, `from_pretrained`": lambda: loaded_by_transformers(folder, prompts, count),
     }
     if options.file is not None:
-        programs["llama.cpp, the exact file"] = lambda: in_llama(options.file, prompts, count)
+        programs[ROUNDED] = lambda: rounded(exact, options.file, prompts, count)
+        programs[LLAMA] = lambda: in_llama(options.file, prompts, count)
     if options.vllm is not None:
         programs["vLLM, fp32"] = lambda: _in_environment(options.vllm, folder, prompts, count, kept / "in_vllm.json")
     # The slowest: it decodes every matrix at every token.
     programs["Halfplate, torch alone"] = lambda: in_torch(folder, prompts, count)
 
-    def gap(number: int, place: int, other: int) -> float:
-        mine = reference[number][place]
-        with torch.inference_mode():
-            logits = exact(torch.tensor([prompts[number] + reference[number][:place]])).logits[0, -1]
-        return float(logits[mine] - logits[other])
-
     answers = {}
     for name, ask in programs.items():
         file = kept / f"{name.replace('`', '').replace(' ', '_').replace(',', '')}.json"
-        if not file.exists():
+        if not file.exists() and not options.table:
             file.write_text(json.dumps(ask()))
             print(f"{name} answered", flush=True)
-        answers[name] = json.loads(file.read_text())
-    reference = answers.pop(REFERENCE)
-    rows = [row(name, found, reference, gap) for name, found in answers.items()]
+        if file.exists():
+            answers[name] = json.loads(file.read_text())
+
+    def compared(name: str, found: Answers, reference: Answers) -> list[str]:
+        def gap(number: int, place: int, other: int) -> float:
+            mine = reference[number][place]
+            with torch.inference_mode():
+                logits = exact(torch.tensor([prompts[number] + reference[number][:place]])).logits[0, -1]
+            return float(logits[mine] - logits[other])
+
+        return row(name, found, reference, gap)
+
+    rows = [compared(name, found, answers[REFERENCE]) for name, found in answers.items() if name != REFERENCE]
+    if LLAMA in answers:
+        rows.append(compared(f"{LLAMA}, against rounded inputs", answers[LLAMA], answers[ROUNDED]))
     said = f"`python benchmarks/same_text.py`, {count} tokens after each of {len(prompts)} prompts; {machine().partition(', load')[0]}."
     write_section(
         "same_text", f"{said}\n\n{table(['program', 'same text', 'first token that differs, gap of the logits'], rows)}"
@@ -180,6 +204,7 @@ def main() -> None:
     parser.add_argument("--file", type=Path, help="its exact export as a GGUF file")
     parser.add_argument("--vllm", help="the Python of an environment with vLLM")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--table", action="store_true", help="ask no program that has not answered")
     measure(parser.parse_args())
 
 
