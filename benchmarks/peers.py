@@ -260,6 +260,14 @@ class LlamaCpp:
         for _ in range(new_tokens - 1):
             token = self._decode([token])
 
+    def continued(self, prompt: list[int], new_tokens: int) -> list[int]:
+        """The next tokens after those of `prompt`."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        found = [self._decode(prompt)]
+        while len(found) < new_tokens:
+            found.append(self._decode(found[-1:]))
+        return found
+
     def _decode(self, tokens: list[int]) -> int:
         """The most likely token after `tokens`."""
         array = (ctypes.c_int32 * len(tokens))(*tokens)

@@ -211,9 +211,10 @@ def test_values_that_a_field_cannot_have_are_refused(choose, message):
 
 
 def test_types_of_matrices_by_their_names():
-    recipe = Recipe(pattern="dense", core_dtype="nl4", types=["*.down_proj=nl5", "*.0.*=int8", "*.0.up_proj=nl3"])  # type: ignore[arg-type]
-    found = [recipe.core_dtype_of(f"layers.{name}") for name in ("1.up_proj", "0.down_proj", "0.up_proj")]
-    assert found == ["nl4", "nl5", "int8"]  # the first that matches counts
+    types = ["*.down_proj=nl5", "*.0.*=int8:32", "*.0.up_proj=nl3"]
+    recipe = Recipe(pattern="dense", core_dtype="nl4", types=types, group_size=64)  # type: ignore[arg-type]
+    found = [recipe.core_of(f"layers.{name}") for name in ("1.up_proj", "0.down_proj", "0.up_proj")]
+    assert found == [("nl4", 64), ("nl5", 64), ("int8", 32)]  # the first that matches counts
     assert Recipe.from_mapping(recipe.to_json()) == recipe
 
 
@@ -226,8 +227,10 @@ def test_one_type_replaces_those_of_a_recipe():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"types": ["nl5"]}, "types='nl5' is not of the form PATTERN=TYPE; try"),
+        ({"types": ["nl5"]}, "types='nl5' is not of the form PATTERN=TYPE or PATTERN=TYPE:COLUMNS; try"),
         ({"types": ["*.down_proj=nl7"]}, "nl7"),
+        ({"types": ["*=int6k:"]}, "types='\\*=int6k:' is not of the form PATTERN=TYPE or PATTERN=TYPE:COLUMNS; try"),
+        ({"types": ["*=int6k:17"]}, "17"),
         ({"types": ["*.down_proj=bf16"]}, "bf16"),
         ({"types": ["*=nl5"], "share_wrappers": True, "block_size": 16}, "matrices that share a wrapper have one type"),
     ],

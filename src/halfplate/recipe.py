@@ -56,7 +56,8 @@ class Recipe:
     - method, method_options: a name of `halfplate methods`, and its options, e.g. `{"iterations": 20}`
     - pattern: `N:M`, `dense`, `none`, or `auto` (`dense` if the method does not prune, `none` if it makes no core, else `2:4`)
     - core_dtype, wrapper_dtype: data types of kept values and wrappers
-    - types: `PATTERN=TYPE`, the core_dtype of matrices whose full name matches a shell pattern; the first that matches counts
+    - types: `PATTERN=TYPE`, the core_dtype of matrices whose full name matches a shell pattern; the first that matches counts.
+      `PATTERN=TYPE:COLUMNS` also sets their group_size
     - block_size: `auto` (chosen by the plan), 0 for no wrappers, 1 for diagonal wrappers; for slim the rank
     - out_block_size: that of the output wrapper, if it differs
     - share_wrappers: linears with the same input share one input wrapper
@@ -254,8 +255,8 @@ class Recipe:
             raise HalfplateError("share_wrappers=True with block_size=0 has no wrapper to share; try --block-size 16")
         # The size of a matrix without a core depends on its shape; the plan checks that.
         check = partial(Method.check_spec, method) if method.coreless else method.check_spec
-        for core_dtype in (self.core_dtype, *types_in(self.types)):
-            check(self._form(1, pattern.m, block, core_dtype))
+        for core_dtype, group in ((self.core_dtype, None), *types_in(self.types)):
+            check(self._form(1, pattern.m, block, core_dtype, group))
         scaled = self.core_dtype in QUANTIZERS or self.budgeted or {self.embedding_dtype, self.head_dtype} != {KEEP}
         if self.group_size != GROUP and not scaled:
             raise HalfplateError(
@@ -267,16 +268,19 @@ class Recipe:
                 f"core_dtype={self.core_dtype!r} makes pattern dense no smaller than the model; use {' or '.join(QUANTIZERS)}"
             )
 
-    def core_dtype_of(self, name: str) -> str:
-        """The type of the core of the matrix with the full name `name`."""
-        return typed_by(self.types, name) or self.core_dtype
+    def core_of(self, name: str) -> tuple[str, int]:
+        """The type of the core of the matrix with the full name `name`, and its columns that share a scale."""
+        core_dtype, group = typed_by(self.types, name) or (self.core_dtype, None)
+        return core_dtype, self.group_size if group is None else group
 
-    def spec(self, d_out: int, d_in: int, block: int, core_dtype: str | None = None) -> WeightSpec:
+    def spec(
+        self, d_out: int, d_in: int, block: int, core_dtype: str | None = None, group: int | None = None
+    ) -> WeightSpec:
         """The specification of a matrix: with wrappers of block size `block`, or a low-rank part of equal size, depending on the method."""
-        spec, method = self._form(d_out, d_in, block, core_dtype), self.create_method()
+        spec, method = self._form(d_out, d_in, block, core_dtype, group), self.create_method()
         return method.sized(spec) if method.coreless and spec.pattern.is_none else spec
 
-    def _form(self, d_out: int, d_in: int, block: int, core_dtype: str | None) -> WeightSpec:
+    def _form(self, d_out: int, d_in: int, block: int, core_dtype: str | None, group: int | None = None) -> WeightSpec:
         """`spec` before the method has decided on the size of parts without a core."""
         method = self.create_method()
         wrapper, rank = (0, block) if method.low_rank else (block, 0)
@@ -291,7 +295,7 @@ class Recipe:
             self.wrapper_dtype,
             rank,
             method.permutes,
-            self.group_size,
+            self.group_size if group is None else group,
             parts=method.parts,
         )
 

@@ -126,18 +126,28 @@ def file_values(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def types_in(entries: Sequence[str]) -> list[str]:
-    """The core_dtype of each entry `PATTERN=TYPE`; raises HalfplateError for an entry of another form."""
+def types_in(entries: Sequence[str]) -> list[tuple[str, int | None]]:
+    """The core_dtype of each entry `PATTERN=TYPE` or `PATTERN=TYPE:COLUMNS`, and its columns that share a scale, None for those of the recipe.
+
+    Raises HalfplateError for an entry of another form.
+    """
     found = []
     for entry in entries:
-        pattern, equals, core_dtype = entry.partition("=")
-        if not (pattern and equals and core_dtype):
-            raise HalfplateError(f"types={entry!r} is not of the form PATTERN=TYPE; try '*.down_proj=nl5'")
-        found.append(core_dtype)
+        pattern, equals, core = entry.partition("=")
+        core_dtype, colon, columns = core.partition(":")
+        if not (pattern and equals and core_dtype) or (colon and not (columns.isascii() and columns.isdigit())):
+            raise HalfplateError(
+                f"types={entry!r} is not of the form PATTERN=TYPE or PATTERN=TYPE:COLUMNS; try '*.down_proj=nl5' or '*.down_proj=int6k:16'"
+            )
+        found.append((core_dtype, int(columns) if colon else None))
     return found
 
 
-def typed_by(entries: Sequence[str], name: str) -> str | None:
-    """The core_dtype of the first entry whose pattern matches `name`; None if there is none."""
-    pairs = (entry.partition("=") for entry in entries)
-    return next((core_dtype for pattern, _, core_dtype in pairs if fnmatchcase(name, pattern)), None)
+def typed_by(entries: Sequence[str], name: str) -> tuple[str, int | None] | None:
+    """What `types_in` gives of the first entry whose pattern matches `name`; None if there is none."""
+    matching = (core for entry, core in zip(entries, types_in(entries), strict=True) if _matches(entry, name))
+    return next(matching, None)
+
+
+def _matches(entry: str, name: str) -> bool:
+    return fnmatchcase(name, entry.partition("=")[0])

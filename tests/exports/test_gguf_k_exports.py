@@ -92,6 +92,34 @@ def test_no_tensor_differs(
     assert np.array_equal(dequantize(found.data, found.tensor_type), matrix.dense().detach().numpy())
 
 
+def test_types_with_their_own_groups_are_held_exactly(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    types = ["*.v_proj=affine5k:32", "*.o_proj=affine4k:32", "*.down_proj=int8:64"]
+    fields = {
+        "method": "rtn",
+        "core_dtype": "int3k",
+        "group_size": 16,
+        "types": types,
+        "embedding_dtype": "int6k",
+    }  # the head, Q8_0, is not tied
+    said = exported(folder_of("wide", "llama", **SIZES), tmp_path, **fields)
+    for part in (
+        "4 tensors in Q3_K",
+        "1 tensors in Q5_K",
+        "1 tensors in Q4_K",
+        "2 tensors in Q8_0",
+        "1 tensors in Q6_K",
+    ):
+        assert part in said
+    specs = {
+        name: module.spec
+        for name, module in halfplate.load(tmp_path / "out", kernels=False).named_modules()
+        if hasattr(module, "spec")
+    }
+    assert [
+        specs[f"model.layers.0.{name}"].group for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+    ] == [16, 32, 64]
+
+
 def test_experts_keep_their_codes(folder_of: Callable[..., Path], tmp_path: Path) -> None:
     folder = folder_of("experts", "qwen3_moe", hidden_size=64, num_hidden_layers=1, **EXPERTS)
     said = exported(folder, tmp_path, method="rtn", core_dtype="nl4", group_size=32)

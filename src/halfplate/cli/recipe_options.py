@@ -167,7 +167,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--types",
         metavar="PATTERN=TYPE",
         action="append",
-        help="type of the core in matrices whose name matches, e.g. '*.down_proj=nl5'; may be repeated",
+        help="type of the core in matrices whose name matches, e.g. '*.down_proj=nl5', or '*.down_proj=int6k:16' with the columns that share a scale; may be repeated",
     )
     parser.add_argument(
         "--choose",

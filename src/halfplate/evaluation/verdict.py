@@ -149,8 +149,8 @@ def _better(recipe: Recipe | None, model: str, folder: str | None) -> tuple[tupl
 def _nbytes(recipe: Recipe) -> int:
     """Bytes of a matrix of usual size in the middle of its types, with the smallest wrappers if planning chooses them."""
     block = 1 if recipe.block_size == "auto" and recipe.create_method().wrapped else recipe.block_size
-    size, types = block if isinstance(block, int) else 0, {recipe.core_dtype, *types_in(recipe.types)}
-    return sum(recipe.spec(WIDTH, WIDTH, size, core_dtype).nbytes for core_dtype in types) // len(types)
+    size, cores = block if isinstance(block, int) else 0, {(recipe.core_dtype, None), *types_in(recipe.types)}
+    return sum(recipe.spec(WIDTH, WIDTH, size, *core).nbytes for core in cores) // len(cores)
 
 
 def _kept(recipe: Recipe | None) -> list[str]:

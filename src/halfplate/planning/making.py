@@ -90,8 +90,8 @@ def plan_source(
     block = _block_size(recipe, fitting) if method.wrapped or method.low_rank else 0
 
     @cache
-    def spec_of(d_out: int, d_in: int, core_dtype: str) -> WeightSpec:
-        spec = recipe.spec(d_out, d_in, block, core_dtype)
+    def spec_of(d_out: int, d_in: int, core_dtype: str, group: int) -> WeightSpec:
+        spec = recipe.spec(d_out, d_in, block, core_dtype, group)
         method.check_spec(spec)
         return spec
 
@@ -102,7 +102,7 @@ def plan_source(
             reason = f"d_in={linear.d_in} is not a multiple of M={pattern.m} (pattern {pattern})"
         else:
             try:
-                spec = spec_of(linear.d_out, linear.d_in, recipe.core_dtype_of(linear.name))
+                spec = spec_of(linear.d_out, linear.d_in, *recipe.core_of(linear.name))
             except HalfplateError as refusal:
                 raise HalfplateError(f"{linear.name}: {refusal}") from None
         matrices.append(MatrixPlan(linear.name, (linear.d_out, linear.d_in), linear.block, recipe.method, spec, reason))
