@@ -34,7 +34,9 @@ def rendered(
             heading = f"**{share:g} of the linears, at most {limit / whole:.3f} of the whole model**"
             parts.append(f"{heading}\n\n{table(HEADER, lines)}")
     rotated = [name for name in rows if name.endswith(", rotated") and rows[name]["status"] == DONE]
-    pairs = [(name, next(at[min(at)] for system, at in places.items() if name == f"{system}, rotated")) for name in rotated]
+    pairs = [
+        (name, next(at[min(at)] for system, at in places.items() if name == f"{system}, rotated")) for name in rotated
+    ]
     lines = [_rotation(rows[name], rows[plain]) for name, plain in pairs if rows[plain]["status"] == DONE]
     if lines:
         head = ["system", "linears, of original", "KL as it is", "KL rotated", "ratio"]
