@@ -55,7 +55,7 @@ CORES: tuple[tuple[float, dict[str, Any]], ...] = (
 )
 BLOCKS = (4, 8, 16, 32, 64, 128)
 TYPES = ("int8", "int6", "int5", "int4", "int3", "int2")
-GROUPS = (16, 32, 64, 128)
+GROUPS = (32, 64, 128)  # those of kernels
 # Rotations of the model before a rival, at the size of the last share.
 ROTATED = ("rtn", "gptq", "armor", "sparsegpt")
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -23,9 +23,10 @@ def rendered(
     parts = []
     for share, limit in limits.items():
         lines = [
-            _cells(system, rows[at[share]], whole)
+            _cells(system, rows[name], whole)
             for system, at in places.items()
-            if share in at and rows[at[share]]["status"] == DONE
+            for asked, name in at.items()
+            if rows[name]["status"] == DONE and share == _place(asked, rows[name]["weight_nbytes"], limits)
         ]
         fitting = [file for file in files if _smallest(file["nbytes"], limits) == share]
         lines += [_file_cells(file, whole) for file in fitting]
@@ -45,6 +46,11 @@ def rendered(
     if failed:
         parts.append("Refused:\n\n" + "\n".join(failed))
     return "\n\n".join(parts)
+
+
+def _place(asked: float, nbytes: int, limits: Mapping[float, float]) -> float:
+    """The size whose table a row is in: the one that it was made for, or, of a file with a form of its own, the smallest it fits."""
+    return asked if nbytes <= limits[asked] else _smallest(nbytes, limits)
 
 
 def _smallest(nbytes: int, limits: Mapping[float, float]) -> float:
