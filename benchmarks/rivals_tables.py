@@ -26,7 +26,7 @@ def rendered(
             _cells(system, rows[name], whole)
             for system, at in places.items()
             for asked, name in at.items()
-            if rows[name]["status"] == DONE and share == _place(asked, rows[name]["weight_nbytes"], limits)
+            if rows[name]["status"] == DONE and share == _place(asked, rows[name], limits)
         ]
         fitting = [file for file in files if _smallest(file["nbytes"], limits) == share]
         lines += [_file_cells(file, whole) for file in fitting]
@@ -48,9 +48,10 @@ def rendered(
     return "\n\n".join(parts)
 
 
-def _place(asked: float, nbytes: int, limits: Mapping[float, float]) -> float:
-    """The size whose table a row is in: the one that it was made for, or, of a file with a form of its own, the smallest it fits."""
-    return asked if nbytes <= limits[asked] else _smallest(nbytes, limits)
+def _place(asked: float, row: Mapping[str, Any], limits: Mapping[float, float]) -> float:
+    """The size whose table a row is in: the one that it was made for, or, of a whole file, the smallest that it fits."""
+    whole = row["made"]["recipe"].get("embedding_dtype") is not None
+    return _smallest(row["weight_nbytes"], limits) if whole else asked
 
 
 def _smallest(nbytes: int, limits: Mapping[float, float]) -> float:

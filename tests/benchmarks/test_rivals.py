@@ -58,7 +58,8 @@ def test_a_table_holds_a_row_where_it_fits(rivals):
     import rivals_tables
 
     def row(name, nbytes, kl, **made):
-        recipe = {"pattern": "2:4", "core_dtype": "int4", "group_size": 32, "block_size": 16, "keep": 0.5}
+        recipe = {"embedding_dtype": "int8"} if name == "whole" else {}
+        recipe |= {"pattern": "2:4", "core_dtype": "int4", "group_size": 32, "block_size": 16, "keep": 0.5}
         return {
             "name": name,
             "status": "done",
