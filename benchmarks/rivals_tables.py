@@ -50,7 +50,7 @@ def rendered(
 
 def _place(asked: float, row: Mapping[str, Any], limits: Mapping[float, float]) -> float:
     """The size whose table a row is in: the one that it was made for, or, of a whole file, the smallest that it fits."""
-    whole = row["made"]["recipe"].get("embedding_dtype") is not None
+    whole = not row["made"].get("pruned") and "embedding_dtype" in row["made"]["recipe"]
     return _smallest(row["weight_nbytes"], limits) if whole else asked
 
 
