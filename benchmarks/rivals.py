@@ -56,6 +56,18 @@ CORES: tuple[tuple[float, dict[str, Any]], ...] = (
 BLOCKS = (4, 8, 16, 32, 64, 128)
 TYPES = ("int8", "int6", "int5", "int4", "int3", "int2")
 GROUPS = (32, 64, 128)  # those of kernels
+# What a reader compares most is measured first, and what takes hours on SmolLM2 last.
+FIRST = (
+    "armor, unpruned",
+    "armor, 2:4",
+    "tyr",
+    "sparsegpt, 2:4",
+    "gptq, unpruned",
+    "armor everyday, embedding int8",
+    "bitstack",
+)
+FIRST += ("wanda, 2:4", "depth", "rocket", "svd by Gram matrix", "gqsa", "modegpt", "flap", "rtn, unpruned")
+LAST = ("cospadi",)
 # Rotations of the model before a rival, at the size of the last share.
 ROTATED = ("rtn", "gptq", "armor", "sparsegpt")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -163,7 +175,12 @@ def sweep_of(model: str, name: str) -> tuple[dict[str, Any], dict[str, dict[floa
     for method in ROTATED:
         system = f"{method}, {'2:4' if method == 'sparsegpt' else 'unpruned'}"
         rows[f"{system}, rotated"] = rows[places[system][SHARES[-1]]] | {"transforms": ["rotate"]}
-    listed = ["original", *({"name": row, **fields} for row, fields in rows.items())]
+    systems = sorted(
+        places, key=lambda system: (system in LAST, FIRST.index(system) if system in FIRST else len(FIRST))
+    )
+    order = [row for system in systems for row in places[system].values()]
+    order += [row for row in rows if row not in order]
+    listed = ["original", *({"name": row, **rows[row]} for row in dict.fromkeys(order))]
     return {"model": name, **SETTINGS[model], "rows": listed}, places
 
 
