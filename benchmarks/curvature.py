@@ -1,6 +1,6 @@
 """Two-sided curvature for rivals on stories260K: KL with and without the second moments of the gradients of the outputs.
 
-    python benchmarks/curvature.py [--damping 1 0.3]
+    python benchmarks/curvature.py [--damping 1 0.1]
 
 The loss is tr(G (W - W') H (W - W')ᵀ) instead of tr((W - W') H (W - W')ᵀ): H the second moments of the inputs, G those of the gradients
 of the outputs, by token, for labels drawn from the model itself. Rows are solved one after the other by the method as it is, each moved
@@ -28,7 +28,6 @@ MODEL, SAMPLES, SEQ_LEN, WINDOWS = "stories260K", 64, 256, 16
 RIVALS: dict[str, dict[str, Any]] = {
     "rtn int3": {"method": "rtn", "core_dtype": "int3", "group_size": 32, "pattern": "dense"},
     "gptq int3": {"method": "gptq", "core_dtype": "int3", "group_size": 32, "pattern": "dense"},
-    "gptq int2": {"method": "gptq", "core_dtype": "int2", "group_size": 32, "pattern": "dense"},
     "sparsegpt 2:4": {"method": "sparsegpt", "pattern": "2:4"},
 }
 
@@ -92,7 +91,7 @@ def loss(weight: Tensor, made: Tensor, gram: Tensor, output: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--damping", type=float, nargs="+", default=[1.0, 0.3, 0.03])
+    parser.add_argument("--damping", type=float, nargs="+", default=[1.0, 0.1])
     options = parser.parse_args()
     silence_libraries()
     torch.set_num_threads(1)
