@@ -134,7 +134,8 @@ def measured(name: str, with_importance: bool, source: Path, folder: Path, sweep
         with new_folder(folder / "read_back", overwrite=False) as back:
             write_model(model, loaded.tokenizer, back, torch.float32, quantization=None)
         found = halfplate.evaluate(folder / "read_back", against=source, **sweep["eval"])
-        row = {"nbytes": out.stat().st_size, "contents": contents(out), "texts": found["texts"], "machine": machine()}
+        texts = found.get("texts", {"text": found})  # without names if there is one
+        row = {"nbytes": out.stat().st_size, "contents": contents(out), "texts": texts, "machine": machine()}
         out.unlink()
         kept.write_text(json.dumps(row))
     row_of_before: dict[str, Any] = json.loads(kept.read_text())

@@ -42,6 +42,21 @@ def test_every_row_is_drawn_and_the_best_are_filled():
     assert "tiny: KL to the original, nats per token, against the bytes of all weights" in texts
 
 
+def test_against_speed_more_is_better():
+    rows = [row("slow", 1, kl=0.1), row("worse", 1, kl=0.5), row("fast", 1, kl=0.4), row("not timed", 1, kl=0.01)]
+    for one, speed in zip(rows, (0.9, 1.0, 2.5), strict=False):
+        one["speed"] = {"decode_speedup": speed}
+    drawn = ElementTree.fromstring(picture(result(*rows), against="speed"))
+    circles = {circle[0].text.partition(":")[0]: circle for circle in drawn.iter(f"{SVG}circle")}
+    assert {name: circle.get("class") for name, circle in circles.items()} == {
+        "slow": "best",
+        "worse": "other",
+        "fast": "best",
+    }
+    assert float(circles["slow"].get("cx")) < float(circles["worse"].get("cx")) < float(circles["fast"].get("cx"))
+    assert picture(result(row("not timed", 1, kl=0.01)), against="speed") is None
+
+
 def test_without_kl_the_loss_is_perplexity_and_without_either_there_is_no_picture():
     assert "perplexity" in picture(result(row("a", 1, perplexity=3.0)))
     assert picture(result(row("a", 1, tasks={}))) is None

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from halfplate import plain_yaml
 from halfplate.arguments import path_text, typed
+from halfplate.compression.pruning import PruneFields
 from halfplate.errors import HalfplateError
 from halfplate.plain_text import cell
 from halfplate.recipe import Recipe
@@ -22,8 +23,11 @@ VERSION = 1
 ORIGINAL = "original"
 KEYS = ("version", "model", "eval", "speed", "base", "rows")
 RECIPE_KEYS = ("recipe", "activations", *(field.name for field in fields(Recipe)))
+# Fields of a row that names a transform by `prune`, and is measured as the plain model that `halfplate prune` writes.
+PRUNE = "prune"
+PRUNE_KEYS = ("keep", *(name for name in PruneFields.__annotations__ if name != "transforms"))
 # Fields of a recipe whose values are lists, which are not expanded.
-LISTS = ("choose", "include", "exclude", "types")
+LISTS = ("choose", "include", "exclude", "transforms", "types")
 ACTIVATIONS = ("float", "int8")
 EVALUATION: dict[str, Any] = {
     "text": tuple[str, ...],
@@ -42,11 +46,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Row:
-    """One row. recipe: None for the original model. activations: as in `halfplate.load`."""
+    """One row.
+
+    recipe: None for the original model.
+    activations: as in `halfplate.load`.
+    pruned: whether only the transforms of the recipe are applied, and the result stays a plain model.
+    """
 
     name: str
     recipe: Recipe | None
     activations: str = "float"
+    pruned: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,11 +169,32 @@ def _rows_of(entry: Any, base: Mapping[str, Any]) -> Iterator[Row]:
     if isinstance(entry, str):
         entry = {"name": Path(entry).stem, "recipe": entry}
     where = f"row {entry['name']!r}" if isinstance(entry, Mapping) and "name" in entry else "a row"
-    named = _mapping(where, entry, ("name", *RECIPE_KEYS))
+    named = _mapping(where, entry, _keys(entry))
     name = _checked_name(named.get("name"), named)
     stated = _said_of(name, lambda: _recipe_values({key: value for key, value in named.items() if key != "name"}))
     for suffix, values in _said_of(name, lambda: _expanded(stated)):
-        yield _row(name + suffix, laid_over(base, values))
+        if PRUNE in values:
+            yield _pruned_row(name + suffix, {key: base[key] for key in PRUNE_KEYS if key in base} | values)
+        else:
+            yield _row(name + suffix, laid_over(base, values))
+
+
+def _keys(entry: Any) -> tuple[str, ...]:
+    """The keys that a row may have."""
+    pruned = isinstance(entry, Mapping) and PRUNE in entry
+    return ("name", PRUNE, *PRUNE_KEYS) if pruned else ("name", PRUNE, *RECIPE_KEYS)
+
+
+def _pruned_row(name: str, values: dict[str, Any]) -> Row:
+    def made() -> Row:
+        transform = values.pop(PRUNE)
+        if not isinstance(transform, str):
+            raise HalfplateError(
+                f"prune={transform!r} is a {type(transform).__name__}, expected the name of a transform; try flap"
+            )
+        return Row(name, Recipe.of(transforms=(transform,), **values), pruned=True)
+
+    return _said_of(name, made)
 
 
 def _row(name: str, values: dict[str, Any]) -> Row:

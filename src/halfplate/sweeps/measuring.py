@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from halfplate.compression.compress import compress
+from halfplate.compression.pruning import PruneFields, prune
 from halfplate.compression.work_folder import WorkFolder
 from halfplate.evaluation.bench import bench
 from halfplate.evaluation.judge import evaluate
-from halfplate.models.sources import Source
+from halfplate.models.sources import Source, open_source
 from halfplate.planning import plan_source
+from halfplate.planning.transforming import plan_transforms
 from halfplate.recipe import Recipe
 from halfplate.sweeps.description import Row, Sweep
 from halfplate.telemetry.machine import machine
@@ -42,9 +44,7 @@ class Bench:
 
     @classmethod
     def of(cls, sweep: Sweep, source: Source) -> Bench:
-        # Any method that includes every linear and needs no text, because only the bytes of the original are used.
-        plan = plan_source(source, Recipe(method="rtn", core_dtype="int8"))
-        return cls(sweep, source, plan.dense_nbytes, plan.other_nbytes)
+        return cls(sweep, source, *_plain_nbytes(source))
 
     @property
     def original(self) -> dict[str, Any]:
@@ -55,6 +55,11 @@ class Bench:
         """The bytes that a row will have (with a budget, the most; None with a time budget); raises HalfplateError if it cannot run."""
         if row.recipe is None:
             return self.original
+        if row.pruned:
+            plan_transforms(
+                self.source, row.recipe
+            )  # refuses what cannot run; the bytes are those of the written model
+            return {}
         plan = plan_source(self.source, row.recipe)
         most = plan.nbytes_at_most
         return {} if most is None else self._sizes(most, plan.dense_nbytes, plan.other_nbytes)
@@ -65,6 +70,8 @@ class Bench:
         kept: the record so far, with the time of a compression that an earlier call finished.
         """
         continued = WorkFolder(out).finished_work()
+        if row.pruned:
+            return self._pruned(row.recipe, out, continued, kept, report)
         with _same_threads():
             made = compress(
                 self.source.name, out, row.recipe, overwrite=True, report=report, resume=True, benchmark=False
@@ -76,6 +83,23 @@ class Bench:
             "compression": kept.get("compression", facts) if found else facts,
             **self._sizes(made["nbytes"], made["dense_nbytes"], made["other_nbytes"]),
         }
+
+    def _pruned(
+        self, recipe: Recipe | None, out: Path, continued: bool, kept: Mapping[str, Any], report: Report
+    ) -> dict[str, Any]:
+        """`compressed` for a row that stays a plain model. Linears count 2 bytes per weight, whatever the file has."""
+        assert recipe is not None, "only the original has none"
+        assert recipe.keep is not None, "Recipe refuses a transform that shrinks without it"
+        options: Any = {name: getattr(recipe, name) for name in PruneFields.__annotations__}
+        with _same_threads():
+            made = prune(
+                self.source.name, out, recipe.keep, overwrite=True, report=report, resume=True, check=False, **options
+            )
+        found = made["seconds"].keys() == {"total"}
+        facts = {"told": made["pruned"]["told"], "seconds": made["seconds"], "continued": continued or found}
+        linears, others = _plain_nbytes(open_source(str(out)))
+        sizes = self._sizes(linears, self.linear_nbytes, others)
+        return {"compression": kept.get("compression", facts) if found else facts, **sizes}
 
     def judged(self, row: Row, model: str, report: Report) -> dict[str, Any]:
         """The measurements of `model`, the original or the checkpoint of a row: `evaluation`, and `speed` if requested."""
@@ -108,6 +132,13 @@ class Bench:
             "linear_share": nbytes / dense_nbytes,
             "share": (nbytes + other_nbytes) / (self.linear_nbytes + self.other_nbytes),
         }
+
+
+def _plain_nbytes(source: Source) -> tuple[int, int]:
+    """Bytes of the linears of a plain model at 2 bytes per weight, and of everything else."""
+    # Any method that includes every linear and needs no text.
+    plan = plan_source(source, Recipe(method="rtn", core_dtype="int8"))
+    return plan.dense_nbytes, plan.other_nbytes
 
 
 def _timed(seconds: dict[str, float], name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""The picture of a sweep: the loss of every row against its bytes, as a self-contained SVG file."""
+"""The pictures of a sweep: the loss of every row against its bytes or its decode speed, as a self-contained SVG file."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,44 @@ svg { --ground: #fffefb; --ink: #20242c; --soft: #646a76; --rule: #e4e1d9; --dat
 
 @dataclass(frozen=True)
 class Point:
-    """A measured row. loss: KL in nats per token, or perplexity."""
+    """A measured row. across: MB, or decode speed relative to the original. loss: KL in nats per token, or perplexity."""
 
     name: str
-    nbytes: int
+    across: float
     loss: float
+
+
+@dataclass(frozen=True)
+class Against:
+    """What the loss is drawn against.
+
+    value: of a finished row, None if it was not measured.
+    title, axis, unit: in words.
+    more: whether more of it is better.
+    """
+
+    value: Callable[[Mapping[str, Any]], float | None]
+    title: str
+    axis: str
+    unit: str
+    more: bool = False
+
+
+AGAINST = {
+    "bytes": Against(
+        lambda row: row["weight_nbytes"] / 1e6,
+        "against the bytes of all weights",
+        "all weights, MB; below and to the left is better",
+        "MB",
+    ),
+    "speed": Against(
+        lambda row: row.get("speed", {}).get("decode_speedup"),
+        "against decode speed",
+        "decode speed, relative to the original in transformers; below and to the right is better",
+        "× original",
+        more=True,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -74,26 +107,27 @@ class Axis:
         return [value for value in found if self.least <= value <= self.most]
 
 
-def picture(result: Mapping[str, Any]) -> str | None:
-    """The SVG file for the JSON object of a sweep; None if no compressed row has a loss."""
+def picture(result: Mapping[str, Any], against: str = "bytes") -> str | None:
+    """The SVG file for the JSON object of a sweep; None if no compressed row has a loss. against: a key of `AGAINST`."""
     rows = [row for row in result["rows"] if row["status"] == DONE and "compression" in row]
-    by_kl = _points(rows, "kl")
-    points = by_kl or _points(rows, "perplexity")
+    other = AGAINST[against]
+    by_kl = _points(rows, "kl", other)
+    points = by_kl or _points(rows, "perplexity", other)
     if not points:
         return None
-    across = Axis.of([point.nbytes / 1e6 for point in points], LEFT, WIDTH - RIGHT)
+    across = Axis.of([point.across for point in points], LEFT, WIDTH - RIGHT, may_be_logarithmic=other.more)
     up = Axis.of([point.loss for point in points], HEIGHT - BOTTOM, TOP, may_be_logarithmic=True)
     measure = "KL to the original, nats per token" if by_kl else "perplexity"
     pieces = [Markup(STYLE), Markup('<rect class="ground" width="{}" height="{}"/>').format(WIDTH, HEIGHT)]
-    title = f"{result['model'].rstrip('/').rpartition('/')[2]}: {measure}, against the bytes of all weights"
-    pieces += [text(LEFT, 22, title, "start", "figure title"), *_rules(across, up)]
-    places = {point: (across.at(point.nbytes / 1e6), up.at(point.loss)) for point in points}
-    edge = front(points)
+    title = f"{result['model'].rstrip('/').rpartition('/')[2]}: {measure}, {other.title}"
+    pieces += [text(LEFT, 22, title, "start", "figure title"), *_rules(across, up, other)]
+    places = {point: (across.at(point.across), up.at(point.loss)) for point in points}
+    edge = front(points, other.more)
     line = " ".join(f"{places[point][0]:.1f},{places[point][1]:.1f}" for point in edge)
     pieces.append(Markup('<polyline class="edge" points="{}"/>').format(line))
     for point in sorted(points, key=edge.__contains__):  # draw the best on top
         (x, y), kind = places[point], "best" if point in edge else "other"
-        said = f"{point.name}: {point.nbytes / 1e6:.4g} MB, {measure} {point.loss:.4g}"
+        said = f"{point.name}: {point.across:.4g} {other.unit}, {measure} {point.loss:.4g}"
         pieces.append(
             Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="5"><title>{}</title></circle>').format(
                 kind, x, y, said
@@ -104,25 +138,25 @@ def picture(result: Mapping[str, Any]) -> str | None:
     return str(drawn).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
 
 
-def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other point beats in both bytes and loss, smallest first."""
+def front(points: Sequence[Point], more: bool = False) -> list[Point]:
+    """The points that no other point beats in both directions, from the best `across`, which is the largest if `more`."""
     found: list[Point] = []
-    for point in sorted(points, key=lambda one: (one.nbytes, one.loss)):
+    for point in sorted(points, key=lambda one: (-one.across if more else one.across, one.loss)):
         if not found or point.loss < found[-1].loss:
             found.append(point)
     return found
 
 
-def _points(rows: Sequence[Mapping[str, Any]], measure: str) -> list[Point]:
-    found = [(row, row["evaluation"].get(measure)) for row in rows]
+def _points(rows: Sequence[Mapping[str, Any]], measure: str, against: Against) -> list[Point]:
+    found = [(row["name"], against.value(row), row["evaluation"].get(measure)) for row in rows]
     return [
-        Point(row["name"], row["weight_nbytes"], loss)
-        for row, loss in found
-        if loss is not None and math.isfinite(loss)
+        Point(name, across, loss)
+        for name, across, loss in found
+        if across is not None and loss is not None and math.isfinite(loss)
     ]
 
 
-def _rules(across: Axis, up: Axis) -> list[Markup]:
+def _rules(across: Axis, up: Axis, against: Against) -> list[Markup]:
     """Ticks with grid lines, and axis labels."""
     pieces = []
     for value in across.ticks():
@@ -133,7 +167,7 @@ def _rules(across: Axis, up: Axis) -> list[Markup]:
             Markup('<line class="rule" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, WIDTH - RIGHT, y, y)
         )
         pieces.append(text(LEFT - 8, y + 4, f"{value:g}", "end"))
-    said = "all weights, MB; below and to the left is better, and no row is better than a filled one in both"
+    said = f"{against.axis}, and no row is better than a filled one in both"
     return [*pieces, text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, said, "middle", "figure")]
 
 

@@ -46,6 +46,8 @@ def made_of(sweep: Sweep, row: Row, model: str) -> dict[str, Any]:
     if row.recipe is not None:
         made["recipe"] = row.recipe.fingerprint_json()
         made["activations"] = row.activations
+        if row.pruned:
+            made["pruned"] = True  # a recipe with these transforms could also go on to compress
         sources = [part.source for part in parts_of(row.recipe.calibration)]
         # One text has its hash here, as in the records of earlier versions.
         made["calibration"] = (

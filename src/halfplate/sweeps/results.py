@@ -17,6 +17,7 @@ from halfplate.sweeps.records import DONE, FAILED, Standing
 
 VERSION = 1
 RESULTS_FILE, TABLE_FILE, PICTURE_FILE = "results.json", "table.md", "picture.svg"
+PICTURES = {"bytes": PICTURE_FILE, "speed": "speed.svg"}  # by what the loss is drawn against
 
 
 def results_of(
@@ -54,14 +55,15 @@ def results_of(
 
 
 def write_results(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write `results.json`, `table.md` and, if any loss was measured, `picture.svg`."""
+    """Write `results.json`, `table.md`, and the pictures of what was measured: `picture.svg` and `speed.svg`."""
     replace_file(folder / RESULTS_FILE, json.dumps(result, indent=1, allow_nan=False) + "\n")
     replace_file(folder / TABLE_FILE, markdown(result))
-    drawn = picture(result)
-    if drawn is None:
-        (folder / PICTURE_FILE).unlink(missing_ok=True)
-    else:
-        replace_file(folder / PICTURE_FILE, drawn)
+    for against, name in PICTURES.items():
+        drawn = picture(result, against)
+        if drawn is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            replace_file(folder / name, drawn)
 
 
 def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:

@@ -47,7 +47,7 @@ class Rotate(Transform):
         if kind in LLAMA_LIKE:
             return None
         norms = [name for name, _ in skeleton(source).named_modules() if "norm" in name.rpartition(".")[2]]
-        where = f"{norms[0]} of a {kind} model" if norms else f"a {kind} model"
+        where = f"{norms[0]} of a {kind} model" if norms else f"the norms of a {kind} model"
         return f"it is not known how to multiply {where} into the linears after it; expected one of {', '.join(LLAMA_LIKE)}"
 
     def configuration(self, source: Source) -> PretrainedConfig:

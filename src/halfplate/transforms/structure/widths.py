@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from math import gcd
 
@@ -46,7 +47,7 @@ def one_size(graph: StructureGraph, kind: str, budget: int, keep: float) -> dict
     found = [{kind: units} for units in options(graph, kind)]
     fitting = [sizes for sizes in found if graph.parameters(sizes) <= budget]
     if not fitting:
-        raise _too_small(graph, found[0], keep)
+        raise _too_small(graph, found[0], budget, keep)
     return fitting[-1]
 
 
@@ -65,7 +66,7 @@ def two_sizes(graph: StructureGraph, attention: str, budget: int, keep: float) -
         ]
         if fitting:
             return fitting[-1]
-    raise _too_small(graph, {attention: heads[0], CHANNELS: channels[0]}, keep)
+    raise _too_small(graph, {attention: heads[0], CHANNELS: channels[0]}, budget, keep)
 
 
 def _preferred(sizes: Sequence[int], wanted: float) -> Iterator[int]:
@@ -74,11 +75,17 @@ def _preferred(sizes: Sequence[int], wanted: float) -> Iterator[int]:
     yield from (size for size in reversed(sizes) if size <= first)
 
 
-def _too_small(graph: StructureGraph, least: Mapping[str, int], keep: float) -> HalfplateError:
-    share = graph.parameters(least) / graph.parameters()
+def _too_small(graph: StructureGraph, least: Mapping[str, int], budget: int, keep: float) -> HalfplateError:
+    others = "" if LAYERS in least else ", or use depth, which removes whole layers"
+    if all(units == graph.size(kind) for kind, units in least.items()):
+        return HalfplateError(
+            f"keep={keep:g}: nothing of this model can go: it has {spoken(graph, least)}, the fewest that can stay; use keep 1{others}"
+        )
+    # Of the model as it is: `graph` may have biases in addition. Both roundings are upwards, so that this share works.
+    share = math.ceil(graph.parameters(least) * keep / max(budget, 1) * 10_000) / 10_000
     return HalfplateError(
         f"keep={keep:g} is too small: with {spoken(graph, least)}, the fewest that can stay, the model has {share:.4f} of its parameters; "
-        "raise keep, or use depth, which removes whole layers"
+        f"use keep {share:.4f} or more{others}"
     )
 
 
