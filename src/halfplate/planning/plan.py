@@ -111,21 +111,44 @@ class Plan:
 
     @cached_property
     def layer_specs(self) -> Mapping[str, WeightSpec]:
-        """Those of the decoder layers."""
-        return {m.name: m.spec for m in self.matrices if m.spec is not None and m.block is not None}
+        """Those of the decoder layers, each that several layers share once."""
+        return {
+            m.name: m.spec
+            for m in self.matrices
+            if m.spec is not None and m.block is not None and m.spec.same_as is None
+        }
+
+    @cached_property
+    def borrowed(self) -> Mapping[str, MatrixPlan]:
+        """Those of the decoder layers whose weight is that of an earlier layer."""
+        return {
+            m.name: m
+            for m in self.matrices
+            if m.spec is not None and m.block is not None and m.spec.same_as is not None
+        }
 
     @property
     def table_specs(self) -> Mapping[str, WeightSpec]:
         """Those of the embedding and the head."""
-        return {name: spec for name, spec in self.specs.items() if name not in self.layer_specs}
+        return {m.name: m.spec for m in self.matrices if m.spec is not None and m.block is None}
 
     def with_specs(self, specs: Mapping[str, WeightSpec]) -> Plan:
-        """A copy in which the matrices in `specs` have the given formats."""
-        return replace(self, matrices=tuple(replace(m, spec=specs.get(m.name, m.spec)) for m in self.matrices))
+        """A copy in which the matrices in `specs`, and those that borrow from them, have the given formats."""
+        lent = {name: replace(specs[owner], same_as=owner) for name, owner in self._owners.items() if owner in specs}
+        wanted = {**specs, **lent}
+        return replace(self, matrices=tuple(replace(m, spec=wanted.get(m.name, m.spec)) for m in self.matrices))
 
     def without(self, names: Collection[str]) -> Plan:
-        """A copy that leaves the matrices `names` as they are."""
-        return replace(self, matrices=tuple(replace(m, spec=None) if m.name in names else m for m in self.matrices))
+        """A copy that leaves the matrices `names`, and those that borrow from them, as they are."""
+        left = {*names, *(name for name, owner in self._owners.items() if owner in names)}
+        return replace(self, matrices=tuple(replace(m, spec=None) if m.name in left else m for m in self.matrices))
+
+    @property
+    def _owners(self) -> dict[str, str]:
+        """The owner of each matrix of the layers that borrows its weight."""
+        return {
+            name: matrix.spec.same_as for name, matrix in self.borrowed.items() if matrix.spec and matrix.spec.same_as
+        }
 
     @property
     def without_kernel(self) -> str | None:
