@@ -66,8 +66,8 @@ class Run:
 
     @property
     def last(self) -> int:
-        """The last layer with compressed matrices."""
-        return max(self.names)
+        """The last layer with compressed matrices, or with those of an earlier layer."""
+        return max(*self.names, *(layer for uses in self.uses.values() for layer in uses), 0)
 
     def view(self, layer: int, finished: Mapping[str, Path]) -> LayerView:
         """The state of a layer with the matrices in `finished` compressed."""

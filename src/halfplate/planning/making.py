@@ -191,11 +191,10 @@ def _borrowing(dense: PreTrainedModel, matrices: list[MatrixPlan], recipe: Recip
     owners, by_name = shared_linears(dense, prefix), {matrix.name: matrix for matrix in matrices}
     if recipe.share_wrappers or recipe.tune_block:
         option = "share_wrappers" if recipe.share_wrappers else "tune_block"
-        reason, shared = f"several layers share its weight; not compressed with {option}", {*owners, *owners.values()}
-        return [
-            replace(m, spec=None, block=None, reason=reason) if m.name in shared and m.spec is not None else m
-            for m in matrices
-        ]
+        reason = f"several layers share its weight; not compressed with {option}"
+        lent = {owner for owner in owners.values() if by_name[owner].spec is not None}
+        left = lent | {name for name, owner in owners.items() if owner in lent}
+        return [replace(m, spec=None, block=None, reason=reason) if m.name in left else m for m in matrices]
     found = []
     for matrix in matrices:
         owner = by_name.get(owners.get(matrix.name, ""))

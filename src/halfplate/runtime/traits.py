@@ -135,8 +135,9 @@ def linears_of(model: Any, architecture: Architecture) -> Iterator[tuple[str, An
 
 def has_shared(layer: Any, architecture: Architecture) -> bool:
     """Whether a layer with experts has one that all tokens use."""
-    module = layer if architecture.mixture is not None and architecture.mixture.shared else None
-    for part in architecture.mixture.shared[0].split(".") if module is not None else ():
+    shared = () if architecture.mixture is None else architecture.mixture.shared
+    module = layer if shared else None
+    for part in shared[0].split(".") if shared else ():
         module = getattr(module, part, None)
     return module is not None
 
