@@ -134,21 +134,26 @@ class Plan:
 
     def with_specs(self, specs: Mapping[str, WeightSpec]) -> Plan:
         """A copy in which the matrices in `specs`, and those that borrow from them, have the given formats."""
-        lent = {name: replace(specs[owner], same_as=owner) for name, owner in self._owners.items() if owner in specs}
-        wanted = {**specs, **lent}
-        return replace(self, matrices=tuple(replace(m, spec=wanted.get(m.name, m.spec)) for m in self.matrices))
+        given = tuple(replace(m, spec=specs.get(m.name, m.spec)) for m in self.matrices)
+        return replace(self, matrices=given).following()
 
     def without(self, names: Collection[str]) -> Plan:
         """A copy that leaves the matrices `names`, and those that borrow from them, as they are."""
-        left = {*names, *(name for name, owner in self._owners.items() if owner in names)}
-        return replace(self, matrices=tuple(replace(m, spec=None) if m.name in left else m for m in self.matrices))
+        left = tuple(replace(m, spec=None) if m.name in names else m for m in self.matrices)
+        return replace(self, matrices=left).following()
 
-    @property
-    def _owners(self) -> dict[str, str]:
-        """The owner of each matrix of the layers that borrows its weight."""
-        return {
-            name: matrix.spec.same_as for name, matrix in self.borrowed.items() if matrix.spec and matrix.spec.same_as
-        }
+    def following(self) -> Plan:
+        """A copy in which each matrix of the layers that borrows its weight has the format of its owner, or none if that has none."""
+        by_name = {matrix.name: matrix.spec for matrix in self.matrices}
+
+        def followed(matrix: MatrixPlan) -> MatrixPlan:
+            owner = None if matrix.name not in self.borrowed else self.borrowed[matrix.name].spec
+            if owner is None or owner.same_as is None:
+                return matrix
+            lent = by_name[owner.same_as]
+            return replace(matrix, spec=None if lent is None else replace(lent, same_as=owner.same_as))
+
+        return replace(self, matrices=tuple(map(followed, self.matrices))) if self.borrowed else self
 
     @property
     def without_kernel(self) -> str | None:
