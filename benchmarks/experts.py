@@ -158,7 +158,10 @@ def peak_of(depth: int, options: argparse.Namespace) -> list[str]:
         words = torch.randint(3, 4096, (40_000,), generator=torch.Generator().manual_seed(1)).tolist()
         (folder / "text.txt").write_text(" ".join(f"w{word}" for word in words))
         settings = ["--method", options.method, "--pattern", "dense", "--core-dtype", "int4", "--group-size", "32", "--threads", "1", "--no-benchmark"]  # fmt: skip
-        settings += ["--calibration", str(folder / "text.txt"), "--samples", "16", "--seq-len", "128", *options.more]
+        settings += ["--calibration", str(folder / "text.txt"), "--samples", "16", "--seq-len", "128"]
+        if options.last_layer:
+            settings += ["--include", f"model.layers.{depth - 1}.*"]
+        settings += options.more
         run = [sys.executable, "-m", "halfplate"]
         plan = json.loads(subprocess.run([*run, "plan", model, *settings, "--json"], check=True, stdout=subprocess.PIPE).stdout)  # fmt: skip
         start = time.monotonic()
@@ -170,7 +173,7 @@ def peak_of(depth: int, options: argparse.Namespace) -> list[str]:
 
 def tell_memory(options: argparse.Namespace) -> None:
     """Print or write the table of every depth."""
-    told = " ".join(["--method", options.method, *options.more])
+    told = " ".join(["--method", options.method, *["--last-layer"][: options.last_layer], *options.more])
     text = f"`python benchmarks/experts.py memory {told}` · {machine()}. Qwen3-MoE, hidden 1024, 128 experts of 160, 8 active; dense int4, 16 samples of 128 tokens, one thread."
     rows = []
     for depth in options.depths:
@@ -247,6 +250,9 @@ def main() -> None:
         if name == "memory":
             part.add_argument("--method", default="gptq")
             part.add_argument("--depths", type=int, nargs="+", default=DEPTHS, metavar="LAYERS")
+            part.add_argument(
+                "--last-layer", action="store_true", help="compress the last layer alone; all are read, run and written"
+            )
             part.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="more options of compress")
         else:
             part.add_argument("shapes", nargs="*", default=list(SHAPES))
