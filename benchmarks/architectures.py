@@ -75,7 +75,7 @@ configuration with which transformers runs them, or because they need another pa
 
 Layers that share their weights (`zamba`, `zamba2`) have each shared linear compressed once, for the text of all its uses; it is stored with the first
 layer, and the others name it in [`same_as`](format.md). `--tune-block` and `--share-wrappers` would change one use only, so with them these
-weights stay as they are, as adapters of single uses always do. The attention experts of `jetmoe` stay as they are: their linears run in two
+weights stay as they are. The attention experts of `jetmoe` stay as they are: their linears run in two
 calls with attention between them, which the module that runs experts as linears cannot do.
 
 Of a multimodal model, the language model inside is compressed. Vision and audio towers and projectors stay as they are. Processor files and the

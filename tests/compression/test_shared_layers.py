@@ -27,7 +27,7 @@ KINDS = {
         "mamba_dt_rank": 4,
         "num_key_value_heads": 4,
     },
-    # Two blocks, one of them used twice, with adapters for each use.
+    # Two blocks, one of them used twice, with adapters of which each belongs to one use.
     "zamba2": tiny_traits.DIFFERENT["zamba2"]
     | {
         "layers_block_type": ["linear_attention", "hybrid", "hybrid", "hybrid"],

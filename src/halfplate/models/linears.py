@@ -31,8 +31,6 @@ HEAD_GATE_OUTPUTS = 128
 TINY_OUTPUTS, TINY_SHARE = 64, 16
 # Attention projections may be equally narrow: one head of keys and values for all queries.
 ATTENTION = re.compile(r"(^|_)w?(q|k|v|o|qk|kv|qkv|query|key|value)(_|$)")
-# Linears that a layer adds to those that it shares with other layers.
-ADAPTER = re.compile(r"(^|_)adapter(_|$)")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -245,11 +243,7 @@ def _shared_weights(model: nn.Module, prefix: str) -> dict[str, str]:
     compressed, found = shared_linears(model, prefix), dict[str, str]()
     for pair in _tied_between_layers(model, prefix).items():
         name, owner = (place.rpartition(".")[0] for place in pair)
-        if any(map(ADAPTER.search, name.split("."))):
-            found |= dict.fromkeys(
-                (name, owner), "adapter of a layer that is used several times, for one of its uses; not compressed"
-            )
-        elif compressed.get(name) == owner:
+        if compressed.get(name) == owner:
             found[name] = f"its weight is that of {owner}"
         else:
             found |= dict.fromkeys((name, owner), "several layers share its weight; not compressed")
