@@ -73,6 +73,11 @@ configuration with which transformers runs them, or because they need another pa
 - **share**: compressed parameters, relative to all those of the decoder layers that run on a text, at the default sizes of the configuration,
   or of the tiny model if transformers cannot build that. The rest are routers, indexers, convolutions, and kinds of experts that are not known.
 
+Layers that share their weights (`zamba`, `zamba2`) have each shared linear compressed once, for the text of all its uses; it is stored with the first
+layer, and the others name it in [`same_as`](format.md). `--tune-block` and `--share-wrappers` would change one use only, so with them these
+weights stay as they are. The attention experts of `jetmoe` stay as they are: their linears run in two
+calls with attention between them, which the module that runs experts as linears cannot do.
+
 Of a multimodal model, the language model inside is compressed. Vision and audio towers and projectors stay as they are. Processor files and the
 chat template are copied. The text for the calibration has no images."""
 

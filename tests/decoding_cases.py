@@ -3,6 +3,7 @@
 import torch
 
 from causal_models import MOE
+from conftest import build_model
 
 HEAD = {"head_dim": 8}
 WINDOW = HEAD | {"sliding_window": 5}
@@ -13,6 +14,19 @@ TWO_TABLES = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
     }
+}
+# Half of the groups, and not those of the largest scores alone; as many ordinary layers as mixtures.
+GROUPED = HEAD | {
+    **MOE,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 4,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 1.7,
+    "norm_topk_prob": True,
 }
 SCALES = {
     "embedding_multiplier": 3.0,
@@ -26,6 +40,17 @@ CASES = {
     "cohere": ("cohere", {"logit_scale": 0.4}),
     "cohere2": ("cohere2", MIXED | {"logit_scale": 0.4}),
     "cwm": ("cwm", MIXED),
+    "dots1": (
+        "dots1",
+        GROUPED | WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 2, "norm_topk_prob": False},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        MOE
+        | HEAD
+        | {"use_bias": True, "moe_k": 2, "moe_num_experts": 8, "moe_norm_min": 0.6, "moe_num_shared_experts": 2},
+    ),
+    "ernie4_5_moe without shared experts": ("ernie4_5_moe", MOE | HEAD | {"moe_num_shared_experts": 0}),
     "ernie4_5": ("ernie4_5", HEAD | {"use_bias": True}),
     "exaone4": ("exaone4", MIXED),
     "exaone4 without windows": ("exaone4", HEAD | {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
@@ -41,6 +66,8 @@ CASES = {
     ),
     "glm": ("glm", HEAD | PARTIAL | {"attention_bias": True}),
     "glm4": ("glm4", HEAD | PARTIAL),
+    "glm4_moe": ("glm4_moe", GROUPED | PARTIAL | {"attention_bias": True}),
+    "glm4_moe with norms of heads": ("glm4_moe", GROUPED | {"use_qk_norm": True, "n_group": 1, "topk_group": 1}),
     "gpt_oss": ("gpt_oss", MOE | MIXED | {"swiglu_limit": 0.4}),
     "granite": ("granite", SCALES | {"mlp_bias": True}),
     "granitemoe": ("granitemoe", MOE | SCALES),
@@ -49,6 +76,7 @@ CASES = {
     "helium": ("helium", HEAD),
     "hunyuan": ("hunyuan_v1_dense", HEAD),
     "llama with exact gelu": ("llama", HEAD | {"hidden_act": "gelu"}),
+    "minimax_m2": ("minimax_m2", MOE | HEAD | PARTIAL),
     "ministral": ("ministral", MIXED),
     "mistral": ("mistral", WINDOW),
     "mixtral": ("mixtral", MOE | WINDOW),
@@ -66,10 +94,20 @@ CASES = {
     "qwen3_moe, not normalised": ("qwen3_moe", MOE | WINDOW | {"use_sliding_window": True, "norm_topk_prob": False}),
     "qwen3_moe with an ordinary layer": ("qwen3_moe", MOE | HEAD | {"mlp_only_layers": [0]}),
     "seed_oss": ("seed_oss", HEAD | {"attention_bias": True, "attention_out_bias": False}),
+    "solar_open": ("solar_open", GROUPED),
     "smollm3": ("smollm3", MIXED | {"use_sliding_window": True, "no_rope_layers": [0, 1]}),
     "stablelm": ("stablelm", PARTIAL | {"use_qkv_bias": True}),
     "starcoder2": ("starcoder2", WINDOW | {"use_bias": True}),
 }
+
+
+def decoding_model(kind, options):
+    """The model of a case. Corrections of scores, which start as zeros, are large enough to change choices."""
+    model = build_model(kind, **options)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("e_score_correction_bias"):
+            tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))))
+    return model
 
 
 def close(found, expected):

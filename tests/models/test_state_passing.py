@@ -10,7 +10,7 @@ from halfplate.errors import HalfplateError
 from halfplate.models.blockwise import BlockwiseModel
 from halfplate.models.chain_check import check_chain
 from halfplate.models.handover import differing, hands_on, patched
-from halfplate.models.linears import find_linears
+from halfplate.models.linears import find_linears, shared_linears
 from halfplate.models.sources import open_source
 from halfplate.models.streamed import StreamedModel
 from state_passing import MODELS
@@ -137,7 +137,7 @@ def test_a_block_that_fails_by_itself_is_refused(tiny_model, tiny_tokenizer, tmp
     assert "\n" not in str(refused.value)
 
 
-def test_what_layers_share_stays_dense_and_the_rest_runs(tiny_model, tiny_tokenizer, tmp_path):
+def test_what_layers_share_is_a_linear_of_the_first_and_the_rest_runs(tiny_model, tiny_tokenizer, tmp_path):
     sizes = {
         "num_hidden_layers": 4,
         "layers_block_type": ["mamba", "hybrid"] * 2,
@@ -148,12 +148,12 @@ def test_what_layers_share_stays_dense_and_the_rest_runs(tiny_model, tiny_tokeni
     streamed = saved(tiny_model("zamba2", vocab_size=320, **sizes), tiny_tokenizer, tmp_path / "model")
     check_chain(streamed, tokens())
     found, skipped = find_linears(streamed.model)
-    shared = {module.name for module in skipped if module.reason == "several layers share its weight; not compressed"}
-    assert {
-        "model.layers.1.shared_transformer.self_attn.q_proj",
-        "model.layers.3.shared_transformer.self_attn.q_proj",
-    } <= shared
-    assert "model.layers.3.mamba_decoder.mamba.in_proj" in {linear.name for linear in found}
+    reasons, names = {module.name: module.reason for module in skipped}, {linear.name for linear in found}
+    owner, borrower = (f"model.layers.{layer}.shared_transformer.self_attn.q_proj" for layer in (1, 3))
+    assert owner in names
+    assert reasons[borrower] == f"its weight is that of {owner}"
+    assert shared_linears(streamed.model, "model.layers")[borrower] == owner
+    assert "model.layers.3.mamba_decoder.mamba.in_proj" in names
     assert "model.layers.3.shared_transformer.self_attn.q_proj.weight" in streamed.tied
 
 

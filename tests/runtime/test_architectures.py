@@ -10,7 +10,7 @@ import torch
 import tiny_models
 from causal_models import MOE
 from conftest import ROOT, build_model
-from decoding_cases import CASES, HEAD, close
+from decoding_cases import CASES, HEAD, close, decoding_model
 from halfplate.kernels import native
 from halfplate.models.arguments import cache_argument
 from halfplate.models.experts import linear_experts
@@ -33,7 +33,7 @@ EXACTLY = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "do_sa
 def models(request):
     """A model as transformers runs it, and a copy that decodes natively."""
     kind, options = request.param
-    plain = build_model(kind, **options)
+    plain = decoding_model(kind, options)
     fast = linear_experts(copy.deepcopy(plain))
     assert accelerate(fast).decoder == "native"
     return plain, fast

@@ -1,6 +1,6 @@
 """Collecting statistics of the inputs of a decoder layer's linears while the layer runs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -275,6 +275,11 @@ class StageSums:
             self.lead(name, leader)
         for leader, sums in later.sums.items():
             self.sums.setdefault(leader, Sums()).merge(sums)
+
+    def renamed(self, names: Mapping[str, str]) -> "StageSums":
+        """The same sums for linears of other names, by the old ones."""
+        leaders = {names[name]: names[leader] for name, leader in self.leaders.items()}
+        return StageSums(leaders, {names[leader]: sums for leader, sums in self.sums.items()})
 
     def statistics(self, names: Sequence[str]) -> dict[str, InputStatistics]:
         """The statistics of the linears `names`; those with the same input share one object. The sums are consumed."""

@@ -23,6 +23,7 @@ from halfplate.formats import CompressedMatrix, WeightSpec, check_shared
 from halfplate.json_numbers import finite
 from halfplate.models.experts import experts_of
 from halfplate.models.fit import further_tensors
+from halfplate.models.linears import ties_layers
 from halfplate.storage.shards import MAX_SHARD_NBYTES
 from halfplate.storage.tensor_file import read_tensors
 from halfplate.version import versions_of
@@ -114,7 +115,10 @@ def write_configuration(
     config.architectures = [type(model).__name__]
     if quantization is not None:
         config.quantization_config = quantization
-        if any(spec.same_as is not None for spec in quantization.specs.values()):
+        head = model.get_output_embeddings()
+        heads = {name for name, module in model.named_modules() if module is head}
+        borrows = any(quantization.specs[name].same_as is not None for name in heads & quantization.specs.keys())
+        if borrows and not ties_layers(model):
             # Our own entry says what the head shares; transformers would tie tensors that are not there.
             config.tie_word_embeddings = False
     elif hasattr(config, "quantization_config"):

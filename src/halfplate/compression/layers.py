@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +122,17 @@ class _Loop:
         self.run.report("compressing", len(self.records), len(self.specs), share=share, facts=facts)
 
     def outcome(self) -> Outcome:
-        records = [*(self.records[name] for name in self.specs), *self.run.tables]
+        owners = {name: owner for owner, uses in self.run.uses.items() for name in uses.values()}
+        placed = (name for name in self.run.plan.specs if name in self.specs or name in owners)
+        records = [replace(self.records[owners.get(name, name)], name=name) for name in placed]
+        records += self.run.tables
         return Outcome(records, dict(sorted(self.tuned.items())))
 
     # One layer.
 
     def begin(self, layer: int) -> _Begun:
         """Collect the statistics of a layer and start solving its matrices. On return they are solved, unless other processes solve them."""
-        begun = _Begun(layer)
+        begun = _Begun(layer, self.run.borrowed(layer))
         if self.streams.names:
             with self.run.clock("statistics"):
                 self.streams.reach(layer)
@@ -281,8 +284,9 @@ class _Loop:
             }
             tensors: dict[str, Tensor] = {}
             shared = self.run.layers.model(self.run.view(layer, done)).tied
+            lent = tuple(f"{name}." for name in self.run.borrowed(layer))
             for name, tensor in module.state_dict(prefix=f"{prefix}.").items():
-                if name in shared:
+                if name in shared or name.startswith(lent):
                     continue  # stored with the layer that has it first
                 kept = name in stored or not tensor.is_floating_point()
                 tensors[name] = tensor if kept else finite(name, tensor.to(dtype))

@@ -83,7 +83,7 @@ class OpenLayers:
             self._dense = copy.deepcopy(layer) if dense else None
         new = {name: path for name, path in view.finished.items() if name not in self._applied}
         for name, path in new.items():
-            _apply(streamed.model, name, path)
+            _apply(streamed, name, path)
         if new:
             connect(streamed.model)
         self._applied |= new
@@ -110,14 +110,16 @@ class OpenLayers:
         self.remembered.clear()
 
 
-def _apply(model: nn.Module, name: str, path: Path) -> None:
+def _apply(streamed: StreamedModel, name: str, path: Path) -> None:
+    # A matrix with the weight of an earlier layer is in the artifact of that one.
+    model, owner = streamed.model, streamed.tied.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
     artifact = load_artifact(path)
     if artifact is None:
         raise HalfplateError(
             f"the artifact {str(path)!r} is damaged or missing; run the same command again with --resume"
         )
     bias = cast(nn.Linear, model.get_submodule(name)).bias
-    spec = WeightSpec.from_json(artifact.facts["specs"][name], name)
+    spec = WeightSpec.from_json(artifact.facts["specs"][owner], owner)
     device = next(model.get_submodule(name).parameters()).device
-    tensors = {key: read_tensor(artifact.tensors[f"{name}.{key}"]).to(device) for key in spec.layout()}
+    tensors = {key: read_tensor(artifact.tensors[f"{owner}.{key}"]).to(device) for key in spec.layout()}
     replace_module(model, name, CompressedLinear.from_stored(tensors, spec, bias))

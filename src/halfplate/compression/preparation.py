@@ -186,6 +186,7 @@ def chosen_levels(
                     ids = tokens.ids.to(recipe.device)
                     # The last to use this model, whose weights it removes.
                     told["knee"] = find_knee(model, list(plan.specs), ids, report).to_json()
+        plan = plan.following()
         write_json(work.levels, {"specs": {name: spec.to_json() for name, spec in plan.specs.items()}, "told": told})
         return plan, told
     specs = {name: WeightSpec.from_json(entry, name) for name, entry in kept["specs"].items()}

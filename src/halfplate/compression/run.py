@@ -44,14 +44,30 @@ class Run:
         """The matrices to compress, by layer."""
         names: dict[int, list[str]] = defaultdict(list)
         for matrix in self.plan.matrices:
-            if matrix.spec is not None and matrix.block is not None:
+            if matrix.name in self.plan.layer_specs:
+                assert matrix.block is not None
                 names[matrix.block].append(matrix.name)
         return names
 
+    @cached_property
+    def uses(self) -> dict[str, dict[int, str]]:
+        """Of each matrix whose weight later layers use, too: the name that it has in each of them."""
+        uses: dict[str, dict[int, str]] = defaultdict(dict)
+        for name, matrix in self.plan.borrowed.items():
+            assert matrix.spec is not None
+            assert matrix.spec.same_as is not None
+            assert matrix.block is not None
+            uses[matrix.spec.same_as][matrix.block] = name
+        return dict(uses)
+
+    @cached_property
+    def _layer_of(self) -> dict[str, int]:
+        return {name: layer for layer, names in self.names.items() for name in names}
+
     @property
     def last(self) -> int:
-        """The last layer with compressed matrices."""
-        return max(self.names)
+        """The last layer with compressed matrices, or with those of an earlier layer."""
+        return max(*self.names, *(layer for uses in self.uses.values() for layer in uses), 0)
 
     def view(self, layer: int, finished: Mapping[str, Path]) -> LayerView:
         """The state of a layer with the matrices in `finished` compressed."""
@@ -70,4 +86,10 @@ class Run:
 
     def artifacts(self, layer: int) -> dict[str, Path]:
         """The artifact of each matrix of a finished layer."""
-        return {name: self.work.layer(layer) for name in self.names[layer]}
+        return {name: self.work.layer(layer) for name in self.names[layer]} | self.borrowed(layer)
+
+    def borrowed(self, layer: int) -> dict[str, Path]:
+        """The artifact of each matrix of a layer whose weight is that of an earlier one."""
+        return {
+            uses[layer]: self.work.layer(self._layer_of[owner]) for owner, uses in self.uses.items() if layer in uses
+        }

@@ -254,6 +254,13 @@ def _round_outer(streamed: StreamedModel) -> None:
 
 def _put_solved(streamed: StreamedModel, run: Run, index: int) -> None:
     """Put the solved weights, multiplied out, into the layer; the original linears stay."""
+    for name, path in run.borrowed(index).items():
+        owner = run.plan.specs[name].same_as
+        assert owner is not None
+        lent, spec = load_artifact(path), run.plan.specs[owner]
+        assert lent is not None, "the artifact of an earlier layer"
+        parts = {key: read_tensor(lent.tensors[f"{owner}.{key}"]).to(streamed.device) for key in spec.layout()}
+        cast(nn.Linear, streamed.model.get_submodule(name)).weight.copy_(Chain.from_tensors(spec, parts).dense())
     if not run.names.get(index):
         return
     artifact = load_artifact(run.work.layer(index))
@@ -314,8 +321,12 @@ class _Written:
         prefix = f"{streamed.prefix}.{index}."
         layer = streamed.blocks[index]
         found = {name: stored for name, stored in self._found.items() if name.startswith(prefix)}
-        tensors = {name: tensor.to(streamed.device) for name, tensor in read_tensors(found)}
         specs = {name: spec for name, spec in self._specs.items() if name.startswith(prefix)}
+        for name, spec in specs.items():
+            if spec.same_as is not None:
+                specs[name] = spec.alone
+                found |= {f"{name}.{key}": self._found[f"{spec.same_as}.{key}"] for key in spec.alone.layout()}
+        tensors = {name: tensor.to(streamed.device) for name, tensor in read_tensors(found)}
         state = dict(layer.state_dict(keep_vars=True))
         linears = _linears(specs, tensors, layer, prefix)
         for name, tensor in tensors.items():

@@ -45,6 +45,8 @@ class Streams:
         # The layer whose inputs in the original model are recorded, and the first linears of its stages, by layer.
         self._recorded: int | None = None
         self._leaders: dict[int, tuple[str, ...]] = {}
+        # Statistics over all uses of the linears of a layer that later layers use, too, until they are asked for.
+        self._over_uses: dict[str, InputStatistics] = {}
 
     def _names(self) -> tuple[str, ...]:
         if self.run.tokens is None:
@@ -246,15 +248,69 @@ class Streams:
         ]
 
     def collect(self, layer: int, stage: list[str], done: Mapping[str, Path]) -> dict[str, InputStatistics]:
-        """Statistics of the linears `stage` of a layer in which the matrices in `done` are compressed."""
-        hidden = self.hidden(COMPRESSED if COMPRESSED in self.names else DENSE, layer)
-        dense = self._record(layer) if self.corrected else None
-        specs = [self.run.plan.specs[name] for name in stage]
+        """Statistics of the linears `stage` of a layer in which the matrices in `done` are compressed.
+
+        Those of linears that later layers use, too, are over all their uses.
+        """
+        shared = [name for name in self.run.names[layer] if name in self.run.uses]
+        if not self._over_uses.keys() >= set(stage) & set(shared):
+            self._over_uses = self._collect_over_uses(layer, shared)
+        found = {name: self._over_uses.pop(name) for name in stage if name in self._over_uses}
+        if own := [name for name in stage if name not in found]:
+            hidden = self.hidden(COMPRESSED if COMPRESSED in self.names else DENSE, layer)
+            dense = self._record(layer) if self.corrected else None
+            found |= self._sums(self._view(layer, done), own, hidden, dense).statistics(own)
+        return {name: found[name] for name in stage}
+
+    def _collect_over_uses(self, layer: int, names: Sequence[str]) -> dict[str, InputStatistics]:
+        """Statistics of linears that later layers use, too. From this layer on, the text runs through the original model."""
+        uses: dict[int, dict[str, str]] = {layer: {name: name for name in names}}
+        for owner in names:
+            for at, name in self.run.uses[owner].items():
+                uses.setdefault(at, {})[name] = owner
+        hidden, whole = self.hidden(COMPRESSED if COMPRESSED in self.names else DENSE, layer), StageSums()
+        for at in range(layer, min(max(uses), self.run.last) + 1):
+            if at > layer:
+                before, hidden = hidden, HiddenStates(self.run.work.hidden("shared", at), self._shape, BATCH)
+                self._pass_original(at - 1, before, hidden)
+                if at > layer + 1:
+                    before.remove()
+            if at in uses:
+                sums = self._sums(self.run.view(at, {}), list(uses[at]), hidden, None, names)
+                whole.merge(sums.renamed(uses[at]))
+        if max(uses) > layer:
+            hidden.remove()
+        return whole.statistics(names)
+
+    def _pass_original(self, layer: int, hidden: HiddenStates, out: HiddenStates) -> None:
+        tasks = [
+            RunLayer(
+                hidden=hidden,
+                out=out,
+                dense=None,
+                dense_out=None,
+                **self._shared(self.run.view(layer, {}), layer, chunks),
+            )
+            for chunks in self._shares()
+        ]
+        for _ in self.run.engine.run(tasks):
+            pass
+
+    def _sums(
+        self,
+        view: LayerView,
+        names: Sequence[str],
+        hidden: HiddenStates,
+        dense: RecordedInputs | None,
+        planned: Sequence[str] | None = None,
+    ) -> StageSums:
+        """Sums over the inputs of the linears `names` of a layer. planned: the matrices whose sums they are, if they have other names."""
+        layer, specs = view.index, [self.run.plan.specs[name] for name in planned or names]
         memory = self._memory_to_run(layer) + memory_to_collect(specs, self.run.plan.job.statistic)
         tasks = [
             CollectSums(
-                self._view(layer, done),
-                tuple(stage),
+                view,
+                tuple(names),
                 self.run.plan.job.statistic,
                 self._limit,
                 hidden,
@@ -262,7 +318,7 @@ class Streams:
                 self._arguments[layer],
                 chunks,
                 # Names are not reused, because network storage may show an old file.
-                self.run.work.scratch / f"sums-{stage[0]}-{chunks[0][0]}.safetensors"
+                self.run.work.scratch / f"sums-{names[0]}-{chunks[0][0]}.safetensors"
                 if self.run.engine.elsewhere
                 else None,
                 memory,
@@ -277,4 +333,4 @@ class Streams:
             else:
                 whole.merge(load_sums(found))
                 remove_artifact(found)
-        return whole.statistics(stage)
+        return whole

@@ -54,7 +54,7 @@ class WeightSpec:
     permuted: whether the matrix reorders its inputs.
     group: columns per scale of an integer core, one of GROUPS (halfplate.formats.quantizers.rounding).
     in_shared: name of the module that stores B, if that is another one (halfplate.formats.sharing).
-    same_as: name of the module that stores every tensor, if that is another one: the embedding that a head is tied to.
+    same_as: name of the module that stores every tensor, if that is another one: the embedding that a head is tied to, or a linear of an earlier layer.
     parts: any other parts, in the order of their names.
 
     This is the entry of one matrix under `quantization_config.modules` in `config.json`; `layout` derives every stored tensor from it.

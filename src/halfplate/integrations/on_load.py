@@ -16,8 +16,9 @@ from halfplate.compression.compress import compress
 from halfplate.defaults import plain_defaults
 from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec, connect, stand_in
+from halfplate.integrations.ties import untie
 from halfplate.models.experts import linear_experts
-from halfplate.models.linears import replace_module
+from halfplate.models.linears import replace_module, ties_layers
 from halfplate.recipe import Recipe
 from halfplate.storage.tensor_file import read_tensors
 
@@ -54,16 +55,17 @@ def compress_in_place(
         linear_experts(model)
         tensors = dict(read_tensors(read_headers(out)))
     _check_shapes(model, specs, tensors)
+    head = model.get_output_embeddings()
     for name, spec in specs.items():
         replaced: Any = model.get_submodule(name)
         module, bias = stand_in(replaced, spec, name), getattr(replaced, "bias", None)
         stored = {part: tensors.pop(f"{name}.{part}").to(replaced.weight.device) for part in spec.layout()}
         module.load_state_dict(stored | ({} if bias is None else {"bias": bias.detach()}), assign=True)
         replace_module(model, name, module.requires_grad_(False))
-        if spec.same_as is not None:
+        if replaced is head and spec.same_as is not None and not ties_layers(model):
             model.config.tie_word_embeddings = False
-            model.all_tied_weights_keys.pop(f"{name}.weight", None)
     connect(model)
+    untie(model, specs)
     # Tuning and transforms may also have changed uncompressed tensors.
     state = model.state_dict()
     for name, tensor in tensors.items():

@@ -20,6 +20,7 @@ from halfplate.checkpoint.weights import check_layout, headers_of
 from halfplate.errors import HalfplateError
 from halfplate.formats import CompressedMatrix, WeightSpec, check_stored, connect, dense_module, stand_in
 from halfplate.formats.quantizers import QUANTIZERS
+from halfplate.integrations.ties import note_untied, tie_again, untie
 from halfplate.models.experts import experts_of, joined_experts, linear_experts
 from halfplate.storage.tensor_file import StoredTensor
 
@@ -109,6 +110,7 @@ class HalfplateQuantizer(HfQuantizer):
                 )
             model.set_submodule(name, module)
         connect(model)
+        untie(model, specs)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -169,7 +171,7 @@ class HalfplateQuantizer(HfQuantizer):
         for name, module in compressed.items():
             if module.spec.same_as is None:
                 model.set_submodule(name, dense_module(module, dtype or module.dtype))
-        _tie_again(model, {name: module.spec.same_as for name, module in compressed.items() if module.spec.same_as})
+        tie_again(model, {name: module.spec.same_as for name, module in compressed.items() if module.spec.same_as})
         joined_experts(model)
         as_conv1d(model, self.conv1d)
         # What was dense before has the type it was loaded in, a merged adapter fp32; products need one type. Buffers keep theirs.
@@ -185,28 +187,6 @@ class HalfplateQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Gradients flow through compressed modules to their inputs; after `runtime.restore`, also to values and wrappers."""
         return True
-
-
-def note_untied(model: PreTrainedModel) -> None:
-    """Record in the configuration if transformers has not tied a head, because the files hold one that differs from the embedding.
-
-    Otherwise, code that ties by the configuration later, e.g. after saving and loading, would replace the head.
-    """
-    asked = model.get_expanded_tied_weights_keys(all_submodels=True)
-    if asked.keys() - model.all_tied_weights_keys.keys():
-        model.config.tie_word_embeddings = False
-
-
-def _tie_again(model: PreTrainedModel, heads: Mapping[str, str]) -> None:
-    """Put a linear over the weight of the embedding, the value, in the place of each head, the key."""
-    for name, embedding in heads.items():
-        head: Any = model.get_submodule(name)
-        linear = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
-        replaced: Any = model.get_submodule(embedding)
-        linear.weight, linear.bias = replaced.weight, head.bias
-        model.set_submodule(name, linear)
-        model.config.tie_word_embeddings = True
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def _read_codes(model: PreTrainedModel, specs: Mapping[str, WeightSpec]) -> dict[str, str]:

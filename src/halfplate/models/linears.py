@@ -213,14 +213,51 @@ def _router_reason(parts: list[str], module: nn.Linear, experts: int | None) -> 
     return None
 
 
-def _shared_weights(model: nn.Module, prefix: str) -> dict[str, str]:
-    """The modules of the layers that have a weight in common with another layer, with the reason to keep them."""
+def ties_layers(model: nn.Module) -> bool:
+    """Whether some layers of a model have tensors in common."""
+    tied = (getattr(model, "all_tied_weights_keys", None) or {}).items()
+    return any(in_layer(name) and in_layer(owner) for name, owner in tied)
+
+
+def in_layer(name: str) -> bool:
+    """Whether the module or tensor `name` is in one of several layers."""
+    return any(part.isdigit() for part in name.split("."))
+
+
+def shared_linears(model: nn.Module, prefix: str) -> dict[str, str]:
+    """The linears of the layers `prefix` whose weight and bias are those of a linear of an earlier layer, with the name of that one."""
+    tied = _tied_between_layers(model, prefix)
     found: dict[str, str] = {}
-    for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if all(name.startswith(f"{prefix}.") for name in pair):
-            places = [name.rpartition(".")[0] for name in pair]
-            found |= dict.fromkeys(places, "several layers share its weight; not compressed")
+    for name, owner in tied.items():
+        module, leaf = name.rpartition(".")[::2]
+        linear, lender = model.get_submodule(module), owner.rpartition(".")[0]
+        if leaf != "weight" or not is_plain_linear(linear) or _index(module, prefix) <= _index(lender, prefix):
+            continue
+        if linear.bias is None or tied.get(f"{module}.bias") == f"{lender}.bias":
+            found[module] = lender
     return found
+
+
+def _shared_weights(model: nn.Module, prefix: str) -> dict[str, str]:
+    """The modules of the layers that have a weight in common with another layer and are not compressed by themselves, with the reason."""
+    compressed, found = shared_linears(model, prefix), dict[str, str]()
+    for pair in _tied_between_layers(model, prefix).items():
+        name, owner = (place.rpartition(".")[0] for place in pair)
+        if compressed.get(name) == owner:
+            found[name] = f"its weight is that of {owner}"
+        else:
+            found |= dict.fromkeys((name, owner), "several layers share its weight; not compressed")
+    return found
+
+
+def _tied_between_layers(model: nn.Module, prefix: str) -> dict[str, str]:
+    """The tensors of the layers `prefix` that are those of another layer, with the name of the other."""
+    tied = (getattr(model, "all_tied_weights_keys", None) or {}).items()
+    return {name: owner for name, owner in tied if name.startswith(f"{prefix}.") and owner.startswith(f"{prefix}.")}
+
+
+def _index(name: str, prefix: str) -> int:
+    return int(name.removeprefix(f"{prefix}.").partition(".")[0])
 
 
 def _tiny_reason(inner: str, module: nn.Linear) -> str | None:

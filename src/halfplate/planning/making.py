@@ -29,7 +29,7 @@ from halfplate.job import Job
 from halfplate.limits import check_threads, check_workers
 from halfplate.methods import METHODS, Method
 from halfplate.models.data_reads import data_reads
-from halfplate.models.linears import FoundLinear, find_blocks, find_linears
+from halfplate.models.linears import FoundLinear, find_blocks, find_linears, shared_linears
 from halfplate.models.reading import reading
 from halfplate.models.sources import Source, open_source, skeleton
 from halfplate.pattern import Pattern
@@ -112,8 +112,9 @@ def plan_source(
 
     if recipe.share_wrappers:
         matrices = _sharing(dense, matrices)
+    matrices = _borrowing(dense, matrices, recipe)
     compressed = {matrix.name: matrix.spec for matrix in matrices if matrix.spec is not None}
-    specs = list(compressed.values())
+    specs = [spec for spec in compressed.values() if spec.same_as is None]
     with _reading_modules(source):
         sizes = sizes_of(dense, [linear for linear in found if linear.name in compressed], recipe.seq_len)
         tables = plan_tables(dense, recipe)
@@ -182,6 +183,26 @@ def _sharing(dense: PreTrainedModel, matrices: list[MatrixPlan]) -> list[MatrixP
             names.setdefault(matrix.block, []).append(matrix.name)
     specs = share({matrix.name: matrix.spec for matrix in matrices if matrix.spec is not None}, _groups(dense, names))
     return [replace(matrix, spec=specs.get(matrix.name)) for matrix in matrices]
+
+
+def _borrowing(dense: PreTrainedModel, matrices: list[MatrixPlan], recipe: Recipe) -> list[MatrixPlan]:
+    """`matrices` in which linears that have the weight of an earlier layer are stored with that."""
+    prefix = find_blocks(dense)[0]
+    owners, by_name = shared_linears(dense, prefix), {matrix.name: matrix for matrix in matrices}
+    if recipe.share_wrappers or recipe.tune_block:
+        option = "share_wrappers" if recipe.share_wrappers else "tune_block"
+        reason = f"several layers share its weight; not compressed with {option}"
+        lent = {owner for owner in owners.values() if by_name[owner].spec is not None}
+        left = lent | {name for name, owner in owners.items() if owner in lent}
+        return [replace(m, spec=None, block=None, reason=reason) if m.name in left else m for m in matrices]
+    found = []
+    for matrix in matrices:
+        owner = by_name.get(owners.get(matrix.name, ""))
+        if owner is not None and owner.spec is not None:
+            block = int(matrix.name.removeprefix(f"{prefix}.").partition(".")[0])
+            matrix = replace(owner, name=matrix.name, block=block, spec=replace(owner.spec, same_as=owner.name))
+        found.append(matrix)
+    return found
 
 
 def _groups(dense: PreTrainedModel, names: dict[int, list[str]]) -> list[list[str]]:

@@ -111,21 +111,49 @@ class Plan:
 
     @cached_property
     def layer_specs(self) -> Mapping[str, WeightSpec]:
-        """Those of the decoder layers."""
-        return {m.name: m.spec for m in self.matrices if m.spec is not None and m.block is not None}
+        """Those of the decoder layers, each that several layers share once."""
+        return {
+            m.name: m.spec
+            for m in self.matrices
+            if m.spec is not None and m.block is not None and m.spec.same_as is None
+        }
+
+    @cached_property
+    def borrowed(self) -> Mapping[str, MatrixPlan]:
+        """Those of the decoder layers whose weight is that of an earlier layer."""
+        return {
+            m.name: m
+            for m in self.matrices
+            if m.spec is not None and m.block is not None and m.spec.same_as is not None
+        }
 
     @property
     def table_specs(self) -> Mapping[str, WeightSpec]:
         """Those of the embedding and the head."""
-        return {name: spec for name, spec in self.specs.items() if name not in self.layer_specs}
+        return {m.name: m.spec for m in self.matrices if m.spec is not None and m.block is None}
 
     def with_specs(self, specs: Mapping[str, WeightSpec]) -> Plan:
-        """A copy in which the matrices in `specs` have the given formats."""
-        return replace(self, matrices=tuple(replace(m, spec=specs.get(m.name, m.spec)) for m in self.matrices))
+        """A copy in which the matrices in `specs`, and those that borrow from them, have the given formats."""
+        given = tuple(replace(m, spec=specs.get(m.name, m.spec)) for m in self.matrices)
+        return replace(self, matrices=given).following()
 
     def without(self, names: Collection[str]) -> Plan:
-        """A copy that leaves the matrices `names` as they are."""
-        return replace(self, matrices=tuple(replace(m, spec=None) if m.name in names else m for m in self.matrices))
+        """A copy that leaves the matrices `names`, and those that borrow from them, as they are."""
+        left = tuple(replace(m, spec=None) if m.name in names else m for m in self.matrices)
+        return replace(self, matrices=left).following()
+
+    def following(self) -> Plan:
+        """A copy in which each matrix of the layers that borrows its weight has the format of its owner, or none if that has none."""
+        by_name = {matrix.name: matrix.spec for matrix in self.matrices}
+
+        def followed(matrix: MatrixPlan) -> MatrixPlan:
+            owner = None if matrix.name not in self.borrowed else self.borrowed[matrix.name].spec
+            if owner is None or owner.same_as is None:
+                return matrix
+            lent = by_name[owner.same_as]
+            return replace(matrix, spec=None if lent is None else replace(lent, same_as=owner.same_as))
+
+        return replace(self, matrices=tuple(map(followed, self.matrices))) if self.borrowed else self
 
     @property
     def without_kernel(self) -> str | None:

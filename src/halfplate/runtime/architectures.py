@@ -14,11 +14,17 @@ Windows = Literal["none", "all", "by layer"]
 
 @dataclass(frozen=True)
 class Routing:
-    """How the tokens of a mixture find their experts: a softmax of the router's outputs.
+    """How the tokens of a mixture find their experts: by scores, a softmax or the logistic function of the router's outputs.
 
     module: name in a layer of the module with the `experts`; a layer whose module has none runs an ordinary MLP.
     router: name in that module of the router, which has a `weight` (experts, hidden) and `top_k`.
     normalised: whether the weights of a token's experts are divided by their sum; or the attribute of the router that says so.
+    logistic: scores are not a softmax.
+    correction: name in that module of a tensor (experts,) that is added to scores to choose experts, and not part of their weights; None for none.
+    groups: attributes of the router: how many groups the experts form, and in how many of them, those whose two best have the largest sum, experts
+        are chosen; None for one group.
+    scale: attribute of the router, a factor of all weights; None for 1.
+    least_sum: attribute of the router, the least that weights are divided by; None for none.
     shared: names in a layer of the linears of an expert that all tokens use, as in `Architecture.mlp`.
     shared_gate: name in a layer of the linear whose logistic function weighs its output; None for a weight of 1.
     """
@@ -26,6 +32,11 @@ class Routing:
     module: str = "mlp"
     router: str = "gate"
     normalised: bool | str = True
+    logistic: bool = False
+    correction: str | None = None
+    groups: tuple[str, str] | None = None
+    scale: str | None = None
+    least_sum: str | None = None
     shared: tuple[str, ...] = ()
     shared_gate: str | None = None
 
@@ -38,6 +49,7 @@ class Architecture:
     norm: the root of the mean square or mean and variance (LayerNorm); `+1`: weights are added to 1. Weights and biases may be missing.
     final_norm: name in the inner model.
     head_norms: names in a layer of the norms of queries and keys, if it has them.
+    asks_for_head_norms: entry of the configuration that says whether it has them; None if it always has.
     whole_norms: they are of all heads together, not of each.
     late_norms: they follow the rotation.
     qkv: names of the linears whose outputs, one below the other, are queries, keys and values.
@@ -67,6 +79,7 @@ class Architecture:
     norm: NormKind = "rms"
     final_norm: str = "norm"
     head_norms: tuple[str, str] | None = None
+    asks_for_head_norms: str | None = None
     whole_norms: bool = False
     late_norms: bool = False
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -135,6 +148,16 @@ QWEN2_MOE = Routing(
     shared_gate="mlp.shared_expert_gate",
 )
 GRANITE_MOE = Routing(module="block_sparse_moe", router="router")
+SHARED_EXPERTS = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj")
+# Scores of each expert alone, corrected, of experts in groups: as in DeepSeek-V3.
+GROUPED = Routing(
+    normalised="norm_topk_prob",
+    logistic=True,
+    correction="gate.e_score_correction_bias",
+    groups=("num_group", "topk_group"),
+    scale="routed_scaling_factor",
+    shared=SHARED_EXPERTS,
+)
 GLM = Architecture(rotation="pairs", mlp=FUSED_MLP)
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -144,7 +167,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         COHERE, windows="by layer", rotated=lambda attention: attention.sliding_window is not None, refused=()
     ),
     "CwmForCausalLM": QWEN2,
+    "Dots1ForCausalLM": replace(QWEN3, mixture=GROUPED),
     "Ernie4_5ForCausalLM": Architecture(rotation="pairs"),
+    "Ernie4_5_MoeForCausalLM": Architecture(
+        rotation="pairs",
+        mixture=Routing(
+            correction="gate.moe_statics.e_score_correction_bias", least_sum="norm_min", shared=SHARED_EXPERTS
+        ),
+    ),
     "Exaone4ForCausalLM": Architecture(
         norms=BEHIND,
         head_norms=EACH_HEAD,
@@ -161,6 +191,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         GLM,
         norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
     ),
+    "Glm4MoeForCausalLM": Architecture(head_norms=EACH_HEAD, asks_for_head_norms="use_qk_norm", mixture=GROUPED),
     "GptOssForCausalLM": Architecture(
         windows="by layer", angles="once", clamped=True, sinks="self_attn.sinks", mixture=Routing(router="router")
     ),
@@ -175,6 +206,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "LlamaForCausalLM": LLAMA,
     "MinistralForCausalLM": QWEN2,
+    "MiniMaxM2ForCausalLM": Architecture(
+        head_norms=EACH_HEAD, whole_norms=True, mixture=Routing(logistic=True, correction="e_score_correction_bias")
+    ),
     "MistralForCausalLM": Architecture(windows="all"),
     "Mistral3ForConditionalGeneration": Architecture(windows="all", language_model="MistralModel"),
     "MixtralForCausalLM": Architecture(windows="all", mixture=Routing()),
@@ -202,6 +236,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3MoeForCausalLM": replace(QWEN3, windows="all", mixture=Routing(normalised="norm_topk_prob")),
     "SeedOssForCausalLM": LLAMA,
     "SmolLM3ForCausalLM": replace(QWEN2, rotated=lambda attention: bool(attention.use_rope)),
+    "SolarOpenForCausalLM": Architecture(mixture=GROUPED),
     "StableLmForCausalLM": Architecture(norm="mean", refused=("use_parallel_residual", "qk_layernorm")),
     "Starcoder2ForCausalLM": Architecture(norm="mean", mlp=("mlp.c_fc", "mlp.c_proj"), gated=False, windows="all"),
 }
@@ -218,6 +253,8 @@ def architecture_of(model: Any) -> Architecture | str:
     inner = type(inner_of(model)).__name__
     if found.language_model not in (None, inner):
         return f"{kind.__name__} with {inner} has no native step, only with {found.language_model}"
+    if found.asks_for_head_norms and not getattr(config_of(model), found.asks_for_head_norms):
+        found = replace(found, head_norms=None)
     return found
 
 

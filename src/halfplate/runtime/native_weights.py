@@ -77,15 +77,18 @@ class NativeWeights:
             experts[number], intermediate = self._expert(linears)
         self._held.append(experts)
         address, size = self._router(getattr(module, routing.router))
+        numbers = (*("experts", "chosen", "normalised", "logistic", "groups", "chosen_groups"), "scale", "least_sum")
         struct = MixtureStruct(
+            **{name: getattr(own.mixture, name) for name in numbers},
             router=address,
             expert=experts,
-            experts=own.mixture.experts,
-            chosen=own.mixture.chosen,
-            normalised=own.mixture.normalised,
             router_bytes=size,
             expert_bytes=ctypes.sizeof(experts),
         )
+        if routing.correction is not None:
+            path, _, name = routing.correction.rpartition(".")
+            correction = getattr(module.get_submodule(path), name).detach().float().reshape(-1).contiguous()
+            struct.correction, struct.correction_bytes = self._place(correction, torch.float32, "the correction")
         if own.mixture.shared:
             shared = [layer.get_submodule(name) for name in routing.shared]
             struct.shared, struct.shared_intermediate = self._expert(shared)

@@ -209,5 +209,10 @@ def _replace(
     if isinstance(packed, str):
         return LinearPath(name, "torch", packed)
     packed.saved = saved
+    lender = None if packed.spec.same_as is None else model.get_submodule(packed.spec.same_as)
+    if type(lender) is type(packed) and module.bias is None:
+        # The same bytes, in memory once.
+        for part, tensor in lender.named_buffers(recurse=False):
+            setattr(packed, part, tensor)
     model.set_submodule(name, packed.train(module.training))
     return LinearPath(name, packed.path)

@@ -15,12 +15,14 @@ class MixtureStruct(ctypes.Structure):
     """Mirror of `halfplate::Mixture` in kernels/src/runtime.h."""
 
     _fields_ = [
-        ("router", Pointer),
+        *[(name, Pointer) for name in ("router", "correction")],
         ("expert", ctypes.POINTER(ExpertStruct)),
-        *[(name, Integer) for name in ("experts", "chosen", "normalised", "router_bytes", "expert_bytes")],
+        *[(name, Integer) for name in ("experts", "chosen", "normalised", "logistic", "groups", "chosen_groups")],
+        *[(name, Integer) for name in ("router_bytes", "correction_bytes", "expert_bytes")],
         ("shared", ExpertStruct),
         ("shared_gate", Pointer),
         *[(name, Integer) for name in ("shared_intermediate", "shared_gate_bytes")],
+        *[(name, Float) for name in ("scale", "least_sum")],
     ]
 
 

@@ -37,12 +37,18 @@ class MixtureTraits:
     experts, chosen: their number, and how many each token uses.
     normalised: whether the weights of those are divided by their sum.
     shared: whether there is one that all tokens use.
+    logistic, groups, chosen_groups, scale, least_sum: as in halfplate::Mixture.
     """
 
     experts: int
     chosen: int
     normalised: bool
     shared: bool
+    logistic: bool = False
+    groups: int = 1
+    chosen_groups: int = 1
+    scale: float = 1.0
+    least_sum: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,10 @@ def linears_of(model: Any, architecture: Architecture) -> Iterator[tuple[str, An
 def has_shared(layer: Any, architecture: Architecture) -> bool:
     """Whether a layer with experts has one that all tokens use."""
     shared = () if architecture.mixture is None else architecture.mixture.shared
-    return bool(shared) and getattr(layer, shared[0].split(".")[0]) is not None
+    module = layer if shared else None
+    for part in shared[0].split(".") if shared else ():
+        module = getattr(module, part, None)
+    return module is not None
 
 
 def norm_weights(module: Any, kind: NormKind, count: int) -> Tensor:
@@ -255,17 +264,28 @@ def _layer(
     table = None
     if architecture.rotated(layer.self_attn):
         table = 0 if tables == (None,) else tables.index(kinds[number])
-    module, mixture = _mixture_module(layer, architecture), None
-    if module is not None:
-        assert architecture.mixture is not None
-        router, normalised = getattr(module, architecture.mixture.router), architecture.mixture.normalised
-        mixture = MixtureTraits(
-            module.experts.layout.experts,
-            router.top_k,
-            bool(getattr(router, normalised)) if isinstance(normalised, str) else normalised,
-            has_shared(layer, architecture),
-        )
-    return LayerTraits((config.sliding_window or 0) if sliding else 0, table, mixture)
+    return LayerTraits((config.sliding_window or 0) if sliding else 0, table, _mixture(layer, architecture))
+
+
+def _mixture(layer: Any, architecture: Architecture) -> MixtureTraits | None:
+    module, routing = _mixture_module(layer, architecture), architecture.mixture
+    if module is None or routing is None:
+        return None
+    router = getattr(module, routing.router)
+    groups = (1, 1) if routing.groups is None else tuple(int(getattr(router, name) or 1) for name in routing.groups)
+    return MixtureTraits(
+        experts=module.experts.layout.experts,
+        chosen=router.top_k,
+        normalised=bool(getattr(router, routing.normalised))
+        if isinstance(routing.normalised, str)
+        else routing.normalised,
+        shared=has_shared(layer, architecture),
+        logistic=routing.logistic,
+        groups=groups[0],
+        chosen_groups=groups[1],
+        scale=1.0 if routing.scale is None else float(getattr(router, routing.scale)),
+        least_sum=0.0 if routing.least_sum is None else float(getattr(router, routing.least_sum)),
+    )
 
 
 def _mixture_module(layer: Any, architecture: Architecture) -> Any:

@@ -28,7 +28,8 @@ static inline bool fits_mlp(const Decoder &d, const DecoderBlock &b, Fits fits) 
     if (m.experts == 0) return fits_expert(d, b.mlp, b.intermediate, fits);
     if (!fits(m.router, m.router_bytes, d.hidden, m.experts)) return false;
     if (!fits.whole) return true;
-    if (!holds(m.expert, m.expert_bytes, m.experts * int64_t(sizeof(Expert)))) return false;
+    if (!holds(m.expert, m.expert_bytes, m.experts * int64_t(sizeof(Expert))) || !holds(m.correction, m.correction_bytes, m.correction ? 4 * m.experts : 0))
+        return false;
     for (int64_t e = 0; e < m.experts; ++e)
         if (!fits_expert(d, m.expert[e], b.intermediate, fits)) return false;
     if (m.shared_intermediate == 0) return !m.shared_gate;
@@ -50,12 +51,20 @@ static inline bool sensible_traits(const Decoder &d) {
            d.rotary_dim % 2 == 0 && d.attention_cap >= 0 && d.logit_cap >= 0 && !(d.whole_norms && (d.late_norms || d.norm != RMS));
 }
 
+// Whether each token finds as many experts as it chooses.
+static inline bool sensible_routing(const Mixture &m) {
+    if (!within(m.experts, 0, LARGEST_MIXTURE) || !within(m.shared_intermediate, 0, LARGEST_SIDE)) return false;
+    if (m.experts == 0) return m.chosen == 0;
+    return within(m.normalised, 0, 1) && within(m.logistic, 0, 1) && within(m.groups, 1, m.experts < LARGEST_GROUPS ? m.experts : LARGEST_GROUPS) &&
+           m.experts % m.groups == 0 && within(m.chosen_groups, 1, m.groups) && within(m.chosen, 1, m.chosen_groups * (m.experts / m.groups)) &&
+           m.least_sum >= 0;
+}
+
 static inline int32_t check_block(const Decoder &d, const DecoderBlock &b) {
     const Mixture &m = b.mixture;
     const int64_t numbers = d.norm == MEAN ? 8 : 4;  // bytes
     if (!within(b.intermediate, 1, LARGEST_SIDE) || !within(b.window, 0, LARGEST_SIDE) || !within(b.rotary, -1, d.tables - 1) ||
-        !within(m.experts, 0, LARGEST_MIXTURE) || !within(m.chosen, m.experts ? 1 : 0, m.experts) || !within(m.normalised, 0, 1) ||
-        !within(m.shared_intermediate, 0, LARGEST_SIDE))
+        !sensible_routing(m))
         return BAD_NUMBER;
     if (d.parallel && (!b.norms[0] || b.norms[1] || b.norms[2])) return BAD_NUMBER;
     for (int i = 0; i < 4; ++i)

@@ -75,16 +75,22 @@ struct Expert {
     int64_t bytes[3];                      // of these
 };
 
-// A mixture of experts: each token goes through the `chosen` experts of the largest probability, a softmax of the router's outputs.
+constexpr int64_t LARGEST_GROUPS = 64;
+
+// A mixture of experts: each token goes through the `chosen` experts of the largest score, a softmax or the logistic function of the router's outputs.
 struct Mixture {
     const Packed *router;                  // (experts, hidden)
+    const float *correction;               // (experts), or null: added to scores to choose experts, and not part of their weights
     const Expert *expert;
     int64_t experts, chosen;               // both 0: the block has one MLP
     int64_t normalised;                    // 1: the weights of a token's experts are divided by their sum
-    int64_t router_bytes, expert_bytes;    // of what these point to
+    int64_t logistic;                      // 1: scores are not a softmax
+    int64_t groups, chosen_groups;         // of equally many experts: experts are chosen in those whose two best have the largest sum; both 1: all
+    int64_t router_bytes, correction_bytes, expert_bytes;  // of what these point to
     Expert shared;                         // of every token, unless its number of intermediates is 0
     const Packed *shared_gate;             // (1, hidden): the weight of the shared expert is logistic(this(x)); null: 1
     int64_t shared_intermediate, shared_gate_bytes;
+    float scale, least_sum;                // of all weights; and of what they are divided by
 };
 
 // A block: x += residual_scale * norms[1](attention(norms[0](x))), then x += residual_scale * norms[3](MLP(norms[2](x))). A norm that is null
