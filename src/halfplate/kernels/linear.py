@@ -46,7 +46,7 @@ FLOAT, BYTES, MANY_BYTES = range(3)  # halfplate::Activations
 # From this many tokens on, the core is expanded and multiplied by torch's matrix product: for 2:4 cores, which do half the work, and
 # for unpruned ones. Measured (RESULTS.md).
 EXPAND_FROM = {"avx512": (128, 48), "avx2": (96, 24), "baseline": (16, 16)}
-MANY_FOR_BYTES = 32  # tokens; as in kernels/src/byte_panel.inc
+MANY_FOR_BYTES = 2  # tokens; as in kernels/src/byte_panel.inc
 CPU = torch.device("cpu")
 LARGE = 4 * 2**20  # bytes; smaller tensors would leave large pages mostly empty
 REFUSALS = {
