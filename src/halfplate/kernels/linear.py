@@ -232,7 +232,7 @@ def multiply(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     tokens = rows.shape[0]
     if tokens == 0:
         return x.new_empty(*x.shape[:-1], d_out)
-    if tokens >= expand_from(bool(header.sparse)) and not takes_bytes(header, tokens):
+    if expands(header, tokens):
         return _multiply_expanded(rows, packed, header).view(*x.shape[:-1], d_out)
     rows = _floats(rows)
     y = torch.empty(tokens, d_out, dtype=torch.float32, device=CPU)
@@ -282,6 +282,11 @@ def takes_bytes(header: Header, tokens: int) -> bool:
 def bytes_from(sparse: bool) -> int:
     """From how many tokens on a core, 2:4 or unpruned, takes the inputs of `auto` as int8, on processors where it does."""
     return BYTES_FROM[0 if sparse else 1]
+
+
+def expands(header: Header, tokens: int) -> bool:
+    """Whether `multiply` expands the core for this many tokens."""
+    return tokens >= expand_from(bool(header.sparse)) and not takes_bytes(header, tokens)
 
 
 def expand_from(sparse: bool) -> int:
