@@ -3,7 +3,8 @@
     python benchmarks/batches.py CHECKPOINT ORIGINAL --files Q4_0.gguf Q4_K_M.gguf --batches 1 4 16 64
 
 All models take turns, and ratios are medians of ratios within a round. llama.cpp decodes with as many parallel sequences, each token of all of them in one
-call (`pip install llama-cpp-python`). Every sequence has a prompt of its own. `--keep` adds the rows to those of earlier calls, so that each call stays short;
+call (`pip install llama-cpp-python`). Every sequence has a prompt of its own. On a machine with other work, `--cpu --threads 1` counts seconds of the
+processor instead of those of the clock: several threads would wait for each other at every barrier. `--keep` adds the rows to those of earlier calls, so that each call stays short;
 the table replaces the section `batches` of RESULTS.md.
 """
 
@@ -16,6 +17,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -89,7 +91,7 @@ class Parallel(peers.LlamaCpp):
 
 def measured(options: argparse.Namespace, sequences: int, models: dict[str, speed.Contender]) -> list[list[str]]:
     """Rows of the table for this number of sequences."""
-    length = options.prompt + options.new_tokens + 8
+    length, clock = options.prompt + options.new_tokens + 8, time.process_time if options.cpu else time.perf_counter
     ids = torch.randint(3, 40_000, (sequences, options.prompt), generator=torch.Generator().manual_seed(0))
     with ExitStack() as opened, torch.inference_mode():
         own = dict(models)
@@ -101,7 +103,7 @@ def measured(options: argparse.Namespace, sequences: int, models: dict[str, spee
             contender(ids, bench.WARM_UP_TOKENS, lambda: None)
             print(f"{name}: ready", flush=True)
         tasks: dict[str, Callable[[], float]] = {
-            name: lambda one=one: speed.time_generation(one, ids, options.new_tokens).decode * sequences  # type: ignore[misc]
+            name: lambda one=one: speed.time_generation(one, ids, options.new_tokens, clock).decode * sequences  # type: ignore[misc]
             for name, one in own.items()
         }
         rates = speed.alternate(tasks, options.rounds)
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu", action="store_true", help="count seconds of the processor")
     parser.add_argument("--keep", action="store_true", help="add to the rows of earlier calls")
     options = parser.parse_args()
     silence_libraries()
@@ -148,7 +151,7 @@ def main() -> None:
         lines += measured(options, sequences, models)
     kept.write_text(json.dumps(lines))
     head = (
-        f"`python benchmarks/batches.py`; {machine()}, prompts of {options.prompt} tokens, {options.new_tokens} new. "
+        f"`python benchmarks/batches.py`; {machine()}, prompts of {options.prompt} tokens, {options.new_tokens} new{', seconds of CPU' if options.cpu else ''}. "
         "*Original*: the faster of fp32 and bf16 in transformers with as many sequences."
     )
     write_section("batches", f"{head}\n\n{table(COLUMNS, lines)}")
