@@ -112,7 +112,13 @@ def measured(options: argparse.Namespace, sequences: int, models: dict[str, spee
     for name, found in rates.items():
         ratios = sorted(a / b for a, b in zip(found, rates[best], strict=True))
         rows.append(
-            [name, str(sequences), f"{median(found):.0f}", f"{median(ratios):.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}"]
+            [
+                name,
+                str(sequences),
+                f"{median(found):.0f}",
+                f"{median(ratios):.2f}",
+                f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+            ]
         )
         print(" | ".join(rows[-1]), flush=True)
     return rows

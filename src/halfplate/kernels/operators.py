@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfplate.kernels.group import multiply_group
-from halfplate.kernels.linear import expands, multiply, read_header
+from halfplate.kernels.linear import expand_from, expands, multiply, read_header
 
 _library = torch.library.Library("halfplate", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor packed, int d_out) -> Tensor")
@@ -20,8 +20,12 @@ def _linear_shape(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
 
 
 def _multiply_all(x: Tensor, packed: Sequence[Tensor], d_outs: Sequence[int], width: int) -> Tensor:
+    if len(packed) == 1 and d_outs[0] == width:
+        return multiply(x, packed[0], width)
     rows, side_by_side = x.reshape(-1, x.shape[-1]), sum(d_outs)
-    if len(rows) and packed and not any(expands(read_header(matrix), len(rows)) for matrix in packed):
+    # No core is expanded for fewer tokens than an unpruned one; headers need not be read then.
+    few = len(rows) < expand_from(sparse=False)
+    if len(rows) and packed and (few or not any(expands(read_header(matrix), len(rows)) for matrix in packed)):
         y = multiply_group(rows, [packed], [len(rows)], d_outs)
         y = y if side_by_side == width else functional.pad(y, (0, width - side_by_side))
         return y.view(*x.shape[:-1], width)

@@ -119,7 +119,9 @@ def activations() -> str:
     """How cores take activations, of the variable HALFPLATE_ACTIVATIONS; raises HalfplateError for a value other than auto (default), float and int8."""
     found = os.environ.get(VARIABLE) or "auto"
     if found not in ACTIVATIONS:
-        raise HalfplateError(f"{VARIABLE}={found!r} is not one of {', '.join(ACTIVATIONS)}; set one of them, or leave it unset")
+        raise HalfplateError(
+            f"{VARIABLE}={found!r} is not one of {', '.join(ACTIVATIONS)}; set one of them, or leave it unset"
+        )
     return found
 
 
