@@ -37,7 +37,7 @@ from halfplate.models.sources import load_dense
 from halfplate.runtime.prompts import new_cache
 
 DENSE = ("original fp32", "original bf16")
-COLUMNS = ["model", "sequences", "tokens/s, all together", "× original", "× original, range"]
+COLUMNS = ["model", "sequences", "new tokens", "rounds", "tokens/s, all together", "× original", "× original, range"]
 
 
 def native_loop(model: Any) -> speed.Contender:
@@ -115,6 +115,8 @@ def measured(options: argparse.Namespace, sequences: int, models: dict[str, spee
             [
                 name,
                 str(sequences),
+                str(options.new_tokens),
+                str(options.rounds),
                 f"{median(found):.0f}",
                 f"{median(ratios):.2f}",
                 f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
@@ -157,7 +159,7 @@ def main() -> None:
         lines += measured(options, sequences, models)
     kept.write_text(json.dumps(lines))
     head = (
-        f"`python benchmarks/batches.py`; {machine()}, prompts of {options.prompt} tokens, {options.new_tokens} new{', seconds of CPU' if options.cpu else ''}. "
+        f"`python benchmarks/batches.py`; {machine()}, prompts of {options.prompt} tokens{', seconds of CPU' if options.cpu else ''}. "
         "*Original*: the faster of fp32 and bf16 in transformers with as many sequences."
     )
     write_section("batches", f"{head}\n\n{table(COLUMNS, lines)}")
