@@ -233,7 +233,7 @@ def loop(multiply: Callable[[Any, Any], Any], weights: list[Any], d_in: int, dty
 class LlamaCpp:
     """A GGUF model in llama.cpp, on the processor alone, decoding greedily without its sampler."""
 
-    def __init__(self, path: Path, threads: int, context: int = 512) -> None:
+    def __init__(self, path: Path, threads: int, context: int = 512, sequences: int = 1) -> None:
         import llama_cpp
 
         self._lib = llama_cpp
@@ -247,6 +247,7 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         options = llama_cpp.llama_context_default_params()
         options.n_ctx = options.n_batch = context
+        options.n_seq_max = sequences
         options.n_threads = options.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, options)
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))

@@ -73,7 +73,9 @@ def test_values_are_those_of_a_loop(data):
         assert torch.equal(found, looped(x, packed, counts, widths))
     if activations == "float":
         step = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
-        assert ((found.double() - torch.cat(exact)).abs() <= 2 * step * torch.cat(bounds) + 1e-7).all()
+        fits = torch.cat(exact).abs() < 0.99 * torch.finfo(dtype).max
+        error = (found.double() - torch.cat(exact)).abs()
+        assert (error <= 2 * step * torch.cat(bounds) + 1e-7)[fits].all()
 
 
 def group_of(count, spec=None, **options):

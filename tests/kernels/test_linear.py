@@ -85,7 +85,7 @@ def test_int8_activations_are_rounded_by_token_and_128_inputs(spec, tokens, seed
 @pytest.mark.skipif(not linear.multiplies_bytes(), reason="int8 is not the fastest type of this processor")
 @given(
     specs(core_dtypes=("int8", "int6", "int5", "nl5", "int4", "nl4", "int3", "nl3", "int2")),
-    st.integers(linear.MANY_FOR_BYTES - 2, 50),
+    st.integers(2, 50),
     st.sampled_from(linear.GROUPS),
     st.integers(0, 1000),
 )
@@ -104,9 +104,10 @@ def check_rounded(spec, tokens, seed, activations, span):
     half_a_step = tiles.abs().amax(-1, keepdim=True).expand_as(tiles).flatten(1)[:, : spec.d_in] / 127 * 0.501
     exact, bound = products(spec, tensors, x)
     rounding = half_a_step @ f.core.abs().T @ f.out.abs().T
-    y = linear.multiply(x, linear.pack(spec, tensors, activations), spec.d_out)
+    packed = linear.pack(spec, tensors, activations)
+    y = linear.multiply(x, packed, spec.d_out)
     assert ((y - exact).abs() <= rounding + 1e-6 * bound).all()
-    rounds = linear.takes_bytes(linear.inputs_of(activations), tokens)
+    rounds = linear.takes_bytes(linear.read_header(packed), tokens)
     assert rounds or ((y - exact).abs() <= 1e-6 * bound).all()
 
 
@@ -120,6 +121,43 @@ def test_int8_activations_equal_the_rounded_product():
     exact, bound = products(spec, tensors, rounded)
     y = linear.multiply(x, linear.pack(spec, tensors, "int8"), 24)
     assert ((y - exact).abs() <= 1e-5 * bound).all()
+
+
+@pytest.mark.skipif(not linear.multiplies_bytes(), reason="int8 is not the fastest type of this processor")
+@given(
+    st.sampled_from(("int8", "int6", "int5", "nl5", "int4", "nl4", "int3", "nl3", "int2")),
+    st.sampled_from((DENSE, SPARSE)),
+    st.integers(1, 75),
+    st.integers(1, 90).map(lambda quarters: 4 * quarters),
+    st.sampled_from(linear.GROUPS),
+    st.integers(2, 40),
+    st.integers(0, 1000),
+)
+@settings(max_examples=120, deadline=None)
+def test_batches_equal_the_product_of_rounded_groups(core, pattern, d_out, d_in, group, tokens, seed):
+    """The naive reference of panels of bytes: each group of inputs rounded by its largest, times the core in floats."""
+    spec = WeightSpec(d_out, d_in, pattern, core, group=group)
+    tensors = random_linear(spec, seed)
+    x = torch.randn(tokens, d_in, generator=torch.Generator().manual_seed(seed))
+    rounded = x
+    if tokens >= linear.bytes_from(pattern is SPARSE):
+        groups = torch.nn.functional.pad(x, (0, -d_in % group)).unflatten(1, (-1, group))
+        scale = groups.abs().amax(-1, keepdim=True) / 127
+        rounded = ((groups / scale.clamp_min(1e-30)).round() * scale).flatten(1)[:, :d_in]
+    exact, bound = products(spec, tensors, rounded)
+    y = linear.multiply(x, linear.pack(spec, tensors, "auto"), d_out)
+    assert ((y - exact).abs() <= 1e-5 * bound).all()
+
+
+@pytest.mark.skipif(not linear.multiplies_bytes(), reason="int8 is not the fastest type of this processor")
+@pytest.mark.parametrize("core", ["nl4", "nl5", "int8"])
+def test_a_rounded_token_does_not_depend_on_those_beside_it(core):
+    spec = WeightSpec(44, 320, DENSE, core, group=32)
+    packed = linear.pack(spec, random_linear(spec), "auto")
+    x = torch.randn(31, 320)
+    whole = linear.multiply(x, packed, 44)
+    for tokens in range(linear.bytes_from(False), 31):
+        assert torch.equal(linear.multiply(x[:tokens], packed, 44), whole[:tokens])
 
 
 @given(specs(), st.booleans(), st.sampled_from(linear.ACTIVATIONS), st.integers(0, 1000))

@@ -25,9 +25,10 @@ def near(found, expected, share=1e-5):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [0, 1, 7, 130])
-def test_products_stand_side_by_side_before_zeros(dtype, tokens):
-    packed = [pack(spec, random_linear(spec, seed)) for seed, spec in enumerate(GROUP)]
+@pytest.mark.parametrize("tokens", [0, 1, 7, 20, 130])
+@pytest.mark.parametrize("activations", ["float", "auto"])
+def test_products_stand_side_by_side_before_zeros(dtype, tokens, activations):
+    packed = [pack(spec, random_linear(spec, seed), activations) for seed, spec in enumerate(GROUP)]
     x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(3)).to(dtype)
     found = linears(x, packed, [spec.d_out for spec in GROUP], 140)
     assert found.dtype == dtype

@@ -46,7 +46,9 @@ FLOAT, BYTES, MANY_BYTES = range(3)  # halfplate::Activations
 # From this many tokens on, the core is expanded and multiplied by torch's matrix product: for 2:4 cores, which do half the work, and
 # for unpruned ones. Measured (RESULTS.md).
 EXPAND_FROM = {"avx512": (128, 48), "avx2": (96, 24), "baseline": (16, 16)}
-MANY_FOR_BYTES = 32  # tokens; as in kernels/src/byte_panel.inc
+# From this many tokens on, the inputs of `auto` are rounded to int8: for 2:4 cores, which take longer to lay out, and for unpruned ones; as in
+# kernels/src/byte_panel.inc. Measured (RESULTS.md).
+BYTES_FROM = (16, 4)
 CPU = torch.device("cpu")
 LARGE = 4 * 2**20  # bytes; smaller tensors would leave large pages mostly empty
 REFUSALS = {
@@ -230,7 +232,7 @@ def multiply(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     tokens = rows.shape[0]
     if tokens == 0:
         return x.new_empty(*x.shape[:-1], d_out)
-    if tokens >= expand_from(bool(header.sparse)) and not takes_bytes(header.activations, tokens):
+    if expands(header, tokens):
         return _multiply_expanded(rows, packed, header).view(*x.shape[:-1], d_out)
     rows = _floats(rows)
     y = torch.empty(tokens, d_out, dtype=torch.float32, device=CPU)
@@ -261,7 +263,8 @@ def inputs_of(activations: str) -> int:
 
 def taken_activations(activations: str) -> str:
     """How the kernels of this machine take the activations of a prompt, in words."""
-    return ("float", "int8", f"int8 for {MANY_FOR_BYTES} tokens or more")[inputs_of(activations)]
+    sparse, dense = BYTES_FROM
+    return ("float", "int8", f"int8 for {dense} tokens or more, {sparse} in 2:4 cores")[inputs_of(activations)]
 
 
 def multiplies_bytes() -> bool:
@@ -269,9 +272,21 @@ def multiplies_bytes() -> bool:
     return native.available() and native.isa() == "avx512" and not has_tiles()
 
 
-def takes_bytes(activations: int, tokens: int) -> bool:
+def takes_bytes(header: Header, tokens: int) -> bool:
     """Whether a matrix takes this many tokens as int8; as in kernels/src/byte_panel.inc."""
-    return activations == BYTES or (activations == MANY_BYTES and tokens >= MANY_FOR_BYTES and native.isa() == "avx512")
+    if header.activations != MANY_BYTES:
+        return bool(header.activations == BYTES)
+    return tokens >= bytes_from(bool(header.sparse)) and native.isa() == "avx512"
+
+
+def bytes_from(sparse: bool) -> int:
+    """From how many tokens on a core, 2:4 or unpruned, takes the inputs of `auto` as int8, on processors where it does."""
+    return BYTES_FROM[0 if sparse else 1]
+
+
+def expands(header: Header, tokens: int) -> bool:
+    """Whether `multiply` expands the core for this many tokens."""
+    return tokens >= expand_from(bool(header.sparse)) and not takes_bytes(header, tokens)
 
 
 def expand_from(sparse: bool) -> int:

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from halfplate.kernels.linear import expand_from, multiply
+from halfplate.kernels.group import multiply_group
+from halfplate.kernels.linear import expand_from, expands, multiply, read_header
 
 _library = torch.library.Library("halfplate", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor packed, int d_out) -> Tensor")
@@ -18,10 +20,16 @@ def _linear_shape(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
 
 
 def _multiply_all(x: Tensor, packed: Sequence[Tensor], d_outs: Sequence[int], width: int) -> Tensor:
+    if len(packed) == 1 and d_outs[0] == width:
+        return multiply(x, packed[0], width)
+    rows, side_by_side = x.reshape(-1, x.shape[-1]), sum(d_outs)
+    # No core is expanded for fewer tokens than an unpruned one; headers need not be read then.
+    few = len(rows) < expand_from(sparse=False)
+    if len(rows) and packed and (few or not any(expands(read_header(matrix), len(rows)) for matrix in packed)):
+        y = multiply_group(rows, [packed], [len(rows)], d_outs)
+        y = y if side_by_side == width else functional.pad(y, (0, width - side_by_side))
+        return y.view(*x.shape[:-1], width)
     y, start = x.new_empty(*x.shape[:-1], width), 0
-    # Few tokens are multiplied in fp32: one cast for all matrices, and each result is cast as it is put in its place.
-    few = x.numel() < expand_from(sparse=False) * x.shape[-1]
-    x = x.float() if few else x
     for matrix, d_out in zip(packed, d_outs, strict=True):
         y[..., start : start + d_out] = multiply(x, matrix, d_out)
         start += d_out
@@ -47,7 +55,8 @@ def linear(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
 def linears(x: Tensor, packed: Sequence[Tensor], d_outs: Sequence[int], width: int) -> Tensor:
     """The products of x (..., d_in) with several packed matrices side by side, then zeros: (..., width) in the dtype of `x`.
 
-    One operator, which multiplies the matrices one after the other. d_outs: outputs of each matrix, at most `width` in sum.
+    One operator. It multiplies all matrices in one parallel region, and rounds their common inputs once if they take them as int8; with many
+    tokens in floats, it multiplies one after the other. d_outs: outputs of each matrix, at most `width` in sum.
     """
     products: Tensor = torch.ops.halfplate.linears(x, packed, d_outs, width)
     return products

@@ -128,6 +128,7 @@ class NativeDecoder:
         positions: Tensor | None = None,
         first: Tensor | None = None,
         wanted: int | None = None,
+        exact: bool = False,
     ) -> Tensor:
         """Logits (sequences, wanted, vocabulary), fp32, after the last tokens of `tokens` int64 (sequences, count).
 
@@ -137,6 +138,7 @@ class NativeDecoder:
         positions: int64 (sequences, count), for the rotary embedding, up to the length of the cache after this step; None means places in the cache.
         first: int64 (sequences,), the number of padding positions before each sequence, which are not read; None means 0.
         wanted: of how many of the last tokens of each sequence there are logits, 0 to count; None means all.
+        exact: keep the inputs of linears in floats where `--activations auto` would round those of several rows; for rows that stand for single steps.
         Raises HalfplateError for a cache of another number of sequences or another shape, and for a token outside the vocabulary.
         """
         layers: Any = cache.layers
@@ -154,7 +156,7 @@ class NativeDecoder:
             if first is None:
                 first = torch.zeros(sequences, dtype=torch.int64, device=CPU)
             held = {"embeddings": embeddings, "positions": positions.contiguous(), "first": first, "logits": logits}
-            batch = BatchStruct(slot=slot, count=count, wanted=wanted)
+            batch = BatchStruct(slot=slot, count=count, wanted=wanted, exact=exact)
             for place, (name, tensor) in enumerate(held.items()):
                 setattr(batch, name, native.address(tensor, tensor.dtype, name))
                 batch.bytes[place] = tensor.nbytes

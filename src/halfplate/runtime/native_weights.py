@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from halfplate.kernels import native
-from halfplate.kernels.linear import MANY_FOR_BYTES, read_header, takes_bytes
+from halfplate.kernels.linear import read_header, takes_bytes
 from halfplate.runtime.architectures import Architecture, config_of, inner_of
 from halfplate.runtime.backends.cpu import PackedLinear
+from halfplate.runtime.calls import LEAST_PROMPT
 from halfplate.runtime.structures import BlockStruct, DecoderStruct, ExpertStruct, MixtureStruct
 from halfplate.runtime.traits import LayerTraits, Traits, norm_weights
 
@@ -29,7 +30,7 @@ class NativeWeights:
     def __init__(self, model: Any, architecture: Architecture, traits: Traits, pack: Pack) -> None:
         self._architecture, self._traits, self._pack = architecture, traits, pack
         self._held: list[Any] = []
-        self.multiplied = self.rounded = 0  # bytes of the linears of blocks, and of those that take many tokens as int8
+        self.multiplied = self.rounded = 0  # bytes of the linears of blocks, and of those that take a prompt as int8
         inner = inner_of(model)
         hidden = self.hidden = config_of(model).hidden_size
         self.blocks = (BlockStruct * len(inner.layers))()
@@ -119,7 +120,7 @@ class NativeWeights:
     def _linear(self, module: Any) -> tuple[int, int]:
         packed = self._pack(module).packed
         self.multiplied += packed.nbytes
-        self.rounded += packed.nbytes * takes_bytes(read_header(packed).activations, MANY_FOR_BYTES)
+        self.rounded += packed.nbytes * takes_bytes(read_header(packed), LEAST_PROMPT)
         return self._place(packed, torch.uint8, "a linear")
 
     def _norm(self, module: Any, count: int) -> tuple[int, int]:

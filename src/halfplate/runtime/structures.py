@@ -74,5 +74,5 @@ class BatchStruct(ctypes.Structure):
         ("slot", Integer),
         *[(name, Pointer) for name in ("positions", "first", "logits")],
         ("bytes", Integer * 4),
-        *[(name, Integer) for name in ("count", "wanted")],
+        *[(name, Integer) for name in ("count", "wanted", "exact")],
     ]

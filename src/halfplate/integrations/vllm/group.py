@@ -1,5 +1,6 @@
 """The matrices of one linear of vLLM on one rank: what is loaded of them, and their products. Does not import vLLM."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,11 @@ from halfplate.errors import HalfplateError
 from halfplate.formats import WeightSpec
 from halfplate.formats.sharding import Axis, check_shards, shard
 from halfplate.integrations.vllm.members import Stored
-from halfplate.kernels.linear import pack
+from halfplate.kernels.linear import ACTIVATIONS, pack
 from halfplate.kernels.operators import linears
 from halfplate.pattern import DENSE
 
+VARIABLE = "HALFPLATE_ACTIVATIONS"
 PLACES: Mapping[Any, int] = {"q": 0, "k": 1, "v": 2, None: 0}  # of vLLM's shard ids that are not numbers
 
 
@@ -108,9 +110,19 @@ class Group:
             start = self.rank * (spec.d_out // size) // self.ranks * size
         part = shard(spec, tensors, self.axis, start, size)
         try:
-            return pack(part.spec, part.tensors())
+            return pack(part.spec, part.tensors(), activations())
         except HalfplateError as error:
             raise HalfplateError(f"{name}: {error}") from None
+
+
+def activations() -> str:
+    """How cores take activations, of the variable HALFPLATE_ACTIVATIONS; raises HalfplateError for a value other than auto (default), float and int8."""
+    found = os.environ.get(VARIABLE) or "auto"
+    if found not in ACTIVATIONS:
+        raise HalfplateError(
+            f"{VARIABLE}={found!r} is not one of {', '.join(ACTIVATIONS)}; set one of them, or leave it unset"
+        )
+    return found
 
 
 def _rank(layer: Any) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from halfplate.errors import HalfplateError
 from halfplate.formats import NMSparse, WeightSpec
 from halfplate.formats.sharding import shard
-from halfplate.integrations.vllm.group import hold, multiplied
+from halfplate.integrations.vllm.group import activations, hold, multiplied
 from halfplate.integrations.vllm.members import Stored, add_parameters
 from halfplate.kernels.linear import pack
 
@@ -106,7 +106,7 @@ class HalfplateHeadMethod(_TableMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack the rows of this rank; raises HalfplateError if the checkpoint lacks a tensor."""
         found = self._rows_here(layer)
-        packed = [] if found is None else [pack(*found)]
+        packed = [] if found is None else [pack(*found, activations())]
         if not self.tied:
             self.stored.tensors = {}
         hold(layer, packed, [] if found is None else [found[0].d_out], layer.num_embeddings_per_partition)

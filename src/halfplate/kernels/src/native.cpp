@@ -208,7 +208,7 @@ EXPORT int32_t halfplate_linear(const halfplate::Packed *packed, int64_t packed_
     if (!halfplate::holds_rows(x, x_bytes, tokens, packed->d_in, ldx) ||
         !halfplate::holds_rows(y, y_bytes, tokens, packed->d_out, packed->d_out))
         return halfplate::BAD_SIZE;
-    halfplate::Job job{packed, x, ldx, y, packed->d_out, tokens, nullptr, nullptr, 0};
+    halfplate::Job job{packed, x, ldx, y, packed->d_out, tokens, nullptr, nullptr, 0, false};
     return halfplate::applied(&job, 1, halfplate::team(threads));
 }
 
@@ -229,7 +229,7 @@ EXPORT int32_t halfplate_group(const halfplate::Member *members, int64_t members
     if (failed) return failed;
     for (int64_t m = 0; m < count; ++m) {
         const halfplate::Member &own = members[m];
-        jobs[size_t(m)] = {own.matrix, x + own.from * ldx, ldx, y + own.to * width + own.column, width, own.tokens, nullptr, nullptr, 0};
+        jobs[size_t(m)] = {own.matrix, x + own.from * ldx, ldx, y + own.to * width + own.column, width, own.tokens, nullptr, nullptr, 0, false};
     }
     return halfplate::applied(jobs.data(), count, halfplate::team(threads));
 }

@@ -50,6 +50,7 @@ struct Job {
     float *scratch;                        // 64-byte aligned: input_floats floats, or scratch_floats without `shared`
     float *shared;                         // of all jobs of a call: room of each thread for one share, share_floats floats
     int64_t apart;                         // floats between the room of two threads
+    bool exact;                            // inputs of MANY_BYTES stay in floats, whatever their number
 };
 
 // One matrix of a grouped call, with its own rows of the input and its own rows and columns of the output.
@@ -144,6 +145,7 @@ struct Batch {
     float *logits;                         // (sequences, wanted, vocabulary)
     int64_t bytes[4];                      // of each of these buffers, in this order
     int64_t count, wanted;                 // new tokens of each sequence, and of how many of the last there are logits
+    int64_t exact;                         // 1: inputs of MANY_BYTES stay in floats, whatever the number of rows
 };
 
 struct Runtime {

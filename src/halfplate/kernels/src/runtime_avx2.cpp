@@ -23,6 +23,7 @@ namespace {
 #include "wrappers.inc"
 #include "expand.inc"
 #include "panel.inc"
+#include "byte_words.inc"
 #include "byte_panel.inc"
 #include "apply.inc"
 #include "activations.inc"
