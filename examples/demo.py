@@ -30,9 +30,9 @@ QUESTIONS = ("What is the capital of France?", "What do bees make?", "Write one 
 # What `compress` takes by itself, what it takes for speed (with a short recovery), and two rivals for 2:4.
 MODELS = {
     "default": [],
-    "speed": ["--prefer", "speed", "--tune-block", "0", "--effort", "quick"],
+    "speed": ["--prefer", "speed", "--tune-block", "0", "--effort", "quick", "--iterations", "3"],
     "sparsegpt": ["--method", "sparsegpt", "--pattern", "2:4"],
-    "armor": ["--recipe", "armor", "--solver", "exact", "--iterations", "20", "--block-size", "16"],
+    "armor": ["--recipe", "armor", "--solver", "exact", "--iterations", "10", "--block-size", "16"],
 }
 NAMES = {
     "default": "default",
@@ -148,11 +148,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the models (replaced)")
     parser.add_argument("--model", type=Path, help="model to compress instead of the one in the wheel")
     parser.add_argument("--only", nargs="+", choices=tuple(MODELS), default=list(MODELS), help="make only these models")
-    parser.add_argument("--samples", default="16", help="calibration samples (default 16; `make demo-full` takes 64)")
+    parser.add_argument("--samples", default="12", help="calibration samples (default 12; `make demo-full` takes 64)")
     parser.add_argument("--seq-len", default="512", help="tokens per sample (default 512)")
     parser.add_argument("--windows", default="8", help="samples that judge (default 8)")
     parser.add_argument("--prompt", default="256", help="tokens of the prompt whose reading is timed (default 256)")
-    parser.add_argument("--recover", default="2", help="minutes that `--prefer speed` is recovered for (default 2)")
+    parser.add_argument("--recover", default="1", help="minutes that `--prefer speed` is recovered for (default 1)")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
     began, source = time.monotonic(), options.model or find_model()

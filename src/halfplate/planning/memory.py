@@ -153,9 +153,10 @@ def check_loads_whole(sizes: ModelSizes, specs: Sequence[WeightSpec], job: Job) 
 
 
 def _loaded(sizes: ModelSizes, specs: Sequence[WeightSpec]) -> int:
-    """Bytes of the loaded result: compressed matrices as stored and again while they are packed, the rest in fp32."""
+    """Bytes while the result is loaded: compressed matrices in the mapped file and packed, the rest in the file, in fp32 and packed."""
     compressed = sum(spec.d_out * spec.d_in for spec in specs if spec.same_as is None)
-    return FP32 * (sizes.parameters - compressed) + sum(spec.nbytes for spec in specs) * 5 // 4
+    stored = sum(spec.nbytes for spec in specs if spec.same_as is None)
+    return (FP32 + 2 * BF16) * (sizes.parameters - compressed) + stored * 9 // 4
 
 
 def solving_memory(job: Job, spec: WeightSpec) -> int:

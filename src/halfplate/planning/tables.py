@@ -73,7 +73,7 @@ def _planned(field: str, name: str, module: Any, dtype: str, refusal: str | None
     if dtype == KEEP:
         return []
     if refusal is not None and dtype != AUTO:
-        raise HalfplateError(f"{field}={dtype!r}: {name} must stay as it is ({refusal}); leave {field} out")
+        raise HalfplateError(f"{field}={dtype!r}: {name} must stay as it is ({refusal}); try {field}={AUTO!r}")
     rows, columns = shape = tuple(module.weight.shape)
     # The smallest groups are for types under super-scales.
     group = max(recipe.group_size, GROUPS[1]) if dtype == AUTO else recipe.group_size
