@@ -62,7 +62,7 @@ def test_memory_does_not_grow_with_depth_but_where_the_whole_model_is_held(tiny_
         recipe = Recipe(**SMALL | options)
         return memory_plan(sizes, list(plan.specs.values()), Job(recipe, Statistic.GRAM), 1).peak
 
-    assert abs(peak(deep) - peak(wide)) < 0.01 * peak(wide)
+    assert peak(deep) < 1.01 * peak(wide)  # a small result is checked as a whole, a large one by layer
     whole = 4 * (sum(deep.blocks) + deep.outer)
     for option in ({"budget": 0.5}, {"ratios": "owl", "pattern": "4:8"}, {"max_kl": 1.0}):
         assert peak(deep, **option) > whole > peak(deep)

@@ -41,7 +41,7 @@ def compressed(model, core_dtype="bf16", pattern=SPARSE, **more):
 def test_an_accelerated_model_computes_the_same(tiny_model, architecture, core_dtype):
     model = compressed(tiny_model(architecture), core_dtype)
     expected, state = model(IDS).logits, model.state_dict()
-    accelerate(model)
+    accelerate(model, activations="float")
     assert all(isinstance(m, PackedLinear) for n, m in model.named_modules() if n.endswith("_proj"))
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
     after = model.state_dict()
@@ -71,7 +71,7 @@ def test_an_embedding_that_bf16_holds_is_kept_in_bf16(tiny_model, tied):
     for parameter in model.parameters():
         parameter.copy_(parameter.bfloat16().float())
     expected, state = model(IDS).logits, model.state_dict()
-    accelerate(model)
+    accelerate(model, activations="float")
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
     assert model.dtype == torch.float32
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
