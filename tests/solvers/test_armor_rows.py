@@ -34,7 +34,9 @@ def rounded(problem):
     parameters = tuple(part.float() for part in found)
     units = storage_of(quantizer).units(quantizer.stored, parameters)
     each = problem._each(parameters)
-    return problem._at(Rounded(quantizer.decode(codes.float(), *each), parameters, units, torch.zeros(len(codes), 1).double()))
+    return problem._at(
+        Rounded(quantizer.decode(codes.float(), *each), parameters, units, torch.zeros(len(codes), 1).double())
+    )
 
 
 def loss_of(problem, values):
@@ -133,9 +135,13 @@ def both(problem, sweeps):
     quantizer, order = problem.levels.quantizer, Order.of(problem.gram)
     wished = tuple(part.float() for part in fit_groups(problem.wanted, quantizer, problem.levels.group)[1])
     assert affine_numbers(problem.levels) is not None
-    return [
-        way(order, wished, sweeps, fits_freely=True) for way in (problem._descended, problem.descended_in_torch)
-    ]
+    return [way(order, wished, sweeps, fits_freely=True) for way in (problem._descended, problem.descended_in_torch)]
+
+
+def within_groups(gram, group):
+    """`gram` without what couples the groups of columns: in any order of the groups, a sweep does the same."""
+    place = torch.arange(len(gram)) // group
+    return torch.where(place[:, None] == place, gram, 0)
 
 
 @needs_native
@@ -148,23 +154,39 @@ def both(problem, sweeps):
     correlated=st.booleans(),
 )
 @settings(deadline=None, max_examples=8)
-def test_the_native_descent_starts_where_that_of_torch_does_and_falls_as_far(name, rows, cols, group, seed, correlated):
+def test_a_native_sweep_fits_the_parameters_and_then_the_codes_of_each_group(name, rows, cols, group, seed, correlated):
     gram = (inputs_of(cols, seed) if correlated else torch.eye(cols)).float()
     weight = weight_of(rows, cols, seed)
     weight[0, :group], gram[cols // 2], gram[:, cols // 2] = 0, 0, 0  # a group whose scale is 0, and a dead input
+    problem = RowsProblem(weight, within_groups(gram, group), Levels(QUANTIZERS.get(name), group))
+    for sweeps in (0, 1):
+        found, start = both(problem, sweeps)[0], both(problem, 0)[1].end
+        expected = problem.swept(problem.refitted(start)) if sweeps else start
+        torch.testing.assert_close(found.end.left[:, 0], loss_of(problem, found.end.values), rtol=1e-3, atol=1e-5)
+        # A value half way between two codes may go to either, and those after it follow.
+        same = (found.end.left - expected.left).abs() <= 1e-3 * expected.left + 1e-5
+        assert float(same.float().mean()) > 0.8 or rows < 10
+        assert found.losses[-1] == pytest.approx(float(expected.left.sum()), rel=0.05, abs=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["affine4", "affine2k", "nl4s", "int6k"])
+@pytest.mark.parametrize("group", [16, 32])
+def test_the_loss_that_native_sweeps_follow_is_that_of_the_values(name, group):
+    weight, gram = weight_of(33, 200, 4), inputs_of(200, 5).float()
     problem = RowsProblem(weight, gram, Levels(QUANTIZERS.get(name), group))
-    found, expected = both(problem, 2)
-    # A value half way between two codes may go to either, and those after it follow; so may single rows.
-    assert found.losses[0] == pytest.approx(expected.losses[0], rel=0.03)
-    assert found.losses[-1] <= found.losses[1] * (1 + 1e-4)
+    found, _ = both(problem, 4)
+    assert found.losses == sorted(found.losses, reverse=True)
+    assert found.losses[-1] < 0.95 * found.losses[0]
     torch.testing.assert_close(found.end.left[:, 0], loss_of(problem, found.end.values), rtol=1e-3, atol=1e-5)
-    assert found.losses[-1] <= 1.1 * expected.losses[-1]
 
 
 @needs_native
 @pytest.mark.parametrize("name", K_TYPES)
 def test_the_native_parameters_are_those_of_torch(name):
-    problem = problem_of(name, d_out=33, d_in=31)  # one group, so that a sweep fits the parameters of the codes of the start
+    problem = problem_of(
+        name, d_out=33, d_in=31
+    )  # one group, so that a sweep fits the parameters of the codes of the start
     order = Order.of(problem.gram)
     wished = tuple(part.float() for part in fit_groups(problem.wanted, problem.levels.quantizer, 32)[1])
     start = problem.descended_in_torch(order, wished, 0, fits_freely=True)
@@ -186,7 +208,8 @@ def test_native_results_can_be_stored_and_lose_no_more_than_those_of_torch(name,
     monkeypatch.setattr(armor_rows, "affine_numbers", lambda _: None)
     slow, _ = problem.solved(8)
     assert losses == sorted(losses, reverse=True)
-    assert float(fast.left.sum()) == pytest.approx(float(slow.left.sum()), rel=0.01)
+    # Both end in one of many points where no change of a single code helps.
+    assert float(fast.left.sum()) <= 1.03 * float(slow.left.sum())
     quantizer, storage = problem.levels.quantizer, storage_of(problem.levels.quantizer, 32)
     halves = tuple(part.half() for part in fast.parameters)
     again = storage.parameters(quantizer.stored, storage.stored(quantizer.stored, halves), halves[0].shape[1])

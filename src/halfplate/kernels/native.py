@@ -72,10 +72,7 @@ class AffineRows(ctypes.Structure):
 
     _fields_ = [
         ("rows", Rows),
-        *[
-            (name, ctypes.c_void_p)
-            for name in ("minima", "step_units", "minimum_units", "free_steps", "free_minima")
-        ],
+        *[(name, ctypes.c_void_p) for name in ("minima", "step_units", "minimum_units", "free_steps", "free_minima")],
         ("most", ctypes.c_int64),
         ("bytes", ctypes.c_int64 * 5),
     ]

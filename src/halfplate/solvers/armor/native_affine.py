@@ -62,9 +62,10 @@ def descend_affine(
     storage, numbers = storage_of(levels.quantizer, levels.group), affine_numbers(levels)
     assert numbers is not None, "affine_numbers knows the quantizer"
     table = None if _are_consecutive(numbers) else numbers
-    steps, minima = _two([part.contiguous().clone() for part in parameters])
+    found = [part.contiguous().clone() for part in parameters]
+    steps, minima = _two(found)
     step_units, minimum_units = _two([part.contiguous() for part in units] if isinstance(storage, SuperScales) else [])
-    free = [torch.empty_like(part) for part in (steps, minima) if part is not None and fits_freely]
+    free = [torch.empty_like(part) for part in found] if fits_freely else []
     free_steps, free_minima = _two(free)
     wanted, gram = wanted.contiguous(), gram.contiguous()
     values, order = torch.empty_like(wanted), columns.to(torch.int64).contiguous()
@@ -86,7 +87,7 @@ def descend_affine(
     most = (1 << storage.bits) - 1 if isinstance(storage, SuperScales) else 0
     arguments = native.AffineRows(rows, *addresses, most, sizes)
     native.check(native.library().halfplate_affine_rows(ctypes.byref(arguments)), "descent over rows with minima")
-    return values, (steps,) if minima is None else (steps, minima), tuple(free), losses
+    return values, tuple(found), tuple(free), losses
 
 
 def _two(parts: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:

@@ -141,7 +141,9 @@ class RowsProblem:
         values, found, freely, losses = descend_affine(
             self.wanted, self.gram, order.columns, order.spread, parameters, units, self.levels, sweeps, fits_freely
         )
-        return Descent(Rounded(values, found, units, losses[-1][:, None]), [float(part.sum()) for part in losses], freely)
+        return Descent(
+            Rounded(values, found, units, losses[-1][:, None]), [float(part.sum()) for part in losses], freely
+        )
 
     def swept(self, at: Rounded) -> Rounded:
         """Every column in turn at the best codes for the others, with the parameters as they are."""
