@@ -67,6 +67,17 @@ class Rows(ctypes.Structure):
     ]
 
 
+class AffineRows(ctypes.Structure):
+    """Mirror of `halfplate::AffineRows` in src/armor.h."""
+
+    _fields_ = [
+        ("rows", Rows),
+        *[(name, ctypes.c_void_p) for name in ("minima", "step_units", "minimum_units", "free_steps", "free_minima")],
+        ("most", ctypes.c_int64),
+        ("bytes", ctypes.c_int64 * 5),
+    ]
+
+
 def _absent() -> str:
     """Why there is no library to open; empty if there is one."""
     if os.environ.get("HALFPLATE_NATIVE") == "0":
@@ -109,6 +120,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         ("sweep", flag, [problem, pointer, integer]),
         ("gram_sweep", flag, [ctypes.POINTER(GramSweep)]),
         ("rows", flag, [ctypes.POINTER(Rows)]),
+        ("affine_rows", flag, [ctypes.POINTER(AffineRows)]),
         ("place", flag, [pointer, flag]),
         ("pack", flag, [pointer, integer, pointer, integer]),
         ("unpack", flag, [pointer, integer, pointer, integer]),

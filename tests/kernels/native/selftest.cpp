@@ -31,6 +31,7 @@ int32_t halfplate_step(const halfplate::Decoder *, const float *, int64_t, int64
 int32_t halfplate_sweep(const halfplate::Problem *, double *, int64_t);
 int32_t halfplate_gram_sweep(const halfplate::GramSweep *);
 int32_t halfplate_rows(const halfplate::Rows *);
+int32_t halfplate_affine_rows(const halfplate::AffineRows *);
 const char *halfplate_isa();
 }
 
@@ -490,6 +491,27 @@ void check_solver() {
             expect(halfplate_rows(&r) < 0, "a long buffer");
             size -= 4;
         }
+        std::vector<float> minima(steps.size(), -0.2f), units(steps.size(), 0.015625f), free_steps(steps.size()), free_minima(steps.size());
+        std::vector<double> of_rows(size_t(rows * 3));
+        r.rounds = 1, r.losses = of_rows.data(), r.bytes[7] = bytes(of_rows);
+        halfplate::AffineRows a{r, minima.data(), units.data(), units.data(), free_steps.data(), free_minima.data(), 63,
+                                {bytes(minima), bytes(units), bytes(units), bytes(units), bytes(units)}};
+        expect(halfplate_affine_rows(&a) == 0, "rows with minima refused");
+        for (int64_t &size : a.bytes) {
+            size += 4;
+            expect(halfplate_affine_rows(&a) < 0, "a long buffer of minima");
+            size -= 4;
+        }
+        for (int64_t most : {int64_t(-1), int64_t(0), int64_t(1) << 40}) {
+            a.most = most;
+            expect(halfplate_affine_rows(&a) < 0, "multiples there are none of");
+        }
+        a.step_units = a.minimum_units = nullptr, a.bytes[1] = a.bytes[2] = a.most = 0;
+        expect(halfplate_affine_rows(&a) == 0, "rows with minima in halves refused");
+        a.minima = a.free_minima = nullptr, a.bytes[0] = a.bytes[4] = 0;
+        expect(halfplate_affine_rows(&a) == 0, "rows without minima refused");
+        a.rows.rounds = 2;
+        expect(halfplate_affine_rows(&a) < 0, "two descents");
         order[0] = cols;
         expect(halfplate_rows(&r) < 0, "a column outside");
     }

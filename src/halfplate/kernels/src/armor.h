@@ -58,6 +58,18 @@ struct Rows {
     int64_t bytes[8];       // of wanted, gram, spread, order, table, steps, values and losses
 };
 
+// One descent of rows whose values are a number times a step plus a minimum, with steps and minima that can be stored.
+struct AffineRows {
+    Rows rows;                  // `rounds` is 1; `losses` are (1 + sweeps, rows), of each row at the start and after each sweep
+    float *minima;              // the first ones, then the best, shaped like steps; null if there are none
+    const float *step_units;    // what each step is a multiple of, shaped like steps; null for any number of fp16
+    const float *minimum_units; // what the size of each minimum, 0 or less, is a multiple of; null as step_units is, and without minima
+    float *free_steps;          // the best for the codes at the end, storable or not, shaped like steps; null if not wanted
+    float *free_minima;         // likewise
+    int64_t most;               // the largest multiple
+    int64_t bytes[5];           // of minima, step_units, minimum_units, free_steps and free_minima
+};
+
 struct Stages {
     const char *isa;
     Stage output_moments;  // cross, square: (row_tiles, row_tile, row_tile), R D Z' and Z D Z' with Z = S B
@@ -65,6 +77,7 @@ struct Stages {
     Stage sweep;           // updates core; cross and square are not used
     void (*gram_sweep)(const GramSweep &);
     void (*rows)(const Rows &);
+    void (*affine_rows)(const AffineRows &);
 };
 
 extern const Stages stages_baseline, stages_avx2, stages_avx512;

@@ -24,6 +24,7 @@ namespace {
 #include "lane_update.inc"
 #include "gram_sweep.inc"
 #include "rows.inc"
+#include "rows_affine.inc"
 }  // namespace
-const Stages stages_avx2{"avx2", output_moments, input_moments, sweep, gram_sweep, solve_rows};
+const Stages stages_avx2{"avx2", output_moments, input_moments, sweep, gram_sweep, solve_rows, descend_affine};
 }  // namespace halfplate

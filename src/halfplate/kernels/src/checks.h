@@ -22,6 +22,7 @@ constexpr int64_t LARGEST_SIDE = int64_t(1) << 26, LARGEST_BATCH = int64_t(1) <<
 constexpr int64_t LARGEST_GROUP_CALL = 1 << 20;           // matrices of a grouped call
 constexpr int64_t LARGEST_GROUP = 256, LARGEST_KEPT = 16;  // M, and the largest N that the solver supports
 constexpr int64_t LARGEST_ROUNDS = int64_t(1) << 20;      // descents of a row, and sweeps of a descent
+constexpr int64_t LARGEST_MULTIPLE = 255;                 // of a unit under a super-scale
 constexpr int64_t THREADS_PER_CORE = 8;
 
 static inline bool within(int64_t value, int64_t least, int64_t most) { return value >= least && value <= most; }
@@ -131,7 +132,8 @@ static inline int32_t check_gram_sweep(const GramSweep &p) {
     return fits ? DONE : BAD_SIZE;
 }
 
-static inline int32_t check_rows(const Rows &p) {
+// points: numbers that `losses` has room for.
+static inline int32_t check_rows(const Rows &p, int64_t points) {
     const bool table = p.table != nullptr;
     if (!within(p.rows, 1, LARGEST_SIDE) || !within(p.cols, 1, LARGEST_SIDE) || !within(p.step_width, 1, LARGEST_SIDE) ||
         !within(p.rounds, 1, LARGEST_ROUNDS) || !within(p.sweeps, 0, LARGEST_ROUNDS) || p.least > p.greatest ||
@@ -141,11 +143,24 @@ static inline int32_t check_rows(const Rows &p) {
     const bool fits = holds(p.wanted, p.bytes[0], matrix) && holds(p.gram, p.bytes[1], square) && holds(p.spread, p.bytes[2], square) &&
                       holds(p.order, p.bytes[3], 8 * p.cols) && holds(p.table, p.bytes[4], table ? 4 * (p.greatest - p.least + 1) : 0) &&
                       holds(p.steps, p.bytes[5], 4 * p.rows * ceil_div(p.cols, p.step_width)) && holds(p.values, p.bytes[6], matrix) &&
-                      holds(p.losses, p.bytes[7], 8 * (p.sweeps + p.rounds));
+                      holds(p.losses, p.bytes[7], 8 * points);
     if (!fits) return BAD_SIZE;
     for (int64_t k = 0; k < p.cols; ++k)
         if (!within(p.order[k], 0, p.cols - 1)) return BAD_NUMBER;
     return DONE;
+}
+
+static inline int32_t check_affine_rows(const AffineRows &p) {
+    const bool minima = p.minima != nullptr, units = p.step_units != nullptr, free = p.free_steps != nullptr;
+    if (p.rows.rounds != 1 || !within(p.rows.rows, 1, LARGEST_SIDE) || !within(p.rows.sweeps, 0, LARGEST_ROUNDS) ||
+        !within(p.most, units, LARGEST_MULTIPLE))
+        return BAD_NUMBER;
+    if (const int32_t bad = check_rows(p.rows, (p.rows.sweeps + 1) * p.rows.rows)) return bad;
+    const int64_t each = p.rows.bytes[5];  // of the steps
+    const bool fits = holds(p.minima, p.bytes[0], minima ? each : 0) && holds(p.step_units, p.bytes[1], units ? each : 0) &&
+                      holds(p.minimum_units, p.bytes[2], minima && units ? each : 0) &&
+                      holds(p.free_steps, p.bytes[3], free ? each : 0) && holds(p.free_minima, p.bytes[4], minima && free ? each : 0);
+    return fits ? DONE : BAD_SIZE;
 }
 
 }  // namespace halfplate

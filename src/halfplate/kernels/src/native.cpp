@@ -165,10 +165,18 @@ EXPORT int32_t halfplate_gram_sweep(const halfplate::GramSweep *p) {
 
 EXPORT int32_t halfplate_rows(const halfplate::Rows *p) {
     if (p == nullptr || p->threads < 1) return halfplate::BAD_NUMBER;
-    if (const int32_t bad = halfplate::check_rows(*p)) return bad;
+    if (const int32_t bad = halfplate::check_rows(*p, p->sweeps + p->rounds)) return bad;
     halfplate::Rows bounded = *p;
     bounded.threads = halfplate::team(p->threads);
     return halfplate::guarded([&] { halfplate::stages().rows(bounded); });
+}
+
+EXPORT int32_t halfplate_affine_rows(const halfplate::AffineRows *p) {
+    if (p == nullptr || p->rows.threads < 1) return halfplate::BAD_NUMBER;
+    if (const int32_t bad = halfplate::check_affine_rows(*p)) return bad;
+    halfplate::AffineRows bounded = *p;
+    bounded.rows.threads = halfplate::team(p->rows.threads);
+    return halfplate::guarded([&] { halfplate::stages().affine_rows(bounded); });
 }
 
 // Sets the offsets and the size of a header whose other fields are set.

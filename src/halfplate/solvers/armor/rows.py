@@ -1,7 +1,8 @@
 """A quantised core without wrappers, for any quantizer whose values are linear in its parameters: minima, and super-scales.
 
-Without wrappers the rows are independent, and one column of all rows is rounded at once. The rest is as in restarts.py: several
-starts, each rounded in order with compensation, and from each a descent over codes and parameters in turn.
+Without wrappers the rows are independent. The rest is as in restarts.py: several starts, each rounded in order with compensation, and
+from each a descent over codes and parameters in turn. native_affine.py descends many times faster where it knows the quantizer; here
+one column of all rows is rounded at once, on any device.
 """
 
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from halfplate.formats.quantizers import Quantizer, has_scales_alone, storage_of
 from halfplate.formats.quantizers.rounding import fit_groups
+from halfplate.kernels import native
+from halfplate.solvers.armor.native_affine import affine_numbers, descend_affine
 from halfplate.solvers.armor.restarts import COLUMNS, ROUNDS, Order, round_in_order
 from halfplate.solvers.armor.sweep import Levels
 
@@ -24,7 +27,7 @@ class Rounded:
 
     values: fp32 (rows, cols).
     parameters: fp32 (rows, groups), one for each name in the quantizer's `stored`; units: as in `Storage`.
-    left: the loss of each row, fp32 (rows, 1).
+    left: the loss of each row, fp64 (rows, 1).
     """
 
     values: Tensor
@@ -45,6 +48,42 @@ class Rounded:
             tuple(map(chosen, other.units, self.units)),
             chosen(other.left, self.left),
         )
+
+    def of(self, rows: Tensor) -> "Rounded":
+        """Some of the rows."""
+        return Rounded(
+            self.values[rows],
+            tuple(part[rows] for part in self.parameters),
+            tuple(part[rows] for part in self.units),
+            self.left[rows],
+        )
+
+    def replaced(self, rows: Tensor, others: "Rounded") -> "Rounded":
+        """With `others` at the places `rows`, int64."""
+
+        def put(old: Tensor, new: Tensor) -> Tensor:
+            return old.index_copy(0, rows, new)
+
+        return Rounded(
+            put(self.values, others.values),
+            tuple(map(put, self.parameters, others.parameters)),
+            tuple(map(put, self.units, others.units)),
+            put(self.left, others.left),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Descent:
+    """Where a descent ended.
+
+    losses: of all rows, absolute: at its start, and after each sweep.
+    freely: the parameters that leave least for the codes at the end, whether or not they can be stored, shaped like the others; empty if
+        they were not asked for.
+    """
+
+    end: Rounded
+    losses: list[float]
+    freely: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,18 +106,44 @@ class RowsProblem:
         order, rounds = Order.of(self.gram), max(1, min(ROUNDS, iterations))
         quantizer = self.levels.quantizer
         _, fitted = fit_groups(self.wanted, quantizer, self.levels.group)
-        best = self._start(order, tuple(part.float() for part in fitted))
-        losses = [self._loss(best)]
-        for _ in range(iterations // rounds):
-            best = best.better_of(self.refitted(self.swept(best)))
-            losses.append(self._loss(best))
-        for _ in range(rounds - 1):
-            at = self._start(order, self.refitted(best, storable=False).parameters)
-            for _ in range(iterations // rounds):
-                at = self.refitted(self.swept(at))
-            best = best.better_of(at)
+        first = self._descended(order, tuple(part.float() for part in fitted), iterations // rounds, rounds > 1)
+        best, losses, freely = first.end, first.losses, first.freely
+        rows = torch.arange(len(self.wanted), dtype=torch.int64, device=self.wanted.device)
+        for number in range(1, rounds):
+            # The parameters of a row that a descent has not improved would give the same start again.
+            some = replace(self, wanted=self.wanted[rows])
+            found = some._descended(order, freely, iterations // rounds, number + 1 < rounds)
+            better = (found.end.left < best.left[rows])[:, 0]
+            if not bool(better.any()):
+                break
+            rows, freely = rows[better], tuple(part[better] for part in found.freely)
+            best = best.replaced(rows, found.end.of(better))
             losses.append(self._loss(best))
         return best, losses
+
+    def _descended(self, order: Order, wished: tuple[Tensor, ...], sweeps: int, fits_freely: bool) -> Descent:
+        """From rows rounded in order with the nearest storable parameters to `wished`."""
+        if self.wanted.device.type == "cpu" and native.available() and affine_numbers(self.levels) is not None:
+            return self._native(order, wished, sweeps, fits_freely)
+        return self.descended_in_torch(order, wished, sweeps, fits_freely)
+
+    def descended_in_torch(self, order: Order, wished: tuple[Tensor, ...], sweeps: int, fits_freely: bool) -> Descent:
+        """The reference of the native descent."""
+        at = self._start(order, wished)
+        losses = [self._loss(at)]
+        for _ in range(sweeps):
+            at = at.better_of(self.refitted(self.swept(at)))
+            losses.append(self._loss(at))
+        return Descent(at, losses, self.refitted(at, storable=False).parameters if fits_freely else ())
+
+    def _native(self, order: Order, wished: tuple[Tensor, ...], sweeps: int, fits_freely: bool) -> Descent:
+        units, parameters = self._storable_parameters(wished)
+        values, found, freely, losses = descend_affine(
+            self.wanted, self.gram, order.columns, order.spread, parameters, units, self.levels, sweeps, fits_freely
+        )
+        return Descent(
+            Rounded(values, found, units, losses[-1][:, None]), [float(part.sum()) for part in losses], freely
+        )
 
     def swept(self, at: Rounded) -> Rounded:
         """Every column in turn at the best codes for the others, with the parameters as they are."""
@@ -151,23 +216,26 @@ class RowsProblem:
         return found[p].double()
 
     def _start(self, order: Order, wished: tuple[Tensor, ...]) -> Rounded:
-        quantizer = self.levels.quantizer
-        storage, names = storage_of(quantizer, self.levels.group), quantizer.stored
-        units = storage.units(names, wished)
-        parameters = tuple(part.float() for part in storage.nearest(names, wished, units))
+        units, parameters = self._storable_parameters(wished)
         values = round_in_order(self.wanted, order, parameters, self.levels)
-        return self._at(Rounded(values, parameters, units, self.wanted.new_zeros(len(values), 1)))
+        return self._at(Rounded(values, parameters, units, self.wanted.new_zeros(len(values), 1, dtype=torch.float64)))
+
+    def _storable_parameters(self, wished: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The units for parameters like `wished`, and the nearest parameters with them."""
+        storage, names = storage_of(self.levels.quantizer, self.levels.group), self.levels.quantizer.stored
+        units = storage.units(names, wished)
+        return units, tuple(part.float() for part in storage.nearest(names, wished, units))
 
     def _at(self, point: Rounded) -> Rounded:
         missing = self.wanted - point.values
-        return replace(point, left=((missing @ self.gram) * missing).sum(1, keepdim=True))
+        return replace(point, left=((missing @ self.gram) * missing).sum(1, keepdim=True, dtype=torch.float64))
 
     def _each(self, parameters: tuple[Tensor, ...]) -> list[Tensor]:
         return [part.repeat_interleave(self.levels.group, 1)[:, : self.wanted.shape[1]] for part in parameters]
 
     @staticmethod
     def _loss(at: Rounded) -> float:
-        return float(at.left.sum(dtype=torch.float64))
+        return float(at.left.sum())
 
 
 def _solved(square: Tensor, slope: Tensor, free: list[int], change: Tensor) -> Tensor:
