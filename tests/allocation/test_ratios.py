@@ -41,6 +41,10 @@ def test_ratios_of_the_paper() -> None:
 SHARES = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
 
+def test_the_smallest_difference_spreads_no_further_than_others() -> None:
+    assert kept_ratios([0.0, 5e-324], [1, 1], 0.5, 0.375) == [0.125, 0.875]
+
+
 @given(SHARES, st.sampled_from([(2, 4), (4, 8), (1, 8), (7, 8), (8, 16), (1, 2)]), st.floats(0, 0.5), st.data())
 @settings(max_examples=100, deadline=None)
 def test_blocks_together_keep_what_the_pattern_keeps(

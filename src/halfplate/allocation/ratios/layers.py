@@ -14,7 +14,7 @@ def kept_ratios(scores: Sequence[float], sizes: Sequence[int], mean: float, spre
     """
     least, most = min(scores), max(scores)
     width = most - least
-    lifted = [2 * spread * (score - least) / width if width > 0 else 0.0 for score in scores]
+    lifted = [2 * spread * ((score - least) / width) if width > 0 else 0.0 for score in scores]
     average = sum(lift * size for lift, size in zip(lifted, sizes, strict=True)) / sum(sizes)
     return [mean + lift - average for lift in lifted]
 
