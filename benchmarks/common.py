@@ -13,6 +13,17 @@ SHARED = Path(os.environ.get("HALFPLATE_SHARED", ROOT.parent / "shared"))  # dat
 DATA = SHARED / "data"
 TEXT = DATA / "wikitext2" / "train_1MB.txt.gz"  # to calibrate on
 RESULTS = ROOT / "RESULTS.md"
+# Beginnings of texts that several programs continue.
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, a small bird",
+    "Water boils at",
+    "def fibonacci(n):",
+    "The three primary colours are",
+    "My favourite season is autumn because",
+    "In 1969, the first",
+    "To bake bread you need",
+)
 
 
 def smollm2_gguf() -> Path:
@@ -37,6 +48,12 @@ def machine() -> str:
     isa = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     return f"{model} ({isa}), {torch.get_num_threads()} threads, torch {torch.__version__}, load {load}"
+
+
+def tell_rows(phase: str, done: int, total: int, note: str = "", *_: object, **__: object) -> None:
+    """Print each row of a sweep as it is done; the `report` of `halfplate.sweep`."""
+    if phase == "rows":
+        print(f"{done} of {total}: {note}", flush=True)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

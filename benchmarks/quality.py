@@ -15,7 +15,7 @@ import os
 import shutil
 from pathlib import Path
 
-from common import CACHE, DATA, ROOT, SHARED, smollm2_gguf, write_section
+from common import CACHE, DATA, ROOT, SHARED, smollm2_gguf, tell_rows, write_section
 from off_grid import make_off_grid
 
 import halfplate
@@ -96,7 +96,7 @@ def main() -> None:
     prepare(options.model, folder)
     os.chdir(folder)  # sweep files name what is there
     out = Path(f"{options.model}.results")
-    result = halfplate.sweep(ROOT / file, out, options.only, report=_tell)
+    result = halfplate.sweep(ROOT / file, out, options.only, report=tell_rows)
     done = [row for row in result["rows"] if row["status"] == "done"]
     texts = ", ".join(f"{name} {score['windows']} windows" for name, score in done[0]["evaluation"]["texts"].items())
     picture = f"docs/pictures/quality_sweep_{options.model}.svg"
@@ -105,11 +105,6 @@ def main() -> None:
     what = WHAT.format(file=file, model=options.model, texts=texts, machine=done[-1]["machine"].partition(", load")[0])
     table = (out / TABLE_FILE).read_text(encoding="utf-8").strip()
     write_section(f"sweep_{options.model}", f"{what}\n\n{table}\n\n![KL against bytes]({picture})")
-
-
-def _tell(phase: str, done: int, total: int, note: str = "", *_: object, **__: object) -> None:
-    if phase == "rows":
-        print(f"{done} of {total}: {note}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CACHE, machine, write_section
+from common import CACHE, machine, tell_rows, write_section
 from quality import MODELS, prepare
 from rivals_files import llama_rows
 from rivals_tables import pictures, rendered
@@ -199,17 +199,12 @@ def main() -> None:
     sweep, places = sweep_of(options.model, name)
     names = [row if isinstance(row, str) else row["name"] for row in sweep["rows"]]
     only = [row for row in names if not options.only or any(part in row for part in options.only)]
-    result = halfplate.sweep(sweep, out, [] if options.tables else only, report=_tell)
+    result = halfplate.sweep(sweep, out, [] if options.tables else only, report=tell_rows)
     files = llama_rows(Path(name), out / "llama", sweep, measure=not options.tables and not options.only)
     sizes = Sizes(name)
     limits = {share: sizes.limit(share) for share in SHARES}
     drawn = pictures(options.model, result, files)
     write_section(f"rivals_{options.model}", f"{machine()}.\n\n{rendered(result, places, files, limits)}\n\n{drawn}")
-
-
-def _tell(phase: str, done: int, total: int, note: str = "", *_: object, **__: object) -> None:
-    if phase == "rows":
-        print(f"{done} of {total}: {note}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,16 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PROMPTS = (
-    "The capital of France is",
-    "Once upon a time, a small bird",
-    "Water boils at",
-    "def fibonacci(n):",
-    "The three primary colours are",
-    "My favourite season is autumn because",
-    "In 1969, the first",
-    "To bake bread you need",
-)
 Answers = list[list[int]]
 REFERENCE = "multiplied out, transformers"
 ROUNDED = "multiplied out, inputs rounded as in llama.cpp"
@@ -114,7 +104,8 @@ def _in_environment(python: str, folder: str, prompts: Answers, count: int, out:
     """`in_vllm` by another Python, which writes to `out`."""
     asked = out.with_suffix(".prompts.json")
     asked.write_text(json.dumps([folder, prompts, count]))
-    plain = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    # Rounded to int8, the tokens would depend on how many prompts run together.
+    plain = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HALFPLATE_ACTIVATIONS": "float"}
     log = out.with_suffix(".log")
     with log.open("w") as to:
         done = subprocess.run(
@@ -139,7 +130,7 @@ def row(name: str, found: Answers, reference: Answers, gap: Callable[[int, int, 
 def measure(options: argparse.Namespace) -> None:
     """Ask every program, and write the section."""
     import torch
-    from common import CACHE, machine, table, write_section
+    from common import CACHE, PROMPTS, machine, table, write_section
 
     import halfplate
     from halfplate.checkpoint.read import load_tokenizer

@@ -14,17 +14,6 @@ import time
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-PROMPTS = (
-    "The capital of France is",
-    "Once upon a time, a small bird",
-    "Water boils at",
-    "def fibonacci(n):",
-    "The three primary colours are",
-    "My favourite season is autumn because",
-    "In 1969, the first",
-    "To bake bread you need",
-)
-
 
 def speed(folder: str, args: argparse.Namespace) -> None:
     """Print the tokens per second of one model."""
@@ -52,13 +41,15 @@ def speed(folder: str, args: argparse.Namespace) -> None:
 
 def compare(folder: str, args: argparse.Namespace) -> None:
     """Print how many prompts have the same greedy tokens in vLLM and in transformers with Halfplate, both in fp32."""
+    os.environ["HALFPLATE_ACTIVATIONS"] = "float"  # else the tokens depend on how many requests run together
     import torch
+    from common import PROMPTS
     from vllm import LLM, SamplingParams
 
     import halfplate
     from halfplate.checkpoint.read import load_tokenizer
 
-    tokenizer, model, expected = load_tokenizer(folder), halfplate.load(folder), []
+    tokenizer, model, expected = load_tokenizer(folder), halfplate.load(folder, activations="float"), []
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     for prompt in prompts:
         ids = torch.tensor([prompt], dtype=torch.int64, device="cpu")

@@ -67,6 +67,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": 5},
 }
 
+# The methods without a core, with options under which they take least.
+FACTORS: dict[str, dict[str, Any]] = {
+    "svd": {},
+    "bitstack": {},
+    "rocket": {},
+    "cospadi": {"iterations": 1},
+    "monarch": {},
+    "gqsa": {"kept": 0.5},
+}
 TEXT = (
     "One day a small bird sat in a big tree. The bird saw a red ball near the house, and it wanted to play. "
     "Tom and Mia came out of the house. They saw the bird and the ball, and they were happy. "

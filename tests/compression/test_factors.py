@@ -8,28 +8,21 @@ import pytest
 import torch
 
 import halfplate
+from conftest import FACTORS
 from halfplate.checkpoint.config import read_specs
 from halfplate.errors import HalfplateError
 from halfplate.recipe import Recipe
 
 IDS = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(3))
 QUICK: dict[str, Any] = {"samples": 4, "seq_len": 32, "threads": 1}
-METHODS: dict[str, dict[str, Any]] = {
-    "svd": {},
-    "bitstack": {},
-    "rocket": {},
-    "cospadi": {"iterations": 1},
-    "monarch": {},
-    "gqsa": {"kept": 0.5},
-}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTORS)
 @torch.no_grad()
 def test_transformers_loads_what_halfplate_writes(compressed_once: Callable[[Recipe], Path], method: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = compressed_once(Recipe(method=method, method_options=METHODS[method], **QUICK))
+    folder = compressed_once(Recipe(method=method, method_options=FACTORS[method], **QUICK))
     ours = halfplate.load(folder)(IDS).logits
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
     assert torch.allclose(ours, theirs, atol=1e-5)

@@ -11,19 +11,11 @@ from transformers import PreTrainedTokenizerBase
 import halfplate
 import structured_models
 from causal_models import MOE
-from conftest import build_model
+from conftest import FACTORS, build_model
 from halfplate.models.sources import load_dense
 
 TEXT = "The bird saw a red ball near the house, and it wanted to play. " * 60
 QUICK: dict[str, Any] = {"samples": 4, "seq_len": 16, "threads": 1}
-FACTORS: dict[str, dict[str, Any]] = {
-    "svd": {},
-    "bitstack": {},
-    "rocket": {},
-    "cospadi": {"iterations": 1},
-    "monarch": {},
-    "gqsa": {"kept": 0.5},
-}
 # Stored as codes, which training keeps: positions, signs and int4 values.
 CODES = (torch.uint8, torch.int8, torch.int16, torch.int32)
 STRUCTURED = ("magnitude-structured", "wanda-structured", "cfsp", "tyr", "nirvana")

@@ -52,7 +52,9 @@ def counted(monkeypatch):
     """The numbers of tokens of each step of several from here on."""
     steps, step = [], NativeDecoder.step_rows
     monkeypatch.setattr(
-        NativeDecoder, "step_rows", lambda self, rows, *rest: steps.append(rows.shape[1]) or step(self, rows, *rest)
+        NativeDecoder,
+        "step_rows",
+        lambda self, rows, *rest, **named: steps.append(rows.shape[1]) or step(self, rows, *rest, **named),
     )
     return steps
 

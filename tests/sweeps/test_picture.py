@@ -19,6 +19,11 @@ def row(name, nbytes, **evaluation):
     return {"name": name, "status": "done", "compression": {}, "weight_nbytes": nbytes, "evaluation": evaluation}
 
 
+def circles_of(drawn):
+    """The circle of each row, by its name."""
+    return {circle[0].text.partition(":")[0]: circle for circle in drawn.iter(f"{SVG}circle")}
+
+
 def test_the_front_holds_what_nothing_beats():
     points = [Point(str(kl), nbytes, kl) for nbytes, kl in ((1, 0.9), (2, 0.5), (3, 0.7), (4, 0.1), (2, 0.8))]
     assert [point.loss for point in front(points)] == [0.9, 0.5, 0.1]
@@ -29,7 +34,7 @@ def test_every_row_is_drawn_and_the_best_are_filled():
     failed = {"name": "failed", "status": "failed", "why": "x"}
     rows = [row("small", 10**6, kl=2.0), row("worse", 2 * 10**6, kl=3.0), row("<big>", 3 * 10**6, kl=0.01)]
     drawn = ElementTree.fromstring(picture(result(original, failed, *rows)))
-    circles = {circle[0].text.partition(":")[0]: circle for circle in drawn.iter(f"{SVG}circle")}
+    circles = circles_of(drawn)
     assert {name: circle.get("class") for name, circle in circles.items()} == {
         "small": "best",
         "worse": "other",
@@ -47,7 +52,7 @@ def test_against_speed_more_is_better():
     for one, speed in zip(rows, (0.9, 1.0, 2.5), strict=False):
         one["speed"] = {"decode_speedup": speed}
     drawn = ElementTree.fromstring(picture(result(*rows), against="speed"))
-    circles = {circle[0].text.partition(":")[0]: circle for circle in drawn.iter(f"{SVG}circle")}
+    circles = circles_of(drawn)
     assert {name: circle.get("class") for name, circle in circles.items()} == {
         "slow": "best",
         "worse": "other",

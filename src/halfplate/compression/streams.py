@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from halfplate.compression.run import Run
 from halfplate.compression.task_memory import memory_to_collect, memory_to_run
 from halfplate.compression.tasks import CollectSums, RecordInputs, RunLayer
 from halfplate.compression.token_arguments import TokenArguments
+from halfplate.engines.task import Task
 from halfplate.models.experts import ExpertStage, expert_stages, experts_of
 from halfplate.statistics import InputStatistics
 from halfplate.storage.artifact import remove_artifact
@@ -131,11 +132,25 @@ class Streams:
             # The only stream is that of the original model, so no second copy of the layer is needed.
             view, pairs = self.run.view(layer, {}), {COMPRESSED: pairs[DENSE]}
         (hidden, out), (dense, dense_out) = (pairs.get(stream, plain) for stream in (COMPRESSED, DENSE))
-        tasks = [
-            RunLayer(hidden=hidden, out=out, dense=dense, dense_out=dense_out, **self._shared(view, layer, chunks))
+        self._run_layer(view, hidden, out, dense, dense_out)
+
+    def _run_layer(
+        self,
+        view: LayerView,
+        hidden: HiddenStates | None,
+        out: HiddenStates | None,
+        dense: HiddenStates | None = None,
+        dense_out: HiddenStates | None = None,
+    ) -> None:
+        """Run hidden states through a layer, as `RunLayer` does."""
+        self._carry_out(
+            RunLayer(hidden=hidden, out=out, dense=dense, dense_out=dense_out, **self._shared(view, chunks))
             for chunks in self._shares()
-        ]
-        for _ in self.run.engine.run(tasks):
+        )
+
+    def _carry_out(self, tasks: Iterable[Task]) -> None:
+        """Wait for tasks whose results are in files."""
+        for _ in self.run.engine.run(list(tasks)):
             pass
 
     def _shares(self) -> list[tuple[tuple[int, ...], ...]]:
@@ -143,13 +158,13 @@ class Streams:
         chunks = self.hidden(DENSE, 0).chunks
         return [(chunk,) for chunk in chunks] if self.run.engine.elsewhere else [chunks]
 
-    def _shared(self, view: LayerView, layer: int, chunks: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
+    def _shared(self, view: LayerView, chunks: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
         """The fields of `OverBatches` for a task that runs `chunks` through a layer."""
         return {
             "view": view,
-            "arguments": self._arguments[layer],
+            "arguments": self._arguments[view.index],
             "numbers": sum(chunks, ()),
-            "memory": self._memory_to_run(layer),
+            "memory": self._memory_to_run(view.index),
             "own": self._own,
         }
 
@@ -186,12 +201,10 @@ class Streams:
             # Nothing reads the outputs of the last layer, except tuning.
             last = layer == self.run.last and not self.recipe.tune_block
             hidden, out = self.hidden(DENSE, layer), None if last else self.hidden(DENSE, layer + 1)
-            tasks = [
-                RecordInputs(names=names, dense=hidden, inputs=inputs, out=out, **self._shared(view, layer, chunks))
+            self._carry_out(
+                RecordInputs(names=names, dense=hidden, inputs=inputs, out=out, **self._shared(view, chunks))
                 for chunks in self._shares()
-            ]
-            for _ in self.run.engine.run(tasks):
-                pass
+            )
             self._recorded = layer
         return inputs
 
@@ -218,15 +231,10 @@ class Streams:
             (OWN,) if dense is None else (OWN, ORIGINAL),
             self.recipe.expert_tokens == "gated",
         )
-        for _ in engine.run(
-            [
-                RecordExperts(
-                    module=stage.module, hidden=hidden, dense=dense, inputs=inputs, **self._shared(view, layer, chunks)
-                )
-                for chunks in self._shares()
-            ]
-        ):
-            pass
+        self._carry_out(
+            RecordExperts(module=stage.module, hidden=hidden, dense=dense, inputs=inputs, **self._shared(view, chunks))
+            for chunks in self._shares()
+        )
         out = self.run.work.scratch / f"all-{stage.module}.safetensors" if engine.elsewhere else None
         (everything,) = engine.run([AllTokens(view, stage.module, inputs, job.statistic, self._limit, out, memory)])
         return [
@@ -272,7 +280,7 @@ class Streams:
         for at in range(layer, min(max(uses), self.run.last) + 1):
             if at > layer:
                 before, hidden = hidden, HiddenStates(self.run.work.hidden("shared", at), self._shape, BATCH)
-                self._pass_original(at - 1, before, hidden)
+                self._run_layer(self.run.view(at - 1, {}), before, hidden)
                 if at > layer + 1:
                     before.remove()
             if at in uses:
@@ -281,20 +289,6 @@ class Streams:
         if max(uses) > layer:
             hidden.remove()
         return whole.statistics(names)
-
-    def _pass_original(self, layer: int, hidden: HiddenStates, out: HiddenStates) -> None:
-        tasks = [
-            RunLayer(
-                hidden=hidden,
-                out=out,
-                dense=None,
-                dense_out=None,
-                **self._shared(self.run.view(layer, {}), layer, chunks),
-            )
-            for chunks in self._shares()
-        ]
-        for _ in self.run.engine.run(tasks):
-            pass
 
     def _sums(
         self,

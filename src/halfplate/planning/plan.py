@@ -147,11 +147,10 @@ class Plan:
         by_name = {matrix.name: matrix.spec for matrix in self.matrices}
 
         def followed(matrix: MatrixPlan) -> MatrixPlan:
-            owner = None if matrix.name not in self.borrowed else self.borrowed[matrix.name].spec
-            if owner is None or owner.same_as is None:
+            if matrix.name not in self.borrowed or matrix.spec is None or matrix.spec.same_as is None:
                 return matrix
-            lent = by_name[owner.same_as]
-            return replace(matrix, spec=None if lent is None else replace(lent, same_as=owner.same_as))
+            lent = by_name[matrix.spec.same_as]
+            return replace(matrix, spec=None if lent is None else replace(lent, same_as=matrix.spec.same_as))
 
         return replace(self, matrices=tuple(map(followed, self.matrices))) if self.borrowed else self
 

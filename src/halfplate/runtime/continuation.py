@@ -150,7 +150,7 @@ class _Run:
         if not draft:
             return [int(decoder.step(self.tokens[-1], cache).to(dtype).argmax())]
         rows = torch.tensor([[self.tokens[-1], *draft]], dtype=torch.int64, device="cpu")
-        found: list[int] = decoder.step_rows(rows, cache, None, None, None, True)[0].to(dtype).argmax(-1).tolist()
+        found: list[int] = decoder.step_rows(rows, cache, exact=True)[0].to(dtype).argmax(-1).tolist()
         right = next((place for place, token in enumerate(draft) if token != found[place]), len(draft))
         cache.crop(right - len(draft))
         return found[: right + 1]

@@ -82,7 +82,7 @@ def accelerate(
     Embeddings are stored in bf16 if that is exact. On CUDA, 2:4 cores use torch's semi-structured products. A linear without a
     kernel keeps its torch path, and the result says why.
 
-    activations: `float`; `int8` for cores on a grid (one scale per token and 128 inputs); or `auto`: from 32 tokens at once on int8, with the groups of the
+    activations: `float`; `int8` for cores on a grid (one scale per token and 128 inputs); or `auto`: from 4 tokens at once on int8, of 2:4 cores from 16, with the groups of the
         weights, if int8 is the fastest type of this machine, else float. The output head takes floats then.
     head_dtype: type of the output head in memory, `fp32`, `bf16` or `int8`; None chooses bf16 if that is exact, else fp32.
     dense_dtype: the same for linears that are not compressed.

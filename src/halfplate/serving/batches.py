@@ -1,4 +1,4 @@
-"""Answering several requests of transformers' server in one call of `generate`."""
+"""Answering several requests of transformers' server at once."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from halfplate.errors import HalfplateError
 from halfplate.models.arguments import cache_argument
 from halfplate.models.context import positions
 from halfplate.runtime.limits import check_generation
+from halfplate.runtime.prompts import Sequenced
 from halfplate.serving.metrics import Metrics
 from halfplate.serving.reading import Reading
-from halfplate.serving.request import Request
+from halfplate.serving.request import Request, padded
 from halfplate.serving.running import Running
 from halfplate.serving.settings import ServeSettings
 
@@ -169,16 +170,12 @@ class BatchManager(GenerateManager):  # type: ignore[misc]
         model, longest = self._model, max(len(request.ids) for request in batch)
         pad = batch[0].settings.pad_token_id
         pad = pad if pad is not None else next(iter(batch[0].ends), 0)
-        ids = torch.full((len(batch), longest), pad, dtype=torch.int64, device=model.device)
-        mask = torch.zeros_like(ids)
-        for row, request in enumerate(batch):
-            ids[row, longest - len(request.ids) :] = request.ids
-            mask[row, longest - len(request.ids) :] = 1
+        prompts = [request.ids.cpu() for request in batch]
+        ids, mask = (part.to(model.device) for part in padded(prompts, pad))
         settings = type(batch[0].settings).from_dict(batch[0].settings.to_dict())
         settings.max_new_tokens, settings.stop_strings = max(request.most for request in batch), None
         settings.pad_token_id = pad
         rows = StoppingCriteriaList([_Rows(batch)])
-        prompts = [request.ids.cpu() for request in batch]
         cache = self._reading.begin(model, settings, prompts)
         own = {} if cache is None else {cache_argument(model.forward): cache}
         if cache is not None:
@@ -187,9 +184,9 @@ class BatchManager(GenerateManager):  # type: ignore[misc]
             model.generate(
                 input_ids=ids, attention_mask=mask, generation_config=settings, stopping_criteria=rows, **own
             )
-        if cache is not None:
-            self._reading.keep(cache, prompts, [request.tokens for request in batch])
-        for request in batch:
+        for row, request in enumerate(batch):
+            if cache is not None:
+                self._reading.keep(Sequenced(cache, row, longest - len(request.ids)), request.text)
             request.end(request.tokens)
 
 

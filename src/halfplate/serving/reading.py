@@ -55,16 +55,7 @@ class Reading:
         read = [self._read(model, ids) for ids in prompts]
         return side_by_side(model, [Sequenced(cache) for cache in read], max(map(len, prompts)) - 1)
 
-    def keep(self, cache: GrowingCache, prompts: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> None:
-        """Remember the texts of a batch. cache: after `generate`. prompts: int64 (tokens,) each; answers: the tokens after them."""
-        if self._prompts.most == 0:
-            return
-        longest = max(map(len, prompts))
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            text = torch.cat([prompt.cpu(), torch.tensor(answer, dtype=torch.int64, device="cpu")])
-            self.keep_one(Sequenced(cache, row, longest - len(prompt)), text)
-
-    def keep_one(self, sequence: Sequenced, text: Tensor) -> None:
+    def keep(self, sequence: Sequenced, text: Tensor) -> None:
         """Remember a text, int64 (tokens,), that `sequence` has read, perhaps but for its last token."""
         length = min(len(text) - 1, sequence.length)
         if self._prompts.most > 0 and length > 0:

@@ -1,14 +1,24 @@
-"""A request for text, and when its answer is over."""
+"""A request for text, when its answer is over, and the texts of several as rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.stopping_criteria import StopStringCriteria
+
+
+def padded(texts: Sequence[Tensor], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Texts, int64 (tokens,) each, with `pad` on their left, (texts, longest), and a mask of the same shape, 0 where it is padding."""
+
+    def filled(rows: Sequence[Tensor], value: int) -> Tensor:
+        return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
+
+    return filled(texts, pad), filled([torch.ones_like(text) for text in texts], 0)
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from halfplate.runtime.cache import ROOM, GrowingCache
 from halfplate.runtime.prompts import Sequenced, new_cache, side_by_side
 from halfplate.serving.choosing import chooser, is_known
 from halfplate.serving.reading import Reading
-from halfplate.serving.request import Request
+from halfplate.serving.request import Request, padded
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class Running:
         assert cache is not None
         for sequence, row in zip(_sequences(cache, self._rows), self._rows, strict=True):
             if row.request.ended:
-                self._reading.keep_one(sequence, row.request.text)
+                self._reading.keep(sequence, row.request.text)
         left = [place for place, row in enumerate(self._rows) if not row.request.ended]
         if not left:
             self._cache = None
@@ -120,12 +120,7 @@ def _sequences(cache: GrowingCache, rows: Sequence[_Row]) -> list[Sequenced]:
 
 def _read(model: Any, cache: GrowingCache, prompts: Sequence[Tensor]) -> None:
     """Read all tokens of the prompts, int64 (tokens,) each, but their last ones into the empty `cache`."""
-    length = max(map(len, prompts)) - 1
-    ids = torch.zeros(len(prompts), length, dtype=torch.int64, device="cpu")
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) + 1 :] = prompt[:-1]
-        mask[row, length - len(prompt) + 1 :] = 1
+    ids, mask = padded([prompt[:-1] for prompt in prompts])
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     model(
         input_ids=ids,

@@ -56,9 +56,8 @@ class Bench:
         if row.recipe is None:
             return self.original
         if row.pruned:
-            plan_transforms(
-                self.source, row.recipe
-            )  # refuses what cannot run; the bytes are those of the written model
+            # It refuses what cannot run; the bytes are those of the written model.
+            plan_transforms(self.source, row.recipe)
             return {}
         plan = plan_source(self.source, row.recipe)
         most = plan.nbytes_at_most
